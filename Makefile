@@ -1,0 +1,59 @@
+# Two commands do all the set-up: `make run` and `make test`. Each makes its own environment.
+
+PYTHON ?= python3
+VENV := .venv
+TOOLS := .tools
+BIN := $(VENV)/bin
+WSCAT_VERSION := 6.1.0
+ARGS ?=
+
+.PHONY: run test lint unit system clean
+
+run: $(VENV)/run.stamp ## start the server; settings with ARGS="--port 8080"
+	@$(BIN)/wsserver serve $(ARGS)
+
+test: lint unit ## lint, types and the whole suite
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/test.stamp system
+	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+
+# A virtual environment without ensurepip (Debian's python3-venv missing) is mended through apt.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed; choose one with make PYTHON=…"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(MAKE) --no-print-directory apt PACKAGES=python3-venv \
+		&& $(PYTHON) -m venv $(VENV); }
+
+$(VENV)/run.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ $(VENV)/run.stamp
+
+# What the tests drive for real: a browser, and wscat from npm. Without them, and without the
+# right to install them, those tests are skipped; under CI=true they fail.
+system: $(TOOLS)/node_modules/.bin/wscat
+	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
+	@command -v openssl >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=openssl || true
+
+$(TOOLS)/node_modules/.bin/wscat:
+	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
+	@command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(TOOLS) wscat@$(WSCAT_VERSION) || true
+
+.PHONY: apt
+apt:
+	@command -v apt-get >/dev/null || { echo "please install: $(PACKAGES)"; exit 1; }
+	@if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO="sudo -n"; fi; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		$$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y --no-install-recommends $(PACKAGES) >/dev/null \
+		|| { echo "please install: $(PACKAGES)"; exit 1; }
+
+clean:
+	rm -rf $(VENV) $(TOOLS) .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

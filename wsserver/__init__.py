@@ -1,0 +1,24 @@
+"""A WebSocket chat server for streaming language models, with a mid-stream stop."""
+
+from wsserver.errors import Code, ConfigError, ModelError
+from wsserver.generation import End, Thinking, Usage
+from wsserver.models.base import Message, Model, Request
+from wsserver.server import Server, serve
+from wsserver.settings import Settings
+
+__all__ = [
+    "Code",
+    "ConfigError",
+    "End",
+    "Message",
+    "Model",
+    "ModelError",
+    "Request",
+    "Server",
+    "Settings",
+    "Thinking",
+    "Usage",
+    "serve",
+]
+
+__version__ = "0.1.0"

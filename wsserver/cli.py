@@ -1,0 +1,103 @@
+"""The command line: ``wsserver serve`` and ``wsserver schema``."""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import wsserver
+from wsserver.errors import ConfigError
+from wsserver.protocol import json_schema
+from wsserver.server import Server, serve
+from wsserver.settings import Settings
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"wsserver: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Raises:
+        SystemExit: always; 0 after a normal end, 2 after one line on stderr about what is wrong.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        if command == "schema":
+            print(json.dumps(json_schema(), indent=2))
+        else:
+            settings = Settings.load(**arguments)
+            logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+            logging.getLogger("wsserver").setLevel(settings.log_level.upper())
+            asyncio.run(_serve(settings))
+    except (ConfigError, OSError) as error:
+        print(f"wsserver: {error}", file=sys.stderr)
+        sys.exit(USAGE_ERROR)
+    sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="wsserver", description=wsserver.__doc__)
+    parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("schema", help="print the JSON Schema of all frames")
+    serving = commands.add_parser(
+        "serve",
+        help="start the server",
+        description="Start the server. A flag wins over its environment variable.",
+        argument_default=argparse.SUPPRESS,
+    )
+    for name, field in Settings.model_fields.items():
+        shown = "" if field.default in ("", ()) else f" Default: {field.default}."
+        text = f"{field.description}{shown} [WSSERVER_{name.upper()}]".replace("%", "%%")
+        options: dict[str, Any] = {"help": text}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = name.rsplit("_", 1)[-1].upper()
+        serving.add_argument("--" + name.replace("_", "-"), **options)
+    return parser
+
+
+async def _serve(settings: Settings) -> None:
+    async with serve(settings=settings) as server:
+        _announce(server)
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+
+        def on_signal() -> None:
+            if asked.is_set():
+                server.hurry()
+            asked.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        await asked.wait()
+        print("stopping; once more to stop at once", flush=True)
+        await server.close()
+
+
+def _announce(server: Server) -> None:
+    note = ""
+    if server.model_name == "demo":
+        note = " (offline, no language model; set ANTHROPIC_API_KEY to talk to Claude)"
+    print(
+        f"wsserver {wsserver.__version__}, model {server.model_name}{note}\n"
+        f"  page       {server.page}\n"
+        f"  websocket  {server.url}\n"
+        "  Ctrl-C stops",
+        flush=True,
+    )

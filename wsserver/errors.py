@@ -1,0 +1,106 @@
+"""What can go wrong, as one table of codes and one tree of exceptions.
+
+::
+
+    WsserverError
+     ├── ConfigError    the program cannot start as it was told to
+     ├── Refused        a client frame was not accepted; nothing changed
+     └── ModelError     a model could not finish its reply
+
+Clients see codes and messages of these alone; the text of any other exception stays in the log.
+"""
+
+from enum import StrEnum
+from typing import Self
+
+__all__ = ["Code", "ConfigError", "ModelError", "Refused", "WsserverError"]
+
+
+class Code(StrEnum):
+    """The ``code`` of an ``error`` frame. Stable: a client may switch on it.
+
+    ``retryable`` is the answer to "can the same frame succeed later, unchanged?".
+    """
+
+    retryable: bool
+    meaning: str
+
+    def __new__(cls, value: str, retryable: bool, meaning: str) -> Self:  # noqa: FBT001
+        """Give the code, which is its own string value, its two other columns."""
+        code = str.__new__(cls, value)
+        code._value_ = value
+        code.retryable = retryable
+        code.meaning = meaning
+        return code
+
+    # What a client sent.
+    INVALID_JSON = "invalid_json", False, "The frame is not JSON."
+    INVALID_FRAME = "invalid_frame", False, "The frame is JSON, but not one of the protocol's."
+    UNKNOWN_TYPE = "unknown_type", False, "The frame's `type` is not one of the protocol's."
+    TOO_LONG = "too_long", False, "The prompt, or the messages together, are over the limit."
+    ID_CONFLICT = "id_conflict", False, "The `id` names another prompt already."
+    MODEL_NOT_ALLOWED = "model_not_allowed", False, "The `model` is not on the server's list."
+    NOT_RUNNING = "not_running", False, "There is nothing (of that `id`) to stop. Harmless."
+    # What the server cannot do now.
+    BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
+    LIMIT = "limit", True, "This socket, conversation or server runs as much as it may."
+    SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."
+    # How a generation failed.
+    BAD_REQUEST = "bad_request", False, "The model's API refused the request."
+    CREDENTIALS = "credentials", False, "The model's API refused the server's credentials."
+    MODEL_NOT_FOUND = "model_not_found", False, "The model's API knows no such model."
+    REQUEST_TOO_LARGE = "request_too_large", False, "The model's API found the request too large."
+    RATE_LIMITED = "rate_limited", True, "The model's API limits the rate; see `retry_after`."
+    SPEND_LIMIT = "spend_limit", False, "The server's account with the model's API is used up."
+    UPSTREAM_ERROR = "upstream_error", True, "The model's API failed."
+    OVERLOADED = "overloaded", True, "The model's API is overloaded."
+    UNREACHABLE = "unreachable", True, "The model's API cannot be reached."
+    UNTRUSTED = "untrusted", False, "The model's API has a certificate that is not trusted."
+    TIMEOUT = "timeout", True, "The model's API was silent for too long."
+    INCOMPLETE = "incomplete", True, "The reply broke off before its end."
+    MALFORMED = "malformed", True, "The model's API sent what is not in its own format."
+    REFUSAL = "refusal", False, "The model declined to answer."
+    INTERNAL = "internal", False, "A fault of the server's own; `ref` finds it in the log."
+
+
+class WsserverError(Exception):
+    """The root of the tree."""
+
+
+class ConfigError(WsserverError):
+    """The program cannot start as it was told to; the message is one clear line."""
+
+
+class _Coded(WsserverError):
+    def __init__(
+        self,
+        code: Code,
+        message: str = "",
+        *,
+        retryable: bool | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message or code.meaning)
+        self.code = code
+        self.message = message or code.meaning
+        self.retryable = code.retryable if retryable is None else retryable
+        self.retry_after = retry_after
+
+
+class Refused(_Coded):
+    """A client frame was not accepted, and nothing changed.
+
+    Args:
+        code: one of :class:`Code`.
+        message: for people; sent to the client. Default: the code's meaning.
+        retryable: whether the same frame can succeed later. Default: the code's.
+        retry_after: seconds, where known.
+    """
+
+
+class ModelError(_Coded):
+    """A model could not finish its reply; what it said so far is kept.
+
+    A model of your own raises this to tell the client what happened. Any other exception becomes
+    :attr:`Code.INTERNAL`, whose text stays in the log. The arguments are those of :class:`Refused`.
+    """

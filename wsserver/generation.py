@@ -1,0 +1,197 @@
+"""One model reply being produced: a log with one writer and any number of followers.
+
+Nothing here does I/O, knows sockets or tasks, or looks at a clock: it is tested as plain data.
+
+The log is append-only. Whoever consumes it (a socket, a second tab, a store) holds a cursor of
+its own and is woken when there is more. One that is not ready simply does not read; when it is,
+it takes all that it missed as one run. Back-pressure, merging, resume and several readers are
+all this one thing.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+__all__ = [
+    "End",
+    "Follower",
+    "IllegalTransition",
+    "Log",
+    "Run",
+    "State",
+    "Thinking",
+    "Usage",
+    "well_formed",
+]
+
+T = TypeVar("T")
+
+
+class Thinking(str):
+    """A piece of the model's thinking. A plain ``str`` is a piece of its text."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens spent on a reply, in all so far.
+
+    ``input_tokens`` counts what was neither read from nor written to a prompt cache; the whole
+    input is the sum of the three. ``estimated``: the model never said, this is our guess.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    estimated: bool = False
+
+    def but(self, **counts: int | bool) -> "Usage":
+        """Return a copy with other counts."""
+        return replace(self, **counts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The model's own end of a reply, with its stop reason and the usage, where it knows them."""
+
+    reason: str = "end_turn"
+    usage: Usage | None = None
+
+
+class State(Enum):
+    """Where a generation is. It only ever moves down this list."""
+
+    QUEUED = auto()
+    RUNNING = auto()
+    STOPPING = auto()  # asked to stop; the request to the model is being closed
+    ENDED = auto()
+
+
+# event -> the states in which it may happen -> the state that it leads to
+_TRANSITIONS = {
+    "begin": {State.QUEUED: State.RUNNING},
+    "append": {State.RUNNING: State.RUNNING},
+    "stop": {State.QUEUED: State.STOPPING, State.RUNNING: State.STOPPING},
+    "end": {
+        State.QUEUED: State.ENDED,
+        State.RUNNING: State.ENDED,
+        State.STOPPING: State.ENDED,
+    },
+}
+
+
+class IllegalTransition(RuntimeError):
+    """An event that cannot happen in the log's state. Nothing has changed."""
+
+
+class Follower(Protocol):
+    """Whatever consumes a log through a cursor of its own."""
+
+    def wake(self) -> None:
+        """There is more to read, or the terminal. Must neither raise nor wait."""
+        ...
+
+
+class Run(NamedTuple):
+    """Consecutive pieces of one kind, merged: what becomes one frame."""
+
+    seq: int
+    """The number of the last piece in it."""
+    text: str
+    thinking: bool
+
+
+class Log(Generic[T]):
+    """All pieces of a generation in order, then one terminal of type ``T``.
+
+    ``seq`` is the number of a piece, from 1; a cursor is the seq of the last piece read, 0 at
+    the start. Appending takes constant time, and reading time in proportion to what is read.
+    """
+
+    __slots__ = ("followers", "pieces", "state", "terminal")
+
+    def __init__(self) -> None:
+        self.state = State.QUEUED
+        self.pieces: list[str] = []
+        self.terminal: T | None = None
+        self.followers: list[Follower] = []
+
+    @property
+    def seq(self) -> int:
+        """The number of the last piece; 0 where there is none."""
+        return len(self.pieces)
+
+    @property
+    def text(self) -> str:
+        """All text so far, without the thinking."""
+        return "".join(piece for piece in self.pieces if type(piece) is not Thinking)
+
+    def begin(self) -> None:
+        """The model has been asked."""
+        self._move("begin")
+
+    def append(self, piece: str) -> None:
+        """Add a piece and wake the followers. An empty one adds nothing."""
+        if self.state is not State.RUNNING:
+            self._move("append")
+        if piece:
+            self.pieces.append(piece)
+            self._wake()
+
+    def stop(self) -> None:
+        """From now on nothing is appended; :meth:`end` follows once the model is closed."""
+        self._move("stop")
+
+    def end(self, terminal: T) -> None:
+        """Close the log and wake the followers for the last time."""
+        self._move("end")
+        self.terminal = terminal
+        self._wake()
+
+    def read(self, after: int, limit: int) -> Run:
+        """Merge the pieces of one kind that come after a cursor.
+
+        Args:
+            after: the cursor, at least 0 and less than :attr:`seq`.
+            limit: characters after which the run is cut; the piece that crosses it is included.
+        """
+        pieces = self.pieces
+        first = pieces[after]
+        kind = type(first)
+        seq = after + 1
+        if seq == len(pieces):  # caught up: the common case, and the one that must be cheap
+            return Run(seq, first, kind is Thinking)
+        size = len(first)
+        while seq < len(pieces) and size < limit and type(pieces[seq]) is kind:
+            size += len(pieces[seq])
+            seq += 1
+        return Run(seq, "".join(pieces[after:seq]), kind is Thinking)
+
+    def _wake(self) -> None:
+        # A copy, as a follower may leave as it is woken.
+        for follower in tuple(self.followers):
+            follower.wake()
+
+    def _move(self, event: str) -> None:
+        state = _TRANSITIONS[event].get(self.state)
+        if state is None:
+            raise IllegalTransition(f"{event} while {self.state.name.lower()}")
+        self.state = state
+
+
+def well_formed(text: str) -> str:
+    """Return text that UTF-8 can carry.
+
+    JSON can smuggle half a surrogate pair into a string. Two halves that meet become the
+    character they stand for; one alone becomes U+FFFD.
+    """
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        kind = type(text)
+        return kind(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return text

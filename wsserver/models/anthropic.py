@@ -1,0 +1,375 @@
+"""Claude, through Anthropic's SDK: one streaming request to the Messages API per reply.
+
+The only module that knows the SDK. It takes the SDK's request, authentication and connection
+handling, and reads the body itself: building a model object per event would cost more than all
+else that a token needs. Attempts are made again here and not in the SDK, which would sleep for as
+long as a ``retry-after`` says.
+
+The stream's format: https://platform.claude.com/docs/en/build-with-claude/streaming
+"""
+
+import asyncio
+import contextlib
+import email.utils
+import random
+import ssl
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+import anthropic
+import httpx2
+from pydantic_core import from_json
+
+from wsserver.errors import Code, ConfigError, ModelError
+from wsserver.generation import End, Thinking, Usage
+from wsserver.models.base import Request
+from wsserver.settings import Settings
+
+__all__ = ["Anthropic"]
+
+MAX_EVENT = 1 << 20  # bytes of one event; a longer one is no event of this API
+MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
+LAST_READ = 1.0  # seconds for the end of the body, after which its connection is not used again
+
+_BY_STATUS = {
+    400: Code.BAD_REQUEST,
+    401: Code.CREDENTIALS,
+    402: Code.SPEND_LIMIT,
+    403: Code.CREDENTIALS,
+    404: Code.MODEL_NOT_FOUND,
+    408: Code.TIMEOUT,
+    413: Code.REQUEST_TOO_LARGE,
+    429: Code.RATE_LIMITED,
+    503: Code.OVERLOADED,
+    504: Code.TIMEOUT,
+    529: Code.OVERLOADED,
+}
+_BY_TYPE = {  # of an `error` event mid-stream, whose status is 200
+    "authentication_error": Code.CREDENTIALS,
+    "billing_error": Code.SPEND_LIMIT,
+    "invalid_request_error": Code.BAD_REQUEST,
+    "not_found_error": Code.MODEL_NOT_FOUND,
+    "overloaded_error": Code.OVERLOADED,
+    "permission_error": Code.CREDENTIALS,
+    "rate_limit_error": Code.RATE_LIMITED,
+    "request_too_large": Code.REQUEST_TOO_LARGE,
+    "timeout_error": Code.TIMEOUT,
+}
+_SERVER_ERROR = 500
+_SSE_FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
+
+
+class _Transient(Exception):
+    """An attempt failed in a way that the next one may not."""
+
+    def __init__(self, error: ModelError) -> None:
+        self.error = error
+
+
+class Anthropic:
+    """A model of Anthropic's, or of any server that speaks the Messages API.
+
+    One HTTP client serves all replies; :meth:`aclose` closes it. Credentials,
+    ``ANTHROPIC_BASE_URL`` and whatever else the SDK reads from the environment are honoured.
+
+    Raises:
+        ConfigError: there are no credentials.
+    """
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self._settings = settings
+        # A pool wait counts as connecting: the pool is as large as what may run at once.
+        timeout = httpx2.Timeout(
+            settings.silence_timeout,
+            connect=settings.connect_timeout,
+            pool=settings.connect_timeout,
+        )
+        limits = httpx2.Limits(
+            max_connections=settings.generations, max_keepalive_connections=settings.generations
+        )
+        self._client = anthropic.AsyncAnthropic(
+            max_retries=0,
+            timeout=timeout,
+            http_client=anthropic.DefaultAioHttpClient(timeout=timeout, limits=limits),
+        )
+        if not (self._client.auth_headers or self._client.credentials):
+            raise ConfigError(
+                f"model: {name} needs Anthropic credentials; set ANTHROPIC_API_KEY, "
+                "or try --model demo"
+            )
+
+    async def aclose(self) -> None:
+        """Close the HTTP client and the connections that it holds."""
+        await self._client.close()
+
+    async def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
+        """Stream a reply, with new attempts while nothing of it has come yet.
+
+        Raises:
+            ModelError: it failed; see the codes in :mod:`wsserver.errors`.
+        """
+        arguments = self._arguments(request)
+        pauses_end = time.monotonic() + self._settings.retry_budget
+        for attempt in range(self._settings.retries + 1):
+            begun = False
+            try:
+                async with contextlib.aclosing(self._attempt(arguments)) as pieces:
+                    async for piece in pieces:
+                        begun = begun or isinstance(piece, str)
+                        yield piece
+            except _Transient as failure:
+                error = failure.error
+                pause = error.retry_after
+                if pause is None:
+                    # Full jitter, so that those who failed together do not come back together.
+                    pause = random.uniform(0, min(MAX_PAUSE, 0.5 * 2**attempt))  # noqa: S311
+                in_budget = time.monotonic() + pause <= pauses_end
+                if begun or attempt == self._settings.retries or not in_budget:
+                    raise error from failure.__cause__
+                await asyncio.sleep(pause)
+            else:
+                return
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "model": request.model,
+            "max_tokens": request.max_tokens,
+            "messages": [
+                {"role": message.role, "content": message.content} for message in request.messages
+            ],
+        }
+        if request.system:
+            arguments["system"] = request.system
+        if request.temperature is not None:
+            # No argument of the SDK's any more, but still a parameter of most models.
+            arguments["extra_body"] = {"temperature": request.temperature}
+        if self._settings.prompt_caching:
+            arguments["cache_control"] = {"type": "ephemeral"}
+        thinking = self._settings.thinking
+        if thinking == "adaptive":
+            arguments["thinking"] = {"type": "adaptive", "display": "summarized"}
+        elif thinking == "disabled":
+            arguments["thinking"] = {"type": "disabled"}
+        elif thinking and int(thinking) < request.max_tokens:  # as the API demands
+            arguments["thinking"] = {"type": "enabled", "budget_tokens": int(thinking)}
+        return arguments
+
+    async def _attempt(self, arguments: dict[str, Any]) -> AsyncGenerator[str | Usage | End]:
+        try:
+            async with self._client.messages.with_streaming_response.create(
+                **arguments, stream=True
+            ) as response:
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    raise ModelError(Code.MALFORMED)
+                async with contextlib.aclosing(_read(response.http_response)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+        except anthropic.APIStatusError as error:
+            raise _of_status(error) from error
+        except anthropic.APIConnectionError as error:
+            raise _of_connection(error) from error
+        except anthropic.CredentialsError as error:
+            raise ModelError(Code.CREDENTIALS) from error
+        except httpx2.TimeoutException as error:
+            raise _Transient(ModelError(Code.TIMEOUT)) from error
+        except httpx2.TransportError as error:
+            raise _Transient(ModelError(Code.INCOMPLETE)) from error
+
+
+async def _read(response: httpx2.Response) -> AsyncGenerator[str | Usage | End]:
+    """Turn the body into pieces: those that arrive in one read, and are of one kind, into one."""
+    events = _Events()
+    reply = _Reply()
+    async with contextlib.aclosing(response.aiter_bytes()) as chunks:
+        async for chunk in chunks:
+            failure = None
+            try:
+                for data in events.feed(chunk):
+                    for piece in reply.receive(data):
+                        yield piece
+            except (ModelError, _Transient) as error:
+                failure = error
+            for piece in reply.flush():
+                yield piece
+            if failure is not None:  # now that all that came before it has been said
+                raise failure
+            if reply.end is not None:
+                # Read on to the end of the body, so that its connection can serve the next reply.
+                with contextlib.suppress(TimeoutError, httpx2.TransportError):
+                    async with asyncio.timeout(LAST_READ):
+                        async for _ in chunks:
+                            pass
+                yield reply.end
+                return
+    raise ModelError(Code.INCOMPLETE)
+
+
+class _Events:
+    """Cuts a byte stream into the data of server-sent events.
+
+    https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation,
+    but for one rule: a field that the API never sends is an error and not ignored, as text that
+    a damaged line carried would be lost in silence.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Yield the data of each event that the chunk completes.
+
+        Raises:
+            ModelError: it is not a stream of events.
+        """
+        buffer = self._rest + chunk
+        held = b""
+        if b"\r" in buffer:
+            if buffer.endswith(b"\r"):  # half of a line end perhaps
+                buffer, held = buffer[:-1], b"\r"
+            buffer = buffer.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *blocks, rest = buffer.split(b"\n\n")
+        self._rest = rest + held
+        if len(self._rest) > MAX_EVENT:
+            raise ModelError(Code.MALFORMED)
+        for block in blocks:
+            data = []
+            for line in block.split(b"\n"):
+                field, _, value = line.partition(b":")
+                if field == b"data":
+                    data.append(value.removeprefix(b" "))
+                elif field not in _SSE_FIELDS:
+                    raise ModelError(Code.MALFORMED)
+            if data:
+                yield b"\n".join(data)
+
+
+class _Reply:
+    """Follows the events of one reply, and gathers its text until it is flushed."""
+
+    def __init__(self) -> None:
+        self.end: End | None = None
+        self._usage = Usage(estimated=True)
+        self._stop_reason: str | None = None
+        self._kind: type[str] = str
+        self._gathered: list[str] = []
+
+    def receive(self, data: bytes) -> Iterator[str | Usage]:
+        """Take one event; yield what is ready because of it.
+
+        Raises:
+            ModelError: the event is an error, or none of this API's, or tells of a refusal.
+        """
+        try:
+            event = from_json(data)
+            match event["type"]:
+                case "content_block_delta":
+                    yield from self._delta(event["delta"])
+                case "content_block_start":
+                    yield from self._gather(str, event["content_block"].get("text") or "")
+                case "message_start":
+                    yield self._count(event["message"].get("usage") or {}, estimated=True)
+                case "message_delta":
+                    self._stop_reason = event["delta"].get("stop_reason") or self._stop_reason
+                    yield self._count(event.get("usage") or {}, estimated=False)
+                case "message_stop":
+                    self._stop()
+                case "error":
+                    raise _of_event(event["error"])
+                case _:  # a `ping`, or an event of a later version, which the API says to ignore
+                    pass
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(Code.MALFORMED) from error
+
+    def flush(self) -> Iterator[str]:
+        """Yield the text gathered so far as one piece."""
+        if self._gathered:
+            piece = "".join(self._gathered)
+            self._gathered.clear()
+            yield self._kind(piece)
+
+    def _delta(self, delta: dict[str, Any]) -> Iterator[str]:
+        match delta["type"]:
+            case "text_delta":
+                yield from self._gather(str, delta["text"])
+            case "thinking_delta":
+                yield from self._gather(Thinking, delta["thinking"])
+            case _:  # signatures, citations and a tool's input are not shown, but are life
+                yield ""
+
+    def _gather(self, kind: type[str], text: str) -> Iterator[str]:
+        if kind is not self._kind:
+            yield from self.flush()
+            self._kind = kind
+        if text:
+            self._gathered.append(text)
+
+    def _count(self, counts: dict[str, Any], *, estimated: bool) -> Usage:
+        # The counts of `message_delta` are totals, and it leaves out what has not changed.
+        known = {
+            name: int(counts[name])
+            for name in (
+                "input_tokens",
+                "output_tokens",
+                "cache_creation_input_tokens",
+                "cache_read_input_tokens",
+            )
+            if counts.get(name) is not None
+        }
+        self._usage = self._usage.but(**known, estimated=estimated)
+        return self._usage
+
+    def _stop(self) -> None:
+        if self._stop_reason is None:
+            raise ModelError(Code.INCOMPLETE)
+        if self._stop_reason == "refusal":
+            raise ModelError(Code.REFUSAL)
+        self.end = End(self._stop_reason, self._usage)
+
+
+def _of_status(error: anthropic.APIStatusError) -> Exception:
+    code = _BY_STATUS.get(error.status_code)
+    if code is None:
+        server = error.status_code >= _SERVER_ERROR
+        code = Code.UPSTREAM_ERROR if server else Code.BAD_REQUEST
+    if error.type == "billing_error" or (error.error_code or "").endswith("spend_limit_reached"):
+        code = Code.SPEND_LIMIT
+    headers = error.response.headers
+    model_error = ModelError(code, retry_after=_retry_after(headers) if code.retryable else None)
+    if code.retryable and headers.get("x-should-retry") != "false":
+        return _Transient(model_error)
+    return model_error
+
+
+def _of_connection(error: anthropic.APIConnectionError) -> Exception:
+    if isinstance(error, anthropic.APITimeoutError):
+        return _Transient(ModelError(Code.TIMEOUT))
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return ModelError(Code.UNTRUSTED)
+        cause = cause.__cause__ or cause.__context__
+    return _Transient(ModelError(Code.UNREACHABLE))
+
+
+def _of_event(error: dict[str, Any]) -> Exception:
+    code = _BY_TYPE.get(error["type"], Code.UPSTREAM_ERROR)
+    details = error.get("details") or {}
+    if str(details.get("error_code")).endswith("spend_limit_reached"):
+        code = Code.SPEND_LIMIT
+    model_error = ModelError(code)
+    return _Transient(model_error) if code.retryable else model_error
+
+
+def _retry_after(headers: httpx2.Headers) -> float | None:
+    """Read how long to wait, in seconds (RFC 9110 section 10.2.3; in milliseconds by custom)."""
+    for name, scale in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(ValueError, OverflowError):
+            seconds = float(headers.get(name, "")) / scale
+            if 0 <= seconds < float("inf"):
+                return seconds
+    with contextlib.suppress(KeyError, ValueError):
+        when = email.utils.parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, when.timestamp() - time.time())
+    return None

@@ -1,0 +1,130 @@
+"""What a model is, and how one is found by its name."""
+
+import importlib
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+from wsserver.errors import ConfigError
+from wsserver.generation import End, Usage
+from wsserver.settings import Settings
+
+__all__ = ["Message", "Model", "Request", "close", "load", "name_of"]
+
+DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
+
+# Any of these means that Anthropic's SDK will find credentials in the environment.
+_CREDENTIALS = (
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_AUTH_TOKEN",
+    "ANTHROPIC_PROFILE",
+    "ANTHROPIC_IDENTITY_TOKEN",
+    "ANTHROPIC_IDENTITY_TOKEN_FILE",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation. ``partial``: why it is not whole, where it is not."""
+
+    role: Literal["user", "assistant"]
+    content: str
+    partial: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a model is asked: the conversation, whose last message is the user's, and how."""
+
+    messages: tuple[Message, ...]
+    model: str
+    max_tokens: int
+    system: str | None = None
+    temperature: float | None = None
+
+    @property
+    def prompt(self) -> str:
+        """The last message's text."""
+        return self.messages[-1].content
+
+
+class Model(Protocol):
+    """A callable from a request to an async iterator of pieces; an async generator will do.
+
+    It yields ``str`` for text, :class:`~wsserver.Thinking` for thinking, and where it knows them
+    :class:`~wsserver.Usage` (in all so far) and one :class:`~wsserver.End`. An empty piece adds
+    nothing, but shows that the model is alive. Returning without ``End`` is an ``end_turn``.
+
+    To stop it, the task that iterates is cancelled and the iterator closed: what it holds open
+    must be closed as the exception passes, as ``async with`` and ``finally`` do.
+
+    It may have a ``name``, which clients see, and an ``async def aclose()``, which is called
+    when the server that made it is closed.
+
+    Raises:
+        ModelError: to tell the client what happened; any other exception is not told.
+    """
+
+    def __call__(self, request: Request, /) -> AsyncIterator[str | Usage | End]:
+        """Start a reply."""
+        ...
+
+
+def name_of(model: Model) -> str:
+    """Return the name that clients see."""
+    return str(getattr(model, "name", None) or getattr(model, "__name__", type(model).__name__))
+
+
+async def close(model: Model) -> None:
+    """Release what a model holds, if it says how."""
+    aclose = getattr(model, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+def load(settings: Settings) -> Model:
+    """Make the model that the settings name.
+
+    The libraries behind it are imported here and not before, as they take longer to start than
+    all of the rest.
+
+    Raises:
+        ConfigError: there is no such model, or it has no credentials.
+    """
+    spec = settings.model
+    if not spec:
+        found = any(os.environ.get(name) for name in _CREDENTIALS)
+        spec = DEFAULT_ANTHROPIC_MODEL if found else "demo"
+    if spec == "demo":
+        from wsserver.models.demo import Demo  # noqa: PLC0415
+
+        return Demo(rate=settings.demo_rate)
+    if spec.startswith(("anthropic:", "claude-")):
+        from wsserver.models.anthropic import Anthropic  # noqa: PLC0415
+
+        return Anthropic(spec.removeprefix("anthropic:"), settings)
+    return _import(spec)
+
+
+def _import(spec: str) -> Model:
+    module_name, _, attribute = spec.partition(":")
+    if not (module_name and attribute):
+        raise ConfigError(
+            f"model: {spec!r} is none of demo, anthropic:MODEL, claude-… and module:attribute"
+        )
+    # A program started from a folder expects to find that folder's modules.
+    if (cwd := str(os.getcwd())) not in sys.path:  # noqa: PTH109
+        sys.path.insert(0, cwd)
+    try:
+        model = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            model = getattr(model, part)
+    except Exception as error:
+        raise ConfigError(
+            f"model: cannot import {spec!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(model):
+        raise ConfigError(f"model: {spec!r} is not callable")
+    return cast("Model", model)

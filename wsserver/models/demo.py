@@ -1,0 +1,78 @@
+"""The offline model: no network and no key, so that everything else can be tried out."""
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+
+from wsserver.generation import End, Usage
+from wsserver.models.base import Request
+
+__all__ = ["Demo"]
+
+
+class Demo:
+    """Answers from the prompt, the same every time, word by word.
+
+    Args:
+        rate: words per second; 0 is as fast as it can.
+    """
+
+    name = "demo"
+
+    def __init__(self, rate: float = 25.0) -> None:
+        self._pause = 1 / rate if rate else 0.0
+
+    async def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
+        """Speak the answer, a word at a time."""
+        asked = sum(_words(message.content) for message in request.messages)
+        usage = Usage(input_tokens=asked)
+        yield usage
+        words = re.findall(r"\s*\S+", _answer(request))
+        for spoken, word in enumerate(words[: request.max_tokens], start=1):
+            await asyncio.sleep(self._pause)
+            yield usage.but(output_tokens=spoken)
+            yield word
+        yield End("end_turn" if len(words) <= request.max_tokens else "max_tokens")
+
+
+def _words(text: str) -> int:
+    return len(text.split())
+
+
+def _answer(request: Request) -> str:
+    if re.search(r"what did i (just )?say", request.prompt, re.IGNORECASE):
+        return _remembered(request)
+    quoted = " ".join(request.prompt.split())
+    words = quoted.split()
+    longest = max(words, key=len)
+    return f"""\
+This is the demo model: no language model is connected, so what follows is made from your own \
+words. You wrote: “{quoted}”
+
+That is {len(words)} {"word" if len(words) == 1 else "words"} and {len(quoted)} characters. The \
+longest of them is “{longest}”; read backwards it is “{longest[::-1]}”.
+
+Each word arrives as a frame of its own over the WebSocket that carried your prompt, at about the \
+pace at which people read. A real model would be using its API now, and you would be paying for \
+every word. So this is a good moment to press Stop: the server cancels the generation at its \
+source, keeps what was said, and tells you with one last frame that it was stopped and by whom. \
+The next prompt goes on in the same conversation over the same socket. If you would rather let \
+it run, it counts to twenty first: one, two, three, four, five, six, seven, eight, nine, ten, \
+eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty.
+
+You can also ask “What did I just say?”, as the conversation is remembered. To talk to Claude \
+instead, set ANTHROPIC_API_KEY and start the server again."""
+
+
+def _remembered(request: Request) -> str:
+    said = [message for message in request.messages[:-1] if message.role == "user"]
+    if not said:
+        return "You have not said anything before this. This is the demo model; try it again now."
+    before = " ".join(said[-1].content.split())
+    answer = f"You said: “{before}”"
+    last = request.messages[-2]
+    if last.role == "assistant" and last.partial:
+        answer += (
+            " My answer to it was cut short after “" + " ".join(last.content.split()[-5:]) + "”."
+        )
+    return answer

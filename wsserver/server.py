@@ -1,0 +1,290 @@
+"""The server: listen, answer HTTP, hand each WebSocket a connection, drain and close."""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import hashlib
+import http
+import importlib.resources
+import random
+import re
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from websockets.asyncio.server import Server as Listener
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as listen
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+from websockets.typing import Subprotocol
+
+from wsserver import models
+from wsserver.connection import Connection
+from wsserver.hub import Hub
+from wsserver.models.base import Model
+from wsserver.protocol import SUBPROTOCOL, Close
+from wsserver.settings import Settings
+from wsserver.transport import Socket
+
+__all__ = ["Server", "serve"]
+
+WEBSOCKET_PATHS = ("/", "/ws")
+CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
+CLOSE_PAUSE = 0.1  # seconds between batches, on average
+
+
+def serve(
+    model: Model | None = None, *, settings: Settings | None = None, **given: Any
+) -> "Server":
+    """Make a server; it listens inside ``async with``.
+
+    ::
+
+        async with wsserver.serve(my_model, port=0) as server:
+            print(server.url)
+            await server.serve_forever()
+
+    Args:
+        model: what answers: an async generator from a request to pieces, see
+            :class:`wsserver.Model`. Default: what the setting ``model`` names.
+        settings: all settings at once; without it they are read from the environment.
+        given: single settings, by name; they win over the environment.
+
+    Raises:
+        ConfigError: a setting does not fit, or the model cannot be found.
+    """
+    if settings is None:
+        settings = Settings.load(**given)
+    elif given:
+        raise TypeError("give either settings or single ones")
+    return Server(model, settings)
+
+
+class Server:
+    """A running server; see :func:`serve`.
+
+    Entering it raises ``OSError`` when it cannot listen on its address.
+    """
+
+    def __init__(self, model: Model | None, settings: Settings) -> None:
+        self.settings = settings
+        self._model = models.load(settings) if model is None else model
+        self._owns_model = model is None
+        self._sockets: set[Socket] = set()
+        self._connections: dict[Socket, Connection] = {}
+        self._page = _Page()
+        self._hub: Hub
+        self._listener: Listener
+        self._closing: asyncio.Task[None] | None = None
+        self._hurry: asyncio.Event
+
+    @property
+    def model_name(self) -> str:
+        """The name of what answers, as clients see it."""
+        return models.name_of(self._model)
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on, also where the setting was 0."""
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """The address for WebSocket clients on this machine."""
+        return f"ws://{self._address}/"
+
+    @property
+    def page(self) -> str:
+        """The address for browsers on this machine."""
+        return f"http://{self._address}/"
+
+    async def __aenter__(self) -> Self:
+        settings = self.settings
+        self._hurry = asyncio.Event()
+        self._hub = Hub(self._model, settings)
+        self._listener = await listen(
+            self._handle,
+            settings.host,
+            settings.port,
+            process_request=self._respond,
+            select_subprotocol=_select_subprotocol,
+            create_connection=functools.partial(  # type: ignore[arg-type]
+                Socket, settings=settings, sockets=self._sockets
+            ),
+            compression=None,  # costs 40 KiB a socket and half of the send rate
+            open_timeout=settings.open_timeout,
+            ping_interval=settings.ping_interval,
+            ping_timeout=settings.ping_timeout,
+            close_timeout=settings.send_timeout,
+            max_size=settings.message_size,
+            write_limit=settings.write_buffer,
+            server_header=None,
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc_type is not None:  # also when cancelled: leave quickly
+            self.hurry()
+        await self.close()
+
+    async def serve_forever(self) -> None:
+        """Wait until the server is closed."""
+        await self._listener.wait_closed()
+
+    async def close(self) -> None:
+        """Drain and close: take no more prompts, let replies finish, close the sockets with 1012.
+
+        It takes no longer than the ``shutdown_timeout``. Idempotent; all callers wait for the end.
+        """
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    def hurry(self) -> None:
+        """Make :meth:`close`, under way or to come, wait for nothing more."""
+        self._hurry.set()
+
+    async def _close(self) -> None:
+        self._listener.close(close_connections=False)
+        loop = asyncio.get_running_loop()
+        hurried = loop.create_task(self._hurry.wait())
+        leaving = loop.create_task(self._leave())
+        await asyncio.wait(
+            {hurried, leaving},
+            timeout=self.settings.shutdown_timeout,
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        for task in (hurried, leaving):
+            task.cancel()
+        await asyncio.wait({hurried, leaving})
+        for socket in tuple(self._sockets):
+            socket.abort()
+        await self._hub.close()
+        await self._listener.wait_closed()
+        if self._owns_model:
+            await models.close(self._model)
+
+    async def _leave(self) -> None:
+        await self._hub.drain(self._hurry)
+        sockets = list(self._connections)
+        random.shuffle(sockets)
+        async with asyncio.TaskGroup() as group:
+            for number, socket in enumerate(sockets, start=1):
+                group.create_task(self._dismiss(socket))
+                if number % CLOSE_BATCH == 0:
+                    await asyncio.sleep(random.uniform(0, 2 * CLOSE_PAUSE))  # noqa: S311
+
+    async def _dismiss(self, socket: Socket) -> None:
+        connection = self._connections.get(socket)
+        if connection is not None:
+            await connection.delivered()
+            await socket.close(Close.SERVICE_RESTART, "the server restarts")
+
+    async def _handle(self, socket: ServerConnection) -> None:
+        """Serve one WebSocket until it closes."""
+        assert isinstance(socket, Socket)
+        connection = Connection(socket, self._hub, self.settings)
+        socket.wake = connection.wake
+        self._connections[socket] = connection
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                async for message in socket:
+                    if not connection.receive(message):
+                        await socket.close(Close.POLICY_VIOLATION, "too many unusable frames")
+        finally:
+            connection.detach()
+            del self._connections[socket]
+
+    # HTTP.
+
+    @property
+    def _address(self) -> str:
+        host = self.settings.host
+        if host in {"0.0.0.0", "::", ""}:  # noqa: S104
+            host = "localhost"
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+    def _respond(self, _: ServerConnection, request: Request) -> Response | None:
+        """Answer what is not a WebSocket handshake; None lets the library go on with one."""
+        path = request.path.partition("?")[0]
+        websocket = "websocket" in request.headers.get("Upgrade", "").lower()
+        if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
+            return None
+        if path not in {*WEBSOCKET_PATHS, "/healthz"}:
+            response = _response(http.HTTPStatus.NOT_FOUND, b"Not found\n")
+        elif request.method not in {"GET", "HEAD"}:
+            response = _response(
+                http.HTTPStatus.METHOD_NOT_ALLOWED,
+                b"Method not allowed\n",
+                headers={"Allow": "GET, HEAD"},
+            )
+        elif path == "/":
+            response = self._page.respond()
+        elif path == "/healthz":
+            response = _response(http.HTTPStatus.OK, b"ok\n")
+        else:
+            response = _response(
+                http.HTTPStatus.UPGRADE_REQUIRED,
+                b"This address speaks WebSocket; the page is at /\n",
+                headers={"Upgrade": "websocket"},
+            )
+        if request.method == "HEAD":
+            response.body = b""
+        return response
+
+
+class _Page:
+    """The page at ``/``, and the policy that lets it run its own script and no other."""
+
+    def __init__(self) -> None:
+        self._body = importlib.resources.files("wsserver").joinpath("web/index.html").read_bytes()
+        script = _hashes(self._body, b"script")
+        style = _hashes(self._body, b"style")
+        self._policy = (
+            f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+    def respond(self) -> Response:
+        return _response(
+            http.HTTPStatus.OK,
+            self._body,
+            "text/html; charset=utf-8",
+            {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"},
+        )
+
+
+def _hashes(page: bytes, tag: bytes) -> str:
+    """Name the inline scripts or styles of a page by their hashes (CSP level 3, section 2.3.1)."""
+    found = re.findall(b"<%b[^>]*>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+def _response(
+    status: http.HTTPStatus,
+    body: bytes,
+    content_type: str = "text/plain; charset=utf-8",
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    common = {
+        "Connection": "close",
+        "Content-Type": content_type,
+        "Content-Length": str(len(body)),
+        "Cache-Control": "no-cache",
+        "X-Content-Type-Options": "nosniff",
+    }
+    return Response(status.value, status.phrase, Headers({**common, **(headers or {})}), body)
+
+
+def _select_subprotocol(_: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    # A client that offers none, or others, is served all the same: most offer none.
+    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None

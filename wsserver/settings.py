@@ -1,0 +1,186 @@
+"""Everything that can be configured: one field each, with a default, a unit and a reason.
+
+A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, the flag
+``--send-timeout`` of ``wsserver serve`` and the keyword ``send_timeout`` of
+:func:`wsserver.serve`. A flag or keyword wins over the environment.
+"""
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from wsserver.errors import ConfigError
+
+__all__ = ["Settings"]
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+
+MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
+
+
+class Settings(BaseSettings):
+    """How this server behaves. Sizes are in bytes and times in seconds unless a field says so.
+
+    Raises:
+        pydantic.ValidationError: a value does not fit; :meth:`load` makes that one clear line.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="WSSERVER_",
+        extra="forbid",
+        frozen=True,
+        env_ignore_empty=True,
+        use_attribute_docstrings=True,
+    )
+
+    # Where it listens.
+    host: str = "127.0.0.1"
+    """Address to listen on. Loopback, so that it is yours alone until you decide otherwise."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 3001
+    """Port to listen on; 0 lets the system choose."""
+
+    # What answers.
+    model: str = ""
+    """What answers: `demo`, `anthropic:MODEL` (or a bare `claude-…`), or
+    `package.module:attribute` for a model of your own. Default: claude-sonnet-4-6 where Anthropic
+    credentials are found, else demo."""
+    models: Annotated[tuple[str, ...], NoDecode] = ()
+    """Other model ids that a prompt may ask for, separated by commas. Empty, as each is a price
+    that you agree to pay."""
+    system: str = ""
+    """System prompt where a prompt brings none."""
+    max_tokens: PositiveCount = 8192
+    """Output tokens per reply where a prompt says nothing."""
+    max_tokens_limit: PositiveCount = 32_768
+    """The most output tokens that a prompt may ask for; a higher wish is lowered to this."""
+    thinking: str = ""
+    """Extended thinking: `adaptive`, `disabled`, or a budget in tokens (1024 or more). Default:
+    whatever the model does by itself."""
+    prompt_caching: bool = True
+    """Let Anthropic cache the conversation so far, which makes every further turn cheaper."""
+    demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
+    """Words per second of the demo model, a human reading pace; 0 is as fast as it can."""
+
+    # What a client may send.
+    message_size: PositiveCount = 65_536
+    """Largest WebSocket message accepted; a larger one closes the socket with 1009."""
+    prompt_size: PositiveCount = 32_768
+    """Largest prompt, or messages together, as UTF-8."""
+    bad_frames: PositiveCount = 20
+    """Unusable frames in a row after which a socket is closed with 1008. Enough for a person who
+    tries things out by hand."""
+
+    # How much runs at once.
+    generations: PositiveCount = 800
+    """Replies running or queued in this process; below the 1000 connections that the SDK keeps to
+    its API."""
+    generations_per_socket: PositiveCount = 4
+    """Replies running or queued for one socket, so that one client cannot take them all."""
+    queue_size: Count = 8
+    """Prompts that may wait in one conversation with `on_busy: queue`."""
+    conversations: PositiveCount = 10_000
+    """Conversations kept in memory; the one idle for longest is dropped first."""
+    history_size: PositiveCount = 400_000
+    """Characters of a conversation that are kept and sent to the model, about 100,000 tokens; the
+    oldest turns are dropped first."""
+    reply_size: PositiveCount = 4_000_000
+    """Characters of one reply, after which it ends as `max_tokens`: a model of one's own may know
+    no end."""
+
+    # How long things may take.
+    connect_timeout: PositiveSeconds = 5.0
+    """To reach the model's API."""
+    silence_timeout: PositiveSeconds = 60.0
+    """Silence of a model after which its reply fails. Its keep-alives do not count."""
+    reply_timeout: PositiveSeconds = 600.0
+    """A whole reply; it is then stopped."""
+    stop_timeout: PositiveSeconds = 5.0
+    """For a stopped model to close its request, before the stop is reported regardless."""
+    retries: Count = 2
+    """New attempts after the model's API failed before its first token."""
+    retry_budget: Seconds = 15.0
+    """For all pauses between attempts together; a longer retry-after is passed on to the client
+    instead."""
+    grace: Seconds = 30.0
+    """That a reply runs on when its last reader is gone; 0 stops it at once."""
+    replay: Seconds = 300.0
+    """That an ended reply is kept, so that a prompt sent again gets it and not a second one."""
+
+    # How it treats readers.
+    open_timeout: PositiveSeconds = 5.0
+    """For the opening handshake."""
+    ping_interval: PositiveSeconds = 20.0
+    """Between keep-alive pings, well below the 60 s after which common proxies cut a silent
+    connection."""
+    ping_timeout: PositiveSeconds = 20.0
+    """For the answer to a ping; the peer is then taken for gone."""
+    send_timeout: PositiveSeconds = 10.0
+    """That a reader may take nothing of what waits for it; its socket is then aborted."""
+    write_buffer: PositiveCount = 32_768
+    """Unsent data of one socket above which it gets no more text until it has read; little, so
+    that a stop is seen at once."""
+    write_limit: PositiveCount = 262_144
+    """Unsent data of one socket, answers and pongs included, above which it is aborted."""
+    frame_size: PositiveCount = 16_384
+    """Characters up to which text that waited for a slow reader is merged into one frame."""
+
+    # How it ends.
+    drain_timeout: Seconds = 15.0
+    """That running replies get to finish on SIGTERM or Ctrl-C; they are then stopped."""
+    shutdown_timeout: Seconds = 27.0
+    """For the whole shutdown, within the 30 s that service managers commonly give; what is left
+    is aborted."""
+    log_level: str = "info"
+    """Least severe log lines shown: debug, info, warning or error."""
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("thinking")
+    @classmethod
+    def _check_thinking(cls, value: str) -> str:
+        if value in {"", "adaptive", "disabled"}:
+            return value
+        if value.isascii() and value.isdigit() and int(value) >= MIN_THINKING_BUDGET:
+            return value
+        raise ValueError(f"adaptive, disabled, or a number from {MIN_THINKING_BUDGET}")
+
+    @field_validator("log_level")
+    @classmethod
+    def _check_level(cls, value: str) -> str:
+        if value.lower() not in {"debug", "info", "warning", "error"}:
+            raise ValueError("debug, info, warning or error")
+        return value.lower()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.prompt_size > self.message_size:
+            raise ValueError("prompt_size must not be over message_size")
+        if self.write_buffer > self.write_limit:
+            raise ValueError("write_buffer must not be over write_limit")
+        if self.drain_timeout > self.shutdown_timeout:
+            raise ValueError("drain_timeout must not be over shutdown_timeout")
+        return self
+
+    @classmethod
+    def load(cls, **given: Any) -> Self:
+        """Read the environment, and let what is given win over it.
+
+        Raises:
+            ConfigError: a value does not fit, or there is no such setting.
+        """
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"{name}: {message}" if name else message) from None

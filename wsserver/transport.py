@@ -1,0 +1,149 @@
+"""One WebSocket: writing without waiting, and getting rid of those who do not read.
+
+A subclass of the library's connection, as the two things that we need are events of the transport:
+that it can be written to again, and that data came in. Keep-alive pings do not notice a peer that
+stopped reading, since they wait for their turn behind what that peer does not read.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, broadcast
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from wsserver.settings import Settings
+
+__all__ = ["Socket"]
+
+logger = logging.getLogger("wsserver")
+
+# Data that the kernel takes before it has sent what it has: little, so that a slow reader is
+# noticed here, where its text can be merged, and a stop need not wait behind it.
+UNSENT_IN_KERNEL = 16384
+
+_REFUSED_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
+_METHOD_NOT_ALLOWED = (
+    b"HTTP/1.1 405 Method Not Allowed\r\n"
+    b"Allow: GET, HEAD\r\n"
+    b"Connection: close\r\n"
+    b"Content-Type: text/plain; charset=utf-8\r\n"
+    b"Content-Length: 19\r\n"
+    b"\r\n"
+    b"Method not allowed\n"
+)
+
+
+class Socket(ServerConnection):
+    """A connection of the WebSocket library with synchronous writes and a send deadline.
+
+    Args:
+        protocol: the library's.
+        server: the library's.
+        settings: its ``send_timeout`` and ``write_limit`` hold here.
+        sockets: where it registers for as long as it is connected, handshake included.
+        options: the library's.
+    """
+
+    def __init__(
+        self,
+        protocol: ServerProtocol,
+        server: Server,
+        *,
+        settings: Settings,
+        sockets: set["Socket"],
+        **options: Any,
+    ) -> None:
+        super().__init__(protocol, server, **options)
+        self.wake: Callable[[], None] = lambda: None
+        self._settings = settings
+        self._sockets = sockets
+        self._gone = False
+        self._deadline: asyncio.TimerHandle | None = None
+        self._unsent = 0  # when the deadline was set
+        self._first_data = True
+        self._refused = False
+
+    @property
+    def writable(self) -> bool:
+        """Whether the peer keeps up."""
+        return self._deadline is None and not self._gone
+
+    def write(self, frame: bytes) -> None:
+        """Send a text frame of UTF-8, at once or from a buffer, without waiting."""
+        if not self._gone:
+            broadcast((self,), frame, text=True)
+            self._check_unsent()
+
+    def abort(self) -> None:
+        """Cut the connection. What is unsent is lost."""
+        self._gone = True
+        self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Set the socket up."""
+        super().connection_made(transport)
+        self._sockets.add(self)
+        sock = transport.get_extra_info("socket")
+        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+        if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._gone = True
+        self._sockets.discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The peer falls behind: from now on it has to read something within the deadline."""
+        super().pause_writing()
+        self._set_deadline()
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        super().resume_writing()
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if self.state is State.OPEN:
+            self.wake()
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the library, and see what it had to answer."""
+        if self._first_data:
+            self._first_data = False
+            # The library knows requests without a body alone, and hangs up on others.
+            if data.startswith(_REFUSED_METHODS):
+                self._refused = True
+                self.transport.write(_METHOD_NOT_ALLOWED)
+                if self.transport.can_write_eof():
+                    self.transport.write_eof()
+        if self._refused:  # read on until the peer has gone or the handshake's time is up
+            return
+        super().data_received(data)
+        # Pongs are written whether or not the peer reads them.
+        self._check_unsent()
+
+    def _check_unsent(self) -> None:
+        if self.transport.get_write_buffer_size() > self._settings.write_limit and not self._gone:
+            logger.warning("socket %s: too much unsent, aborted", self.id)
+            self.abort()
+
+    def _set_deadline(self) -> None:
+        self._unsent = self.transport.get_write_buffer_size()
+        self._deadline = self.loop.call_later(self._settings.send_timeout, self._check_progress)
+
+    def _check_progress(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unsent:
+            self._set_deadline()  # slow, but alive
+        else:
+            logger.warning("socket %s: does not read, aborted", self.id)
+            self.abort()
