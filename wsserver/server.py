@@ -19,6 +19,7 @@ from websockets.asyncio.server import serve as listen
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.protocol import State
 from websockets.typing import Subprotocol
 
 from wsserver import models
@@ -32,6 +33,7 @@ from wsserver.transport import Socket
 __all__ = ["Server", "serve"]
 
 WEBSOCKET_PATHS = ("/", "/ws")
+MESSAGES_PER_TURN = 16  # taken from a client that sends without a pause, before others get theirs
 CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
 
@@ -174,7 +176,7 @@ class Server:
 
     async def _leave(self) -> None:
         await self._hub.drain(self._hurry)
-        sockets = list(self._connections)
+        sockets = [socket for socket in self._connections if socket.state is State.OPEN]
         random.shuffle(sockets)
         async with asyncio.TaskGroup() as group:
             for number, socket in enumerate(sockets, start=1):
@@ -196,9 +198,14 @@ class Server:
         self._connections[socket] = connection
         try:
             with contextlib.suppress(ConnectionClosed):
+                turn = 0
                 async for message in socket:
                     if not connection.receive(message):
                         await socket.close(Close.POLICY_VIOLATION, "too many unusable frames")
+                    turn += 1
+                    if turn == MESSAGES_PER_TURN:
+                        turn = 0
+                        await asyncio.sleep(0)
         finally:
             connection.detach()
             del self._connections[socket]

@@ -1,0 +1,34 @@
+"""What all tests share: a clean environment, and a server with a model in the test's hands."""
+
+import os
+from collections.abc import AsyncIterator
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import Puppet
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("WSSERVER_", "ANTHROPIC_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def puppet() -> Puppet:
+    return Puppet()
+
+
+@pytest.fixture
+async def server(puppet: Puppet) -> AsyncIterator[wsserver.Server]:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as running:
+        yield running
+
+
+@pytest.fixture
+async def chat(server: wsserver.Server) -> AsyncIterator[Client]:
+    async with client(server) as connected:
+        yield connected

@@ -1,0 +1,1 @@
+"""What the tests and the benchmarks share: stand-ins for the world around the server."""

@@ -1,0 +1,81 @@
+"""A model that says what the test tells it to, when it tells it to."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from wsserver import End, Request, Thinking, Usage
+
+BOUND = 10.0  # seconds that any wait of a test may take
+
+__all__ = ["BOUND", "Puppet", "Reply", "Thinking"]
+
+
+class Reply:
+    """One call of the model, as the test sees it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.said: list[str] = []  # what has been taken from the model so far
+        self.closed = asyncio.Event()
+        self.stubborn = False  # keep cancellations to itself and talk on
+        self.hold: asyncio.Event | None = None  # what closing waits for
+        self._lines: asyncio.Queue[str | Usage | End | BaseException | None] = asyncio.Queue()
+
+    def say(self, *pieces: str | Usage | End) -> "Reply":
+        for piece in pieces:
+            self._lines.put_nowait(piece)
+        return self
+
+    def end(self) -> None:
+        """Return, as a generator does that has no more to say."""
+        self._lines.put_nowait(None)
+
+    def fail(self, error: BaseException) -> None:
+        self._lines.put_nowait(error)
+
+    async def speak(self) -> AsyncGenerator[str | Usage | End]:
+        try:
+            while True:
+                try:
+                    line = await self._lines.get()
+                except asyncio.CancelledError:
+                    if not self.stubborn:
+                        raise
+                    line = "said after the stop"
+                if line is None:
+                    return
+                if isinstance(line, BaseException):
+                    raise line
+                if isinstance(line, str):
+                    self.said.append(line)
+                yield line
+        finally:
+            if self.hold is not None:
+                await self.hold.wait()
+            self.closed.set()
+
+
+class Puppet:
+    """A model whose replies are in the hands of the test."""
+
+    name = "puppet"
+
+    def __init__(self) -> None:
+        self.replies: list[Reply] = []
+        self._awaited: dict[int, list[asyncio.Future[Reply]]] = {}
+
+    def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
+        reply = Reply(request)
+        self.replies.append(reply)
+        for waiter in self._awaited.pop(len(self.replies) - 1, []):
+            waiter.set_result(reply)
+        return reply.speak()
+
+    async def reply(self, number: int = 0) -> Reply:
+        """Wait for the call of that number, from 0."""
+        if len(self.replies) > number:
+            return self.replies[number]
+        waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._awaited.setdefault(number, []).append(waiter)
+        async with asyncio.timeout(BOUND):
+            return await waiter

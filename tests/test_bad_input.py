@@ -1,0 +1,211 @@
+"""Whatever a client sends, it gets a frame or a close code that explains it."""
+
+import asyncio
+import json
+
+import pytest
+from websockets.frames import Frame, Opcode
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import Puppet
+
+ID = "0123456789abcdef"
+
+BAD = {
+    "not JSON": ("hello", "invalid_json", "Send an object such as"),
+    "nothing": ("", "invalid_json", "character 1"),
+    "half of JSON": ('{"prompt": "x"', "invalid_json", "character 15"),
+    "not an object": ('["prompt"]', "invalid_frame", "JSON object"),
+    "null": ("null", "invalid_frame", "JSON object"),
+    "no type": ("{}", "invalid_frame", "type: missing"),
+    "unknown type": ('{"type": "shout"}', "unknown_type", '"shout"'),
+    "type of a wrong type": ('{"type": {}}', "unknown_type", "{}"),
+    "unknown key": ('{"prompt": "x", "colour": 1}', "invalid_frame", "colour: no such key"),
+    "wrong type": ('{"prompt": 5}', "invalid_frame", "prompt: must be a valid string"),
+    "wrong type deep": (
+        '{"messages": [{"role": "user", "content": 5}]}',
+        "invalid_frame",
+        "messages.0.content: must be",
+    ),
+    "empty prompt": ('{"prompt": ""}', "invalid_frame", "prompt: empty"),
+    "blank prompt": ('{"prompt": " \\n\\t"}', "invalid_frame", "prompt: empty"),
+    "null prompt": ('{"prompt": null}', "invalid_frame", "either"),
+    "both": (
+        '{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
+        "invalid_frame",
+        "either",
+    ),
+    "messages and conversation": (
+        f'{{"messages": [{{"role": "user", "content": "x"}}], "conversation": "{ID}"}}',
+        "invalid_frame",
+        "no `conversation`",
+    ),
+    "no messages": ('{"messages": []}', "invalid_frame", "messages: the last"),
+    "last message not the user's": (
+        '{"messages": [{"role": "assistant", "content": "x"}]}',
+        "invalid_frame",
+        "messages: the last",
+    ),
+    "a role there is not": (
+        '{"messages": [{"role": "system", "content": "x"}]}',
+        "invalid_frame",
+        "messages.0.role",
+    ),
+    "short id": ('{"prompt": "x", "id": "short"}', "invalid_frame", "id: 16 to 64"),
+    "id with a line break": (
+        '{"prompt": "x", "id": "0123456789abcdef\\n"}',
+        "invalid_frame",
+        "id: 16 to 64",
+    ),
+    "wrong policy": ('{"prompt": "x", "on_busy": "wait"}', "invalid_frame", "on_busy: must be"),
+    "no tokens": ('{"prompt": "x", "max_tokens": 0}', "invalid_frame", "max_tokens: must be"),
+    "true for a number": ('{"prompt": "x", "max_tokens": true}', "invalid_frame", "max_tokens"),
+    "text for a number": ('{"prompt": "x", "temperature": "1"}', "invalid_frame", "temperature:"),
+    "too hot": ('{"prompt": "x", "temperature": 3}', "invalid_frame", "temperature: must be"),
+    "NaN": ('{"prompt": "x", "temperature": NaN}', "invalid_json", "NaN"),
+    "endless number": ('{"prompt": ' + "9" * 5000 + "}", "invalid_json", "number"),
+    "key twice": ('{"prompt": "x", "prompt": "y"}', "invalid_frame", "prompt: given twice"),
+    "key twice deep": (
+        '{"messages": [{"role": "user", "role": "user", "content": "x"}]}',
+        "invalid_frame",
+        "role: given twice",
+    ),
+    "nesting bomb": ("[" * 60_000, "invalid_json", "nested too deeply"),
+    "nesting bomb of objects": ('{"a":' * 12_000, "invalid_json", "nested too deeply"),
+    "lone surrogate": ('{"prompt": "\\ud83d"}', "invalid_frame", "prompt: has half"),
+    "lone surrogate deep": (
+        '{"messages": [{"role": "user", "content": "\\udc00"}]}',
+        "invalid_frame",
+        "messages.0.content: has half",
+    ),
+    "lone surrogate in a key": ('{"prompt": "x", "\\ud83d": 1}', "invalid_frame", "half"),
+    "lone surrogate in the type": ('{"type": "\\ud83d"}', "unknown_type", "\\ud83d"),
+    "control characters": ('{"type": "a\\u0000\\u001b[2J"}', "unknown_type", "a\\x00\\x1b[2J"),
+    "binary": (b'{"prompt": "x"}', "invalid_frame", "text frames"),
+    "prompt too long": (
+        json.dumps({"prompt": "é" * 20_000}, ensure_ascii=False),
+        "too_long",
+        "40000 bytes",
+    ),
+    "system too long": (
+        json.dumps({"prompt": "x", "system": "y" * 40_000}),
+        "too_long",
+        "40001 bytes",
+    ),
+    "model not on the list": ('{"prompt": "x", "model": "gpt"}', "model_not_allowed", ""),
+}
+
+
+@pytest.mark.parametrize(("message", "code", "says"), BAD.values(), ids=BAD.keys())
+async def test_a_bad_frame_is_explained_and_the_socket_lives_on(
+    chat: Client, puppet: Puppet, message: str | bytes, code: str, says: str
+) -> None:
+    await chat.send(message)
+    error = await chat.receive()
+    assert (error["type"], error["code"]) == ("error", code)
+    assert says in error["message"]
+    assert len(error["message"]) < 200
+    assert "id" not in error
+    assert error["ref"]
+    start = await chat.prompt()
+    (await puppet.reply()).say("fine").end()
+    assert (await chat.text(start["id"]))[0] == "fine"
+
+
+async def test_repeated_abuse_ends_in_1008_and_other_sockets_feel_nothing(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    start = await chat.prompt()
+    async with client(server) as abuser:
+        for _ in range(server.settings.bad_frames):
+            await abuser.send("nonsense")
+        closed = await abuser.closed()
+        assert len(abuser.frames) == server.settings.bad_frames
+        assert closed.rcvd is not None
+        assert closed.rcvd.code == 1008
+        assert "unusable" in closed.rcvd.reason
+    (await puppet.reply()).say("undisturbed").end()
+    assert (await chat.text(start["id"]))[0] == "undisturbed"
+
+
+async def test_a_good_frame_in_between_forgives_the_bad_ones(
+    server: wsserver.Server, chat: Client
+) -> None:
+    for _ in range(3):
+        for _ in range(server.settings.bad_frames - 1):
+            await chat.send("nonsense")
+        await chat.quiet()
+
+
+async def test_what_is_refused_for_other_reasons_is_no_abuse(
+    server: wsserver.Server, chat: Client
+) -> None:
+    for _ in range(2 * server.settings.bad_frames):
+        await chat.send({"type": "stop"})
+    assert len(await chat.quiet()) == 2 * server.settings.bad_frames
+
+
+async def test_a_prompt_in_fragments_is_put_together(chat: Client, puppet: Puppet) -> None:
+    await chat.socket.send(['{"pro', 'mpt": "in ', 'pieces"}'])
+    await chat.next("start")
+    assert (await puppet.reply()).request.prompt == "in pieces"
+
+
+async def write(chat: Client, *frames: Frame) -> None:
+    """Write what a proper client would not."""
+    for frame in frames:
+        chat.socket.transport.write(frame.serialize(mask=True, extensions=[]))
+
+
+async def test_invalid_utf8_closes_with_1007(chat: Client) -> None:
+    await write(chat, Frame(Opcode.TEXT, b'{"prompt": "\xff"}'))
+    closed = await chat.closed()
+    assert closed.rcvd is not None
+    assert closed.rcvd.code == 1007
+
+
+async def test_an_oversize_message_closes_with_1009(chat: Client) -> None:
+    await chat.send(json.dumps({"prompt": "x" * 70_000}))
+    closed = await chat.closed()
+    assert closed.rcvd is not None
+    assert closed.rcvd.code == 1009
+
+
+async def test_an_oversize_message_in_fragments_closes_with_1009(chat: Client) -> None:
+    await chat.socket.send(["x" * 40_000, "x" * 40_000])
+    closed = await chat.closed()
+    assert closed.rcvd is not None
+    assert closed.rcvd.code == 1009
+
+
+async def test_thousands_of_empty_fragments_close_with_1009(chat: Client) -> None:
+    await write(chat, Frame(Opcode.TEXT, b"", fin=False))
+    await write(chat, *[Frame(Opcode.CONT, b"", fin=False)] * 5000)
+    closed = await chat.closed()
+    assert closed.rcvd is not None
+    assert closed.rcvd.code == 1009
+
+
+async def test_an_unmasked_or_unknown_frame_closes_with_1002(server: wsserver.Server) -> None:
+    async with client(server) as one:
+        one.socket.transport.write(Frame(Opcode.TEXT, b"{}").serialize(mask=False, extensions=[]))
+        closed = await one.closed()
+        assert closed.rcvd is not None
+        assert closed.rcvd.code == 1002
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_frame_is_forgotten(
+    server: wsserver.Server,
+) -> None:
+    async with client(server) as one:
+        await one.quiet()
+        assert len(server._connections) == 1
+        one.socket.transport.write(b"\x81\xfe\x10\x00half")
+        one.socket.transport.abort()
+        await one.socket.wait_closed()
+    async with client(server) as two:
+        await two.quiet()
+        async with asyncio.timeout(10):
+            while len(server._connections) > 1:
+                await asyncio.sleep(0)

@@ -1,0 +1,441 @@
+"""Prompts in conversations: history, on_busy, ids, limits."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import BOUND, Puppet
+from wsserver import Code, ModelError, Thinking
+
+ONE, TWO = "conversation-one", "conversation-two"
+ID = "chosen-by-the-client"
+
+
+def said(puppet: Puppet, number: int) -> list[tuple[str, str]]:
+    return [(m.role, m.content) for m in puppet.replies[number].request.messages]
+
+
+async def exchange(chat: Client, puppet: Puppet, number: int, prompt: str, answer: str) -> None:
+    start = await chat.prompt(prompt)
+    (await puppet.reply(number)).say(answer).end()
+    await chat.text(start["id"])
+
+
+async def test_the_sockets_own_conversation_goes_on(chat: Client, puppet: Puppet) -> None:
+    await exchange(chat, puppet, 0, "I am Ann", "Hello Ann")
+    await exchange(chat, puppet, 1, "Who am I?", "Ann")
+    assert said(puppet, 1) == [
+        ("user", "I am Ann"),
+        ("assistant", "Hello Ann"),
+        ("user", "Who am I?"),
+    ]
+
+
+async def test_thinking_is_sent_but_is_no_part_of_the_history(chat: Client, puppet: Puppet) -> None:
+    start = await chat.prompt("Think")
+    (await puppet.reply()).say(Thinking("hm, "), Thinking("well"), "Yes").end()
+    await chat.text(start["id"])
+    assert chat.said(start["id"], "thinking") == "hm, well"
+    assert chat.said(start["id"]) == "Yes"
+    await chat.prompt("And?")
+    await puppet.reply(1)
+    assert said(puppet, 1)[1] == ("assistant", "Yes")
+
+
+async def test_a_failed_reply_stays_as_partial(chat: Client, puppet: Puppet) -> None:
+    start = await chat.prompt("One")
+    (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
+    text, error = await chat.text(start["id"])
+    assert (text, error["code"], error["seq"], error["retryable"]) == (
+        "Half",
+        "overloaded",
+        1,
+        True,
+    )
+    await chat.prompt("Two")
+    message = (await puppet.reply(1)).request.messages[1]
+    assert (message.content, message.partial) == ("Half", "overloaded")
+
+
+async def test_a_prompt_sent_again_after_it_failed_without_a_word_is_not_said_twice(
+    chat: Client, puppet: Puppet
+) -> None:
+    start = await chat.prompt("Once")
+    (await puppet.reply()).fail(ModelError(Code.OVERLOADED))
+    await chat.text(start["id"])
+    await chat.prompt("Once")
+    await puppet.reply(1)
+    assert said(puppet, 1) == [("user", "Once")]
+
+
+async def test_a_fault_of_a_model_is_not_told_to_the_client(
+    chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    await chat.prompt()
+    (await puppet.reply()).fail(RuntimeError("the key is hunter2, in /etc/secret"))
+    error = await chat.next("error")
+    assert error["code"] == "internal"
+    assert "hunter2" not in str(error)
+    assert any(error["ref"] in record.getMessage() for record in caplog.records)
+
+
+async def test_a_model_that_yields_nonsense_is_a_fault(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt()
+    (await puppet.reply()).say(5)  # type: ignore[arg-type]
+    assert (await chat.next("error"))["code"] == "internal"
+
+
+async def test_client_owned_history_touches_no_conversation(chat: Client, puppet: Puppet) -> None:
+    await exchange(chat, puppet, 0, "Mine", "Yes")
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    await chat.send({"messages": messages})
+    start = await chat.next("start")
+    assert "conversation" not in start
+    (await puppet.reply(1)).say("d").end()
+    assert (await chat.text(start["id"]))[0] == "d"
+    assert said(puppet, 1) == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    await chat.prompt("Next")
+    await puppet.reply(2)
+    assert said(puppet, 2) == [("user", "Mine"), ("assistant", "Yes"), ("user", "Next")]
+
+
+async def test_several_conversations_stream_at_once_on_one_socket(
+    chat: Client, puppet: Puppet
+) -> None:
+    one = await chat.prompt("1", conversation=ONE)
+    two = await chat.prompt("2", conversation=TWO)
+    first, second = await puppet.reply(0), await puppet.reply(1)
+    for word in ("a", "b", "c"):
+        first.say(word)
+        await chat.next("token", id=one["id"])
+        second.say(word.upper())
+        await chat.next("token", id=two["id"])
+    second.end()
+    assert (await chat.text(two["id"]))[0] == "ABC"
+    first.end()
+    assert (await chat.text(one["id"]))[0] == "abc"
+    assert (one["conversation"], two["conversation"]) == (ONE, TWO)
+
+
+async def test_a_conversation_goes_on_from_another_socket(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    start = await chat.prompt("From one")
+    (await puppet.reply()).say("Heard").end()
+    await chat.text(start["id"])
+    async with client(server) as other:
+        await other.prompt("From two", conversation=start["conversation"])
+        await puppet.reply(1)
+    assert said(puppet, 1)[:2] == [("user", "From one"), ("assistant", "Heard")]
+
+
+async def test_history_is_cut_at_a_user_turn_when_it_grows_too_long(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, history_size=12, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        await exchange(chat, puppet, 0, "aaaa", "bbbb")
+        await exchange(chat, puppet, 1, "cc", "dd")
+        await exchange(chat, puppet, 2, "eeee", "ffff")
+        await chat.prompt("a very long prompt")
+        await puppet.reply(3)
+    assert said(puppet, 2) == [("user", "cc"), ("assistant", "dd"), ("user", "eeee")]
+    assert said(puppet, 3) == [("user", "a very long prompt")]
+
+
+# on_busy
+
+
+async def test_a_busy_conversation_rejects_by_default(chat: Client, puppet: Puppet) -> None:
+    start = await chat.prompt("A")
+    refused = await chat.prompt("B", id=ID)
+    assert (refused["code"], refused["retryable"], refused["about"]) == ("busy", True, ID)
+    (await puppet.reply()).say("undisturbed").end()
+    assert (await chat.text(start["id"]))[0] == "undisturbed"
+    again = await chat.prompt("B", id=ID)
+    assert again["type"] == "start", "a refused id is still free"
+
+
+async def test_queue_waits_its_turn(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("A")
+    starts = [await chat.prompt(text, on_busy="queue") for text in ("B", "C")]
+    assert [start["queued"] for start in starts] == [1, 2]
+    for number, answer in enumerate(("a", "b", "c")):
+        (await puppet.reply(number)).say(answer).end()
+        await chat.next("done")
+    assert [content for _, content in said(puppet, 2)] == ["A", "a", "B", "b", "C"]
+
+
+async def test_a_full_queue_refuses(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, queue_size=1, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        await chat.prompt("A")
+        assert (await chat.prompt("B", on_busy="queue"))["type"] == "start"
+        assert (await chat.prompt("C", on_busy="queue"))["code"] == "limit"
+
+
+async def test_interrupt_keeps_the_partial_text_and_starts_the_new_one(
+    chat: Client, puppet: Puppet
+) -> None:
+    old = await chat.prompt("A")
+    first = (await puppet.reply()).say("half an an")
+    await chat.next("token")
+    new = await chat.prompt("B", on_busy="interrupt")
+    assert "queued" not in new
+    text, done = await chat.text(old["id"])
+    assert (text, done["reason"], done["by"]) == ("half an an", "stopped", "replaced")
+    (await puppet.reply(1)).say("new").end()
+    assert first.closed.is_set()
+    assert (await chat.text(new["id"]))[0] == "new"
+    assert [content for _, content in said(puppet, 1)] == ["A", "half an an", "B"]
+
+
+async def test_interrupt_replaces_what_waits_as_well(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("A")
+    (await puppet.reply()).hold = asyncio.Event()
+    queued = await chat.prompt("B", on_busy="queue")
+    interrupting = await chat.prompt("C", on_busy="interrupt")
+    last = await chat.prompt("D", on_busy="interrupt")
+    replaced = {f["id"] for f in chat.frames if f.get("by") == "replaced"}
+    assert replaced == {queued["id"], interrupting["id"]}, "at once, as they had not begun"
+    hold = puppet.replies[0].hold
+    assert hold is not None
+    hold.set()
+    (await puppet.reply(1)).say("only this").end()
+    assert (await chat.text(last["id"]))[0] == "only this"
+    assert len(puppet.replies) == 2
+
+
+async def test_interrupt_of_nothing_is_a_prompt(chat: Client, puppet: Puppet) -> None:
+    start = await chat.prompt("A", on_busy="interrupt")
+    (await puppet.reply()).say("x").end()
+    assert (await chat.text(start["id"]))[0] == "x"
+
+
+# Ids
+
+
+async def test_a_prompt_sent_again_attaches_to_what_runs(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    frame = {"prompt": "Hello", "id": ID}
+    await chat.send(frame)
+    (await puppet.reply()).say("one ", "two ")
+    await chat.next("token", seq=2)
+    async with client(server) as other:
+        await other.send(frame)
+        start = await other.next("start")
+        assert start["id"] == ID
+        assert (await other.next("token"))["text"] == "one two ", "all so far, in one frame"
+        puppet.replies[0].say("three").end()
+        assert (await other.text(ID))[0] == "one two three"
+        assert (await chat.text(ID))[0] == "one two three"
+    assert len(puppet.replies) == 1
+
+
+async def test_a_prompt_sent_again_attaches_to_what_ran(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        await chat.prompt("Hello", id=ID)
+        (await puppet.reply()).say("all").end()
+        await chat.text(ID)
+    async with client(server) as other:
+        await other.prompt("Hello", id=ID)
+        text, done = await other.text(ID)
+        assert (text, done["reason"]) == ("all", "end_turn")
+        await other.prompt("And?")  # the conversation has come along
+        await puppet.reply(1)
+    assert [content for _, content in said(puppet, 1)] == ["Hello", "all", "And?"]
+
+
+async def test_a_prompt_sent_twice_on_one_socket_is_acknowledged_twice_and_said_once(
+    chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt("Hello", id=ID)
+    (await puppet.reply()).say("one")
+    await chat.next("token")
+    await chat.prompt("Hello", id=ID)
+    assert await chat.quiet() == []
+    puppet.replies[0].end()
+    assert (await chat.text(ID))[0] == "one"
+
+
+async def test_another_prompt_under_a_known_id_is_refused(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("Hello", id=ID)
+    refused = await chat.prompt("Goodbye", id=ID)
+    assert (refused["code"], refused["about"]) == ("id_conflict", ID)
+    assert "id" not in refused, "it is no terminal of what runs under that id"
+    (await puppet.reply()).say("on").end()
+    assert (await chat.text(ID))[0] == "on"
+
+
+async def test_an_ended_generation_is_forgotten_after_the_replay_time(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, replay=0, drain_timeout=0) as server:
+        async with client(server) as chat:
+            for number in range(3):
+                await chat.prompt("Hello", id=ID)
+                (await puppet.reply(number)).say("x").end()
+                await chat.text(ID)
+                await chat.quiet()
+            assert server._hub.find(ID) is None
+
+
+# Disconnecting
+
+
+async def test_a_reply_runs_on_for_the_grace_time_and_can_be_had_again(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        await chat.prompt("Hello", id=ID)
+        reply = (await puppet.reply()).say("before ")
+        await chat.next("token")
+    reply.say("meanwhile ")
+    async with client(server) as other:
+        await other.prompt("Hello", id=ID)
+        reply.say("after").end()
+        assert (await other.text(ID))[0] == "before meanwhile after"
+
+
+async def test_without_a_reader_it_is_cancelled_after_the_grace_time(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, grace=0, drain_timeout=0) as server:
+        async with client(server) as chat:
+            await chat.prompt("Hello", id=ID)
+            reply = (await puppet.reply()).say("before ")
+            await chat.next("token")
+        async with asyncio.timeout(BOUND):
+            await reply.closed.wait()
+        async with client(server) as other:
+            await other.prompt("Hello", id=ID)
+            text, done = await other.text(ID)
+            assert (text, done["by"]) == ("before ", "disconnect")
+
+
+# Limits and options
+
+
+async def test_one_socket_runs_as_many_as_it_may(server: wsserver.Server, chat: Client) -> None:
+    for number in range(server.settings.generations_per_socket):
+        start = await chat.prompt("x", conversation=f"conversation-number-{number}")
+        assert start["type"] == "start"
+    assert (await chat.prompt("x", conversation=ONE))["code"] == "limit"
+    async with client(server) as other:
+        assert (await other.prompt("x"))["type"] == "start"
+
+
+async def test_one_server_runs_as_many_as_it_may(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, generations=1, drain_timeout=0) as server:
+        async with client(server) as one, client(server) as two:
+            await one.prompt()
+            refused = await two.prompt()
+            assert (refused["code"], refused["retryable"]) == ("limit", True)
+            (await puppet.reply()).end()
+            await one.next("done")
+            assert (await two.prompt())["type"] == "start"
+
+
+async def test_the_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, conversations=2, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        names = [f"conversation-number-{number}" for number in range(3)]
+        for number, name in enumerate([names[0], names[1], names[0], names[2]]):
+            start = await chat.prompt("x", conversation=name)
+            (await puppet.reply(number)).say("y").end()
+            await chat.text(start["id"])
+        assert set(server._hub._conversations) == {names[0], names[2]}
+
+
+async def test_options_reach_the_model_within_their_limits(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(
+            puppet,
+            port=0,
+            drain_timeout=0,
+            models="other-model, third-model",
+            max_tokens=50,
+            max_tokens_limit=100,
+            system="Be brief.",
+        ) as server,
+        client(server) as chat,
+    ):
+        await chat.prompt("x")
+        first = (await puppet.reply(0)).request
+        start = await chat.prompt(
+            "x",
+            conversation=ONE,
+            model="other-model",
+            max_tokens=7,
+            temperature=1,
+            system="Be long.",
+        )
+        second = (await puppet.reply(1)).request
+        await chat.prompt("x", conversation=TWO, max_tokens=1_000_000)
+        third = (await puppet.reply(2)).request
+    assert (first.model, first.max_tokens, first.temperature) == ("puppet", 50, None)
+    assert first.system == "Be brief."
+    assert start["model"] == "other-model"
+    assert (second.model, second.max_tokens, second.temperature) == ("other-model", 7, 1.0)
+    assert second.system == "Be long."
+    assert third.max_tokens == 100
+
+
+# Time
+
+
+async def endless(_: wsserver.Request) -> AsyncIterator[str]:
+    while True:
+        yield "more "
+
+
+async def test_a_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, silence_timeout=0.05, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        start = await chat.prompt()
+        reply = (await puppet.reply()).say("then nothing")
+        text, error = await chat.text(start["id"])
+        assert (text, error["code"], error["retryable"]) == ("then nothing", "timeout", True)
+        assert reply.closed.is_set()
+
+
+async def test_a_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, reply_timeout=0.05, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        start = await chat.prompt()
+        (await puppet.reply()).say("on and on")
+        text, done = await chat.text(start["id"])
+        assert (text, done["reason"], done["by"]) == ("on and on", "stopped", "timeout")
+
+
+async def test_a_model_that_knows_no_end_is_ended() -> None:
+    async with (
+        wsserver.serve(endless, port=0, reply_size=10_000) as server,
+        client(server) as chat,
+    ):
+        start = await chat.prompt()
+        text, done = await chat.text(start["id"])
+        assert done["reason"] == "max_tokens"
+        assert 10_000 < len(text) < 10_010
+
+
+async def test_a_model_that_never_waits_can_be_stopped() -> None:
+    async with wsserver.serve(endless, port=0) as server, client(server) as chat:
+        start = await chat.prompt()
+        await chat.next("token")
+        await chat.send({"type": "stop"})
+        assert (await chat.text(start["id"]))[1]["by"] == "client"

@@ -1,0 +1,113 @@
+"""Imports point downward only, and each outside library is known to few."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import wsserver
+
+PACKAGE = Path(wsserver.__file__).parent
+
+FLOORS = {
+    "errors": 0,
+    "settings": 0,
+    "generation": 1,
+    "protocol": 1,
+    "models.base": 2,
+    "models.demo": 2,
+    "models.anthropic": 2,
+    "models": 2,
+    "hub": 3,
+    "connection": 3,
+    "transport": 3,
+    "server": 4,
+    "cli": 5,
+    "__main__": 5,
+    "": 5,  # the package's public face
+}
+# Within a floor: what may know what.
+NEIGHBOURS = {
+    ("settings", "errors"),
+    ("protocol", "generation"),
+    ("models.demo", "models.base"),
+    ("models.anthropic", "models.base"),
+    ("models", "models.base"),
+    ("models.base", "models.demo"),  # only inside a function, when it is asked for
+    ("models.base", "models.anthropic"),
+    ("connection", "hub"),
+    ("__main__", "cli"),
+    ("cli", ""),
+}
+LIBRARIES = {
+    "websockets": {"transport", "server"},
+    "anthropic": {"models.anthropic"},
+    "httpx2": {"models.anthropic"},
+    "argparse": {"cli"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            assert node.module is not None
+            if node.module != "wsserver":  # `from wsserver import server` needs only that
+                names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_its_floor() -> None:
+    assert set(modules()) == set(FLOORS)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_downward_only(name: str) -> None:
+    for imported in imports(modules()[name]):
+        if imported.partition(".")[0] != "wsserver":
+            continue
+        target = imported.removeprefix("wsserver").removeprefix(".")
+        if target not in FLOORS or target == name:
+            continue  # a name inside a module
+        allowed = FLOORS[target] < FLOORS[name] or (name, target) in NEIGHBOURS
+        assert allowed, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_known_to_its_own_rooms_only(library: str) -> None:
+    users = {
+        name
+        for name, path in modules().items()
+        if any(imported.partition(".")[0] == library for imported in imports(path))
+    }
+    assert users == LIBRARIES[library]
+
+
+def test_the_public_face_is_this() -> None:
+    assert sorted(wsserver.__all__) == [
+        "Code",
+        "ConfigError",
+        "End",
+        "Message",
+        "Model",
+        "ModelError",
+        "Request",
+        "Server",
+        "Settings",
+        "Thinking",
+        "Usage",
+        "serve",
+    ]
+    assert all(hasattr(wsserver, name) for name in wsserver.__all__)

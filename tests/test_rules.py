@@ -1,0 +1,270 @@
+"""The rules that hold always, over random interleavings of everything that can happen.
+
+The machine drives the hub and connections on ports of its own, without sockets: what is said,
+stopped, lost, delayed and sent again, and how far the event loop gets in between, is random.
+"""
+
+import asyncio
+import json
+import secrets
+from typing import Any
+
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
+
+from tests.support.puppet import Puppet, Reply, Thinking
+from wsserver import Code, End, ModelError, Settings, Usage
+from wsserver.connection import Connection
+from wsserver.generation import State, well_formed
+from wsserver.hub import Generation, Hub
+
+TERMINAL = {"done", "error"}
+
+pieces = st.builds(
+    lambda kind, text: kind(text),
+    st.sampled_from([str, str, Thinking]),
+    st.text(st.characters(categories=["L", "Zs", "Cs", "So"]), max_size=5),
+)
+
+
+class FakePort:
+    """A client that checks each frame as it gets it."""
+
+    def __init__(self, machine: "Rules") -> None:
+        self.machine = machine
+        self.writable = True
+        self.gone = False
+        # Per generation: what has come since the last `start` that began to follow it.
+        self.following: dict[str, dict[str, Any]] = {}
+        self.ended: set[str] = set()
+        self.accepted: set[str] = set()
+
+    def write(self, data: bytes) -> None:
+        frame = json.loads(data)
+        kind, name = frame["type"], frame.get("id")
+        if kind == "start":
+            self.accepted.add(name)
+            self.ended.discard(name)
+            self.following.setdefault(name, {"seq": 0, "token": "", "thinking": ""})
+        elif kind in {"token", "thinking"}:
+            self.check_text(frame)
+        elif kind in TERMINAL and name is not None:
+            self.check_terminal(frame)
+        else:
+            assert kind in {"pong", "error"}
+
+    def check_text(self, frame: dict[str, Any]) -> None:
+        """Rules 1 to 3: between start and terminal, growing, and as the model said it."""
+        assert self.writable, "text was written to a client that does not keep up"
+        got = self.following[frame["id"]]
+        assert frame["seq"] > got["seq"], "seq grows"
+        got["seq"] = frame["seq"]
+        got[frame["type"]] += frame["text"]
+        said = self.machine.said(frame["id"])[: frame["seq"]]
+        assert got["token"] == "".join(p for p in said if type(p) is not Thinking)
+        assert got["thinking"] == "".join(p for p in said if type(p) is Thinking)
+
+    def check_terminal(self, frame: dict[str, Any]) -> None:
+        """Rules 1 and 4: one, after all text, when the request to the model is closed."""
+        got = self.following.pop(frame["id"])  # a second one would fail here
+        self.ended.add(frame["id"])
+        assert frame["seq"] == got["seq"], "the terminal comes after all text"
+        reply = self.machine.reply_of(frame["id"])
+        if reply is not None and reply.said:
+            assert reply.closed.is_set(), "closed before the terminal"
+
+
+class Rules(RuleBasedStateMachine):
+    """All that clients, the network and the model can do to the hub, in any order."""
+
+    clients = Bundle("clients")
+    prompts = Bundle("prompts")
+    replies = Bundle("replies")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.ports: dict[Connection, FakePort] = {}
+        self.sent: dict[str, dict[str, Any]] = {}
+        self.generations: dict[str, Generation] = {}
+        self.stopped_at: dict[str, int] = {}
+
+    @initialize(grace=st.sampled_from([0.0, 1000.0]), frame_size=st.sampled_from([1, 4, 1000]))
+    def start(self, grace: float, frame_size: int) -> None:
+        self.puppet = Puppet()
+        self.settings = Settings(grace=grace, frame_size=frame_size, queue_size=2)
+
+        async def make() -> Hub:
+            return Hub(self.puppet, self.settings)
+
+        self.hub = self.loop.run_until_complete(make())
+
+    def call(self, function: Any, *arguments: Any) -> Any:
+        """Call from inside the event loop, as callbacks of the transport are."""
+
+        async def run() -> Any:
+            return function(*arguments)
+
+        return self.loop.run_until_complete(run())
+
+    def turn(self, turns: int) -> None:
+        async def run() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        self.loop.run_until_complete(run())
+
+    def reply_of(self, name: str) -> Reply | None:
+        for reply in self.puppet.replies:
+            if reply.request.prompt == f"prompt {name}":
+                return reply
+        return None
+
+    def said(self, name: str) -> list[str]:
+        reply = self.reply_of(name)
+        return [well_formed(piece) for piece in reply.said if piece] if reply else []
+
+    # What clients do.
+
+    @rule(target=clients)
+    def connect(self) -> Connection:
+        port = FakePort(self)
+        connection = self.call(Connection, port, self.hub, self.settings)
+        self.ports[connection] = port
+        return connection
+
+    @rule(
+        target=prompts,
+        client=clients,
+        on_busy=st.sampled_from(["reject", "queue", "interrupt"]),
+        conversation=st.sampled_from([None, "conversation-one", "conversation-two"]),
+        alone=st.booleans(),
+    )
+    def prompt(self, client: Connection, on_busy: str, conversation: str, alone: bool) -> Any:
+        name = secrets.token_urlsafe(16)
+        frame: dict[str, Any] = {"id": name, "on_busy": on_busy}
+        if alone:
+            frame["messages"] = [{"role": "user", "content": f"prompt {name}"}]
+        else:
+            frame |= {"prompt": f"prompt {name}"}
+            frame |= {"conversation": conversation} if conversation else {}
+        self.sent[name] = frame
+        self.send(client, frame)
+        generation = self.hub.find(name)
+        if generation is None:
+            return multiple()
+        self.generations[name] = generation
+        return name
+
+    @rule(client=clients, name=prompts)
+    def send_again(self, client: Connection, name: str) -> None:
+        before = len(self.puppet.replies)
+        self.send(client, self.sent[name])
+        assert len(self.puppet.replies) == before, "a prompt sent again costs nothing"
+
+    @rule(client=clients, name=st.one_of(st.none(), prompts))
+    def stop(self, client: Connection, name: str | None) -> None:
+        self.send(client, {"type": "stop"} | ({"id": name} if name else {}))
+        if name is not None:
+            log = self.generations[name].log
+            assert log.state in {State.STOPPING, State.ENDED}, "stop is read at once"
+            self.stopped_at.setdefault(name, log.seq)
+
+    @rule(client=clients)
+    def lag(self, client: Connection) -> None:
+        self.ports[client].writable = False
+
+    @rule(client=clients)
+    def catch_up(self, client: Connection) -> None:
+        self.ports[client].writable = not self.ports[client].gone
+        self.call(client.wake)
+
+    @rule(client=consumes(clients))
+    def disconnect(self, client: Connection) -> None:
+        port = self.ports[client]
+        port.gone = True
+        port.writable = False
+        self.call(client.detach)
+
+    def send(self, client: Connection, frame: dict[str, Any]) -> None:
+        self.call(client.receive, json.dumps(frame))
+
+    # What the model does.
+
+    @rule(target=replies)
+    def speak_up(self) -> Any:
+        self.turn(2)
+        return multiple(*self.puppet.replies[-3:])
+
+    @rule(reply=replies, said=st.lists(pieces, max_size=20))
+    def say(self, reply: Reply, said: list[str]) -> None:
+        reply.say(*said)
+
+    @rule(reply=replies, counts=st.tuples(st.integers(0, 9), st.integers(0, 9), st.booleans()))
+    def count(self, reply: Reply, counts: tuple[int, int, bool]) -> None:
+        reply.say(Usage(counts[0], counts[1], estimated=counts[2]))
+
+    @rule(reply=replies, how=st.sampled_from(["return", "end", "error", "fault", "stubborn"]))
+    def finish(self, reply: Reply, how: str) -> None:
+        if how == "stubborn":
+            reply.stubborn = True
+        elif how == "error":
+            reply.fail(ModelError(Code.OVERLOADED))
+        elif how == "fault":
+            reply.fail(ZeroDivisionError("secret"))
+        else:
+            if how == "end":
+                reply.say(End("max_tokens", Usage(1, 2)))
+            reply.end()
+
+    @rule(turns=st.integers(1, 5))
+    def go_on(self, turns: int) -> None:
+        self.turn(turns)
+
+    # What holds at any time.
+
+    @invariant()
+    def nothing_is_said_after_a_stop(self) -> None:
+        for name, seq in self.stopped_at.items():
+            assert self.generations[name].log.seq == seq
+
+    @invariant()
+    def a_conversation_runs_one_generation_at_a_time(self) -> None:
+        running: dict[int, str] = {}
+        for name, generation in self.generations.items():
+            live = generation.log.state in {State.RUNNING, State.STOPPING}
+            if live and generation.conversation is not None and generation.task is not None:
+                assert id(generation.conversation) not in running
+                running[id(generation.conversation)] = name
+
+    def teardown(self) -> None:
+        if not hasattr(self, "hub"):
+            self.loop.close()
+            return
+        # In the end everything ends: each prompt that a client follows gets its terminal.
+        for _ in range(len(self.generations) + 1):
+            for reply in self.puppet.replies:
+                reply.end()
+            self.turn(60)
+        for connection, port in self.ports.items():
+            if not port.gone:
+                port.writable = True
+                self.call(connection.wake)
+                assert not port.following, "each accepted prompt gets one terminal"
+                assert port.ended == port.accepted
+        assert self.hub.live == 0
+        self.loop.run_until_complete(self.hub.close())
+        self.loop.close()
+
+
+TestRules = Rules.TestCase
+TestRules.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,211 @@
+"""A slow or stuck reader costs only itself."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from websockets.client import ClientProtocol
+from websockets.frames import Frame, Opcode
+from websockets.uri import parse_uri
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import BOUND, Puppet
+
+WORD = "0123456789abcde "
+
+
+class Sluggard:
+    """A client on a bare socket, which reads when it is told to and not before."""
+
+    def __init__(self, sock: socket.socket, protocol: ClientProtocol) -> None:
+        self.sock = sock
+        self.protocol = protocol
+        self.events: list[object] = []
+
+    async def send(self, text: str) -> None:
+        self.protocol.send_text(text.encode())
+        await self._flush()
+
+    async def ping(self, count: int) -> None:
+        for _ in range(count):
+            self.protocol.send_ping(b"x" * 125)
+        await self._flush()
+
+    async def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(BOUND):
+            for data in self.protocol.data_to_send():
+                await loop.sock_sendall(self.sock, data)
+
+    async def read(self) -> bool:
+        """Read once; False at the end of the connection."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(BOUND):
+            try:
+                data = await loop.sock_recv(self.sock, 65536)
+            except ConnectionResetError:
+                return False
+        if not data:
+            return False
+        self.protocol.receive_data(data)
+        self.events += self.protocol.events_received()
+        return True
+
+    @property
+    def texts(self) -> list[str]:
+        return [
+            bytes(event.data).decode()
+            for event in self.events
+            if isinstance(event, Frame) and event.opcode is Opcode.TEXT
+        ]
+
+    async def until(self, part: str) -> list[str]:
+        while not any(part in text for text in self.texts):
+            assert await self.read(), "the connection ended"
+        return self.texts
+
+
+@asynccontextmanager
+async def sluggard(server: wsserver.Server) -> AsyncIterator[Sluggard]:
+    sock = socket.socket()
+    sock.setblocking(False)
+    # A small window, so that little is enough to fill it.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
+        protocol = ClientProtocol(parse_uri(server.url))
+        protocol.send_request(protocol.connect())
+        slow = Sluggard(sock, protocol)
+        await slow._flush()
+        while not slow.events:
+            assert await slow.read()
+        slow.events.clear()
+        yield slow
+    finally:
+        sock.close()
+
+
+async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
+    """Have the model say more than the reader and all buffers can hold; return all of it."""
+    await slow.send('{"prompt": "Talk", "id": "the-slow-one-0001"}')
+    reply = await puppet.reply()
+    transport = next(iter(server._sockets))
+    count = 0
+    async with asyncio.timeout(BOUND):
+        while transport.writable:
+            reply.say(*[WORD] * 100)
+            count += 100
+            while len(reply.said) < count:
+                await asyncio.sleep(0)
+        # And as much again, which has to wait in the log.
+        reply.say(*[WORD] * count)
+        while len(reply.said) < 2 * count:
+            await asyncio.sleep(0)
+    return WORD * 2 * count
+
+
+async def test_it_delays_neither_the_model_nor_other_sockets(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with sluggard(server) as slow:
+        await stuck(server, puppet, slow)  # the model was heard out, with nobody reading
+        async with client(server) as brisk:
+            start = await brisk.prompt("Quick")
+            (await puppet.reply(1)).say("swift").end()
+            assert (await brisk.text(start["id"]))[0] == "swift"
+
+
+async def test_its_frames_merge_as_it_falls_behind_and_nothing_is_lost(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with sluggard(server) as slow:
+        said = await stuck(server, puppet, slow)
+        puppet.replies[0].end()
+        frames = [Client.parse(text) for text in await slow.until('"done"')]
+    tokens = [frame for frame in frames if frame["type"] == "token"]
+    assert "".join(frame["text"] for frame in tokens) == said
+    assert frames[-1]["seq"] == tokens[-1]["seq"] == len(said) // len(WORD)
+    sizes = [len(frame["text"]) for frame in tokens]
+    assert max(sizes) > 100 * len(WORD), "what waited came in few large frames"
+    assert max(sizes) <= server.settings.frame_size + len(WORD)
+
+
+async def test_what_waits_for_it_stays_within_the_write_buffer(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with sluggard(server) as slow:
+        await stuck(server, puppet, slow)
+        (transport,) = server._sockets
+        unsent = transport.transport.get_write_buffer_size()
+        assert unsent <= server.settings.write_buffer + 4 * server.settings.frame_size
+
+
+async def test_a_stop_reaches_it_behind_little_stale_data(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with sluggard(server) as slow:
+        await stuck(server, puppet, slow)
+        in_log = len(puppet.replies[0].said)
+        await slow.send('{"type": "stop"}')
+        async with asyncio.timeout(BOUND):
+            await puppet.replies[0].closed.wait()  # while its buffers are still full
+        frames = [Client.parse(text) for text in await slow.until('"done"')]
+        assert frames[-1]["by"] == "client"
+        assert frames[-1]["seq"] == in_log
+        start = len(slow.texts)
+        await slow.send('{"prompt": "Again", "id": "the-slow-one-0002"}')
+        (await puppet.reply(1)).say("here").end()
+        texts = (await slow.until("the-slow-one-0002"))[start:]
+        assert '"start"' in texts[0]
+
+
+async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, send_timeout=0.2, grace=0, drain_timeout=0) as server:
+        async with sluggard(server) as slow:
+            await stuck(server, puppet, slow)
+            async with asyncio.timeout(BOUND):
+                await puppet.replies[0].closed.wait()  # for nobody is left to read
+            while await slow.read():
+                pass
+            assert not server._sockets
+
+
+async def test_one_that_takes_a_little_each_time_is_not_aborted(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, send_timeout=0.05, drain_timeout=0) as server:
+        async with sluggard(server) as slow:
+            await stuck(server, puppet, slow)
+            (transport,) = server._sockets
+            check, looked = transport._check_progress, asyncio.Semaphore(0)
+
+            def check_a_trickle() -> None:
+                transport._unsent += 1  # as if one byte had been taken since
+                check()
+                looked.release()
+
+            transport._check_progress = check_a_trickle  # type: ignore[method-assign]
+            transport._deadline.cancel()  # type: ignore[union-attr]
+            transport._set_deadline()
+            async with asyncio.timeout(BOUND):
+                for _ in range(3):
+                    await looked.acquire()
+            assert transport in server._sockets
+
+
+async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with sluggard(server) as slow:
+        (transport,) = server._sockets
+        highest = 0
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(1000):
+                await slow.ping(100)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                highest = max(highest, transport.transport.get_write_buffer_size())
+        # One read of the event loop may hold this much more.
+        assert highest <= server.settings.write_limit + 300_000
+        assert not server._sockets
