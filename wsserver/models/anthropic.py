@@ -89,11 +89,14 @@ class Anthropic:
         limits = httpx2.Limits(
             max_connections=settings.generations, max_keepalive_connections=settings.generations
         )
-        self._client = anthropic.AsyncAnthropic(
-            max_retries=0,
-            timeout=timeout,
-            http_client=anthropic.DefaultAioHttpClient(timeout=timeout, limits=limits),
-        )
+        try:
+            self._client = anthropic.AsyncAnthropic(
+                max_retries=0,
+                timeout=timeout,
+                http_client=anthropic.DefaultAioHttpClient(timeout=timeout, limits=limits),
+            )
+        except anthropic.AnthropicError as error:  # its profile on disk is broken
+            raise ConfigError(f"model: {name}: {error}") from error
         if not (self._client.auth_headers or self._client.credentials):
             raise ConfigError(
                 f"model: {name} needs Anthropic credentials; set ANTHROPIC_API_KEY, "

@@ -1,0 +1,124 @@
+"""What the server answers to HTTP that is not a WebSocket handshake, and to handshakes."""
+
+import asyncio
+import base64
+import hashlib
+import re
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Subprotocol
+
+import wsserver
+from tests.support.puppet import BOUND
+
+
+async def ask(server: wsserver.Server, request: str) -> tuple[int, dict[str, str], bytes]:
+    """Send a request as it is written here, and return status, headers and body."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        writer.write(request.replace("\n", "\r\n").encode())
+        async with asyncio.timeout(BOUND):
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(status.split()[1]), headers, body
+
+
+async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
+    server: wsserver.Server,
+) -> None:
+    status, headers, body = await ask(server, "GET / HTTP/1.1\nHost: x\n\n")
+    assert status == 200
+    assert headers["content-type"] == "text/html; charset=utf-8"
+    assert int(headers["content-length"]) == len(body)
+    match = re.search(rb"<script[^>]*>(.*?)</script>", body, re.DOTALL)
+    assert match is not None
+    digest = base64.b64encode(hashlib.sha256(match[1]).digest()).decode().lower()
+    assert f"script-src 'sha256-{digest}'" in headers["content-security-policy"]
+    assert "default-src 'none'" in headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status", "header"),
+    [
+        ("GET /?from=bookmark HTTP/1.1", 200, None),
+        ("GET /healthz HTTP/1.1", 200, None),
+        ("GET /healthz HTTP/1.0", 200, None),
+        ("GET /nowhere HTTP/1.1", 404, None),
+        ("GET /../etc/passwd HTTP/1.1", 404, None),
+        ("GET /ws HTTP/1.1", 426, ("upgrade", "websocket")),
+        ("BREW / HTTP/1.1", 405, ("allow", "get, head")),
+        ("DELETE / HTTP/1.1", 405, ("allow", "get, head")),
+        ("POST /healthz HTTP/1.1", 405, ("allow", "get, head")),
+    ],
+)
+async def test_anything_else_is_answered_as_http_says(
+    server: wsserver.Server, request_line: str, status: int, header: tuple[str, str] | None
+) -> None:
+    got, headers, body = await ask(server, f"{request_line}\nHost: x\n\n")
+    assert got == status
+    assert int(headers["content-length"]) == len(body) > 0
+    if header is not None:
+        assert headers[header[0]] == header[1]
+
+
+async def test_a_request_with_a_body_is_answered_too(server: wsserver.Server) -> None:
+    status, headers, body = await ask(
+        server, 'POST / HTTP/1.1\nHost: x\nContent-Length: 15\n\n{"prompt": "x"}'
+    )
+    assert (status, headers["allow"]) == (405, "get, head")
+    assert int(headers["content-length"]) == len(body)
+
+
+async def test_head_is_get_without_the_body(server: wsserver.Server) -> None:
+    _, got, body = await ask(server, "GET / HTTP/1.1\nHost: x\n\n")
+    status, headers, nothing = await ask(server, "HEAD / HTTP/1.1\nHost: x\n\n")
+    assert (status, nothing) == (200, b"")
+    assert headers == got
+    assert int(headers["content-length"]) == len(body)
+
+
+@pytest.mark.parametrize("path", ["", "ws", "?token=x"])
+async def test_a_websocket_is_served_at_two_paths(server: wsserver.Server, path: str) -> None:
+    async with connect(server.url + path, proxy=None) as socket:
+        await socket.send('{"type": "ping"}')
+        async with asyncio.timeout(BOUND):
+            assert await socket.recv() == '{"type":"pong"}'
+
+
+async def test_a_websocket_elsewhere_is_not_found(server: wsserver.Server) -> None:
+    with pytest.raises(InvalidStatus) as raised:
+        async with connect(server.url + "nowhere", proxy=None):
+            raise AssertionError
+    assert raised.value.response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [
+        (None, None),
+        (["wsserver.v1"], "wsserver.v1"),
+        (["other", "wsserver.v1"], "wsserver.v1"),
+        (["other"], None),
+    ],
+)
+async def test_the_subprotocol_is_chosen_where_it_is_offered(
+    server: wsserver.Server, offered: list[Subprotocol] | None, chosen: str | None
+) -> None:
+    async with connect(server.url, subprotocols=offered, proxy=None) as socket:
+        assert socket.subprotocol == chosen
+
+
+async def test_a_handshake_that_is_none_is_given_up(puppet: object) -> None:
+    async with wsserver.serve(puppet, port=0, open_timeout=0.05) as server:  # type: ignore[arg-type]
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET / HTTP/1.1\r\n")
+        async with asyncio.timeout(BOUND):
+            assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()

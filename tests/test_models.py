@@ -1,0 +1,108 @@
+"""Finding a model by its name, and the demo model."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from wsserver import ConfigError, End, Message, Model, Request, Settings, Usage
+from wsserver.models import load, name_of
+from wsserver.models.demo import Demo
+
+
+def request(*messages: Message, max_tokens: int = 1000) -> Request:
+    return Request(messages, "demo", max_tokens)
+
+
+async def listen(model: Model, asked: Request) -> tuple[str, Usage, End]:
+    text, usage, end = "", Usage(), End("none")
+    async for piece in model(asked):
+        if isinstance(piece, str):
+            text += piece
+        elif isinstance(piece, Usage):
+            usage = piece
+        else:
+            end = piece
+    return text, usage, end
+
+
+async def test_the_demo_says_what_it_is_and_answers_from_the_prompt() -> None:
+    asked = request(Message("user", "the quick  brown\nfox"))
+    text, usage, end = await listen(Demo(rate=0), asked)
+    assert text.startswith("This is the demo model")
+    assert "“the quick brown fox”" in text
+    assert "4 words and 19 characters" in text
+    assert "“kciuq”" in text
+    assert "ANTHROPIC_API_KEY" in text
+    assert len(text.split()) > 150, "long enough to interrupt"
+    assert (usage.input_tokens, usage.output_tokens) == (4, len(text.split()))
+    assert end.reason == "end_turn"
+    assert (await listen(Demo(rate=0), asked))[0] == text, "deterministic"
+
+
+async def test_the_demo_remembers() -> None:
+    first, again = Message("user", "My name is Ann"), Message("user", "What did I just say?")
+    text, _, _ = await listen(Demo(rate=0), request(first, Message("assistant", "Hi"), again))
+    assert text == "You said: “My name is Ann”"
+    cut = Message("assistant", "Hello, my dear friend Ann", "client")
+    text, _, _ = await listen(Demo(rate=0), request(first, cut, again))
+    assert text.endswith("cut short after “Hello, my dear friend Ann”.")
+    text, _, _ = await listen(Demo(rate=0), request(again))
+    assert "not said anything" in text
+
+
+async def test_the_demo_keeps_to_max_tokens() -> None:
+    text, usage, end = await listen(Demo(rate=0), request(Message("user", "x"), max_tokens=5))
+    assert len(text.split()) == usage.output_tokens == 5
+    assert end.reason == "max_tokens"
+
+
+def test_without_credentials_it_is_the_demo() -> None:
+    assert name_of(load(Settings())) == "demo"
+
+
+@pytest.mark.parametrize("name", ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"])
+def test_with_credentials_it_is_claude(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "x")
+    assert name_of(load(Settings())) == "claude-sonnet-4-6"
+    assert name_of(load(Settings(model="anthropic:some-model"))) == "some-model"
+    assert name_of(load(Settings(model="claude-opus-5"))) == "claude-opus-5"
+    assert name_of(load(Settings(model="demo"))) == "demo"
+
+
+@pytest.mark.parametrize(
+    ("variable", "says"), [("HOME", "ANTHROPIC_API_KEY"), ("ANTHROPIC_CONFIG_DIR", "not found")]
+)
+def test_claude_without_credentials_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, says: str
+) -> None:
+    monkeypatch.setenv(variable, str(tmp_path))
+    with pytest.raises(ConfigError, match=says):
+        load(Settings(model="claude-opus-5"))
+
+
+def test_a_model_of_ones_own_is_imported_from_the_current_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "class Box:\n"
+        "    async def deep(request): yield 'x'\n"
+        "async def echo(request): yield request.prompt\n"
+        "number = 5\n"
+    )
+    (tmp_path / "broken_model.py").write_text("import no_such_library")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert name_of(load(Settings(model="my_models:echo"))) == "echo"
+    assert name_of(load(Settings(model="my_models:Box.deep"))) == "deep"
+    for spec, says in {
+        "my_models:number": "not callable",
+        "my_models:nothing": "cannot import",
+        "no_such_module:x": "cannot import",
+        "broken_model:x": "no_such_library",
+        "gpt": "none of demo",
+        "my_models:": "none of demo",
+    }.items():
+        with pytest.raises(ConfigError, match=says) as raised:
+            load(Settings(model=spec))
+        assert "\n" not in str(raised.value)

@@ -1,0 +1,53 @@
+import pytest
+
+from wsserver import ConfigError, Settings
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+
+
+def test_the_environment_is_read_and_what_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WSSERVER_PORT", "4000")
+    monkeypatch.setenv("WSSERVER_MODELS", "a, b,")
+    monkeypatch.setenv("WSSERVER_PROMPT_CACHING", "no")
+    assert Settings.load().port == 4000
+    assert Settings.load().models == ("a", "b")
+    assert Settings.load().prompt_caching is False
+    assert Settings.load(port=5000, models=["c"]).port == 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("port", "http", "port: "),
+        ("port", 70_000, "port: "),
+        ("grace", -1, "grace: "),
+        ("grace", "nan", "grace: "),
+        ("send_timeout", 0, "send_timeout: "),
+        ("generations", 0, "generations: "),
+        ("thinking", "a lot", "thinking: adaptive, disabled, or a number from 1024"),
+        ("thinking", "1000", "thinking: "),
+        ("log_level", "loud", "log_level: debug, info"),
+        ("prompt_size", 100_000, "prompt_size must not be over message_size"),
+        ("write_buffer", 1_000_000, "write_buffer must not be over write_limit"),
+        ("drain_timeout", 100, "drain_timeout must not be over shutdown_timeout"),
+        ("colour", "red", "colour: "),
+    ],
+)
+def test_a_bad_setting_is_one_clear_line(name: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Settings.load(**{name: value})
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["", "adaptive", "disabled", "1024", "20000"])
+def test_thinking_takes_a_word_or_a_budget(value: str) -> None:
+    assert Settings.load(thinking=value).thinking == value
+
+
+def test_the_log_level_may_be_shouted() -> None:
+    assert Settings.load(log_level="DEBUG").log_level == "debug"

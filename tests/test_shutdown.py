@@ -1,0 +1,161 @@
+"""Draining and closing, within the process; the signals are tested with the command line."""
+
+import asyncio
+import socket
+from contextlib import AsyncExitStack
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import BOUND, Puppet
+from tests.test_slow_reader import sluggard, stuck
+
+
+async def bounded(closing: "asyncio.Task[None]") -> None:
+    async with asyncio.timeout(BOUND):
+        await closing
+
+
+async def code(chat: Client) -> int | None:
+    closed = await chat.closed()
+    return closed.rcvd.code if closed.rcvd is not None else None
+
+
+async def test_running_replies_finish_and_then_the_sockets_close_with_1012(
+    puppet: Puppet,
+) -> None:
+    async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
+        start = await chat.prompt("Let me finish")
+        reply = (await puppet.reply()).say("begun, ")
+        await chat.next("token")
+        closing = asyncio.create_task(server.close())
+        await asyncio.sleep(0)
+        reply.say("done").end()
+        text, done = await chat.text(start["id"])
+        assert (text, done["reason"]) == ("begun, done", "end_turn")
+        assert await code(chat) == 1012
+        await bounded(closing)
+
+
+async def test_while_it_drains_prompts_are_refused_and_nobody_new_gets_in(
+    puppet: Puppet,
+) -> None:
+    async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
+        port = server.port
+        await chat.prompt("A")
+        queued = await chat.prompt("B", on_busy="queue")
+        closing = asyncio.create_task(server.close())
+        done = await chat.next("done", id=queued["id"])
+        assert done["by"] == "shutdown"
+        refused = await chat.prompt("C", conversation="conversation-one")
+        assert (refused["code"], refused["retryable"]) == ("shutting_down", True)
+        with pytest.raises(OSError, match="refused|failed"):
+            await asyncio.open_connection("127.0.0.1", port)
+        (await puppet.reply()).end()
+        await bounded(closing)
+
+
+async def test_replies_that_take_too_long_are_stopped(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, drain_timeout=0.05) as server,
+        client(server) as chat,
+    ):
+        start = await chat.prompt()
+        reply = (await puppet.reply()).say("half")
+        closing = asyncio.create_task(server.close())
+        text, done = await chat.text(start["id"])
+        assert (text, done["by"]) == ("half", "shutdown")
+        assert reply.closed.is_set()
+        assert await code(chat) == 1012
+        await bounded(closing)
+
+
+async def test_it_does_not_hang_on_a_stuck_peer(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, drain_timeout=0, shutdown_timeout=0.2, send_timeout=1000
+    ) as server:
+        async with sluggard(server) as slow:
+            await stuck(server, puppet, slow)
+            await bounded(asyncio.create_task(server.close()))
+            assert not server._sockets
+
+
+async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, open_timeout=1000, shutdown_timeout=0.2, drain_timeout=0
+    ) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as sock:
+            sock.sendall(b"GET / HT")
+            async with asyncio.timeout(BOUND):
+                while not server._sockets:
+                    await asyncio.sleep(0)
+            await bounded(asyncio.create_task(server.close()))
+
+
+async def test_hurry_waits_for_nothing(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, drain_timeout=1000, shutdown_timeout=1000
+    ) as server:
+        async with client(server) as chat:
+            await chat.prompt()
+            reply = await puppet.reply()
+            closing = asyncio.create_task(server.close())
+            await chat.quiet()
+            server.hurry()
+            await bounded(closing)
+            assert reply.closed.is_set()
+            await chat.closed()
+
+
+async def test_closing_twice_is_closing_once(server: wsserver.Server) -> None:
+    await asyncio.gather(server.close(), server.close())
+    await server.close()
+    await server.serve_forever()
+
+
+async def test_hundreds_of_sockets_are_closed_in_batches(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0) as server, AsyncExitStack() as stack:
+        chats = [await stack.enter_async_context(client(server)) for _ in range(150)]
+        closing = asyncio.create_task(server.close())
+        assert [await code(chat) for chat in chats] == [1012] * 150
+        await bounded(closing)
+
+
+async def test_an_error_in_the_users_program_closes_at_once(puppet: Puppet) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with wsserver.serve(puppet, port=0, drain_timeout=1000, shutdown_timeout=1000) as s:
+            async with client(s) as chat:
+                await chat.prompt()
+                await puppet.reply()
+                raise ZeroDivisionError
+
+
+async def test_a_model_that_the_server_made_is_closed_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = []
+
+    class Closable(Puppet):
+        async def aclose(self) -> None:
+            closed.append(self)
+
+    given = Closable()
+    async with wsserver.serve(given, port=0):
+        pass
+    assert closed == [], "what it was given is not its own"
+    monkeypatch.setattr("wsserver.models.load", lambda settings: given)
+    async with wsserver.serve(port=0):
+        pass
+    assert closed == [given]
+
+
+async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
+    before = asyncio.all_tasks()
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        async with client(server) as chat:
+            await chat.prompt()
+            await puppet.reply()
+    assert asyncio.all_tasks() == before
+    assert not server._sockets
+    assert not server._connections
