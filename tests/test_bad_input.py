@@ -1,6 +1,5 @@
 """Whatever a client sends, it gets a frame or a close code that explains it."""
 
-import asyncio
 import json
 
 import pytest
@@ -8,7 +7,7 @@ from websockets.frames import Frame, Opcode
 
 import wsserver
 from tests.support.client import Client, client
-from tests.support.puppet import Puppet
+from tests.support.puppet import Puppet, until
 
 ID = "0123456789abcdef"
 
@@ -206,6 +205,4 @@ async def test_a_client_that_leaves_in_the_middle_of_a_frame_is_forgotten(
         await one.socket.wait_closed()
     async with client(server) as two:
         await two.quiet()
-        async with asyncio.timeout(10):
-            while len(server._connections) > 1:
-                await asyncio.sleep(0)
+        await until(lambda: len(server._connections) == 1)

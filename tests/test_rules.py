@@ -138,7 +138,7 @@ class Rules(RuleBasedStateMachine):
     @rule(target=clients)
     def connect(self) -> Connection:
         port = FakePort(self)
-        connection = self.call(Connection, port, self.hub, self.settings)
+        connection: Connection = self.call(Connection, port, self.hub, self.settings)
         self.ports[connection] = port
         return connection
 

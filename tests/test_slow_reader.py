@@ -12,7 +12,7 @@ from websockets.uri import parse_uri
 
 import wsserver
 from tests.support.client import Client, client
-from tests.support.puppet import BOUND, Puppet
+from tests.support.puppet import BOUND, Puppet, until
 
 WORD = "0123456789abcde "
 
@@ -94,16 +94,13 @@ async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
     reply = await puppet.reply()
     transport = next(iter(server._sockets))
     count = 0
-    async with asyncio.timeout(BOUND):
-        while transport.writable:
-            reply.say(*[WORD] * 100)
-            count += 100
-            while len(reply.said) < count:
-                await asyncio.sleep(0)
-        # And as much again, which has to wait in the log.
-        reply.say(*[WORD] * count)
-        while len(reply.said) < 2 * count:
-            await asyncio.sleep(0)
+    while transport.writable:
+        count += 100
+        reply.say(*[WORD] * 100)
+        await until(reply.heard_out)
+    # And as much again, which has to wait in the log.
+    reply.say(*[WORD] * count)
+    await until(reply.heard_out)
     return WORD * 2 * count
 
 

@@ -2,8 +2,11 @@
 
 import argparse
 import asyncio
+import contextlib
+import errno
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
             logging.getLogger("wsserver").setLevel(settings.log_level.upper())
             asyncio.run(_serve(settings))
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     serving = commands.add_parser(
         "serve",
         help="start the server",
+        usage="wsserver serve [--SETTING VALUE ...]",
         description="Start the server. A flag wins over its environment variable.",
         argument_default=argparse.SUPPRESS,
     )
@@ -67,13 +71,17 @@ def _parser() -> argparse.ArgumentParser:
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["metavar"] = name.rsplit("_", 1)[-1].upper()
+            options["metavar"] = Settings.unit(name).upper()
         serving.add_argument("--" + name.replace("_", "-"), **options)
     return parser
 
 
 async def _serve(settings: Settings) -> None:
-    async with serve(settings=settings) as server:
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            server = await stack.enter_async_context(serve(settings=settings))
+        except OSError as error:
+            raise ConfigError(_cannot_listen(settings, error)) from error
         _announce(server)
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
@@ -88,6 +96,14 @@ async def _serve(settings: Settings) -> None:
         await asked.wait()
         print("stopping; once more to stop at once", flush=True)
         await server.close()
+
+
+def _cannot_listen(settings: Settings, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {settings.port} of {settings.host} is in use; choose another with --port"
+    number = error.errno or 0  # negative for a name that is not found
+    reason = os.strerror(number) if number > 0 else error.strerror
+    return f"cannot listen on {settings.host} port {settings.port}: {reason}"
 
 
 def _announce(server: Server) -> None:

@@ -14,16 +14,26 @@ from wsserver.errors import ConfigError
 
 __all__ = ["Settings"]
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
+
+class Unit(str):
+    """What a field's number counts; part of its type."""
+
+    __slots__ = ()
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("seconds")]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("seconds")]
+Bytes = Annotated[int, Field(ge=1), Unit("bytes")]
+Characters = Annotated[int, Field(ge=1), Unit("characters")]
+Tokens = Annotated[int, Field(ge=1), Unit("tokens")]
+Count = Annotated[int, Field(ge=0), Unit("number")]
+PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
 
 
 class Settings(BaseSettings):
-    """How this server behaves. Sizes are in bytes and times in seconds unless a field says so.
+    """How this server behaves.
 
     Raises:
         pydantic.ValidationError: a value does not fit; :meth:`load` makes that one clear line.
@@ -40,7 +50,7 @@ class Settings(BaseSettings):
     # Where it listens.
     host: str = "127.0.0.1"
     """Address to listen on. Loopback, so that it is yours alone until you decide otherwise."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 3001
+    port: Annotated[int, Field(ge=0, le=65535), Unit("port")] = 3001
     """Port to listen on; 0 lets the system choose."""
 
     # What answers.
@@ -53,22 +63,22 @@ class Settings(BaseSettings):
     that you agree to pay."""
     system: str = ""
     """System prompt where a prompt brings none."""
-    max_tokens: PositiveCount = 8192
+    max_tokens: Tokens = 8192
     """Output tokens per reply where a prompt says nothing."""
-    max_tokens_limit: PositiveCount = 32_768
+    max_tokens_limit: Tokens = 32_768
     """The most output tokens that a prompt may ask for; a higher wish is lowered to this."""
     thinking: str = ""
     """Extended thinking: `adaptive`, `disabled`, or a budget in tokens (1024 or more). Default:
     whatever the model does by itself."""
     prompt_caching: bool = True
     """Let Anthropic cache the conversation so far, which makes every further turn cheaper."""
-    demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
-    """Words per second of the demo model, a human reading pace; 0 is as fast as it can."""
+    demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("words/s")] = 25.0
+    """Pace of the demo model, by default a human reading pace; 0 is as fast as it can."""
 
     # What a client may send.
-    message_size: PositiveCount = 65_536
+    message_size: Bytes = 65_536
     """Largest WebSocket message accepted; a larger one closes the socket with 1009."""
-    prompt_size: PositiveCount = 32_768
+    prompt_size: Bytes = 32_768
     """Largest prompt, or messages together, as UTF-8."""
     bad_frames: PositiveCount = 20
     """Unusable frames in a row after which a socket is closed with 1008. Enough for a person who
@@ -84,10 +94,10 @@ class Settings(BaseSettings):
     """Prompts that may wait in one conversation with `on_busy: queue`."""
     conversations: PositiveCount = 10_000
     """Conversations kept in memory; the one idle for longest is dropped first."""
-    history_size: PositiveCount = 400_000
+    history_size: Characters = 400_000
     """Characters of a conversation that are kept and sent to the model, about 100,000 tokens; the
     oldest turns are dropped first."""
-    reply_size: PositiveCount = 4_000_000
+    reply_size: Characters = 4_000_000
     """Characters of one reply, after which it ends as `max_tokens`: a model of one's own may know
     no end."""
 
@@ -120,12 +130,12 @@ class Settings(BaseSettings):
     """For the answer to a ping; the peer is then taken for gone."""
     send_timeout: PositiveSeconds = 10.0
     """That a reader may take nothing of what waits for it; its socket is then aborted."""
-    write_buffer: PositiveCount = 32_768
+    write_buffer: Bytes = 32_768
     """Unsent data of one socket above which it gets no more text until it has read; little, so
     that a stop is seen at once."""
-    write_limit: PositiveCount = 262_144
+    write_limit: Bytes = 262_144
     """Unsent data of one socket, answers and pongs included, above which it is aborted."""
-    frame_size: PositiveCount = 16_384
+    frame_size: Characters = 16_384
     """Characters up to which text that waited for a slow reader is merged into one frame."""
 
     # How it ends.
@@ -171,6 +181,13 @@ class Settings(BaseSettings):
         return self
 
     @classmethod
+    def unit(cls, name: str) -> str:
+        """Return what a field's value is: a unit for a number, else the kind of value."""
+        field = cls.model_fields[name]
+        units = [str(item) for item in field.metadata if isinstance(item, Unit)]
+        return units[0] if units else "yes or no" if field.annotation is bool else "text"
+
+    @classmethod
     def load(cls, **given: Any) -> Self:
         """Read the environment, and let what is given win over it.
 
@@ -182,5 +199,5 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
+            message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
             raise ConfigError(f"{name}: {message}" if name else message) from None

@@ -1,13 +1,20 @@
 """A model that says what the test tells it to, when it tells it to."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from wsserver import End, Request, Thinking, Usage
 
 BOUND = 10.0  # seconds that any wait of a test may take
 
-__all__ = ["BOUND", "Puppet", "Reply", "Thinking"]
+__all__ = ["BOUND", "Puppet", "Reply", "Thinking", "until"]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let the event loop turn until something is so that sends no event of its own."""
+    async with asyncio.timeout(BOUND):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0)
 
 
 class Reply:
@@ -25,6 +32,10 @@ class Reply:
         for piece in pieces:
             self._lines.put_nowait(piece)
         return self
+
+    def heard_out(self) -> bool:
+        """Whether all that was to be said has been taken."""
+        return self._lines.empty()
 
     def end(self) -> None:
         """Return, as a generator does that has no more to say."""

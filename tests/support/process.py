@@ -1,0 +1,63 @@
+"""The server as a process of its own, as a user runs it."""
+
+import asyncio
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from tests.support.puppet import BOUND
+
+__all__ = ["Process", "run"]
+
+
+class Process:
+    """A running program, and what it has printed so far."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+
+    async def line(self, pattern: str) -> re.Match[str]:
+        """Wait for a line of its output that matches."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            while True:
+                line = (await self.process.stdout.readline()).decode()
+                assert line, f"it ended without {pattern!r} after: {self.output}"
+                self.output += line
+                if match := re.search(pattern, line):
+                    return match
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def end(self) -> int:
+        """Wait for its end and return its exit code."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            self.output += (await self.process.stdout.read()).decode()
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def run(*arguments: str, cwd: Path | None = None, **env: str) -> AsyncIterator[Process]:
+    """Run ``python arguments``; kill it if it still runs in the end."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        cwd=cwd,
+        env={**os.environ, **env},
+    )
+    try:
+        yield Process(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()

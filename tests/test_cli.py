@@ -1,0 +1,151 @@
+"""The command line, as processes where signals and exit codes matter."""
+
+import json
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import connect
+
+import wsserver
+from tests.support.client import Client
+from tests.support.process import Process, run
+from wsserver import Settings
+from wsserver.cli import main
+
+SERVE = ("-m", "wsserver", "serve", "--port", "0")
+
+
+async def url(process: Process) -> str:
+    return (await process.line(r"(ws://\S+)"))[1]
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run it in this process; return its one line on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    captured = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+async def test_it_says_where_it_is_and_that_the_demo_is_no_language_model() -> None:
+    async with run(*SERVE) as process:
+        match = await process.line(r"(http://127\.0\.0\.1:\d+/)")
+        assert "demo" in process.output
+        assert "ANTHROPIC_API_KEY" in process.output
+        async with connect(await url(process), proxy=None) as socket_:
+            chat = Client(socket_)
+            start = await chat.prompt("Hello there")
+            assert start["model"] == "demo"
+            assert (await chat.next("token"))["text"]
+        assert match[1].replace("http", "ws") in process.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_drains_and_the_exit_code_is_0(number: signal.Signals) -> None:
+    async with run(*SERVE, "--demo-rate", "0") as process:
+        async with connect(await url(process), proxy=None) as socket_:
+            chat = Client(socket_)
+            start = await chat.prompt("Hello there")
+            process.signal(number)
+            text, done = await chat.text(start["id"])
+            assert done["reason"] == "end_turn"
+            assert text.endswith("start the server again.")
+            closed = await chat.closed()
+            assert closed.rcvd is not None
+            assert closed.rcvd.code == 1012
+        assert await process.end() == 0
+        assert "Traceback" not in process.output
+
+
+async def test_a_second_ctrl_c_quits_at_once() -> None:
+    # A reply that would take an hour, and a drain that would wait for it.
+    slow = ("--demo-rate", "0.001", "--drain-timeout", "3600", "--shutdown-timeout", "3600")
+    async with run(*SERVE, *slow) as process:
+        async with connect(await url(process), proxy=None) as socket_:
+            chat = Client(socket_)
+            await chat.prompt("Hello there")
+            process.signal(signal.SIGINT)
+            await process.line("once more")
+            process.signal(signal.SIGINT)
+            assert await process.end() == 0
+            assert "Traceback" not in process.output
+            await chat.closed()
+
+
+async def test_flags_win_over_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("async def parrot(request): yield request.prompt\n")
+    environment = {"WSSERVER_MODEL": "demo", "WSSERVER_MODELS": "other-model"}
+    async with run(*SERVE, "--model", "mine:parrot", cwd=tmp_path, **environment) as process:
+        async with connect(await url(process), proxy=None) as socket_:
+            chat = Client(socket_)
+            start = await chat.prompt("Say this", model="other-model")
+            assert await chat.text(start["id"]) == ("Say this", chat.frames[-1])
+            assert start["model"] == "other-model"
+
+
+def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = fails(capsys, "serve", "--port", port)
+    assert "in use" in line
+    assert port in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--port", "http"], "port: "),
+        (["serve", "--colour", "red"], "--colour"),
+        (["serve", "--grace", "-1"], "grace: "),
+        (["serve", "--model", "gpt"], "model: 'gpt' is none of"),
+        (["serve", "--model", "no.such:model"], "cannot import"),
+        (["serve", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
+        (["sing"], "sing"),
+        ([], "COMMAND"),
+    ],
+)
+def test_what_is_wrong_is_one_clear_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert says in fails(capsys, *arguments)
+
+
+def test_a_bad_environment_variable_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WSSERVER_SEND_TIMEOUT", "soon")
+    assert "send_timeout" in fails(capsys, "serve")
+
+
+def test_help_has_a_line_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["serve", "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    words = " ".join(text.split())
+    for name, field in Settings.model_fields.items():
+        assert re.search(rf"--{name.replace('_', '-')}\b", text), name
+        assert f"[WSSERVER_{name.upper()}]" in words, name
+        assert field.description is not None
+        assert field.description.split(".")[0].split()[0] in words
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"wsserver {wsserver.__version__}\n"
+
+
+def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["schema"])
+    assert exit_.value.code == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert {"client", "server"} <= set(schema["$defs"])
