@@ -1,0 +1,127 @@
+"""The documents tell the truth.
+
+The table of settings is made here: ``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes it.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+import wsserver
+from tests.support.client import client
+from wsserver import Code, Settings
+from wsserver.protocol import Close, ServerFrame, parse
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PROTOCOL = (Path(wsserver.__file__).parent / "PROTOCOL.md").read_text()
+
+
+def rows(document: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table below a heading."""
+    section = document.partition(f"\n{heading}\n")[2]
+    table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
+    assert table is not None, heading
+    lines = table[0].strip().splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+def settings_table() -> str:
+    lines = ["| variable | default | unit | |", "|---|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        value = field.default
+        shown = "" if value in ("", ()) else f"`{str(value).lower()}`"
+        text = " ".join((field.description or "").split())
+        unit = Settings.unit(name)
+        lines.append(f"| `WSSERVER_{name.upper()}` | {shown} | {unit} | {text} |")
+    return "\n".join(lines)
+
+
+def test_the_readme_has_every_setting() -> None:
+    before, _, rest = README.partition("<!-- settings -->\n")
+    table, _, after = rest.partition("\n<!-- /settings -->")
+    if os.environ.get("UPDATE_DOCS"):
+        (ROOT / "README.md").write_text(
+            f"{before}<!-- settings -->\n{settings_table()}\n<!-- /settings -->{after}"
+        )
+    else:
+        assert table == settings_table()
+
+
+def test_the_protocol_document_has_every_error_code_and_whether_to_retry() -> None:
+    documented = {}
+    for heading in ("### About a frame", "### Of a generation"):
+        for code, retry, *_ in rows(PROTOCOL, heading):
+            documented[code.strip("`")] = retry == "yes"
+    assert documented == {code.value: code.retryable for code in Code}
+
+
+def test_the_protocol_document_has_every_close_code() -> None:
+    documented = {int(code) for code, *_ in rows(PROTOCOL, "## Close codes")}
+    sent = {value for name, value in vars(Close).items() if name.isupper()}
+    assert documented == sent | {1006}
+
+
+def test_the_protocol_document_has_every_key_of_a_prompt() -> None:
+    documented = {key.strip("`") for key, *_ in rows(PROTOCOL, "### prompt")}
+    assert documented == set(wsserver.protocol.Prompt.model_fields)
+
+
+FRAMES = re.findall(r"^([→←]) (\{.*\})$", PROTOCOL, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("direction", "text"), FRAMES)
+def test_every_frame_in_the_protocol_document_is_one(direction: str, text: str) -> None:
+    text = re.sub(r'"(ID\d?|C)"', r'"\1-0123456789abcdef"', text)
+    if direction == "→":
+        parse(text)
+    else:
+        frame: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
+        frame.validate_json(text)
+        if json.loads(text)["type"] == "error":
+            code = Code(json.loads(text)["code"])
+            assert json.loads(text)["retryable"] is code.retryable
+
+
+def test_the_protocol_document_shows_both_directions() -> None:
+    assert {direction for direction, _ in FRAMES} == {"→", "←"}
+    assert len(FRAMES) > 30
+
+
+async def test_the_program_in_the_readme_runs() -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    source = program.replace("asyncio.sleep(0.2)", "asyncio.sleep(0)")
+    names: dict[str, object] = {}
+    exec(source.replace("asyncio.run(main())", ""), names)
+    async with wsserver.serve(names["shout"], port=0) as server, client(server) as chat:  # type: ignore[arg-type]
+        start = await chat.prompt("quiet please")
+        assert (await chat.text(start["id"]))[0] == "QUIET PLEASE "
+        assert start["model"] == "shout"
+
+
+def test_the_frames_in_the_readme_are_true() -> None:
+    sent = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
+    got = re.findall(r"^< (\{.*\})$", README, re.MULTILINE)
+    assert len(sent) == 2
+    for text in sent:
+        parse(text)
+    frame: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
+    for text in got:
+        frame.validate_json(text)
+
+
+def test_the_make_targets_in_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("document", ["README.md", "wsserver/PROTOCOL.md", "examples/wscat.md"])
+def test_links_within_the_project_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
