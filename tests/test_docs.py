@@ -83,7 +83,7 @@ def test_every_frame_in_the_protocol_document_is_one(direction: str, text: str) 
         frame: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
         frame.validate_json(text)
         if json.loads(text)["type"] == "error":
-            code = Code(json.loads(text)["code"])
+            code = Code[json.loads(text)["code"].upper()]
             assert json.loads(text)["retryable"] is code.retryable
 
 

@@ -301,7 +301,9 @@ class _Reply:
             case _:  # signatures, citations and a tool's input are not shown, but are life
                 yield ""
 
-    def _gather(self, kind: type[str], text: str) -> Iterator[str]:
+    def _gather(self, kind: type[str], text: object) -> Iterator[str]:
+        if not isinstance(text, str):
+            raise TypeError("text that is none")
         if kind is not self._kind:
             yield from self.flush()
             self._kind = kind
