@@ -112,6 +112,12 @@ async def test_a_bad_frame_is_explained_and_the_socket_lives_on(
     assert (await chat.text(start["id"]))[0] == "fine"
 
 
+async def test_an_unusable_frame_is_named_by_its_id_if_that_can_be_read(chat: Client) -> None:
+    for id_, about in ((ID, ID), ("short", None), (5, None)):
+        await chat.send({"prompt": "", "id": id_})
+        assert (await chat.receive()).get("about") == about
+
+
 async def test_repeated_abuse_ends_in_1008_and_other_sockets_feel_nothing(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:

@@ -101,7 +101,8 @@ class Connection:
                 case Ping():
                     self.port.write(encode(Pong()))
         except Refused as refused:
-            self._refuse(refused, about=getattr(frame, "id", None))
+            refused.about = refused.about or getattr(frame, "id", None)
+            self._refuse(refused)
             if frame is None:
                 self._bad_frames += 1
         return self._bad_frames < self.settings.bad_frames
@@ -177,7 +178,7 @@ class Connection:
     def _active(self) -> int:
         return sum(generation.log.state is not State.ENDED for generation in self._cursors)
 
-    def _refuse(self, refused: Refused, about: str | None) -> None:
+    def _refuse(self, refused: Refused) -> None:
         ref = secrets.token_hex(4)
         logger.info("%s: refused a frame: %s", ref, refused.code)
         self.port.write(
@@ -185,7 +186,7 @@ class Connection:
                 Error(
                     code=refused.code,
                     message=refused.message,
-                    about=about,
+                    about=refused.about,
                     retryable=refused.retryable,
                     retry_after=refused.retry_after,
                     ref=ref,

@@ -90,12 +90,16 @@ class _Coded(WsserverError):
 class Refused(_Coded):
     """A client frame was not accepted, and nothing changed.
 
+    ``about`` is the ``id`` which that frame carried, once it is known.
+
     Args:
         code: one of :class:`Code`.
         message: for people; sent to the client. Default: the code's meaning.
         retryable: whether the same frame can succeed later. Default: the code's.
         retry_after: seconds, where known.
     """
+
+    about: str | None = None
 
 
 class ModelError(_Coded):

@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from json.encoder import encode_basestring
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -61,7 +62,9 @@ def _not_blank(value: str) -> str:
     return value
 
 
-Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{16,64}$")]
+ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
 Text = Annotated[str, AfterValidator(_whole)]
 NonBlank = Annotated[Text, AfterValidator(_not_blank)]
 
@@ -269,6 +272,14 @@ def parse(text: str) -> ClientFrame:
     value = _load(text)
     if not isinstance(value, dict):
         raise Refused(Code.INVALID_FRAME, 'A frame is a JSON object, such as {"prompt": "Hello"}.')
+    try:
+        return _validate(value)
+    except Refused as refused:
+        refused.about = _id_of(value)
+        raise
+
+
+def _validate(value: dict[str, Any]) -> ClientFrame:
     name = value.get("type", "prompt" if "prompt" in value or "messages" in value else None)
     if name is None:
         raise Refused(
@@ -332,6 +343,12 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_constant(name: str) -> NoReturn:
     raise Refused(Code.INVALID_JSON, f"{name} is not JSON.")
+
+
+def _id_of(value: dict[str, Any]) -> str | None:
+    """Return the ``id`` of a frame that is unusable otherwise, if at least that is one."""
+    found = value.get("id")
+    return found if isinstance(found, str) and re.fullmatch(ID_PATTERN, found) else None
 
 
 def _first(error: ValidationError) -> str:
