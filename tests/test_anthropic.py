@@ -121,7 +121,6 @@ async def test_the_request_is_what_the_api_documents(
         ({"thinking": "adaptive"}, {"type": "adaptive", "display": "summarized"}),
         ({"thinking": "disabled"}, {"type": "disabled"}),
         ({"thinking": "2000"}, {"type": "enabled", "budget_tokens": 2000}),
-        ({"thinking": "2000", "max_tokens": 2000}, None),
         ({}, None),
     ],
 )
@@ -135,9 +134,14 @@ async def test_thinking_is_asked_for_as_set(
         async with client(server) as chat:
             await chat.prompt()
             await chat.next("done")
+            await chat.prompt(max_tokens=100)
+            await chat.next("done")
     body = (await upstream.request()).body
     assert body.get("thinking") == sent
     assert "cache_control" not in body
+    budget = given.get("thinking", "").isdigit()
+    small = (await upstream.request(1)).body
+    assert small.get("thinking") == (None if budget else sent), "a budget must be below max_tokens"
 
 
 @pytest.mark.parametrize(

@@ -125,11 +125,13 @@ async def test_repeated_abuse_ends_in_1008_and_other_sockets_feel_nothing(
     async with client(server) as abuser:
         for _ in range(server.settings.bad_frames):
             await abuser.send("nonsense")
+        await abuser.send({"prompt": "one more"})
         closed = await abuser.closed()
         assert len(abuser.frames) == server.settings.bad_frames
         assert closed.rcvd is not None
         assert closed.rcvd.code == 1008
         assert "unusable" in closed.rcvd.reason
+    assert len(puppet.replies) <= 1, "what came after the last bad frame was not read"
     (await puppet.reply()).say("undisturbed").end()
     assert (await chat.text(start["id"]))[0] == "undisturbed"
 

@@ -1,14 +1,18 @@
 """Prompts in conversations: history, on_busy, ids, limits."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+import weakref
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet
-from wsserver import Code, ModelError, Thinking
+from wsserver import Code, End, ModelError, Thinking, Usage
+from wsserver.models.demo import Demo
 
 ONE, TWO = "conversation-one", "conversation-two"
 ID = "chosen-by-the-client"
@@ -82,10 +86,79 @@ async def test_a_fault_of_a_model_is_not_told_to_the_client(
     assert any(error["ref"] in record.getMessage() for record in caplog.records)
 
 
-async def test_a_model_that_yields_nonsense_is_a_fault(chat: Client, puppet: Puppet) -> None:
+async def nonsense() -> AsyncIterator[object]:
+    yield 5
+
+
+NONSENSE: dict[str, Callable[[], object]] = {
+    "a number": nonsense,
+    "an end without a reason": lambda: End(None),  # type: ignore[arg-type]
+    "half a token": lambda: Usage(0.5),  # type: ignore[arg-type]
+    "a retry_after that is none": lambda: ModelError(Code.LIMIT, retry_after="soon"),  # type: ignore[arg-type]
+    "no iterator": lambda: "text",
+    "nothing": lambda: None,
+    "a cancellation of its own": lambda: asyncio.CancelledError("mine"),
+    "an exit": lambda: SystemExit(7),
+    "an exception when called": lambda: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("make", NONSENSE.values(), ids=NONSENSE.keys())
+async def test_a_model_that_does_nonsense_is_a_fault_and_nothing_hangs(
+    make: Callable[[], object],
+) -> None:
+    calls = 0
+
+    def model(request: wsserver.Request) -> Any:
+        nonlocal calls
+        calls += 1
+        made = make() if calls == 1 else Demo(rate=0)(request)
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    async with wsserver.serve(model, port=0) as server, client(server) as chat:
+        await chat.prompt()
+        assert (await chat.next("error"))["code"] == "internal"
+        await chat.prompt()
+        assert (await chat.next("done"))["reason"] == "end_turn"
+        assert server._hub.live == 0
+
+
+async def test_what_a_model_says_of_itself_is_made_fit_to_be_sent(
+    chat: Client, puppet: Puppet
+) -> None:
     await chat.prompt()
-    (await puppet.reply()).say(5)  # type: ignore[arg-type]
-    assert (await chat.next("error"))["code"] == "internal"
+    (await puppet.reply()).fail(ModelError(Code.REFUSAL, "caf\udce9"))
+    assert (await chat.next("error"))["message"] == "caf\ufffd"
+    await chat.prompt()
+    (await puppet.reply(1)).say("x", End("all\ud83dwell")).end()
+    assert (await chat.next("done"))["reason"] == "all\ufffdwell"
+
+
+async def test_a_reply_in_one_large_piece_arrives_in_frames_that_fit(
+    chat: Client, puppet: Puppet
+) -> None:
+    start = await chat.prompt()
+    said = "\0" * 100_000 + "é" * 1_000_000  # six bytes each in JSON, and two
+    (await puppet.reply()).say(said).end()
+    text, done = await chat.text(start["id"])
+    assert text == said
+    assert done["reason"] == "end_turn"
+
+
+async def test_a_turn_that_the_model_declined_is_not_shown_to_it_again(
+    chat: Client, puppet: Puppet
+) -> None:
+    await exchange(chat, puppet, 0, "Fine", "Yes")
+    for number, error in enumerate((Code.REFUSAL, Code.REFUSAL, Code.BAD_REQUEST), start=1):
+        await chat.prompt(f"Bad {number}")
+        reply = await puppet.reply(number)
+        reply.say(*["Well, "] * (number == 1)).fail(ModelError(error))
+        await chat.next("error")
+    await chat.prompt("Good")
+    await puppet.reply(4)
+    assert said(puppet, 4) == [("user", "Fine"), ("assistant", "Yes"), ("user", "Good")]
 
 
 async def test_client_owned_history_touches_no_conversation(chat: Client, puppet: Puppet) -> None:
@@ -258,16 +331,19 @@ async def test_a_prompt_sent_again_attaches_to_what_ran(
     assert [content for _, content in said(puppet, 1)] == ["Hello", "all", "And?"]
 
 
-async def test_a_prompt_sent_twice_on_one_socket_is_acknowledged_twice_and_said_once(
+async def test_after_each_start_comes_everything_also_on_one_socket(
     chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt("Hello", id=ID)
-    (await puppet.reply()).say("one")
-    await chat.next("token")
+    (await puppet.reply()).say("one ", "two ")
+    await chat.next("token", seq=2)
     await chat.prompt("Hello", id=ID)
-    assert await chat.quiet() == []
-    puppet.replies[0].end()
-    assert (await chat.text(ID))[0] == "one"
+    (again,) = await chat.quiet()
+    assert (again["seq"], again["text"]) == (2, "one two ")
+    puppet.replies[0].say("three").end()
+    await chat.next("token", seq=3, text="three")
+    assert (await chat.next("done"))["seq"] == 3
+    assert len(puppet.replies) == 1
 
 
 async def test_another_prompt_under_a_known_id_is_refused(chat: Client, puppet: Puppet) -> None:
@@ -342,6 +418,47 @@ async def test_one_server_runs_as_many_as_it_may(puppet: Puppet) -> None:
             (await puppet.reply()).end()
             await one.next("done")
             assert (await two.prompt())["type"] == "start"
+
+
+async def test_an_interrupt_does_not_count_what_it_replaces(chat: Client) -> None:
+    await chat.prompt("A")
+    for text in ("B", "C", "D"):
+        await chat.prompt(text, on_busy="queue")
+    assert (await chat.prompt("E", on_busy="queue"))["code"] == "limit"
+    assert (await chat.prompt("E", on_busy="interrupt"))["type"] == "start"
+
+
+async def test_a_failed_reply_does_not_keep_what_its_model_held() -> None:
+    class Held:
+        pass
+
+    kept: list[weakref.ref[Held]] = []
+
+    async def holding(_: wsserver.Request) -> AsyncIterator[str]:
+        held = Held()
+        kept.append(weakref.ref(held))
+        yield "x"
+        raise ModelError(Code.OVERLOADED)
+
+    async with wsserver.serve(holding, port=0) as own, client(own) as chat:
+        await chat.prompt()
+        await chat.next("error")
+        await chat.quiet()
+        gc.collect()
+        assert kept[0]() is None
+
+
+async def test_ended_replies_are_kept_within_their_size(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, replay_size=10_000, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        for number in range(3):
+            await chat.prompt("x" * 100, id=f"number-{number}-{ID}")
+            (await puppet.reply(number)).say("y" * 300).end()
+            await chat.next("done")
+        assert server._hub.find(f"number-0-{ID}") is None
+        assert server._hub.find(f"number-2-{ID}") is not None
 
 
 async def test_the_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:
@@ -430,7 +547,7 @@ async def test_a_model_that_knows_no_end_is_ended() -> None:
         start = await chat.prompt()
         text, done = await chat.text(start["id"])
         assert done["reason"] == "max_tokens"
-        assert 10_000 < len(text) < 10_010
+        assert len(text) == 10_000
 
 
 async def test_a_model_that_never_waits_can_be_stopped() -> None:

@@ -53,6 +53,7 @@ async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
         ("GET /../etc/passwd HTTP/1.1", 404, None),
         ("GET /ws HTTP/1.1", 426, ("upgrade", "websocket")),
         ("BREW / HTTP/1.1", 405, ("allow", "get, head")),
+        ("GET / HTTP/1.1\nUpgrade: websocket\nUpgrade: h2c", 426, None),
         ("DELETE / HTTP/1.1", 405, ("allow", "get, head")),
         ("POST /healthz HTTP/1.1", 405, ("allow", "get, head")),
     ],
@@ -73,6 +74,26 @@ async def test_a_request_with_a_body_is_answered_too(server: wsserver.Server) ->
     )
     assert (status, headers["allow"]) == (405, "get, head")
     assert int(headers["content-length"]) == len(body)
+
+
+async def test_a_second_request_behind_the_first_is_not_read(
+    server: wsserver.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    status, _, body = await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n" * 2)
+    assert (status, body) == (200, b"ok\n")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_request_in_bits_is_put_together(server: wsserver.Server) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nmore":
+        writer.write(bytes([byte]))
+        await writer.drain()
+        await asyncio.sleep(0)
+    async with asyncio.timeout(BOUND):
+        assert (await reader.read()).endswith(b"ok\n")
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_head_is_get_without_the_body(server: wsserver.Server) -> None:

@@ -88,6 +88,7 @@ def test_a_model_of_ones_own_is_imported_from_the_current_folder(
         "class Box:\n"
         "    async def deep(request): yield 'x'\n"
         "async def echo(request): yield request.prompt\n"
+        "async def whole(request): return 'x'\n"
         "number = 5\n"
     )
     (tmp_path / "broken_model.py").write_text("import no_such_library")
@@ -97,6 +98,7 @@ def test_a_model_of_ones_own_is_imported_from_the_current_folder(
     assert name_of(load(Settings(model="my_models:Box.deep"))) == "deep"
     for spec, says in {
         "my_models:number": "not callable",
+        "my_models:whole": "must be an async generator",
         "my_models:nothing": "cannot import",
         "no_such_module:x": "cannot import",
         "broken_model:x": "no_such_library",

@@ -54,7 +54,7 @@ class FakePort:
         if kind == "start":
             self.accepted.add(name)
             self.ended.discard(name)
-            self.following.setdefault(name, {"seq": 0, "token": "", "thinking": ""})
+            self.following[name] = {"seq": 0, "token": "", "thinking": ""}
         elif kind in {"token", "thinking"}:
             self.check_text(frame)
         elif kind in TERMINAL and name is not None:
@@ -265,7 +265,7 @@ class Rules(RuleBasedStateMachine):
                 assert not port.following, "each accepted prompt gets one terminal"
                 assert port.ended == port.accepted
         assert self.hub.live == 0
-        self.loop.run_until_complete(self.hub.close())
+        self.loop.run_until_complete(self.hub.close(1.0))
         self.loop.close()
 
 

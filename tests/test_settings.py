@@ -32,7 +32,10 @@ def test_the_environment_is_read_and_what_is_given_wins(monkeypatch: pytest.Monk
         ("thinking", "1000", "thinking: "),
         ("log_level", "loud", "log_level: debug, info"),
         ("prompt_size", 100_000, "prompt_size must not be over message_size"),
-        ("write_buffer", 1_000_000, "write_buffer must not be over write_limit"),
+        ("write_buffer", 1_000_000, "max_unsent must be at least"),
+        ("host", "", "host: "),
+        ("max_tokens", 100_000, "max_tokens must not be over max_tokens_limit"),
+        ("thinking", "8192", "thinking must be less than max_tokens"),
         ("drain_timeout", 100, "drain_timeout must not be over shutdown_timeout"),
         ("colour", "red", "colour: "),
     ],
@@ -44,7 +47,17 @@ def test_a_bad_setting_is_one_clear_line(name: str, value: object, says: str) ->
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("value", ["", "adaptive", "disabled", "1024", "20000"])
+def test_the_environment_is_told_of_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WSSERVER_GRACE", "soon")
+    with pytest.raises(ConfigError, match=r"^WSSERVER_GRACE: "):
+        Settings.load()
+    monkeypatch.delenv("WSSERVER_GRACE")
+    monkeypatch.setenv("WSSERVER_MAX_TOKEN", "5")
+    with pytest.raises(ConfigError, match=r"^WSSERVER_MAX_TOKEN: there is no such setting"):
+        Settings.load()
+
+
+@pytest.mark.parametrize("value", ["", "adaptive", "disabled", "1024", "8000"])
 def test_thinking_takes_a_word_or_a_budget(value: str) -> None:
     assert Settings.load(thinking=value).thinking == value
 

@@ -104,6 +104,23 @@ async def test_hurry_waits_for_nothing(puppet: Puppet) -> None:
             await chat.closed()
 
 
+async def test_it_does_not_wait_for_a_model_that_cannot_be_closed(puppet: Puppet) -> None:
+    for hurried in (False, True):
+        async with wsserver.serve(
+            puppet, port=0, drain_timeout=0, shutdown_timeout=0.1, stop_timeout=1000
+        ) as server:
+            async with client(server) as chat:
+                await chat.prompt()
+                reply = await puppet.reply(int(hurried))
+                reply.hold = asyncio.Event()
+                if hurried:
+                    server.hurry()
+                await bounded(asyncio.create_task(server.close()))
+                reply.hold.set()
+                await until(reply.closed.is_set)
+                await chat.closed()
+
+
 async def test_closing_twice_is_closing_once(server: wsserver.Server) -> None:
     await asyncio.gather(server.close(), server.close())
     await server.close()
@@ -144,6 +161,57 @@ async def test_a_model_that_the_server_made_is_closed_with_it(
     async with wsserver.serve(port=0):
         pass
     assert closed == [given]
+
+
+async def test_a_model_whose_closing_fails_or_hangs_does_not_hinder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fails(Puppet):
+        async def aclose(self) -> None:
+            raise ConnectionError
+
+    class Hangs(Puppet):
+        async def aclose(self) -> None:
+            await asyncio.Event().wait()
+
+    for model in (Fails(), Hangs(), Hangs):
+        monkeypatch.setattr("wsserver.models.load", lambda settings, model=model: model)
+        async with wsserver.serve(port=0, stop_timeout=0.05) as server:
+            await bounded(asyncio.create_task(server.close()))
+
+
+async def test_a_server_runs_once(puppet: Puppet) -> None:
+    server = wsserver.serve(puppet, port=0)
+    server.hurry()
+    await server.close()  # nothing to close yet
+    async with server:
+        with pytest.raises(RuntimeError):
+            await server.__aenter__()
+
+
+async def test_a_model_given_by_name_or_by_mistake() -> None:
+    async with wsserver.serve("demo", port=0) as server:
+        assert server.model_name == "demo"
+    with pytest.raises(wsserver.ConfigError, match="not callable"):
+        wsserver.serve(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        wsserver.serve(settings=wsserver.Settings(), port=5)
+
+
+async def test_what_cannot_listen_closes_the_model_that_it_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    closed = asyncio.Event()
+
+    class Closable(Puppet):
+        async def aclose(self) -> None:
+            closed.set()
+
+    monkeypatch.setattr("wsserver.models.load", lambda settings: Closable())
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
+        async with wsserver.serve(port=taken.getsockname()[1]):
+            raise AssertionError
+    assert closed.is_set()
 
 
 async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:

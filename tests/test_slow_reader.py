@@ -191,6 +191,24 @@ async def test_one_that_takes_a_little_each_time_is_not_aborted(puppet: Puppet) 
             assert transport in server._sockets
 
 
+async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
+    server: wsserver.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with sluggard(server) as slow, client(server) as other:
+        transport = next(s for s in server._sockets if s.transport.get_extra_info("peername"))
+        assert transport.transport.max_size <= 8192  # type: ignore[attr-defined]
+        slow.protocol.send_ping(b"")
+        (ping,) = slow.protocol.data_to_send()
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(BOUND):
+            await loop.sock_sendall(slow.sock, ping * 20_000)
+        await other.quiet()
+        slow.sock.close()
+        await until(lambda: len(server._sockets) == 1)
+    lines = [record for record in caplog.records if "socket.send()" in record.getMessage()]
+    assert len(lines) < 2000
+
+
 async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
@@ -204,5 +222,5 @@ async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
                     await asyncio.sleep(0)
                 highest = max(highest, transport.transport.get_write_buffer_size())
         # One read of the event loop may hold this much more.
-        assert highest <= server.settings.write_limit + 300_000
+        assert highest <= server.settings.max_unsent + 300_000
         assert not server._sockets

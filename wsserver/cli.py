@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -21,13 +22,14 @@ from wsserver.settings import Settings
 __all__ = ["main"]
 
 USAGE_ERROR = 2
+LAST_MOMENT = 1.0  # seconds for Python to end when all is done
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE_ERROR, f"wsserver: {message}\n")
+        self.exit(USAGE_ERROR, f"wsserver: {message}; see {self.prog} --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wsserver", description=wsserver.__doc__)
+    parser = _Parser(prog="wsserver", description=wsserver.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("schema", help="print the JSON Schema of all frames")
@@ -63,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="wsserver serve [--SETTING VALUE ...]",
         description="Start the server. A flag wins over its environment variable.",
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     for name, field in Settings.model_fields.items():
         shown = "" if field.default in ("", ()) else f" Default: {field.default}."
@@ -82,7 +85,6 @@ async def _serve(settings: Settings) -> None:
             server = await stack.enter_async_context(serve(settings=settings))
         except OSError as error:
             raise ConfigError(_cannot_listen(settings, error)) from error
-        _announce(server)
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
 
@@ -93,9 +95,14 @@ async def _serve(settings: Settings) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        _announce(server)  # last, as who reads this may send a signal
         await asked.wait()
-        print("stopping; once more to stop at once", flush=True)
+        _say("stopping; once more to stop at once")
         await server.close()
+        # A model that holds on to a thread or to its task would keep the program from ending.
+        last = threading.Timer(LAST_MOMENT, os._exit, [0])
+        last.daemon = True
+        last.start()
 
 
 def _cannot_listen(settings: Settings, error: OSError) -> str:
@@ -110,10 +117,14 @@ def _announce(server: Server) -> None:
     note = ""
     if server.model_name == "demo":
         note = " (offline, no language model; set ANTHROPIC_API_KEY to talk to Claude)"
-    print(
+    _say(
         f"wsserver {wsserver.__version__}, model {server.model_name}{note}\n"
         f"  page       {server.page}\n"
         f"  websocket  {server.url}\n"
-        "  Ctrl-C stops",
-        flush=True,
+        "  Ctrl-C stops"
     )
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(text, flush=True)

@@ -1,7 +1,7 @@
 """One client: frames in, to the hub; logs, out as frames.
 
-It sees a small port and not a library, so that it can be tested without sockets and serve over
-another transport. Nothing here waits: a frame is answered in the call that brings it, and text is
+It sees a small transport and not a library, so that it can be tested without sockets and serve
+over another one. Nothing here waits: a frame is answered in the call that brings it, and text is
 written in the call that appends it, if the client can take it.
 """
 
@@ -12,16 +12,16 @@ from typing import Protocol
 
 from wsserver.errors import Code, Refused
 from wsserver.generation import State
-from wsserver.hub import Conversation, Generation, Hub
+from wsserver.hub import Generation, Hub
 from wsserver.protocol import Error, Ping, Pong, Prompt, Start, Stop, encode, encode_run, parse
 from wsserver.settings import Settings
 
-__all__ = ["Connection", "Port"]
+__all__ = ["Connection", "Transport"]
 
 logger = logging.getLogger("wsserver")
 
 
-class Port(Protocol):
+class Transport(Protocol):
     """The way to one client."""
 
     @property
@@ -47,14 +47,14 @@ class _Cursor:
     def wake(self) -> None:
         """Write all that is new, for as long as the client takes it."""
         connection, generation = self._connection, self.generation
-        port, log = connection.port, generation.log
-        while port.writable:
+        transport, log = connection.transport, generation.log
+        while transport.writable:
             if self.seq < log.seq:
                 run = log.read(self.seq, connection.settings.frame_size)
                 self.seq = run.seq
-                port.write(encode_run(generation.id, run))
+                transport.write(encode_run(generation.id, run))
             elif log.terminal is not None:
-                port.write(encode(log.terminal))
+                transport.write(encode(log.terminal))
                 connection.leave(self)
                 return
             else:
@@ -65,18 +65,18 @@ class Connection:
     """A client's side of the hub.
 
     Args:
-        port: the way to the client.
+        transport: the way to the client.
         hub: where generations live.
         settings: the limits that hold here.
     """
 
-    __slots__ = ("_bad_frames", "_cursors", "_delivered", "_hub", "_own", "port", "settings")
+    __slots__ = ("_bad_frames", "_cursors", "_delivered", "_hub", "_own", "settings", "transport")
 
-    def __init__(self, port: Port, hub: Hub, settings: Settings) -> None:
-        self.port = port
+    def __init__(self, transport: Transport, hub: Hub, settings: Settings) -> None:
+        self.transport = transport
         self.settings = settings
         self._hub = hub
-        self._own: Conversation | None = None
+        self._own: str | None = None
         self._cursors: dict[Generation, _Cursor] = {}
         self._bad_frames = 0
         self._delivered: asyncio.Future[None] | None = None
@@ -99,7 +99,7 @@ class Connection:
                 case Stop():
                     self._stop(frame)
                 case Ping():
-                    self.port.write(encode(Pong()))
+                    self.transport.write(encode(Pong()))
         except Refused as refused:
             refused.about = refused.about or getattr(frame, "id", None)
             self._refuse(refused)
@@ -111,7 +111,7 @@ class Connection:
         """The client can take more: let each generation go on from where it was."""
         # The first to be served now is the last next time, so that none waits for ever.
         for generation, cursor in tuple(self._cursors.items()):
-            if not self.port.writable:
+            if not self.transport.writable:
                 return
             if cursor.seq < generation.log.seq or generation.log.terminal is not None:
                 del self._cursors[generation]
@@ -138,13 +138,13 @@ class Connection:
 
     def _prompt(self, prompt: Prompt) -> None:
         known = self._hub.find(prompt.id) is not None
-        if not known and self._active() >= self.settings.generations_per_socket:
+        if not known and self._active(prompt) >= self.settings.generations_per_socket:
             raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
         generation = self._hub.prompt(prompt, self._own)
         conversation = generation.conversation
         if prompt.conversation is None and conversation is not None:
-            self._own = conversation
-        self.port.write(
+            self._own = conversation.id
+        self.transport.write(
             encode(
                 Start(
                     id=generation.id,
@@ -154,10 +154,13 @@ class Connection:
                 )
             )
         )
-        if generation not in self._cursors:
+        cursor = self._cursors.get(generation)
+        if cursor is None:
             cursor = self._cursors[generation] = _Cursor(self, generation)
             self._hub.follow(generation, cursor)
-            cursor.wake()
+        # After each `start` comes everything, so that a client need not know what it has had.
+        cursor.seq = 0
+        cursor.wake()
 
     def _place(self, generation: Generation) -> int | None:
         # Who interrupts waits for no more than a request to be closed.
@@ -175,13 +178,20 @@ class Connection:
         for generation in running:
             self._hub.stop(generation, "client")
 
-    def _active(self) -> int:
-        return sum(generation.log.state is not State.ENDED for generation in self._cursors)
+    def _active(self, prompt: Prompt) -> int:
+        """Count what runs or waits here, without what the prompt would replace."""
+        name = prompt.conversation or self._own
+        replaced = name if prompt.on_busy == "interrupt" and prompt.messages is None else None
+        return sum(
+            generation.log.state in {State.QUEUED, State.RUNNING}
+            and (generation.conversation is None or generation.conversation.id != replaced)
+            for generation in self._cursors
+        )
 
     def _refuse(self, refused: Refused) -> None:
         ref = secrets.token_hex(4)
         logger.info("%s: refused a frame: %s", ref, refused.code)
-        self.port.write(
+        self.transport.write(
             encode(
                 Error(
                     code=refused.code,

@@ -19,7 +19,7 @@ __all__ = ["Code", "ConfigError", "ModelError", "Refused", "WsserverError"]
 class Code(StrEnum):
     """The ``code`` of an ``error`` frame. Stable: a client may switch on it.
 
-    ``retryable`` is the answer to "can the same frame succeed later, unchanged?".
+    ``retryable`` is the answer to "can the same prompt succeed later, unchanged?".
     """
 
     retryable: bool
@@ -81,10 +81,12 @@ class _Coded(WsserverError):
         retry_after: float | None = None,
     ) -> None:
         super().__init__(message or code.meaning)
+        if not isinstance(code, Code):
+            raise TypeError("the code must be one of wsserver.Code")
         self.code = code
-        self.message = message or code.meaning
-        self.retryable = code.retryable if retryable is None else retryable
-        self.retry_after = retry_after
+        self.message = str(message or code.meaning)
+        self.retryable = code.retryable if retryable is None else bool(retryable)
+        self.retry_after = None if retry_after is None else float(retry_after)
 
 
 class Refused(_Coded):

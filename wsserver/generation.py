@@ -8,6 +8,7 @@ it takes all that it missed as one run. Back-pressure, merging, resume and sever
 all this one thing.
 """
 
+import operator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -25,6 +26,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_CACHE_COUNTS = ("cache_creation_input_tokens", "cache_read_input_tokens")
 
 
 class Thinking(str):
@@ -47,6 +50,11 @@ class Usage:
     cache_read_input_tokens: int = 0
     estimated: bool = False
 
+    def __post_init__(self) -> None:
+        # A count that is no whole number is told to the author of the model at once.
+        for name in ("input_tokens", "output_tokens", *_CACHE_COUNTS):
+            object.__setattr__(self, name, max(0, operator.index(getattr(self, name))))
+
     def but(self, **counts: int | bool) -> "Usage":
         """Return a copy with other counts."""
         return replace(self, **counts)  # type: ignore[arg-type]
@@ -58,6 +66,12 @@ class End:
 
     reason: str = "end_turn"
     usage: Usage | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not isinstance(  # type: ignore[redundant-expr]
+            self.usage, Usage | None
+        ):
+            raise TypeError("an End has a text, and a Usage or None")
 
 
 class State(Enum):

@@ -6,12 +6,12 @@ was asked. Only the models run in tasks, one per generation.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from wsserver.errors import Code, ModelError, Refused
 from wsserver.generation import End, Follower, Log, State, Usage, well_formed
@@ -24,6 +24,7 @@ __all__ = ["Conversation", "Generation", "Hub"]
 logger = logging.getLogger("wsserver")
 
 CHARACTERS_PER_TOKEN = 4  # of English text, for usage that the model never told
+KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
 
 
@@ -56,9 +57,11 @@ class Generation:
     # Why it was cut short, once it was: what ends the log whatever its task still says.
     cut: StoppedBy | ModelError | None = None
     task: "asyncio.Task[End] | None" = None
+    begun: bool = False  # the model was asked
     began: float = 0.0
     heard: float = 0.0  # when the model last gave a sign of life
     asked: int = 0  # characters sent to the model
+    size: int = 0  # of what is kept once it has ended
     watch: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None
 
@@ -85,7 +88,9 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._generations: dict[str, Generation] = {}
         self._live: set[Generation] = set()
+        self._tasks: set[asyncio.Task[End]] = set()
         self._ended: deque[tuple[float, Generation]] = deque()
+        self._ended_size = 0
         self._sweep: asyncio.TimerHandle | None = None
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
         self._draining = False
@@ -101,12 +106,13 @@ class Hub:
         """Return the generation of that id, if it runs or ended within the replay time."""
         return self._generations.get(generation_id) if generation_id is not None else None
 
-    def prompt(self, prompt: Prompt, own: Conversation | None) -> Generation:
+    def prompt(self, prompt: Prompt, own: str | None) -> Generation:
         """Accept a prompt: start a generation, queue it, or return the one that it already has.
 
         Args:
             prompt: what the client sent.
-            own: the conversation that goes on where the prompt names none; None makes a new one.
+            own: the id of the conversation that goes on where the prompt names none; None makes
+                a new one.
 
         Raises:
             Refused: it cannot be accepted, and nothing has changed.
@@ -122,6 +128,8 @@ class Hub:
                 raise Refused(Code.BUSY)
             if prompt.on_busy == "queue" and len(conversation.queue) >= self._settings.queue_size:
                 raise Refused(Code.LIMIT, "The conversation's queue is full.")
+        if conversation is not None:
+            self._keep(conversation)
 
         generation = Generation(
             id=prompt.id or _new_id(),
@@ -142,12 +150,31 @@ class Hub:
             conversation.queue.append(generation)
         return generation
 
-    def stop(self, generation: Generation, by: StoppedBy) -> None:
+    def stop(self, generation: Generation, why: StoppedBy | ModelError) -> None:
         """Stop a generation; its terminal follows once the request to the model is closed.
 
         Stopping what is being stopped or has ended does nothing.
+
+        Args:
+            generation: which.
+            why: who stops it, for ``done``; or what has failed, for ``error``.
         """
-        self._cut(generation, by)
+        log = generation.log
+        if log.state in {State.STOPPING, State.ENDED}:
+            return
+        waiting = log.state is State.QUEUED
+        log.stop()
+        if waiting:
+            assert generation.conversation is not None
+            generation.conversation.queue.remove(generation)
+            self._end(generation, why)
+        elif generation.task is not None and generation.task.cancel():
+            generation.cut = why
+            _cancel(generation.watch)
+            generation.watch = self._loop.call_later(
+                self._settings.stop_timeout, self._abandon, generation
+            )
+        # Else the task has just ended by itself, and is about to say how.
 
     def follow(self, generation: Generation, follower: Follower) -> None:
         """Have the follower woken from now on, and the generation go on for its sake."""
@@ -164,29 +191,33 @@ class Hub:
                 self._settings.grace, self.stop, generation, "disconnect"
             )
 
-    async def drain(self, hurry: asyncio.Event) -> None:
-        """Refuse prompts, stop the waiting ones, and let the rest finish within the drain time.
-
-        Args:
-            hurry: when set, the rest is stopped at once.
-        """
+    async def drain(self) -> None:
+        """Refuse prompts, stop those that wait, and let the rest finish within the drain time."""
         self._draining = True
         for generation in tuple(self._live):
             if generation.log.state is State.QUEUED:
                 self.stop(generation, "shutdown")
-        await _first_of(self._idle.wait(), hurry.wait(), within=self._settings.drain_timeout)
+        await self._until_idle(self._settings.drain_timeout)
         for generation in tuple(self._live):
             self.stop(generation, "shutdown")
-        await _first_of(self._idle.wait(), hurry.wait(), within=self._settings.stop_timeout)
+        await self._until_idle(self._settings.stop_timeout)
 
-    async def close(self) -> None:
-        """Stop whatever still runs, and forget everything. Idempotent."""
+    async def _until_idle(self, within: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._idle.wait()
+
+    async def close(self, within: float) -> None:
+        """Stop whatever still runs, and forget everything. Idempotent.
+
+        Args:
+            within: seconds that models get to close their requests.
+        """
         self._draining = True
-        tasks = [generation.task for generation in self._live if generation.task is not None]
         for generation in tuple(self._live):
             self.stop(generation, "shutdown")
-        if tasks:
-            await asyncio.wait(tasks, timeout=self._settings.stop_timeout)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=within)
         for generation in self._generations.values():
             _cancel(generation.watch)
             _cancel(generation.grace)
@@ -207,31 +238,33 @@ class Hub:
         if self.live >= settings.generations:
             raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
 
-    def _conversation(self, prompt: Prompt, own: Conversation | None) -> Conversation:
-        if prompt.conversation is None:
-            conversation = own or Conversation(_new_id())
-        else:
-            known = self._conversations.get(prompt.conversation)
-            conversation = known or Conversation(prompt.conversation)
+    def _conversation(self, prompt: Prompt, own: str | None) -> Conversation:
+        name = prompt.conversation or own or _new_id()
+        return self._conversations.get(name) or Conversation(name)
+
+    def _keep(self, conversation: Conversation) -> None:
+        """Remember a conversation as the one used last, and forget those used least."""
         self._conversations[conversation.id] = conversation
         self._conversations.move_to_end(conversation.id)
-        if len(self._conversations) > self._settings.conversations:
-            idle = (c for c in self._conversations.values() if c.running is None)
-            oldest = next(idle, conversation)
-            if oldest is not conversation:
-                del self._conversations[oldest.id]
-        return conversation
+        excess = len(self._conversations) - self._settings.conversations
+        if excess > 0:
+            idle = (c.id for c in self._conversations.values() if c.running is None)
+            for name in tuple(itertools.islice(idle, excess)):
+                if name != conversation.id:
+                    del self._conversations[name]
 
     # Running a model.
 
     def _begin(self, generation: Generation) -> None:
         request = self._request(generation)
         generation.log.begin()
+        generation.begun = True
         generation.asked = sum(len(message.content) for message in request.messages)
         generation.began = generation.heard = self._loop.time()
         self._watch(generation)
-        generation.task = self._loop.create_task(self._run(generation, request))
-        generation.task.add_done_callback(lambda task: self._finished(generation, task))
+        task = generation.task = self._loop.create_task(self._guarded(generation, request))
+        self._tasks.add(task)
+        task.add_done_callback(lambda task: self._finished(generation, task))
 
     def _request(self, generation: Generation) -> Request:
         prompt, settings = generation.prompt, self._settings
@@ -245,7 +278,7 @@ class Hub:
             if not conversation.messages or conversation.messages[-1] != said:
                 conversation.messages.append(said)
             conversation.messages = _fitting(conversation.messages, settings.history_size)
-            messages = conversation.messages
+            messages = _without_refusals(conversation.messages)
         return Request(
             messages=tuple(messages),
             model=generation.model,
@@ -258,7 +291,7 @@ class Hub:
         """Move pieces from the model to the log; return the model's end of it."""
         log, time = generation.log, self._loop.time
         end = End()
-        room = self._settings.reply_size
+        room, size = self._settings.reply_size, self._settings.frame_size
         turn = 0
         async with _closing(self._model(request)) as pieces:
             async for piece in pieces:
@@ -266,9 +299,14 @@ class Hub:
                     break
                 if isinstance(piece, str):
                     generation.heard = time()
-                    log.append(well_formed(piece))
-                    room -= len(piece)
-                    if room < 0:
+                    text = well_formed(piece)
+                    if len(text) <= size and len(text) < room:
+                        log.append(text)
+                    else:  # what a model says all at once goes on in parts that a frame can hold
+                        for start in range(0, min(len(text), room), size):
+                            log.append(type(text)(text[start : min(start + size, room)]))
+                    room -= len(text)
+                    if room <= 0:
                         return End("max_tokens")
                 elif isinstance(piece, Usage):
                     generation.usage = piece
@@ -282,6 +320,13 @@ class Hub:
                     await asyncio.sleep(0)
         return end
 
+    async def _guarded(self, generation: Generation, request: Request) -> End:
+        """Run it, and let no model end the whole program."""
+        try:
+            return await self._run(generation, request)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise RuntimeError("a model tried to exit") from error
+
     def _watch(self, generation: Generation) -> None:
         """Cut a generation that is silent for too long; stop one that takes too long.
 
@@ -293,7 +338,7 @@ class Hub:
         if now >= reply_ends:
             self.stop(generation, "timeout")
         elif now >= silence_ends:
-            self._cut(generation, ModelError(Code.TIMEOUT))
+            self.stop(generation, ModelError(Code.TIMEOUT))
         else:
             generation.watch = self._loop.call_at(
                 min(silence_ends, reply_ends), self._watch, generation
@@ -301,38 +346,20 @@ class Hub:
 
     # Ending one.
 
-    def _cut(self, generation: Generation, why: StoppedBy | ModelError) -> None:
-        log = generation.log
-        if log.state in {State.STOPPING, State.ENDED}:
-            return
-        waiting = log.state is State.QUEUED
-        log.stop()
-        if waiting:
-            assert generation.conversation is not None
-            generation.conversation.queue.remove(generation)
-            generation.cut = why
-            self._end(generation, why)
-        elif generation.task is not None and generation.task.cancel():
-            generation.cut = why
-            _cancel(generation.watch)
-            generation.watch = self._loop.call_later(
-                self._settings.stop_timeout, self._abandon, generation
-            )
-        # Else the task has just ended by itself, and is about to say how.
-
     def _abandon(self, generation: Generation) -> None:
         logger.warning("generation %s: the model does not let itself be closed", generation.id)
         assert generation.cut is not None
         self._end(generation, generation.cut)
 
     def _finished(self, generation: Generation, task: "asyncio.Task[End]") -> None:
+        self._tasks.discard(task)
         failure = None if task.cancelled() else task.exception()
         if generation.log.state is State.ENDED:  # it was abandoned before
             return
         if generation.cut is not None:
             self._end(generation, generation.cut)
-        elif task.cancelled():  # by the program that we run in
-            self._end(generation, "shutdown")
+        elif task.cancelled():  # by nobody here: a model lets out what it should keep to itself
+            self._end(generation, asyncio.CancelledError())
         elif failure is not None:
             self._end(generation, failure)
         else:
@@ -343,20 +370,30 @@ class Hub:
         log, conversation = generation.log, generation.conversation
         _cancel(generation.watch)
         _cancel(generation.grace)
-        begun = generation.task is not None
-        terminal = self._terminal(generation, how)
-        if conversation is not None and begun and (text := log.text).strip():
-            conversation.messages.append(Message("assistant", text, _partial(terminal)))
+        try:
+            terminal = self._terminal(generation, how)
+        except Exception as error:  # noqa: BLE001
+            terminal = self._terminal(generation, error)
+        if conversation is not None and generation.begun:
+            self._remember(conversation, log.text, terminal)
         if conversation is not None and conversation.running is generation:
             conversation.running = None
         self._live.discard(generation)
         self._retain(generation)
         log.end(terminal)
         self._report(generation, terminal)
+        generation.task = None  # with the traceback of a failure, and all that holds on to
         if conversation is not None and conversation.running is None and conversation.queue:
             self._begin(conversation.queue.popleft())
         if not self._live:
             self._idle.set()
+
+    def _remember(self, conversation: Conversation, text: str, terminal: Terminal) -> None:
+        messages = conversation.messages
+        if text.strip():
+            messages.append(Message("assistant", text, _partial(terminal)))
+        elif isinstance(terminal, Error) and not terminal.retryable:
+            messages.pop()  # with it, every later prompt would fail as this one did
 
     def _terminal(self, generation: Generation, how: End | StoppedBy | BaseException) -> Terminal:
         if isinstance(how, End):
@@ -364,7 +401,7 @@ class Hub:
             return Done(
                 id=generation.id,
                 seq=generation.log.seq,
-                reason=how.reason,
+                reason=well_formed(how.reason),
                 usage=UsageCounts.of(usage),
             )
         usage = self._usage(generation)
@@ -379,7 +416,7 @@ class Hub:
         error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
         return Error(
             code=error.code,
-            message=error.message,
+            message=well_formed(error.message),
             id=generation.id,
             seq=generation.log.seq,
             retryable=error.retryable,
@@ -390,8 +427,8 @@ class Hub:
 
     def _usage(self, generation: Generation) -> Usage:
         """Return what the model said that it used; where it never said, what it likely was."""
-        if generation.task is None:
-            return Usage()  # the model was never asked
+        if not generation.begun:
+            return Usage()
         if (usage := generation.usage) is not None and not usage.estimated:
             return usage
         if usage is None:
@@ -415,23 +452,33 @@ class Hub:
             terminal.reason if isinstance(terminal, Done) else f"error {terminal.code}",
             f" by {terminal.by}" if isinstance(terminal, Done) and terminal.by else "",
             generation.log.seq,
-            self._loop.time() - generation.began if generation.task is not None else 0.0,
+            self._loop.time() - generation.began if generation.begun else 0.0,
         )
 
     # Keeping the ended.
 
     def _retain(self, generation: Generation) -> None:
+        """Keep an ended generation for the replay time, and within the replay size."""
+        said = sum(map(len, generation.log.pieces))
+        generation.size = KEPT_PER_REPLY + generation.prompt.size + said
         self._ended.append((self._loop.time() + self._settings.replay, generation))
+        self._ended_size += generation.size
         if self._sweep is None:
             self._sweep = self._loop.call_at(self._ended[0][0], self._forget)
+        while self._ended_size > self._settings.replay_size:
+            self._forget_oldest()
 
     def _forget(self) -> None:
         self._sweep = None
         while self._ended and self._ended[0][0] <= self._loop.time():
-            _, generation = self._ended.popleft()
-            del self._generations[generation.id]
+            self._forget_oldest()
         if self._ended:
             self._sweep = self._loop.call_at(self._ended[0][0], self._forget)
+
+    def _forget_oldest(self) -> None:
+        _, generation = self._ended.popleft()
+        self._ended_size -= generation.size
+        del self._generations[generation.id]
 
 
 def _new_id() -> str:
@@ -447,6 +494,17 @@ def _partial(terminal: Terminal) -> str | None:
     if isinstance(terminal, Error):
         return terminal.code
     return terminal.by
+
+
+def _without_refusals(messages: list[Message]) -> list[Message]:
+    """Leave out the turns that the model declined: it would go on to decline those after them."""
+    kept: list[Message] = []
+    for message in messages:
+        if message.partial == Code.REFUSAL:
+            kept.pop()
+        else:
+            kept.append(message)
+    return kept
 
 
 def _fitting(messages: list[Message], size: int) -> list[Message]:
@@ -475,14 +533,3 @@ async def _closing(
         aclose = getattr(pieces, "aclose", None)
         if aclose is not None:
             await aclose()
-
-
-async def _first_of(*waits: Coroutine[Any, Any, object], within: float) -> None:
-    """Return when one of them is done, or the time is up."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

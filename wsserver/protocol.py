@@ -6,6 +6,7 @@
 
 import json
 import re
+from enum import IntEnum
 from json.encoder import encode_basestring
 from typing import Annotated, Any, Literal, NoReturn, Self
 
@@ -69,7 +70,7 @@ Text = Annotated[str, AfterValidator(_whole)]
 NonBlank = Annotated[Text, AfterValidator(_not_blank)]
 
 
-class Close:
+class Close(IntEnum):
     """The close codes that the server sends, of RFC 6455 section 7.4 and its IANA registry."""
 
     NORMAL = 1000

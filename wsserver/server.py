@@ -34,12 +34,13 @@ __all__ = ["Server", "serve"]
 
 WEBSOCKET_PATHS = ("/", "/ws")
 MESSAGES_PER_TURN = 16  # taken from a client that sends without a pause, before others get theirs
+LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
 CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
 
 
 def serve(
-    model: Model | None = None, *, settings: Settings | None = None, **given: Any
+    model: Model | str | None = None, *, settings: Settings | None = None, **given: Any
 ) -> "Server":
     """Make a server; it listens inside ``async with``.
 
@@ -51,47 +52,53 @@ def serve(
 
     Args:
         model: what answers: an async generator from a request to pieces, see
-            :class:`wsserver.Model`. Default: what the setting ``model`` names.
+            :class:`wsserver.Model`, or a name as the setting ``model`` takes. Default: that
+            setting.
         settings: all settings at once; without it they are read from the environment.
         given: single settings, by name; they win over the environment.
 
     Raises:
-        ConfigError: a setting does not fit, or the model cannot be found.
+        ConfigError: a setting does not fit, or the model is none.
     """
+    if isinstance(model, str):
+        model, given = None, {**given, "model": model}
     if settings is None:
         settings = Settings.load(**given)
     elif given:
         raise TypeError("give either settings or single ones")
+    if model is not None:
+        models.check(model)
     return Server(model, settings)
 
 
 class Server:
     """A running server; see :func:`serve`.
 
-    Entering it raises ``OSError`` when it cannot listen on its address.
+    Entering it raises ``OSError`` when it cannot listen on its address, and
+    :class:`~wsserver.ConfigError` when there is no model of the name in the settings. It runs once.
+
+    Attributes:
+        settings: what holds here.
+        model_name: what answers, as clients see it.
+        port: where it listens, also where the setting was 0.
     """
+
+    model_name: str
+    port: int
 
     def __init__(self, model: Model | None, settings: Settings) -> None:
         self.settings = settings
-        self._model = models.load(settings) if model is None else model
-        self._owns_model = model is None
+        self._model = model
+        self._page = _Page()
         self._sockets: set[Socket] = set()
         self._connections: dict[Socket, Connection] = {}
-        self._page = _Page()
         self._hub: Hub
         self._listener: Listener
+        self._own_model: Model | None = None  # made here, and so to be closed here
         self._closing: asyncio.Task[None] | None = None
-        self._hurry: asyncio.Event
-
-    @property
-    def model_name(self) -> str:
-        """The name of what answers, as clients see it."""
-        return models.name_of(self._model)
-
-    @property
-    def port(self) -> int:
-        """The port that it listens on, also where the setting was 0."""
-        return int(self._listener.sockets[0].getsockname()[1])
+        self._leaving: asyncio.Task[None] | None = None
+        self._hurried = False
+        self._entered = False
 
     @property
     def url(self) -> str:
@@ -104,17 +111,35 @@ class Server:
         return f"http://{self._address}/"
 
     async def __aenter__(self) -> Self:
+        if self._entered:
+            raise RuntimeError("a server runs once")
+        self._entered = True
+        settings, model = self.settings, self._model
+        if model is None:
+            model = self._own_model = models.load(settings)
+        self.model_name = models.name_of(model)
+        self._hub = Hub(model, settings)
+        try:
+            self._listener = await self._listen()
+        except BaseException:
+            await self._close_model()
+            raise
+        self.port = int(self._listener.sockets[0].getsockname()[1])
+        return self
+
+    async def _listen(self) -> Listener:
         settings = self.settings
-        self._hurry = asyncio.Event()
-        self._hub = Hub(self._model, settings)
-        self._listener = await listen(
+        return await listen(
             self._handle,
             settings.host,
             settings.port,
             process_request=self._respond,
             select_subprotocol=_select_subprotocol,
             create_connection=functools.partial(  # type: ignore[arg-type]
-                Socket, settings=settings, sockets=self._sockets
+                Socket,
+                settings=settings,
+                sockets=self._sockets,
+                method_not_allowed=_method_not_allowed().serialize(),
             ),
             compression=None,  # costs 40 KiB a socket and half of the send rate
             open_timeout=settings.open_timeout,
@@ -125,7 +150,6 @@ class Server:
             write_limit=settings.write_buffer,
             server_header=None,
         )
-        return self
 
     async def __aexit__(
         self,
@@ -146,36 +170,42 @@ class Server:
 
         It takes no longer than the ``shutdown_timeout``. Idempotent; all callers wait for the end.
         """
+        if not hasattr(self, "port"):  # never entered
+            return
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
     def hurry(self) -> None:
         """Make :meth:`close`, under way or to come, wait for nothing more."""
-        self._hurry.set()
+        self._hurried = True
+        if self._leaving is not None:
+            self._leaving.cancel()
 
     async def _close(self) -> None:
-        self._listener.close(close_connections=False)
         loop = asyncio.get_running_loop()
-        hurried = loop.create_task(self._hurry.wait())
-        leaving = loop.create_task(self._leave())
-        await asyncio.wait(
-            {hurried, leaving},
-            timeout=self.settings.shutdown_timeout,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        for task in (hurried, leaving):
-            task.cancel()
-        await asyncio.wait({hurried, leaving})
+        deadline = loop.time() + self.settings.shutdown_timeout
+        self._listener.close(close_connections=False)
+        if not self._hurried:
+            self._leaving = loop.create_task(self._leave())
+            await asyncio.wait({self._leaving}, timeout=self.settings.shutdown_timeout)
+            self._leaving.cancel()
+            await asyncio.wait({self._leaving})
         for socket in tuple(self._sockets):
             socket.abort()
-        await self._hub.close()
+        left = LAST_TURN if self._hurried else max(LAST_TURN, deadline - loop.time())
+        await self._hub.close(min(left, self.settings.stop_timeout))
         await self._listener.wait_closed()
-        if self._owns_model:
-            await models.close(self._model)
+        await self._close_model()
+
+    async def _close_model(self) -> None:
+        if self._own_model is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.stop_timeout):
+                    await models.close(self._own_model)
 
     async def _leave(self) -> None:
-        await self._hub.drain(self._hurry)
+        await self._hub.drain()
         sockets = [socket for socket in self._connections if socket.state is State.OPEN]
         random.shuffle(sockets)
         async with asyncio.TaskGroup() as group:
@@ -202,6 +232,7 @@ class Server:
                 async for message in socket:
                     if not connection.receive(message):
                         await socket.close(Close.POLICY_VIOLATION, "too many unusable frames")
+                        return
                     turn += 1
                     if turn == MESSAGES_PER_TURN:
                         turn = 0
@@ -222,17 +253,13 @@ class Server:
     def _respond(self, _: ServerConnection, request: Request) -> Response | None:
         """Answer what is not a WebSocket handshake; None lets the library go on with one."""
         path = request.path.partition("?")[0]
-        websocket = "websocket" in request.headers.get("Upgrade", "").lower()
+        websocket = "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
         if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
             return None
         if path not in {*WEBSOCKET_PATHS, "/healthz"}:
             response = _response(http.HTTPStatus.NOT_FOUND, b"Not found\n")
         elif request.method not in {"GET", "HEAD"}:
-            response = _response(
-                http.HTTPStatus.METHOD_NOT_ALLOWED,
-                b"Method not allowed\n",
-                headers={"Allow": "GET, HEAD"},
-            )
+            response = _method_not_allowed()
         elif path == "/":
             response = self._page.respond()
         elif path == "/healthz":
@@ -290,6 +317,14 @@ def _response(
         "X-Content-Type-Options": "nosniff",
     }
     return Response(status.value, status.phrase, Headers({**common, **(headers or {})}), body)
+
+
+def _method_not_allowed() -> Response:
+    return _response(
+        http.HTTPStatus.METHOD_NOT_ALLOWED,
+        b"Method not allowed\n",
+        headers={"Allow": "GET, HEAD"},
+    )
 
 
 def _select_subprotocol(_: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -5,6 +5,7 @@ A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, 
 :func:`wsserver.serve`. A flag or keyword wins over the environment.
 """
 
+import os
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -29,6 +30,8 @@ Tokens = Annotated[int, Field(ge=1), Unit("tokens")]
 Count = Annotated[int, Field(ge=0), Unit("number")]
 PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
+PREFIX = "WSSERVER_"
+ESCAPED = 6  # bytes that JSON makes of one character at most
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
 
 
@@ -40,7 +43,7 @@ class Settings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="WSSERVER_",
+        env_prefix=PREFIX,
         extra="forbid",
         frozen=True,
         env_ignore_empty=True,
@@ -48,16 +51,17 @@ class Settings(BaseSettings):
     )
 
     # Where it listens.
-    host: str = "127.0.0.1"
-    """Address to listen on. Loopback, so that it is yours alone until you decide otherwise."""
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on. Loopback, so that nobody else's machine reaches it until you decide
+    otherwise."""
     port: Annotated[int, Field(ge=0, le=65535), Unit("port")] = 3001
     """Port to listen on; 0 lets the system choose."""
 
     # What answers.
     model: str = ""
     """What answers: `demo`, `anthropic:MODEL` (or a bare `claude-…`), or
-    `package.module:attribute` for a model of your own. Default: claude-sonnet-4-6 where Anthropic
-    credentials are found, else demo."""
+    `package.module:attribute` for a model of your own. Default: claude-sonnet-4-6 where
+    the environment has Anthropic credentials, else demo."""
     models: Annotated[tuple[str, ...], NoDecode] = ()
     """Other model ids that a prompt may ask for, separated by commas. Empty, as each is a price
     that you agree to pay."""
@@ -86,8 +90,7 @@ class Settings(BaseSettings):
 
     # How much runs at once.
     generations: PositiveCount = 800
-    """Replies running or queued in this process; below the 1000 connections that the SDK keeps to
-    its API."""
+    """Replies running or queued in this process, and connections to the model's API with them."""
     generations_per_socket: PositiveCount = 4
     """Replies running or queued for one socket, so that one client cannot take them all."""
     queue_size: Count = 8
@@ -119,6 +122,8 @@ class Settings(BaseSettings):
     """That a reply runs on when its last reader is gone; 0 stops it at once."""
     replay: Seconds = 300.0
     """That an ended reply is kept, so that a prompt sent again gets it and not a second one."""
+    replay_size: Bytes = 67_108_864
+    """All ended replies that are kept, about; the oldest are forgotten first."""
 
     # How it treats readers.
     open_timeout: PositiveSeconds = 5.0
@@ -133,7 +138,7 @@ class Settings(BaseSettings):
     write_buffer: Bytes = 32_768
     """Unsent data of one socket above which it gets no more text until it has read; little, so
     that a stop is seen at once."""
-    write_limit: Bytes = 262_144
+    max_unsent: Bytes = 262_144
     """Unsent data of one socket, answers and pongs included, above which it is aborted."""
     frame_size: Characters = 16_384
     """Characters up to which text that waited for a slow reader is merged into one frame."""
@@ -174,8 +179,14 @@ class Settings(BaseSettings):
     def _check_order(self) -> Self:
         if self.prompt_size > self.message_size:
             raise ValueError("prompt_size must not be over message_size")
-        if self.write_buffer > self.write_limit:
-            raise ValueError("write_buffer must not be over write_limit")
+        if self.max_tokens > self.max_tokens_limit:
+            raise ValueError("max_tokens must not be over max_tokens_limit")
+        if self.thinking.isdigit() and int(self.thinking) >= self.max_tokens:
+            raise ValueError("thinking must be less than max_tokens, of which it is a part")
+        if self.write_buffer + 2 * ESCAPED * self.frame_size > self.max_unsent:
+            raise ValueError(
+                f"max_unsent must be at least write_buffer and {2 * ESCAPED} times frame_size"
+            )
         if self.drain_timeout > self.shutdown_timeout:
             raise ValueError("drain_timeout must not be over shutdown_timeout")
         return self
@@ -194,10 +205,16 @@ class Settings(BaseSettings):
         Raises:
             ConfigError: a value does not fit, or there is no such setting.
         """
+        known = {PREFIX + name.upper() for name in cls.model_fields}
+        for variable in os.environ:
+            if variable.upper().startswith(PREFIX) and variable.upper() not in known:
+                raise ConfigError(f"{variable}: there is no such setting")
         try:
             return cls(**given)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            if name in cls.model_fields and name not in given:
+                name = PREFIX + name.upper()
             message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
             raise ConfigError(f"{name}: {message}" if name else message) from None

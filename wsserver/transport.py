@@ -25,17 +25,9 @@ logger = logging.getLogger("wsserver")
 # Data that the kernel takes before it has sent what it has: little, so that a slow reader is
 # noticed here, where its text can be merged, and a stop need not wait behind it.
 UNSENT_IN_KERNEL = 16384
+READ_SIZE = 8192  # bytes taken from one socket before others get their turn
 
-_REFUSED_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
-_METHOD_NOT_ALLOWED = (
-    b"HTTP/1.1 405 Method Not Allowed\r\n"
-    b"Allow: GET, HEAD\r\n"
-    b"Connection: close\r\n"
-    b"Content-Type: text/plain; charset=utf-8\r\n"
-    b"Content-Length: 19\r\n"
-    b"\r\n"
-    b"Method not allowed\n"
-)
+_OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
 
 
 class Socket(ServerConnection):
@@ -44,8 +36,9 @@ class Socket(ServerConnection):
     Args:
         protocol: the library's.
         server: the library's.
-        settings: its ``send_timeout`` and ``write_limit`` hold here.
+        settings: its ``send_timeout`` and ``max_unsent`` hold here.
         sockets: where it registers for as long as it is connected, handshake included.
+        method_not_allowed: the HTTP response to a method that the library does not know.
         options: the library's.
     """
 
@@ -56,17 +49,19 @@ class Socket(ServerConnection):
         *,
         settings: Settings,
         sockets: set["Socket"],
+        method_not_allowed: bytes,
         **options: Any,
     ) -> None:
         super().__init__(protocol, server, **options)
         self.wake: Callable[[], None] = lambda: None
         self._settings = settings
         self._sockets = sockets
+        self._method_not_allowed = method_not_allowed
         self._gone = False
         self._deadline: asyncio.TimerHandle | None = None
-        self._unsent = 0  # when the deadline was set
-        self._first_data = True
-        self._refused = False
+        self._unsent = 0  # when the deadline was set, and what was written since
+        self._head = bytearray()  # the end of what came of the request so far
+        self._head_ended = False
 
     @property
     def writable(self) -> bool:
@@ -77,6 +72,7 @@ class Socket(ServerConnection):
         """Send a text frame of UTF-8, at once or from a buffer, without waiting."""
         if not self._gone:
             broadcast((self,), frame, text=True)
+            self._unsent += len(frame)
             self._check_unsent()
 
     def abort(self) -> None:
@@ -88,6 +84,8 @@ class Socket(ServerConnection):
         """Set the socket up."""
         super().connection_made(transport)
         self._sockets.add(self)
+        # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
+        transport.max_size = READ_SIZE  # type: ignore[attr-defined]
         sock = transport.get_extra_info("socket")
         option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
         if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
@@ -118,22 +116,43 @@ class Socket(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Feed the library, and see what it had to answer."""
-        if self._first_data:
-            self._first_data = False
-            # The library knows requests without a body alone, and hangs up on others.
-            if data.startswith(_REFUSED_METHODS):
-                self._refused = True
-                self.transport.write(_METHOD_NOT_ALLOWED)
-                if self.transport.can_write_eof():
-                    self.transport.write_eof()
-        if self._refused:  # read on until the peer has gone or the handshake's time is up
-            return
-        super().data_received(data)
-        # Pongs are written whether or not the peer reads them.
-        self._check_unsent()
+        if self.state is State.CONNECTING:
+            data = self._request_in(data)
+        if data:
+            super().data_received(data)
+            # Pongs are written whether or not the peer reads them.
+            self._check_unsent()
+
+    def send_data(self) -> None:
+        """Write what the library has to say, unless nobody is left to hear it."""
+        if self._gone or self.transport.is_closing():
+            self.protocol.data_to_send()
+        else:
+            super().send_data()
+
+    def _request_in(self, data: bytes) -> bytes:
+        """Return what belongs to the request: no body, nor anything sent before its answer."""
+        if self._head_ended:
+            return b""
+        if not self._head and data.startswith(_OTHER_METHODS):
+            # The library hangs up on requests with a body. So this one is answered here; what
+            # follows is read and dropped until the peer has gone or the time for it is up.
+            self._head_ended = True
+            self.transport.write(self._method_not_allowed)
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            return b""
+        before = len(self._head)
+        self._head += data
+        end = self._head.find(b"\r\n\r\n")
+        if end >= 0:
+            self._head_ended = True
+            data = data[: end + 4 - before]
+        del self._head[:-3]
+        return data
 
     def _check_unsent(self) -> None:
-        if self.transport.get_write_buffer_size() > self._settings.write_limit and not self._gone:
+        if self.transport.get_write_buffer_size() > self._settings.max_unsent and not self._gone:
             logger.warning("socket %s: too much unsent, aborted", self.id)
             self.abort()
 

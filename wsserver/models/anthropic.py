@@ -114,13 +114,13 @@ class Anthropic:
             ModelError: it failed; see the codes in :mod:`wsserver.errors`.
         """
         arguments = self._arguments(request)
-        pauses_end = time.monotonic() + self._settings.retry_budget
+        budget = self._settings.retry_budget
         for attempt in range(self._settings.retries + 1):
             begun = False
             try:
                 async with contextlib.aclosing(self._attempt(arguments)) as pieces:
                     async for piece in pieces:
-                        begun = begun or isinstance(piece, str)
+                        begun = begun or (isinstance(piece, str) and piece != "")
                         yield piece
             except _Transient as failure:
                 error = failure.error
@@ -128,10 +128,13 @@ class Anthropic:
                 if pause is None:
                     # Full jitter, so that those who failed together do not come back together.
                     pause = random.uniform(0, min(MAX_PAUSE, 0.5 * 2**attempt))  # noqa: S311
-                in_budget = time.monotonic() + pause <= pauses_end
-                if begun or attempt == self._settings.retries or not in_budget:
+                longest = min(budget, self._settings.silence_timeout)
+                if begun or attempt == self._settings.retries or pause > longest:
                     raise error from failure.__cause__
+                budget -= pause
+                yield ""  # a new attempt has its own time to be silent
                 await asyncio.sleep(pause)
+                yield ""
             else:
                 return
 
@@ -175,6 +178,8 @@ class Anthropic:
             raise _of_connection(error) from error
         except anthropic.CredentialsError as error:
             raise ModelError(Code.CREDENTIALS) from error
+        except httpx2.DecodingError as error:
+            raise ModelError(Code.MALFORMED) from error
         except httpx2.TimeoutException as error:
             raise _Transient(ModelError(Code.TIMEOUT)) from error
         except httpx2.TransportError as error:
@@ -254,7 +259,7 @@ class _Reply:
     def __init__(self) -> None:
         self.end: End | None = None
         self._usage = Usage(estimated=True)
-        self._stop_reason: str | None = None
+        self._stop_reason: object = None
         self._kind: type[str] = str
         self._gathered: list[str] = []
 
@@ -282,7 +287,7 @@ class _Reply:
                     raise _of_event(event["error"])
                 case _:  # a `ping`, or an event of a later version, which the API says to ignore
                     pass
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ModelError(Code.MALFORMED) from error
 
     def flush(self) -> Iterator[str]:
@@ -328,6 +333,8 @@ class _Reply:
     def _stop(self) -> None:
         if self._stop_reason is None:
             raise ModelError(Code.INCOMPLETE)
+        if not isinstance(self._stop_reason, str):
+            raise TypeError("a reason that is none")
         if self._stop_reason == "refusal":
             raise ModelError(Code.REFUSAL)
         self.end = End(self._stop_reason, self._usage)
@@ -352,7 +359,7 @@ def _of_connection(error: anthropic.APIConnectionError) -> Exception:
         return _Transient(ModelError(Code.TIMEOUT))
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, ssl.SSLError):
+        if isinstance(cause, ssl.SSLCertVerificationError):
             return ModelError(Code.UNTRUSTED)
         cause = cause.__cause__ or cause.__context__
     return _Transient(ModelError(Code.UNREACHABLE))

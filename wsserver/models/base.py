@@ -1,6 +1,8 @@
 """What a model is, and how one is found by its name."""
 
 import importlib
+import inspect
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -11,7 +13,9 @@ from wsserver.errors import ConfigError
 from wsserver.generation import End, Usage
 from wsserver.settings import Settings
 
-__all__ = ["Message", "Model", "Request", "close", "load", "name_of"]
+logger = logging.getLogger("wsserver")
+
+__all__ = ["Message", "Model", "Request", "check", "close", "load", "name_of"]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
 
@@ -72,16 +76,33 @@ class Model(Protocol):
         ...
 
 
+def check(model: object) -> None:
+    """Find the common mistakes before a client does.
+
+    Raises:
+        ConfigError: it cannot be a model.
+    """
+    name = getattr(model, "__name__", repr(model))
+    if not callable(model):
+        raise ConfigError(f"model: {name} is not callable")
+    if inspect.iscoroutinefunction(model):
+        raise ConfigError(f"model: {name} must be an async generator: let it yield its pieces")
+
+
 def name_of(model: Model) -> str:
     """Return the name that clients see."""
     return str(getattr(model, "name", None) or getattr(model, "__name__", type(model).__name__))
 
 
 async def close(model: Model) -> None:
-    """Release what a model holds, if it says how."""
+    """Release what a model holds, if it says how. An error of its own is logged."""
     aclose = getattr(model, "aclose", None)
-    if aclose is not None:
+    if aclose is None or isinstance(model, type):
+        return
+    try:
         await aclose()
+    except Exception:
+        logger.exception("the model could not be closed")
 
 
 def load(settings: Settings) -> Model:
@@ -125,6 +146,5 @@ def _import(spec: str) -> Model:
         raise ConfigError(
             f"model: cannot import {spec!r}: {type(error).__name__}: {error}"
         ) from error
-    if not callable(model):
-        raise ConfigError(f"model: {spec!r} is not callable")
+    check(model)
     return cast("Model", model)
