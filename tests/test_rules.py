@@ -131,7 +131,13 @@ class Rules(RuleBasedStateMachine):
 
     def said(self, name: str) -> list[str]:
         reply = self.reply_of(name)
-        return [well_formed(piece) for piece in reply.said if piece] if reply else []
+        size = self.settings.frame_size  # by which larger pieces are cut
+        return [
+            type(piece)(whole[start : start + size])
+            for piece in (reply.said if reply else [])
+            for whole in (well_formed(piece),)
+            for start in range(0, len(whole), size)
+        ]
 
     # What clients do.
 
@@ -211,7 +217,10 @@ class Rules(RuleBasedStateMachine):
     def count(self, reply: Reply, counts: tuple[int, int, bool]) -> None:
         reply.say(Usage(counts[0], counts[1], estimated=counts[2]))
 
-    @rule(reply=replies, how=st.sampled_from(["return", "end", "error", "fault", "stubborn"]))
+    @rule(
+        reply=replies,
+        how=st.sampled_from(["return", "end", "error", "fault", "nonsense", "stubborn"]),
+    )
     def finish(self, reply: Reply, how: str) -> None:
         if how == "stubborn":
             reply.stubborn = True
@@ -219,6 +228,8 @@ class Rules(RuleBasedStateMachine):
             reply.fail(ModelError(Code.OVERLOADED))
         elif how == "fault":
             reply.fail(ZeroDivisionError("secret"))
+        elif how == "nonsense":
+            reply.say(5)  # type: ignore[arg-type]
         else:
             if how == "end":
                 reply.say(End("max_tokens", Usage(1, 2)))
