@@ -363,7 +363,7 @@ async def test_an_ended_generation_is_forgotten_after_the_replay_time(puppet: Pu
                 (await puppet.reply(number)).say("x").end()
                 await chat.text(ID)
                 await chat.quiet()
-            assert server._hub.find(ID) is None
+            assert server._hub.known("anonymous", ID) is None
 
 
 # Disconnecting
@@ -457,8 +457,8 @@ async def test_ended_replies_are_kept_within_their_size(puppet: Puppet) -> None:
             await chat.prompt("x" * 100, id=f"number-{number}-{ID}")
             (await puppet.reply(number)).say("y" * 300).end()
             await chat.next("done")
-        assert server._hub.find(f"number-0-{ID}") is None
-        assert server._hub.find(f"number-2-{ID}") is not None
+        assert server._hub.known("anonymous", f"number-0-{ID}") is None
+        assert server._hub.known("anonymous", f"number-2-{ID}") is not None
 
 
 async def test_the_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:

@@ -18,6 +18,12 @@ FLOORS = {
     "models.demo": 2,
     "models.anthropic": 2,
     "models": 2,
+    "stores.base": 2,
+    "stores.memory": 2,
+    "stores.sqlite": 2,
+    "stores": 2,
+    "journal": 3,
+    "live": 3,
     "hub": 3,
     "connection": 3,
     "transport": 3,
@@ -35,6 +41,15 @@ NEIGHBOURS = {
     ("models", "models.base"),
     ("models.base", "models.demo"),  # only inside a function, when it is asked for
     ("models.base", "models.anthropic"),
+    ("stores", "stores.base"),
+    ("stores", "stores.memory"),
+    ("stores", "stores.sqlite"),  # only inside a function, when it is asked for
+    ("stores.memory", "stores.base"),
+    ("stores.sqlite", "stores.base"),
+    ("live", "journal"),
+    ("hub", "live"),
+    ("hub", "journal"),
+    ("connection", "live"),
     ("connection", "hub"),
     ("__main__", "cli"),
     ("cli", ""),
@@ -42,6 +57,7 @@ NEIGHBOURS = {
 LIBRARIES = {
     "websockets": {"transport", "server"},
     "anthropic": {"models.anthropic"},
+    "aiosqlite": {"stores.sqlite"},
     "httpx2": {"models.anthropic"},
     "argparse": {"cli"},
 }

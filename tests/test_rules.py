@@ -25,7 +25,9 @@ from tests.support.puppet import Puppet, Reply, Thinking
 from wsserver import Code, End, ModelError, Settings, Usage
 from wsserver.connection import Connection
 from wsserver.generation import State, well_formed
-from wsserver.hub import Generation, Hub
+from wsserver.hub import Hub
+from wsserver.live import Generation
+from wsserver.stores import MemoryStore
 
 TERMINAL = {"done", "error"}
 
@@ -43,8 +45,9 @@ class FakePort:
         self.machine = machine
         self.writable = True
         self.gone = False
-        # Per generation: what has come since the last `start` that began to follow it.
-        self.following: dict[str, dict[str, Any]] = {}
+        # Per generation: the seq of what came last since its last `start`; None for nothing yet.
+        self.following: dict[str, int | None] = {}
+        self.afters: dict[str, set[int]] = {}  # from where it may go on after a `start`
         self.ended: set[str] = set()
         self.accepted: set[str] = set()
 
@@ -54,31 +57,38 @@ class FakePort:
         if kind == "start":
             self.accepted.add(name)
             self.ended.discard(name)
-            self.following[name] = {"seq": 0, "token": "", "thinking": ""}
+            self.following[name] = None
         elif kind in {"token", "thinking"}:
             self.check_text(frame)
         elif kind in TERMINAL and name is not None:
             self.check_terminal(frame)
         else:
-            assert kind in {"pong", "error"}
+            assert kind in {"pong", "error", "history"}
 
     def check_text(self, frame: dict[str, Any]) -> None:
         """Rules 1 to 3: between start and terminal, growing, and as the model said it."""
         assert self.writable, "text was written to a client that does not keep up"
-        got = self.following[frame["id"]]
-        assert frame["seq"] > got["seq"], "seq grows"
-        got["seq"] = frame["seq"]
-        got[frame["type"]] += frame["text"]
-        said = self.machine.said(frame["id"])[: frame["seq"]]
-        assert got["token"] == "".join(p for p in said if type(p) is not Thinking)
-        assert got["thinking"] == "".join(p for p in said if type(p) is Thinking)
+        name, seq = frame["id"], frame["seq"]
+        before = self.following[name]
+        said = self.machine.said(name)
+        befores = {0} | self.afters.get(name, set()) if before is None else {before}
+        kind = Thinking if frame["type"] == "thinking" else str
+        assert any(
+            before < seq <= len(said)
+            and all(type(piece) is kind for piece in said[before:seq])
+            and "".join(said[before:seq]) == frame["text"]
+            for before in befores
+        ), "seq grows, and the text is what the model said up to it"
+        self.following[name] = seq
 
     def check_terminal(self, frame: dict[str, Any]) -> None:
         """Rules 1 and 4: one, after all text, when the request to the model is closed."""
-        got = self.following.pop(frame["id"])  # a second one would fail here
-        self.ended.add(frame["id"])
-        assert frame["seq"] == got["seq"], "the terminal comes after all text"
-        reply = self.machine.reply_of(frame["id"])
+        name = frame["id"]
+        seq = self.following.pop(name)  # a second one would fail here
+        self.ended.add(name)
+        seqs = {0} | self.afters.get(name, set()) if seq is None else {seq}
+        assert frame["seq"] in seqs, "the terminal comes after all text"
+        reply = self.machine.reply_of(name)
         if reply is not None and reply.said:
             assert reply.closed.is_set(), "closed before the terminal"
 
@@ -95,7 +105,6 @@ class Rules(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.ports: dict[Connection, FakePort] = {}
         self.sent: dict[str, dict[str, Any]] = {}
-        self.generations: dict[str, Generation] = {}
         self.stopped_at: dict[str, int] = {}
 
     @initialize(grace=st.sampled_from([0.0, 1000.0]), frame_size=st.sampled_from([1, 4, 1000]))
@@ -104,9 +113,14 @@ class Rules(RuleBasedStateMachine):
         self.settings = Settings(grace=grace, frame_size=frame_size, queue_size=2)
 
         async def make() -> Hub:
-            return Hub(self.puppet, self.settings)
+            return Hub(self.puppet, MemoryStore(), self.settings)
 
         self.hub = self.loop.run_until_complete(make())
+
+    @property
+    def generations(self) -> dict[str, Generation]:
+        found = {name: self.hub.known("anonymous", name) for name in self.sent}
+        return {name: generation for name, generation in found.items() if generation is not None}
 
     def call(self, function: Any, *arguments: Any) -> Any:
         """Call from inside the event loop, as callbacks of the transport are."""
@@ -155,7 +169,7 @@ class Rules(RuleBasedStateMachine):
         conversation=st.sampled_from([None, "conversation-one", "conversation-two"]),
         alone=st.booleans(),
     )
-    def prompt(self, client: Connection, on_busy: str, conversation: str, alone: bool) -> Any:
+    def prompt(self, client: Connection, on_busy: str, conversation: str, alone: bool) -> str:
         name = secrets.token_urlsafe(16)
         frame: dict[str, Any] = {"id": name, "on_busy": on_busy}
         if alone:
@@ -165,10 +179,6 @@ class Rules(RuleBasedStateMachine):
             frame |= {"conversation": conversation} if conversation else {}
         self.sent[name] = frame
         self.send(client, frame)
-        generation = self.hub.find(name)
-        if generation is None:
-            return multiple()
-        self.generations[name] = generation
         return name
 
     @rule(client=clients, name=prompts)
@@ -178,10 +188,19 @@ class Rules(RuleBasedStateMachine):
     @rule(client=clients, name=st.one_of(st.none(), prompts))
     def stop(self, client: Connection, name: str | None) -> None:
         self.send(client, {"type": "stop"} | ({"id": name} if name else {}))
-        if name is not None:
+        if name is not None and name in self.generations:
             log = self.generations[name].log
             assert log.state in {State.STOPPING, State.ENDED}, "stop is read at once"
             self.stopped_at.setdefault(name, log.seq)
+
+    @rule(client=clients, name=prompts, after=st.integers(0, 12))
+    def resume(self, client: Connection, name: str, after: int) -> None:
+        self.ports[client].afters.setdefault(name, set()).add(after)
+        self.send(client, {"type": "resume", "id": name, "after": after})
+
+    @rule(client=clients, conversation=st.sampled_from(["conversation-one", "conversation-two"]))
+    def open(self, client: Connection, conversation: str) -> None:
+        self.send(client, {"type": "open", "conversation": conversation})
 
     @rule(client=clients)
     def lag(self, client: Connection) -> None:
@@ -268,7 +287,7 @@ class Rules(RuleBasedStateMachine):
         for _ in range(len(self.generations) + 1):
             for reply in self.puppet.replies:
                 reply.end()
-            self.turn(60)
+            self.turn(80)
         for connection, port in self.ports.items():
             if not port.gone:
                 port.writable = True
@@ -276,7 +295,10 @@ class Rules(RuleBasedStateMachine):
                 assert not port.following, "each accepted prompt gets one terminal"
                 assert port.ended == port.accepted
         assert self.hub.live == 0
+        for connection in self.ports:
+            self.call(connection.detach)
         self.loop.run_until_complete(self.hub.close(1.0))
+        self.turn(3)
         self.loop.close()
 
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import wsserver
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if command == "schema":
             print(json.dumps(json_schema(), indent=2))
         else:
+            if not os.environ.get("WSSERVER_STORE"):
+                arguments.setdefault("store", f"sqlite:///{_data_file()}")
             settings = Settings.load(**arguments)
             logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
             logging.getLogger("wsserver").setLevel(settings.log_level.upper())
@@ -52,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
+
+
+def _data_file() -> Path:
+    """Return where a user's programs keep data (XDG Base Directory Specification)."""
+    home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(home) / "wsserver" / "conversations.sqlite"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,24 +1,54 @@
 """One client: frames in, to the hub; logs, out as frames.
 
 It sees a small transport and not a library, so that it can be tested without sockets and serve
-over another one. Nothing here waits: a frame is answered in the call that brings it, and text is
-written in the call that appends it, if the client can take it.
+over another one. Text is written in the call that appends it, if the client can take it. A stop is
+obeyed in the call that brings it; what needs the store waits for it in a queue of its own.
 """
 
 import asyncio
 import logging
 import secrets
+from collections import deque
+from dataclasses import dataclass, replace
+from json.encoder import encode_basestring
 from typing import Protocol
 
-from wsserver.errors import Code, Refused
+from wsserver.errors import Code, Refused, StoreError
 from wsserver.generation import State
-from wsserver.hub import Generation, Hub
-from wsserver.protocol import Error, Ping, Pong, Prompt, Start, Stop, encode, encode_run, parse
-from wsserver.settings import Settings
+from wsserver.hub import Hub
+from wsserver.live import Conversation, Generation
+from wsserver.protocol import (
+    ConversationItem,
+    Conversations,
+    Delete,
+    Deleted,
+    Error,
+    History,
+    HistoryMessage,
+    List,
+    Open,
+    Ping,
+    Pong,
+    Prompt,
+    Rename,
+    Renamed,
+    Resume,
+    Start,
+    Stop,
+    encode,
+    encode_run,
+    parse,
+)
+from wsserver.settings import ESCAPED, Settings
+from wsserver.stores.base import Turn
 
 __all__ = ["Connection", "Transport"]
 
 logger = logging.getLogger("wsserver")
+
+ANONYMOUS = "anonymous"
+REQUESTS = 32  # of one client that wait for the store; it gets `limit` for more
+FRAME_ROOM = 4096  # bytes of a `history` frame besides its messages
 
 
 class Transport(Protocol):
@@ -34,14 +64,26 @@ class Transport(Protocol):
         ...
 
 
+Request = Prompt | Resume | Open | List | Rename | Delete
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A request that waits for the store. ``stopped``: the client has already thought better."""
+
+    request: Request
+    stopped: bool = False
+
+
 class _Cursor:
     """Where one client is in one generation's log. A follower of that log."""
 
-    __slots__ = ("_connection", "generation", "seq")
+    __slots__ = ("_connection", "generation", "own", "seq")
 
     def __init__(self, connection: "Connection", generation: Generation) -> None:
         self._connection = connection
         self.generation = generation
+        self.own = False  # started here, and not only followed
         self.seq = 0
 
     def wake(self) -> None:
@@ -68,21 +110,40 @@ class Connection:
         transport: the way to the client.
         hub: where generations live.
         settings: the limits that hold here.
+        owner: who the client acts for.
     """
 
-    __slots__ = ("_bad_frames", "_cursors", "_delivered", "_hub", "_own", "settings", "transport")
+    __slots__ = (
+        "_bad_frames",
+        "_cursors",
+        "_hub",
+        "_idle",
+        "_own",
+        "_owner",
+        "_waiting",
+        "_watched",
+        "_worker",
+        "settings",
+        "transport",
+    )
 
-    def __init__(self, transport: Transport, hub: Hub, settings: Settings) -> None:
+    def __init__(
+        self, transport: Transport, hub: Hub, settings: Settings, owner: str = ANONYMOUS
+    ) -> None:
         self.transport = transport
         self.settings = settings
         self._hub = hub
-        self._own: str | None = None
+        self._owner = owner
+        self._own: str | None = None  # the conversation that goes on where a prompt names none
         self._cursors: dict[Generation, _Cursor] = {}
+        self._watched: set[Conversation] = set()
+        self._waiting: deque[_Waiting] = deque()
+        self._worker: asyncio.Task[None] | None = None  # answers what waits; only while it does
         self._bad_frames = 0
-        self._delivered: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[None] | None = None
 
     def receive(self, message: str | bytes) -> bool:
-        """Answer one message.
+        """Answer one message, now or when the store has told what is needed for it.
 
         Returns:
             False when the client has sent too much nonsense in a row and should be turned away.
@@ -94,14 +155,14 @@ class Connection:
             frame = parse(message)
             self._bad_frames = 0
             match frame:
-                case Prompt():
-                    self._prompt(frame)
                 case Stop():
                     self._stop(frame)
                 case Ping():
                     self.transport.write(encode(Pong()))
+                case _:
+                    self._queue(frame)
         except Refused as refused:
-            refused.about = refused.about or getattr(frame, "id", None)
+            refused.about = refused.about or _id_of(frame)
             self._refuse(refused)
             if frame is None:
                 self._bad_frames += 1
@@ -118,39 +179,195 @@ class Connection:
                 self._cursors[generation] = cursor
                 cursor.wake()
 
+    def attach(self, generation: Generation) -> None:
+        """Follow what somebody else has asked in a conversation that is watched here."""
+        self._follow(generation, shown=True)
+
     def leave(self, cursor: _Cursor) -> None:
         """Follow a generation no more."""
         del self._cursors[cursor.generation]
         self._hub.unfollow(cursor.generation, cursor)
-        if not self._cursors and self._delivered is not None and not self._delivered.done():
-            self._delivered.set_result(None)
+        self._check_idle()
 
     def detach(self) -> None:
-        """The client is gone: leave all that it followed."""
+        """The client is gone: leave all that it followed, and drop what it still asked for."""
+        if self._worker is not None:
+            self._worker.cancel()
+        self._waiting.clear()
+        for conversation in self._watched:
+            conversation.watchers.discard(self)
+        self._watched.clear()
         for cursor in tuple(self._cursors.values()):
             self.leave(cursor)
+        self._check_idle()
 
     async def delivered(self) -> None:
         """Wait until the client has got all that it follows, terminals included, or is gone."""
-        if self._cursors:
-            self._delivered = asyncio.get_running_loop().create_future()
-            await self._delivered
+        if self._cursors or self._waiting:
+            self._idle = asyncio.get_running_loop().create_future()
+            await self._idle
 
-    def _prompt(self, prompt: Prompt) -> None:
-        known = self._hub.find(prompt.id) is not None
+    def _check_idle(self) -> None:
+        idle = not self._cursors and not self._waiting
+        if idle and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    # What needs the store.
+
+    def _queue(self, request: Request) -> None:
+        if len(self._waiting) >= REQUESTS:
+            raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
+        self._waiting.append(_Waiting(request))
+        if self._worker is None:
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    async def _work(self) -> None:
+        """Answer what waits, in order, so that a client may rely on it."""
+        try:
+            while self._waiting:
+                waiting = self._waiting[0]
+                try:
+                    await self._answer(waiting)
+                except (Refused, StoreError) as error:
+                    refused = error if isinstance(error, Refused) else Refused(Code.STORE)
+                    refused.about = _id_of(waiting.request)
+                    self._refuse(refused, None if refused is error else error)
+                except Exception as error:  # noqa: BLE001
+                    self._refuse(Refused(Code.INTERNAL), error)
+                self._waiting.popleft()
+        finally:
+            self._worker = None
+            self._check_idle()
+
+    async def _answer(self, waiting: _Waiting) -> None:
+        match waiting.request:
+            case Prompt() as prompt:
+                generation = await self._prompt(prompt)
+                if waiting.stopped:
+                    self._hub.stop(generation, "client")
+            case Resume() as resume:
+                await self._resume(resume)
+            case Open() as request:
+                await self._open(request)
+            case List() as request:
+                await self._list(request)
+            case Rename(conversation=name, title=title):
+                await self._hub.rename(name, self._owner, title)
+                self.transport.write(encode(Renamed(conversation=name, title=title)))
+            case Delete(conversation=name):
+                await self._hub.delete(name, self._owner)
+                if self._own == name:
+                    self._own = None
+                self.transport.write(encode(Deleted(conversation=name)))
+
+    async def _prompt(self, prompt: Prompt) -> Generation:
+        known = self._hub.known(self._owner, prompt.id) is not None
         if not known and self._active(prompt) >= self.settings.generations_per_socket:
             raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
-        generation = self._hub.prompt(prompt, self._own)
-        conversation = generation.conversation
-        if prompt.conversation is None and conversation is not None:
+        generation = await self._hub.prompt(prompt, self._owner, self._own, self)
+        if prompt.conversation is None and generation.conversation_id is not None:
+            self._own = generation.conversation_id
+        # After each `start` comes everything, so that a client need not know what it has had.
+        self._follow(generation, own=True)
+        return generation
+
+    async def _resume(self, resume: Resume) -> None:
+        generation = await self._hub.find(self._owner, resume.id)
+        if generation is None:
+            raise Refused(Code.NOT_FOUND)
+        if resume.after > generation.log.seq:
+            raise Refused(Code.GAP)
+        self._follow(generation, after=resume.after)
+
+    async def _open(self, request: Open) -> None:
+        conversation, stored = await self._hub.history(
+            request.conversation, self._owner, request.before
+        )
+        turns = self._fitting(stored.turns)
+        first = turns[0] if turns else None
+        older = first is not None and (first is not stored.turns[0] or first.number > 1)
+        self.transport.write(
+            encode(
+                History(
+                    conversation=conversation.id,
+                    title=stored.title,
+                    messages=[message for turn in turns for message in _messages(turn)],
+                    running=[generation.id for generation in conversation.live],
+                    before=first.number if first is not None and older else None,
+                )
+            )
+        )
+        if request.before is None:
             self._own = conversation.id
+            self._watched.add(conversation)
+            conversation.watchers.add(self)
+            for generation in conversation.live:
+                self._follow(generation, shown=True)
+
+    def _fitting(self, turns: list[Turn]) -> list[Turn]:
+        """Return the newest turns that one frame can hold; one alone is cut to what it can."""
+        room = self.settings.max_unsent - self.settings.write_buffer - FRAME_ROOM
+        kept: list[Turn] = []
+        for turn in reversed(turns):
+            size = 256 + _size(turn.prompt) + _size(turn.text)
+            if size > room and kept:
+                break
+            kept.append(turn if size <= room else _beginning(turn, room))
+            room -= size
+        kept.reverse()
+        return kept
+
+    async def _list(self, request: List) -> None:
+        before = None
+        if request.before is not None:
+            updated, _, name = request.before.partition(":")
+            try:
+                before = (float(updated), name)
+            except ValueError:
+                raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.") from None
+        found = await self._hub.list(self._owner, request.limit + 1, before)
+        page = found[: request.limit]
+        last = page[-1] if len(found) > len(page) else None
+        self.transport.write(
+            encode(
+                Conversations(
+                    items=[
+                        ConversationItem(
+                            id=item.id,
+                            title=item.title,
+                            created=item.created,
+                            updated=item.updated,
+                        )
+                        for item in page
+                    ],
+                    next=None if last is None else f"{last.updated!r}:{last.id}",
+                )
+            )
+        )
+
+    # Following and stopping.
+
+    def _follow(
+        self, generation: Generation, after: int = 0, *, own: bool = False, shown: bool = False
+    ) -> None:
+        """Say that a generation is there, and follow it from a piece on.
+
+        Args:
+            generation: which.
+            after: the seq of the last piece that the client has.
+            own: it was started here, and counts as one of this client's.
+            shown: the client does not know the prompt yet.
+        """
+        # Who interrupts waits for no more than a request to be closed.
+        queued = generation.queued if generation.prompt.on_busy == "queue" else None
         self.transport.write(
             encode(
                 Start(
                     id=generation.id,
-                    conversation=None if conversation is None else conversation.id,
+                    conversation=generation.conversation_id,
                     model=generation.model,
-                    queued=self._place(generation),
+                    queued=queued,
+                    prompt=generation.prompt.prompt if shown else None,
                 )
             )
         )
@@ -158,39 +375,47 @@ class Connection:
         if cursor is None:
             cursor = self._cursors[generation] = _Cursor(self, generation)
             self._hub.follow(generation, cursor)
-        # After each `start` comes everything, so that a client need not know what it has had.
-        cursor.seq = 0
+        cursor.own = cursor.own or own
+        cursor.seq = after
         cursor.wake()
 
-    def _place(self, generation: Generation) -> int | None:
-        # Who interrupts waits for no more than a request to be closed.
-        return generation.queued if generation.prompt.on_busy == "queue" else None
-
     def _stop(self, stop: Stop) -> None:
+        waiting = [
+            waiting
+            for waiting in self._waiting
+            if isinstance(waiting.request, Prompt) and stop.id in {None, waiting.request.id}
+        ]
         if stop.id is None:
             # Those that wait first: else they would begin as the one before them ends.
             targets = sorted(self._cursors, key=lambda g: g.log.state is not State.QUEUED)
         else:
-            targets = [g for g in (self._hub.find(stop.id),) if g is not None]
+            known = self._hub.known(self._owner, stop.id)
+            targets = [] if known is None else [known]
         running = [generation for generation in targets if generation.log.state is not State.ENDED]
-        if not running:
+        if not running and not waiting:
             raise Refused(Code.NOT_RUNNING)
+        for request in waiting:
+            request.stopped = True
         for generation in running:
             self._hub.stop(generation, "client")
 
     def _active(self, prompt: Prompt) -> int:
-        """Count what runs or waits here, without what the prompt would replace."""
+        """Count what was started here and runs or waits, without what the prompt would replace."""
         name = prompt.conversation or self._own
         replaced = name if prompt.on_busy == "interrupt" and prompt.messages is None else None
         return sum(
-            generation.log.state in {State.QUEUED, State.RUNNING}
-            and (generation.conversation is None or generation.conversation.id != replaced)
-            for generation in self._cursors
+            cursor.own
+            and generation.log.state in {State.QUEUED, State.RUNNING}
+            and (generation.conversation_id is None or generation.conversation_id != replaced)
+            for generation, cursor in self._cursors.items()
         )
 
-    def _refuse(self, refused: Refused) -> None:
+    def _refuse(self, refused: Refused, cause: Exception | None = None) -> None:
         ref = secrets.token_hex(4)
-        logger.info("%s: refused a frame: %s", ref, refused.code)
+        if cause is None:
+            logger.info("%s: refused a frame: %s", ref, refused.code)
+        else:
+            logger.error("%s: a frame could not be answered", ref, exc_info=cause)
         self.transport.write(
             encode(
                 Error(
@@ -203,3 +428,32 @@ class Connection:
                 )
             )
         )
+
+
+def _id_of(frame: object) -> str | None:
+    """Return the ``id`` that a frame carries, or the ``conversation`` that it is about."""
+    found = getattr(frame, "id", None) or getattr(frame, "conversation", None)
+    return found if isinstance(found, str) else None
+
+
+def _beginning(turn: Turn, room: int) -> Turn:
+    text = turn.text[: max(0, room - _size(turn.prompt)) // ESCAPED]
+    return replace(turn, text=text, partial=turn.partial or "cut")
+
+
+def _messages(turn: Turn) -> list[HistoryMessage]:
+    messages = [HistoryMessage(role="user", content=turn.prompt, id=turn.id)]
+    if turn.text or turn.partial:
+        messages.append(
+            HistoryMessage(
+                role="assistant",
+                content=turn.text,
+                id=turn.id,
+                partial=turn.partial,
+            )
+        )
+    return messages
+
+
+def _size(text: str) -> int:
+    return len(encode_basestring(text).encode())

@@ -4,6 +4,7 @@
 
     WsserverError
      ├── ConfigError    the program cannot start as it was told to
+     ├── StoreError     conversations could not be read or saved
      ├── Refused        a client frame was not accepted; nothing changed
      └── ModelError     a model could not finish its reply
 
@@ -13,7 +14,7 @@ Clients see codes and messages of these alone; the text of any other exception s
 from enum import StrEnum
 from typing import Self
 
-__all__ = ["Code", "ConfigError", "ModelError", "Refused", "WsserverError"]
+__all__ = ["Code", "ConfigError", "ModelError", "Refused", "StoreError", "WsserverError"]
 
 
 class Code(StrEnum):
@@ -40,10 +41,13 @@ class Code(StrEnum):
     TOO_LONG = "too_long", False, "The prompt, or the messages together, are over the limit."
     ID_CONFLICT = "id_conflict", False, "The `id` names another prompt already."
     MODEL_NOT_ALLOWED = "model_not_allowed", False, "The `model` is not on the server's list."
+    NOT_FOUND = "not_found", False, "There is no such generation or conversation, or no more."
+    GAP = "gap", False, "The generation has no pieces up to that `after`."
     NOT_RUNNING = "not_running", False, "There is nothing (of that `id`) to stop. Harmless."
     # What the server cannot do now.
     BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
     LIMIT = "limit", True, "This socket, conversation or server runs as much as it may."
+    STORE = "store", True, "The server cannot read or save conversations now."
     SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."
     # How a generation failed.
     BAD_REQUEST = "bad_request", False, "The model's API refused the request."
@@ -59,6 +63,7 @@ class Code(StrEnum):
     TIMEOUT = "timeout", True, "The model's API was silent for too long."
     INCOMPLETE = "incomplete", True, "The reply broke off before its end."
     MALFORMED = "malformed", True, "The model's API sent what is not in its own format."
+    INTERRUPTED = "interrupted", True, "The server died while the reply was under way."
     REFUSAL = "refusal", False, "The model declined to answer."
     INTERNAL = "internal", False, "A fault of the server's own; `ref` finds it in the log."
 
@@ -69,6 +74,10 @@ class WsserverError(Exception):
 
 class ConfigError(WsserverError):
     """The program cannot start as it was told to; the message is one clear line."""
+
+
+class StoreError(WsserverError):
+    """Conversations could not be read or saved; the message is for the log."""
 
 
 class _Coded(WsserverError):

@@ -1,7 +1,7 @@
 """The live generations of this process: start, stop, follow, grace, retention.
 
-All methods are synchronous: what a client asks for is decided at once, in the order in which it
-was asked. Only the models run in tasks, one per generation.
+What a client asks for is decided at once and without waiting, when what has to be known for it has
+been read from the store. Only the models run in tasks, one per generation.
 """
 
 import asyncio
@@ -9,84 +9,59 @@ import contextlib
 import itertools
 import logging
 import secrets
+import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
 
 from wsserver.errors import Code, ModelError, Refused
-from wsserver.generation import End, Follower, Log, State, Usage, well_formed
+from wsserver.generation import End, Follower, State, Usage, well_formed
+from wsserver.journal import Journal
+from wsserver.live import (
+    CHARACTERS_PER_TOKEN,
+    Conversation,
+    Generation,
+    Outcome,
+    Watcher,
+    messages_of,
+    restored,
+)
 from wsserver.models.base import Message, Model, Request, name_of
-from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
+from wsserver.protocol import Done, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
+from wsserver.stores.base import Header, Store, StoredConversation, Summary
 
-__all__ = ["Conversation", "Generation", "Hub"]
+__all__ = ["Hub"]
 
 logger = logging.getLogger("wsserver")
 
-CHARACTERS_PER_TOKEN = 4  # of English text, for usage that the model never told
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
-
-
-@dataclass(eq=False, slots=True)
-class Conversation:
-    """The messages so far, what is being said now, and the prompts that wait."""
-
-    id: str
-    messages: list[Message] = field(default_factory=list)
-    running: "Generation | None" = None
-    queue: "deque[Generation]" = field(default_factory=deque)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a prompt has to wait longer than for a request to be closed."""
-        running = self.running
-        return running is not None and (running.log.state is State.RUNNING or bool(self.queue))
-
-
-@dataclass(eq=False, slots=True)
-class Generation:
-    """One reply being produced: its log, and what the hub needs to run and stop it."""
-
-    id: str
-    prompt: Prompt
-    model: str
-    conversation: Conversation | None
-    log: Log[Terminal] = field(default_factory=Log)
-    usage: Usage | None = None
-    # Why it was cut short, once it was: what ends the log whatever its task still says.
-    cut: StoppedBy | ModelError | None = None
-    task: "asyncio.Task[End] | None" = None
-    begun: bool = False  # the model was asked
-    began: float = 0.0
-    heard: float = 0.0  # when the model last gave a sign of life
-    asked: int = 0  # characters sent to the model
-    size: int = 0  # of what is kept once it has ended
-    watch: asyncio.TimerHandle | None = None
-    grace: asyncio.TimerHandle | None = None
-
-    @property
-    def queued(self) -> int | None:
-        """The place in its conversation's queue, from 1; None once it runs."""
-        if self.log.state is not State.QUEUED or self.conversation is None:
-            return None
-        return self.conversation.queue.index(self) + 1
 
 
 class Hub:
     """Runs a model for whoever asks, and lets anyone follow.
 
+    Ids of generations and conversations are their owner's: to all others there are none.
+
     Args:
         model: what answers.
+        store: where conversations last.
         settings: the limits and times that hold here.
     """
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, store: Store, settings: Settings) -> None:
         self.model_name = name_of(model)
         self._model = model
+        self._store = store
         self._settings = settings
+        self._journal = Journal(
+            store,
+            settings.save_interval,
+            settings.store_timeout,
+            keep=settings.replay + settings.reply_timeout,
+        )
         self._loop = asyncio.get_running_loop()
-        self._generations: dict[str, Generation] = {}
+        self._generations: dict[tuple[str, str], Generation] = {}  # by owner and id
         self._live: set[Generation] = set()
         self._tasks: set[asyncio.Task[End]] = set()
         self._ended: deque[tuple[float, Generation]] = deque()
@@ -102,53 +77,60 @@ class Hub:
         """How many generations are queued, running or being stopped."""
         return len(self._live)
 
-    def find(self, generation_id: str | None) -> Generation | None:
-        """Return the generation of that id, if it runs or ended within the replay time."""
-        return self._generations.get(generation_id) if generation_id is not None else None
+    def known(self, owner: str, generation_id: str | None) -> Generation | None:
+        """Return the generation of that id, if it is in memory."""
+        return None if generation_id is None else self._generations.get((owner, generation_id))
 
-    def prompt(self, prompt: Prompt, own: str | None) -> Generation:
+    async def find(self, owner: str, generation_id: str) -> Generation | None:
+        """Return the generation of that id, if it runs or ended within the replay time.
+
+        Raises:
+            StoreError: the store cannot tell.
+        """
+        known = self.known(owner, generation_id)
+        if known is not None:
+            return known
+        since = time.time() - self._settings.replay
+        stored = await self._store.find(generation_id, owner, since)
+        known = self.known(owner, generation_id)  # somebody else may have been quicker
+        if known is None and stored is not None:
+            known = restored(stored)
+            self._generations[owner, generation_id] = known
+            self._retain(known)
+        return known
+
+    async def prompt(
+        self, prompt: Prompt, owner: str, own: str | None, sender: Watcher
+    ) -> Generation:
         """Accept a prompt: start a generation, queue it, or return the one that it already has.
 
         Args:
             prompt: what the client sent.
+            owner: for whom.
             own: the id of the conversation that goes on where the prompt names none; None makes
                 a new one.
+            sender: who needs not be told of it, of those who watch the conversation.
 
         Raises:
             Refused: it cannot be accepted, and nothing has changed.
+            StoreError: what it goes on from cannot be read.
         """
-        if (known := self.find(prompt.id)) is not None:
+        self._check(prompt)
+        if prompt.id is not None:
+            await self.find(owner, prompt.id)
+        conversation = None
+        if prompt.messages is None:
+            name = prompt.conversation or own
+            conversation = None if name is None else await self._load(name, owner)
+            if conversation is None:
+                conversation = Conversation(name or _new_id(), owner)
+        # From here on nothing is awaited: what has been found out stays true.
+        known = self.known(owner, prompt.id)
+        if known is not None:
             if known.prompt != prompt:
                 raise Refused(Code.ID_CONFLICT)
             return known
-        self._check(prompt)
-        conversation = None if prompt.messages is not None else self._conversation(prompt, own)
-        if conversation is not None and conversation.busy:
-            if prompt.on_busy == "reject":
-                raise Refused(Code.BUSY)
-            if prompt.on_busy == "queue" and len(conversation.queue) >= self._settings.queue_size:
-                raise Refused(Code.LIMIT, "The conversation's queue is full.")
-        if conversation is not None:
-            self._keep(conversation)
-
-        generation = Generation(
-            id=prompt.id or _new_id(),
-            prompt=prompt,
-            model=prompt.model or self.model_name,
-            conversation=conversation,
-        )
-        self._generations[generation.id] = generation
-        self._live.add(generation)
-        self._idle.clear()
-        if conversation is None or conversation.running is None:
-            self._begin(generation)
-        else:
-            if prompt.on_busy == "interrupt":
-                for waiting in tuple(conversation.queue):
-                    self.stop(waiting, "replaced")
-                self.stop(conversation.running, "replaced")
-            conversation.queue.append(generation)
-        return generation
+        return self._accept(prompt, owner, conversation, sender)
 
     def stop(self, generation: Generation, why: StoppedBy | ModelError) -> None:
         """Stop a generation; its terminal follows once the request to the model is closed.
@@ -179,6 +161,8 @@ class Hub:
     def follow(self, generation: Generation, follower: Follower) -> None:
         """Have the follower woken from now on, and the generation go on for its sake."""
         generation.log.followers.append(follower)
+        generation.readers += 1
+        generation.unread = None
         _cancel(generation.grace)
         generation.grace = None
 
@@ -186,10 +170,111 @@ class Hub:
         """Wake the follower no more. If it was the last one, the grace time begins."""
         log = generation.log
         log.followers.remove(follower)
-        if not log.followers and log.state is not State.ENDED:
+        generation.readers -= 1
+        if not generation.readers and log.state is not State.ENDED:
+            generation.unread = 0
             generation.grace = self._loop.call_later(
                 self._settings.grace, self.stop, generation, "disconnect"
             )
+
+    # Conversations.
+
+    async def history(
+        self, conversation_id: str, owner: str, before: int | None
+    ) -> tuple[Conversation, StoredConversation]:
+        """Return a conversation, and its newest turns that have ended, or those before a number.
+
+        Raises:
+            Refused: the owner has no such conversation.
+            StoreError: it cannot be read.
+        """
+        while True:
+            conversation = await self._load(conversation_id, owner)
+            if conversation is None:
+                raise Refused(Code.NOT_FOUND)
+            version = conversation.version
+            await self._journal.flush()
+            limit = self._settings.history_messages
+            stored = await self._store.load(conversation_id, limit, before)
+            if conversation.version != version:
+                continue  # a reply has ended meanwhile
+            self._keep(conversation)
+            if stored is None:  # nothing of it has been saved
+                stored = StoredConversation(conversation_id, owner, "", [])
+            live = {generation.id for generation in conversation.live}
+            turns = [turn for turn in stored.turns if turn.id not in live]
+            return conversation, StoredConversation(conversation_id, owner, stored.title, turns)
+
+    async def list(
+        self, owner: str, limit: int, before: tuple[float, str] | None
+    ) -> Sequence[Summary]:
+        """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
+        await self._journal.flush()
+        return await self._store.list(owner, limit, before)
+
+    async def rename(self, conversation_id: str, owner: str, title: str) -> None:
+        """Give a conversation another title.
+
+        Raises:
+            Refused: the owner has no such conversation.
+            StoreError: it cannot be saved.
+        """
+        await self._journal.flush()
+        if not await self._store.rename(conversation_id, owner, title):
+            raise Refused(Code.NOT_FOUND)
+
+    async def delete(self, conversation_id: str, owner: str) -> None:
+        """Stop what runs in a conversation, and delete it.
+
+        Raises:
+            Refused: the owner has no such conversation.
+            StoreError: it cannot be deleted.
+        """
+        conversation = await self._load(conversation_id, owner)
+        if conversation is None:
+            raise Refused(Code.NOT_FOUND)
+        conversation.deleted = True
+        for generation in reversed(conversation.live):
+            self.stop(generation, "client")
+        self._conversations.pop(conversation_id, None)
+        await self._journal.flush()
+        await self._store.delete(conversation_id, owner)
+
+    async def _load(self, name: str, owner: str) -> Conversation | None:
+        """Return a conversation from memory or from the store.
+
+        Raises:
+            Refused: it is somebody else's, which is told as if there were none.
+            StoreError: the store cannot tell.
+        """
+        conversation = self._conversations.get(name)
+        if conversation is None:
+            stored = await self._store.load(name, self._settings.history_messages)
+            conversation = self._conversations.get(name)  # somebody may have been quicker
+            if conversation is None and stored is not None:
+                conversation = Conversation(name, stored.owner, stored.turns)
+                self._keep(conversation)
+        if conversation is not None and conversation.owner != owner:
+            raise Refused(Code.NOT_FOUND)
+        return conversation
+
+    def _keep(self, conversation: Conversation) -> None:
+        """Remember a conversation as the one used last, and forget those used least."""
+        if conversation.deleted:
+            return
+        self._conversations[conversation.id] = conversation
+        self._conversations.move_to_end(conversation.id)
+        excess = len(self._conversations) - self._settings.conversations
+        if excess > 0:
+            idle = (
+                known.id
+                for known in self._conversations.values()
+                if known is not conversation and not known.live and not known.watchers
+            )
+            for name in tuple(itertools.islice(idle, excess)):
+                del self._conversations[name]
+
+    # Ending all.
 
     async def drain(self) -> None:
         """Refuse prompts, stop those that wait, and let the rest finish within the drain time."""
@@ -222,6 +307,7 @@ class Hub:
             _cancel(generation.watch)
             _cancel(generation.grace)
         _cancel(self._sweep)
+        await self._journal.flush()
 
     # Accepting a prompt.
 
@@ -235,30 +321,62 @@ class Hub:
             )
         if prompt.model not in {None, self.model_name, *settings.models}:
             raise Refused(Code.MODEL_NOT_ALLOWED)
-        if self.live >= settings.generations:
+
+    def _accept(
+        self, prompt: Prompt, owner: str, conversation: Conversation | None, sender: Watcher
+    ) -> Generation:
+        if self._draining:
+            raise Refused(Code.SHUTTING_DOWN)
+        if self.live >= self._settings.generations:
             raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
+        if conversation is not None:
+            if conversation.busy and prompt.on_busy == "reject":
+                raise Refused(Code.BUSY)
+            full = len(conversation.queue) >= self._settings.queue_size
+            if conversation.busy and prompt.on_busy == "queue" and full:
+                raise Refused(Code.LIMIT, "The conversation's queue is full.")
+            self._keep(conversation)
 
-    def _conversation(self, prompt: Prompt, own: str | None) -> Conversation:
-        name = prompt.conversation or own or _new_id()
-        return self._conversations.get(name) or Conversation(name)
-
-    def _keep(self, conversation: Conversation) -> None:
-        """Remember a conversation as the one used last, and forget those used least."""
-        self._conversations[conversation.id] = conversation
-        self._conversations.move_to_end(conversation.id)
-        excess = len(self._conversations) - self._settings.conversations
-        if excess > 0:
-            idle = (c.id for c in self._conversations.values() if c.running is None)
-            for name in tuple(itertools.islice(idle, excess)):
-                if name != conversation.id:
-                    del self._conversations[name]
+        generation = Generation(
+            id=prompt.id or _new_id(),
+            owner=owner,
+            prompt=prompt,
+            model=prompt.model or self.model_name,
+            conversation_id=None if conversation is None else conversation.id,
+            conversation=conversation,
+        )
+        self._generations[owner, generation.id] = generation
+        self._live.add(generation)
+        self._idle.clear()
+        if conversation is None or conversation.running is None:
+            self._begin(generation)
+        else:
+            if prompt.on_busy == "interrupt":
+                for waiting in tuple(conversation.queue):
+                    self.stop(waiting, "replaced")
+                self.stop(conversation.running, "replaced")
+            conversation.queue.append(generation)
+        if conversation is not None:
+            for watcher in tuple(conversation.watchers):
+                if watcher is not sender:
+                    watcher.attach(generation)
+        return generation
 
     # Running a model.
 
     def _begin(self, generation: Generation) -> None:
         request = self._request(generation)
+        if generation.conversation is not None:
+            generation.conversation.running = generation
         generation.log.begin()
-        generation.begun = True
+        header = Header(
+            generation.id,
+            generation.owner,
+            generation.conversation_id,
+            generation.prompt,
+            generation.model,
+        )
+        generation.record = self._journal.begin(header, generation.log)
         generation.asked = sum(len(message.content) for message in request.messages)
         generation.began = generation.heard = self._loop.time()
         self._watch(generation)
@@ -268,17 +386,15 @@ class Hub:
 
     def _request(self, generation: Generation) -> Request:
         prompt, settings = generation.prompt, self._settings
-        conversation = generation.conversation
-        if conversation is None:
+        if generation.conversation is None:
             messages = [Message(turn.role, turn.content) for turn in prompt.messages or ()]
         else:
-            conversation.running = generation
-            said = Message("user", prompt.prompt or "")
-            # A prompt that is sent again after it failed without a word is not said twice.
-            if not conversation.messages or conversation.messages[-1] != said:
-                conversation.messages.append(said)
-            conversation.messages = _fitting(conversation.messages, settings.history_size)
-            messages = _without_refusals(conversation.messages)
+            messages = messages_of(
+                generation.conversation.turns,
+                prompt.prompt or "",
+                count=settings.history_messages,
+                size=settings.history_size,
+            )
         return Request(
             messages=tuple(messages),
             model=generation.model,
@@ -306,6 +422,8 @@ class Hub:
                         for start in range(0, min(len(text), room), size):
                             log.append(type(text)(text[start : min(start + size, room)]))
                     room -= len(text)
+                    if generation.unread is not None:
+                        self._count_unread(generation, len(text))
                     if room <= 0:
                         return End("max_tokens")
                 elif isinstance(piece, Usage):
@@ -319,6 +437,13 @@ class Hub:
                     turn = 0
                     await asyncio.sleep(0)
         return end
+
+    def _count_unread(self, generation: Generation, said: int) -> None:
+        """Stop a generation that nobody reads once it has cost what it may."""
+        assert generation.unread is not None
+        generation.unread += said
+        if generation.unread > self._settings.grace_tokens * CHARACTERS_PER_TOKEN:
+            self.stop(generation, "disconnect")
 
     async def _guarded(self, generation: Generation, request: Request) -> End:
         """Run it, and let no model end the whole program."""
@@ -354,7 +479,7 @@ class Hub:
     def _finished(self, generation: Generation, task: "asyncio.Task[End]") -> None:
         self._tasks.discard(task)
         failure = None if task.cancelled() else task.exception()
-        if generation.log.state is State.ENDED:  # it was abandoned before
+        if generation.ending:  # it was abandoned before
             return
         if generation.cut is not None:
             self._end(generation, generation.cut)
@@ -365,85 +490,45 @@ class Hub:
         else:
             self._end(generation, task.result())
 
-    def _end(self, generation: Generation, how: End | StoppedBy | BaseException) -> None:
-        """Write the terminal, keep what was said, and let the next prompt begin."""
-        log, conversation = generation.log, generation.conversation
+    def _end(self, generation: Generation, how: Outcome) -> None:
+        """Save the end of a generation, and then tell it."""
+        generation.ending = True
         _cancel(generation.watch)
         _cancel(generation.grace)
         try:
-            terminal = self._terminal(generation, how)
+            terminal = generation.terminal(how)
         except Exception as error:  # noqa: BLE001
-            terminal = self._terminal(generation, error)
+            terminal = generation.terminal(error)
+        if generation.record is None:  # it never began, and so there is nothing to keep
+            self._conclude(generation, terminal)
+        else:
+            self._journal.end(
+                generation.record,
+                terminal,
+                lambda saved: self._conclude(
+                    generation,
+                    terminal if saved else terminal.model_copy(update={"saved": False}),
+                ),
+            )
+
+    def _conclude(self, generation: Generation, terminal: Terminal) -> None:
+        """Write the terminal, and let the next prompt begin."""
+        conversation = generation.conversation
+        generation.log.end(terminal)
         if conversation is not None and generation.begun:
-            self._remember(conversation, log.text, terminal)
+            conversation.version += 1
+            conversation.turns.append(generation.turn())
+            del conversation.turns[: -self._settings.history_messages]
         if conversation is not None and conversation.running is generation:
             conversation.running = None
         self._live.discard(generation)
         self._retain(generation)
-        log.end(terminal)
         self._report(generation, terminal)
         generation.task = None  # with the traceback of a failure, and all that holds on to
         if conversation is not None and conversation.running is None and conversation.queue:
             self._begin(conversation.queue.popleft())
         if not self._live:
             self._idle.set()
-
-    def _remember(self, conversation: Conversation, text: str, terminal: Terminal) -> None:
-        messages = conversation.messages
-        if text.strip():
-            messages.append(Message("assistant", text, _partial(terminal)))
-        elif isinstance(terminal, Error) and not terminal.retryable:
-            messages.pop()  # with it, every later prompt would fail as this one did
-
-    def _terminal(self, generation: Generation, how: End | StoppedBy | BaseException) -> Terminal:
-        if isinstance(how, End):
-            usage = how.usage or self._usage(generation)
-            return Done(
-                id=generation.id,
-                seq=generation.log.seq,
-                reason=well_formed(how.reason),
-                usage=UsageCounts.of(usage),
-            )
-        usage = self._usage(generation)
-        if isinstance(how, str):
-            return Done(
-                id=generation.id,
-                seq=generation.log.seq,
-                reason="stopped",
-                by=how,
-                usage=UsageCounts.of(usage),
-            )
-        error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
-        return Error(
-            code=error.code,
-            message=well_formed(error.message),
-            id=generation.id,
-            seq=generation.log.seq,
-            retryable=error.retryable,
-            retry_after=error.retry_after,
-            usage=UsageCounts.of(usage),
-            ref=self._log_failure(generation, how),
-        )
-
-    def _usage(self, generation: Generation) -> Usage:
-        """Return what the model said that it used; where it never said, what it likely was."""
-        if not generation.begun:
-            return Usage()
-        if (usage := generation.usage) is not None and not usage.estimated:
-            return usage
-        if usage is None:
-            usage = Usage(input_tokens=_tokens(generation.asked), estimated=True)
-        said = _tokens(sum(map(len, generation.log.pieces)))
-        return usage.but(output_tokens=max(usage.output_tokens, said))
-
-    def _log_failure(self, generation: Generation, how: BaseException) -> str:
-        ref = secrets.token_hex(4)
-        if isinstance(how, ModelError):
-            cause = type(how.__cause__).__name__ if how.__cause__ is not None else "no exception"
-            logger.warning("%s: generation %s: %s (%s)", ref, generation.id, how.code, cause)
-        else:
-            logger.error("%s: generation %s failed", ref, generation.id, exc_info=how)
-        return ref
 
     def _report(self, generation: Generation, terminal: Terminal) -> None:
         logger.info(
@@ -478,43 +563,11 @@ class Hub:
     def _forget_oldest(self) -> None:
         _, generation = self._ended.popleft()
         self._ended_size -= generation.size
-        del self._generations[generation.id]
+        del self._generations[generation.owner, generation.id]
 
 
 def _new_id() -> str:
     return secrets.token_urlsafe(16)
-
-
-def _tokens(characters: int) -> int:
-    return -(-characters // CHARACTERS_PER_TOKEN)
-
-
-def _partial(terminal: Terminal) -> str | None:
-    """Say why a reply is not whole; None where it is."""
-    if isinstance(terminal, Error):
-        return terminal.code
-    return terminal.by
-
-
-def _without_refusals(messages: list[Message]) -> list[Message]:
-    """Leave out the turns that the model declined: it would go on to decline those after them."""
-    kept: list[Message] = []
-    for message in messages:
-        if message.partial == Code.REFUSAL:
-            kept.pop()
-        else:
-            kept.append(message)
-    return kept
-
-
-def _fitting(messages: list[Message], size: int) -> list[Message]:
-    """Drop the oldest turns until the rest fits, and begins with the user."""
-    total = sum(len(message.content) for message in messages)
-    first = 0
-    while first < len(messages) - 1 and (total > size or messages[first].role != "user"):
-        total -= len(messages[first].content)
-        first += 1
-    return messages[first:] if first else messages
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

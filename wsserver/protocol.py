@@ -28,11 +28,22 @@ __all__ = [
     "SUBPROTOCOL",
     "ClientFrame",
     "Close",
+    "ConversationItem",
+    "Conversations",
+    "Delete",
+    "Deleted",
     "Done",
     "Error",
+    "History",
+    "HistoryMessage",
+    "List",
+    "Open",
     "Ping",
     "Pong",
     "Prompt",
+    "Rename",
+    "Renamed",
+    "Resume",
     "Start",
     "Stop",
     "StoppedBy",
@@ -146,22 +157,77 @@ class Ping(_Frame):
     type: Literal["ping"] = "ping"
 
 
-ClientFrame = Prompt | Stop | Ping
+class Resume(_Frame):
+    """Follow the generation ``id`` again: all after piece ``after``, then what comes."""
 
-_CLIENT_FRAMES: dict[str, type[ClientFrame]] = {"prompt": Prompt, "stop": Stop, "ping": Ping}
+    type: Literal["resume"] = "resume"
+    id: Id
+    after: Annotated[int, Field(ge=0)] = 0
+
+
+class Open(_Frame):
+    """Get the history of a conversation, and follow what runs in it, now and later.
+
+    With ``before``, only get the part of the history that ends there.
+    """
+
+    type: Literal["open"] = "open"
+    conversation: Id
+    before: Annotated[int, Field(ge=1)] | None = None
+
+
+class List(_Frame):
+    """Get the client's conversations, newest first; ``before`` is the ``next`` of the last page."""
+
+    type: Literal["list"] = "list"
+    limit: Annotated[int, Field(ge=1, le=100)] = 20
+    before: Annotated[Text, Field(max_length=128)] | None = None
+
+
+class Rename(_Frame):
+    """Give a conversation another title."""
+
+    type: Literal["rename"] = "rename"
+    conversation: Id
+    title: Annotated[NonBlank, Field(max_length=200)]
+
+
+class Delete(_Frame):
+    """Stop what runs in a conversation, and delete it."""
+
+    type: Literal["delete"] = "delete"
+    conversation: Id
+
+
+ClientFrame = Prompt | Stop | Resume | Open | List | Rename | Delete | Ping
+
+_CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
+    "prompt": Prompt,
+    "stop": Stop,
+    "resume": Resume,
+    "open": Open,
+    "list": List,
+    "rename": Rename,
+    "delete": Delete,
+    "ping": Ping,
+}
 
 
 # Server to client.
 
 
 class Start(_Frame):
-    """The prompt was accepted. ``queued``: its place, from 1, where it must wait."""
+    """The prompt was accepted, or found again. ``queued``: its place, where it must wait.
+
+    ``prompt`` is the user's text, for those who follow what another socket has asked.
+    """
 
     type: Literal["start"] = "start"
     id: str
     conversation: str | None = None
     model: str
     queued: int | None = None
+    prompt: str | None = None
 
 
 class Token(_Frame):
@@ -216,6 +282,7 @@ class Done(_Frame):
     reason: str
     by: StoppedBy | None = None
     usage: UsageCounts
+    saved: Literal[False] | None = None
 
 
 class Error(_Frame):
@@ -233,6 +300,7 @@ class Error(_Frame):
     retryable: bool
     retry_after: float | None = None
     usage: UsageCounts | None = None
+    saved: Literal[False] | None = None
     ref: str
 
 
@@ -242,10 +310,90 @@ class Pong(_Frame):
     type: Literal["pong"] = "pong"
 
 
-Terminal = Done | Error
-ServerFrame = Start | Token | ThinkingFrame | Done | Error | Pong
+class HistoryMessage(_Frame):
+    """A message of a conversation; ``id`` is that of the generation which it belongs to.
 
-_SERVER_FRAMES: tuple[type[ServerFrame], ...] = (Start, Token, ThinkingFrame, Done, Error, Pong)
+    ``partial``: why a reply is not whole. ``cut`` says that it is longer than a frame can hold.
+    """
+
+    role: Literal["user", "assistant"]
+    content: str
+    id: str
+    partial: str | None = None
+
+
+class History(_Frame):
+    """The messages of a conversation, oldest first, without what still runs.
+
+    ``before`` is what gets the older ones; it is left out where there are none.
+    """
+
+    type: Literal["history"] = "history"
+    conversation: str
+    title: str
+    messages: list[HistoryMessage]
+    running: list[str]
+    before: int | None = None
+
+
+class ConversationItem(_Frame):
+    """A conversation in a list. Times are in seconds since 1970."""
+
+    id: str
+    title: str
+    created: float
+    updated: float
+
+
+class Conversations(_Frame):
+    """A page of the client's conversations; ``next`` gets the one after it, if there is one."""
+
+    type: Literal["conversations"] = "conversations"
+    items: list[ConversationItem]
+    next: str | None = None
+
+
+class Renamed(_Frame):
+    """The conversation has another title."""
+
+    type: Literal["renamed"] = "renamed"
+    conversation: str
+    title: str
+
+
+class Deleted(_Frame):
+    """The conversation is gone."""
+
+    type: Literal["deleted"] = "deleted"
+    conversation: str
+
+
+Terminal = Done | Error
+ServerFrame = (
+    Start
+    | Token
+    | ThinkingFrame
+    | Done
+    | Error
+    | History
+    | Conversations
+    | Renamed
+    | Deleted
+    | Pong
+)
+
+_SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
+    Start,
+    Token,
+    ThinkingFrame,
+    Done,
+    Error,
+    History,
+    Conversations,
+    Renamed,
+    Deleted,
+    Pong,
+)
 
 
 def encode(frame: ServerFrame) -> bytes:

@@ -22,12 +22,13 @@ from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 
-from wsserver import models
+from wsserver import models, stores
 from wsserver.connection import Connection
 from wsserver.hub import Hub
 from wsserver.models.base import Model
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.settings import Settings
+from wsserver.stores import Store
 from wsserver.transport import Socket
 
 __all__ = ["Server", "serve"]
@@ -93,6 +94,7 @@ class Server:
         self._sockets: set[Socket] = set()
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
+        self._store: Store
         self._listener: Listener
         self._own_model: Model | None = None  # made here, and so to be closed here
         self._closing: asyncio.Task[None] | None = None
@@ -118,11 +120,13 @@ class Server:
         if model is None:
             model = self._own_model = models.load(settings)
         self.model_name = models.name_of(model)
-        self._hub = Hub(model, settings)
+        self._store = stores.make(settings)
         try:
+            await self._store.open()
+            self._hub = Hub(model, self._store, settings)
             self._listener = await self._listen()
         except BaseException:
-            await self._close_model()
+            await self._release()
             raise
         self.port = int(self._listener.sockets[0].getsockname()[1])
         return self
@@ -196,9 +200,10 @@ class Server:
         left = LAST_TURN if self._hurried else max(LAST_TURN, deadline - loop.time())
         await self._hub.close(min(left, self.settings.stop_timeout))
         await self._listener.wait_closed()
-        await self._close_model()
+        await self._release()
 
-    async def _close_model(self) -> None:
+    async def _release(self) -> None:
+        await self._store.close()
         if self._own_model is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.stop_timeout):

@@ -79,6 +79,16 @@ class Settings(BaseSettings):
     demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("words/s")] = 25.0
     """Pace of the demo model, by default a human reading pace; 0 is as fast as it can."""
 
+    # What lasts.
+    store: str = "memory:"
+    """Where conversations last: `memory:` for as long as the process, or `sqlite:///PATH` for a
+    file (with four slashes for an absolute path). `wsserver serve` by itself uses a file in the
+    user's data folder."""
+    save_interval: PositiveSeconds = 0.1
+    """Between two writes of what replies have said since; what a crash can lose at most."""
+    store_timeout: PositiveSeconds = 5.0
+    """For the store to save; a reply then ends as not saved."""
+
     # What a client may send.
     message_size: Bytes = 65_536
     """Largest WebSocket message accepted; a larger one closes the socket with 1009."""
@@ -97,6 +107,8 @@ class Settings(BaseSettings):
     """Prompts that may wait in one conversation with `on_busy: queue`."""
     conversations: PositiveCount = 10_000
     """Conversations kept in memory; the one idle for longest is dropped first."""
+    history_messages: PositiveCount = 200
+    """Messages of a conversation that are sent to the model; the oldest turns are dropped first."""
     history_size: Characters = 400_000
     """Characters of a conversation that are kept and sent to the model, about 100,000 tokens; the
     oldest turns are dropped first."""
@@ -120,6 +132,8 @@ class Settings(BaseSettings):
     instead."""
     grace: Seconds = 30.0
     """That a reply runs on when its last reader is gone; 0 stops it at once."""
+    grace_tokens: Count = 2000
+    """The same in output tokens, about: no more is spent on a reply that nobody reads."""
     replay: Seconds = 300.0
     """That an ended reply is kept, so that a prompt sent again gets it and not a second one."""
     replay_size: Bytes = 67_108_864

@@ -147,7 +147,7 @@ async def main() -> None:
     async with program(r"http://\S+", "-m", "tests.support.upstream", *pieces) as (base, upstream):
         serve = ("-m", "wsserver", "serve", "--port", "0", "--model", "claude-sonnet-4-6")
         limits = {"WSSERVER_REPLY_SIZE": "100000000", "WSSERVER_DRAIN_TIMEOUT": "0"}
-        limits["WSSERVER_LOG_LEVEL"] = "warning"
+        limits |= {"WSSERVER_LOG_LEVEL": "warning", "WSSERVER_STORE": "memory:"}
         async with program(
             r"ws://\S+", *serve, ANTHROPIC_BASE_URL=base, ANTHROPIC_API_KEY="x", **limits
         ) as (url, pid):

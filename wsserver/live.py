@@ -1,0 +1,212 @@
+"""What is live in this process, as data: generations, and the conversations that they are in."""
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from wsserver.errors import Code, ModelError
+from wsserver.generation import End, Log, State, Usage, well_formed
+from wsserver.journal import Record
+from wsserver.models.base import Message
+from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
+from wsserver.stores.base import StoredGeneration, Turn, partial
+
+__all__ = ["Conversation", "Generation", "Outcome", "Watcher", "messages_of", "restored"]
+
+logger = logging.getLogger("wsserver")
+
+CHARACTERS_PER_TOKEN = 4  # of English text, for usage that the model never told
+
+Outcome = End | StoppedBy | BaseException
+"""How a generation came to its end: by itself, by someone, or by a failure."""
+
+
+class Watcher(Protocol):
+    """Whoever wants to follow all that runs in a conversation."""
+
+    def attach(self, generation: "Generation") -> None:
+        """Follow a generation that has just been accepted. Must neither raise nor wait."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Conversation:
+    """What has been said, what is being said now, the prompts that wait, and who watches."""
+
+    id: str
+    owner: str
+    turns: list[Turn] = field(default_factory=list)
+    running: "Generation | None" = None
+    queue: "deque[Generation]" = field(default_factory=deque)
+    watchers: set[Watcher] = field(default_factory=set)
+    version: int = 0  # grows with each reply that ends
+    deleted: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a prompt has to wait longer than for a request to be closed."""
+        running = self.running
+        return running is not None and (running.log.state is State.RUNNING or bool(self.queue))
+
+    @property
+    def live(self) -> "list[Generation]":
+        """What runs and what waits, in order."""
+        return ([] if self.running is None else [self.running]) + list(self.queue)
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """One reply being produced: its log, and what is needed to run and stop it."""
+
+    id: str
+    owner: str
+    prompt: Prompt
+    model: str
+    conversation_id: str | None
+    conversation: Conversation | None = None  # None too for one that comes from the store
+    log: Log[Terminal] = field(default_factory=Log)
+    record: Record | None = None  # how far it is saved, once it has begun
+    usage: Usage | None = None
+    # Why it was cut short, once it was: what ends the log whatever its task still says.
+    cut: StoppedBy | ModelError | None = None
+    ending: bool = False  # its terminal is being saved
+    task: "asyncio.Task[End] | None" = None
+    began: float = 0.0
+    heard: float = 0.0  # when the model last gave a sign of life
+    asked: int = 0  # characters sent to the model
+    size: int = 0  # of what is kept once it has ended
+    readers: int = 0
+    unread: int | None = None  # characters said since the last reader went
+    watch: asyncio.TimerHandle | None = None
+    grace: asyncio.TimerHandle | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the model was asked."""
+        return self.record is not None
+
+    @property
+    def queued(self) -> int | None:
+        """The place in its conversation's queue, from 1; None once it runs."""
+        if self.log.state is not State.QUEUED or self.conversation is None:
+            return None
+        return self.conversation.queue.index(self) + 1
+
+    def terminal(self, how: Outcome) -> Terminal:
+        """Make the terminal frame for how it ended."""
+        if isinstance(how, End):
+            usage = UsageCounts.of(how.usage or self._usage())
+            reason = well_formed(how.reason)
+            return Done(id=self.id, seq=self.log.seq, reason=reason, usage=usage)
+        usage = UsageCounts.of(self._usage())
+        if isinstance(how, str):
+            return Done(id=self.id, seq=self.log.seq, reason="stopped", by=how, usage=usage)
+        error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
+        return Error(
+            code=error.code,
+            message=well_formed(error.message),
+            id=self.id,
+            seq=self.log.seq,
+            retryable=error.retryable,
+            retry_after=error.retry_after,
+            usage=usage,
+            ref=_log_failure(self.id, how),
+        )
+
+    def _usage(self) -> Usage:
+        """Return what the model said that it used; where it never said, what it likely was."""
+        if not self.begun:
+            return Usage()
+        if (usage := self.usage) is not None and not usage.estimated:
+            return usage
+        if usage is None:
+            usage = Usage(input_tokens=_tokens(self.asked), estimated=True)
+        said = _tokens(sum(map(len, self.log.pieces)))
+        return usage.but(output_tokens=max(usage.output_tokens, said))
+
+    def turn(self) -> Turn:
+        """Return it as a turn of its conversation."""
+        return Turn(0, self.id, self.prompt.prompt or "", self.log.text, partial(self.log.terminal))
+
+
+def restored(stored: StoredGeneration) -> Generation:
+    """Make a generation of what was saved; one whose process died ends as ``interrupted``."""
+    header = stored.header
+    generation = Generation(
+        header.id, header.owner, header.prompt, header.model, header.conversation
+    )
+    log = generation.log
+    log.begin()
+    for piece in stored.pieces:
+        log.append(piece)
+    terminal = stored.terminal
+    if terminal is None:
+        code = Code.INTERRUPTED
+        terminal = Error(
+            code=code,
+            message=code.meaning,
+            id=header.id,
+            seq=log.seq,
+            retryable=code.retryable,
+            ref=secrets.token_hex(4),
+        )
+    log.end(terminal)
+    return generation
+
+
+def messages_of(turns: Iterable[Turn], prompt: str, *, count: int, size: int) -> list[Message]:
+    """Make the messages that a model is asked with.
+
+    Args:
+        turns: what was said before.
+        prompt: what the user says now.
+        count: messages at most.
+        size: characters at most. The oldest turns are dropped first; the prompt never is.
+    """
+    messages: list[Message] = []
+
+    def say(text: str) -> None:
+        # A prompt that is sent again after it failed without a word is not said twice.
+        if not messages or messages[-1] != Message("user", text):
+            messages.append(Message("user", text))
+
+    for turn in turns:
+        if not _poisonous(turn):
+            say(turn.prompt)
+            if turn.text.strip():  # an empty message is one that models refuse
+                messages.append(Message("assistant", turn.text, turn.partial))
+    say(prompt)
+    total = sum(len(message.content) for message in messages)
+    first = 0
+    while first < len(messages) - 1 and (
+        total > size or len(messages) - first > count or messages[first].role != "user"
+    ):
+        total -= len(messages[first].content)
+        first += 1
+    return messages[first:]
+
+
+def _poisonous(turn: Turn) -> bool:
+    """Whether the model would refuse, for this turn, all that come after it."""
+    if turn.partial == Code.REFUSAL:
+        return True
+    refused = {code.value for code in Code if not code.retryable}
+    return turn.partial in refused and not turn.text.strip()
+
+
+def _tokens(characters: int) -> int:
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
+
+def _log_failure(generation_id: str, how: BaseException) -> str:
+    ref = secrets.token_hex(4)
+    if isinstance(how, ModelError):
+        cause = type(how.__cause__).__name__ if how.__cause__ is not None else "no exception"
+        logger.warning("%s: generation %s: %s (%s)", ref, generation_id, how.code, cause)
+    else:
+        logger.error("%s: generation %s failed", ref, generation_id, exc_info=how)
+    return ref

@@ -1,0 +1,31 @@
+"""Stores: where conversations and logs last."""
+
+from pathlib import Path
+
+from wsserver.errors import ConfigError
+from wsserver.settings import Settings
+from wsserver.stores.base import Store
+from wsserver.stores.memory import MemoryStore
+
+__all__ = ["MemoryStore", "Store", "make"]
+
+
+def make(settings: Settings) -> Store:
+    """Make the store that the settings name: ``memory:`` or ``sqlite:///path``.
+
+    Raises:
+        ConfigError: there is no such store.
+    """
+    url = settings.store
+    if url == "memory:":
+        return MemoryStore(settings.conversations)
+    path = url.removeprefix("sqlite:///")
+    if path not in {url, "", ":memory:"}:
+        from wsserver.stores.sqlite import SqliteStore  # noqa: PLC0415
+
+        # As elsewhere: three slashes for a relative path, four for an absolute one.
+        try:
+            return SqliteStore(Path(path).expanduser(), settings.store_timeout)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"store: {url!r}: {error}") from error
+    raise ConfigError(f"store: {url!r} is neither memory: nor sqlite:///PATH")

@@ -1,0 +1,167 @@
+"""The store that lasts as long as its process."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from wsserver.protocol import Terminal
+from wsserver.stores.base import (
+    Entry,
+    Header,
+    StoredConversation,
+    StoredGeneration,
+    Summary,
+    Turn,
+    partial,
+    text_of,
+    title_of,
+)
+
+__all__ = ["MemoryStore"]
+
+
+@dataclass(slots=True)
+class _Generation:
+    header: Header
+    pieces: list[str] = field(default_factory=list)
+    terminal: Terminal | None = None
+    ended: float | None = None
+
+
+@dataclass(slots=True)
+class _Conversation:
+    owner: str
+    summary: Summary
+    generations: list[_Generation] = field(default_factory=list)
+
+
+class MemoryStore:
+    """Keeps everything in dictionaries.
+
+    Args:
+        conversations: how many are kept; the one idle for longest is dropped first.
+    """
+
+    def __init__(self, conversations: int = 10_000) -> None:
+        self._limit = conversations
+        self._conversations: dict[str, _Conversation] = {}  # the least recently used first
+        # By owner and id, which may come again, then by when they began; the latest is the last.
+        self._generations: dict[tuple[str, str], dict[float, _Generation]] = {}
+
+    async def open(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do."""
+
+    async def commit(self, entries: Sequence[Entry]) -> None:
+        """Save all of it."""
+        now = time.time()
+        for entry in entries:
+            header = entry.header
+            generation = self._generations.get((header.owner, header.id), {}).get(header.began)
+            if generation is None:
+                if not entry.new:
+                    continue  # it was deleted meanwhile
+                generation = self._begin(header, now)
+            generation.pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
+            if entry.terminal is not None:
+                generation.terminal, generation.ended = entry.terminal, now
+            name = generation.header.conversation
+            if name is not None:
+                conversation = self._conversations[name] = self._conversations.pop(name)
+                if entry.new or entry.terminal is not None:
+                    conversation.summary = replace(conversation.summary, updated=now)
+
+    def _begin(self, header: Header, now: float) -> _Generation:
+        generation = _Generation(header)
+        same = self._generations.setdefault((header.owner, header.id), {})
+        same[header.began] = generation
+        if header.conversation is not None:
+            conversation = self._conversations.get(header.conversation)
+            if conversation is None:
+                summary = Summary(header.conversation, title_of(header.prompt), now, now)
+                conversation = _Conversation(header.owner, summary)
+                self._conversations[header.conversation] = conversation
+                if len(self._conversations) > self._limit:
+                    self._drop(next(iter(self._conversations)))
+            conversation.generations.append(generation)
+        return generation
+
+    def _drop(self, name: str) -> None:
+        for generation in self._conversations.pop(name).generations:
+            self._forget(generation.header)
+
+    def _forget(self, header: Header) -> None:
+        same = self._generations[header.owner, header.id]
+        del same[header.began]
+        if not same:
+            del self._generations[header.owner, header.id]
+
+    async def find(self, generation: str, owner: str, since: float) -> StoredGeneration | None:
+        """Return an owner's latest generation of that id, unless it ended before a time."""
+        same = self._generations.get((owner, generation))
+        if same is None:
+            return None
+        latest = same[next(reversed(same))]
+        if latest.ended is not None and latest.ended < since:
+            return None
+        return StoredGeneration(latest.header, list(latest.pieces), latest.terminal)
+
+    async def load(
+        self, conversation: str, limit: int, before: int | None = None
+    ) -> StoredConversation | None:
+        """Return a conversation with its newest turns, or with those before a number."""
+        found = self._conversations.get(conversation)
+        if found is None:
+            return None
+        end = len(found.generations) if before is None else max(0, before - 1)
+        numbered = list(enumerate(found.generations, start=1))[:end]
+        turns = [
+            Turn(
+                number,
+                generation.header.id,
+                generation.header.prompt.prompt or "",
+                text_of(generation.pieces),
+                partial(generation.terminal),
+            )
+            for number, generation in numbered[max(0, len(numbered) - limit) :]
+        ]
+        return StoredConversation(conversation, found.owner, found.summary.title, turns)
+
+    async def list(
+        self, owner: str, limit: int, before: tuple[float, str] | None
+    ) -> Sequence[Summary]:
+        """Return an owner's conversations, newest first."""
+        mine = (c.summary for c in self._conversations.values() if c.owner == owner)
+        ordered = sorted(mine, key=lambda summary: (summary.updated, summary.id), reverse=True)
+        if before is not None:
+            ordered = [summary for summary in ordered if (summary.updated, summary.id) < before]
+        return ordered[:limit]
+
+    async def rename(self, conversation: str, owner: str, title: str) -> bool:
+        """Give a conversation another title."""
+        found = self._conversations.get(conversation)
+        if found is None or found.owner != owner:
+            return False
+        found.summary = replace(found.summary, title=title)
+        return True
+
+    async def delete(self, conversation: str, owner: str) -> bool:
+        """Delete a conversation and all in it."""
+        found = self._conversations.get(conversation)
+        if found is None or found.owner != owner:
+            return False
+        self._drop(conversation)
+        return True
+
+    async def purge(self, until: float) -> None:
+        """Delete the generations outside of conversations that began before a time."""
+        old = [
+            generation.header
+            for same in self._generations.values()
+            for began, generation in same.items()
+            if began < until and generation.header.conversation is None
+        ]
+        for header in old:
+            self._forget(header)
