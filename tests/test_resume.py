@@ -276,6 +276,21 @@ async def test_a_long_history_is_had_page_by_page(chat: Client, puppet: Puppet) 
     assert said == [text for n in range(8) for text in (f"{n}", f"{n}" * 60_000)]
 
 
+async def test_the_last_page_knows_that_it_is_the_last(puppet: Puppet, file: str) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, store=file, history_messages=3, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        await exchange(chat, puppet, "Elsewhere", "x", conversation=TWO)
+        for number in range(6):
+            await exchange(chat, puppet, f"{number}", "x", conversation=ONE)
+        newest = await opened(chat)
+        oldest = await opened(chat, before=newest["before"])
+        assert "before" not in oldest
+        said = [m["content"] for page in (oldest, newest) for m in page["messages"]]
+        assert [text for text in said if text != "x"] == [f"{number}" for number in range(6)]
+
+
 async def test_a_message_too_long_for_a_frame_is_cut_and_says_so(
     chat: Client, puppet: Puppet
 ) -> None:

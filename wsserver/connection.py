@@ -280,12 +280,11 @@ class Connection:
         self._follow(generation, after=resume.after)
 
     async def _open(self, request: Open) -> None:
-        conversation, stored = await self._hub.history(
+        conversation, stored, older = await self._hub.history(
             request.conversation, self._owner, request.before
         )
         turns = self._fitting(stored.turns)
-        first = turns[0] if turns else None
-        older = first is not None and (first is not stored.turns[0] or first.number > 1)
+        older = older or len(turns) < len(stored.turns)
         self.transport.write(
             encode(
                 History(
@@ -293,7 +292,7 @@ class Connection:
                     title=stored.title,
                     messages=[message for turn in turns for message in _messages(turn)],
                     running=[generation.id for generation in conversation.live],
-                    before=first.number if first is not None and older else None,
+                    before=turns[0].number if turns and older else None,
                 )
             )
         )

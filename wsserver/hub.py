@@ -181,8 +181,11 @@ class Hub:
 
     async def history(
         self, conversation_id: str, owner: str, before: int | None
-    ) -> tuple[Conversation, StoredConversation]:
+    ) -> tuple[Conversation, StoredConversation, bool]:
         """Return a conversation, and its newest turns that have ended, or those before a number.
+
+        Returns:
+            the live conversation, the turns, and whether there are older ones.
 
         Raises:
             Refused: the owner has no such conversation.
@@ -195,15 +198,16 @@ class Hub:
             version = conversation.version
             await self._journal.flush()
             limit = self._settings.history_messages
-            stored = await self._store.load(conversation_id, limit, before)
+            stored = await self._store.load(conversation_id, limit + 1, before)
             if conversation.version != version:
                 continue  # a reply has ended meanwhile
             self._keep(conversation)
             if stored is None:  # nothing of it has been saved
                 stored = StoredConversation(conversation_id, owner, "", [])
             live = {generation.id for generation in conversation.live}
-            turns = [turn for turn in stored.turns if turn.id not in live]
-            return conversation, StoredConversation(conversation_id, owner, stored.title, turns)
+            turns = [turn for turn in stored.turns[-limit:] if turn.id not in live]
+            told = StoredConversation(conversation_id, owner, stored.title, turns)
+            return conversation, told, len(stored.turns) > limit
 
     async def list(
         self, owner: str, limit: int, before: tuple[float, str] | None
@@ -307,7 +311,9 @@ class Hub:
             _cancel(generation.watch)
             _cancel(generation.grace)
         _cancel(self._sweep)
-        await self._journal.flush()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.store_timeout):
+                await self._journal.flush()
 
     # Accepting a prompt.
 

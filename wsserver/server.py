@@ -203,7 +203,9 @@ class Server:
         await self._release()
 
     async def _release(self) -> None:
-        await self._store.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.store_timeout):
+                await self._store.close()
         if self._own_model is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.settings.stop_timeout):
