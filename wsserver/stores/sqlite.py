@@ -110,6 +110,8 @@ class SqliteStore:
                     raise ConfigError(f"store: {self._path} is a folder")
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._take(stack)
+                # Where that fails, aiosqlite would leave its thread behind.
+                sqlite3.connect(self._path).close()
                 self._writer = await self._connect(stack)
                 await self._migrate()
                 self._reader = await self._connect(stack)

@@ -1,0 +1,126 @@
+"""A proxy that lets so many bytes of the server's through, and then cuts the line."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from asyncio import StreamReader, StreamWriter
+from collections import deque
+from dataclasses import dataclass
+from typing import Self
+
+__all__ = ["Cut", "Proxy", "reset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Where a connection is cut, and how.
+
+    Args:
+        after: bytes from the server that the client still gets.
+        reset: with RST, and not with FIN.
+        late: only when there is more to pass on, and not as soon as so much has been passed.
+    """
+
+    after: int
+    reset: bool = False
+    late: bool = False
+
+
+class Proxy:
+    """Stands before a server on this machine. Each connection takes the next cut, if any is left.
+
+    Attributes:
+        url: what clients connect to.
+        passed: bytes from the server that the clients got, one number per connection.
+    """
+
+    def __init__(self, port: int, *cuts: Cut) -> None:
+        self._port = port
+        self._cuts = deque(cuts)
+        self._lines: set[asyncio.Task[None]] = set()
+        self.passed: list[int] = []
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"ws://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for line in self._lines:
+            line.cancel()
+        failures = await asyncio.gather(*self._lines, return_exceptions=True)
+        await self._server.wait_closed()
+        for failure in failures:
+            if isinstance(failure, Exception):
+                raise failure
+
+    @property
+    def cuts(self) -> int:
+        """How many cuts are left."""
+        return len(self._cuts)
+
+    def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
+        cut = self._cuts.popleft() if self._cuts else None
+        line = asyncio.get_running_loop().create_task(self._serve(reader, writer, cut))
+        self._lines.add(line)
+
+    async def _serve(self, reader: StreamReader, writer: StreamWriter, cut: Cut | None) -> None:
+        number = len(self.passed)
+        self.passed.append(0)
+        ends = [writer]
+        try:
+            answers, requests = await asyncio.open_connection("127.0.0.1", self._port)
+            ends.append(requests)
+            upward = asyncio.get_running_loop().create_task(_pass_all(reader, requests))
+            try:
+                with contextlib.suppress(OSError):
+                    await self._answer(answers, writer, cut, number)
+            finally:
+                upward.cancel()
+                await asyncio.gather(upward, return_exceptions=True)
+            if cut is not None and cut.reset:
+                for end in ends:
+                    reset(end.transport)
+            else:
+                with contextlib.suppress(OSError):
+                    requests.close()
+                    writer.write_eof()
+                    while await reader.read(65536):  # what is not read makes a RST of the FIN
+                        pass
+        finally:
+            for end in ends:
+                end.close()
+
+    async def _answer(
+        self, answers: StreamReader, writer: StreamWriter, cut: Cut | None, number: int
+    ) -> None:
+        """Pass on what the server says until it goes, or the cut is reached."""
+        # What has been passed on waits no more here, and so no reset takes it back.
+        writer.transport.set_write_buffer_limits(high=0)
+        while cut is None or cut.late or self.passed[number] < cut.after:
+            left = 65536 if cut is None else cut.after - self.passed[number]
+            data = await answers.read(max(1, left))
+            if not data or left == 0:
+                return
+            writer.write(data)
+            self.passed[number] += len(data)
+            await writer.drain()
+
+
+async def _pass_all(reader: StreamReader, writer: StreamWriter) -> None:
+    """Pass on what a client says until it goes, and tell the server that it went."""
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+def reset(transport: asyncio.WriteTransport) -> None:
+    """End a connection with a RST, unless it has ended already."""
+    sock = transport.get_extra_info("socket")
+    if sock.fileno() >= 0:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()

@@ -1,0 +1,1603 @@
+"""One contract that every store keeps, and what is SQLite's own."""
+
+# ruff: noqa: ASYNC240 - the files are small, and nothing else is in the way of waiting for them
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import os
+import random
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiosqlite
+import pytest
+
+from wsserver import Settings
+from wsserver.errors import Code, ConfigError, StoreError
+from wsserver.generation import Thinking, Usage
+from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
+from wsserver.protocol import Turn as Message
+from wsserver.stores import MemoryStore, Store, make, sqlite
+from wsserver.stores.base import Entry, Header, StoredConversation, Summary, title_of
+from wsserver.stores.sqlite import SqliteStore
+
+SECONDS = 20  # that any wait may take at most
+
+TOKENS = UsageCounts.of(Usage(input_tokens=3, output_tokens=5))
+
+# All that text can be made of, and what looks like the form in which it is kept.
+PIECES: list[str] = [
+    "Hello",
+    Thinking("hm"),
+    Thinking(""),
+    "",
+    " \t\r\n\v\f\x1c\x85\u2028\u2029",
+    "a\0b\0",
+    Thinking("\0"),
+    "\x01\x1b\x7f\x80",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 é \u202e",
+    Thinking("🤔"),
+    "\ud7ff\ue000\ufeff\ufffd\uffff\U0010ffff",
+    '"\\"\\u0041\\',
+    '["thinking"]',
+    "['; DROP TABLE piece; --",
+    "null",
+    "0",
+    "long " * 10_000,
+]
+
+
+class Reopened(SqliteStore):
+    """Is closed and opened again before whatever it is asked to do."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._turn = asyncio.Lock()
+
+    @contextlib.asynccontextmanager
+    async def _again(self) -> AsyncIterator[None]:
+        async with self._turn:
+            await self.close()
+            await self.open()
+            yield
+
+    async def commit(self, entries: Sequence[Entry]) -> None:
+        async with self._again():
+            await super().commit(entries)
+
+    async def find(self, *args: Any) -> Any:
+        async with self._again():
+            return await super().find(*args)
+
+    async def load(self, *args: Any) -> Any:
+        async with self._again():
+            return await super().load(*args)
+
+    async def list(self, *args: Any) -> Any:
+        async with self._again():
+            return await super().list(*args)
+
+    async def rename(self, *args: Any) -> bool:
+        async with self._again():
+            return await super().rename(*args)
+
+    async def delete(self, *args: Any) -> bool:
+        async with self._again():
+            return await super().delete(*args)
+
+    async def purge(self, until: float) -> None:
+        async with self._again():
+            await super().purge(until)
+
+
+class Clock:
+    """The time of day, which passes only when it is told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "chat.db"
+
+
+@pytest.fixture(autouse=True)
+async def _nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """Close what a test that failed has left open, and see that closing ends all threads."""
+    before = set(threading.enumerate())
+    opened: list[SqliteStore] = []
+    open_store = SqliteStore.open
+
+    async def noted(store: SqliteStore) -> None:
+        opened.append(store)
+        await open_store(store)
+
+    monkeypatch.setattr(SqliteStore, "open", noted)
+    yield
+    for store in opened:
+        await store.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(SECONDS)
+        assert not thread.is_alive(), thread
+
+
+@pytest.fixture(params=["memory", "sqlite", "sqlite, reopened"])
+async def store(request: pytest.FixtureRequest, path: Path) -> AsyncIterator[Store]:
+    kinds: dict[str, Callable[[], Store]] = {
+        "memory": MemoryStore,
+        "sqlite": lambda: SqliteStore(path),
+        "sqlite, reopened": lambda: Reopened(path),
+    }
+    store = kinds[request.param]()
+    await store.open()
+    yield store
+    await store.close()
+    if request.param != "memory":
+        check(path)
+
+
+@pytest.fixture
+async def file(path: Path) -> AsyncIterator[SqliteStore]:
+    """A store in a file, which does not wait for locks of other programs."""
+    store = SqliteStore(path, timeout=0.01)
+    await store.open()
+    yield store
+    await store.close()
+    check(path)
+
+
+def check(path: Path) -> None:
+    assert query(path, "PRAGMA integrity_check") == [("ok",)]
+    assert query(path, "PRAGMA foreign_key_check") == []
+
+
+def query(path: Path, statement: str) -> list[Any]:
+    database = sqlite3.connect(path, isolation_level=None, timeout=SECONDS)
+    try:
+        return database.execute(statement).fetchall()
+    finally:
+        database.close()
+
+
+def header(
+    name: str = "g",
+    conversation: str | None = "c",
+    *,
+    prompt: str = "Hello?",
+    owner: str = "me",
+    began: float = 500.0,
+) -> Header:
+    if conversation is None:
+        messages = [Message(role="user", content=prompt)]
+        return Header(name, owner, None, Prompt(messages=messages), "m", began)
+    return Header(name, owner, conversation, Prompt(prompt=prompt), "m", began)
+
+
+def done(reason: str = "end_turn", by: StoppedBy | None = None) -> Done:
+    return Done(id="g", seq=1, reason=reason, by=by, usage=TOKENS)
+
+
+def failed(code: Code) -> Error:
+    return Error(code=code, message="Sorry.", id="g", seq=1, retryable=False, ref="r")
+
+
+def whole(header: Header, *pieces: str, terminal: Terminal | None = None) -> Entry:
+    return Entry(header, True, 0, pieces or ("Hi.",), terminal or done())
+
+
+def kinds(pieces: Sequence[str]) -> list[tuple[type[str], str]]:
+    return [(type(piece), piece) for piece in pieces]
+
+
+async def found(store: Store, name: str = "g", owner: str = "me") -> list[str] | None:
+    stored = await store.find(name, owner, 0.0)
+    return None if stored is None else stored.pieces
+
+
+async def loaded(store: Store, name: str = "c") -> StoredConversation:
+    stored = await store.load(name, 1000)
+    assert stored is not None
+    return stored
+
+
+async def names(store: Store, owner: str = "me") -> list[str]:
+    return [summary.id for summary in await store.list(owner, 1000, None)]
+
+
+# Generations.
+
+
+async def test_what_was_committed_in_one_batch_is_found(store: Store) -> None:
+    asked = header()
+    await store.commit([whole(asked, "Hi", " there.")])
+    stored = await store.find("g", "me", 0.0)
+    assert stored is not None
+    assert stored.header == asked
+    assert stored.pieces == ["Hi", " there."]
+    assert stored.terminal == done()
+
+
+async def test_what_was_committed_bit_by_bit_is_found_as_a_whole(store: Store) -> None:
+    asked = header()
+    batches = [
+        Entry(asked, new=True),
+        Entry(asked, after=0, pieces=["a"]),
+        Entry(asked, after=1),
+        Entry(asked, after=1, pieces=[Thinking("b"), "c"]),
+        Entry(asked, after=3, pieces=["d"], terminal=done()),
+    ]
+    expected = [[], ["a"], ["a"], ["a", Thinking("b"), "c"], ["a", Thinking("b"), "c", "d"]]
+    for entry, pieces in zip(batches, expected, strict=True):
+        await store.commit([entry])
+        stored = await store.find("g", "me", 0.0)
+        assert stored is not None
+        assert kinds(stored.pieces) == kinds(pieces)
+        assert stored.terminal == entry.terminal
+    (turn,) = (await loaded(store)).turns
+    assert turn.text == "acd"
+
+
+async def test_several_entries_of_one_generation_may_be_in_a_batch(store: Store) -> None:
+    asked = header()
+    await store.commit(
+        [
+            Entry(asked, new=True),
+            Entry(asked, after=0, pieces=["a", "b"]),
+            Entry(asked, after=2, pieces=["c"]),
+            Entry(asked, after=3, terminal=done()),
+        ]
+    )
+    assert await found(store) == ["a", "b", "c"]
+
+
+async def test_the_end_may_come_without_a_number_or_pieces(store: Store) -> None:
+    await store.commit([Entry(header(), True, 0, ["a"])])
+    await store.commit([Entry(header(), terminal=done())])
+    assert await found(store) == ["a"]
+
+
+async def test_nothing_to_commit_is_no_error(store: Store) -> None:
+    await store.commit([])
+    assert await names(store) == []
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+async def test_pieces_come_back_exactly_and_each_of_its_kind(store: Store, size: int) -> None:
+    asked = header()
+    await store.commit([Entry(asked, new=True)])
+    for after in range(0, len(PIECES), size):
+        await store.commit([Entry(asked, after=after, pieces=PIECES[after : after + size])])
+    stored = await found(store)
+    assert stored is not None
+    assert kinds(stored) == kinds(PIECES)
+    (turn,) = (await loaded(store)).turns
+    assert turn.text == "".join(piece for piece in PIECES if not isinstance(piece, Thinking))
+
+
+async def test_a_thousand_pieces_stay_in_order(store: Store) -> None:
+    asked = header()
+    pieces = [str(number) for number in range(1200)]
+    await store.commit([Entry(asked, new=True)])
+    for after in range(0, 1200, 100):
+        await store.commit([Entry(asked, after=after, pieces=pieces[after : after + 100])])
+    assert await found(store) == pieces
+
+
+async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
+    prompt = Prompt(
+        prompt="line one\nline two\0 🎈 \\",
+        id="g" * 16,
+        conversation="c" * 16,
+        on_busy="queue",
+        model="claude-☃",
+        system="Be brief.",
+        max_tokens=10**30,
+        temperature=0.1,
+    )
+    asked = Header("g", "me", "c", prompt, "claude-☃", 1234567890.123456)
+    await store.commit([Entry(asked, new=True)])
+    stored = await store.find("g", "me", 0.0)
+    assert stored is not None
+    assert stored.header == asked
+    (turn,) = (await loaded(store)).turns
+    assert turn.prompt == prompt.prompt
+
+
+@pytest.mark.parametrize(
+    "terminal",
+    [
+        done(),
+        done("max_tokens"),
+        done("stopped", "client"),
+        Done(
+            id="g",
+            seq=0,
+            reason="ein Grund ☃ \0",
+            usage=UsageCounts.of(
+                Usage(
+                    input_tokens=1,
+                    output_tokens=2,
+                    cache_creation_input_tokens=3,
+                    cache_read_input_tokens=10**20,
+                    estimated=True,
+                )
+            ),
+        ),
+        failed(Code.INTERNAL),
+        Error(
+            code=Code.RATE_LIMITED,
+            message="Später. 🐌",
+            id="g",
+            seq=7,
+            about="b",
+            retryable=True,
+            retry_after=1.5,
+            usage=TOKENS,
+            ref="r",
+        ),
+    ],
+    ids=["done", "max_tokens", "stopped", "all of done", "error", "all of error"],
+)
+async def test_a_terminal_comes_back_as_it_was(store: Store, terminal: Terminal) -> None:
+    await store.commit([whole(header(), terminal=terminal)])
+    stored = await store.find("g", "me", 0.0)
+    assert stored is not None
+    assert stored.terminal == terminal
+
+
+async def test_to_commit_the_same_again_is_harmless(store: Store) -> None:
+    asked, outside = header(), header("o", None)
+    first = [Entry(asked, True, 0, ["a", "b"]), Entry(outside, True, 0, ["x"])]
+    then = [Entry(asked, False, 2, ["c"], done()), Entry(outside, False, 1, ["y"], done())]
+    for batch in (first, first, then, then, first, [*first, *then, *first]):
+        await store.commit(batch)
+    assert await found(store) == ["a", "b", "c"]
+    assert await found(store, "o") == ["x", "y"]
+    stored = await loaded(store)
+    assert [(turn.text, turn.partial) for turn in stored.turns] == [("abc", None)]
+
+
+async def test_what_failed_to_be_saved_may_come_again_with_more(store: Store) -> None:
+    asked = header()
+    await store.commit([Entry(asked, True, 0, ["a"])])
+    await store.commit([Entry(asked, True, 0, ["a", "b"])])
+    await store.commit([Entry(asked, False, 2, ["c"])])
+    await store.commit([Entry(asked, True, 0, ["a", "b", "c", "d"])])
+    await store.commit([Entry(asked, False, 1, ["b", "c"])])
+    assert await found(store) == ["a", "b", "c", "d"]
+
+
+async def test_an_id_that_comes_again_finds_the_latest(store: Store) -> None:
+    old, new = header(began=1.0), header(began=2.0, prompt="And now?")
+    await store.commit([whole(old, "old")])
+    await store.commit([whole(new, "new")])
+    assert await found(store) == ["new"]
+    await store.commit([whole(old, "old")])  # once more, as nobody knew that it was saved
+    assert await found(store) == ["new"]
+    assert [turn.text for turn in (await loaded(store)).turns] == ["old", "new"]
+
+
+async def test_an_older_generation_of_an_id_still_gets_its_end(store: Store) -> None:
+    old, new = header(began=1.0), header(began=2.0)
+    await store.commit([Entry(old, True, 0, ["old"]), Entry(new, True, 0, ["new"])])
+    await store.commit([Entry(old, False, 1, ["er"], done("stopped", "client"))])
+    assert await found(store) == ["new"]
+    turns = (await loaded(store)).turns
+    assert [(turn.text, turn.partial) for turn in turns] == [
+        ("older", "client"),
+        ("new", "interrupted"),
+    ]
+
+
+async def test_a_generation_of_someone_else_looks_absent(store: Store) -> None:
+    await store.commit([whole(header())])
+    assert await store.find("g", "you", 0.0) is None
+    assert await store.find("g", "", 0.0) is None
+    assert await store.find("unknown", "me", 0.0) is None
+
+
+async def test_an_id_belongs_to_each_owner_alone(store: Store) -> None:
+    await store.commit([whole(header(conversation="a"), "mine")])
+    await store.commit([whole(header(conversation="b", owner="you"), "yours")])
+    assert await found(store) == ["mine"]
+    assert await found(store, owner="you") == ["yours"]
+
+
+async def test_a_generation_that_ended_before_a_time_is_not_found(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([Entry(header(), new=True)])
+    clock.now = 2000.0
+    await store.commit([Entry(header(), terminal=done())])
+    assert await store.find("g", "me", 2000.0) is not None
+    assert await store.find("g", "me", 2000.1) is None
+
+
+async def test_a_generation_that_has_not_ended_is_found_whenever_it_began(store: Store) -> None:
+    await store.commit([Entry(header(began=1.0), True, 0, ["a"])])
+    stored = await store.find("g", "me", 1e12)
+    assert stored is not None
+    assert stored.pieces == ["a"]
+    assert stored.terminal is None
+
+
+async def test_an_older_generation_of_an_id_does_not_stand_in_for_one_that_ended(
+    store: Store,
+) -> None:
+    await store.commit([Entry(header(began=1.0), True, 0, ["broken off"])])
+    await store.commit([whole(header(began=2.0), "whole")])
+    assert await store.find("g", "me", 1e12) is None
+
+
+async def test_a_generation_outside_of_conversations_is_only_found(store: Store) -> None:
+    asked = header(conversation=None)
+    await store.commit([whole(asked, "Hi.")])
+    stored = await store.find("g", "me", 0.0)
+    assert stored is not None
+    assert stored.header == asked
+    assert stored.pieces == ["Hi."]
+    assert await names(store) == []
+    assert await store.load("c", 10) is None
+
+
+async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
+    said = ["a"]
+    await store.commit([Entry(header(), True, 0, said)])
+    said.append("b")
+    first = await found(store)
+    assert first is not None
+    first.append("c")
+    (await loaded(store)).turns.clear()
+    assert await found(store) == ["a"]
+    assert len((await loaded(store)).turns) == 1
+
+
+# Conversations.
+
+
+async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store) -> None:
+    for number in range(3):
+        asked = header(f"g{number}", prompt=f"Question {number}?")
+        await store.commit([whole(asked, Thinking("hm"), f"Answer {number}", ".")])
+    stored = await loaded(store)
+    assert (stored.id, stored.owner, stored.title) == ("c", "me", "Question 0?")
+    assert [(turn.id, turn.prompt, turn.text, turn.partial) for turn in stored.turns] == [
+        (f"g{number}", f"Question {number}?", f"Answer {number}.", None) for number in range(3)
+    ]
+    numbers = [turn.number for turn in stored.turns]
+    assert numbers == sorted(set(numbers))
+    assert all(number > 0 for number in numbers)
+
+
+async def test_a_conversation_that_is_unknown_is_none(store: Store) -> None:
+    assert await store.load("c", 10) is None
+    assert await store.load("c", 10, 5) is None
+
+
+async def test_the_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
+    await store.commit([whole(header(f"g{number}")) for number in range(5)])
+    for limit, expected in [(0, ""), (1, "4"), (3, "234"), (5, "01234"), (100, "01234")]:
+        stored = await store.load("c", limit)
+        assert stored is not None
+        assert "".join(turn.id for turn in stored.turns) == "".join(f"g{n}" for n in expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
+async def test_the_whole_history_can_be_paged_through(store: Store, size: int) -> None:
+    # Other conversations' turns in between leave gaps in the numbers of this one, if anything.
+    await store.commit(
+        [
+            entry
+            for number in range(7)
+            for entry in (
+                whole(header(f"x{number}", "other")),
+                Entry(header(f"g{number}"), True, 0, ["a"]),
+                Entry(header(f"g{number}"), False, 1, ["b", str(number)]),
+            )
+        ]
+    )
+    pages: list[list[tuple[str, str]]] = []
+    before: int | None = None
+    while (stored := await store.load("c", size, before)) is not None and stored.turns:
+        pages.insert(0, [(turn.id, turn.text) for turn in stored.turns])
+        before = stored.turns[0].number
+    assert list(itertools.chain(*pages)) == [(f"g{n}", f"ab{n}") for n in range(7)]
+    assert all(len(page) == size for page in pages[1:])
+
+
+@pytest.mark.parametrize("before", [0, 1, -1, -(10**30)])
+async def test_before_the_first_turn_there_are_none(store: Store, before: int) -> None:
+    await store.commit([whole(header("g1")), whole(header("g2"))])
+    stored = await store.load("c", 10, before)
+    assert stored is not None
+    assert stored.turns == []
+    assert stored.title == "Hello?"
+
+
+@pytest.mark.parametrize("before", [1000, 2**63 - 1, 2**63, 10**30])
+async def test_before_any_later_number_there_are_all_turns(store: Store, before: int) -> None:
+    await store.commit([whole(header("g1")), whole(header("g2"))])
+    stored = await store.load("c", 10, before)
+    assert stored is not None
+    assert [turn.id for turn in stored.turns] == ["g1", "g2"]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "why"),
+    [
+        (done(), None),
+        (done("max_tokens"), None),
+        (done("stopped", "client"), "client"),
+        (done("stopped", "disconnect"), "disconnect"),
+        (failed(Code.OVERLOADED), "overloaded"),
+        (failed(Code.REFUSAL), "refusal"),
+        (None, "interrupted"),
+    ],
+)
+async def test_a_turn_says_why_it_is_not_whole(
+    store: Store, terminal: Terminal | None, why: str | None
+) -> None:
+    await store.commit([Entry(header(), True, 0, ["Hi"], terminal)])
+    (turn,) = (await loaded(store)).turns
+    assert turn.partial == why
+    assert type(turn.partial) in {str, type(None)}
+    assert turn.text == "Hi"
+
+
+async def test_a_turn_in_which_nothing_was_said_has_no_text(store: Store) -> None:
+    await store.commit([Entry(header(), new=True), whole(header("h"), Thinking("hm"))])
+    assert [turn.text for turn in (await loaded(store)).turns] == ["", ""]
+
+
+async def test_a_conversation_belongs_to_the_owner_of_its_first_turn(store: Store) -> None:
+    await store.commit([whole(header())])
+    await store.commit([whole(header(owner="you"))])
+    assert (await loaded(store)).owner == "me"
+    assert await names(store, "you") == []
+
+
+async def test_conversations_are_listed_newest_first(store: Store, clock: Clock) -> None:
+    for name in ("a", "b", "c"):
+        clock.now += 1
+        await store.commit([whole(header(name, name, prompt=f"About {name}"))])
+    assert await store.list("me", 10, None) == [
+        Summary("c", "About c", 1003.0, 1003.0),
+        Summary("b", "About b", 1002.0, 1002.0),
+        Summary("a", "About a", 1001.0, 1001.0),
+    ]
+
+
+async def test_a_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_between(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
+    clock.now = 1001.0
+    await store.commit([Entry(header("3", "a"), new=True)])
+    assert await store.list("me", 1, None) == [Summary("a", "Hello?", 1000.0, 1001.0)]
+    clock.now = 1002.0
+    await store.commit([Entry(header("3", "a"), False, 0, ["x"])])
+    assert await store.list("me", 1, None) == [Summary("a", "Hello?", 1000.0, 1001.0)]
+    clock.now = 1003.0
+    await store.commit([Entry(header("3", "a"), False, 1, [], done())])
+    assert await store.list("me", 1, None) == [Summary("a", "Hello?", 1000.0, 1003.0)]
+    clock.now = 1004.0
+    assert await store.rename("b", "me", "New")
+    await store.commit([whole(header("o", None))])
+    assert await names(store) == ["a", "b"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 9, 10])
+async def test_a_list_is_paged_without_gap_or_duplicate_where_times_are_equal(
+    store: Store, clock: Clock, size: int
+) -> None:
+    for number in range(9):
+        clock.now = 1000.0 + number // 4
+        await store.commit([whole(header(f"g{number}", f"c{number}"))])
+    await store.commit([whole(header("x", "not mine", owner="you"))])
+    seen: list[Summary] = []
+    before: tuple[float, str] | None = None
+    while page := await store.list("me", size, before):
+        assert len(page) <= size
+        seen += page
+        before = (page[-1].updated, page[-1].id)
+    assert [summary.id for summary in seen] == [f"c{number}" for number in range(8, -1, -1)]
+    assert seen == await store.list("me", 100, None)
+
+
+async def test_conversations_of_one_batch_are_equally_new(store: Store) -> None:
+    await store.commit([whole(header(name, name)) for name in ("b", "c", "a")])
+    assert await names(store) == ["c", "b", "a"]
+
+
+async def test_a_list_has_the_owners_own_alone(store: Store) -> None:
+    await store.commit([whole(header("1", "mine")), whole(header("2", "yours", owner="you"))])
+    assert await names(store) == ["mine"]
+    assert await names(store, "you") == ["yours"]
+    assert await names(store, "nobody") == []
+    assert await store.list("me", 0, None) == []
+
+
+async def test_a_conversation_is_renamed_by_its_owner(store: Store) -> None:
+    await store.commit([whole(header())])
+    before = await store.list("me", 1, None)
+    assert await store.rename("c", "me", "Neuer\0 Titel 🎈")
+    assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
+    (summary,) = await store.list("me", 10, None)
+    assert summary == Summary("c", "Neuer\0 Titel 🎈", before[0].created, before[0].updated)
+    assert await store.rename("c", "me", "Neuer\0 Titel 🎈")  # that it has already
+    await store.commit([whole(header("h", prompt="Another?"))])
+    assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
+
+
+async def test_nobody_else_renames_a_conversation(store: Store) -> None:
+    await store.commit([whole(header())])
+    assert not await store.rename("c", "you", "Mine")
+    assert not await store.rename("unknown", "me", "Mine")
+    assert (await loaded(store)).title == "Hello?"
+
+
+async def test_a_deleted_conversation_is_gone_with_all_in_it(store: Store) -> None:
+    await store.commit([whole(header("1")), Entry(header("2"), True, 0, ["a"])])
+    await store.commit([whole(header("3", "other")), whole(header("4", None))])
+    assert await store.delete("c", "me")
+    assert await store.load("c", 10) is None
+    assert await names(store) == ["other"]
+    assert [await found(store, name) for name in "1234"] == [None, None, ["Hi."], ["Hi."]]
+    assert not await store.delete("c", "me")
+    assert not await store.rename("c", "me", "Back")
+
+
+async def test_nobody_else_deletes_a_conversation(store: Store) -> None:
+    await store.commit([whole(header())])
+    assert not await store.delete("c", "you")
+    assert not await store.delete("unknown", "me")
+    assert await found(store) == ["Hi."]
+    assert await names(store) == ["c"]
+
+
+async def test_what_is_committed_after_a_delete_is_dropped(store: Store) -> None:
+    running = header("running")
+    await store.commit([whole(header()), Entry(running, True, 0, ["a"])])
+    assert await store.delete("c", "me")
+    await store.commit(
+        [
+            Entry(running, False, 1, ["b"]),
+            whole(header("x", "other")),
+            Entry(running, False, 2, ["c"], done()),
+        ]
+    )
+    assert await store.load("c", 10) is None
+    assert await found(store, "running") is None
+    assert await names(store) == ["other"]  # what else was in that batch is saved
+
+
+async def test_a_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock) -> None:
+    await store.commit([whole(header("g1")), whole(header("g2"), "old")])
+    assert await store.delete("c", "me")
+    clock.now = 2000.0
+    await store.commit([whole(header("g2", prompt="Anew?", owner="you"), "new")])
+    stored = await loaded(store)
+    assert (stored.owner, stored.title) == ("you", "Anew?")
+    assert [(turn.id, turn.text) for turn in stored.turns] == [("g2", "new")]
+    assert await names(store) == []
+    assert await store.list("you", 1, None) == [Summary("c", "Anew?", 2000.0, 2000.0)]
+
+
+async def test_a_delete_uncovers_an_older_generation_of_the_id(store: Store) -> None:
+    await store.commit([whole(header(conversation="a", began=1.0), "old")])
+    await store.commit([whole(header(conversation="b", began=2.0), "new")])
+    assert await store.delete("b", "me")
+    assert await found(store) == ["old"]
+    assert await store.delete("a", "me")
+    assert await found(store) is None
+
+
+async def test_a_purge_takes_old_generations_outside_of_conversations(store: Store) -> None:
+    await store.commit(
+        [
+            whole(header("old", None, began=1.0)),
+            whole(header("older", None, began=0.5, owner="you")),
+            Entry(header("running", None, began=1.5), True, 0, ["a"]),
+            whole(header("in time", None, began=2.0)),
+            whole(header("in a conversation", "c", began=1.0)),
+        ]
+    )
+    await store.purge(2.0)
+    assert await found(store, "old") is None
+    assert await found(store, "older", "you") is None
+    assert await found(store, "running") is None
+    assert await found(store, "in time") == ["Hi."]
+    assert await found(store, "in a conversation") == ["Hi."]
+    # What is still said of one that was taken is dropped.
+    await store.commit([Entry(header("running", None, began=1.5), False, 1, ["b"], done())])
+    assert await found(store, "running") is None
+    await store.purge(2.0)
+
+
+async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> None:
+    async def converse(name: str) -> None:
+        for number in range(5):
+            asked = header(f"{name}{number}", name)
+            await store.commit([Entry(asked, True, 0, ["a"])])
+            await store.commit([Entry(asked, False, 1, ["b"], done())])
+            assert await found(store, f"{name}{number}") == ["a", "b"]
+
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(converse(name) for name in "abcdefgh"))
+    assert sorted(await names(store)) == list("abcdefgh")
+    for name in "abcdefgh":
+        turns = (await loaded(store, name)).turns
+        assert [(turn.id, turn.text) for turn in turns] == [(f"{name}{n}", "ab") for n in range(5)]
+
+
+async def test_a_store_can_be_closed_twice(store: Store) -> None:
+    await store.close()
+    await store.close()
+
+
+# Titles.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "title"),
+    [
+        ("Hello?", "Hello?"),
+        ("  Hello,\n\n\tworld \r\n", "Hello, world"),
+        ("one\u2028two\u00a0three\u3000four\x85five", "one two three four five"),
+        ("x" * 60, "x" * 60),
+        ("x" * 61, "x" * 59 + "…"),
+        ("字" * 500, "字" * 59 + "…"),
+        ("a " * 30, "a " * 29 + "a"),
+        ("word " * 12 + "word", "word " * 11 + "word…"),
+        ("word " * 1000, "word " * 11 + "word…"),
+        ("x" * 59 + " y", "x" * 59 + "…"),
+        ("See " + "https://example.org/" * 10, ("See " + "https://example.org/" * 3)[:59] + "…"),
+        ("🎈" * 100, "🎈" * 59 + "…"),
+        (".\n" * 3, ". . ."),
+    ],
+)
+def test_a_title_is_the_prompt_on_one_line_of_sixty_characters(prompt: str, title: str) -> None:
+    assert title_of(Prompt(prompt=prompt)) == title
+    assert 0 < len(title) <= 60
+
+
+async def test_a_conversation_is_named_after_its_first_prompt(store: Store) -> None:
+    await store.commit([whole(header(prompt="Tell me of\n\n" + "字" * 500))])
+    await store.commit([whole(header("h", prompt="Another?"))])
+    title = "Tell me of " + "字" * 48 + "…"
+    assert (await loaded(store)).title == title
+    assert [summary.title for summary in await store.list("me", 1, None)] == [title]
+
+
+def test_a_history_that_the_client_keeps_has_no_title() -> None:
+    assert title_of(Prompt(messages=[Message(role="user", content="Hi")])) == ""
+
+
+# The store in memory.
+
+
+async def test_memory_drops_the_conversation_that_was_idle_for_longest() -> None:
+    store = MemoryStore(2)
+    await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
+    await store.commit([Entry(header("3", "a"), True, 0, ["x"])])
+    await store.commit([whole(header("4", None))])  # is in no conversation, and counts as none
+    await store.commit([whole(header("5", "c"))])
+    assert sorted(await names(store)) == ["a", "c"]
+    assert await found(store, "2") is None
+    await store.commit([Entry(header("3", "a"), False, 1, ["y"])])  # is not idle either
+    await store.commit([whole(header("6", "d"))])
+    assert sorted(await names(store)) == ["a", "d"]
+    assert await found(store, "3") == ["x", "y"]
+    assert await found(store, "4") == ["Hi."]
+
+
+async def test_memory_drops_what_is_said_in_a_conversation_that_it_dropped() -> None:
+    store = MemoryStore(1)
+    await store.commit([Entry(header("1", "a"), new=True), Entry(header("2", "b"), new=True)])
+    await store.commit([Entry(header("1", "a"), False, 0, ["x"], done())])
+    assert await names(store) == ["b"]
+    assert await found(store, "1") is None
+
+
+# Which store.
+
+
+async def test_the_settings_name_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(make(Settings(store="memory:")), MemoryStore)
+    for url, path in [
+        ("sqlite:///some/where.db", tmp_path / "some/where.db"),
+        (f"sqlite:///{tmp_path}/absolute.db", tmp_path / "absolute.db"),
+        ("sqlite:///~/chat.db", tmp_path / "home/chat.db"),
+        ("sqlite:///what?mode=memory", tmp_path / "what?mode=memory"),
+    ]:
+        store = make(Settings(store=url))
+        await store.open()
+        await store.close()
+        assert path.is_file(), url
+    limited = make(Settings(conversations=1))
+    await limited.commit([whole(header("1", "a")), whole(header("2", "b"))])
+    assert await names(limited) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "memory",
+        "memory://",
+        "sqlite:",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "sqlite://host/file.db",
+        "sqlite:///~nobody-of-this-name/chat.db",
+        "sqlite:///a\0b",
+        "postgres://host/db",
+    ],
+)
+def test_a_store_that_is_unknown_is_one_clear_line(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^store: ") as raised:
+        make(Settings(store=url))
+    assert "\n" not in str(raised.value)
+    assert repr(url) in str(raised.value)
+
+
+# SQLite: the file.
+
+
+async def refused(store: SqliteStore) -> str:
+    """Open a store that cannot be opened, and return why."""
+    try:
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(ConfigError, match=r"^store: ") as raised:
+                await store.open()
+    finally:
+        await store.close()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+async def test_the_file_is_set_up_for_readers_beside_a_writer(
+    file: SqliteStore, path: Path
+) -> None:
+    assert query(path, "PRAGMA journal_mode") == [("wal",)]
+    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
+    for database in (file._writer, file._reader):
+        assert list(await database.execute_fetchall("PRAGMA foreign_keys")) == [(1,)]
+        assert list(await database.execute_fetchall("PRAGMA synchronous")) == [(1,)]
+
+
+async def test_one_file_remains_once_it_is_closed_beside_the_lock(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    await store.close()
+    assert {found.name for found in path.parent.iterdir()} == {"chat.db", "chat.db.lock"}
+
+
+async def test_missing_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "some" / "where" / "chat.db"
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    check(path)
+
+
+async def test_an_empty_file_is_migrated(path: Path) -> None:
+    path.touch()
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    assert await found(store) == ["Hi."]
+    await store.close()
+
+
+async def test_a_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    await store.close()
+    script = "CREATE TABLE later (x); CREATE INDEX later_by_x ON later (x);"
+    monkeypatch.setattr(sqlite, "MIGRATIONS", [*sqlite.MIGRATIONS, script, "DROP TABLE later;"])
+    await store.open()
+    assert await found(store) == ["Hi."]
+    await store.close()
+    assert query(path, "PRAGMA user_version") == [(3,)]
+    assert query(path, "SELECT * FROM sqlite_master WHERE name LIKE 'later%'") == []
+
+
+async def test_a_migration_that_fails_changes_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "MIGRATIONS", [*sqlite.MIGRATIONS, "CREATE TABLE generation (x);"])
+        assert "already exists" in await refused(store)
+    assert query(path, "SELECT * FROM sqlite_master") == []
+    await store.open()
+    await store.close()
+
+
+async def test_a_file_of_a_later_version_is_refused_and_left_alone(path: Path) -> None:
+    query(path, "PRAGMA user_version = 99")
+    before = path.read_bytes()
+    message = await refused(SqliteStore(path))
+    assert str(path) in message
+    assert "later version" in message
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("statement", ["CREATE TABLE theirs (x)", "PRAGMA user_version = -1"])
+async def test_a_database_of_another_program_is_refused_and_left_alone(
+    path: Path, statement: str
+) -> None:
+    query(path, statement)
+    before = path.read_bytes()
+    message = await refused(SqliteStore(path))
+    assert str(path) in message
+    assert "another program" in message
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"Dear diary,\n" * 100, b"Dear diary,\n" * 1000, b"SQLite format 3\0" + b"x" * 84]
+)
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(
+    path: Path, content: bytes
+) -> None:
+    path.write_bytes(content)
+    assert str(path) in await refused(SqliteStore(path))
+    assert path.read_bytes() == content
+    path.unlink()
+    store = SqliteStore(path)  # nothing of the failure is in the way
+    await store.open()
+    await store.close()
+
+
+async def test_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert f"{folder} is a folder" in await refused(SqliteStore(folder))
+    assert "is a folder" in await refused(SqliteStore(Path("/")))
+    assert "is a folder" in await refused(SqliteStore(Path()))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+async def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "chat.db", tmp_path / "file" / "deeper" / "chat.db"):
+        assert str(path) in await refused(SqliteStore(path))
+
+
+async def test_a_link_that_leads_to_itself_is_refused(path: Path) -> None:
+    path.symlink_to(path)
+    assert str(path) in await refused(SqliteStore(path))
+
+
+async def test_a_lock_that_cannot_be_made_is_told(path: Path) -> None:
+    path.with_name("chat.db.lock").mkdir()
+    assert "chat.db.lock" in await refused(SqliteStore(path))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+async def test_a_file_that_cannot_be_written_is_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    # SQLite is told so, as a file's permissions do not bind whoever is root.
+    store = SqliteStore(path)
+    if exists:
+        await store.open()
+        await store.commit([whole(header())])
+        await store.close()
+    connect = aiosqlite.connect
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            aiosqlite,
+            "connect",
+            lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options),
+        )
+        assert str(path) in await refused(store)
+    await store.open()
+    assert await found(store) == (["Hi."] if exists else None)
+    await store.close()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind root")
+async def test_permissions_are_told_of(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    path.chmod(0o400)
+    assert str(path) in await refused(store)
+    path.unlink()
+    path.with_name("chat.db.lock").unlink()
+    path.parent.chmod(0o500)
+    assert str(path) in await refused(store)
+    path.parent.chmod(0o700)
+    await store.open()
+    await store.close()
+
+
+# SQLite: others who use the file.
+
+
+async def test_a_file_has_one_store_at_a_time(file: SqliteStore, path: Path) -> None:
+    other = SqliteStore(path)
+    message = await refused(other)
+    assert "another server" in message
+    assert str(path) in message
+    await file.commit([whole(header())])  # the first is none the worse for it
+    await file.close()
+    await other.open()
+    assert await found(other) == ["Hi."]
+    assert "another server" in await refused(file)
+    await other.close()
+
+
+async def test_a_store_that_is_open_cannot_be_opened_again(file: SqliteStore) -> None:
+    with pytest.raises(ConfigError, match="another server"):
+        await file.open()
+    await file.commit([whole(header())])
+    assert await found(file) == ["Hi."]
+
+
+async def test_a_file_is_the_same_by_any_name(file: SqliteStore, path: Path) -> None:
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    assert "another server" in await refused(SqliteStore(link))
+    folder = path.parent / "folder"
+    folder.symlink_to(path.parent)
+    assert "another server" in await refused(SqliteStore(folder / "chat.db"))
+    assert "another server" in await refused(SqliteStore(path.parent / "x" / ".." / "chat.db"))
+
+
+async def test_a_store_does_not_move_with_the_current_folder(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(path.parent)
+    store = SqliteStore(Path("chat.db"))
+    monkeypatch.chdir("/")
+    await store.open()
+    await store.close()
+    assert path.is_file()
+
+
+async def test_the_lock_of_a_process_that_was_killed_is_free_and_its_commits_are_there(
+    path: Path,
+) -> None:
+    script = f"""
+import asyncio, pathlib, sys
+from wsserver.protocol import Prompt
+from wsserver.stores.base import Entry, Header
+from wsserver.stores.sqlite import SqliteStore
+
+async def main():
+    store = SqliteStore(pathlib.Path({str(path)!r}))
+    await store.open()
+    header = Header("g", "me", "c", Prompt(prompt="Hello?"), "m")
+    await store.commit([Entry(header, True, 0, ["a"])])
+    await store.commit([Entry(header, False, 1, ["b"])])
+    print("saved", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+
+asyncio.run(main())
+"""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdin=pipe, stdout=pipe
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(SECONDS):
+            assert await process.stdout.readline() == b"saved\n"
+            assert "another server" in await refused(SqliteStore(path))
+    finally:
+        process.kill()
+        async with asyncio.timeout(SECONDS):
+            await process.communicate()
+    store = SqliteStore(path)
+    await store.open()
+    stored = await store.find("g", "me", 0.0)
+    assert stored is not None
+    assert stored.pieces == ["a", "b"]
+    assert stored.terminal is None
+    await store.close()
+    check(path)
+
+
+async def test_a_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
+    file: SqliteStore, path: Path
+) -> None:
+    await file.commit([whole(header())])
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    async with asyncio.timeout(SECONDS):
+        for attempt in (
+            lambda: file.commit([whole(header("h"))]),
+            lambda: file.rename("c", "me", "New"),
+            lambda: file.delete("c", "me"),
+            lambda: file.purge(1e12),
+        ):
+            with pytest.raises(StoreError, match="locked"):
+                await attempt()
+        assert await found(file) == ["Hi."]  # reads go on
+        assert (await loaded(file)).title == "Hello?"
+        assert await names(file) == ["c"]
+    other.execute("ROLLBACK")
+    other.close()
+    await file.commit([whole(header("h"))])
+    assert await found(file, "h") == ["Hi."]
+
+
+async def test_a_lock_of_another_program_is_waited_for(path: Path) -> None:
+    store = SqliteStore(path, timeout=SECONDS)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    begun = asyncio.Event()
+    watch(store._writer, lambda hop: begun.set())
+    commit = asyncio.ensure_future(store.commit([whole(header())]))
+    async with asyncio.timeout(SECONDS):
+        await begun.wait()
+        assert not commit.done()
+        other.execute("ROLLBACK")
+        await commit
+    other.close()
+    assert await found(store) == ["Hi."]
+    await store.close()
+
+
+async def test_a_file_that_another_program_has_locked_is_refused_until_it_is_free(
+    path: Path,
+) -> None:
+    store = SqliteStore(path, timeout=0.01)
+    await store.open()
+    await store.close()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    assert "locked" in await refused(store)
+    other.close()
+    await store.open()
+    await store.close()
+
+
+# SQLite: what goes wrong in it.
+
+
+async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: SqliteStore) -> None:
+    await file.commit([whole(header())])
+    ((pages,),) = await file._writer.execute_fetchall("PRAGMA page_count")
+    await file._writer.execute_fetchall(f"PRAGMA max_page_count = {pages + 2}")
+    batch = [
+        Entry(header(), False, 1, ["more"]),
+        *(whole(header(f"h{number}", f"d{number}"), "x" * 5000) for number in range(20)),
+    ]
+    for _ in range(2):
+        with pytest.raises(StoreError, match="full"):
+            await file.commit(batch)
+        assert await found(file) == ["Hi."]
+        assert await names(file) == ["c"]
+        assert await found(file, "h0") is None
+    await file.commit([Entry(header(), False, 1, ["little"])])  # for which there is room
+    assert await found(file) == ["Hi.", "little"]
+    await file._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
+    await file.commit(batch[1:])
+    assert len(await names(file)) == 21
+    assert await found(file, "h19") == ["x" * 5000]
+
+
+async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: SqliteStore) -> None:
+    with pytest.raises(StoreError):
+        await file.commit([whole(header()), whole(header("h"), "half a pair: \ud800")])
+    assert await names(file) == []
+    await file.commit([whole(header())])
+    assert await names(file) == ["c"]
+
+
+async def test_no_text_that_cannot_be_asked_for_is_another_error(file: SqliteStore) -> None:
+    for attempt in (
+        lambda: file.find("\ud800", "me", 0.0),
+        lambda: file.load("\ud800", 1),
+        lambda: file.list("\ud800", 1, None),
+        lambda: file.rename("\ud800", "me", "x"),
+        lambda: file.delete("\ud800", "me"),
+    ):
+        with pytest.raises(StoreError):
+            await attempt()
+    assert await names(file) == []
+
+
+async def all_that_can_be_asked(store: SqliteStore) -> int:
+    """Ask a store in a broken file for everything, and return how much of it failed."""
+    failures = 0
+    for attempt in (
+        lambda: store.find("g3", "me", 0.0),
+        lambda: store.find("g9", "me", 1e12),
+        lambda: store.load("c3", 100),
+        lambda: store.load("c3", 2, 50),
+        lambda: store.list("me", 100, None),
+        lambda: store.rename("c3", "me", "New"),
+        lambda: store.commit([whole(header(f"n{number}", f"c{number}")) for number in range(9)]),
+        lambda: store.delete("c5", "me"),
+        lambda: store.purge(1e12),
+    ):
+        try:
+            await attempt()
+        except StoreError:
+            failures += 1
+    return failures
+
+
+async def test_a_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    for turn in range(3):
+        await store.commit(
+            [
+                whole(header(f"g{turn * 10 + n}", f"c{n}" if turn else None), "text " * 100, "🎈")
+                for n in range(10)
+            ]
+        )
+    await store.close()
+    content = path.read_bytes()
+    page = 4096
+    assert len(content) > 10 * page
+    chance = random.Random(5)
+    breakages: list[tuple[int, bytes]] = []
+    for start in range(page, len(content), page):
+        breakages += [(start, bytes(page)), (start, b"\xff" * page)]
+        breakages += [(start, chance.randbytes(page)), (start + 8, chance.randbytes(40))]
+    for _ in range(40):  # and single bytes, by which one kind of value becomes another
+        breakages.append((chance.randrange(page, len(content)), chance.randbytes(1)))
+    failures = 0
+    async with asyncio.timeout(2 * SECONDS):
+        for start, rubbish in breakages:
+            path.write_bytes(content[:start] + rubbish + content[start + len(rubbish) :])
+            try:
+                await store.open()
+            except ConfigError:
+                failures += 1
+            else:
+                failures += await all_that_can_be_asked(store)
+            await store.close()
+    assert failures > len(breakages) / 2
+
+
+@pytest.mark.parametrize("size", [0, 50, 4096, 3 * 4096 + 17])
+async def test_a_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
+    path: Path, size: int
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}", f"c{n}"), "text " * 100) for n in range(10)])
+    await store.close()
+    with path.open("r+b") as file:
+        file.truncate(size)
+    try:
+        await store.open()
+    except ConfigError:
+        assert size
+    else:
+        assert bool(await all_that_can_be_asked(store)) == bool(size)
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        'UPDATE generation SET prompt = \'{"prompt": "secret\'',
+        'UPDATE generation SET prompt = \'{"prompt": "", "system": "secret"}\'',
+        "UPDATE generation SET prompt = x'ff'",
+        "UPDATE generation SET prompt = 5",
+        'UPDATE generation SET terminal = \'{"type": "secret"}\'',
+        "UPDATE generation SET terminal = '[]'",
+        "UPDATE piece SET texts = '[\"secret'",
+        'UPDATE piece SET texts = \'[["secret", "secret"]]\'',
+        "UPDATE piece SET texts = '[\"secret\", []]'",
+        "UPDATE piece SET texts = '\"secret\"'",
+        "UPDATE piece SET texts = x'ff'",
+        "UPDATE piece SET texts = CAST(x'ff' AS TEXT)",
+        "UPDATE piece SET texts = 5",
+        "UPDATE piece SET after = 'secret'",
+        "UPDATE piece SET after = 0.5",
+        "DROP TABLE piece",
+    ],
+)
+async def test_what_the_store_did_not_write_is_an_error_that_does_not_tell_what_was_said(
+    path: Path, damage: str
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    query(path, damage)
+    for attempt in (lambda: store.find("g", "me", 0.0), lambda: store.load("c", 10)):
+        with pytest.raises(StoreError) as raised:
+            await attempt()
+        assert "secret" not in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert raised.value.__cause__ is None or "secret" not in str(raised.value.__cause__)
+    assert await names(store) == ["c"]
+    await store.close()
+
+
+async def test_a_closed_store_fails(file: SqliteStore) -> None:
+    await file.close()
+    assert await all_that_can_be_asked(file) == 9
+
+
+# SQLite: threads and transactions.
+
+
+def watch(
+    database: aiosqlite.Connection,
+    before: Callable[[int], object] = lambda hop: None,
+    after: Callable[[int, Any], Awaitable[None]] | None = None,
+) -> list[str]:
+    """Call back around each hop to a connection's thread; return the list of what they do."""
+    hops: list[str] = []
+    execute: Callable[..., Awaitable[Any]] = database._execute
+
+    async def watched(function: Any, *args: Any, **options: Any) -> Any:
+        hops.append(str(args[0]) if args else function.__name__)
+        hop = len(hops)
+        before(hop)
+        result = await execute(function, *args, **options)
+        if after is not None:
+            await after(hop, result)
+        return result
+
+    database._execute = watched  # type: ignore[assignment, method-assign]
+    return hops
+
+
+def cancel() -> None:
+    """Cancel what runs, at the next point where it waits."""
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and again"])
+async def test_a_commit_that_is_cancelled_leaves_no_open_transaction(
+    file: SqliteStore, again: bool
+) -> None:
+    at = 0
+
+    def cancel_then(hop: int) -> None:
+        if at and (hop == at or (again and hop > at)):
+            cancel()
+
+    hops = watch(file._writer, cancel_then)
+    await file.commit([whole(header("whole", "whole"))])
+    needed = len(hops)
+    assert hops[0].startswith("BEGIN")
+    assert hops[-1] == "COMMIT"
+    for number in range(1, needed + 1):
+        hops.clear()
+        at = number
+        asked = header(f"g{number}", f"c{number}")
+        commit = asyncio.ensure_future(
+            file.commit([whole(asked), whole(header(f"o{number}", None))])
+        )
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(asyncio.CancelledError):
+                await commit
+            at = 0
+            await file.commit([whole(header(f"after{number}", "whole"))])
+        assert await found(file, f"after{number}") == ["Hi."]
+        # All or nothing: only where the last step was cancelled may it have been done.
+        saved = [await found(file, f"g{number}"), await found(file, f"o{number}")]
+        assert saved == ([["Hi."]] * 2 if number == needed else [None] * 2)
+        assert not file._writer.in_transaction
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "and again"])
+async def test_a_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(
+    file: SqliteStore, again: bool
+) -> None:
+    await file.commit([whole(header())])
+    at = 0
+
+    def cancel_then(hop: int) -> None:
+        if at and (hop == at or (again and hop > at)):
+            cancel()
+
+    hops = watch(file._reader, cancel_then)
+    await loaded(file)
+    for number in range(1, len(hops) + 1):
+        hops.clear()
+        at = number
+        load = asyncio.ensure_future(file.load("c", 10))
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(asyncio.CancelledError):
+                await load
+            at = 0
+            await file.commit([whole(header(f"g{number}"))])
+            assert await found(file, f"g{number}") == ["Hi."]
+        assert not file._reader.in_transaction
+
+
+async def test_an_opening_that_is_cancelled_leaves_nothing_open(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute: Callable[..., Awaitable[Any]] = aiosqlite.Connection._execute
+    hops = at = 0
+
+    async def watched(self: aiosqlite.Connection, *args: Any, **options: Any) -> Any:
+        nonlocal hops
+        hops += 1
+        if hops == at:
+            cancel()
+        return await execute(self, *args, **options)
+
+    monkeypatch.setattr(aiosqlite.Connection, "_execute", watched)
+    store = SqliteStore(path)
+    await store.open()
+    needed = hops
+    await store.close()
+    for number in range(1, needed + 1):
+        hops, at = 0, number
+        opening = asyncio.ensure_future(store.open())
+        async with asyncio.timeout(SECONDS):
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            at = 0
+            await store.open()
+            await store.close()
+
+
+async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
+    hops = watch(file._writer)
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(
+            *(file.commit([whole(header(f"g{number}"))]) for number in range(5)),
+            file.rename("unknown", "me", "x"),
+            file.delete("unknown", "me"),
+            file.purge(0.0),
+        )
+    edges = [hop.split()[0] for hop in hops if hop.split()[0] in {"BEGIN", "COMMIT", "ROLLBACK"}]
+    assert edges == ["BEGIN", "COMMIT"] * 8
+    assert len((await loaded(file)).turns) == 5
+
+
+async def test_a_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
+    await file.commit([Entry(header(), True, 0, ["a"])])
+    late: list[Callable[[], Awaitable[object]]] = []
+
+    async def meanwhile(hop: int, result: Any) -> None:
+        if late and hop == 2:  # after the first of its queries
+            await late.pop()()
+
+    hops = watch(file._reader, after=meanwhile)
+    late.append(lambda: file.commit([Entry(header(), False, 1, ["b"], done())]))
+    stored = await file.find("g", "me", 0.0)
+    assert stored is not None
+    assert (stored.pieces, stored.terminal) == (["a"], None)
+    assert await found(file) == ["a", "b"]
+
+    hops.clear()
+    late.append(lambda: file.delete("c", "me"))
+    assert [turn.text for turn in (await loaded(file)).turns] == ["ab"]
+    assert await file.load("c", 10) is None
+    assert not late
+
+
+async def test_a_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
+    begun = asyncio.Event()
+    hops = watch(file._writer, lambda hop: begun.set())
+    commit = asyncio.ensure_future(file.commit([whole(header())]))
+    async with asyncio.timeout(SECONDS):
+        await begun.wait()
+        assert len(hops) == 1
+        await asyncio.gather(file.close(), file.close())
+        assert commit.done()
+        await commit
+    await file.open()
+    assert await found(file) == ["Hi."]
+
+
+async def test_a_close_that_is_cancelled_can_be_made_again(file: SqliteStore) -> None:
+    begun = asyncio.Event()
+    watch(file._writer, lambda hop: begun.set())
+    commit = asyncio.ensure_future(file.commit([whole(header())]))
+    async with asyncio.timeout(SECONDS):
+        await begun.wait()
+        close = asyncio.ensure_future(file.close())
+        await asyncio.wait({close}, timeout=0)
+        close.cancel()
+        await asyncio.wait({close})
+        await commit
+        assert await found(file) == ["Hi."]
+        await file.close()
+
+
+async def test_nothing_is_left_to_the_garbage_collector(path: Path) -> None:
+    threads = threading.active_count()
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    await loaded(store)
+    await refused(SqliteStore(path))
+    await store.close()
+    for thread in threading.enumerate():
+        if "_connection_worker_thread" in thread.name:
+            thread.join(SECONDS)
+    assert threading.active_count() == threads
+    del store
+    gc.collect()  # whose warnings are errors
+
+
+async def test_a_store_that_was_never_opened_can_be_closed(path: Path) -> None:
+    await SqliteStore(path).close()
+    assert not path.exists()
+
+
+# SQLite: how much work it is.
+
+
+async def test_a_batch_takes_as_many_hops_to_the_thread_however_large_it_is(
+    file: SqliteStore,
+) -> None:
+    hops = watch(file._writer)
+    await file.commit([whole(header())])
+    needed = len(hops)
+    assert needed <= 8
+    hops.clear()
+    await file.commit([whole(header(f"g{number}", f"c{number}")) for number in range(800)])
+    assert len(hops) == needed
+    assert len(await names(file)) == 801
+
+
+async def test_a_history_takes_as_many_hops_to_the_thread_however_long_it_is(
+    file: SqliteStore,
+) -> None:
+    hops = watch(file._reader)
+    await file.commit([whole(header())])
+    await loaded(file)
+    needed = len(hops)
+    assert needed <= 6
+    await file.commit([whole(header(f"g{number}")) for number in range(200)])
+    hops.clear()
+    assert len((await loaded(file)).turns) == 201
+    assert len(hops) == needed
+    hops.clear()
+    await found(file, "g7")
+    assert len(hops) <= needed
+
+
+async def test_a_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteStore) -> None:
+    asked = header(prompt="x" * 30_000)
+    await file.commit([Entry(asked, new=True)])
+    await file.commit([Entry(asked, after=number, pieces=["y"]) for number in range(100)])
+    characters = 0
+
+    async def count(hop: int, result: Any) -> None:
+        nonlocal characters
+        for row in result if isinstance(result, list) else ():
+            characters += sum(len(value) for value in row if isinstance(value, str))
+
+    watch(file._reader, after=count)
+    assert (await loaded(file)).turns[0].text == "y" * 100
+    assert await found(file) == ["y"] * 100
+    assert 60_000 < characters < 62_000
