@@ -22,6 +22,10 @@ lint: $(VENV)/test.stamp
 unit: $(VENV)/test.stamp system
 	$(BIN)/pytest --cov --cov-report=term $(ARGS)
 
+.PHONY: soak
+soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"
+	$(BIN)/python -m tests.bench.soak $(ARGS)
+
 # A virtual environment without ensurepip (Debian's python3-venv missing) is mended through apt.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
