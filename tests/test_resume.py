@@ -10,6 +10,7 @@ import pytest
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
+from tests.test_slow_reader import sluggard
 from wsserver import Code, ModelError, Thinking
 from wsserver.errors import StoreError
 from wsserver.generation import Log
@@ -361,6 +362,48 @@ async def test_deleting_stops_what_runs_and_waits_and_nothing_brings_it_back(
     assert [m.content for m in puppet.replies[1].request.messages] == ["Anew"]
 
 
+async def test_a_deletion_is_carried_out_though_its_client_has_gone(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await exchange(chat, puppet, "Mine", "x", conversation=ONE)
+    async with client(server) as other:
+        await other.prompt("Runs", conversation=ONE)
+        await other.send({"type": "list"})
+        await other.send({"type": "rename", "conversation": ONE, "title": "x"})
+        await other.send({"type": "delete", "conversation": ONE})
+    await until(lambda: len(server._connections) == 1)
+    await until(lambda: ONE not in server._hub._conversations)
+    assert (await opened(chat))["code"] == "not_found"
+
+
+async def test_an_id_that_was_deleted_is_free_and_is_forgotten_when_its_own_time_is_up(
+    puppet: Puppet,
+) -> None:
+    async with wsserver.serve(puppet, port=0, replay=0.05, drain_timeout=0) as server:
+        async with client(server) as chat:
+            await exchange(chat, puppet, "One", "x", conversation=ONE, id=ID)
+            await chat.send({"type": "delete", "conversation": ONE})
+            await chat.next("deleted")
+            assert (await resume(chat))["code"] == "not_found"
+            await chat.prompt("Two", conversation=ONE, id=ID)
+            await until(lambda: not server._hub._ended)
+            await chat.send({"type": "stop", "id": ID})
+            assert (await chat.next("done"))["by"] == "client"
+
+
+async def test_one_that_asks_for_much_and_reads_little_gets_the_next_answer_when_it_has(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    for number in range(3):
+        await exchange(chat, puppet, f"{number}", "x" * 60_000, conversation=ONE)
+    async with sluggard(server) as slow:
+        for _ in range(20):
+            await slow.send('{"type": "open", "conversation": "conversation-one"}')
+        await until(lambda: any(not socket.writable for socket in server._sockets))
+        while sum('"history"' in text for text in slow.texts) < 20:
+            assert await slow.read(), "it was cut off"
+
+
 # Owners
 
 
@@ -506,7 +549,7 @@ async def test_what_could_not_be_saved_is_saved_when_the_store_is_back(
         await chat.prompt("Talk", id=ID)
         reply = (await puppet.reply()).say("during ")
         await chat.next("token")
-        await until(lambda: server._hub._journal._failing)
+        await until(lambda: server._hub._journal._failures)
         store.failing = False
         reply.say("after").end()
         assert "saved" not in (await chat.next("done"))
@@ -525,10 +568,54 @@ async def test_a_store_that_hangs_delays_an_end_only_so_long(
         (await puppet.reply()).say("x").end()
         text, done = await chat.text(start["id"])
         assert (text, done["saved"]) == ("x", False)
+        await exchange(chat, puppet, "Meanwhile", "y")
+        assert chat.frames[-1]["saved"] is False
+        await chat.send({"type": "list"})
+        await chat.next("conversations")
         store.hanging.set()
         store.hanging = None
-        await exchange(chat, puppet, "Next", "y")
+        await exchange(chat, puppet, "Next", "z")
         assert "saved" not in chat.frames[-1]
+        history = await opened(chat, start["conversation"])
+        said = [m["content"] for m in history["messages"]]
+        assert said == ["Talk", "x", "Meanwhile", "y", "Next", "z"], "saved after all"
+
+
+async def test_a_store_that_hangs_does_not_hinder_the_shutdown(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
+) -> None:
+    store = Broken()
+    store.hanging = asyncio.Event()
+    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    before = asyncio.all_tasks()
+    async with wsserver.serve(
+        puppet, port=0, drain_timeout=0, shutdown_timeout=0.3, store_timeout=1000, stop_timeout=1000
+    ) as server:
+        async with client(server) as chat:
+            await chat.prompt("Talk")
+            (await puppet.reply()).say("x")
+            await chat.next("token")
+            async with asyncio.timeout(BOUND):
+                await server.close()
+            await chat.closed()
+    store.hanging.set()
+    await until(lambda: asyncio.all_tasks() <= before)
+
+
+async def test_deleting_and_prompting_at_the_same_time_loses_nothing_in_silence(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await exchange(chat, puppet, "Secret", "x", conversation=ONE)
+    async with client(server) as other:
+        await chat.send({"type": "delete", "conversation": ONE})
+        await other.send({"prompt": "New", "conversation": ONE})
+        await chat.next("deleted")
+        answer = await other.next("start", "error")
+        if answer["type"] == "error":
+            assert answer["code"] == "not_found"
+        else:
+            reply = await puppet.reply(1)
+            assert [m.content for m in reply.request.messages][-1] == "New"
 
 
 async def test_a_conversation_that_cannot_be_read_is_an_error_that_may_pass(

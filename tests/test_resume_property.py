@@ -144,6 +144,11 @@ class Story:
         """The number of the last piece that the model has said so far."""
         return len(cut_up(self.said[: self._next], self.server.settings.frame_size))
 
+    @property
+    def left(self) -> int:
+        """How many pieces are still to be said."""
+        return len(self.said) - self._next
+
     async def tell(self, count: int) -> None:
         """Have the model say so many pieces more; after the last one it ends."""
         reply = await self.reply()
@@ -267,7 +272,7 @@ class Transcript:
 
 
 @asynccontextmanager
-async def line(url: str, drop: str = "close") -> AsyncIterator[Client]:
+async def line(url: str, drop: str = "fin") -> AsyncIterator[Client]:
     """Connect; in the end be gone without having read what came."""
     async with connect(url, proxy=None, compression=None, ping_interval=None) as socket:
         try:
@@ -277,10 +282,18 @@ async def line(url: str, drop: str = "close") -> AsyncIterator[Client]:
                 reset(socket.transport)
             elif drop == "fin":
                 socket.transport.abort()
+            # Else it says farewell.
 
 
 def resumption(story: Story, after: int) -> Frame:
     return {"type": "resume", "id": story.name, "after": after}
+
+
+async def begin(server: Server, story: Story) -> None:
+    """Ask, and be gone."""
+    async with line(server.url) as chat:
+        await chat.send(story.prompt)
+        await story.reply()
 
 
 async def come_back(chat: Client, transcript: Transcript) -> None:
@@ -409,6 +422,9 @@ async def test_a_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
 ) -> None:
     said = [kind(text * 3000) for text in "a🙂é" * 5 for kind in (str, Thinking)]
     async with wsserver.serve(puppet, **{**LASTING, "frame_size": 10_000}) as server:
+        short = Story(server, puppet, ("short",))
+        await begin(server, short)
+        await short.tell_all()
         index = 0
         complete = False
         while not complete:
@@ -422,6 +438,8 @@ async def test_a_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
                 complete = transcript.terminal is not None
             if index % 2:
                 async with sluggard(server) as slow:
+                    await slow.send(json.dumps(resumption(short, 0)))
+                    await read_late(slow, Transcript(short))
                     await slow.send(json.dumps(resumption(story, transcript.last)))
                     transcript.lose()
                     await read_late(slow, transcript)
@@ -447,12 +465,12 @@ async def overwhelm(server: Server, story: Story) -> None:
 
 async def read_late(slow: Sluggard, transcript: Transcript, frames: int = 10**9) -> None:
     """Take so many frames, or all up to the terminal."""
-    taken = 0
-    while taken < frames:
-        while len(slow.texts) == taken:
+    for _ in range(frames):
+        while not slow.texts:
             assert await slow.read()
-        transcript.take(json.loads(slow.texts[taken]))
-        taken += 1
+        frame = json.loads(slow.texts[0])
+        del slow.events[0]
+        transcript.take(frame)
         if not transcript.following:
             return
 
@@ -598,11 +616,20 @@ async def test_a_prompt_whose_start_is_lost_is_answered_once(
 # From any piece, at any time.
 
 
-async def begin(server: Server, story: Story) -> None:
-    """Ask, and be gone."""
-    async with line(server.url) as chat:
-        await chat.send(story.prompt)
-        await story.reply()
+class Gate:
+    """Holds back what a server is about to save, until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+        self.opened = asyncio.Event()
+        self.reached = asyncio.Event()
+        commit = server._store.commit
+
+        async def commit_later(entries: Sequence[Entry]) -> None:
+            self.reached.set()
+            await self.opened.wait()
+            await commit(entries)
+
+        monkeypatch.setattr(server._store, "commit", commit_later)
 
 
 @asynccontextmanager
@@ -649,17 +676,10 @@ async def test_a_resume_after_any_piece_while_it_ends_gets_the_text_now_and_the_
     story = Story(server, puppet, ending=ending)
     await begin(server, story)
     reply = await story.reply()
-    release = asyncio.Event()
-    commit = server._store.commit
-
-    async def commit_later(entries: Sequence[Entry]) -> None:
-        await release.wait()
-        await commit(entries)
-
     if held == "saving":
-        monkeypatch.setattr(server._store, "commit", commit_later)
+        release = Gate(monkeypatch, server).opened
     else:
-        reply.hold = release
+        release = reply.hold = asyncio.Event()
     await story.tell(len(PIECES) + 1)
     if held == "saving":
         await until(lambda: story.generation.ending)
@@ -695,8 +715,7 @@ async def test_a_resume_that_meets_the_end_gets_all_whichever_comes_first(
         for turns in range(0, 60, 2):
             story = Story(server, puppet, ending=ending)
             await begin(server, story)
-            await story.tell(len(PIECES))
-            await until((await story.reply()).heard_out)
+            await say(story, len(PIECES))
             returns = (
                 come_back_after(turns, chat, Transcript(story, after))
                 for chat, after in zip(chats, afters, strict=True)
@@ -844,8 +863,7 @@ async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
             first.append(Transcript(story))
             await chat.send(story.prompt)
             if ending == "shutdown":
-                await story.tell(len(PIECES))
-                await until((await story.reply()).heard_out)
+                await say(story, len(PIECES))
                 await server.close()  # which ends what still runs
                 story.over = True
             await first[-1].hear(chat)
@@ -874,3 +892,52 @@ async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
                     assert transcript.terminal == known.terminal
                     await chats[0].send(resumption(story, known.last + 1))
                     assert (await chats[0].receive())["code"] == "gap"
+
+
+@given(
+    said=st.lists(pieces, max_size=12),
+    ending=endings,
+    # Pieces that are said before and while a part of them is saved.
+    parts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=5),
+    after=st.floats(0, 1),
+    alone=st.booleans(),
+)
+@on_one_server(25)
+async def test_in_whatever_parts_it_was_saved_a_reply_is_whole_after_a_restart(
+    puppet: Puppet,
+    tmp_path_factory: pytest.TempPathFactory,
+    said: list[str],
+    ending: str,
+    parts: list[tuple[int, int]],
+    after: float,
+    alone: bool,
+) -> None:
+    settings = {**LASTING, "store": f"sqlite:///{tmp_path_factory.mktemp('store')}/db"}
+    async with wsserver.serve(puppet, **settings) as server:
+        story = Story(server, puppet, said, ending, alone=alone)
+        await begin(server, story)
+        for before, meanwhile in parts:
+            await say(story, before)
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                gate = Gate(monkeypatch, server)
+                saving = asyncio.create_task(server._hub._journal.flush())
+                await until(lambda: gate.reached.is_set() or saving.done())
+                await say(story, meanwhile)
+                gate.opened.set()
+                await saving
+        await story.tell_all()
+    async with wsserver.serve(puppet, **settings) as server, line(server.url) as chat:
+        transcript = Transcript(story, round(after * len(story.log)))
+        await come_back(chat, transcript)
+        await transcript.hear(chat)
+        transcript.check()
+        again = Transcript(story)
+        await chat.send(story.prompt)
+        await again.hear(chat)
+        again.check()
+
+
+async def say(story: Story, count: int) -> None:
+    """Have the model say so many pieces more, but not end."""
+    await story.tell(min(count, story.left))
+    await until((await story.reply()).heard_out)

@@ -284,14 +284,17 @@ class Rules(RuleBasedStateMachine):
             self.loop.close()
             return
         # In the end everything ends: each prompt that a client follows gets its terminal.
-        for _ in range(len(self.generations) + 1):
-            for reply in self.puppet.replies:
-                reply.end()
-            self.turn(80)
         for connection, port in self.ports.items():
             if not port.gone:
                 port.writable = True
                 self.call(connection.wake)
+        self.turn(80)  # in which what waited for its client is answered
+        for _ in range(len(self.generations) + 1):
+            for reply in self.puppet.replies:
+                reply.end()
+            self.turn(80)
+        for port in self.ports.values():
+            if not port.gone:
                 assert not port.following, "each accepted prompt gets one terminal"
                 assert port.ended == port.accepted
         assert self.hub.live == 0

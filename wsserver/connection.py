@@ -6,9 +6,11 @@ obeyed in the call that brings it; what needs the store waits for it in a queue 
 """
 
 import asyncio
+import functools
 import logging
 import secrets
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
 from typing import Protocol
@@ -78,12 +80,13 @@ class _Waiting:
 class _Cursor:
     """Where one client is in one generation's log. A follower of that log."""
 
-    __slots__ = ("_connection", "generation", "own", "seq")
+    __slots__ = ("_connection", "generation", "own", "seq", "start")
 
     def __init__(self, connection: "Connection", generation: Generation) -> None:
         self._connection = connection
         self.generation = generation
         self.own = False  # started here, and not only followed
+        self.start: Callable[[], bytes] | None = None  # what has to be written before all else
         self.seq = 0
 
     def wake(self) -> None:
@@ -91,7 +94,10 @@ class _Cursor:
         connection, generation = self._connection, self.generation
         transport, log = connection.transport, generation.log
         while transport.writable:
-            if self.seq < log.seq:
+            if self.start is not None:
+                start, self.start = self.start, None
+                transport.write(start())
+            elif self.seq < log.seq:
                 run = log.read(self.seq, connection.settings.frame_size)
                 self.seq = run.seq
                 transport.write(encode_run(generation.id, run))
@@ -116,6 +122,7 @@ class Connection:
     __slots__ = (
         "_bad_frames",
         "_cursors",
+        "_gone",
         "_hub",
         "_idle",
         "_own",
@@ -123,6 +130,7 @@ class Connection:
         "_waiting",
         "_watched",
         "_worker",
+        "_writable",
         "settings",
         "transport",
     )
@@ -140,7 +148,9 @@ class Connection:
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None  # answers what waits; only while it does
         self._bad_frames = 0
+        self._gone = False
         self._idle: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None  # what the worker waits for
 
     def receive(self, message: str | bytes) -> bool:
         """Answer one message, now or when the store has told what is needed for it.
@@ -170,11 +180,14 @@ class Connection:
 
     def wake(self) -> None:
         """The client can take more: let each generation go on from where it was."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
         # The first to be served now is the last next time, so that none waits for ever.
         for generation, cursor in tuple(self._cursors.items()):
             if not self.transport.writable:
                 return
-            if cursor.seq < generation.log.seq or generation.log.terminal is not None:
+            log = generation.log
+            if cursor.start or cursor.seq < log.seq or log.terminal is not None:
                 del self._cursors[generation]
                 self._cursors[generation] = cursor
                 cursor.wake()
@@ -191,15 +204,22 @@ class Connection:
 
     def detach(self) -> None:
         """The client is gone: leave all that it followed, and drop what it still asked for."""
-        if self._worker is not None:
-            self._worker.cancel()
-        self._waiting.clear()
+        self._gone = True
+        self._drop_requests()
         for conversation in self._watched:
             conversation.watchers.discard(self)
         self._watched.clear()
         for cursor in tuple(self._cursors.values()):
             self.leave(cursor)
         self._check_idle()
+
+    def _drop_requests(self) -> None:
+        """Forget what only this client wanted to know, but not what it wanted to be done."""
+        lasting = deque(w for w in self._waiting if isinstance(w.request, Rename | Delete))
+        if self._worker is not None and not (lasting and lasting[0] is self._waiting[0]):
+            self._worker.cancel()
+            self._worker = asyncio.get_running_loop().create_task(self._work()) if lasting else None
+        self._waiting = lasting
 
     async def delivered(self) -> None:
         """Wait until the client has got all that it follows, terminals included, or is gone."""
@@ -226,6 +246,10 @@ class Connection:
         try:
             while self._waiting:
                 waiting = self._waiting[0]
+                # One that asks for much and reads little gets the next answer when it has.
+                while not (self.transport.writable or self._gone):
+                    self._writable = asyncio.get_running_loop().create_future()
+                    await self._writable
                 try:
                     await self._answer(waiting)
                 except (Refused, StoreError) as error:
@@ -236,7 +260,8 @@ class Connection:
                     self._refuse(Refused(Code.INTERNAL), error)
                 self._waiting.popleft()
         finally:
-            self._worker = None
+            if self._worker is asyncio.current_task():  # and not dropped for another
+                self._worker = None
             self._check_idle()
 
     async def _answer(self, waiting: _Waiting) -> None:
@@ -324,7 +349,7 @@ class Connection:
                 before = (float(updated), name)
             except ValueError:
                 raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.") from None
-        found = await self._hub.list(self._owner, request.limit + 1, before)
+        found = await self._hub.recent(self._owner, request.limit + 1, before)
         page = found[: request.limit]
         last = page[-1] if len(found) > len(page) else None
         self.transport.write(
@@ -357,24 +382,12 @@ class Connection:
             own: it was started here, and counts as one of this client's.
             shown: the client does not know the prompt yet.
         """
-        # Who interrupts waits for no more than a request to be closed.
-        queued = generation.queued if generation.prompt.on_busy == "queue" else None
-        self.transport.write(
-            encode(
-                Start(
-                    id=generation.id,
-                    conversation=generation.conversation_id,
-                    model=generation.model,
-                    queued=queued,
-                    prompt=generation.prompt.prompt if shown else None,
-                )
-            )
-        )
         cursor = self._cursors.get(generation)
         if cursor is None:
             cursor = self._cursors[generation] = _Cursor(self, generation)
             self._hub.follow(generation, cursor)
         cursor.own = cursor.own or own
+        cursor.start = functools.partial(_start, generation, shown=shown)
         cursor.seq = after
         cursor.wake()
 
@@ -427,6 +440,20 @@ class Connection:
                 )
             )
         )
+
+
+def _start(generation: Generation, *, shown: bool) -> bytes:
+    # Who interrupts waits for no more than a request to be closed.
+    queued = generation.queued if generation.prompt.on_busy == "queue" else None
+    return encode(
+        Start(
+            id=generation.id,
+            conversation=generation.conversation_id,
+            model=generation.model,
+            queued=queued,
+            prompt=generation.prompt.prompt if shown else None,
+        )
+    )
 
 
 def _id_of(frame: object) -> str | None:

@@ -23,12 +23,13 @@ from wsserver.live import (
     Outcome,
     Watcher,
     messages_of,
+    newest,
     restored,
 )
 from wsserver.models.base import Message, Model, Request, name_of
 from wsserver.protocol import Done, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
-from wsserver.stores.base import Header, Store, StoredConversation, Summary
+from wsserver.stores.base import Header, Store, StoredConversation, Summary, Turn
 
 __all__ = ["Hub"]
 
@@ -58,7 +59,7 @@ class Hub:
             store,
             settings.save_interval,
             settings.store_timeout,
-            keep=settings.replay + settings.reply_timeout,
+            keep=settings.replay,
         )
         self._loop = asyncio.get_running_loop()
         self._generations: dict[tuple[str, str], Generation] = {}  # by owner and id
@@ -116,8 +117,7 @@ class Hub:
             StoreError: what it goes on from cannot be read.
         """
         self._check(prompt)
-        if prompt.id is not None:
-            await self.find(owner, prompt.id)
+        found = None if prompt.id is None else await self.find(owner, prompt.id)
         conversation = None
         if prompt.messages is None:
             name = prompt.conversation or own
@@ -125,7 +125,7 @@ class Hub:
             if conversation is None:
                 conversation = Conversation(name or _new_id(), owner)
         # From here on nothing is awaited: what has been found out stays true.
-        known = self.known(owner, prompt.id)
+        known = self.known(owner, prompt.id) or found
         if known is not None:
             if known.prompt != prompt:
                 raise Refused(Code.ID_CONFLICT)
@@ -199,8 +199,11 @@ class Hub:
             await self._journal.flush()
             limit = self._settings.history_messages
             stored = await self._store.load(conversation_id, limit + 1, before)
-            if conversation.version != version:
-                continue  # a reply has ended meanwhile
+            current = self._conversations.get(conversation_id, conversation)
+            if conversation.version != version or current is not conversation:
+                continue  # a reply has ended meanwhile, or it was forgotten and found again
+            if conversation.deleted:
+                raise Refused(Code.NOT_FOUND)
             self._keep(conversation)
             if stored is None:  # nothing of it has been saved
                 stored = StoredConversation(conversation_id, owner, "", [])
@@ -209,7 +212,7 @@ class Hub:
             told = StoredConversation(conversation_id, owner, stored.title, turns)
             return conversation, told, len(stored.turns) > limit
 
-    async def list(
+    async def recent(
         self, owner: str, limit: int, before: tuple[float, str] | None
     ) -> Sequence[Summary]:
         """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
@@ -238,11 +241,23 @@ class Hub:
         if conversation is None:
             raise Refused(Code.NOT_FOUND)
         conversation.deleted = True
-        for generation in reversed(conversation.live):
+        live = conversation.live
+        for generation in reversed(live):
             self.stop(generation, "client")
-        self._conversations.pop(conversation_id, None)
-        await self._journal.flush()
-        await self._store.delete(conversation_id, owner)
+        try:
+            tasks = [generation.task for generation in live if generation.task is not None]
+            if tasks:
+                await asyncio.wait(tasks, timeout=self._settings.stop_timeout)
+            await self._journal.flush()
+            await self._store.delete(conversation_id, owner)
+        except BaseException:
+            conversation.deleted = False
+            raise
+        if self._conversations.get(conversation_id) is conversation:
+            del self._conversations[conversation_id]
+        for key, generation in list(self._generations.items()):
+            if generation.conversation_id == conversation_id and generation not in self._live:
+                del self._generations[key]
 
     async def _load(self, name: str, owner: str) -> Conversation | None:
         """Return a conversation from memory or from the store.
@@ -256,11 +271,14 @@ class Hub:
             stored = await self._store.load(name, self._settings.history_messages)
             conversation = self._conversations.get(name)  # somebody may have been quicker
             if conversation is None and stored is not None:
-                conversation = Conversation(name, stored.owner, stored.turns)
+                conversation = Conversation(name, stored.owner, self._fit(stored.turns))
                 self._keep(conversation)
-        if conversation is not None and conversation.owner != owner:
+        if conversation is not None and (conversation.owner != owner or conversation.deleted):
             raise Refused(Code.NOT_FOUND)
         return conversation
+
+    def _fit(self, turns: Sequence[Turn]) -> list[Turn]:
+        return newest(turns, self._settings.history_messages, self._settings.history_size)
 
     def _keep(self, conversation: Conversation) -> None:
         """Remember a conversation as the one used last, and forget those used least."""
@@ -311,9 +329,7 @@ class Hub:
             _cancel(generation.watch)
             _cancel(generation.grace)
         _cancel(self._sweep)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.store_timeout):
-                await self._journal.flush()
+        await self._journal.close(within)
 
     # Accepting a prompt.
 
@@ -523,8 +539,7 @@ class Hub:
         generation.log.end(terminal)
         if conversation is not None and generation.begun:
             conversation.version += 1
-            conversation.turns.append(generation.turn())
-            del conversation.turns[: -self._settings.history_messages]
+            conversation.turns = self._fit([*conversation.turns, generation.turn()])
         if conversation is not None and conversation.running is generation:
             conversation.running = None
         self._live.discard(generation)
@@ -563,13 +578,16 @@ class Hub:
         self._sweep = None
         while self._ended and self._ended[0][0] <= self._loop.time():
             self._forget_oldest()
+        self._journal.purge()
         if self._ended:
             self._sweep = self._loop.call_at(self._ended[0][0], self._forget)
 
     def _forget_oldest(self) -> None:
         _, generation = self._ended.popleft()
         self._ended_size -= generation.size
-        del self._generations[generation.owner, generation.id]
+        key = generation.owner, generation.id
+        if self._generations.get(key) is generation:  # and not a later one of the same id
+            del self._generations[key]
 
 
 def _new_id() -> str:

@@ -19,6 +19,9 @@ __all__ = ["Journal", "Record"]
 
 logger = logging.getLogger("wsserver")
 
+LONGEST_PAUSE = 5.0  # seconds between two tries to save what could not be saved
+MOST_KEPT = 1000  # ended generations that wait to be saved after all
+
 
 class Record:
     """How far one generation is saved. A follower of its log."""
@@ -41,7 +44,8 @@ class Record:
     def entry(self) -> Entry:
         """Return what is not saved yet."""
         pieces = self.log.pieces[self._saved :]
-        return Entry(self.header, self._new, self._saved, pieces, self.terminal)
+        text = None if self.terminal is None else self.log.text
+        return Entry(self.header, self._new, self._saved, pieces, self.terminal, text)
 
     def saved(self, entry: Entry) -> None:
         """What :meth:`entry` returned has been saved."""
@@ -56,20 +60,21 @@ class Journal:
         store: where to.
         interval: seconds between two batches, unless a terminal is waiting.
         timeout: seconds for a batch, after which its terminals go out as not saved.
-        keep: seconds that generations outside of conversations are kept.
+        keep: seconds that ended generations outside of conversations are kept.
     """
 
     def __init__(self, store: Store, interval: float, timeout: float, keep: float) -> None:
         self._store = store
         self._interval = interval
         self._timeout = timeout
+        self._keep = keep
         self._unsaved: dict[Record, None] = {}  # in the order in which it came
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
+        self._purger: asyncio.Task[None] | None = None
         self._batch: asyncio.Future[None] | None = None  # done when the batch under way is
-        self._failing = False
-        self._keep = keep
-        self._purge_at = 0.0
+        self._failures = 0  # in a row
+        self._closed = False
 
     def begin(self, header: Header, log: Log[Terminal]) -> Record:
         """Save a generation from its beginning on."""
@@ -88,7 +93,7 @@ class Journal:
     def note(self, record: Record) -> None:
         """Save what is new of a generation with the next batch."""
         self._unsaved[record] = None
-        if self._writer is None:
+        if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
     async def flush(self) -> None:
@@ -102,6 +107,23 @@ class Journal:
                 self._batch = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._batch)
 
+    def purge(self) -> None:
+        """Have deleted what nobody can ask for any more, by and by."""
+        if self._purger is None and not self._closed:
+            self._purger = asyncio.get_running_loop().create_task(self._purge())
+
+    async def close(self, within: float) -> None:
+        """Save what is left, if it can be done in so many seconds, and write no more."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self.flush()
+        self._closed = True
+        tasks = {task for task in (self._writer, self._purger) if task is not None}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=within)
+
     async def _write(self) -> None:
         """Write batch after batch until nothing is left."""
         try:
@@ -109,47 +131,50 @@ class Journal:
                 await self._pause()
                 records, self._unsaved = list(self._unsaved), {}
                 await self._save(records)
-                if self._batch is not None:
-                    self._batch.set_result(None)
-                    self._batch = None
+                self._tell_batch()
         finally:
             self._writer = None
+            self._tell_batch()
 
     async def _pause(self) -> None:
-        try:
-            async with asyncio.timeout(self._interval):
+        # Ever longer while nothing can be saved, as all of it is tried again each time.
+        pause = min(LONGEST_PAUSE, self._interval * 2**self._failures)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(pause, self._interval)):
                 await self._urgent.wait()
-        except TimeoutError:
-            pass
         self._urgent.clear()
 
     async def _save(self, records: list[Record]) -> None:
         entries = [record.entry() for record in records]
         # Not cancelled when it takes too long: it goes on in its thread anyway, and there must
-        # not be two at once.
+        # not be two at once. Who comes meanwhile is told that it is not saved, and is, later.
         commit = asyncio.ensure_future(self._store.commit(entries))
-        await asyncio.wait({commit}, timeout=self._timeout)
-        if not commit.done():
+        while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
             self._report("it takes too long")
-            self._tell(records, entries, saved=False)
-            await asyncio.wait({commit})
+            late = list(self._unsaved)
+            self._tell(records + late, entries + [record.entry() for record in late], saved=False)
+            self._tell_batch()
         try:
             commit.result()
-            await self._purge()
         except Exception as error:
             if isinstance(error, StoreError):
                 self._report(str(error))
             else:
                 logger.exception("the store failed")
             self._tell(records, entries, saved=False)
-            for record, entry in zip(records, entries, strict=True):
-                if entry.terminal is None:
-                    self._unsaved.setdefault(record)  # again with the next batch
+            self._keep_for_later(records)
         else:
-            self._failing = False
+            self._failures = 0
             for record, entry in zip(records, entries, strict=True):
                 record.saved(entry)
             self._tell(records, entries, saved=True)
+
+    def _keep_for_later(self, records: list[Record]) -> None:
+        """Try again with the next batch, ended ones too, of which only so many are kept."""
+        self._unsaved = dict.fromkeys(records) | self._unsaved
+        ended = [record for record in self._unsaved if record.terminal is not None]
+        for record in ended[:-MOST_KEPT]:
+            del self._unsaved[record]
 
     @staticmethod
     def _tell(records: list[Record], entries: list[Entry], *, saved: bool) -> None:
@@ -158,18 +183,24 @@ class Journal:
                 tell, record.on_saved = record.on_saved, _nobody
                 tell(saved)
 
+    def _tell_batch(self) -> None:
+        if self._batch is not None:
+            self._batch.set_result(None)
+            self._batch = None
+
     async def _purge(self) -> None:
-        """Now and then delete what nobody can ask for any more."""
-        now = time.time()
-        if now >= self._purge_at:
-            self._purge_at = now + self._keep
-            with contextlib.suppress(StoreError):
-                await self._store.purge(now - self._keep)
+        try:
+            await self._store.purge(time.time() - self._keep)
+        except Exception as error:
+            if not isinstance(error, StoreError):
+                logger.exception("the store could not be purged")
+        finally:
+            self._purger = None
 
     def _report(self, why: str) -> None:
-        if not self._failing:  # once per outage, and not once per batch
+        if not self._failures:  # once per outage, and not once per batch
             logger.error("conversations cannot be saved: %s", why)
-        self._failing = True
+        self._failures += 1
 
 
 def _nobody(_: bool) -> None:  # noqa: FBT001

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from wsserver.models.base import Message
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.stores.base import StoredGeneration, Turn, partial
 
-__all__ = ["Conversation", "Generation", "Outcome", "Watcher", "messages_of", "restored"]
+__all__ = ["Conversation", "Generation", "Outcome", "Watcher", "messages_of", "newest", "restored"]
 
 logger = logging.getLogger("wsserver")
 
@@ -188,6 +188,16 @@ def messages_of(turns: Iterable[Turn], prompt: str, *, count: int, size: int) ->
         total -= len(messages[first].content)
         first += 1
     return messages[first:]
+
+
+def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
+    """Return the newest turns that a model may be asked with; the store has the others."""
+    kept = list(turns[-count:])
+    total = sum(len(turn.prompt) + len(turn.text) for turn in kept)
+    while len(kept) > 1 and total > size:
+        oldest = kept.pop(0)
+        total -= len(oldest.prompt) + len(oldest.text)
+    return kept
 
 
 def _poisonous(turn: Turn) -> bool:

@@ -24,6 +24,7 @@ from websockets.typing import Subprotocol
 
 from wsserver import models, stores
 from wsserver.connection import Connection
+from wsserver.errors import StoreError
 from wsserver.hub import Hub
 from wsserver.models.base import Model
 from wsserver.protocol import SUBPROTOCOL, Close
@@ -126,7 +127,7 @@ class Server:
             self._hub = Hub(model, self._store, settings)
             self._listener = await self._listen()
         except BaseException:
-            await self._release()
+            await self._release(settings.stop_timeout)
             raise
         self.port = int(self._listener.sockets[0].getsockname()[1])
         return self
@@ -197,18 +198,21 @@ class Server:
             await asyncio.wait({self._leaving})
         for socket in tuple(self._sockets):
             socket.abort()
-        left = LAST_TURN if self._hurried else max(LAST_TURN, deadline - loop.time())
-        await self._hub.close(min(left, self.settings.stop_timeout))
+        await self._hub.close(min(self._left(deadline), self.settings.stop_timeout))
         await self._listener.wait_closed()
-        await self._release()
+        await self._release(self._left(deadline))
 
-    async def _release(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.settings.store_timeout):
+    def _left(self, deadline: float) -> float:
+        left = deadline - asyncio.get_running_loop().time()
+        return LAST_TURN if self._hurried else max(LAST_TURN, left)
+
+    async def _release(self, within: float) -> None:
+        with contextlib.suppress(TimeoutError, StoreError):
+            async with asyncio.timeout(within):
                 await self._store.close()
         if self._own_model is not None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.stop_timeout):
+                async with asyncio.timeout(min(within, self.settings.stop_timeout)):
                     await models.close(self._own_model)
 
     async def _leave(self) -> None:

@@ -85,7 +85,8 @@ class Settings(BaseSettings):
     file (with four slashes for an absolute path). `wsserver serve` by itself uses a file in the
     user's data folder."""
     save_interval: PositiveSeconds = 0.1
-    """Between two writes of what replies have said since; what a crash can lose at most."""
+    """Between two writes of what replies have said since. A crash loses no more than that, and
+    what is said while it is written."""
     store_timeout: PositiveSeconds = 5.0
     """For the store to save; a reply then ends as not saved."""
 

@@ -535,6 +535,8 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two lines")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    if options.minutes * 60 < options.every * 6:
+        parser.error("that is too short for six samples")
     with tempfile.TemporaryDirectory() as folder:
         verdicts = asyncio.run(soak(Path(folder), options))
     for good, what in verdicts:

@@ -38,13 +38,17 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is new of one generation: its header, the pieces after a number, its terminal."""
+    """What is new of one generation: its header, the pieces after a number, its terminal.
+
+    ``text`` is all of its text, joined, and comes with the terminal.
+    """
 
     header: Header
     new: bool = False
     after: int = 0
     pieces: Sequence[str] = ()
     terminal: Terminal | None = None
+    text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class Store(Protocol):
         ...
 
     async def purge(self, until: float) -> None:
-        """Delete the generations outside of conversations that began before a time."""
+        """Delete generations outside of conversations that ended before a time, or some of them."""
         ...
 
 

@@ -156,12 +156,15 @@ class MemoryStore:
         return True
 
     async def purge(self, until: float) -> None:
-        """Delete the generations outside of conversations that began before a time."""
-        old = [
-            generation.header
-            for same in self._generations.values()
-            for began, generation in same.items()
-            if began < until and generation.header.conversation is None
-        ]
-        for header in old:
-            self._forget(header)
+        """Delete generations outside of conversations that ended before a time.
+
+        Of those in conversations only the text is kept, in one piece.
+        """
+        for same in list(self._generations.values()):
+            for generation in list(same.values()):
+                if generation.ended is None or generation.ended >= until:
+                    continue
+                if generation.header.conversation is None:
+                    self._forget(generation.header)
+                elif len(generation.pieces) > 1:
+                    generation.pieces = [text_of(generation.pieces)]

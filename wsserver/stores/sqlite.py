@@ -36,6 +36,7 @@ from wsserver.stores.base import (
 
 __all__ = ["SqliteStore"]
 
+PURGED_AT_ONCE = 200  # generations, so that no other write waits for long
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
 # Each brings the file from the version that is its place in this list to the next.
@@ -59,6 +60,7 @@ MIGRATIONS = [
         prompt TEXT NOT NULL,
         model TEXT NOT NULL,
         terminal TEXT,
+        text TEXT, -- all of its text, once it has ended
         UNIQUE (owner, id, began)
     );
     CREATE INDEX generation_by_conversation ON generation (conversation, number);
@@ -151,6 +153,10 @@ class SqliteStore:
         await self._writer.executescript(
             f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;"
         )
+        # What had not ended has died with its process; its replay time begins now.
+        await self._writer.execute(
+            "UPDATE generation SET ended = ? WHERE ended IS NULL", (time.time(),)
+        )
 
     async def close(self) -> None:
         """Close the file, once what is under way is done."""
@@ -198,11 +204,12 @@ class SqliteStore:
                 ],
             )
             await database.executemany(
-                "UPDATE generation SET terminal = ?, ended = ? "
+                "UPDATE generation SET terminal = ?, text = ?, ended = ? "
                 "WHERE owner = ? AND id = ? AND began = ?",
                 [
                     (
                         entry.terminal.model_dump_json(exclude_none=True),
+                        entry.text,
                         now,
                         *_key(entry.header),
                     )
@@ -248,7 +255,7 @@ class SqliteStore:
             )
             for owner, title in rows:
                 generations = await database.execute_fetchall(
-                    "SELECT number, id, prompt, terminal FROM generation WHERE number IN ("
+                    "SELECT number, id, prompt, terminal, text FROM generation WHERE number IN ("
                     "SELECT number FROM generation WHERE conversation = ? AND number < ? "
                     "ORDER BY number DESC LIMIT ?) ORDER BY number",
                     (conversation, end, limit),
@@ -258,7 +265,7 @@ class SqliteStore:
                 for number, *part in await database.execute_fetchall(
                     "SELECT generation, after, texts FROM piece WHERE generation IN ("
                     "SELECT number FROM generation WHERE conversation = ? AND number < ? "
-                    "ORDER BY number DESC LIMIT ?) ORDER BY generation, after",
+                    "AND text IS NULL ORDER BY number DESC LIMIT ?) ORDER BY generation, after",
                     (conversation, end, limit),
                 ):
                     parts[number].append(part)
@@ -267,10 +274,10 @@ class SqliteStore:
                         number,
                         name,
                         Prompt.model_validate_json(prompt).prompt or "",
-                        text_of(_pieces(parts[number])),
+                        text_of(_pieces(parts[number])) if text is None else text,
                         partial(_terminal(terminal)),
                     )
-                    for number, name, prompt, terminal in generations
+                    for number, name, prompt, terminal, text in generations
                 ]
                 return StoredConversation(conversation, owner, title, turns)
         return None
@@ -301,9 +308,11 @@ class SqliteStore:
         )
 
     async def purge(self, until: float) -> None:
-        """Delete the generations outside of conversations that began before a time."""
+        """Delete generations outside of conversations that ended before a time, or some of them."""
         await self._change(
-            "DELETE FROM generation WHERE conversation IS NULL AND began < ?", (until,)
+            "DELETE FROM generation WHERE number IN (SELECT number FROM generation "
+            "WHERE conversation IS NULL AND ended < ? LIMIT ?)",
+            (until, PURGED_AT_ONCE),
         )
 
     async def _change(self, statement: str, values: Sequence[object]) -> bool:
@@ -344,10 +353,13 @@ def _key(header: Header) -> tuple[str, str, float]:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except ValidationError as error:  # whose own text tells what was said
-        raise StoreError(f"what was saved is no {error.title}") from None
+    # No message may quote what was said, as it goes to the log.
+    except ValidationError as error:
+        kind = error.errors(include_context=False, include_input=False)[0]["type"]
+        raise StoreError(f"what was saved is damaged: {kind}") from None
     except (sqlite3.Error, ValueError) as error:  # a ValueError too where it is closed
-        raise StoreError(f"{type(error).__name__}: {error}") from error
+        message = str(error).partition(" with text ")[0]
+        raise StoreError(f"{type(error).__name__}: {message}") from None
 
 
 def _dump(pieces: Sequence[str]) -> str:
