@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given
+from hypothesis import HealthCheck, Phase, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from websockets.asyncio.client import connect
@@ -77,6 +77,9 @@ def on_one_server(examples: int) -> hypothesis_settings:
     return hypothesis_settings(
         max_examples=examples,
         deadline=None,
+        # One that fails may do so by waiting in vain: too long to make it smaller.
+        phases=[Phase.explicit, Phase.reuse, Phase.generate],
+        report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 
@@ -274,7 +277,8 @@ class Transcript:
 @asynccontextmanager
 async def line(url: str, drop: str = "fin") -> AsyncIterator[Client]:
     """Connect; in the end be gone without having read what came."""
-    async with connect(url, proxy=None, compression=None, ping_interval=None) as socket:
+    # Without a bound on its queue: a client whose queue is full cannot say farewell.
+    async with connect(url, proxy=None, compression=None, max_queue=None) as socket:
         try:
             yield Client(socket)
         finally:
@@ -393,7 +397,7 @@ visits = st.lists(
 
 
 @given(said=st.lists(pieces, max_size=12), ending=endings, visits=visits)
-@on_one_server(40)
+@on_one_server(30)
 async def test_any_sequence_of_visits_gives_the_whole_reply(
     server: Server,
     puppet: Puppet,
@@ -478,7 +482,7 @@ async def read_late(slow: Sluggard, transcript: Transcript, frames: int = 10**9)
 async def test_two_tabs_that_are_dropped_each_at_its_own_frame_lose_nothing(
     server: Server, puppet: Puppet
 ) -> None:
-    said = ("Grüße ", Thinking("🤔"), "", "🙂" * (SIZE + 1), "𐍈𐍈")
+    said = ("Grüße ", Thinking("🤔"), "", "🙂" * (SIZE + 1))
     frames = len(cut_up(said)) + 2
     for first in range(frames + 1):
         before = Story(server, puppet, ("Hello",), conversation=secrets.token_urlsafe(16))
@@ -546,7 +550,7 @@ async def follow_through(
     resumes=st.booleans(),
 )
 @example(said=list(PIECES), ending="done", cuts=[Cut(0)], talk=1, resumes=True)
-@on_one_server(60)
+@on_one_server(40)
 async def test_cuts_at_any_bytes_lose_nothing(
     server: Server,
     puppet: Puppet,
@@ -631,6 +635,10 @@ class Gate:
 
         monkeypatch.setattr(server._store, "commit", commit_later)
 
+    async def reached_or(self, other: asyncio.Future[None]) -> None:
+        """Wait until something is held back, or until there was nothing to save."""
+        await until(lambda: self.reached.is_set() or other.done())
+
 
 @asynccontextmanager
 async def crowd(server: Server, size: int) -> AsyncIterator[list[Client]]:
@@ -712,7 +720,7 @@ async def test_a_resume_that_meets_the_end_gets_all_whichever_comes_first(
 
     afters = [0, 5, len(cut_up(PIECES))]
     async with crowd(server, len(afters)) as chats:
-        for turns in range(0, 60, 2):
+        for turns in range(0, 60, 4):
             story = Story(server, puppet, ending=ending)
             await begin(server, story)
             await say(story, len(PIECES))
@@ -921,7 +929,7 @@ async def test_in_whatever_parts_it_was_saved_a_reply_is_whole_after_a_restart(
             with pytest.MonkeyPatch.context() as monkeypatch:
                 gate = Gate(monkeypatch, server)
                 saving = asyncio.create_task(server._hub._journal.flush())
-                await until(lambda: gate.reached.is_set() or saving.done())
+                await gate.reached_or(saving)
                 await say(story, meanwhile)
                 gate.opened.set()
                 await saving

@@ -121,7 +121,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 async def _nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
     """Close what a test that failed has left open, and see that closing ends all threads."""
-    before = set(threading.enumerate())
+    before = workers()
     opened: list[SqliteStore] = []
     open_store = SqliteStore.open
 
@@ -133,7 +133,7 @@ async def _nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     yield
     for store in opened:
         await store.close()
-    for thread in set(threading.enumerate()) - before:
+    for thread in workers() - before:
         thread.join(SECONDS)
         assert not thread.is_alive(), thread
 
@@ -161,6 +161,11 @@ async def file(path: Path) -> AsyncIterator[SqliteStore]:
     yield store
     await store.close()
     check(path)
+
+
+def workers() -> set[threading.Thread]:
+    """Return the threads of connections; the event loop keeps others of its own."""
+    return {thread for thread in threading.enumerate() if "connection_worker" in thread.name}
 
 
 def check(path: Path) -> None:
@@ -381,6 +386,7 @@ async def test_what_failed_to_be_saved_may_come_again_with_more(store: Store) ->
     await store.commit([Entry(asked, False, 2, ["c"])])
     await store.commit([Entry(asked, True, 0, ["a", "b", "c", "d"])])
     await store.commit([Entry(asked, False, 1, ["b", "c"])])
+    await store.commit([Entry(asked, True, 0, ["a"])])
     assert await found(store) == ["a", "b", "c", "d"]
 
 
@@ -736,27 +742,57 @@ async def test_the_text_that_comes_with_an_end_is_that_of_the_turn(store: Store)
     assert await found(store) == pieces
 
 
-async def test_a_purge_takes_old_generations_outside_of_conversations(
+async def test_a_purge_takes_generations_outside_of_conversations_that_ended_before_a_time(
     store: Store, clock: Clock
 ) -> None:
+    running = header("running", None, began=1.0)
     await store.commit(
         [
             whole(header("old", None)),
-            whole(header("older", None, owner="you")),
+            whole(header("yours", None, owner="you")),
+            Entry(running, True, 0, ["a"]),
             whole(header("in a conversation", "c")),
         ]
     )
     clock.now = 2000.0
-    await store.commit([whole(header("in time", None, began=1.0))])
-    await store.purge(1500.0)
+    await store.commit([whole(header("in time", None))])
+    await store.purge(1000.0)
+    assert await found(store, "old") == ["Hi."]
+    await store.purge(2000.0)
     assert await found(store, "old") is None
-    assert await found(store, "older", "you") is None
+    assert await found(store, "yours", "you") is None
     assert await found(store, "in time") == ["Hi."]
     assert await found(store, "in a conversation") == ["Hi."]
-    # What is still said of one that was taken is dropped.
-    await store.commit([Entry(header("old", None), False, 1, ["b"], done())])
-    assert await found(store, "old") is None
-    await store.purge(1500.0)
+    assert await found(store, "running") == ["a"]
+    await store.commit([Entry(running, False, 1, ["b"], done())])
+    assert await found(store, "running") == ["a", "b"]
+    await store.purge(2000.1)
+    assert await found(store, "running") is None
+    await store.commit([Entry(running, False, 1, ["b"], done())])  # once more, and too late
+    assert await found(store, "running") is None
+
+
+async def test_a_purge_takes_nothing_from_a_conversation(store: Store) -> None:
+    await store.commit(
+        [
+            whole(header("g1"), "a", Thinking("hm"), "b", terminal=done("stopped", "client")),
+            Entry(header("g2"), True, 0, [Thinking("hm"), "c", "d"]),
+            whole(header("g3"), Thinking("hm")),
+        ]
+    )
+    before = await loaded(store)
+    assert [turn.text for turn in before.turns] == ["ab", "cd", ""]
+    await store.purge(1e12)
+    assert await loaded(store) == before
+    assert await names(store) == ["c"]
+
+
+async def test_many_generations_are_purged_by_and_by(store: Store) -> None:
+    count = 2 * sqlite.PURGED_AT_ONCE + 1
+    await store.commit([whole(header(f"g{number}", None)) for number in range(count)])
+    for _ in range(3):
+        await store.purge(1e12)
+    assert [await found(store, f"g{number}") for number in (0, count // 2, count - 1)] == [None] * 3
 
 
 async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> None:
@@ -912,6 +948,7 @@ async def test_the_file_is_set_up_for_readers_beside_a_writer(
     for database in (file._writer, file._reader):
         assert list(await database.execute_fetchall("PRAGMA foreign_keys")) == [(1,)]
         assert list(await database.execute_fetchall("PRAGMA synchronous")) == [(1,)]
+        assert list(await database.execute_fetchall("PRAGMA busy_timeout")) == [(10,)]
 
 
 async def test_one_file_remains_once_it_is_closed_beside_the_lock(path: Path) -> None:
@@ -1018,7 +1055,10 @@ async def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
         assert str(path) in await refused(SqliteStore(path))
 
 
-async def test_a_link_that_leads_to_itself_is_refused(path: Path) -> None:
+async def test_a_link_that_leads_to_itself_is_refused_before_any_thread_begins(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiosqlite, "connect", None)
     path.symlink_to(path)
     assert str(path) in await refused(SqliteStore(path))
 
@@ -1051,23 +1091,21 @@ async def test_a_file_that_cannot_be_written_is_refused(
     await store.close()
 
 
-async def test_permissions_that_are_missing_are_told(path: Path) -> None:
+@pytest.mark.parametrize("what", ["chat.db", "chat.db.lock", "."])
+async def test_permissions_that_are_missing_are_told(path: Path, what: str) -> None:
     store = SqliteStore(path)
-    await store.open()
-    await store.close()
-    path.chmod(0o400)
-    if os.access(path, os.W_OK):
-        pytest.skip("permissions do not bind whoever is root")
-    assert str(path) in await refused(store)
-    path.unlink()
-    path.with_name("chat.db.lock").unlink()
-    path.parent.chmod(0o500)
+    if what != ".":
+        await store.open()
+        await store.close()
+    target = path.parent / what
+    mode = target.stat().st_mode
+    target.chmod(mode & ~0o222)
     try:
+        if os.access(target, os.W_OK):
+            pytest.skip("permissions do not bind whoever is root")
         assert str(path) in await refused(store)
     finally:
-        path.parent.chmod(0o700)
-    await store.open()
-    await store.close()
+        target.chmod(mode)
 
 
 # SQLite: others who use the file.
@@ -1155,6 +1193,19 @@ asyncio.run(main())
     assert stored.terminal is None
     await store.close()
     check(path)
+
+
+async def test_one_that_died_with_its_process_is_purged_in_time(
+    file: SqliteStore, clock: Clock
+) -> None:
+    await file.commit([Entry(header(conversation=None), True, 0, ["a"])])
+    await file.close()
+    clock.now = 2000.0
+    await file.open()
+    await file.purge(2000.0)
+    assert await found(file) == ["a"]
+    await file.purge(2000.1)
+    assert await found(file) is None
 
 
 async def test_a_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
@@ -1315,6 +1366,14 @@ async def test_a_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> 
                 failures += await all_that_can_be_asked(store)
             await store.close()
     assert failures > len(breakages) / 2
+
+
+async def test_a_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    path.write_bytes(path.read_bytes().replace(b"WITHOUT ROWID", b"WITHOUT R\xffWID"))
+    assert str(path) in await refused(store)
 
 
 @pytest.mark.parametrize("size", [0, 50, 4096, 3 * 4096 + 17])
@@ -1567,17 +1626,17 @@ async def test_a_close_that_is_cancelled_can_be_made_again(file: SqliteStore) ->
 
 
 async def test_nothing_is_left_to_the_garbage_collector(path: Path) -> None:
-    threads = threading.active_count()
+    before = workers()
     store = SqliteStore(path)
     await store.open()
+    assert len(workers() - before) == 2
     await store.commit([whole(header())])
     await loaded(store)
     await refused(SqliteStore(path))
     await store.close()
-    for thread in threading.enumerate():
-        if "_connection_worker_thread" in thread.name:
-            thread.join(SECONDS)
-    assert threading.active_count() == threads
+    for thread in workers() - before:
+        thread.join(SECONDS)
+    assert workers() == before
     del store
     gc.collect()  # whose warnings are errors
 
@@ -1635,3 +1694,18 @@ async def test_a_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteS
     assert (await loaded(file)).turns[0].text == "y" * 100
     assert await found(file) == ["y"] * 100
     assert 60_000 < characters < 62_000
+
+
+async def test_a_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
+    file: SqliteStore,
+) -> None:
+    await file.commit([Entry(header("g1"), True, 0, ["y"] * 100, done(), "y" * 100)])
+    await file.commit([Entry(header("g2"), True, 0, ["z"])])
+    rows: list[object] = []
+
+    async def note(hop: int, result: Any) -> None:
+        rows.extend(result if isinstance(result, list) else ())
+
+    watch(file._reader, after=note)
+    assert [turn.text for turn in (await loaded(file)).turns] == ["y" * 100, "z"]
+    assert len(rows) == 1 + 2 + 1  # the conversation, its turns, and one row of pieces
