@@ -1574,6 +1574,20 @@ async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
     assert len((await loaded(file)).turns) == 5
 
 
+async def test_reads_at_the_same_time_are_none_the_worse_for_each_other(
+    file: SqliteStore,
+) -> None:
+    await file.commit([whole(header())])
+    async with asyncio.timeout(SECONDS):
+        for _ in range(5):
+            conversation, stored, summaries = await asyncio.gather(
+                file.load("c", 10), file.find("g", "me", 0.0), file.list("me", 10, None)
+            )
+            assert conversation is not None
+            assert stored is not None
+            assert len(conversation.turns) == len(stored.pieces) == len(summaries) == 1
+
+
 async def test_a_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
     await file.commit([Entry(header(), True, 0, ["a"])])
     late: list[Callable[[], Awaitable[object]]] = []
@@ -1709,3 +1723,16 @@ async def test_a_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
     watch(file._reader, after=note)
     assert [turn.text for turn in (await loaded(file)).turns] == ["y" * 100, "z"]
     assert len(rows) == 1 + 2 + 1  # the conversation, its turns, and one row of pieces
+
+
+async def test_a_new_file_is_for_its_owner_only(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    modes = {
+        file.stat().st_mode & 0o077
+        for file in path.parent.glob(f"{path.name}*")
+        if file.stat().st_size
+    }
+    await store.close()
+    assert modes == {0}

@@ -112,6 +112,8 @@ class SqliteStore:
                     raise ConfigError(f"store: {self._path} is a folder")
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._take(stack)
+                # For its owner's eyes only, as are the files that SQLite puts beside it.
+                self._path.touch(mode=0o600)
                 # Where that fails, aiosqlite would leave its thread behind.
                 sqlite3.connect(self._path).close()
                 self._writer = await self._connect(stack)
