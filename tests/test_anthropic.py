@@ -485,13 +485,16 @@ async def test_a_connection_that_is_cut_before_the_headers(
 async def test_an_api_that_never_answers(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, script: Script | Step
 ) -> None:
-    upstream.play(script)
-    async with claude(monkeypatch, upstream.url, retries=0, silence_timeout=0.1) as server:
+    # The first one to have all loaded, so that the second is under way before its time is up.
+    upstream.play(reply("ready"), script)
+    async with claude(monkeypatch, upstream.url, retries=0, silence_timeout=1) as server:
         async with client(server) as chat:
+            await chat.prompt()
+            await chat.next("done")
             await chat.prompt()
             failed = await chat.next("error")
             assert (failed["code"], failed["retryable"]) == ("timeout", True)
-        assert await upstream.requests[0].closed() == "closed"
+        assert await upstream.requests[1].closed() == "closed"
 
 
 # Faults mid-stream
@@ -548,7 +551,7 @@ async def test_a_stall_after_some_tokens(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     upstream.play(reply("half", Hang(ping_every=0.01)))
-    async with claude(monkeypatch, upstream.url, silence_timeout=0.1) as server:
+    async with claude(monkeypatch, upstream.url, silence_timeout=1) as server:
         async with client(server) as chat:
             start = await chat.prompt()
             text, failed = await chat.text(start["id"])

@@ -518,7 +518,7 @@ async def endless(_: wsserver.Request) -> AsyncIterator[str]:
 
 async def test_a_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Puppet) -> None:
     async with (
-        wsserver.serve(puppet, port=0, silence_timeout=0.05, drain_timeout=0) as server,
+        wsserver.serve(puppet, port=0, silence_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
     ):
         start = await chat.prompt()
@@ -530,7 +530,7 @@ async def test_a_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Pu
 
 async def test_a_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
     async with (
-        wsserver.serve(puppet, port=0, reply_timeout=0.05, drain_timeout=0) as server,
+        wsserver.serve(puppet, port=0, reply_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
     ):
         start = await chat.prompt()

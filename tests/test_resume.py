@@ -96,7 +96,7 @@ async def test_the_end_can_be_had_again(chat: Client, puppet: Puppet) -> None:
 
 
 async def test_a_follower_within_the_grace_time_keeps_it_alive(puppet: Puppet) -> None:
-    async with wsserver.serve(puppet, port=0, grace=0.2, drain_timeout=0) as server:
+    async with wsserver.serve(puppet, port=0, grace=5, drain_timeout=0) as server:
         async with client(server) as chat:
             await chat.prompt(id=ID)
             reply = await puppet.reply()

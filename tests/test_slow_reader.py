@@ -160,7 +160,7 @@ async def test_a_stop_reaches_it_behind_little_stale_data(
 
 
 async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
-    async with wsserver.serve(puppet, port=0, send_timeout=0.2, grace=0, drain_timeout=0) as server:
+    async with wsserver.serve(puppet, port=0, send_timeout=1, grace=0, drain_timeout=0) as server:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
             async with asyncio.timeout(BOUND):
@@ -171,7 +171,7 @@ async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
 
 
 async def test_one_that_takes_a_little_each_time_is_not_aborted(puppet: Puppet) -> None:
-    async with wsserver.serve(puppet, port=0, send_timeout=0.05, drain_timeout=0) as server:
+    async with wsserver.serve(puppet, port=0, send_timeout=0.5, drain_timeout=0) as server:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
             (transport,) = server._sockets
