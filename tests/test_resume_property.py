@@ -479,6 +479,34 @@ async def read_late(slow: Sluggard, transcript: Transcript, frames: int = 10**9)
             return
 
 
+async def test_a_slow_reader_is_told_of_a_prompt_before_anything_is_said(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, **{**LASTING, "frame_size": 10_000}) as server:
+        before = Story(server, puppet, ("Hello",), conversation=secrets.token_urlsafe(16))
+        await begin(server, before)
+        await before.tell_all()
+        await until(lambda: not server._sockets)
+        async with sluggard(server) as slow:
+            await slow.send(json.dumps({"type": "open", "conversation": before.conversation}))
+            await slow.until('"history"')
+            slow.events.clear()
+            large = Story(
+                server, puppet, ["a" * 10_000] * 100, conversation=secrets.token_urlsafe(16)
+            )
+            await slow.send(json.dumps(large.prompt))
+            await overwhelm(server, large)
+            silent = Story(server, puppet, ("well",), conversation=before.conversation)
+            await begin(server, silent)
+            await slow.until(f'"start","id":"{silent.name}"')
+            await silent.tell_all()
+            for story in (large, silent):
+                await slow.until(f'"done","id":"{story.name}"')
+                transcript = Transcript(story)
+                for frame in map(Client.parse, slow.texts):
+                    if frame["id"] == story.name:
+                        transcript.take(frame)
+                transcript.check()
+
+
 async def test_two_tabs_that_are_dropped_each_at_its_own_frame_lose_nothing(
     server: Server, puppet: Puppet
 ) -> None:
@@ -833,7 +861,28 @@ async def test_a_resume_that_is_refused_changes_nothing(server: Server, puppet: 
         await refused(other)
 
 
-# From the file of a server that is gone.
+# From the store.
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+async def test_an_ended_reply_that_the_server_has_forgotten_is_found_in_the_store(
+    puppet: Puppet, store: str, ending: str
+) -> None:
+    settings = {**LASTING, "store": store, "replay_size": 1}
+    async with wsserver.serve(puppet, **settings) as server, line(server.url) as chat:
+        story = Story(server, puppet, ending=ending)
+        first = Transcript(story)
+        await chat.send(story.prompt)
+        await first.hear(chat)
+        first.check()
+        for after in range(len(story.log) + 1):
+            assert server._hub.known("anonymous", story.name) is None
+            transcript = Transcript(story, after)
+            await come_back(chat, transcript)
+            await transcript.hear(chat)
+            transcript.check()
+            assert transcript.start == first.start
+            assert transcript.terminal == first.terminal
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
