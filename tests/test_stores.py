@@ -25,10 +25,19 @@ from wsserver.generation import Thinking, Usage
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.protocol import Turn as Message
 from wsserver.stores import MemoryStore, Store, make, sqlite
-from wsserver.stores.base import Entry, Header, StoredConversation, Summary, title_of
+from wsserver.stores.base import (
+    Entry,
+    Header,
+    StoredConversation,
+    Summary,
+    day_of,
+    title_of,
+    tokens_of,
+)
 from wsserver.stores.sqlite import SqliteStore
 
 SECONDS = 20  # that any wait may take at most
+DAY = 86400.0
 
 TOKENS = UsageCounts.of(Usage(input_tokens=3, output_tokens=5))
 
@@ -91,6 +100,10 @@ class Reopened(SqliteStore):
     async def delete(self, *args: Any) -> bool:
         async with self._again():
             return await super().delete(*args)
+
+    async def spent(self, *args: Any) -> int:
+        async with self._again():
+            return await super().spent(*args)
 
     async def purge(self, until: float) -> None:
         async with self._again():
@@ -201,6 +214,11 @@ def done(reason: str = "end_turn", by: StoppedBy | None = None) -> Done:
 
 def failed(code: Code) -> Error:
     return Error(code=code, message="Sorry.", id="g", seq=1, retryable=False, ref="r")
+
+
+def costing(tokens: int) -> Done:
+    usage = UsageCounts.of(Usage(input_tokens=tokens - 1, output_tokens=1))
+    return Done(id="g", seq=1, reason="end_turn", usage=usage)
 
 
 def whole(header: Header, *pieces: str, terminal: Terminal | None = None) -> Entry:
@@ -795,6 +813,136 @@ async def test_many_generations_are_purged_by_and_by(store: Store) -> None:
     assert [await found(store, f"g{number}") for number in (0, count // 2, count - 1)] == [None] * 3
 
 
+# Tokens.
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        (Usage(), 0),
+        (Usage(input_tokens=3, output_tokens=5), 8),
+        (Usage(3, 5, cache_creation_input_tokens=7, cache_read_input_tokens=1000), 15),
+        (Usage(input_tokens=3, output_tokens=5, estimated=True), 8),
+    ],
+)
+def test_a_reply_costs_all_but_what_was_read_from_the_cache(usage: Usage, tokens: int) -> None:
+    counts = UsageCounts.of(usage)
+    assert tokens_of(done().model_copy(update={"usage": counts})) == tokens
+    assert tokens_of(failed(Code.OVERLOADED).model_copy(update={"usage": counts})) == tokens
+    assert tokens_of(failed(Code.OVERLOADED)) == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "day"),
+    [(0.0, 0), (DAY - 0.1, 0), (DAY, 1), (-0.1, -1), (1_700_000_000.5, 19675)],
+)
+def test_a_day_is_one_in_utc(seconds: float, day: int) -> None:
+    assert day_of(seconds) == day
+    assert type(day_of(seconds)) is int
+
+
+async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
+    store: Store, clock: Clock
+) -> None:
+    assert await store.spent("me", 0) == 0
+    await store.commit(
+        [
+            whole(header("1"), terminal=costing(10)),
+            whole(header("2", None), terminal=costing(200)),
+            whole(header("2", None, owner="you"), terminal=costing(3000)),
+            whole(header("2", None, began=501.0), terminal=costing(40_000)),
+            whole(header("3"), terminal=failed(Code.OVERLOADED)),
+        ]
+    )
+    clock.now = DAY - 1
+    await store.commit([whole(header("4"), terminal=costing(500_000))])
+    clock.now = DAY
+    await store.commit([whole(header("5"), terminal=costing(7))])
+    assert [await store.spent("me", day) for day in (-1, 0, 1, 2)] == [0, 540_210, 7, 0]
+    assert [await store.spent("you", day) for day in (0, 1)] == [3000, 0]
+    assert await store.spent("nobody", 0) == 0
+
+
+# Opened again, a store takes what has not ended for dead; see below.
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+async def test_a_reply_is_counted_when_it_ends_and_not_before(store: Store, clock: Clock) -> None:
+    await store.commit([Entry(header(), True, 0, ["a"])])
+    await store.commit([Entry(header(), False, 1, ["b"])])
+    assert await store.spent("me", 0) == 0
+    clock.now = DAY
+    await store.commit([Entry(header(), False, 2, ["c"], costing(10), "abc")])
+    assert [await store.spent("me", day) for day in (0, 1)] == [0, 10]
+
+
+@pytest.mark.parametrize("conversation", ["c", None])
+async def test_what_is_committed_again_is_counted_once(
+    store: Store, clock: Clock, conversation: str | None
+) -> None:
+    asked = header(conversation=conversation)
+    first = whole(asked, terminal=costing(10))
+    end = Entry(asked, False, 1, [], costing(10))
+    for batch in ([first], [first, first], [end], [first, end]):
+        await store.commit(batch)
+        assert await store.spent("me", 0) == 10
+    clock.now = DAY
+    await store.purge(0.0)
+    await store.commit([end])
+    assert [await store.spent("me", day) for day in (0, 1)] == [10, 0]
+
+
+@pytest.mark.parametrize("repeated", [Entry(header(), False, 1, [], done()), whole(header())])
+async def test_to_delete_a_conversation_gives_no_tokens_back(
+    store: Store, clock: Clock, repeated: Entry
+) -> None:
+    await store.commit([whole(header()), whole(header("h"))])
+    assert await store.spent("me", 0) == 16
+    assert await store.delete("c", "me")
+    assert await store.spent("me", 0) == 16
+    await store.commit([repeated])  # as nobody knew that it was saved
+    assert await store.spent("me", 0) == 16
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+async def test_a_reply_that_ends_after_its_conversation_was_deleted_is_counted(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([Entry(header(), True, 0, ["a"])])
+    assert await store.delete("c", "me")
+    for _ in range(2):
+        await store.commit([Entry(header(), False, 1, ["b"], done(), "ab")])
+        assert await store.spent("me", 0) == 8
+    assert await names(store) == []
+
+
+async def test_a_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
+    asked = header(conversation=None)
+    await store.commit([whole(asked), whole(header("h"))])
+    await store.purge(1e12)
+    assert await found(store) is None
+    await store.commit([Entry(asked, False, 1, [], done())])
+    assert await store.spent("me", 0) == 16
+
+
+async def test_a_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Clock) -> None:
+    await store.commit([whole(header("1"))])
+    clock.now = DAY
+    await store.purge(1e12)
+    assert await store.spent("me", 0) == 8
+    clock.now = 91 * DAY
+    await store.commit([whole(header("2"))])
+    await store.purge(0.0)
+    assert [await store.spent("me", day) for day in (0, 91)] == [0, 8]
+
+
+async def test_what_costs_more_than_can_be_is_counted_as_far_as_can_be(
+    store: Store, clock: Clock
+) -> None:
+    huge = Usage(input_tokens=10**30, cache_read_input_tokens=10**30)
+    terminal = done().model_copy(update={"usage": UsageCounts.of(huge)})
+    await store.commit([whole(header(str(number)), terminal=terminal) for number in range(3)])
+    assert await store.spent("me", 0) == 3 * 10**12
+
+
 async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> None:
     async def converse(name: str) -> None:
         for number in range(5):
@@ -878,6 +1026,17 @@ async def test_memory_drops_what_is_said_in_a_conversation_that_it_dropped() -> 
     await store.commit([Entry(header("1", "a"), False, 0, ["x"], done())])
     assert await names(store) == ["b"]
     assert await found(store, "1") is None
+
+
+async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
+    store = MemoryStore(1)
+    for day in range(5):
+        clock.now = day * DAY
+        await store.commit([whole(header(f"{day} {name}", name)) for name in "ab"])
+        await store.purge(0.0)
+        assert await store.spent("me", day) == 16
+    assert [await store.spent("me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
+    assert sorted(store._days) == [3, 4]
 
 
 # Which store.
@@ -988,8 +1147,33 @@ async def test_a_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
     await store.open()
     assert await found(store) == ["Hi."]
     await store.close()
-    assert query(path, "PRAGMA user_version") == [(3,)]
+    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
     assert query(path, "SELECT * FROM sqlite_master WHERE name LIKE 'later%'") == []
+
+
+async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, clock: Clock) -> None:
+    prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
+    for statement in [
+        *sqlite.MIGRATIONS[0].split(";"),
+        "INSERT INTO conversation VALUES ('c', 'me', 'Hello?', 1.0, 2.0)",
+        f"INSERT INTO generation VALUES (1, 'g', 1, 2, 'me', 'c', '{prompt}', 'm', '{end}', 'Hi.')",
+        f"INSERT INTO generation VALUES (2, 'h', 2, NULL, 'me', 'c', '{prompt}', 'm', NULL, NULL)",
+        "INSERT INTO piece VALUES (1, 0, '[\"Hi.\"]'), (2, 0, '[\"Hello\"]')",
+        "PRAGMA user_version = 1",
+    ]:
+        query(path, statement)
+    store = SqliteStore(path)
+    await store.open()
+    assert [(turn.text, turn.partial) for turn in (await loaded(store)).turns] == [
+        ("Hi.", None),
+        ("Hello", "interrupted"),
+    ]
+    assert await store.spent("me", 0) == 2  # of the one that died
+    await store.commit([whole(header("i"))])
+    assert await store.spent("me", 0) == 10
+    await store.close()
+    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
+    check(path)
 
 
 async def test_a_migration_that_fails_changes_nothing(
@@ -1208,6 +1392,62 @@ async def test_one_that_died_with_its_process_is_purged_in_time(
     assert await found(file) is None
 
 
+async def test_one_that_died_with_its_process_is_counted_as_what_it_said(
+    file: SqliteStore, clock: Clock
+) -> None:
+    await file.commit([whole(header("ended", None))])
+    await file.commit([Entry(header("c"), True, 0, ["1234", Thinking("5678")])])
+    await file.commit([Entry(header("c"), True, 0, ["1234", Thinking("5678"), "\0"])])
+    await file.commit([Entry(header("o", None), True, 0, ["1"]), Entry(header("silent"), new=True)])
+    await file.commit([Entry(header("o", None, owner="you"), True, 0, ["12345678"])])
+    for day in (1, 2):
+        await file.close()
+        clock.now = day * DAY
+        await file.open()
+        assert [await file.spent("me", day) for day in range(3)] == [8, 3 + 1, 0]
+        assert [await file.spent("you", day) for day in range(3)] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("texts", ["'[\"secret'", "x'ff'", "CAST(x'ff' AS TEXT)", "'{}'", "5"])
+async def test_one_that_died_and_is_damaged_is_not_in_the_way_of_the_others(
+    file: SqliteStore, path: Path, clock: Clock, texts: str
+) -> None:
+    await file.commit([Entry(header("g"), True, 0, ["a"]), Entry(header("h"), True, 0, ["b"])])
+    await file.close()
+    query(path, f"UPDATE piece SET texts = {texts} WHERE generation = 1")
+    await file.open()
+    assert await file.spent("me", 0) == 1
+    assert await found(file, "h") == ["b"]
+
+
+async def test_those_that_died_are_found_without_looking_at_all_others(
+    file: SqliteStore, path: Path
+) -> None:
+    plan = query(path, f"EXPLAIN QUERY PLAN {sqlite._BURY.replace('?', '0')}")
+    assert [step[-1] for step in plan] == [
+        "SEARCH generation USING INDEX generation_without_end (ended=?)"
+    ]
+
+
+async def test_accounts_are_kept_for_ninety_days_and_purged_by_and_by(
+    file: SqliteStore, path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
+    for day in range(2):
+        clock.now = day * DAY
+        await file.commit([whole(header(f"{day}", "c", owner=f"{owner}")) for owner in range(5)])
+    clock.now = 90 * DAY
+    for left in (8, 6, 4, 2, 0, 0):
+        await file.purge(0.0)
+        assert query(path, "SELECT count(*) FROM counted") == [(left,)]
+    assert [await file.spent("4", day) for day in (0, 1)] == [8, 8]
+    clock.now = 91 * DAY
+    for left in (8, 6, 5, 5):
+        await file.purge(0.0)
+        assert query(path, "SELECT count(*) FROM spent") == [(left,)]
+    assert [await file.spent("4", day) for day in (0, 1)] == [0, 8]
+
+
 async def test_a_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
     file: SqliteStore, path: Path
 ) -> None:
@@ -1281,6 +1521,7 @@ async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: Sqli
         assert await found(file) == ["Hi."]
         assert await names(file) == ["c"]
         assert await found(file, "h0") is None
+        assert query(file._path, "SELECT tokens FROM spent") == [(8,)]
     await file.commit([Entry(header(), False, 1, ["little"])])  # for which there is room
     assert await found(file) == ["Hi.", "little"]
     await file._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
@@ -1304,6 +1545,7 @@ async def test_no_text_that_cannot_be_asked_for_is_another_error(file: SqliteSto
         lambda: file.list("\ud800", 1, None),
         lambda: file.rename("\ud800", "me", "x"),
         lambda: file.delete("\ud800", "me"),
+        lambda: file.spent("\ud800", 0),
     ):
         with pytest.raises(StoreError):
             await attempt()
@@ -1323,6 +1565,7 @@ async def all_that_can_be_asked(store: SqliteStore) -> int:
         lambda: store.commit([whole(header(f"n{number}", f"c{number}")) for number in range(9)]),
         lambda: store.delete("c5", "me"),
         lambda: store.purge(1e12),
+        lambda: store.spent("me", 0),
     ):
         try:
             await attempt()
@@ -1436,7 +1679,7 @@ async def test_what_the_store_did_not_write_is_an_error_that_does_not_tell_what_
 
 async def test_a_closed_store_fails(file: SqliteStore) -> None:
     await file.close()
-    assert await all_that_can_be_asked(file) == 9
+    assert await all_that_can_be_asked(file) == 10
 
 
 # SQLite: threads and transactions.
@@ -1473,7 +1716,7 @@ def cancel() -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "and again"])
 async def test_a_commit_that_is_cancelled_leaves_no_open_transaction(
-    file: SqliteStore, again: bool
+    file: SqliteStore, clock: Clock, again: bool
 ) -> None:
     at = 0
 
@@ -1502,6 +1745,8 @@ async def test_a_commit_that_is_cancelled_leaves_no_open_transaction(
         # All or nothing: only where the last step was cancelled may it have been done.
         saved = [await found(file, f"g{number}"), await found(file, f"o{number}")]
         assert saved == ([["Hi."]] * 2 if number == needed else [None] * 2)
+        spent = 8 * (1 + number + (2 if number == needed else 0))
+        assert await file.spent("me", 0) == spent
         assert not file._writer.in_transaction
 
 

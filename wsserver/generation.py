@@ -14,6 +14,7 @@ from enum import Enum, auto
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 __all__ = [
+    "CHARACTERS_PER_TOKEN",
     "End",
     "Follower",
     "IllegalTransition",
@@ -22,10 +23,13 @@ __all__ = [
     "State",
     "Thinking",
     "Usage",
+    "tokens_in",
     "well_formed",
 ]
 
 T = TypeVar("T")
+
+CHARACTERS_PER_TOKEN = 4  # of English text, for usage that the model never told
 
 _CACHE_COUNTS = ("cache_creation_input_tokens", "cache_read_input_tokens")
 
@@ -58,6 +62,11 @@ class Usage:
     def but(self, **counts: int | bool) -> "Usage":
         """Return a copy with other counts."""
         return replace(self, **counts)  # type: ignore[arg-type]
+
+
+def tokens_in(characters: int) -> int:
+    """Return what so many characters likely are in tokens."""
+    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,16 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
 
 from wsserver.errors import Code, ModelError, Refused
-from wsserver.generation import End, Follower, State, Usage, well_formed
+from wsserver.generation import (
+    CHARACTERS_PER_TOKEN,
+    End,
+    Follower,
+    State,
+    Usage,
+    well_formed,
+)
 from wsserver.journal import Journal
 from wsserver.live import (
-    CHARACTERS_PER_TOKEN,
     Conversation,
     Generation,
     Outcome,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.errors import Code, ModelError
-from wsserver.generation import End, Log, State, Usage, well_formed
+from wsserver.generation import End, Log, State, Usage, tokens_in, well_formed
 from wsserver.journal import Record
 from wsserver.models.base import Message
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
@@ -18,8 +18,6 @@ from wsserver.stores.base import StoredGeneration, Turn, partial
 __all__ = ["Conversation", "Generation", "Outcome", "Watcher", "messages_of", "newest", "restored"]
 
 logger = logging.getLogger("wsserver")
-
-CHARACTERS_PER_TOKEN = 4  # of English text, for usage that the model never told
 
 Outcome = End | StoppedBy | BaseException
 """How a generation came to its end: by itself, by someone, or by a failure."""
@@ -124,8 +122,8 @@ class Generation:
         if (usage := self.usage) is not None and not usage.estimated:
             return usage
         if usage is None:
-            usage = Usage(input_tokens=_tokens(self.asked), estimated=True)
-        said = _tokens(sum(map(len, self.log.pieces)))
+            usage = Usage(input_tokens=tokens_in(self.asked), estimated=True)
+        said = tokens_in(sum(map(len, self.log.pieces)))
         return usage.but(output_tokens=max(usage.output_tokens, said))
 
     def turn(self) -> Turn:
@@ -206,10 +204,6 @@ def _poisonous(turn: Turn) -> bool:
         return True
     refused = {code.value for code in Code if not code.retryable}
     return turn.partial in refused and not turn.text.strip()
-
-
-def _tokens(characters: int) -> int:
-    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def _log_failure(generation_id: str, how: BaseException) -> str:

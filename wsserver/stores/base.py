@@ -16,12 +16,15 @@ __all__ = [
     "StoredGeneration",
     "Summary",
     "Turn",
+    "day_of",
     "partial",
     "text_of",
     "title_of",
+    "tokens_of",
 ]
 
 TITLE_LENGTH = 60  # characters of a title that is made from a prompt
+MOST_TOKENS = 10**12  # that one reply is counted as, so that no model's mistake is too large
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,8 @@ class Store(Protocol):
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all of it or nothing. What was saved before is not an error to save again.
 
-        What is new of a generation that was deleted is dropped.
+        What is new of a generation that was deleted is dropped. Its tokens are not: they are
+        added to its owner's account once, with the first terminal that is saved of it.
         """
         ...
 
@@ -155,9 +159,33 @@ class Store(Protocol):
         """Delete a conversation and all in it; False if the owner has none of that id."""
         ...
 
-    async def purge(self, until: float) -> None:
-        """Delete generations outside of conversations that ended before a time, or some of them."""
+    async def spent(self, owner: str, day: int) -> int:
+        """Return the tokens of an owner's replies that ended on a day, deleted ones too.
+
+        It is known of today and yesterday at least. See :func:`tokens_of` and :func:`day_of`.
+        """
         ...
+
+    async def purge(self, until: float) -> None:
+        """Delete generations outside of conversations that ended before a time, or some of them.
+
+        Accounts of days that nobody asks for any more are deleted too.
+        """
+        ...
+
+
+def tokens_of(terminal: Terminal) -> int:
+    """Return what a reply cost, but for what was read from the cache, which costs a tenth."""
+    usage = terminal.usage
+    if usage is None:
+        return 0
+    asked = usage.input_tokens + (usage.cache_creation_input_tokens or 0)
+    return min(asked + usage.output_tokens, MOST_TOKENS)
+
+
+def day_of(seconds: float) -> int:
+    """Return the day, in UTC and since the epoch, of a time in seconds since the epoch."""
+    return int(seconds // 86400)
 
 
 def text_of(pieces: Sequence[str]) -> str:

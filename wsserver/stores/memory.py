@@ -1,6 +1,7 @@
 """The store that lasts as long as its process."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -12,9 +13,11 @@ from wsserver.stores.base import (
     StoredGeneration,
     Summary,
     Turn,
+    day_of,
     partial,
     text_of,
     title_of,
+    tokens_of,
 )
 
 __all__ = ["MemoryStore"]
@@ -35,6 +38,12 @@ class _Conversation:
     generations: list[_Generation] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Day:
+    spent: Counter[str] = field(default_factory=Counter)  # by owner
+    counted: set[tuple[str, str, float]] = field(default_factory=set)  # owner, id, and when begun
+
+
 class MemoryStore:
     """Keeps everything in dictionaries.
 
@@ -47,6 +56,7 @@ class MemoryStore:
         self._conversations: dict[str, _Conversation] = {}  # the least recently used first
         # By owner and id, which may come again, then by when they began; the latest is the last.
         self._generations: dict[tuple[str, str], dict[float, _Generation]] = {}
+        self._days: dict[int, _Day] = {}
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -59,6 +69,8 @@ class MemoryStore:
         now = time.time()
         for entry in entries:
             header = entry.header
+            if entry.terminal is not None:
+                self._count(header, entry.terminal, day_of(now))
             generation = self._generations.get((header.owner, header.id), {}).get(header.began)
             if generation is None:
                 if not entry.new:
@@ -72,6 +84,13 @@ class MemoryStore:
                 conversation = self._conversations[name] = self._conversations.pop(name)
                 if entry.new or entry.terminal is not None:
                     conversation.summary = replace(conversation.summary, updated=now)
+
+    def _count(self, header: Header, terminal: Terminal, today: int) -> None:
+        key = header.owner, header.id, header.began
+        if not any(key in day.counted for day in self._days.values()):
+            day = self._days.setdefault(today, _Day())
+            day.counted.add(key)
+            day.spent[header.owner] += tokens_of(terminal)
 
     def _begin(self, header: Header, now: float) -> _Generation:
         generation = _Generation(header)
@@ -155,11 +174,19 @@ class MemoryStore:
         self._drop(conversation)
         return True
 
+    async def spent(self, owner: str, day: int) -> int:
+        """Return the tokens of an owner's replies that ended on a day."""
+        found = self._days.get(day)
+        return 0 if found is None else found.spent[owner]
+
     async def purge(self, until: float) -> None:
         """Delete generations outside of conversations that ended before a time.
 
-        Of those in conversations only the text is kept, in one piece.
+        Of those in conversations only the text is kept, in one piece. Accounts are kept for today
+        and yesterday.
         """
+        yesterday = day_of(time.time()) - 1
+        self._days = {day: account for day, account in self._days.items() if day >= yesterday}
         for same in list(self._generations.values()):
             for generation in list(same.values()):
                 if generation.ended is None or generation.ended >= until:

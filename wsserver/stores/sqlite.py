@@ -20,7 +20,7 @@ import aiosqlite
 from pydantic import Json, TypeAdapter, ValidationError
 
 from wsserver.errors import ConfigError, StoreError
-from wsserver.generation import Thinking
+from wsserver.generation import Thinking, tokens_in
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
     Entry,
@@ -29,14 +29,17 @@ from wsserver.stores.base import (
     StoredGeneration,
     Summary,
     Turn,
+    day_of,
     partial,
     text_of,
     title_of,
+    tokens_of,
 )
 
 __all__ = ["SqliteStore"]
 
-PURGED_AT_ONCE = 200  # generations, so that no other write waits for long
+PURGED_AT_ONCE = 200  # rows of each kind, so that no other write waits for long
+DAYS_KEPT = 90  # that there are accounts of
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
 # Each brings the file from the version that is its place in this list to the next.
@@ -71,7 +74,34 @@ MIGRATIONS = [
         PRIMARY KEY (generation, after)
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE spent (
+        owner TEXT NOT NULL,
+        day INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        PRIMARY KEY (owner, day)
+    ) WITHOUT ROWID;
+    CREATE INDEX spent_by_day ON spent (day);
+    -- What is in the accounts, deleted or not, for as long as its end may be saved again.
+    CREATE TABLE counted (
+        owner TEXT NOT NULL,
+        id TEXT NOT NULL,
+        began REAL NOT NULL,
+        day INTEGER NOT NULL,
+        tokens INTEGER NOT NULL,
+        PRIMARY KEY (owner, id, began)
+    ) WITHOUT ROWID;
+    CREATE INDEX counted_by_day ON counted (day);
+    CREATE TRIGGER spend AFTER INSERT ON counted BEGIN
+        INSERT INTO spent VALUES (new.owner, new.day, new.tokens)
+        ON CONFLICT (owner, day) DO UPDATE SET tokens = tokens + excluded.tokens;
+    END;
+    CREATE INDEX generation_without_end ON generation (ended) WHERE ended IS NULL;
+    """,
 ]
+
+_COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
+_BURY = "UPDATE generation SET ended = ? WHERE ended IS NULL"
 
 _TERMINAL: TypeAdapter[Terminal] = TypeAdapter(Terminal)
 # Pieces are rows of the number that they come after and JSON: text as it is, thinking in a list.
@@ -118,6 +148,7 @@ class SqliteStore:
                 sqlite3.connect(self._path).close()
                 self._writer = await self._connect(stack)
                 await self._migrate()
+                await self._bury()
                 self._reader = await self._connect(stack)
             except (OSError, ValueError, sqlite3.Error) as error:
                 raise ConfigError(f"store: cannot use {self._path}: {error}") from error
@@ -155,10 +186,23 @@ class SqliteStore:
         await self._writer.executescript(
             f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;"
         )
-        # What had not ended has died with its process; its replay time begins now.
-        await self._writer.execute(
-            "UPDATE generation SET ended = ? WHERE ended IS NULL", (time.time(),)
-        )
+
+    async def _bury(self) -> None:
+        """End what died with its process: its replay time begins now, and what it said counts."""
+        now = time.time()
+        counts = []
+        for number, *key in await self._writer.execute_fetchall(
+            "SELECT number, owner, id, began FROM generation WHERE ended IS NULL"
+        ):
+            # One that is damaged is not in the way of all others.
+            with contextlib.suppress(StoreError), _errors():
+                parts = await self._writer.execute_fetchall(
+                    "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
+                )
+                counts.append((*key, day_of(now), tokens_in(sum(map(len, _pieces(parts))))))
+        # Should this process die in between, the next one counts none of them twice.
+        await self._writer.executemany(_COUNT, counts)
+        await self._writer.execute(_BURY, (now,))
 
     async def close(self) -> None:
         """Close the file, once what is under way is done."""
@@ -215,6 +259,14 @@ class SqliteStore:
                         now,
                         *_key(entry.header),
                     )
+                    for entry in entries
+                    if entry.terminal is not None
+                ],
+            )
+            await database.executemany(
+                _COUNT,
+                [
+                    (*_key(entry.header), day_of(now), tokens_of(entry.terminal))
                     for entry in entries
                     if entry.terminal is not None
                 ],
@@ -309,13 +361,37 @@ class SqliteStore:
             "DELETE FROM conversation WHERE id = ? AND owner = ?", (conversation, owner)
         )
 
+    async def spent(self, owner: str, day: int) -> int:
+        """Return the tokens of an owner's replies that ended on a day."""
+        async with self._read() as database:
+            ((tokens,),) = await database.execute_fetchall(
+                "SELECT CAST(total(tokens) AS INTEGER) FROM spent WHERE owner = ? AND day = ?",
+                (owner, day),
+            )
+        return int(tokens)
+
     async def purge(self, until: float) -> None:
-        """Delete generations outside of conversations that ended before a time, or some of them."""
-        await self._change(
-            "DELETE FROM generation WHERE number IN (SELECT number FROM generation "
-            "WHERE conversation IS NULL AND ended < ? LIMIT ?)",
-            (until, PURGED_AT_ONCE),
-        )
+        """Delete generations outside of conversations that ended before a time, or some of them.
+
+        Accounts are kept for 90 days; which replies are in them, for today and yesterday.
+        """
+        today = day_of(time.time())
+        async with self._write() as database:
+            await database.execute(
+                "DELETE FROM generation WHERE number IN (SELECT number FROM generation "
+                "WHERE conversation IS NULL AND ended < ? LIMIT ?)",
+                (until, PURGED_AT_ONCE),
+            )
+            await database.execute(
+                "DELETE FROM counted WHERE (owner, id, began) IN (SELECT owner, id, began "
+                "FROM counted WHERE day < ? LIMIT ?)",
+                (today - 1, PURGED_AT_ONCE),
+            )
+            await database.execute(
+                "DELETE FROM spent WHERE (owner, day) IN (SELECT owner, day "
+                "FROM spent WHERE day < ? LIMIT ?)",
+                (today - DAYS_KEPT, PURGED_AT_ONCE),
+            )
 
     async def _change(self, statement: str, values: Sequence[object]) -> bool:
         async with self._write() as database:
