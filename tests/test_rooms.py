@@ -26,6 +26,7 @@ FLOORS = {
     "live": 3,
     "hub": 3,
     "connection": 3,
+    "listening": 3,
     "transport": 3,
     "server": 4,
     "cli": 5,

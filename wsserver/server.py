@@ -22,7 +22,7 @@ from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 
-from wsserver import models, stores
+from wsserver import listening, models, stores
 from wsserver.connection import Connection
 from wsserver.errors import StoreError
 from wsserver.hub import Hub
@@ -42,7 +42,11 @@ CLOSE_PAUSE = 0.1  # seconds between batches, on average
 
 
 def serve(
-    model: Model | str | None = None, *, settings: Settings | None = None, **given: Any
+    model: Model | str | None = None,
+    *,
+    settings: Settings | None = None,
+    sockets: Sequence[listening.StreamSocket] = (),
+    **given: Any,
 ) -> "Server":
     """Make a server; it listens inside ``async with``.
 
@@ -57,6 +61,8 @@ def serve(
             :class:`wsserver.Model`, or a name as the setting ``model`` takes. Default: that
             setting.
         settings: all settings at once; without it they are read from the environment.
+        sockets: stream sockets to listen on, bound already, in place of the settings' addresses.
+            The server closes them.
         given: single settings, by name; they win over the environment.
 
     Raises:
@@ -70,25 +76,33 @@ def serve(
         raise TypeError("give either settings or single ones")
     if model is not None:
         models.check(model)
-    return Server(model, settings)
+    return Server(model, settings, sockets)
 
 
 class Server:
     """A running server; see :func:`serve`.
 
     Entering it raises ``OSError`` when it cannot listen on its address, and
-    :class:`~wsserver.ConfigError` when there is no model of the name in the settings. It runs once.
+    :class:`~wsserver.ConfigError` when there is no model of the name in the settings, or when the
+    certificate or the unix socket cannot be used. It runs once.
 
     Attributes:
         settings: what holds here.
         model_name: what answers, as clients see it.
-        port: where it listens, also where the setting was 0.
+        port: where it listens, also where the setting was 0; 0 if it has unix sockets alone.
+        bound: all addresses that it listens on, as people write them.
     """
 
     model_name: str
     port: int
+    bound: tuple[str, ...]
 
-    def __init__(self, model: Model | None, settings: Settings) -> None:
+    def __init__(
+        self,
+        model: Model | None,
+        settings: Settings,
+        sockets: Sequence[listening.StreamSocket] = (),
+    ) -> None:
         self.settings = settings
         self._model = model
         self._page = _Page()
@@ -96,7 +110,11 @@ class Server:
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
         self._store: Store
-        self._listener: Listener
+        self._given = tuple(sockets)
+        self._host = settings.host
+        self._certificate: listening.Certificate | None = None
+        self._unix_socket: listening.UnixSocket | None = None
+        self._listeners: list[Listener] = []
         self._own_model: Model | None = None  # made here, and so to be closed here
         self._closing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -106,18 +124,22 @@ class Server:
     @property
     def url(self) -> str:
         """The address for WebSocket clients on this machine."""
-        return f"ws://{self._address}/"
+        scheme = "ws" if self._certificate is None else "wss"
+        return f"{scheme}://{self._address}/" if self.port else f"{scheme}+unix:{self.bound[0]}:/"
 
     @property
     def page(self) -> str:
-        """The address for browsers on this machine."""
-        return f"http://{self._address}/"
+        """The address for browsers on this machine; that of a unix socket is as nginx has it."""
+        scheme = "http" if self._certificate is None else "https"
+        return f"{scheme}://{self._address}/" if self.port else f"{scheme}://unix:{self.bound[0]}:/"
 
     async def __aenter__(self) -> Self:
         if self._entered:
             raise RuntimeError("a server runs once")
         self._entered = True
         settings, model = self.settings, self._model
+        if settings.cert:
+            self._certificate = listening.Certificate(settings.cert, settings.key)
         if model is None:
             model = self._own_model = models.load(settings)
         self.model_name = models.name_of(model)
@@ -125,19 +147,26 @@ class Server:
         try:
             await self._store.open()
             self._hub = Hub(model, self._store, settings)
-            self._listener = await self._listen()
+            await self._listen()
         except BaseException:
+            self._stop_listening()
             await self._release(settings.stop_timeout)
             raise
-        self.port = int(self._listener.sockets[0].getsockname()[1])
         return self
 
-    async def _listen(self) -> Listener:
-        settings = self.settings
-        return await listen(
+    async def reload(self) -> bool:
+        """Read the certificate's files again, for new connections; those there are go on.
+
+        Returns:
+            Whether all could be read. What could not stays as it was, and the log says why.
+        """
+        return self._certificate is None or self._certificate.reload()
+
+    async def _listen(self) -> None:
+        settings, sockets = self.settings, self._given
+        start = functools.partial(
+            listen,
             self._handle,
-            settings.host,
-            settings.port,
             process_request=self._respond,
             select_subprotocol=_select_subprotocol,
             create_connection=functools.partial(  # type: ignore[arg-type]
@@ -154,7 +183,30 @@ class Server:
             max_size=settings.message_size,
             write_limit=settings.write_buffer,
             server_header=None,
+            ssl=None if self._certificate is None else self._certificate.context,
         )
+        if not sockets and settings.unix_socket:
+            mode = int(settings.unix_socket_mode, 8)
+            self._unix_socket = listening.UnixSocket(settings.unix_socket, mode)
+            sockets = (self._unix_socket.sock,)
+        for sock in sockets:
+            self._listeners.append(await start(sock=sock))
+        if not sockets:
+            self._listeners.append(await start(settings.host, settings.port))
+        self.bound = tuple(listening.name_of(sock) for sock in self._bound)
+        host, self.port = listening.tcp_address(self._bound)
+        if self._given:
+            self._host = host
+
+    @property
+    def _bound(self) -> list[listening.Listening]:
+        return [sock for listener in self._listeners for sock in listener.sockets]
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners:
+            listener.close(close_connections=False)
+        if self._unix_socket is not None:
+            self._unix_socket.remove()
 
     async def __aexit__(
         self,
@@ -168,7 +220,8 @@ class Server:
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
-        await self._listener.wait_closed()
+        for listener in self._listeners:
+            await listener.wait_closed()
 
     async def close(self) -> None:
         """Drain and close: take no more prompts, let replies finish, close the sockets with 1012.
@@ -190,7 +243,7 @@ class Server:
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.shutdown_timeout
-        self._listener.close(close_connections=False)
+        self._stop_listening()
         if not self._hurried:
             self._leaving = loop.create_task(self._leave())
             await asyncio.wait({self._leaving}, timeout=self.settings.shutdown_timeout)
@@ -199,7 +252,10 @@ class Server:
         for socket in tuple(self._sockets):
             socket.abort()
         await self._hub.close(min(self._left(deadline), self.settings.stop_timeout))
-        await self._listener.wait_closed()
+        # A TLS handshake can be neither waited for nor aborted from here; it ends by its own time.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._left(deadline)):
+                await self.serve_forever()
         await self._release(self._left(deadline))
 
     def _left(self, deadline: float) -> float:
@@ -256,7 +312,7 @@ class Server:
 
     @property
     def _address(self) -> str:
-        host = self.settings.host
+        host = self._host
         if host in {"0.0.0.0", "::", ""}:  # noqa: S104
             host = "localhost"
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"

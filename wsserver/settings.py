@@ -56,6 +56,16 @@ class Settings(BaseSettings):
     otherwise."""
     port: Annotated[int, Field(ge=0, le=65535), Unit("port")] = 3001
     """Port to listen on; 0 lets the system choose."""
+    unix_socket: str = ""
+    """Path of a unix socket to listen on, in place of `host` and `port`; for a proxy on the same
+    machine."""
+    unix_socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "660"
+    """Who may connect to the unix socket: its file's permissions, in octal."""
+    cert: str = ""
+    """TLS certificate, as a PEM file with the intermediate ones; the server then speaks `wss` and
+    `https` alone. SIGHUP has it read again, for new connections."""
+    key: str = ""
+    """Its private key, as a PEM file without a password. Default: it is in the file of `cert`."""
 
     # What answers.
     model: str = ""
@@ -192,6 +202,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
+        if self.key and not self.cert:
+            raise ValueError("key needs cert, the certificate that it belongs to")
         if self.prompt_size > self.message_size:
             raise ValueError("prompt_size must not be over message_size")
         if self.max_tokens > self.max_tokens_limit:

@@ -58,6 +58,7 @@ class Socket(ServerConnection):
         self._sockets = sockets
         self._method_not_allowed = method_not_allowed
         self._gone = False
+        self._below: asyncio.WriteTransport | None = None  # what TLS writes to, if there is TLS
         self._deadline: asyncio.TimerHandle | None = None
         self._unsent = 0  # when the deadline was set, and what was written since
         self._head = bytearray()  # the end of what came of the request so far
@@ -86,6 +87,7 @@ class Socket(ServerConnection):
         self._sockets.add(self)
         # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
         transport.max_size = READ_SIZE  # type: ignore[attr-defined]
+        self._below = _limit_tls(transport)
         sock = transport.get_extra_info("socket")
         option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
         if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
@@ -151,18 +153,41 @@ class Socket(ServerConnection):
         del self._head[:-3]
         return data
 
+    def _waiting(self) -> int:
+        """Return how many bytes the kernel has not taken yet."""
+        below = 0 if self._below is None else self._below.get_write_buffer_size()
+        return self.transport.get_write_buffer_size() + below
+
     def _check_unsent(self) -> None:
-        if self.transport.get_write_buffer_size() > self._settings.max_unsent and not self._gone:
+        if self._waiting() > self._settings.max_unsent and not self._gone:
             logger.warning("socket %s: too much unsent, aborted", self.id)
             self.abort()
 
     def _set_deadline(self) -> None:
-        self._unsent = self.transport.get_write_buffer_size()
+        self._unsent = self._waiting()
         self._deadline = self.loop.call_later(self._settings.send_timeout, self._check_progress)
 
     def _check_progress(self) -> None:
-        if self.transport.get_write_buffer_size() < self._unsent:
+        if self._waiting() < self._unsent:
             self._set_deadline()  # slow, but alive
         else:
             logger.warning("socket %s: does not read, aborted", self.id)
             self.abort()
+
+
+def _limit_tls(transport: asyncio.BaseTransport) -> asyncio.WriteTransport | None:
+    """Have TLS take little at once, and keep little; return the transport that it writes to.
+
+    It reads and writes through a second transport and a quarter of a megabyte of its own per
+    socket, for all of which asyncio has names, but no public ones.
+    """
+    tls = getattr(transport, "_ssl_protocol", None)
+    if tls is None:
+        return None
+    tls.max_size = READ_SIZE
+    tls._ssl_buffer = bytearray(READ_SIZE)  # noqa: SLF001
+    tls._ssl_buffer_view = memoryview(tls._ssl_buffer)  # noqa: SLF001
+    transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
+    below: asyncio.WriteTransport = tls._transport  # noqa: SLF001
+    below.set_write_buffer_limits(UNSENT_IN_KERNEL)
+    return below
