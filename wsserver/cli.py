@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import wsserver
+from wsserver import listening
 from wsserver.errors import ConfigError
 from wsserver.protocol import json_schema
 from wsserver.server import Server, serve
 from wsserver.settings import Settings
 
 __all__ = ["main"]
+
+logger = logging.getLogger("wsserver")
 
 USAGE_ERROR = 2
 LAST_MOMENT = 1.0  # seconds for Python to end when all is done
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.setdefault("store", f"sqlite:///{_data_file()}")
             settings = Settings.load(**arguments)
             logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-            logging.getLogger("wsserver").setLevel(settings.log_level.upper())
+            logger.setLevel(settings.log_level.upper())
             asyncio.run(_serve(settings))
     except ConfigError as error:
         print(f"wsserver: {error}", file=sys.stderr)
@@ -91,27 +94,68 @@ def _parser() -> argparse.ArgumentParser:
 async def _serve(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
         try:
-            server = await stack.enter_async_context(serve(settings=settings))
+            server = await stack.enter_async_context(
+                serve(settings=settings, sockets=listening.inherited())
+            )
         except OSError as error:
             raise ConfigError(_cannot_listen(settings, error)) from error
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
+        hung_up = asyncio.Event()
+        # Started from a terminal, and not to outlive it (as by nohup).
+        tied = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and _has_terminal()
 
         def on_signal() -> None:
             if asked.is_set():
                 server.hurry()
             asked.set()
 
+        def on_hangup() -> None:
+            if tied and not _has_terminal():
+                asked.set()
+            else:
+                hung_up.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        reloading = loop.create_task(_reload(server, hung_up))
         _announce(server)  # last, as who reads this may send a signal
+        listening.notify("READY=1")
         await asked.wait()
+        reloading.cancel()
+        await asyncio.wait({reloading})
+        listening.notify("STOPPING=1")
         _say("stopping; once more to stop at once")
         await server.close()
         # A model that holds on to a thread or to its task would keep the program from ending.
         last = threading.Timer(LAST_MOMENT, os._exit, [0])
         last.daemon = True
         last.start()
+
+
+async def _reload(server: Server, asked: asyncio.Event) -> None:
+    """Reload each time that it is asked for; once for those that come while it is at it."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        listening.notify("RELOADING=1")
+        try:
+            if await server.reload():
+                logger.info("reloaded")
+        except Exception:
+            logger.exception("cannot reload")
+        finally:
+            listening.notify("READY=1")
+
+
+def _has_terminal() -> bool:
+    """Whether there is a terminal that this program belongs to."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def _cannot_listen(settings: Settings, error: OSError) -> str:
@@ -126,12 +170,11 @@ def _announce(server: Server) -> None:
     note = ""
     if server.model_name == "demo":
         note = " (offline, no language model; set ANTHROPIC_API_KEY to talk to Claude)"
-    _say(
-        f"wsserver {wsserver.__version__}, model {server.model_name}{note}\n"
-        f"  page       {server.page}\n"
-        f"  websocket  {server.url}\n"
-        "  Ctrl-C stops"
-    )
+    lines = [f"wsserver {wsserver.__version__}, model {server.model_name}{note}"]
+    if server.port:
+        lines += [f"  page       {server.page}", f"  websocket  {server.url}"]
+    lines += [f"  socket     {name}" for name in server.bound if name.startswith(("/", "@"))]
+    _say("\n".join([*lines, "  Ctrl-C stops"]))
 
 
 def _say(text: str) -> None:
