@@ -34,7 +34,7 @@ def settings_table() -> str:
     lines = ["| variable | default | unit | |", "|---|---|---|---|"]
     for name, field in Settings.model_fields.items():
         value = field.default
-        shown = "" if value in ("", ()) else f"`{str(value).lower()}`"
+        shown = "" if str(value) in {"", "()", "None"} else f"`{str(value).lower()}`"
         text = " ".join((field.description or "").split())
         unit = Settings.unit(name)
         lines.append(f"| `WSSERVER_{name.upper()}` | {shown} | {unit} | {text} |")

@@ -32,7 +32,7 @@ async def ask(server: wsserver.Server, request: str) -> tuple[int, dict[str, str
 async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
     server: wsserver.Server,
 ) -> None:
-    status, headers, body = await ask(server, "GET / HTTP/1.1\nHost: x\n\n")
+    status, headers, body = await ask(server, "GET / HTTP/1.1\nHost: localhost\n\n")
     assert status == 200
     assert headers["content-type"] == "text/html; charset=utf-8"
     assert int(headers["content-length"]) == len(body)
@@ -61,7 +61,7 @@ async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
 async def test_anything_else_is_answered_as_http_says(
     server: wsserver.Server, request_line: str, status: int, header: tuple[str, str] | None
 ) -> None:
-    got, headers, body = await ask(server, f"{request_line}\nHost: x\n\n")
+    got, headers, body = await ask(server, f"{request_line}\nHost: localhost\n\n")
     assert got == status
     assert int(headers["content-length"]) == len(body) > 0
     if header is not None:
@@ -70,7 +70,7 @@ async def test_anything_else_is_answered_as_http_says(
 
 async def test_a_request_with_a_body_is_answered_too(server: wsserver.Server) -> None:
     status, headers, body = await ask(
-        server, 'POST / HTTP/1.1\nHost: x\nContent-Length: 15\n\n{"prompt": "x"}'
+        server, 'POST / HTTP/1.1\nHost: localhost\nContent-Length: 15\n\n{"prompt": "x"}'
     )
     assert (status, headers["allow"]) == (405, "get, head")
     assert int(headers["content-length"]) == len(body)
@@ -79,7 +79,7 @@ async def test_a_request_with_a_body_is_answered_too(server: wsserver.Server) ->
 async def test_a_second_request_behind_the_first_is_not_read(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    status, _, body = await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n" * 2)
+    status, _, body = await ask(server, "GET /healthz HTTP/1.1\nHost: localhost\n\n" * 2)
     assert (status, body) == (200, b"ok\n")
     assert not [record for record in caplog.records if record.exc_info]
 
@@ -97,8 +97,8 @@ async def test_a_request_in_bits_is_put_together(server: wsserver.Server) -> Non
 
 
 async def test_head_is_get_without_the_body(server: wsserver.Server) -> None:
-    _, got, body = await ask(server, "GET / HTTP/1.1\nHost: x\n\n")
-    status, headers, nothing = await ask(server, "HEAD / HTTP/1.1\nHost: x\n\n")
+    _, got, body = await ask(server, "GET / HTTP/1.1\nHost: localhost\n\n")
+    status, headers, nothing = await ask(server, "HEAD / HTTP/1.1\nHost: localhost\n\n")
     assert (status, nothing) == (200, b"")
     assert headers == got
     assert int(headers["content-length"]) == len(body)

@@ -311,7 +311,9 @@ async def test_what_comes_behind_tls_is_read_in_small_turns(
 
 async def test_a_prompt_over_a_unix_socket(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
-    async with wsserver.serve(puppet, unix_socket=str(path), drain_timeout=0) as server:
+    async with wsserver.serve(
+        puppet, unix_socket=str(path), allow_anonymous=True, drain_timeout=0
+    ) as server:
         assert server.bound == (str(path),)
         assert server.port == 0
         assert server.url == f"ws+unix:{path}:/"
@@ -330,7 +332,9 @@ async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder
         dead.bind(str(path))
         dead.listen()
     mode = "600"
-    async with wsserver.serve(puppet, unix_socket=str(path), unix_socket_mode=mode):
+    async with wsserver.serve(
+        puppet, unix_socket=str(path), allow_anonymous=True, unix_socket_mode=mode
+    ):
         assert path.stat().st_mode & 0o777 == 0o600
         async with on_unix(path) as chat:
             await chat.quiet()
@@ -338,9 +342,9 @@ async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder
 
 async def test_a_unix_socket_of_a_living_server_is_left_to_it(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
-    async with wsserver.serve(puppet, unix_socket=str(path)):
+    async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
         with pytest.raises(ConfigError, match="in use by a running server"):
-            async with wsserver.serve(puppet, unix_socket=str(path)):
+            async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
                 raise AssertionError
         async with on_unix(path) as chat:
             await chat.quiet()
@@ -350,10 +354,10 @@ async def test_a_server_that_goes_leaves_the_socket_of_its_successor(
     puppet: Puppet, folder: Path
 ) -> None:
     path = folder / "s"
-    first = wsserver.serve(puppet, unix_socket=str(path))
+    first = wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True)
     await first.__aenter__()
     path.rename(folder / "aside")
-    async with wsserver.serve(puppet, unix_socket=str(path)):
+    async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
         await first.close()
         async with on_unix(path) as chat:
             await chat.quiet()
@@ -369,7 +373,7 @@ async def test_what_is_no_socket_is_never_removed(puppet: Puppet, folder: Path, 
     else:
         path.symlink_to(folder / "elsewhere")
     with pytest.raises(ConfigError, match="exists and is no socket"):
-        async with wsserver.serve(puppet, unix_socket=str(path)):
+        async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
             raise AssertionError
     assert path.is_symlink() or path.exists()
 
@@ -405,7 +409,7 @@ def test_a_mode_is_octal(mode: str) -> None:
 
 async def test_the_command_line_says_where_the_unix_socket_is(folder: Path) -> None:
     path = folder / "s"
-    async with run(*SERVE, "--unix-socket", str(path)) as process:
+    async with run(*SERVE, "--unix-socket", str(path), "--allow-anonymous") as process:
         await process.line(rf"socket +{path}\n")
         assert "http" not in process.output
         async with on_unix(path) as chat:
@@ -651,7 +655,7 @@ def test_addresses_are_named_as_people_write_them() -> None:
 async def test_all_addresses_are_known(puppet: Puppet) -> None:
     with socket.create_server(("127.0.0.1", 0)) as first:
         second = socket.create_server(("127.0.0.2", 0))
-        async with wsserver.serve(puppet, sockets=[first, second]) as server:
+        async with wsserver.serve(puppet, sockets=[first, second], allow_anonymous=True) as server:
             assert server.bound == tuple(listening.name_of(sock) for sock in (first, second))
             assert server.port == first.getsockname()[1]
             assert listening.loopback(server._bound)

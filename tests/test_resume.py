@@ -414,7 +414,8 @@ async def test_what_is_somebody_elses_looks_exactly_like_what_is_not_there(
     async with client(server) as other:
         await other.quiet()
         for connection in server._connections.values():
-            connection._owner = "somebody else" if not connection._own else "anonymous"
+            if not connection._own:
+                connection._visitor.principal = wsserver.Principal("somebody else")
         for frame in (
             {"type": "resume", "id": ID},
             {"type": "open", "conversation": ONE},

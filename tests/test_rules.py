@@ -23,6 +23,8 @@ from hypothesis.stateful import (
 
 from tests.support.puppet import Puppet, Reply, Thinking
 from wsserver import Code, End, ModelError, Settings, Usage
+from wsserver.admission import Admission
+from wsserver.auth import ANONYMOUS
 from wsserver.connection import Connection
 from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
@@ -158,7 +160,9 @@ class Rules(RuleBasedStateMachine):
     @rule(target=clients)
     def connect(self) -> Connection:
         port = FakePort(self)
-        connection: Connection = self.call(Connection, port, self.hub, self.settings)
+        visitor = Admission(self.settings, None).arrive("127.0.0.1")
+        visitor.principal = ANONYMOUS
+        connection: Connection = self.call(Connection, port, self.hub, self.settings, visitor)
         self.ports[connection] = port
         return connection
 

@@ -1,4 +1,4 @@
-"""The command line: ``wsserver serve`` and ``wsserver schema``."""
+"""The command line: ``wsserver serve``, ``wsserver token`` and ``wsserver schema``."""
 
 import argparse
 import asyncio
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import wsserver
 from wsserver import listening
+from wsserver.auth import tokens
 from wsserver.errors import ConfigError
 from wsserver.protocol import json_schema
 from wsserver.server import Server, serve
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if command == "schema":
             print(json.dumps(json_schema(), indent=2))
+        elif command == "token":
+            _make_token(**arguments)
         else:
             if not os.environ.get("WSSERVER_STORE"):
                 arguments.setdefault("store", f"sqlite:///{_data_file()}")
@@ -71,6 +74,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("schema", help="print the JSON Schema of all frames")
+    token = commands.add_parser("token", help="make tokens that let clients in")
+    making = token.add_subparsers(required=True, metavar="new").add_parser(
+        "new",
+        help="make one, and print it",
+        description="Make a token and print it. It is not kept: the server needs only its digest, "
+        "which goes into the file of the setting token_file.",
+        allow_abbrev=False,
+    )
+    making.add_argument("name", metavar="NAME", help="who it is for, as clients and logs see")
+    making.add_argument("--file", type=Path, help="append the digest to this file")
+    making.add_argument(
+        "--days", type=_days, help="for how many days it is good; default: for ever"
+    )
     serving = commands.add_parser(
         "serve",
         help="start the server",
@@ -80,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for name, field in Settings.model_fields.items():
-        shown = "" if field.default in ("", ()) else f" Default: {field.default}."
+        shown = (
+            f" Default: {field.default}." if str(field.default) not in {"", "()", "None"} else ""
+        )
         text = f"{field.description}{shown} [WSSERVER_{name.upper()}]".replace("%", "%%")
         options: dict[str, Any] = {"help": text}
         if field.annotation is bool:
@@ -89,6 +107,28 @@ def _parser() -> argparse.ArgumentParser:
             options["metavar"] = Settings.unit(name).upper()
         serving.add_argument("--" + name.replace("_", "-"), **options)
     return parser
+
+
+def _days(text: str) -> int:
+    days = int(text)
+    if days < 0:
+        raise ValueError
+    return days
+
+
+def _make_token(name: str, file: Path | None, days: int | None) -> None:
+    token, line = tokens.new(name, days)
+    if file is None:
+        _note(f"put this line into the file of the setting token_file:\n{line}\nthe token:")
+    else:
+        tokens.add(file, line)
+        _note(f"added to {file}; a running server reads it on SIGHUP. The token:")
+    print(token)
+
+
+def _note(text: str) -> None:
+    # What a script takes is on stdout, and what a person reads on stderr.
+    print(text, file=sys.stderr)
 
 
 async def _serve(settings: Settings) -> None:

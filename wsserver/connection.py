@@ -9,17 +9,24 @@ import asyncio
 import functools
 import logging
 import secrets
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
 from typing import Protocol
 
+from wsserver.admission import Visitor
 from wsserver.errors import Code, Refused, StoreError
-from wsserver.generation import State
+from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
+from wsserver.limits import Bucket
 from wsserver.live import Conversation, Generation
 from wsserver.protocol import (
+    Auth,
+    Authenticated,
+    ClientFrame,
+    Close,
     ConversationItem,
     Conversations,
     Delete,
@@ -48,7 +55,6 @@ __all__ = ["Connection", "Transport"]
 
 logger = logging.getLogger("wsserver")
 
-ANONYMOUS = "anonymous"
 REQUESTS = 32  # of one client that wait for the store; it gets `limit` for more
 FRAME_ROOM = 4096  # bytes of a `history` frame besides its messages
 
@@ -65,8 +71,12 @@ class Transport(Protocol):
         """Send a frame at once or buffer it. Does nothing once the client is gone."""
         ...
 
+    def end(self, code: Close, reason: str) -> None:
+        """Close the connection, after what was written before."""
+        ...
 
-Request = Prompt | Resume | Open | List | Rename | Delete
+
+Request = Auth | Prompt | Resume | Open | List | Rename | Delete
 
 
 @dataclass(eq=False, slots=True)
@@ -116,67 +126,154 @@ class Connection:
         transport: the way to the client.
         hub: where generations live.
         settings: the limits that hold here.
-        owner: who the client acts for.
+        visitor: who the client acts for, or has yet to say.
+
+    Attributes:
+        frames: how many came.
+        heard: when the last one came that was no ``ping``, by the event loop's clock.
     """
 
     __slots__ = (
-        "_bad_frames",
+        "_bucket",
         "_cursors",
+        "_ended",
+        "_expiry",
         "_gone",
         "_hub",
         "_idle",
+        "_loop",
         "_own",
-        "_owner",
+        "_visitor",
         "_waiting",
+        "_wasted",
         "_watched",
         "_worker",
         "_writable",
+        "frames",
+        "heard",
         "settings",
         "transport",
     )
 
     def __init__(
-        self, transport: Transport, hub: Hub, settings: Settings, owner: str = ANONYMOUS
+        self, transport: Transport, hub: Hub, settings: Settings, visitor: Visitor
     ) -> None:
         self.transport = transport
         self.settings = settings
+        self.frames = 0
         self._hub = hub
-        self._owner = owner
+        self._visitor = visitor
+        self._loop = asyncio.get_running_loop()
+        self.heard = self._loop.time()
+        self._bucket = Bucket(settings.frame_rate, settings.frame_burst, self.heard)
         self._own: str | None = None  # the conversation that goes on where a prompt names none
         self._cursors: dict[Generation, _Cursor] = {}
         self._watched: set[Conversation] = set()
         self._waiting: deque[_Waiting] = deque()
         self._worker: asyncio.Task[None] | None = None  # answers what waits; only while it does
-        self._bad_frames = 0
+        self._wasted = 0  # frames in a row that were unusable, or too many
+        self._ended = False  # no more is heard of this client
         self._gone = False
+        self._expiry: asyncio.TimerHandle | None = None
         self._idle: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None  # what the worker waits for
+        self._set_expiry()
 
-    def receive(self, message: str | bytes) -> bool:
-        """Answer one message, now or when the store has told what is needed for it.
+    @property
+    def principal(self) -> str | None:
+        """Who the client acts for; None as long as it has not said so."""
+        principal = self._visitor.principal
+        return None if principal is None else principal.name
 
-        Returns:
-            False when the client has sent too much nonsense in a row and should be turned away.
-        """
-        frame = None
+    @property
+    def idle_since(self) -> float | None:
+        """When it last wanted anything, by the event loop's clock; None while it still does."""
+        return None if self._cursors or self._waiting else self.heard
+
+    def receive(self, message: str | bytes) -> None:
+        """Answer one message, now or when the store has told what is needed for it."""
+        if self._ended:
+            return
+        self.frames += 1
+        frame, wait = None, 0.0
         try:
             if isinstance(message, bytes):
                 raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
             frame = parse(message)
-            self._bad_frames = 0
-            match frame:
-                case Stop():
-                    self._stop(frame)
-                case Ping():
-                    self.transport.write(encode(Pong()))
-                case _:
-                    self._queue(frame)
+            if isinstance(frame, Stop) and self._stop(frame):
+                pass  # obeyed, however many frames came before it
+            else:
+                wait = self._bucket.take(self._loop.time())
+                self._take(frame, wait)
+            self._wasted = 0
         except Refused as refused:
             refused.about = refused.about or _id_of(frame)
             self._refuse(refused)
-            if frame is None:
-                self._bad_frames += 1
-        return self._bad_frames < self.settings.bad_frames
+            if frame is None or wait:
+                self._wasted += 1
+        if not isinstance(frame, Ping):
+            self.heard = self._loop.time()
+        if self._wasted >= self.settings.bad_frames:
+            self._end(Close.POLICY_VIOLATION, "too many unusable frames")
+
+    def _take(self, frame: ClientFrame, wait: float) -> None:
+        if isinstance(frame, Stop):
+            raise Refused(Code.NOT_RUNNING)
+        if wait:
+            raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
+        if isinstance(frame, Ping):
+            self.transport.write(encode(Pong()))
+        else:
+            self._queue(frame)
+
+    def _end(self, code: Close, reason: str) -> None:
+        """Hear no more of the client, and close the connection."""
+        self._ended = True
+        self._drop_requests()
+        self.transport.end(code, reason)
+
+    # Who it is.
+
+    @property
+    def _owner(self) -> str:
+        if self._visitor.principal is None:
+            raise Refused(
+                Code.UNAUTHENTICATED, 'Say first who you are: {"type": "auth", "token": "…"}.'
+            )
+        return self._visitor.principal.name
+
+    async def _authenticate(self, auth: Auth) -> None:
+        principal = await self._visitor.authenticate(auth.token)
+        self._set_expiry()
+        self.transport.write(
+            encode(Authenticated(principal=well_formed(principal.name), expires=principal.expires))
+        )
+
+    def _set_expiry(self) -> None:
+        """Shut the client out when it has not said in time who it is, or when that ends."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            self._expiry = None
+        principal = self._visitor.principal
+        if principal is None:
+            delay, why = self.settings.auth_timeout, "No `auth` frame came in time."
+        elif principal.expires is not None:
+            delay, why = principal.expires - time.time(), "The token has expired."
+        else:
+            return
+        self._expiry = self._loop.call_later(max(0.0, delay), self.shut_out, why)
+
+    async def still_welcome(self) -> bool:
+        """Whether the client would be let in again now."""
+        return await self._visitor.still_welcome()
+
+    def shut_out(self, why: str) -> None:
+        """Tell the client that it acts for nobody any more, and close the connection."""
+        if not self._ended and not self._gone:
+            self._refuse(Refused(Code.UNAUTHENTICATED, why))
+            self._end(Close.POLICY_VIOLATION, "unauthenticated")
+
+    # What is written.
 
     def wake(self) -> None:
         """The client can take more: let each generation go on from where it was."""
@@ -205,6 +302,8 @@ class Connection:
     def detach(self) -> None:
         """The client is gone: leave all that it followed, and drop what it still asked for."""
         self._gone = True
+        if self._expiry is not None:
+            self._expiry.cancel()
         self._drop_requests()
         for conversation in self._watched:
             conversation.watchers.discard(self)
@@ -256,6 +355,9 @@ class Connection:
                     refused = error if isinstance(error, Refused) else Refused(Code.STORE)
                     refused.about = _id_of(waiting.request)
                     self._refuse(refused, None if refused is error else error)
+                    if isinstance(waiting.request, Auth) and self.principal is None:
+                        self._turn_away(refused)
+                        return
                 except Exception as error:  # noqa: BLE001
                     self._refuse(Refused(Code.INTERNAL), error)
                 self._waiting.popleft()
@@ -264,8 +366,15 @@ class Connection:
                 self._worker = None
             self._check_idle()
 
+    def _turn_away(self, refused: Refused) -> None:
+        """Close on one that could not say who it is; it may guess again in a new connection."""
+        later = refused.retryable
+        self._end(Close.TRY_AGAIN_LATER if later else Close.POLICY_VIOLATION, refused.code)
+
     async def _answer(self, waiting: _Waiting) -> None:
         match waiting.request:
+            case Auth() as auth:
+                await self._authenticate(auth)
             case Prompt() as prompt:
                 generation = await self._prompt(prompt)
                 if waiting.stopped:
@@ -286,10 +395,11 @@ class Connection:
                 self.transport.write(encode(Deleted(conversation=name)))
 
     async def _prompt(self, prompt: Prompt) -> Generation:
-        known = self._hub.known(self._owner, prompt.id) is not None
+        owner = self._owner
+        known = self._hub.known(owner, prompt.id) is not None
         if not known and self._active(prompt) >= self.settings.generations_per_socket:
             raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
-        generation = await self._hub.prompt(prompt, self._owner, self._own, self)
+        generation = await self._hub.prompt(prompt, owner, self._visitor.account, self._own, self)
         if prompt.conversation is None and generation.conversation_id is not None:
             self._own = generation.conversation_id
         # After each `start` comes everything, so that a client need not know what it has had.
@@ -391,7 +501,8 @@ class Connection:
         cursor.seq = after
         cursor.wake()
 
-    def _stop(self, stop: Stop) -> None:
+    def _stop(self, stop: Stop) -> bool:
+        """Stop what is asked for; False where there is nothing to stop."""
         waiting = [
             waiting
             for waiting in self._waiting
@@ -401,15 +512,15 @@ class Connection:
             # Those that wait first: else they would begin as the one before them ends.
             targets = sorted(self._cursors, key=lambda g: g.log.state is not State.QUEUED)
         else:
-            known = self._hub.known(self._owner, stop.id)
+            owner = self.principal
+            known = None if owner is None else self._hub.known(owner, stop.id)
             targets = [] if known is None else [known]
         running = [generation for generation in targets if generation.log.state is not State.ENDED]
-        if not running and not waiting:
-            raise Refused(Code.NOT_RUNNING)
         for request in waiting:
             request.stopped = True
         for generation in running:
             self._hub.stop(generation, "client")
+        return bool(running or waiting)
 
     def _active(self, prompt: Prompt) -> int:
         """Count what was started here and runs or waits, without what the prompt would replace."""

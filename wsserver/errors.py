@@ -44,9 +44,12 @@ class Code(StrEnum):
     NOT_FOUND = "not_found", False, "There is no such generation or conversation, or no more."
     GAP = "gap", False, "The generation has no pieces up to that `after`."
     NOT_RUNNING = "not_running", False, "There is nothing (of that `id`) to stop. Harmless."
+    UNAUTHENTICATED = "unauthenticated", False, "The token is missing, not valid, or has expired."
     # What the server cannot do now.
     BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
-    LIMIT = "limit", True, "This socket, conversation or server runs as much as it may."
+    LIMIT = "limit", True, "This client, conversation or server does as much as it may."
+    QUOTA = "quota", True, "The tokens of this day are used up; see `retry_after`."
+    AUTH_UNAVAILABLE = "auth_unavailable", True, "The server cannot check tokens now."
     STORE = "store", True, "The server cannot read or save conversations now."
     SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."
     # How a generation failed.

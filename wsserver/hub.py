@@ -23,6 +23,7 @@ from wsserver.generation import (
     well_formed,
 )
 from wsserver.journal import Journal
+from wsserver.limits import SECONDS_PER_DAY, Budget, Rates, Shares
 from wsserver.live import (
     Conversation,
     Generation,
@@ -35,7 +36,15 @@ from wsserver.live import (
 from wsserver.models.base import Message, Model, Request, name_of
 from wsserver.protocol import Done, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
-from wsserver.stores.base import Header, Store, StoredConversation, Summary, Turn
+from wsserver.stores.base import (
+    Header,
+    Store,
+    StoredConversation,
+    Summary,
+    Turn,
+    day_of,
+    tokens_of,
+)
 
 __all__ = ["Hub"]
 
@@ -68,6 +77,9 @@ class Hub:
             keep=settings.replay,
         )
         self._loop = asyncio.get_running_loop()
+        self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
+        self._shares = Shares(settings.generations_per_principal)
+        self._budget = Budget(settings.tokens_per_day)
         self._generations: dict[tuple[str, str], Generation] = {}  # by owner and id
         self._live: set[Generation] = set()
         self._tasks: set[asyncio.Task[End]] = set()
@@ -107,13 +119,14 @@ class Hub:
         return known
 
     async def prompt(
-        self, prompt: Prompt, owner: str, own: str | None, sender: Watcher
+        self, prompt: Prompt, owner: str, account: str, own: str | None, sender: Watcher
     ) -> Generation:
         """Accept a prompt: start a generation, queue it, or return the one that it already has.
 
         Args:
             prompt: what the client sent.
             owner: for whom.
+            account: whose limits count.
             own: the id of the conversation that goes on where the prompt names none; None makes
                 a new one.
             sender: who needs not be told of it, of those who watch the conversation.
@@ -130,13 +143,15 @@ class Hub:
             conversation = None if name is None else await self._load(name, owner)
             if conversation is None:
                 conversation = Conversation(name or _new_id(), owner)
+        while not self._budget.knows(owner, day := day_of(time.time())):
+            self._budget.learn(owner, day, await self._store.spent(owner, day))
         # From here on nothing is awaited: what has been found out stays true.
         known = self.known(owner, prompt.id) or found
         if known is not None:
             if known.prompt != prompt:
                 raise Refused(Code.ID_CONFLICT)
             return known
-        return self._accept(prompt, owner, conversation, sender)
+        return self._accept(prompt, owner, account, conversation, sender)
 
     def stop(self, generation: Generation, why: StoppedBy | ModelError) -> None:
         """Stop a generation; its terminal follows once the request to the model is closed.
@@ -351,28 +366,32 @@ class Hub:
             raise Refused(Code.MODEL_NOT_ALLOWED)
 
     def _accept(
-        self, prompt: Prompt, owner: str, conversation: Conversation | None, sender: Watcher
+        self,
+        prompt: Prompt,
+        owner: str,
+        account: str,
+        conversation: Conversation | None,
+        sender: Watcher,
     ) -> Generation:
         if self._draining:
             raise Refused(Code.SHUTTING_DOWN)
-        if self.live >= self._settings.generations:
-            raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
         if conversation is not None:
-            if conversation.busy and prompt.on_busy == "reject":
-                raise Refused(Code.BUSY)
-            full = len(conversation.queue) >= self._settings.queue_size
-            if conversation.busy and prompt.on_busy == "queue" and full:
-                raise Refused(Code.LIMIT, "The conversation's queue is full.")
+            self._check_turn(prompt, conversation)
+        allowance = self._allow(prompt, owner, account)
+        if conversation is not None:
             self._keep(conversation)
-
         generation = Generation(
             id=prompt.id or _new_id(),
             owner=owner,
+            account=account,
             prompt=prompt,
+            allowance=allowance,
             model=prompt.model or self.model_name,
             conversation_id=None if conversation is None else conversation.id,
             conversation=conversation,
         )
+        self._shares.take(account)
+        self._budget.reserve(owner, generation.allowance)
         self._generations[owner, generation.id] = generation
         self._live.add(generation)
         self._idle.clear()
@@ -389,6 +408,33 @@ class Hub:
                 if watcher is not sender:
                     watcher.attach(generation)
         return generation
+
+    def _check_turn(self, prompt: Prompt, conversation: Conversation) -> None:
+        if conversation.busy and prompt.on_busy == "reject":
+            raise Refused(Code.BUSY)
+        full = len(conversation.queue) >= self._settings.queue_size
+        if conversation.busy and prompt.on_busy == "queue" and full:
+            raise Refused(Code.LIMIT, "The conversation's queue is full.")
+
+    def _allow(self, prompt: Prompt, owner: str, account: str) -> int:
+        """Return how many output tokens a prompt gets.
+
+        Raises:
+            Refused: it must not run now.
+        """
+        settings = self._settings
+        if self.live >= settings.generations:
+            raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
+        if self._shares.full(account):
+            raise Refused(Code.LIMIT, "You run as many generations as you may.")
+        left = self._budget.left(owner)
+        if left == 0:
+            tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
+            raise Refused(Code.QUOTA, retry_after=tomorrow)
+        if wait := self._rates.take(account, self._loop.time()):
+            raise Refused(Code.LIMIT, "Too many prompts a minute.", retry_after=wait)
+        wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
+        return wanted if left is None else min(wanted, left)
 
     # Running a model.
 
@@ -426,7 +472,7 @@ class Hub:
         return Request(
             messages=tuple(messages),
             model=generation.model,
-            max_tokens=min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit),
+            max_tokens=generation.allowance,
             system=prompt.system or settings.system or None,
             temperature=prompt.temperature,
         )
@@ -549,6 +595,8 @@ class Hub:
         if conversation is not None and conversation.running is generation:
             conversation.running = None
         self._live.discard(generation)
+        self._shares.give(generation.account)
+        self._budget.settle(generation.owner, generation.allowance, tokens_of(terminal))
         self._retain(generation)
         self._report(generation, terminal)
         generation.task = None  # with the traceback of a failure, and all that holds on to

@@ -65,6 +65,8 @@ class Generation:
     prompt: Prompt
     model: str
     conversation_id: str | None
+    account: str = ""  # whose limits count
+    allowance: int = 0  # output tokens that it may use
     conversation: Conversation | None = None  # None too for one that comes from the store
     log: Log[Terminal] = field(default_factory=Log)
     record: Record | None = None  # how far it is saved, once it has begun

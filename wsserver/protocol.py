@@ -26,6 +26,8 @@ from wsserver.generation import Run, Usage
 
 __all__ = [
     "SUBPROTOCOL",
+    "Auth",
+    "Authenticated",
     "ClientFrame",
     "Close",
     "ConversationItem",
@@ -91,6 +93,7 @@ class Close(IntEnum):
     MESSAGE_TOO_BIG = 1009
     INTERNAL_ERROR = 1011
     SERVICE_RESTART = 1012
+    TRY_AGAIN_LATER = 1013
 
 
 class _Frame(BaseModel):
@@ -151,6 +154,13 @@ class Stop(_Frame):
     id: Annotated[str, Field(max_length=64)] | None = None
 
 
+class Auth(_Frame):
+    """Say who the client acts for, for those that can set no headers; again before it expires."""
+
+    type: Literal["auth"] = "auth"
+    token: Annotated[Text, Field(min_length=1, max_length=8192, repr=False)]
+
+
 class Ping(_Frame):
     """A heartbeat that JavaScript can send; answered by ``pong``."""
 
@@ -199,7 +209,7 @@ class Delete(_Frame):
     conversation: Id
 
 
-ClientFrame = Prompt | Stop | Resume | Open | List | Rename | Delete | Ping
+ClientFrame = Prompt | Stop | Resume | Open | List | Rename | Delete | Auth | Ping
 
 _CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
     "prompt": Prompt,
@@ -209,6 +219,7 @@ _CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
     "list": List,
     "rename": Rename,
     "delete": Delete,
+    "auth": Auth,
     "ping": Ping,
 }
 
@@ -304,6 +315,14 @@ class Error(_Frame):
     ref: str
 
 
+class Authenticated(_Frame):
+    """The answer to ``auth``: for whom, and until when, in seconds since 1970, if it ends."""
+
+    type: Literal["authenticated"] = "authenticated"
+    principal: str
+    expires: float | None = None
+
+
 class Pong(_Frame):
     """The answer to ``ping``."""
 
@@ -379,6 +398,7 @@ ServerFrame = (
     | Conversations
     | Renamed
     | Deleted
+    | Authenticated
     | Pong
 )
 
@@ -392,6 +412,7 @@ _SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
     Conversations,
     Renamed,
     Deleted,
+    Authenticated,
     Pong,
 )
 

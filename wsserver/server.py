@@ -1,49 +1,56 @@
 """The server: listen, answer HTTP, hand each WebSocket a connection, drain and close."""
 
 import asyncio
-import base64
 import contextlib
 import functools
-import hashlib
-import http
-import importlib.resources
+import logging
 import random
-import re
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
 from websockets.asyncio.server import Server as Listener
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as listen
-from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.protocol import State
 from websockets.typing import Subprotocol
 
-from wsserver import listening, models, stores
+from wsserver import auth, listening, models, stores
+from wsserver.admission import Admission, Denied, Visitor
+from wsserver.auth import Authenticator
 from wsserver.connection import Connection
-from wsserver.errors import StoreError
+from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
 from wsserver.models.base import Model
 from wsserver.protocol import SUBPROTOCOL, Close
+from wsserver.responses import method_not_allowed, respond
+from wsserver.routes import Operations, Page
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.transport import Socket
 
 __all__ = ["Server", "serve"]
 
+logger = logging.getLogger("wsserver")
+# What the library says of handshakes that came to nothing is any stranger's doing.
+_SILENT = logging.getLogger("wsserver.websockets")
+_SILENT.setLevel(logging.CRITICAL)
+
 WEBSOCKET_PATHS = ("/", "/ws")
 MESSAGES_PER_TURN = 16  # taken from a client that sends without a pause, before others get theirs
 LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
 CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
+LOOKS_PER_IDLE_TIME = 10  # at who has been idle for too long
 
 
 def serve(
     model: Model | str | None = None,
     *,
+    authenticate: Authenticator | None = None,
     settings: Settings | None = None,
     sockets: Sequence[listening.StreamSocket] = (),
     **given: Any,
@@ -60,6 +67,8 @@ def serve(
         model: what answers: an async generator from a request to pieces, see
             :class:`wsserver.Model`, or a name as the setting ``model`` takes. Default: that
             setting.
+        authenticate: what tells principals by their tokens, see :class:`wsserver.Authenticator`.
+            Default: what the settings ask for.
         settings: all settings at once; without it they are read from the environment.
         sockets: stream sockets to listen on, bound already, in place of the settings' addresses.
             The server closes them.
@@ -76,15 +85,16 @@ def serve(
         raise TypeError("give either settings or single ones")
     if model is not None:
         models.check(model)
-    return Server(model, settings, sockets)
+    return Server(model, authenticate, settings, sockets)
 
 
 class Server:
     """A running server; see :func:`serve`.
 
     Entering it raises ``OSError`` when it cannot listen on its address, and
-    :class:`~wsserver.ConfigError` when there is no model of the name in the settings, or when the
-    certificate or the unix socket cannot be used. It runs once.
+    :class:`~wsserver.ConfigError` when there is no model of the name in the settings, when the
+    certificate or the unix socket cannot be used, or when strangers could reach it without saying
+    who they are. It runs once.
 
     Attributes:
         settings: what holds here.
@@ -100,12 +110,18 @@ class Server:
     def __init__(
         self,
         model: Model | None,
+        authenticate: Authenticator | None,
         settings: Settings,
         sockets: Sequence[listening.StreamSocket] = (),
     ) -> None:
         self.settings = settings
         self._model = model
-        self._page = _Page()
+        self._authenticate = authenticate
+        self._page = Page()
+        self._admission: Admission
+        self._operations: Operations
+        self._operations_listener: Listener | None = None
+        self._sweep: asyncio.TimerHandle | None = None
         self._sockets: set[Socket] = set()
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
@@ -145,22 +161,66 @@ class Server:
         self.model_name = models.name_of(model)
         self._store = stores.make(settings)
         try:
+            if self._authenticate is None:
+                self._authenticate = auth.make(settings)
+            self._admission = Admission(settings, self._authenticate)
             await self._store.open()
             self._hub = Hub(model, self._store, settings)
+            self._operations = Operations(
+                lambda: (b"", "text/plain"),
+                self._readiness,
+                settings.metrics_token.get_secret_value(),
+            )
             await self._listen()
+            self._check_exposure()
+            if settings.operations_port is not None:
+                await self._listen_for_operators(settings)
+            for listener in self._listeners:
+                await listener.start_serving()
         except BaseException:
             self._stop_listening()
             await self._release(settings.stop_timeout)
             raise
+        self._dismiss_idle()
         return self
 
+    def _check_exposure(self) -> None:
+        """Refuse to serve strangers who need not say who they are, unless told so.
+
+        Raises:
+            ConfigError: it would.
+        """
+        settings = self.settings
+        self._admission.loopback = listening.loopback(self._bound)
+        if self._authenticate is not None:
+            if settings.allow_anonymous:
+                raise ConfigError("allow_anonymous contradicts the tokens; give one or the other")
+        elif not self._admission.loopback:
+            if not settings.allow_anonymous:
+                raise ConfigError(
+                    "strangers could use this server, as its address is not loopback; let them "
+                    "say who they are (make a token with `wsserver token new NAME --file FILE`, "
+                    "and start with --token-file FILE), or serve them all with --allow-anonymous"
+                )
+            logger.warning(
+                "anyone who reaches this server can spend your money and read all conversations"
+            )
+
     async def reload(self) -> bool:
-        """Read the certificate's files again, for new connections; those there are go on.
+        """Read anew the certificate and what lets clients in.
+
+        Open sockets go on, but for those of clients who would not be let in any more.
 
         Returns:
             Whether all could be read. What could not stays as it was, and the log says why.
         """
-        return self._certificate is None or self._certificate.reload()
+        done = self._certificate is None or self._certificate.reload()
+        if self._authenticate is not None:
+            done = await auth.reload(self._authenticate) and done
+        for connection in tuple(self._connections.values()):
+            if not await connection.still_welcome():
+                connection.shut_out("The token is not valid any more.")
+        return done
 
     async def _listen(self) -> None:
         settings, sockets = self.settings, self._given
@@ -173,7 +233,8 @@ class Server:
                 Socket,
                 settings=settings,
                 sockets=self._sockets,
-                method_not_allowed=_method_not_allowed().serialize(),
+                admission=self._admission,
+                on_denied=self._denied,
             ),
             compression=None,  # costs 40 KiB a socket and half of the send rate
             open_timeout=settings.open_timeout,
@@ -182,8 +243,10 @@ class Server:
             close_timeout=settings.send_timeout,
             max_size=settings.message_size,
             write_limit=settings.write_buffer,
+            logger=_SILENT,
             server_header=None,
             ssl=None if self._certificate is None else self._certificate.context,
+            start_serving=False,
         )
         if not sockets and settings.unix_socket:
             mode = int(settings.unix_socket_mode, 8)
@@ -207,6 +270,17 @@ class Server:
             listener.close(close_connections=False)
         if self._unix_socket is not None:
             self._unix_socket.remove()
+
+    async def _listen_for_operators(self, settings: Settings) -> None:
+        self._operations_listener = await listen(
+            self._handle,  # never called, as each request is answered before
+            settings.operations_host,
+            settings.operations_port,
+            process_request=self._respond_to_operator,
+            open_timeout=settings.open_timeout,
+            logger=_SILENT,
+            server_header=None,
+        )
 
     async def __aexit__(
         self,
@@ -244,6 +318,8 @@ class Server:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.shutdown_timeout
         self._stop_listening()
+        if self._sweep is not None:
+            self._sweep.cancel()
         if not self._hurried:
             self._leaving = loop.create_task(self._leave())
             await asyncio.wait({self._leaving}, timeout=self.settings.shutdown_timeout)
@@ -256,6 +332,8 @@ class Server:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._left(deadline)):
                 await self.serve_forever()
+        if self._operations_listener is not None:  # until now it has told how things stand
+            self._operations_listener.close()
         await self._release(self._left(deadline))
 
     def _left(self, deadline: float) -> float:
@@ -266,6 +344,8 @@ class Server:
         with contextlib.suppress(TimeoutError, StoreError):
             async with asyncio.timeout(within):
                 await self._store.close()
+        if self._authenticate is not None:
+            await auth.close(self._authenticate)
         if self._own_model is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(within, self.settings.stop_timeout)):
@@ -290,16 +370,14 @@ class Server:
     async def _handle(self, socket: ServerConnection) -> None:
         """Serve one WebSocket until it closes."""
         assert isinstance(socket, Socket)
-        connection = Connection(socket, self._hub, self.settings)
+        connection = Connection(socket, self._hub, self.settings, socket.visitor)
         socket.wake = connection.wake
         self._connections[socket] = connection
         try:
             with contextlib.suppress(ConnectionClosed):
                 turn = 0
                 async for message in socket:
-                    if not connection.receive(message):
-                        await socket.close(Close.POLICY_VIOLATION, "too many unusable frames")
-                        return
+                    connection.receive(message)
                     turn += 1
                     if turn == MESSAGES_PER_TURN:
                         turn = 0
@@ -307,6 +385,18 @@ class Server:
         finally:
             connection.detach()
             del self._connections[socket]
+
+    def _dismiss_idle(self) -> None:
+        """Close sockets whose clients want nothing any more."""
+        timeout = self.settings.idle_timeout
+        if not timeout or self._closing is not None:
+            return
+        loop = asyncio.get_running_loop()
+        for socket, connection in tuple(self._connections.items()):
+            since = connection.idle_since
+            if since is not None and since + timeout <= loop.time():
+                socket.end(Close.NORMAL, "idle")
+        self._sweep = loop.call_later(timeout / LOOKS_PER_IDLE_TIME, self._dismiss_idle)
 
     # HTTP.
 
@@ -317,81 +407,76 @@ class Server:
             host = "localhost"
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
-    def _respond(self, _: ServerConnection, request: Request) -> Response | None:
+    async def _respond(self, socket: ServerConnection, request: Request) -> Response | None:
         """Answer what is not a WebSocket handshake; None lets the library go on with one."""
+        assert isinstance(socket, Socket)
+        headers = _lower(request)
         path = request.path.partition("?")[0]
-        websocket = "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
-        if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
-            return None
-        if path not in {*WEBSOCKET_PATHS, "/healthz"}:
-            response = _response(http.HTTPStatus.NOT_FOUND, b"Not found\n")
-        elif request.method not in {"GET", "HEAD"}:
-            response = _method_not_allowed()
+        websocket = "websocket" in headers.get("upgrade", "").lower()
+        try:
+            socket.visitor.introduce(headers)
+            if path not in {"/healthz", "/readyz"}:  # which probes ask for by any name
+                self._admission.check_host(headers)
+            if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
+                await socket.visitor.knock(request.path, headers)
+                return None
+        except Denied as denied:
+            self._denied(socket, denied)
+            return respond(denied.status, denied.message, headers=denied.headers)
+        return await self._get(path, request.method, headers, socket.visitor)
+
+    async def _get(
+        self, path: str, method: str, headers: Mapping[str, str], visitor: Visitor
+    ) -> Response:
+        operations = self._operations.PATHS if self._operations_listener is None else ("/healthz",)
+        if path not in {*WEBSOCKET_PATHS, *operations}:
+            response = respond(HTTPStatus.NOT_FOUND, "Not found")
+        elif method not in {"GET", "HEAD"}:
+            response = method_not_allowed()
         elif path == "/":
             response = self._page.respond()
-        elif path == "/healthz":
-            response = _response(http.HTTPStatus.OK, b"ok\n")
+        elif path in operations:
+            response = await self._operations.respond(path, headers, visitor)
         else:
-            response = _response(
-                http.HTTPStatus.UPGRADE_REQUIRED,
-                b"This address speaks WebSocket; the page is at /\n",
+            response = respond(
+                HTTPStatus.UPGRADE_REQUIRED,
+                "This address speaks WebSocket; the page is at /",
                 headers={"Upgrade": "websocket"},
             )
-        if request.method == "HEAD":
+        if method == "HEAD":
             response.body = b""
         return response
 
+    async def _respond_to_operator(self, _: ServerConnection, request: Request) -> Response:
+        path = request.path.partition("?")[0]
+        if path not in self._operations.PATHS:
+            return respond(HTTPStatus.NOT_FOUND, "Not found")
+        return await self._operations.respond(path, _lower(request), None)
 
-class _Page:
-    """The page at ``/``, and the policy that lets it run its own script and no other."""
+    async def _readiness(self) -> Mapping[str, bool]:
+        """Tell what it takes to serve clients, part by part, and whether it is there."""
+        store = True
+        try:
+            async with asyncio.timeout(self.settings.store_timeout):
+                await self._store.list("", 1, None)
+        except (StoreError, TimeoutError):
+            store = False
+        return {
+            "store": store,
+            "serving": self._closing is None,
+        }
 
-    def __init__(self) -> None:
-        self._body = importlib.resources.files("wsserver").joinpath("web/index.html").read_bytes()
-        script = _hashes(self._body, b"script")
-        style = _hashes(self._body, b"style")
-        self._policy = (
-            f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-
-    def respond(self) -> Response:
-        return _response(
-            http.HTTPStatus.OK,
-            self._body,
-            "text/html; charset=utf-8",
-            {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"},
-        )
-
-
-def _hashes(page: bytes, tag: bytes) -> str:
-    """Name the inline scripts or styles of a page by their hashes (CSP level 3, section 2.3.1)."""
-    found = re.findall(b"<%b[^>]*>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-    digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found)
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
+    def _denied(self, socket: Socket, denied: Denied) -> None:
+        logger.info("refused a connection of %s: %s", socket.remote_address, denied.why)
 
 
-def _response(
-    status: http.HTTPStatus,
-    body: bytes,
-    content_type: str = "text/plain; charset=utf-8",
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    common = {
-        "Connection": "close",
-        "Content-Type": content_type,
-        "Content-Length": str(len(body)),
-        "Cache-Control": "no-cache",
-        "X-Content-Type-Options": "nosniff",
-    }
-    return Response(status.value, status.phrase, Headers({**common, **(headers or {})}), body)
-
-
-def _method_not_allowed() -> Response:
-    return _response(
-        http.HTTPStatus.METHOD_NOT_ALLOWED,
-        b"Method not allowed\n",
-        headers={"Allow": "GET, HEAD"},
-    )
+def _lower(request: Request) -> dict[str, str]:
+    """Return a request's headers by their names in lower case, repeated ones as one list."""
+    headers: dict[str, str] = {}
+    for given, value in request.headers.raw_items():
+        name = given.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
 
 
 def _select_subprotocol(_: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

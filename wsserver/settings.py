@@ -8,7 +8,7 @@ A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, 
 import os
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from wsserver.errors import ConfigError
@@ -28,6 +28,7 @@ Bytes = Annotated[int, Field(ge=1), Unit("bytes")]
 Characters = Annotated[int, Field(ge=1), Unit("characters")]
 Tokens = Annotated[int, Field(ge=1), Unit("tokens")]
 Count = Annotated[int, Field(ge=0), Unit("number")]
+Names = Annotated[tuple[str, ...], NoDecode]
 PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
 PREFIX = "WSSERVER_"
@@ -72,7 +73,7 @@ class Settings(BaseSettings):
     """What answers: `demo`, `anthropic:MODEL` (or a bare `claude-…`), or
     `package.module:attribute` for a model of your own. Default: claude-sonnet-4-6 where
     the environment has Anthropic credentials, else demo."""
-    models: Annotated[tuple[str, ...], NoDecode] = ()
+    models: Names = ()
     """Other model ids that a prompt may ask for, separated by commas. Empty, as each is a price
     that you agree to pay."""
     system: str = ""
@@ -88,6 +89,29 @@ class Settings(BaseSettings):
     """Let Anthropic cache the conversation so far, which makes every further turn cheaper."""
     demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("words/s")] = 25.0
     """Pace of the demo model, by default a human reading pace; 0 is as fast as it can."""
+
+    # Who may use it.
+    tokens: str = ""
+    """Tokens that let principals in, `NAME sha256:DIGEST` each, separated by commas;
+    `wsserver token new NAME` makes one. Digests, so that whoever reads them cannot use them."""
+    token_file: str = ""
+    """A file of such lines, read again on SIGHUP; sockets whose token is gone are then closed."""
+    allow_anonymous: bool = False
+    """Serve whoever can reach an address that is not loopback. Off, as they spend your money and
+    share all their conversations."""
+    auth_timeout: PositiveSeconds = 10.0
+    """For a client to send its `auth` frame; it takes a slot that others may need."""
+    hosts: Names = ()
+    """Names under which browsers reach this server, separated by commas, `*.example.com` for all
+    below one. Addresses and localhost are always served; any other name may be an attacker's that
+    was made to lead here."""
+    origins: Names = ()
+    """Web pages of other origins that may connect, separated by commas: `https://example.com`,
+    `https://*.example.com`, `null` for pages opened as files, or `*`. By default only this
+    server's own, and while it listens on loopback those of localhost."""
+    proxies: Names = ()
+    """Addresses or networks of proxies whose `X-Forwarded-For` is believed, separated by commas;
+    `unix` for whoever is at the unix socket. From anyone else it is a claim."""
 
     # What lasts.
     store: str = "memory:"
@@ -106,14 +130,34 @@ class Settings(BaseSettings):
     prompt_size: Bytes = 32_768
     """Largest prompt, or messages together, as UTF-8."""
     bad_frames: PositiveCount = 20
-    """Unusable frames in a row after which a socket is closed with 1008. Enough for a person who
-    tries things out by hand."""
+    """Unusable frames, or those over the rate, in a row after which a socket is closed with 1008.
+    Enough for a person who tries things out by hand."""
+    frame_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("frames/s")] = 5.0
+    """Frames of one socket in the long run, and more than a person at a keyboard sends. A `stop`
+    is always obeyed."""
+    frame_burst: PositiveCount = 40
+    """Frames at once: a client that comes back asks again for all that it had open."""
+    prompts_per_minute: PositiveCount = 60
+    """Prompts of one principal, or of one address where nobody says who they are."""
+    tokens_per_day: Count = 1_000_000
+    """Tokens of one principal per day (UTC), input and output, without what Anthropic's cache
+    had: at most about 15 dollars of claude-sonnet. All the anonymous are one. 0 sets no limit."""
 
     # How much runs at once.
     generations: PositiveCount = 800
     """Replies running or queued in this process, and connections to the model's API with them."""
     generations_per_socket: PositiveCount = 4
     """Replies running or queued for one socket, so that one client cannot take them all."""
+    generations_per_principal: PositiveCount = 32
+    """Replies running or queued for one principal, or one address where nobody says who they
+    are, on however many sockets."""
+    connections: PositiveCount = 10_000
+    """Open connections of this process, about 150 MB of them; more get 503."""
+    connections_per_principal: PositiveCount = 100
+    """Open sockets of one principal: tabs, devices and scripts."""
+    connections_per_address: PositiveCount = 100
+    """Open connections of one address, or of one /64 network of IPv6, handshakes included; more
+    get 429. Many people may share an address."""
     queue_size: Count = 8
     """Prompts that may wait in one conversation with `on_busy: queue`."""
     conversations: PositiveCount = 10_000
@@ -158,6 +202,9 @@ class Settings(BaseSettings):
     connection."""
     ping_timeout: PositiveSeconds = 20.0
     """For the answer to a ping; the peer is then taken for gone."""
+    idle_timeout: Seconds = 3600.0
+    """That a client may neither ask nor follow anything, before its socket is closed with 1000:
+    one that has been forgotten takes a slot. Pings do not count; 0 waits for ever."""
     send_timeout: PositiveSeconds = 10.0
     """That a reader may take nothing of what waits for it; its socket is then aborted."""
     write_buffer: Bytes = 32_768
@@ -168,16 +215,27 @@ class Settings(BaseSettings):
     frame_size: Characters = 16_384
     """Characters up to which text that waited for a slow reader is merged into one frame."""
 
+    # What its operator sees.
+    metrics_token: SecretStr = SecretStr("")
+    """Bearer token for `/metrics`. Without one only programs on this machine get them, as they
+    tell how much is going on."""
+    operations_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address of the port for operators."""
+    operations_port: Annotated[int, Field(ge=0, le=65535), Unit("port")] | None = None
+    """Another port for `/metrics`, `/readyz` and `/healthz`, which ask nobody for anything, so
+    that the port for clients need not have the first two. Without one they are at the same."""
+    log_level: str = "info"
+    """Least severe log lines shown: debug, info, warning or error. Only debug shows the texts of
+    exceptions, which may tell what should stay secret."""
+
     # How it ends.
     drain_timeout: Seconds = 15.0
     """That running replies get to finish on SIGTERM or Ctrl-C; they are then stopped."""
     shutdown_timeout: Seconds = 27.0
     """For the whole shutdown, within the 30 s that service managers commonly give; what is left
     is aborted."""
-    log_level: str = "info"
-    """Least severe log lines shown: debug, info, warning or error."""
 
-    @field_validator("models", mode="before")
+    @field_validator("models", "hosts", "origins", "proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

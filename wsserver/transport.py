@@ -16,6 +16,9 @@ from websockets.asyncio.server import Server, ServerConnection, broadcast
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
+from wsserver.admission import Admission, Denied, Visitor
+from wsserver.protocol import Close
+from wsserver.responses import method_not_allowed, respond
 from wsserver.settings import Settings
 
 __all__ = ["Socket"]
@@ -26,6 +29,7 @@ logger = logging.getLogger("wsserver")
 # noticed here, where its text can be merged, and a stop need not wait behind it.
 UNSENT_IN_KERNEL = 16384
 READ_SIZE = 8192  # bytes taken from one socket before others get their turn
+LINGER = 1.0  # seconds for one who is turned away at the door to read why
 
 _OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
 
@@ -38,9 +42,15 @@ class Socket(ServerConnection):
         server: the library's.
         settings: its ``send_timeout`` and ``max_unsent`` hold here.
         sockets: where it registers for as long as it is connected, handshake included.
-        method_not_allowed: the HTTP response to a method that the library does not know.
+        admission: who may connect at all.
+        on_denied: told why, where one may not.
         options: the library's.
+
+    Attributes:
+        visitor: what is known of the client.
     """
+
+    visitor: Visitor
 
     def __init__(
         self,
@@ -49,14 +59,18 @@ class Socket(ServerConnection):
         *,
         settings: Settings,
         sockets: set["Socket"],
-        method_not_allowed: bytes,
+        admission: Admission,
+        on_denied: Callable[["Socket", Denied], None],
         **options: Any,
     ) -> None:
         super().__init__(protocol, server, **options)
         self.wake: Callable[[], None] = lambda: None
         self._settings = settings
         self._sockets = sockets
-        self._method_not_allowed = method_not_allowed
+        self._admission = admission
+        self._on_denied = on_denied
+        self._arrived = False
+        self._ending: asyncio.Task[None] | None = None
         self._gone = False
         self._below: asyncio.WriteTransport | None = None  # what TLS writes to, if there is TLS
         self._deadline: asyncio.TimerHandle | None = None
@@ -76,6 +90,11 @@ class Socket(ServerConnection):
             self._unsent += len(frame)
             self._check_unsent()
 
+    def end(self, code: Close, reason: str) -> None:
+        """Begin to close, after all that was written before."""
+        if self._ending is None:
+            self._ending = self.loop.create_task(self.close(code, reason))
+
     def abort(self) -> None:
         """Cut the connection. What is unsent is lost."""
         self._gone = True
@@ -85,6 +104,16 @@ class Socket(ServerConnection):
         """Set the socket up."""
         super().connection_made(transport)
         self._sockets.add(self)
+        peer = transport.get_extra_info("peername")
+        try:
+            self.visitor = self._admission.arrive(peer[0] if peer else "unix")
+            self._arrived = True
+        except Denied as denied:
+            self._on_denied(self, denied)
+            response = respond(denied.status, denied.message, headers=denied.headers)
+            self._answer_and_drop(response.serialize())
+            self.loop.call_later(LINGER, self.abort)
+            return
         # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
         transport.max_size = READ_SIZE  # type: ignore[attr-defined]
         self._below = _limit_tls(transport)
@@ -98,6 +127,8 @@ class Socket(ServerConnection):
         """Forget the connection."""
         self._gone = True
         self._sockets.discard(self)
+        if self._arrived:
+            self._admission.depart(self.visitor)
         if self._deadline is not None:
             self._deadline.cancel()
         super().connection_lost(exc)
@@ -137,12 +168,8 @@ class Socket(ServerConnection):
         if self._head_ended:
             return b""
         if not self._head and data.startswith(_OTHER_METHODS):
-            # The library hangs up on requests with a body. So this one is answered here; what
-            # follows is read and dropped until the peer has gone or the time for it is up.
-            self._head_ended = True
-            self.transport.write(self._method_not_allowed)
-            if self.transport.can_write_eof():
-                self.transport.write_eof()
+            # The library hangs up on requests with a body. So this one is answered here.
+            self._answer_and_drop(method_not_allowed().serialize())
             return b""
         before = len(self._head)
         self._head += data
@@ -157,6 +184,17 @@ class Socket(ServerConnection):
         """Return how many bytes the kernel has not taken yet."""
         below = 0 if self._below is None else self._below.get_write_buffer_size()
         return self.transport.get_write_buffer_size() + below
+
+    def _answer_and_drop(self, response: bytes) -> None:
+        """Answer before the library does.
+
+        What follows is read and dropped until the peer has gone or the time for it is up: to close
+        on unread data would reset the connection, and take the answer with it.
+        """
+        self._head_ended = True
+        self.transport.write(response)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
     def _check_unsent(self) -> None:
         if self._waiting() > self._settings.max_unsent and not self._gone:

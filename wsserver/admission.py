@@ -1,0 +1,422 @@
+"""The door: which connections are let in, and as whom.
+
+A server on one's own machine is reached by every page in the browser on it, and by every name that
+an attacker makes lead there. So three things are looked at before a WebSocket begins: the name
+under which the client believes to reach the server (Host), the page that asks (Origin, RFC 6454),
+and for whom (RFC 6750). None of them can be forged by a page.
+"""
+
+import functools
+import ipaddress
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
+from wsserver.errors import Code, ConfigError, Refused
+from wsserver.limits import Shares
+from wsserver.settings import Settings
+
+__all__ = ["Admission", "Denied", "Visitor"]
+
+logger = logging.getLogger("wsserver")
+
+RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
+IPV6_NETWORK = 64  # bits that one customer commonly gets
+
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.%]+\]|[^\[\]:/@\s]+)(?::(?P<port>\d{1,5}))?", re.ASCII)
+_ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[^/]+)", re.ASCII)
+
+
+class Denied(Exception):
+    """A connection is not let in.
+
+    Attributes:
+        status: of the HTTP response.
+        why: ``host``, ``origin``, ``unauthenticated``, ``limit`` or ``unavailable``.
+        message: for people; what the client's side, or the operator, can do.
+        headers: of the HTTP response.
+    """
+
+    def __init__(
+        self, status: HTTPStatus, why: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.why = why
+        self.message = message
+        self.headers = headers or {}
+
+
+class Admission:
+    """Decides who comes in.
+
+    Args:
+        settings: the names, pages, proxies and limits that hold here.
+        authenticate: what tells principals by their tokens; None where nobody is asked.
+
+    Attributes:
+        loopback: whether only this machine's programs can reach the server. Set when it listens.
+        secure: whether the server speaks TLS itself.
+
+    Raises:
+        ConfigError: a setting is not what it should be a list of.
+    """
+
+    def __init__(self, settings: Settings, authenticate: Authenticator | None) -> None:
+        self.settings = settings
+        self.authenticate = authenticate
+        self.loopback = True
+        self.secure = False
+        self.principals = Shares(settings.connections_per_principal)  # their connections
+        self._addresses = Shares(settings.connections_per_address)
+        self._open = 0
+        self._hosts = [_host_pattern(host) for host in settings.hosts]
+        self._origins = [_origin_pattern(origin) for origin in settings.origins]
+        self._proxies = [_network(name) for name in settings.proxies if name != "unix"]
+        self._unix_proxy = "unix" in settings.proxies
+
+    def arrive(self, peer: str) -> "Visitor":
+        """Let a connection in for so long as its request takes.
+
+        Args:
+            peer: the address at its other end; ``unix`` at a unix socket.
+
+        Raises:
+            Denied: there are as many as there may be.
+        """
+        if self._open >= self.settings.connections:
+            raise _later("limit", "This server has as many connections as it may.")
+        # Of a proxy's client the address is still to come.
+        counted = None if self.trusted(peer) else self.count(peer)
+        self._open += 1
+        return Visitor(self, peer, counted)
+
+    def depart(self, visitor: "Visitor") -> None:
+        """Forget a connection that has ended."""
+        self._open -= 1
+        if visitor.counted is not None:
+            self._addresses.give(visitor.counted)
+            visitor.counted = None
+        if visitor.shared is not None:
+            self.principals.give(visitor.shared)
+            visitor.shared = None
+
+    def count(self, address: str) -> str:
+        """Count a connection as one of an address's; return the key that it is counted under.
+
+        Raises:
+            Denied: the address has as many as it may.
+        """
+        key = _unit(address)
+        if not self._addresses.take(key):
+            raise _too_many("address")
+        return key
+
+    def trusted(self, peer: str) -> bool:
+        """Whether what a peer says of others is believed."""
+        if peer == "unix":
+            return self._unix_proxy
+        if not self._proxies:
+            return False
+        address = _address(peer)
+        return address is not None and any(address in network for network in self._proxies)
+
+    def client_address(self, peer: str, forwarded_for: str) -> str:
+        """Return the address of the client behind listed proxies.
+
+        Each proxy appends who called it. From the right, the first that is not a listed proxy is
+        the client; what stands left of it is that client's own claim.
+        """
+        if not self.trusted(peer):
+            return peer
+        found = peer
+        for name in reversed([part.strip() for part in forwarded_for.split(",")]):
+            address = _address(name)
+            if address is None:
+                break
+            found = str(address)
+            if not self.trusted(found):
+                break
+        return found
+
+    def check_host(self, headers: Mapping[str, str]) -> None:
+        """Refuse names that an attacker may have made lead here (DNS rebinding).
+
+        Raises:
+            Denied: the server is not known by this name.
+        """
+        host = headers.get("host", "")
+        match = _HOST.fullmatch(host.lower())
+        name = "" if match is None else match["name"].rstrip(".")
+        if name and (_local(name) or _address(name) or name == self.settings.host.lower()):
+            return
+        if name and any(pattern.fullmatch(name) for pattern in self._hosts):
+            return
+        raise Denied(
+            HTTPStatus.MISDIRECTED_REQUEST,
+            "host",
+            "This server is not known by this name. Its operator can add the name to the setting "
+            "`hosts` (WSSERVER_HOSTS).",
+        )
+
+    def check_origin(self, headers: Mapping[str, str], *, local: bool, secure: bool) -> None:
+        """Refuse pages that have no business here (cross-site WebSocket hijacking).
+
+        Raises:
+            Denied: the page's origin is another one, and not listed.
+        """
+        origin = headers.get("origin")
+        if origin is None or any(pattern.fullmatch(origin.lower()) for pattern in self._origins):
+            return
+        match = _ORIGIN.fullmatch(origin.lower())
+        page = None if match is None else _HOST.fullmatch(match["host"])
+        if match is not None and page is not None:
+            if local and _local(page["name"]):
+                return
+            # Where a proxy ends TLS without telling, only the browser knows which it was.
+            scheme_fits = match["scheme"] == "https" or not secure
+            own = _HOST.fullmatch(headers.get("host", "").lower())
+            default = _DEFAULT_PORTS[match["scheme"]]
+            if (
+                scheme_fits
+                and own is not None
+                and (own["name"], own["port"] or default) == (page["name"], page["port"] or default)
+            ):
+                return
+        raise Denied(
+            HTTPStatus.FORBIDDEN,
+            "origin",
+            "Pages of this origin may not connect. The server's operator can add it to the "
+            "setting `origins` (WSSERVER_ORIGINS).",
+        )
+
+
+class Visitor:
+    """One connection, from its arrival to its end.
+
+    Attributes:
+        address: of the client; until its request is there, of the peer.
+        principal: who it acts for; None as long as it has not said so.
+        counted: under which address it is counted.
+        shared: under which principal it is counted.
+    """
+
+    __slots__ = (
+        "_admission",
+        "_handshake",
+        "_peer",
+        "_token",
+        "address",
+        "counted",
+        "principal",
+        "shared",
+    )
+
+    def __init__(self, admission: Admission, peer: str, counted: str | None) -> None:
+        self._admission = admission
+        self._peer = peer
+        self._handshake: Handshake | None = None
+        self._token: str | None = None
+        self.address = peer
+        self.principal: Principal | None = None
+        self.counted = counted
+        self.shared: str | None = None
+
+    @property
+    def account(self) -> str:
+        """Whose limits count: the principal's, or the address's where nobody says who they are."""
+        if self.principal is None or self.principal is ANONYMOUS:
+            return f"anonymous {_unit(self.address)}"
+        return f"principal {self.principal.name}"
+
+    def introduce(self, headers: Mapping[str, str]) -> None:
+        """Take the client's address from what a listed proxy says of it.
+
+        Raises:
+            Denied: that address has as many connections as it may.
+        """
+        forwarded_for = headers.get("x-forwarded-for", "")
+        self.address = self._admission.client_address(self._peer, forwarded_for)
+        if self.counted is None:
+            self.counted = self._admission.count(self.address)
+
+    def local(self, headers: Mapping[str, str]) -> bool:
+        """Whether it is a program on this machine itself, and not somebody behind a proxy on it."""
+        address = _address(self.address)
+        return (
+            self._admission.loopback
+            and address is not None
+            and address.is_loopback
+            and not any(name in headers for name in _FORWARDED)
+        )
+
+    async def knock(self, path: str, headers: Mapping[str, str]) -> None:
+        """Ask to open a WebSocket. It may then still have to say who it is, in an ``auth`` frame.
+
+        Raises:
+            Denied: it must not.
+        """
+        admission = self._admission
+        local = self.local(headers)
+        forwarded_https = headers.get("x-forwarded-proto", "").lower() == "https"
+        secure = admission.secure or (forwarded_https and admission.trusted(self._peer))
+        admission.check_origin(headers, local=local, secure=secure)
+        if admission.authenticate is None:
+            self.principal = ANONYMOUS
+            return
+        self._handshake = Handshake(self.address, path, headers)
+        token = bearer(headers)
+        try:
+            principal = await self._identify(token)
+        except Unavailable:
+            raise _later("unavailable", Code.AUTH_UNAVAILABLE.meaning) from None
+        if principal is not None:
+            if not self._become(principal, token):
+                raise _too_many("principal")
+        elif token is not None or ("origin" not in headers and not local):
+            raise Denied(
+                HTTPStatus.UNAUTHORIZED,
+                "unauthenticated",
+                "Send a valid token, as `Authorization: Bearer TOKEN`.",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    async def authenticate(self, token: str) -> Principal:
+        """Say who it is, or once more before that expires; return who it is.
+
+        Raises:
+            Refused: the token is not good, or not now, or somebody else's than the one before.
+        """
+        if self._admission.authenticate is None:
+            return ANONYMOUS
+        try:
+            principal = await self._identify(token)
+        except Unavailable:
+            raise Refused(Code.AUTH_UNAVAILABLE) from None
+        if principal is None:
+            raise Refused(Code.UNAUTHENTICATED)
+        if self.principal is not None and principal.name != self.principal.name:
+            raise Refused(
+                Code.UNAUTHENTICATED, "This socket acts for another principal; open a new one."
+            )
+        if not self._become(principal, token):
+            raise Refused(
+                Code.LIMIT, "This principal has as many sockets as it may.", retry_after=RETRY_AFTER
+            )
+        return principal
+
+    async def still_welcome(self) -> bool:
+        """Whether who it is would be let in again now, with the same token."""
+        if self._admission.authenticate is None or self.principal is None:
+            return True
+        try:
+            principal = await self._identify(self._token)
+        except Unavailable:
+            return True  # nobody has said no
+        return principal is not None and principal.name == self.principal.name
+
+    async def _identify(self, token: str | None) -> Principal | None:
+        authenticate = self._admission.authenticate
+        assert authenticate is not None
+        assert self._handshake is not None
+        try:
+            principal = await authenticate(token, self._handshake)
+        except Unavailable:
+            raise
+        except Exception as error:
+            logger.exception("the authenticator failed")
+            raise Unavailable from error
+        if principal is None or (principal.expires or math.inf) <= time.time():
+            return None
+        return principal
+
+    def _become(self, principal: Principal, token: str | None) -> bool:
+        """Act for a principal from now on; False if that one has as many sockets as it may."""
+        if self.shared is None:
+            if not self._admission.principals.take(principal.name):
+                return False
+            self.shared = principal.name
+        self.principal = principal
+        self._token = token
+        return True
+
+
+def bearer(headers: Mapping[str, str]) -> str | None:
+    """Return the token of ``Authorization: Bearer`` (RFC 6750 section 2.1)."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def _later(why: str, message: str) -> Denied:
+    headers = {"Retry-After": str(RETRY_AFTER)}
+    return Denied(HTTPStatus.SERVICE_UNAVAILABLE, why, message, headers)
+
+
+def _too_many(whose: str) -> Denied:
+    return Denied(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "limit",
+        f"This {whose} has as many connections as it may.",
+        {"Retry-After": str(RETRY_AFTER)},
+    )
+
+
+@functools.lru_cache(1024)
+def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _unit(address: str) -> str:
+    """Return what one customer has: an IPv4 address, or a network of IPv6 addresses."""
+    known = _address(address)
+    if isinstance(known, ipaddress.IPv6Address):
+        return str(ipaddress.IPv6Network((int(known), IPV6_NETWORK), strict=False))
+    return address if known is None else str(known)
+
+
+def _local(name: str) -> bool:
+    """Whether a host name always means the machine on which it is said (RFC 6761 section 6.3)."""
+    name = name.rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    address = _address(name)
+    return address is not None and address.is_loopback
+
+
+def _network(name: str) -> _Network:
+    try:
+        return ipaddress.ip_network(name, strict=False)
+    except ValueError:
+        raise ConfigError(f"proxies: {name!r} is no address, network or `unix`") from None
+
+
+def _host_pattern(text: str) -> re.Pattern[str]:
+    if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", text.lower(), re.ASCII):
+        raise ConfigError(f"hosts: {text!r} is no host name, without a port, or `*.` and one")
+    return _wild(text)
+
+
+def _origin_pattern(text: str) -> re.Pattern[str]:
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", text.lower(), re.ASCII):
+        raise ConfigError(
+            f"origins: {text!r} is no origin, such as https://example.com or https://*.example.com"
+        )
+    return _wild(text)
+
+
+def _wild(text: str) -> re.Pattern[str]:
+    """Make a pattern of a text in which ``*`` stands for any labels of a name, or any port."""
+    if text == "*":
+        return re.compile(".*", re.DOTALL)
+    return re.compile("[a-z0-9_.-]+".join(map(re.escape, text.lower().split("*"))), re.ASCII)

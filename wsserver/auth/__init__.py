@@ -1,0 +1,70 @@
+"""Authentication: who a client acts for."""
+
+from pathlib import Path
+
+from wsserver.auth.base import (
+    ANONYMOUS,
+    Authenticator,
+    Handshake,
+    Principal,
+    Unavailable,
+    close,
+    reload,
+)
+from wsserver.auth.tokens import Tokens
+from wsserver.settings import Settings
+
+__all__ = [
+    "ANONYMOUS",
+    "Authenticator",
+    "Handshake",
+    "Principal",
+    "Unavailable",
+    "close",
+    "make",
+    "reload",
+]
+
+
+def make(settings: Settings) -> Authenticator | None:
+    """Make what the settings ask for: tokens, JSON Web Tokens, both, or nothing.
+
+    Raises:
+        ConfigError: it cannot be made of what they say.
+    """
+    ways: list[Authenticator] = []
+    if settings.tokens or settings.token_file:
+        ways.append(Tokens(settings.tokens, _path(settings.token_file)))
+    return _Any(ways) if len(ways) > 1 else ways[0] if ways else None
+
+
+def _path(name: str) -> Path | None:
+    return Path(name) if name else None
+
+
+class _Any:
+    """Lets in whom one of several lets in."""
+
+    def __init__(self, ways: list[Authenticator]) -> None:
+        self._ways = ways
+
+    async def __call__(self, token: str | None, handshake: Handshake, /) -> Principal | None:
+        unavailable = None
+        for way in self._ways:
+            try:
+                principal = await way(token, handshake)
+            except Unavailable as error:
+                unavailable = error
+            else:
+                if principal is not None:
+                    return principal
+        if unavailable is not None:
+            raise unavailable
+        return None
+
+    async def reload(self) -> bool:
+        return all([await reload(way) for way in self._ways])
+
+    async def aclose(self) -> None:
+        for way in self._ways:
+            await close(way)

@@ -1,0 +1,113 @@
+"""What plain HTTP gets: the page, and what operators and their machines look at."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import importlib.resources
+import json
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+
+from websockets.http11 import Response
+
+from wsserver.admission import Visitor, bearer
+from wsserver.responses import respond
+
+__all__ = ["Operations", "Page"]
+
+
+class Page:
+    """The page at ``/``, and the policy that lets it run its own script and no other."""
+
+    def __init__(self) -> None:
+        self._body = importlib.resources.files("wsserver").joinpath("web/index.html").read_bytes()
+        script = _hashes(self._body, b"script")
+        style = _hashes(self._body, b"style")
+        self._policy = (
+            f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+
+    def respond(self) -> Response:
+        """Give the page."""
+        return respond(
+            HTTPStatus.OK,
+            self._body,
+            "text/html; charset=utf-8",
+            {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"},
+        )
+
+
+def _hashes(page: bytes, tag: bytes) -> str:
+    """Name the inline scripts or styles of a page by their hashes (CSP level 3, section 2.3.1)."""
+    found = re.findall(b"<%b[^>]*>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+    digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found)
+    return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+
+class Operations:
+    """``/healthz``: it is alive. ``/readyz``: send it clients. ``/metrics``: for Prometheus.
+
+    Args:
+        exposition: gives what has been counted, and the content type that it is in.
+        ready: tells what it takes to serve clients, part by part, and whether it is there.
+        token: lets programs that are not on this machine read the metrics; "" lets none.
+    """
+
+    PATHS = ("/healthz", "/readyz", "/metrics")
+
+    def __init__(
+        self,
+        exposition: Callable[[], tuple[bytes, str]],
+        ready: Callable[[], Awaitable[Mapping[str, bool]]],
+        token: str,
+    ) -> None:
+        self._exposition = exposition
+        self._ready = ready
+        self._token = token
+        self._looking: asyncio.Task[Mapping[str, bool]] | None = None
+
+    async def respond(
+        self, path: str, headers: Mapping[str, str], visitor: Visitor | None
+    ) -> Response:
+        """Answer one of :attr:`PATHS`.
+
+        Args:
+            path: which.
+            headers: of the request, names in lower case.
+            visitor: who asks; None on the operators' own port.
+        """
+        if path == "/healthz":
+            return respond(HTTPStatus.OK, "ok")
+        if path == "/readyz":
+            return await self._readiness()
+        if visitor is not None and not self._may_read(headers, visitor):
+            return respond(
+                HTTPStatus.UNAUTHORIZED,
+                "Metrics are for programs on this machine, or for the token of the setting "
+                "`metrics_token` (WSSERVER_METRICS_TOKEN).",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        body, content_type = self._exposition()
+        return respond(HTTPStatus.OK, body, content_type)
+
+    def _may_read(self, headers: Mapping[str, str], visitor: Visitor) -> bool:
+        if visitor.local(headers) and not self._token:
+            return True
+        given = bearer(headers) or ""
+        return bool(self._token) and hmac.compare_digest(given.encode(), self._token.encode())
+
+    async def _readiness(self) -> Response:
+        # One look at a time, however many ask.
+        if self._looking is None:
+            self._looking = asyncio.ensure_future(self._ready())
+            self._looking.add_done_callback(self._looked)
+        parts = await asyncio.shield(self._looking)
+        ready = all(parts.values())
+        status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return respond(status, json.dumps({"ready": ready, **parts}), "application/json")
+
+    def _looked(self, _: "asyncio.Task[Mapping[str, bool]]") -> None:
+        self._looking = None
