@@ -444,7 +444,7 @@ async def model(request):
 async def test_it_listens_on_all_sockets_that_it_is_handed(folder: Path) -> None:
     (folder / "mine.py").write_text(MODEL)
     path = folder / "s"
-    serve = (*SERVE, "--model", "mine:model", "--port", "1")
+    serve = (*SERVE, "--model", "mine:model", "--port", "1", "--allow-anonymous")
     python_path = f"{ROOT}{os.pathsep}{folder}"
     async with run("-c", PARENT, str(path), *serve, PYTHONPATH=python_path) as process:
         url = (await process.line(r"(ws://127\.0\.0\.1:\d+/)"))[1]
@@ -467,7 +467,7 @@ async def test_systemd_starts_it_for_the_first_client(tmp_path: Path, folder: Pa
     environment = {"PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(tmp_path)}
     keep = [word for item in environment.items() for word in ("-E", "=".join(item))]
     process = await asyncio.create_subprocess_exec(
-        *(ACTIVATE or "", "-l", str(path), *keep, sys.executable, *SERVE),
+        *(ACTIVATE or "", "-l", str(path), *keep, sys.executable, *SERVE, "--allow-anonymous"),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -24,6 +24,8 @@ FLOORS = {
     "stores.sqlite": 2,
     "stores": 2,
     "auth.base": 2,
+    "auth.jwks": 2,
+    "auth.jwt": 2,
     "auth.tokens": 2,
     "auth": 2,
     "responses": 2,
@@ -56,7 +58,11 @@ NEIGHBOURS = {
     ("stores.sqlite", "stores.base"),
     ("auth", "auth.base"),
     ("auth", "auth.tokens"),
+    ("auth", "auth.jwt"),  # only inside a function, when it is asked for
     ("auth.tokens", "auth.base"),
+    ("auth.jwks", "auth.base"),
+    ("auth.jwt", "auth.base"),
+    ("auth.jwt", "auth.jwks"),
     ("live", "journal"),
     ("hub", "live"),
     ("hub", "journal"),
@@ -72,7 +78,8 @@ LIBRARIES = {
     "websockets": {"responses", "routes", "transport", "server"},
     "anthropic": {"models.anthropic"},
     "aiosqlite": {"stores.sqlite"},
-    "httpx2": {"models.anthropic"},
+    "httpx2": {"models.anthropic", "auth.jwks"},
+    "jwt": {"auth.jwt"},
     "argparse": {"cli"},
 }
 

@@ -335,7 +335,8 @@ class Visitor:
             raise Unavailable from error
         if principal is None or (principal.expires or math.inf) <= time.time():
             return None
-        return principal
+        # To be nobody is no name: what the anonymous have is not for one of them to take.
+        return principal if principal is ANONYMOUS or principal.name != ANONYMOUS.name else None
 
     def _become(self, principal: Principal, token: str | None) -> bool:
         """Act for a principal from now on; False if that one has as many sockets as it may."""

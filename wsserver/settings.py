@@ -49,6 +49,7 @@ class Settings(BaseSettings):
         frozen=True,
         env_ignore_empty=True,
         use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # which may be a secret
     )
 
     # Where it listens.
@@ -96,6 +97,22 @@ class Settings(BaseSettings):
     `wsserver token new NAME` makes one. Digests, so that whoever reads them cannot use them."""
     token_file: str = ""
     """A file of such lines, read again on SIGHUP; sockets whose token is gone are then closed."""
+    jwt_secret: SecretStr = SecretStr("")
+    """Secret of 32 bytes or more that JSON Web Tokens are signed with (HS256). Better in the
+    environment than as a flag, which other users of the machine can see."""
+    jwt_jwks: str = ""
+    """Keys that JSON Web Tokens are signed with (RS256, PS256, ES256, EdDSA), instead of a secret:
+    the path of a JSON Web Key Set, or the `https://` address where their issuer has it."""
+    jwt_audience: str = ""
+    """The `aud` that a token must name. An address in `jwt_jwks` demands it, as its keys sign
+    tokens for others too. Empty: a token that names any is refused, as it is meant for another."""
+    jwt_issuer: str = ""
+    """The `iss` that a token must name; empty for any, as the keys tell enough."""
+    jwt_claim: Annotated[str, Field(min_length=1)] = "sub"
+    """Which claim of a token is the user's name. It must never pass from one person to another, as
+    an e-mail address can: conversations belong to it."""
+    jwt_leeway: Seconds = 10.0
+    """That the clocks of a token's issuer and of this server may differ."""
     allow_anonymous: bool = False
     """Serve whoever can reach an address that is not loopback. Off, as they spend your money and
     share all their conversations."""

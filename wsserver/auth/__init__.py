@@ -35,6 +35,10 @@ def make(settings: Settings) -> Authenticator | None:
     ways: list[Authenticator] = []
     if settings.tokens or settings.token_file:
         ways.append(Tokens(settings.tokens, _path(settings.token_file)))
+    if settings.jwt_secret.get_secret_value() or settings.jwt_jwks:
+        from wsserver.auth.jwt import JwtAuthenticator  # noqa: PLC0415
+
+        ways.append(JwtAuthenticator(settings))
     return _Any(ways) if len(ways) > 1 else ways[0] if ways else None
 
 
