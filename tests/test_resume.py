@@ -251,7 +251,7 @@ async def test_a_tab_that_is_gone_is_told_nothing(
     async with client(server) as tab:
         await opened(tab)
     await until(lambda: len(server._connections) == 1)
-    assert not server._hub._conversations[ONE].watchers
+    assert not server._hub._conversations["anonymous", ONE].watchers
     await exchange(chat, puppet, "After", "Yes")
 
 
@@ -372,7 +372,7 @@ async def test_a_deletion_is_carried_out_though_its_client_has_gone(
         await other.send({"type": "rename", "conversation": ONE, "title": "x"})
         await other.send({"type": "delete", "conversation": ONE})
     await until(lambda: len(server._connections) == 1)
-    await until(lambda: ONE not in server._hub._conversations)
+    await until(lambda: ("anonymous", ONE) not in server._hub._conversations)
     assert (await opened(chat))["code"] == "not_found"
 
 
@@ -411,30 +411,55 @@ async def test_what_is_somebody_elses_looks_exactly_like_what_is_not_there(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Mine", "x", conversation=ONE, id=ID)
+    before = set(server._connections.values())
     async with client(server) as other:
         await other.quiet()
-        for connection in server._connections.values():
-            if not connection._own:
-                connection._visitor.principal = wsserver.Principal("somebody else")
+        (connection,) = set(server._connections.values()) - before
+        connection._visitor.principal = wsserver.Principal("somebody else")
         for frame in (
             {"type": "resume", "id": ID},
             {"type": "open", "conversation": ONE},
             {"type": "rename", "conversation": ONE, "title": "x"},
             {"type": "delete", "conversation": ONE},
-            {"prompt": "x", "conversation": ONE},
         ):
             await other.send(frame)
             foreign = await other.next("error")
             await other.send(_with_other_names(frame))
-            absent = await other.next("error", "start")
-            if "prompt" not in frame:
-                assert foreign["message"] == absent["message"]
-                assert foreign["code"] == absent["code"] == "not_found"
-            assert foreign["code"] == "not_found"
+            absent = await other.next("error")
+            assert foreign["message"] == absent["message"]
+            assert foreign["code"] == absent["code"] == "not_found"
         await other.send({"type": "stop", "id": ID})
         assert (await other.next("error"))["code"] == "not_running"
         await other.send({"type": "list"})
-        assert ONE not in str(await other.next("conversations"))
+        assert (await other.next("conversations"))["items"] == []
+
+        # A prompt begins one of the same name, and neither owner notices the other.
+        watched = (await opened(chat))["messages"]
+        await exchange(other, puppet, "Yours", "y", conversation=ONE, id=ID)
+        assert [m.content for m in puppet.replies[1].request.messages] == ["Yours"]
+        assert [m["content"] for m in (await opened(other))["messages"]] == ["Yours", "y"]
+        await exchange(other, puppet, "And then", "z")
+        history = await opened(other, before=2)
+        assert [m["content"] for m in history["messages"]] == ["Yours", "y"]
+        await other.send({"type": "rename", "conversation": ONE, "title": "Theirs"})
+        await other.next("renamed")
+        await other.send({"type": "list"})
+        assert [i["title"] for i in (await other.next("conversations"))["items"]] == ["Theirs"]
+        start = await other.prompt("Runs", conversation=ONE)
+        await puppet.reply(3)
+        await exchange(chat, puppet, "Meanwhile", "x", conversation=ONE)
+        await other.send({"type": "delete", "conversation": ONE})
+        assert (await other.next("done"))["id"] == start["id"]
+        await other.next("deleted")
+        assert (await resume(other))["code"] == (await opened(other))["code"] == "not_found"
+        assert "somebody else" not in {owner for owner, _ in server._hub._conversations}
+        assert await chat.quiet() == []
+        assert (await resume(chat))["type"] == "start"
+        assert (await chat.next("token", id=ID))["text"] == "x"
+        history = await opened(chat)
+        assert history["title"] == "Mine"
+        assert history["messages"][: len(watched)] == watched
+        assert [m["content"] for m in history["messages"][len(watched) :]] == ["Meanwhile", "x"]
 
 
 def _with_other_names(frame: dict[str, Any]) -> dict[str, Any]:
@@ -496,9 +521,9 @@ class Broken(MemoryStore):
         self._check()
         await super().commit(entries)
 
-    async def load(self, conversation: str, limit: int, before: int | None = None) -> Any:
+    async def load(self, *args: Any) -> Any:
         self._check()
-        return await super().load(conversation, limit, before)
+        return await super().load(*args)
 
     def _check(self) -> None:
         if self.failing:
@@ -638,9 +663,9 @@ async def test_a_stop_overtakes_a_prompt_that_waits_for_the_store(
     gate = asyncio.Event()
 
     class Slow(MemoryStore):
-        async def load(self, conversation: str, limit: int, before: int | None = None) -> Any:
+        async def load(self, *args: Any) -> Any:
             await gate.wait()
-            return await super().load(conversation, limit, before)
+            return await super().load(*args)
 
     monkeypatch.setattr("wsserver.stores.make", lambda settings: Slow())
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:

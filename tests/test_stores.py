@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 import random
+import re
 import sqlite3
 import sys
 import threading
@@ -234,8 +235,8 @@ async def found(store: Store, name: str = "g", owner: str = "me") -> list[str] |
     return None if stored is None else stored.pieces
 
 
-async def loaded(store: Store, name: str = "c") -> StoredConversation:
-    stored = await store.load(name, 1000)
+async def loaded(store: Store, name: str = "c", owner: str = "me") -> StoredConversation:
+    stored = await store.load(name, owner, 1000)
     assert stored is not None
     return stored
 
@@ -478,7 +479,7 @@ async def test_a_generation_outside_of_conversations_is_only_found(store: Store)
     assert stored.header == asked
     assert stored.pieces == ["Hi."]
     assert await names(store) == []
-    assert await store.load("c", 10) is None
+    assert await store.load("c", "me", 10) is None
 
 
 async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
@@ -505,51 +506,54 @@ async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store
     assert [(turn.id, turn.prompt, turn.text, turn.partial) for turn in stored.turns] == [
         (f"g{number}", f"Question {number}?", f"Answer {number}.", None) for number in range(3)
     ]
-    numbers = [turn.number for turn in stored.turns]
-    assert numbers == sorted(set(numbers))
-    assert all(number > 0 for number in numbers)
+    assert [turn.number for turn in stored.turns] == [1, 2, 3]
 
 
 async def test_a_conversation_that_is_unknown_is_none(store: Store) -> None:
-    assert await store.load("c", 10) is None
-    assert await store.load("c", 10, 5) is None
+    assert await store.load("c", "me", 10) is None
+    assert await store.load("c", "me", 10, 5) is None
 
 
 async def test_the_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
     await store.commit([whole(header(f"g{number}")) for number in range(5)])
     for limit, expected in [(0, ""), (1, "4"), (3, "234"), (5, "01234"), (100, "01234")]:
-        stored = await store.load("c", limit)
+        stored = await store.load("c", "me", limit)
         assert stored is not None
         assert "".join(turn.id for turn in stored.turns) == "".join(f"g{n}" for n in expected)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
 async def test_the_whole_history_can_be_paged_through(store: Store, size: int) -> None:
-    # Other conversations' turns in between leave gaps in the numbers of this one, if anything.
+    # What is said elsewhere meanwhile leaves no gaps, by which one could tell how much that is.
     await store.commit(
         [
             entry
             for number in range(7)
             for entry in (
                 whole(header(f"x{number}", "other")),
+                whole(header(f"o{number}", None)),
+                whole(header(f"g{number}", owner="you")),
                 Entry(header(f"g{number}"), True, 0, ["a"]),
                 Entry(header(f"g{number}"), False, 1, ["b", str(number)]),
             )
         ]
     )
     pages: list[list[tuple[str, str]]] = []
+    numbers: list[int] = []
     before: int | None = None
-    while (stored := await store.load("c", size, before)) is not None and stored.turns:
+    while (stored := await store.load("c", "me", size, before)) is not None and stored.turns:
         pages.insert(0, [(turn.id, turn.text) for turn in stored.turns])
+        numbers = [turn.number for turn in stored.turns] + numbers
         before = stored.turns[0].number
     assert list(itertools.chain(*pages)) == [(f"g{n}", f"ab{n}") for n in range(7)]
     assert all(len(page) == size for page in pages[1:])
+    assert numbers == [1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("before", [0, 1, -1, -(10**30)])
 async def test_before_the_first_turn_there_are_none(store: Store, before: int) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"))])
-    stored = await store.load("c", 10, before)
+    stored = await store.load("c", "me", 10, before)
     assert stored is not None
     assert stored.turns == []
     assert stored.title == "Hello?"
@@ -558,7 +562,7 @@ async def test_before_the_first_turn_there_are_none(store: Store, before: int) -
 @pytest.mark.parametrize("before", [1000, 2**63 - 1, 2**63, 10**30])
 async def test_before_any_later_number_there_are_all_turns(store: Store, before: int) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"))])
-    stored = await store.load("c", 10, before)
+    stored = await store.load("c", "me", 10, before)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == ["g1", "g2"]
 
@@ -590,10 +594,89 @@ async def test_a_turn_in_which_nothing_was_said_has_no_text(store: Store) -> Non
     assert [turn.text for turn in (await loaded(store)).turns] == ["", ""]
 
 
-async def test_a_conversation_belongs_to_the_owner_of_its_first_turn(store: Store) -> None:
+async def test_a_conversation_of_someone_else_looks_absent(store: Store) -> None:
     await store.commit([whole(header())])
-    await store.commit([whole(header(owner="you"))])
-    assert (await loaded(store)).owner == "me"
+    assert await store.load("c", "you", 10) is None
+    assert await store.load("c", "", 10, 5) is None
+    assert await names(store, "you") == []
+
+
+async def test_two_owners_may_have_a_conversation_of_the_same_id(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([whole(header("1", prompt="Mine?"), "a")])
+    clock.now = 2000.0
+    await store.commit(  # of the same id and even of the same moment, and in turns
+        [
+            whole(header("1", prompt="Yours?", owner="you"), "b"),
+            whole(header("2"), "c"),
+            whole(header("2", owner="you"), "d"),
+            whole(header("3", owner="you"), "e"),
+        ]
+    )
+    mine, yours = await loaded(store), await loaded(store, owner="you")
+    assert (mine.owner, mine.title) == ("me", "Mine?")
+    assert (yours.owner, yours.title) == ("you", "Yours?")
+    assert [(t.number, t.id, t.text) for t in mine.turns] == [(1, "1", "a"), (2, "2", "c")]
+    assert [(t.number, t.id, t.text) for t in yours.turns] == [
+        (1, "1", "b"),
+        (2, "2", "d"),
+        (3, "3", "e"),
+    ]
+    page = await store.load("c", "you", 10, 3)
+    assert page is not None
+    assert [turn.text for turn in page.turns] == ["b", "d"]
+    assert (await found(store, "1"), await found(store, "1", "you")) == (["a"], ["b"])
+    assert await store.list("me", 10, None) == [Summary("c", "Mine?", 1000.0, 2000.0)]
+    assert await store.list("you", 10, None) == [Summary("c", "Yours?", 2000.0, 2000.0)]
+
+
+async def test_what_one_owner_does_the_other_of_the_same_id_does_not_notice(
+    store: Store, clock: Clock
+) -> None:
+    running = header("running")
+    await store.commit([whole(header("1")), Entry(running, True, 0, ["a"])])
+    await store.commit([whole(header("1", owner="you")), whole(header("2", owner="you"))])
+    yours, listed = await loaded(store, owner="you"), await store.list("you", 10, None)
+
+    async def unchanged() -> bool:
+        return (await loaded(store, owner="you"), await store.list("you", 10, None)) == (
+            yours,
+            listed,
+        )
+
+    clock.now = 2000.0
+    await store.commit([whole(header("2"))])
+    assert await store.rename("c", "me", "New")
+    assert (await loaded(store)).title == "New"
+    assert await unchanged()
+    await store.purge(1e12)
+    assert await unchanged()
+    assert await store.delete("c", "me")
+    assert await store.load("c", "me", 10) is None
+    assert not await store.rename("c", "me", "Back")
+    assert not await store.delete("c", "me")
+    assert (await found(store, "1"), await found(store, "1", "you")) == (None, ["Hi."])
+    await store.commit([Entry(running, False, 1, ["b"], done())])  # too late
+    assert await names(store) == []
+    assert await unchanged()
+    await store.commit([whole(header("3", prompt="Anew?"), "c")])
+    anew = await loaded(store)
+    assert (anew.title, [(turn.number, turn.text) for turn in anew.turns]) == ("Anew?", [(1, "c")])
+    assert await unchanged()
+
+
+# Opened again, a store takes what has not ended for dead.
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+async def test_a_reply_goes_on_after_the_other_owner_of_the_same_id_deleted_theirs(
+    store: Store,
+) -> None:
+    await store.commit([whole(header(owner="you")), Entry(header(), True, 0, ["a"])])
+    assert await store.delete("c", "you")
+    await store.commit([Entry(header(), False, 1, ["b"], done(), "ab")])
+    (turn,) = (await loaded(store)).turns
+    assert (turn.number, turn.text, turn.partial) == (1, "ab", None)
+    assert await found(store) == ["a", "b"]
     assert await names(store, "you") == []
 
 
@@ -681,7 +764,7 @@ async def test_a_deleted_conversation_is_gone_with_all_in_it(store: Store) -> No
     await store.commit([whole(header("1")), Entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("3", "other")), whole(header("4", None))])
     assert await store.delete("c", "me")
-    assert await store.load("c", 10) is None
+    assert await store.load("c", "me", 10) is None
     assert await names(store) == ["other"]
     assert [await found(store, name) for name in "1234"] == [None, None, ["Hi."], ["Hi."]]
     assert not await store.delete("c", "me")
@@ -707,7 +790,7 @@ async def test_what_is_committed_after_a_delete_is_dropped(store: Store) -> None
             Entry(running, False, 2, ["c"], done()),
         ]
     )
-    assert await store.load("c", 10) is None
+    assert await store.load("c", "me", 10) is None
     assert await found(store, "running") is None
     assert await names(store) == ["other"]  # what else was in that batch is saved
 
@@ -716,12 +799,11 @@ async def test_a_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock
     await store.commit([whole(header("g1")), whole(header("g2"), "old")])
     assert await store.delete("c", "me")
     clock.now = 2000.0
-    await store.commit([whole(header("g2", prompt="Anew?", owner="you"), "new")])
+    await store.commit([whole(header("g2", prompt="Anew?"), "new")])
     stored = await loaded(store)
-    assert (stored.owner, stored.title) == ("you", "Anew?")
-    assert [(turn.id, turn.text) for turn in stored.turns] == [("g2", "new")]
-    assert await names(store) == []
-    assert await store.list("you", 1, None) == [Summary("c", "Anew?", 2000.0, 2000.0)]
+    assert stored.title == "Anew?"
+    assert [(turn.number, turn.id, turn.text) for turn in stored.turns] == [(1, "g2", "new")]
+    assert await store.list("me", 10, None) == [Summary("c", "Anew?", 2000.0, 2000.0)]
 
 
 async def test_a_delete_uncovers_an_older_generation_of_the_id(store: Store) -> None:
@@ -1020,6 +1102,14 @@ async def test_memory_drops_the_conversation_that_was_idle_for_longest() -> None
     assert await found(store, "4") == ["Hi."]
 
 
+async def test_memory_drops_a_conversation_and_not_another_owners_of_the_same_id() -> None:
+    store = MemoryStore(2)
+    await store.commit([whole(header()), whole(header(owner="you")), whole(header("h", "d"))])
+    assert await names(store) == ["d"]
+    assert await names(store, "you") == ["c"]
+    assert (await found(store), await found(store, owner="you")) == (None, ["Hi."])
+
+
 async def test_memory_drops_what_is_said_in_a_conversation_that_it_dropped() -> None:
     store = MemoryStore(1)
     await store.commit([Entry(header("1", "a"), new=True), Entry(header("2", "b"), new=True)])
@@ -1174,6 +1264,107 @@ async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, cl
     await store.close()
     assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
     check(path)
+
+
+async def test_a_file_from_before_ids_were_their_owners_is_migrated(
+    path: Path, clock: Clock
+) -> None:
+    prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
+    database = sqlite3.connect(path)
+    database.executescript("".join(sqlite.MIGRATIONS[:2]))
+    database.executemany(
+        "INSERT INTO conversation (id, owner, title, created, updated) VALUES (?, ?, ?, ?, ?)",
+        [("c", "me", "First", 1.0, 9.0), ("d", "you", "Second", 2.0, 4.0)],
+    )
+    rows = [  # the last one was said by somebody else than the conversation was of
+        ("g1", "me", "c", end, 2.0),
+        ("g1", "you", "d", end, 4.0),
+        ("o", "me", None, end, 5.0),
+        ("g2", "me", "c", None, None),
+        ("g2", "you", "c", end, 7.0),
+    ]
+    database.executemany(
+        "INSERT INTO generation (number, id, began, ended, owner, conversation, prompt, model, "
+        "terminal, text) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (10 * n, name, float(n), ended, owner, conversation, prompt, "m", terminal, None)
+            for n, (name, owner, conversation, terminal, ended) in enumerate(rows, start=1)
+        ],
+    )
+    database.executemany(
+        "INSERT INTO piece VALUES (?, ?, ?)",
+        [(10 * n, after, f'["{n}", ["t"]]') for n in range(1, 6) for after in (0, 2)],
+    )
+    database.execute("INSERT INTO counted VALUES ('me', 'g1', 1.0, 0, 8)")
+    database.execute("PRAGMA user_version = 2")
+    database.commit()
+    database.close()
+
+    store = SqliteStore(path)
+    await store.open()
+    assert list(await store._writer.execute_fetchall("PRAGMA foreign_keys")) == [(1,)]
+    assert await store.list("me", 10, None) == [Summary("c", "First", 1.0, 9.0)]
+    assert await store.list("you", 10, None) == [
+        Summary("c", "…", 5.0, 7.0),
+        Summary("d", "Second", 2.0, 4.0),
+    ]
+    assert [
+        [(t.number, t.id, t.prompt, t.text, t.partial) for t in stored.turns]
+        for stored in (
+            await loaded(store),
+            await loaded(store, "d", "you"),
+            await loaded(store, "c", "you"),
+        )
+    ] == [
+        [(1, "g1", "Hello?", "11", None), (2, "g2", "Hello?", "44", "interrupted")],
+        [(1, "g1", "Hello?", "22", None)],
+        [(1, "g2", "Hello?", "55", None)],
+    ]
+    outside = await store.find("o", "me", 5.0)
+    assert outside is not None
+    assert outside.header.conversation is None
+    assert (outside.terminal, kinds(outside.pieces)) == (
+        done(),
+        kinds(["3", Thinking("t"), "3", Thinking("t")]),
+    )
+    assert await found(store, "g1", "you") == ["2", "t", "2", "t"]
+    assert await store.spent("me", 0) == 8 + 1  # and what was said by the one that died
+
+    await store.commit([whole(header("g3"), "new")])
+    assert [turn.number for turn in (await loaded(store)).turns] == [1, 2, 3]
+    assert await store.delete("c", "me")
+    assert query(path, "SELECT DISTINCT generation FROM piece") == [(20,), (30,), (50,)]
+    assert len((await loaded(store, "c", "you")).turns) == 1
+    await store.close()
+    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
+    check(path)
+
+    # It is as if it had always been of this version.
+    new = path.with_name("new.db")
+    store = SqliteStore(new)
+    await store.open()
+    await store.close()
+    tables = "SELECT type, name, sql FROM sqlite_master ORDER BY name"
+    assert query(path, tables) == query(new, tables)
+
+
+async def test_nothing_looks_at_all_that_there_is(file: SqliteStore, path: Path) -> None:
+    statements: list[str] = []
+    for database in (file._writer, file._reader):
+        await database.set_trace_callback(statements.append)
+    await file.commit([whole(header()), whole(header("o", None))])
+    await loaded(file)
+    await found(file)
+    await file.list("me", 10, (1e12, "c"))
+    await file.rename("c", "me", "New")
+    await file.delete("c", "me")
+    await file.purge(1e12)
+    await file.spent("me", 0)
+    asked = [statement for statement in statements if re.match("SELECT|INSERT|UPD|DEL", statement)]
+    assert len(asked) > 15
+    for statement in asked:
+        for step in query(path, f"EXPLAIN QUERY PLAN {statement}"):
+            assert not re.match("SCAN (TABLE )?[a-z]", step[-1]), (statement, step)
 
 
 async def test_a_migration_that_fails_changes_nothing(
@@ -1541,7 +1732,7 @@ async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: Sqlite
 async def test_no_text_that_cannot_be_asked_for_is_another_error(file: SqliteStore) -> None:
     for attempt in (
         lambda: file.find("\ud800", "me", 0.0),
-        lambda: file.load("\ud800", 1),
+        lambda: file.load("\ud800", "me", 1),
         lambda: file.list("\ud800", 1, None),
         lambda: file.rename("\ud800", "me", "x"),
         lambda: file.delete("\ud800", "me"),
@@ -1558,8 +1749,8 @@ async def all_that_can_be_asked(store: SqliteStore) -> int:
     for attempt in (
         lambda: store.find("g3", "me", 0.0),
         lambda: store.find("g9", "me", 1e12),
-        lambda: store.load("c3", 100),
-        lambda: store.load("c3", 2, 50),
+        lambda: store.load("c3", "me", 100),
+        lambda: store.load("c3", "me", 2, 50),
         lambda: store.list("me", 100, None),
         lambda: store.rename("c3", "me", "New"),
         lambda: store.commit([whole(header(f"n{number}", f"c{number}")) for number in range(9)]),
@@ -1666,7 +1857,7 @@ async def test_what_the_store_did_not_write_is_an_error_that_does_not_tell_what_
     await store.open()
     await store.commit([whole(header())])
     query(path, damage)
-    for attempt in (lambda: store.find("g", "me", 0.0), lambda: store.load("c", 10)):
+    for attempt in (lambda: store.find("g", "me", 0.0), lambda: store.load("c", "me", 10)):
         with pytest.raises(StoreError) as raised:
             await attempt()
         assert "secret" not in str(raised.value)
@@ -1766,7 +1957,7 @@ async def test_a_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(
     for number in range(1, len(hops) + 1):
         hops.clear()
         at = number
-        load = asyncio.ensure_future(file.load("c", 10))
+        load = asyncio.ensure_future(file.load("c", "me", 10))
         async with asyncio.timeout(SECONDS):
             with pytest.raises(asyncio.CancelledError):
                 await load
@@ -1826,7 +2017,7 @@ async def test_reads_at_the_same_time_are_none_the_worse_for_each_other(
     async with asyncio.timeout(SECONDS):
         for _ in range(5):
             conversation, stored, summaries = await asyncio.gather(
-                file.load("c", 10), file.find("g", "me", 0.0), file.list("me", 10, None)
+                file.load("c", "me", 10), file.find("g", "me", 0.0), file.list("me", 10, None)
             )
             assert conversation is not None
             assert stored is not None
@@ -1851,7 +2042,7 @@ async def test_a_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
     hops.clear()
     late.append(lambda: file.delete("c", "me"))
     assert [turn.text for turn in (await loaded(file)).turns] == ["ab"]
-    assert await file.load("c", 10) is None
+    assert await file.load("c", "me", 10) is None
     assert not late
 
 

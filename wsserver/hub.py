@@ -86,7 +86,7 @@ class Hub:
         self._ended: deque[tuple[float, Generation]] = deque()
         self._ended_size = 0
         self._sweep: asyncio.TimerHandle | None = None
-        self._conversations: OrderedDict[str, Conversation] = OrderedDict()
+        self._conversations: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -219,8 +219,8 @@ class Hub:
             version = conversation.version
             await self._journal.flush()
             limit = self._settings.history_messages
-            stored = await self._store.load(conversation_id, limit + 1, before)
-            current = self._conversations.get(conversation_id, conversation)
+            stored = await self._store.load(conversation_id, owner, limit + 1, before)
+            current = self._conversations.get((owner, conversation_id), conversation)
             if conversation.version != version or current is not conversation:
                 continue  # a reply has ended meanwhile, or it was forgotten and found again
             if conversation.deleted:
@@ -274,27 +274,29 @@ class Hub:
         except BaseException:
             conversation.deleted = False
             raise
-        if self._conversations.get(conversation_id) is conversation:
-            del self._conversations[conversation_id]
+        named = owner, conversation_id
+        if self._conversations.get(named) is conversation:
+            del self._conversations[named]
         for key, generation in list(self._generations.items()):
-            if generation.conversation_id == conversation_id and generation not in self._live:
+            within = generation.owner, generation.conversation_id
+            if within == named and generation not in self._live:
                 del self._generations[key]
 
     async def _load(self, name: str, owner: str) -> Conversation | None:
-        """Return a conversation from memory or from the store.
+        """Return an owner's conversation from memory or from the store; None if there is none.
 
         Raises:
-            Refused: it is somebody else's, which is told as if there were none.
+            Refused: it is being deleted.
             StoreError: the store cannot tell.
         """
-        conversation = self._conversations.get(name)
+        conversation = self._conversations.get((owner, name))
         if conversation is None:
-            stored = await self._store.load(name, self._settings.history_messages)
-            conversation = self._conversations.get(name)  # somebody may have been quicker
+            stored = await self._store.load(name, owner, self._settings.history_messages)
+            conversation = self._conversations.get((owner, name))  # another may have been quicker
             if conversation is None and stored is not None:
-                conversation = Conversation(name, stored.owner, self._fit(stored.turns))
+                conversation = Conversation(name, owner, self._fit(stored.turns))
                 self._keep(conversation)
-        if conversation is not None and (conversation.owner != owner or conversation.deleted):
+        if conversation is not None and conversation.deleted:
             raise Refused(Code.NOT_FOUND)
         return conversation
 
@@ -305,17 +307,18 @@ class Hub:
         """Remember a conversation as the one used last, and forget those used least."""
         if conversation.deleted:
             return
-        self._conversations[conversation.id] = conversation
-        self._conversations.move_to_end(conversation.id)
+        key = conversation.owner, conversation.id
+        self._conversations[key] = conversation
+        self._conversations.move_to_end(key)
         excess = len(self._conversations) - self._settings.conversations
         if excess > 0:
             idle = (
-                known.id
-                for known in self._conversations.values()
+                key
+                for key, known in self._conversations.items()
                 if known is not conversation and not known.live and not known.watchers
             )
-            for name in tuple(itertools.islice(idle, excess)):
-                del self._conversations[name]
+            for unused in tuple(itertools.islice(idle, excess)):
+                del self._conversations[unused]
 
     # Ending all.
 

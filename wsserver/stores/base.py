@@ -65,7 +65,7 @@ class StoredGeneration:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt and its reply. ``number`` grows within a conversation, ``id`` is the reply's."""
+    """A prompt and its reply. ``number`` counts from 1 in a conversation, ``id`` is the reply's."""
 
     number: int
     id: str
@@ -98,7 +98,8 @@ class Store(Protocol):
     """Keeps conversations and generations.
 
     A conversation comes into being with its first generation, and its title is made from that
-    one's prompt. Who may see what is decided elsewhere: the owner is only written down here.
+    one's prompt. Ids of conversations and generations are their owner's: others may have the same
+    ones, and nobody can tell what others have.
 
     All methods raise :class:`~wsserver.errors.StoreError` when the store fails.
     """
@@ -128,12 +129,13 @@ class Store(Protocol):
         ...
 
     async def load(
-        self, conversation: str, limit: int, before: int | None = None
+        self, conversation: str, owner: str, limit: int, before: int | None = None
     ) -> StoredConversation | None:
-        """Return a conversation with its newest turns, or with those before a number.
+        """Return an owner's conversation with its newest turns, or with those before a number.
 
         Args:
-            conversation: its id. Whose it is, the caller has to look at.
+            conversation: its id.
+            owner: whose.
             limit: how many turns at most.
             before: the number of the turn before which they end; None for the end.
         """

@@ -33,7 +33,6 @@ class _Generation:
 
 @dataclass(slots=True)
 class _Conversation:
-    owner: str
     summary: Summary
     generations: list[_Generation] = field(default_factory=list)
 
@@ -53,7 +52,8 @@ class MemoryStore:
 
     def __init__(self, conversations: int = 10_000) -> None:
         self._limit = conversations
-        self._conversations: dict[str, _Conversation] = {}  # the least recently used first
+        # By owner and id, the least recently used first.
+        self._conversations: dict[tuple[str, str], _Conversation] = {}
         # By owner and id, which may come again, then by when they began; the latest is the last.
         self._generations: dict[tuple[str, str], dict[float, _Generation]] = {}
         self._days: dict[int, _Day] = {}
@@ -81,7 +81,8 @@ class MemoryStore:
                 generation.terminal, generation.ended = entry.terminal, now
             name = generation.header.conversation
             if name is not None:
-                conversation = self._conversations[name] = self._conversations.pop(name)
+                key = header.owner, name
+                conversation = self._conversations[key] = self._conversations.pop(key)
                 if entry.new or entry.terminal is not None:
                     conversation.summary = replace(conversation.summary, updated=now)
 
@@ -97,18 +98,18 @@ class MemoryStore:
         same = self._generations.setdefault((header.owner, header.id), {})
         same[header.began] = generation
         if header.conversation is not None:
-            conversation = self._conversations.get(header.conversation)
+            key = header.owner, header.conversation
+            conversation = self._conversations.get(key)
             if conversation is None:
                 summary = Summary(header.conversation, title_of(header.prompt), now, now)
-                conversation = _Conversation(header.owner, summary)
-                self._conversations[header.conversation] = conversation
+                conversation = self._conversations[key] = _Conversation(summary)
                 if len(self._conversations) > self._limit:
                     self._drop(next(iter(self._conversations)))
             conversation.generations.append(generation)
         return generation
 
-    def _drop(self, name: str) -> None:
-        for generation in self._conversations.pop(name).generations:
+    def _drop(self, key: tuple[str, str]) -> None:
+        for generation in self._conversations.pop(key).generations:
             self._forget(generation.header)
 
     def _forget(self, header: Header) -> None:
@@ -128,10 +129,10 @@ class MemoryStore:
         return StoredGeneration(latest.header, list(latest.pieces), latest.terminal)
 
     async def load(
-        self, conversation: str, limit: int, before: int | None = None
+        self, conversation: str, owner: str, limit: int, before: int | None = None
     ) -> StoredConversation | None:
-        """Return a conversation with its newest turns, or with those before a number."""
-        found = self._conversations.get(conversation)
+        """Return an owner's conversation with its newest turns, or with those before a number."""
+        found = self._conversations.get((owner, conversation))
         if found is None:
             return None
         end = len(found.generations) if before is None else max(0, before - 1)
@@ -146,13 +147,13 @@ class MemoryStore:
             )
             for number, generation in numbered[max(0, len(numbered) - limit) :]
         ]
-        return StoredConversation(conversation, found.owner, found.summary.title, turns)
+        return StoredConversation(conversation, owner, found.summary.title, turns)
 
     async def list(
         self, owner: str, limit: int, before: tuple[float, str] | None
     ) -> Sequence[Summary]:
         """Return an owner's conversations, newest first."""
-        mine = (c.summary for c in self._conversations.values() if c.owner == owner)
+        mine = (c.summary for (whose, _), c in self._conversations.items() if whose == owner)
         ordered = sorted(mine, key=lambda summary: (summary.updated, summary.id), reverse=True)
         if before is not None:
             ordered = [summary for summary in ordered if (summary.updated, summary.id) < before]
@@ -160,18 +161,17 @@ class MemoryStore:
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
         """Give a conversation another title."""
-        found = self._conversations.get(conversation)
-        if found is None or found.owner != owner:
+        found = self._conversations.get((owner, conversation))
+        if found is None:
             return False
         found.summary = replace(found.summary, title=title)
         return True
 
     async def delete(self, conversation: str, owner: str) -> bool:
         """Delete a conversation and all in it."""
-        found = self._conversations.get(conversation)
-        if found is None or found.owner != owner:
+        if (owner, conversation) not in self._conversations:
             return False
-        self._drop(conversation)
+        self._drop((owner, conversation))
         return True
 
     async def spent(self, owner: str, day: int) -> int:

@@ -98,6 +98,49 @@ MIGRATIONS = [
     END;
     CREATE INDEX generation_without_end ON generation (ended) WHERE ended IS NULL;
     """,
+    """
+    CREATE TABLE new_conversation (
+        owner TEXT NOT NULL,
+        id TEXT NOT NULL,
+        title TEXT NOT NULL,
+        created REAL NOT NULL,
+        updated REAL NOT NULL,
+        PRIMARY KEY (owner, id)
+    ) WITHOUT ROWID;
+    INSERT INTO new_conversation SELECT owner, id, title, created, updated FROM conversation;
+    -- What somebody else may have said in one is theirs from now on.
+    INSERT INTO new_conversation
+        SELECT owner, conversation, '…', min(began), max(coalesce(ended, began)) FROM generation
+        WHERE conversation IS NOT NULL GROUP BY owner, conversation
+        ON CONFLICT (owner, id) DO NOTHING;
+    CREATE TABLE new_generation (
+        number INTEGER PRIMARY KEY,
+        id TEXT NOT NULL,
+        began REAL NOT NULL,
+        ended REAL,
+        owner TEXT NOT NULL,
+        conversation TEXT,
+        turn INTEGER, -- its number in the conversation, from 1
+        prompt TEXT NOT NULL,
+        model TEXT NOT NULL,
+        terminal TEXT,
+        text TEXT, -- all of its text, once it has ended
+        UNIQUE (owner, id, began),
+        UNIQUE (owner, conversation, turn),
+        FOREIGN KEY (owner, conversation) REFERENCES conversation (owner, id) ON DELETE CASCADE
+    );
+    INSERT INTO new_generation
+        SELECT number, id, began, ended, owner, conversation, CASE WHEN conversation IS NOT NULL
+        THEN row_number() OVER (PARTITION BY owner, conversation ORDER BY number) END,
+        prompt, model, terminal, text FROM generation;
+    DROP TABLE generation;
+    DROP TABLE conversation;
+    ALTER TABLE new_conversation RENAME TO conversation;
+    ALTER TABLE new_generation RENAME TO generation;
+    CREATE INDEX conversation_by_owner ON conversation (owner, updated, id);
+    CREATE INDEX generation_without_end ON generation (ended) WHERE ended IS NULL;
+    CREATE INDEX generation_outside ON generation (ended) WHERE conversation IS NULL;
+    """,
 ]
 
 _COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
@@ -183,8 +226,10 @@ class SqliteStore:
         await self._writer.execute_fetchall("PRAGMA journal_mode = WAL")
         # Where there is nothing to migrate too, to know now whether the file can be written.
         script = "".join(MIGRATIONS[version:])
+        # With foreign keys, to replace a table would be to delete all that refers to it.
         await self._writer.executescript(
-            f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;"
+            f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {script} "
+            f"PRAGMA user_version = {len(MIGRATIONS)}; COMMIT; PRAGMA foreign_keys = ON;"
         )
 
     async def _bury(self) -> None:
@@ -219,21 +264,24 @@ class SqliteStore:
             await database.executemany(
                 "INSERT INTO conversation VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
                 [
-                    (header.conversation, header.owner, title_of(header.prompt), now, now)
+                    (header.owner, header.conversation, title_of(header.prompt), now, now)
                     for header in in_conversations
                 ],
             )
             await database.executemany(
-                "INSERT INTO generation (id, began, owner, conversation, prompt, model) "
-                "VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                "INSERT INTO generation (owner, id, began, prompt, model, conversation, turn) "
+                "VALUES (?, ?, ?, ?, ?, ?, CASE WHEN ? THEN (SELECT coalesce(max(turn), 0) + 1 "
+                "FROM generation WHERE owner = ? AND conversation = ?) END) "
+                "ON CONFLICT (owner, id, began) DO NOTHING",
                 [
                     (
-                        header.id,
-                        header.began,
-                        header.owner,
-                        header.conversation,
+                        *_key(header),
                         header.prompt.model_dump_json(exclude_none=True),
                         header.model,
+                        header.conversation,
+                        header.conversation is not None,
+                        header.owner,
+                        header.conversation,
                     )
                     for header in new
                 ],
@@ -272,9 +320,9 @@ class SqliteStore:
                 ],
             )
             await database.executemany(
-                "UPDATE conversation SET updated = ? WHERE id = ?",
+                "UPDATE conversation SET updated = ? WHERE owner = ? AND id = ?",
                 {
-                    (now, entry.header.conversation)
+                    (now, entry.header.owner, entry.header.conversation)
                     for entry in entries
                     if entry.new or entry.terminal is not None
                 },
@@ -299,39 +347,40 @@ class SqliteStore:
         return None
 
     async def load(
-        self, conversation: str, limit: int, before: int | None = None
+        self, conversation: str, owner: str, limit: int, before: int | None = None
     ) -> StoredConversation | None:
-        """Return a conversation with its newest turns, or with those before a number."""
+        """Return an owner's conversation with its newest turns, or with those before a number."""
         end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
         async with self._read() as database:
             rows = await database.execute_fetchall(
-                "SELECT owner, title FROM conversation WHERE id = ?", (conversation,)
+                "SELECT title FROM conversation WHERE owner = ? AND id = ?", (owner, conversation)
             )
-            for owner, title in rows:
+            for (title,) in rows:
                 generations = await database.execute_fetchall(
-                    "SELECT number, id, prompt, terminal, text FROM generation WHERE number IN ("
-                    "SELECT number FROM generation WHERE conversation = ? AND number < ? "
-                    "ORDER BY number DESC LIMIT ?) ORDER BY number",
-                    (conversation, end, limit),
+                    "SELECT number, turn, id, prompt, terminal, text FROM generation "
+                    "WHERE number IN (SELECT number FROM generation WHERE owner = ? "
+                    "AND conversation = ? AND turn < ? ORDER BY turn DESC LIMIT ?) ORDER BY turn",
+                    (owner, conversation, end, limit),
                 )
                 # By themselves, as in one row each a long prompt would be read with every piece.
                 parts: dict[int, list[object]] = defaultdict(list)
                 for number, *part in await database.execute_fetchall(
                     "SELECT generation, after, texts FROM piece WHERE generation IN ("
-                    "SELECT number FROM generation WHERE conversation = ? AND number < ? "
-                    "AND text IS NULL ORDER BY number DESC LIMIT ?) ORDER BY generation, after",
-                    (conversation, end, limit),
+                    "SELECT number FROM generation WHERE owner = ? AND conversation = ? "
+                    "AND turn < ? AND text IS NULL ORDER BY turn DESC LIMIT ?) "
+                    "ORDER BY generation, after",
+                    (owner, conversation, end, limit),
                 ):
                     parts[number].append(part)
                 turns = [
                     Turn(
-                        number,
+                        turn,
                         name,
                         Prompt.model_validate_json(prompt).prompt or "",
                         text_of(_pieces(parts[number])) if text is None else text,
                         partial(_terminal(terminal)),
                     )
-                    for number, name, prompt, terminal, text in generations
+                    for number, turn, name, prompt, terminal, text in generations
                 ]
                 return StoredConversation(conversation, owner, title, turns)
         return None
@@ -351,14 +400,14 @@ class SqliteStore:
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
         """Give a conversation another title."""
         return await self._change(
-            "UPDATE conversation SET title = ? WHERE id = ? AND owner = ?",
-            (title, conversation, owner),
+            "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?",
+            (title, owner, conversation),
         )
 
     async def delete(self, conversation: str, owner: str) -> bool:
         """Delete a conversation and all in it."""
         return await self._change(
-            "DELETE FROM conversation WHERE id = ? AND owner = ?", (conversation, owner)
+            "DELETE FROM conversation WHERE owner = ? AND id = ?", (owner, conversation)
         )
 
     async def spent(self, owner: str, day: int) -> int:
