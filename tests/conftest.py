@@ -1,7 +1,8 @@
 """What all tests share: a clean environment, and a server with a model in the test's hands."""
 
+import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet
+from wsserver import logs
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +25,19 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(f"WSSERVER_{name}", "1000000")
     monkeypatch.setenv("WSSERVER_CONNECTIONS_PER_ADDRESS", "10000")
     monkeypatch.setenv("WSSERVER_TOKENS_PER_DAY", "0")
+
+
+@pytest.fixture(autouse=True)
+def _clean_logging() -> Iterator[None]:
+    """Take back what :func:`wsserver.logs.set_up` has done to this process."""
+    root, own = logging.getLogger(), logging.getLogger("wsserver")
+    before, levels = set(root.handlers), (root.level, own.level)
+    yield
+    for handler in set(root.handlers) - before:
+        if isinstance(handler.formatter, logs._Formatter):
+            root.removeHandler(handler)
+    root.setLevel(levels[0])
+    own.setLevel(levels[1])
 
 
 @pytest.fixture

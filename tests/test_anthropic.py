@@ -383,6 +383,7 @@ async def test_a_refused_request_is_one_error_with_a_stable_code(
 ) -> None:
     refused = error(status, kind, "planted-secret", error_code=error_code, headers=AT_ONCE)
     upstream.default = Script((refused,))
+    caplog.set_level("INFO", "wsserver")
     await chat.prompt()
     failed = await chat.next("error")
     assert failed["code"] == code
@@ -390,6 +391,7 @@ async def test_a_refused_request_is_one_error_with_a_stable_code(
     assert len(upstream.requests) == attempts
     assert "planted-secret" not in str(chat.frames)
     assert any(failed["ref"] in record.getMessage() for record in caplog.records)
+    assert "planted-secret" not in caplog.text
     upstream.default = reply("Hello world")
     await goes_on(chat)
 

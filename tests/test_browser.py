@@ -1,8 +1,12 @@
 """The page at / and the ten-line client, in a real browser."""
 
 import asyncio
+import contextlib
+import functools
 import re
+import threading
 from collections.abc import AsyncIterator, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -539,16 +543,35 @@ async def test_it_follows_the_text_unless_the_reader_has_scrolled_away(
 # The ten-line client.
 
 
+@contextlib.contextmanager
+def website(folder: Path) -> Iterator[int]:
+    """Serve files as `python -m http.server` does, and give the port."""
+    handler = functools.partial(SilentFiles, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield site.server_address[1]
+        site.shutdown()
+        thread.join()
+
+
+class SilentFiles(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest_asyncio.fixture(loop_scope="module")
-async def ten_lines(blank: Page, server: wsserver.Server, tmp_path: Path) -> Page:
-    """It, opened from a file, with the port of the test's server."""
+async def ten_lines(blank: Page, server: wsserver.Server, tmp_path: Path) -> AsyncIterator[Page]:
+    """It, from a web server of its own, with the port of the test's server."""
     source = TEN_LINES.read_text()
     assert source.count("ws://localhost:3001") == 1
     copy = tmp_path / "ten_lines.html"
     copy.write_text(source.replace("ws://localhost:3001", server.url.rstrip("/")))
-    await blank.goto(copy.as_uri())
-    await blank.wait_for_function("ws.readyState === WebSocket.OPEN")
-    return blank
+    (tmp_path / "favicon.ico").touch()
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/ten_lines.html")
+        await blank.wait_for_function("ws.readyState === WebSocket.OPEN")
+        yield blank
 
 
 async def test_ten_lines_are_a_client(ten_lines: Page, puppet: Puppet) -> None:

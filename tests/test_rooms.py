@@ -12,9 +12,11 @@ PACKAGE = Path(wsserver.__file__).parent
 FLOORS = {
     "errors": 0,
     "settings": 0,
+    "logs": 0,
     "limits": 1,
     "generation": 1,
     "protocol": 1,
+    "telemetry": 2,
     "models.base": 2,
     "models.demo": 2,
     "models.anthropic": 2,
@@ -81,6 +83,9 @@ LIBRARIES = {
     "httpx2": {"models.anthropic", "auth.jwks"},
     "jwt": {"auth.jwt"},
     "argparse": {"cli"},
+    "structlog": {"logs"},
+    "prometheus_client": {"telemetry"},
+    "opentelemetry": {"telemetry"},
 }
 
 

@@ -30,7 +30,9 @@ from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
 from wsserver.live import Generation
 from wsserver.stores import MemoryStore
+from wsserver.telemetry import Metrics
 
+METRICS = Metrics()
 TERMINAL = {"done", "error"}
 
 pieces = st.builds(
@@ -115,7 +117,7 @@ class Rules(RuleBasedStateMachine):
         self.settings = Settings(grace=grace, frame_size=frame_size, queue_size=2)
 
         async def make() -> Hub:
-            return Hub(self.puppet, MemoryStore(), self.settings)
+            return Hub(self.puppet, MemoryStore(), self.settings, METRICS)
 
         self.hub = self.loop.run_until_complete(make())
 

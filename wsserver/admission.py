@@ -8,7 +8,6 @@ and for whom (RFC 6750). None of them can be forged by a page.
 
 import functools
 import ipaddress
-import logging
 import math
 import re
 import time
@@ -18,11 +17,11 @@ from http import HTTPStatus
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
 from wsserver.errors import Code, ConfigError, Refused
 from wsserver.limits import Shares
+from wsserver.logs import log
 from wsserver.settings import Settings
+from wsserver.telemetry import Refusal
 
 __all__ = ["Admission", "Denied", "Visitor"]
-
-logger = logging.getLogger("wsserver")
 
 RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
 IPV6_NETWORK = 64  # bits that one customer commonly gets
@@ -39,13 +38,17 @@ class Denied(Exception):
 
     Attributes:
         status: of the HTTP response.
-        why: ``host``, ``origin``, ``unauthenticated``, ``limit`` or ``unavailable``.
+        why: for the log and the metrics.
         message: for people; what the client's side, or the operator, can do.
         headers: of the HTTP response.
     """
 
     def __init__(
-        self, status: HTTPStatus, why: str, message: str, headers: Mapping[str, str] | None = None
+        self,
+        status: HTTPStatus,
+        why: Refusal,
+        message: str,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -331,7 +334,7 @@ class Visitor:
         except Unavailable:
             raise
         except Exception as error:
-            logger.exception("the authenticator failed")
+            log.error("the authenticator failed", failure=error)
             raise Unavailable from error
         if principal is None or (principal.expires or math.inf) <= time.time():
             return None
@@ -355,7 +358,7 @@ def bearer(headers: Mapping[str, str]) -> str | None:
     return token.strip() if scheme.lower() == "bearer" else None
 
 
-def _later(why: str, message: str) -> Denied:
+def _later(why: Refusal, message: str) -> Denied:
     headers = {"Retry-After": str(RETRY_AFTER)}
     return Denied(HTTPStatus.SERVICE_UNAVAILABLE, why, message, headers)
 

@@ -5,8 +5,8 @@ import asyncio
 import contextlib
 import errno
 import json
-import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -18,15 +18,15 @@ import wsserver
 from wsserver import listening
 from wsserver.auth import tokens
 from wsserver.errors import ConfigError
+from wsserver.logs import log, set_up
 from wsserver.protocol import json_schema
 from wsserver.server import Server, serve
 from wsserver.settings import Settings
 
 __all__ = ["main"]
 
-logger = logging.getLogger("wsserver")
-
 USAGE_ERROR = 2
+OTHER_FILES = 100  # the store, the log, Python's own
 LAST_MOMENT = 1.0  # seconds for Python to end when all is done
 
 
@@ -54,13 +54,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             if not os.environ.get("WSSERVER_STORE"):
                 arguments.setdefault("store", f"sqlite:///{_data_file()}")
             settings = Settings.load(**arguments)
-            logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-            logger.setLevel(settings.log_level.upper())
+            set_up(settings.log_level)
+            _raise_file_limit(settings)
             asyncio.run(_serve(settings))
     except ConfigError as error:
         print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
+
+
+def _raise_file_limit(settings: Settings) -> None:
+    """Have as many file descriptors as the settings may need, or as many as there are."""
+    needed = settings.connections + settings.generations + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if allowed > soft != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+            soft = allowed
+    if soft < needed and soft != resource.RLIM_INFINITY:
+        log.warning("too few file descriptors for the setting connections", has=soft, needs=needed)
 
 
 def _data_file() -> Path:
@@ -182,9 +195,9 @@ async def _reload(server: Server, asked: asyncio.Event) -> None:
         listening.notify("RELOADING=1")
         try:
             if await server.reload():
-                logger.info("reloaded")
-        except Exception:
-            logger.exception("cannot reload")
+                log.info("reloaded")
+        except Exception as error:  # noqa: BLE001
+            log.error("cannot reload", failure=error)
         finally:
             listening.notify("READY=1")
 

@@ -7,7 +7,6 @@ obeyed in the call that brings it; what needs the store waits for it in a queue 
 
 import asyncio
 import functools
-import logging
 import secrets
 import time
 from collections import deque
@@ -22,6 +21,7 @@ from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
 from wsserver.limits import Bucket
 from wsserver.live import Conversation, Generation
+from wsserver.logs import log
 from wsserver.protocol import (
     Auth,
     Authenticated,
@@ -52,8 +52,6 @@ from wsserver.settings import ESCAPED, Settings
 from wsserver.stores.base import Turn
 
 __all__ = ["Connection", "Transport"]
-
-logger = logging.getLogger("wsserver")
 
 REQUESTS = 32  # of one client that wait for the store; it gets `limit` for more
 FRAME_ROOM = 4096  # bytes of a `history` frame besides its messages
@@ -109,6 +107,8 @@ class _Cursor:
                 transport.write(start())
             elif self.seq < log.seq:
                 run = log.read(self.seq, connection.settings.frame_size)
+                if run.seq - self.seq > 1:
+                    connection.metrics.pieces_merged(run.seq - self.seq)
                 self.seq = run.seq
                 transport.write(encode_run(generation.id, run))
             elif log.terminal is not None:
@@ -151,6 +151,7 @@ class Connection:
         "_writable",
         "frames",
         "heard",
+        "metrics",
         "settings",
         "transport",
     )
@@ -161,6 +162,7 @@ class Connection:
         self.transport = transport
         self.settings = settings
         self.frames = 0
+        self.metrics = hub.metrics
         self._hub = hub
         self._visitor = visitor
         self._loop = asyncio.get_running_loop()
@@ -208,7 +210,7 @@ class Connection:
             self._wasted = 0
         except Refused as refused:
             refused.about = refused.about or _id_of(frame)
-            self._refuse(refused)
+            self._refuse(refused, frame)
             if frame is None or wait:
                 self._wasted += 1
         if not isinstance(frame, Ping):
@@ -270,7 +272,7 @@ class Connection:
     def shut_out(self, why: str) -> None:
         """Tell the client that it acts for nobody any more, and close the connection."""
         if not self._ended and not self._gone:
-            self._refuse(Refused(Code.UNAUTHENTICATED, why))
+            self._refuse(Refused(Code.UNAUTHENTICATED, why), None)
             self._end(Close.POLICY_VIOLATION, "unauthenticated")
 
     # What is written.
@@ -354,12 +356,13 @@ class Connection:
                 except (Refused, StoreError) as error:
                     refused = error if isinstance(error, Refused) else Refused(Code.STORE)
                     refused.about = _id_of(waiting.request)
-                    self._refuse(refused, None if refused is error else error)
+                    cause = None if refused is error else error
+                    self._refuse(refused, waiting.request, cause)
                     if isinstance(waiting.request, Auth) and self.principal is None:
                         self._turn_away(refused)
                         return
                 except Exception as error:  # noqa: BLE001
-                    self._refuse(Refused(Code.INTERNAL), error)
+                    self._refuse(Refused(Code.INTERNAL), waiting.request, error)
                 self._waiting.popleft()
         finally:
             if self._worker is asyncio.current_task():  # and not dropped for another
@@ -533,12 +536,16 @@ class Connection:
             for generation, cursor in self._cursors.items()
         )
 
-    def _refuse(self, refused: Refused, cause: Exception | None = None) -> None:
+    def _refuse(
+        self, refused: Refused, frame: ClientFrame | None, cause: Exception | None = None
+    ) -> None:
         ref = secrets.token_hex(4)
+        self.metrics.frame_refused("none" if frame is None else frame.type, refused.code)
         if cause is None:
-            logger.info("%s: refused a frame: %s", ref, refused.code)
+            log.debug("frame refused", ref=ref, code=refused.code)
         else:
-            logger.error("%s: a frame could not be answered", ref, exc_info=cause)
+            reason = str(cause) if isinstance(cause, StoreError) else None
+            log.error("frame failed", ref=ref, code=refused.code, reason=reason, failure=cause)
         self.transport.write(
             encode(
                 Error(

@@ -14,7 +14,15 @@ Clients see codes and messages of these alone; the text of any other exception s
 from enum import StrEnum
 from typing import Self
 
-__all__ = ["Code", "ConfigError", "ModelError", "Refused", "StoreError", "WsserverError"]
+__all__ = [
+    "UPSTREAM",
+    "Code",
+    "ConfigError",
+    "ModelError",
+    "Refused",
+    "StoreError",
+    "WsserverError",
+]
 
 
 class Code(StrEnum):
@@ -69,6 +77,24 @@ class Code(StrEnum):
     INTERRUPTED = "interrupted", True, "The server died while the reply was under way."
     REFUSAL = "refusal", False, "The model declined to answer."
     INTERNAL = "internal", False, "A fault of the server's own; `ref` finds it in the log."
+
+
+UPSTREAM = frozenset(
+    {
+        Code.CREDENTIALS,
+        Code.INCOMPLETE,
+        Code.MALFORMED,
+        Code.MODEL_NOT_FOUND,
+        Code.OVERLOADED,
+        Code.RATE_LIMITED,
+        Code.SPEND_LIMIT,
+        Code.TIMEOUT,
+        Code.UNREACHABLE,
+        Code.UNTRUSTED,
+        Code.UPSTREAM_ERROR,
+    }
+)
+"""What says that the model's API does not serve us, whatever it is asked."""
 
 
 class WsserverError(Exception):

@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Sequence
 
-from wsserver.errors import Code, ModelError, Refused
+from wsserver.errors import UPSTREAM, Code, ModelError, Refused
 from wsserver.generation import (
     CHARACTERS_PER_TOKEN,
     End,
@@ -26,6 +26,7 @@ from wsserver.journal import Journal
 from wsserver.limits import SECONDS_PER_DAY, Budget, Rates, Shares
 from wsserver.live import (
     Conversation,
+    FirstPiece,
     Generation,
     Outcome,
     Watcher,
@@ -33,8 +34,9 @@ from wsserver.live import (
     newest,
     restored,
 )
-from wsserver.models.base import Message, Model, Request, name_of
-from wsserver.protocol import Done, Prompt, StoppedBy, Terminal
+from wsserver.logs import log as events
+from wsserver.models.base import Message, Model, Request, name_of, provider_of
+from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
 from wsserver.stores.base import (
     Header,
@@ -45,13 +47,14 @@ from wsserver.stores.base import (
     day_of,
     tokens_of,
 )
+from wsserver.telemetry import Metrics, span
 
 __all__ = ["Hub"]
 
-logger = logging.getLogger("wsserver")
-
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
+FAILURES = 5  # of the model's API in a row, after which it is said to fail
+FAILING = 30.0  # seconds since the last of them, after which it may be asked again
 
 
 class Hub:
@@ -63,10 +66,13 @@ class Hub:
         model: what answers.
         store: where conversations last.
         settings: the limits and times that hold here.
+        metrics: what learns what happens here.
     """
 
-    def __init__(self, model: Model, store: Store, settings: Settings) -> None:
+    def __init__(self, model: Model, store: Store, settings: Settings, metrics: Metrics) -> None:
         self.model_name = name_of(model)
+        self.metrics = metrics
+        self._provider = provider_of(model)
         self._model = model
         self._store = store
         self._settings = settings
@@ -75,6 +81,7 @@ class Hub:
             settings.save_interval,
             settings.store_timeout,
             keep=settings.replay,
+            metrics=metrics,
         )
         self._loop = asyncio.get_running_loop()
         self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
@@ -87,6 +94,8 @@ class Hub:
         self._ended_size = 0
         self._sweep: asyncio.TimerHandle | None = None
         self._conversations: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
+        self._upstream_failures = 0  # in a row
+        self._upstream_failed = 0.0  # when the last of them was
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,6 +104,15 @@ class Hub:
     def live(self) -> int:
         """How many generations are queued, running or being stopped."""
         return len(self._live)
+
+    @property
+    def upstream_failing(self) -> bool:
+        """Whether the model's API has failed just now, and several times in a row.
+
+        That alone does not last: a server that gets no prompts any more would never recover.
+        """
+        recently = self._loop.time() - self._upstream_failed < FAILING
+        return self._upstream_failures >= FAILURES and recently
 
     def known(self, owner: str, generation_id: str | None) -> Generation | None:
         """Return the generation of that id, if it is in memory."""
@@ -173,6 +191,7 @@ class Hub:
             self._end(generation, why)
         elif generation.task is not None and generation.task.cancel():
             generation.cut = why
+            generation.stopped = self._loop.time()
             _cancel(generation.watch)
             generation.watch = self._loop.call_later(
                 self._settings.stop_timeout, self._abandon, generation
@@ -392,6 +411,7 @@ class Hub:
             model=prompt.model or self.model_name,
             conversation_id=None if conversation is None else conversation.id,
             conversation=conversation,
+            accepted=self._loop.time(),
         )
         self._shares.take(account)
         self._budget.reserve(owner, generation.allowance)
@@ -453,9 +473,19 @@ class Hub:
             generation.prompt,
             generation.model,
         )
+        generation.log.followers.append(FirstPiece(generation, self._loop.time))
         generation.record = self._journal.begin(header, generation.log)
         generation.asked = sum(len(message.content) for message in request.messages)
         generation.began = generation.heard = self._loop.time()
+        generation.span = span(
+            generation=generation.id,
+            conversation=generation.conversation_id,
+            provider=self._provider,
+            model=generation.model,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+        )
+        self.metrics.generation_began()
         self._watch(generation)
         task = generation.task = self._loop.create_task(self._guarded(generation, request))
         self._tasks.add(task)
@@ -524,8 +554,10 @@ class Hub:
 
     async def _guarded(self, generation: Generation, request: Request) -> End:
         """Run it, and let no model end the whole program."""
+        assert generation.span is not None
         try:
-            return await self._run(generation, request)
+            with generation.span.current():
+                return await self._run(generation, request)
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("a model tried to exit") from error
 
@@ -549,12 +581,14 @@ class Hub:
     # Ending one.
 
     def _abandon(self, generation: Generation) -> None:
-        logger.warning("generation %s: the model does not let itself be closed", generation.id)
+        events.warning("model not closed", id=generation.id, model=generation.model)
         assert generation.cut is not None
         self._end(generation, generation.cut)
 
     def _finished(self, generation: Generation, task: "asyncio.Task[End]") -> None:
         self._tasks.discard(task)
+        if generation.stopped is not None:
+            self.metrics.stop_took(self._loop.time() - generation.stopped)
         failure = None if task.cancelled() else task.exception()
         if generation.ending:  # it was abandoned before
             return
@@ -570,12 +604,18 @@ class Hub:
     def _end(self, generation: Generation, how: Outcome) -> None:
         """Save the end of a generation, and then tell it."""
         generation.ending = True
+        generation.ended = self._loop.time()
         _cancel(generation.watch)
         _cancel(generation.grace)
         try:
             terminal = generation.terminal(how)
         except Exception as error:  # noqa: BLE001
-            terminal = generation.terminal(error)
+            how = error
+            terminal = generation.terminal(how)
+        generation.failure = how if isinstance(how, BaseException) else None
+        if generation.span is not None:
+            generation.span.end(terminal, generation.first_token)
+        self._note_upstream(generation, terminal)
         if generation.record is None:  # it never began, and so there is nothing to keep
             self._conclude(generation, terminal)
         else:
@@ -587,6 +627,14 @@ class Hub:
                     terminal if saved else terminal.model_copy(update={"saved": False}),
                 ),
             )
+
+    def _note_upstream(self, generation: Generation, terminal: Terminal) -> None:
+        """Learn from an end whether the model's API works, unless it says nothing of it."""
+        if isinstance(terminal, Error) and terminal.code in UPSTREAM:
+            self._upstream_failures += 1
+            self._upstream_failed = self._loop.time()
+        elif generation.begun and (isinstance(terminal, Error) or generation.log.seq):
+            self._upstream_failures = 0
 
     def _conclude(self, generation: Generation, terminal: Terminal) -> None:
         """Write the terminal, and let the next prompt begin."""
@@ -609,13 +657,43 @@ class Hub:
             self._idle.set()
 
     def _report(self, generation: Generation, terminal: Terminal) -> None:
-        logger.info(
-            "generation %s: %s%s, %d pieces in %.2f s",
-            generation.id,
-            terminal.reason if isinstance(terminal, Done) else f"error {terminal.code}",
-            f" by {terminal.by}" if isinstance(terminal, Done) and terminal.by else "",
-            generation.log.seq,
-            self._loop.time() - generation.began if generation.begun else 0.0,
+        """Count a generation and log its one event; never what was said."""
+        self.metrics.generation_ended(
+            terminal,
+            model=generation.model,
+            seconds=generation.seconds if generation.begun else None,
+            first_token=generation.first_token,
+        )
+        failure, generation.failure = generation.failure, None
+        about: dict[str, object] = {
+            "id": generation.id,
+            "conversation": generation.conversation_id,
+            "principal": generation.owner,
+            "model": generation.model,
+        }
+        level = logging.INFO
+        if isinstance(terminal, Done):
+            about |= {"reason": terminal.reason, "by": terminal.by}
+        else:
+            about |= {"error": terminal.code, "ref": terminal.ref}
+            if terminal.code is Code.INTERNAL:
+                level = logging.ERROR
+                about["failure"] = failure
+            elif terminal.code in UPSTREAM:
+                level = logging.WARNING
+            if isinstance(failure, ModelError) and failure.__cause__ is not None:
+                about["cause"] = type(failure.__cause__).__name__
+        first_token, usage = generation.first_token, terminal.usage
+        events.log(
+            level,
+            "generation",
+            **about,
+            saved=terminal.saved,
+            seconds=round(generation.seconds, 3),
+            first_token=None if first_token is None else round(first_token, 3),
+            input_tokens=None if usage is None else usage.input_tokens,
+            output_tokens=None if usage is None else usage.output_tokens,
+            pieces=generation.log.seq,
         )
 
     # Keeping the ended.

@@ -6,18 +6,17 @@ client knows of an end that a crash could undo.
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 
 from wsserver.errors import StoreError
 from wsserver.generation import Log
+from wsserver.logs import log
 from wsserver.protocol import Terminal
 from wsserver.stores.base import Entry, Header, Store
+from wsserver.telemetry import Metrics
 
 __all__ = ["Journal", "Record"]
-
-logger = logging.getLogger("wsserver")
 
 LONGEST_PAUSE = 5.0  # seconds between two tries to save what could not be saved
 MOST_KEPT = 1000  # ended generations that wait to be saved after all
@@ -61,13 +60,17 @@ class Journal:
         interval: seconds between two batches, unless a terminal is waiting.
         timeout: seconds for a batch, after which its terminals go out as not saved.
         keep: seconds that ended generations outside of conversations are kept.
+        metrics: what learns how long the store takes.
     """
 
-    def __init__(self, store: Store, interval: float, timeout: float, keep: float) -> None:
+    def __init__(
+        self, store: Store, interval: float, timeout: float, keep: float, metrics: Metrics
+    ) -> None:
         self._store = store
         self._interval = interval
         self._timeout = timeout
         self._keep = keep
+        self._metrics = metrics
         self._unsaved: dict[Record, None] = {}  # in the order in which it came
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -148,19 +151,22 @@ class Journal:
         entries = [record.entry() for record in records]
         # Not cancelled when it takes too long: it goes on in its thread anyway, and there must
         # not be two at once. Who comes meanwhile is told that it is not saved, and is, later.
+        began = time.monotonic()
         commit = asyncio.ensure_future(self._store.commit(entries))
         while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
-            self._report("it takes too long")
+            self._report(reason="it takes too long")
             late = list(self._unsaved)
             self._tell(records + late, entries + [record.entry() for record in late], saved=False)
             self._tell_batch()
+        saved = not commit.cancelled() and commit.exception() is None
+        self._metrics.commit_took(time.monotonic() - began, saved=saved)
         try:
             commit.result()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             if isinstance(error, StoreError):
-                self._report(str(error))
+                self._report(reason=str(error))
             else:
-                logger.exception("the store failed")
+                self._report(failure=error)
             self._tell(records, entries, saved=False)
             self._keep_for_later(records)
         else:
@@ -191,15 +197,15 @@ class Journal:
     async def _purge(self) -> None:
         try:
             await self._store.purge(time.time() - self._keep)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             if not isinstance(error, StoreError):
-                logger.exception("the store could not be purged")
+                log.error("store not purged", failure=error)
         finally:
             self._purger = None
 
-    def _report(self, why: str) -> None:
+    def _report(self, **why: object) -> None:
         if not self._failures:  # once per outage, and not once per batch
-            logger.error("conversations cannot be saved: %s", why)
+            log.error("conversations cannot be saved", **why)
         self._failures += 1
 
 

@@ -6,7 +6,6 @@ It makes and describes sockets; what is said over them is not its business.
 import contextlib
 import errno
 import ipaddress
-import logging
 import os
 import re
 import socket
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from wsserver.errors import ConfigError
+from wsserver.logs import log
 
 __all__ = [
     "Certificate",
@@ -30,8 +30,6 @@ __all__ = [
     "notify",
     "tcp_address",
 ]
-
-logger = logging.getLogger("wsserver")
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 NOTIFY_TIMEOUT = 1.0  # seconds for a service manager to take what it is told
@@ -87,7 +85,7 @@ class Certificate:
         try:
             self._current = self._load()
         except ConfigError as error:
-            logger.error("the certificate stays as it was: %s", error)  # noqa: TRY400
+            log.error("the certificate stays as it was", reason=str(error))
             return False
         return True
 
@@ -263,7 +261,7 @@ def notify(*lines: str) -> None:
             sock.connect("\0" + address[1:] if address[0] == "@" else address)
             sock.sendall("\n".join(lines).encode())
     except OSError as error:
-        logger.warning("cannot tell the service manager %s: %s", lines[0], error)
+        log.warning("cannot tell the service manager", what=lines[0], reason=error.strerror)
 
 
 def loopback(sockets: Iterable[Listening]) -> bool:

@@ -1,23 +1,31 @@
 """What is live in this process, as data: generations, and the conversations that they are in."""
 
 import asyncio
-import logging
 import secrets
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.errors import Code, ModelError
 from wsserver.generation import End, Log, State, Usage, tokens_in, well_formed
 from wsserver.journal import Record
+from wsserver.logs import log as events
 from wsserver.models.base import Message
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.stores.base import StoredGeneration, Turn, partial
+from wsserver.telemetry import Span
 
-__all__ = ["Conversation", "Generation", "Outcome", "Watcher", "messages_of", "newest", "restored"]
-
-logger = logging.getLogger("wsserver")
+__all__ = [
+    "Conversation",
+    "FirstPiece",
+    "Generation",
+    "Outcome",
+    "Watcher",
+    "messages_of",
+    "newest",
+    "restored",
+]
 
 Outcome = End | StoppedBy | BaseException
 """How a generation came to its end: by itself, by someone, or by a failure."""
@@ -75,8 +83,15 @@ class Generation:
     cut: StoppedBy | ModelError | None = None
     ending: bool = False  # its terminal is being saved
     task: "asyncio.Task[End] | None" = None
+    failure: BaseException | None = None  # until it is told
+    span: Span | None = None  # its part of a trace, once it has begun
+    # When, by the event loop's clock.
+    accepted: float = 0.0
     began: float = 0.0
     heard: float = 0.0  # when the model last gave a sign of life
+    spoke: float | None = None  # when its first piece came
+    stopped: float | None = None  # when it was asked to stop
+    ended: float = 0.0
     asked: int = 0  # characters sent to the model
     size: int = 0  # of what is kept once it has ended
     readers: int = 0
@@ -88,6 +103,16 @@ class Generation:
     def begun(self) -> bool:
         """Whether the model was asked."""
         return self.record is not None
+
+    @property
+    def seconds(self) -> float:
+        """How long the model took, 0 where it was never asked."""
+        return self.ended - self.began if self.begun else 0.0
+
+    @property
+    def first_token(self) -> float | None:
+        """Seconds from the prompt to the first piece; None where there is none."""
+        return None if self.spoke is None else self.spoke - self.accepted
 
     @property
     def queued(self) -> int | None:
@@ -114,7 +139,7 @@ class Generation:
             retryable=error.retryable,
             retry_after=error.retry_after,
             usage=usage,
-            ref=_log_failure(self.id, how),
+            ref=_new_ref(),
         )
 
     def _usage(self) -> Usage:
@@ -133,6 +158,26 @@ class Generation:
         return Turn(0, self.id, self.prompt.prompt or "", self.log.text, partial(self.log.terminal))
 
 
+class FirstPiece:
+    """Notes when a generation's first piece came, and follows it no more.
+
+    Args:
+        generation: which.
+        time: the clock.
+    """
+
+    def __init__(self, generation: Generation, time: Callable[[], float]) -> None:
+        self._generation = generation
+        self._time = time
+
+    def wake(self) -> None:
+        """The first piece is there, or the end."""
+        log = self._generation.log
+        log.followers.remove(self)
+        if log.seq:
+            self._generation.spoke = self._time()
+
+
 def restored(stored: StoredGeneration) -> Generation:
     """Make a generation of what was saved; one whose process died ends as ``interrupted``."""
     header = stored.header
@@ -145,14 +190,15 @@ def restored(stored: StoredGeneration) -> Generation:
         log.append(piece)
     terminal = stored.terminal
     if terminal is None:
-        code = Code.INTERRUPTED
+        code, ref = Code.INTERRUPTED, _new_ref()
+        events.info("interrupted", id=header.id, conversation=header.conversation, ref=ref)
         terminal = Error(
             code=code,
             message=code.meaning,
             id=header.id,
             seq=log.seq,
             retryable=code.retryable,
-            ref=secrets.token_hex(4),
+            ref=ref,
         )
     log.end(terminal)
     return generation
@@ -208,11 +254,5 @@ def _poisonous(turn: Turn) -> bool:
     return turn.partial in refused and not turn.text.strip()
 
 
-def _log_failure(generation_id: str, how: BaseException) -> str:
-    ref = secrets.token_hex(4)
-    if isinstance(how, ModelError):
-        cause = type(how.__cause__).__name__ if how.__cause__ is not None else "no exception"
-        logger.warning("%s: generation %s: %s (%s)", ref, generation_id, how.code, cause)
-    else:
-        logger.error("%s: generation %s failed", ref, generation_id, exc_info=how)
-    return ref
+def _new_ref() -> str:
+    return secrets.token_hex(4)

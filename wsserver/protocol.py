@@ -23,6 +23,7 @@ from pydantic.json_schema import models_json_schema
 
 from wsserver.errors import Code, Refused
 from wsserver.generation import Run, Usage
+from wsserver.logs import printable
 
 __all__ = [
     "SUBPROTOCOL",
@@ -538,5 +539,5 @@ def _shown(value: object, *, quote: bool = True) -> str:
     """Show what a client sent in a message: short, and whatever it is, safe to encode."""
     text = value if isinstance(value, str) else str(value)
     text = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = printable(text)
     return f'"{text}"' if quote else text

@@ -14,6 +14,7 @@ from websockets.http11 import Response
 
 from wsserver.admission import Visitor, bearer
 from wsserver.responses import respond
+from wsserver.telemetry import Metrics
 
 __all__ = ["Operations", "Page"]
 
@@ -51,7 +52,7 @@ class Operations:
     """``/healthz``: it is alive. ``/readyz``: send it clients. ``/metrics``: for Prometheus.
 
     Args:
-        exposition: gives what has been counted, and the content type that it is in.
+        metrics: what has been counted.
         ready: tells what it takes to serve clients, part by part, and whether it is there.
         token: lets programs that are not on this machine read the metrics; "" lets none.
     """
@@ -60,11 +61,11 @@ class Operations:
 
     def __init__(
         self,
-        exposition: Callable[[], tuple[bytes, str]],
+        metrics: Metrics,
         ready: Callable[[], Awaitable[Mapping[str, bool]]],
         token: str,
     ) -> None:
-        self._exposition = exposition
+        self._metrics = metrics
         self._ready = ready
         self._token = token
         self._looking: asyncio.Task[Mapping[str, bool]] | None = None
@@ -90,8 +91,7 @@ class Operations:
                 "`metrics_token` (WSSERVER_METRICS_TOKEN).",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        body, content_type = self._exposition()
-        return respond(HTTPStatus.OK, body, content_type)
+        return respond(HTTPStatus.OK, self._metrics.exposition(), self._metrics.content_type)
 
     def _may_read(self, headers: Mapping[str, str], visitor: Visitor) -> bool:
         if visitor.local(headers) and not self._token:

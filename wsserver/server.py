@@ -24,18 +24,19 @@ from wsserver.auth import Authenticator
 from wsserver.connection import Connection
 from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
+from wsserver.logs import log
 from wsserver.models.base import Model
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import method_not_allowed, respond
 from wsserver.routes import Operations, Page
 from wsserver.settings import Settings
 from wsserver.stores import Store
+from wsserver.telemetry import Metrics
 from wsserver.transport import Socket
 
 __all__ = ["Server", "serve"]
 
-logger = logging.getLogger("wsserver")
-# What the library says of handshakes that came to nothing is any stranger's doing.
+# To it, a handshake that came to nothing is an error, and any stranger can make one.
 _SILENT = logging.getLogger("wsserver.websockets")
 _SILENT.setLevel(logging.CRITICAL)
 
@@ -44,6 +45,7 @@ MESSAGES_PER_TURN = 16  # taken from a client that sends without a pause, before
 LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
 CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
+SHOWN = 256  # characters of a header in the log
 LOOKS_PER_IDLE_TIME = 10  # at who has been idle for too long
 
 
@@ -101,6 +103,7 @@ class Server:
         model_name: what answers, as clients see it.
         port: where it listens, also where the setting was 0; 0 if it has unix sockets alone.
         bound: all addresses that it listens on, as people write them.
+        metrics: what it counts and measures.
     """
 
     model_name: str
@@ -115,6 +118,7 @@ class Server:
         sockets: Sequence[listening.StreamSocket] = (),
     ) -> None:
         self.settings = settings
+        self.metrics = Metrics()
         self._model = model
         self._authenticate = authenticate
         self._page = Page()
@@ -165,11 +169,9 @@ class Server:
                 self._authenticate = auth.make(settings)
             self._admission = Admission(settings, self._authenticate)
             await self._store.open()
-            self._hub = Hub(model, self._store, settings)
+            self._hub = Hub(model, self._store, settings, self.metrics)
             self._operations = Operations(
-                lambda: (b"", "text/plain"),
-                self._readiness,
-                settings.metrics_token.get_secret_value(),
+                self.metrics, self._readiness, settings.metrics_token.get_secret_value()
             )
             await self._listen()
             self._check_exposure()
@@ -181,6 +183,7 @@ class Server:
             self._stop_listening()
             await self._release(settings.stop_timeout)
             raise
+        self.metrics.watch_loop()
         self._dismiss_idle()
         return self
 
@@ -202,9 +205,7 @@ class Server:
                     "say who they are (make a token with `wsserver token new NAME --file FILE`, "
                     "and start with --token-file FILE), or serve them all with --allow-anonymous"
                 )
-            logger.warning(
-                "anyone who reaches this server can spend your money and read all conversations"
-            )
+            log.warning("anyone who reaches this server can spend your money and read everything")
 
     async def reload(self) -> bool:
         """Read anew the certificate and what lets clients in.
@@ -235,6 +236,7 @@ class Server:
                 sockets=self._sockets,
                 admission=self._admission,
                 on_denied=self._denied,
+                metrics=self.metrics,
             ),
             compression=None,  # costs 40 KiB a socket and half of the send rate
             open_timeout=settings.open_timeout,
@@ -341,6 +343,7 @@ class Server:
         return LAST_TURN if self._hurried else max(LAST_TURN, left)
 
     async def _release(self, within: float) -> None:
+        self.metrics.close()
         with contextlib.suppress(TimeoutError, StoreError):
             async with asyncio.timeout(within):
                 await self._store.close()
@@ -373,18 +376,38 @@ class Server:
         connection = Connection(socket, self._hub, self.settings, socket.visitor)
         socket.wake = connection.wake
         self._connections[socket] = connection
+        began = socket.loop.time()
+        self.metrics.connection_opened()
         try:
-            with contextlib.suppress(ConnectionClosed):
-                turn = 0
-                async for message in socket:
-                    connection.receive(message)
-                    turn += 1
-                    if turn == MESSAGES_PER_TURN:
-                        turn = 0
-                        await asyncio.sleep(0)
+            await self._read(socket, connection)
+        except ConnectionClosed:
+            pass
+        except Exception as error:  # noqa: BLE001
+            log.error("connection failed", socket=socket.id, failure=error)
+            await socket.close(Close.INTERNAL_ERROR)
         finally:
             connection.detach()
             del self._connections[socket]
+            self.metrics.connection_closed()
+            log.info(
+                "connection",
+                socket=socket.id,
+                address=socket.visitor.address,
+                principal=connection.principal,
+                seconds=round(socket.loop.time() - began, 3),
+                frames=connection.frames,
+                code=socket.close_code,
+            )
+
+    @staticmethod
+    async def _read(socket: Socket, connection: Connection) -> None:
+        turn = 0
+        async for message in socket:
+            connection.receive(message)
+            turn += 1
+            if turn == MESSAGES_PER_TURN:
+                turn = 0
+                await asyncio.sleep(0)
 
     def _dismiss_idle(self) -> None:
         """Close sockets whose clients want nothing any more."""
@@ -421,7 +444,7 @@ class Server:
                 await socket.visitor.knock(request.path, headers)
                 return None
         except Denied as denied:
-            self._denied(socket, denied)
+            self._denied(denied, socket.visitor.address, headers)
             return respond(denied.status, denied.message, headers=denied.headers)
         return await self._get(path, request.method, headers, socket.visitor)
 
@@ -464,10 +487,18 @@ class Server:
         return {
             "store": store,
             "serving": self._closing is None,
+            "upstream": not self._hub.upstream_failing,
         }
 
-    def _denied(self, socket: Socket, denied: Denied) -> None:
-        logger.info("refused a connection of %s: %s", socket.remote_address, denied.why)
+    def _denied(self, denied: Denied, address: str, headers: Mapping[str, str]) -> None:
+        self.metrics.connection_refused(denied.why)
+        log.info(
+            "connection refused",
+            why=denied.why,
+            address=address,
+            host=headers.get("host", "")[:SHOWN] or None,
+            origin=headers.get("origin", "")[:SHOWN] or None,
+        )
 
 
 def _lower(request: Request) -> dict[str, str]:

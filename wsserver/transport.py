@@ -7,9 +7,8 @@ stopped reading, since they wait for their turn behind what that peer does not r
 
 import asyncio
 import contextlib
-import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, broadcast
@@ -17,13 +16,13 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from wsserver.admission import Admission, Denied, Visitor
+from wsserver.logs import log
 from wsserver.protocol import Close
 from wsserver.responses import method_not_allowed, respond
 from wsserver.settings import Settings
+from wsserver.telemetry import Aborted, Metrics
 
 __all__ = ["Socket"]
-
-logger = logging.getLogger("wsserver")
 
 # Data that the kernel takes before it has sent what it has: little, so that a slow reader is
 # noticed here, where its text can be merged, and a stop need not wait behind it.
@@ -44,6 +43,7 @@ class Socket(ServerConnection):
         sockets: where it registers for as long as it is connected, handshake included.
         admission: who may connect at all.
         on_denied: told why, where one may not.
+        metrics: what learns of readers that were aborted.
         options: the library's.
 
     Attributes:
@@ -60,7 +60,8 @@ class Socket(ServerConnection):
         settings: Settings,
         sockets: set["Socket"],
         admission: Admission,
-        on_denied: Callable[["Socket", Denied], None],
+        on_denied: Callable[[Denied, str, Mapping[str, str]], None],
+        metrics: Metrics,
         **options: Any,
     ) -> None:
         super().__init__(protocol, server, **options)
@@ -69,6 +70,7 @@ class Socket(ServerConnection):
         self._sockets = sockets
         self._admission = admission
         self._on_denied = on_denied
+        self._metrics = metrics
         self._arrived = False
         self._ending: asyncio.Task[None] | None = None
         self._gone = False
@@ -104,12 +106,13 @@ class Socket(ServerConnection):
         """Set the socket up."""
         super().connection_made(transport)
         self._sockets.add(self)
-        peer = transport.get_extra_info("peername")
+        name = transport.get_extra_info("peername")
+        peer = name[0] if name else "unix"
         try:
-            self.visitor = self._admission.arrive(peer[0] if peer else "unix")
+            self.visitor = self._admission.arrive(peer)
             self._arrived = True
         except Denied as denied:
-            self._on_denied(self, denied)
+            self._on_denied(denied, peer, {})
             response = respond(denied.status, denied.message, headers=denied.headers)
             self._answer_and_drop(response.serialize())
             self.loop.call_later(LINGER, self.abort)
@@ -198,8 +201,7 @@ class Socket(ServerConnection):
 
     def _check_unsent(self) -> None:
         if self._waiting() > self._settings.max_unsent and not self._gone:
-            logger.warning("socket %s: too much unsent, aborted", self.id)
-            self.abort()
+            self._abort_reader("too much unsent")
 
     def _set_deadline(self) -> None:
         self._unsent = self._waiting()
@@ -209,8 +211,12 @@ class Socket(ServerConnection):
         if self._waiting() < self._unsent:
             self._set_deadline()  # slow, but alive
         else:
-            logger.warning("socket %s: does not read, aborted", self.id)
-            self.abort()
+            self._abort_reader("does not read")
+
+    def _abort_reader(self, why: Aborted) -> None:
+        log.info("reader aborted", socket=self.id, reason=why)
+        self._metrics.reader_aborted(why)
+        self.abort()
 
 
 def _limit_tls(transport: asyncio.BaseTransport) -> asyncio.WriteTransport | None:

@@ -7,7 +7,6 @@ this server ask the issuer more often than it would by itself.
 
 import asyncio
 import ipaddress
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,10 +18,9 @@ import httpx2
 
 from wsserver.auth.base import Unavailable
 from wsserver.errors import ConfigError
+from wsserver.logs import log
 
 __all__ = ["FetchedKeys", "FileKeys", "FixedKeys", "Key", "Keys", "Parse"]
-
-logger = logging.getLogger("wsserver")
 
 FETCH_TIMEOUT = 5.0  # seconds for the whole of one fetch
 MAX_DOCUMENT = 256 * 1024  # bytes; the key sets of large issuers have a few thousand
@@ -62,8 +60,9 @@ class FixedKeys:
         """Return the keys for a token that none of those from :meth:`get` fits."""
         return self._keys
 
-    async def reload(self) -> None:
-        """Take what has changed since."""
+    async def reload(self) -> bool:
+        """Take what has changed since; tell whether it could be read."""
+        return True
 
     async def aclose(self) -> None:
         """Release what is held."""
@@ -89,12 +88,14 @@ class FileKeys(FixedKeys):
         except ValueError as error:
             raise ConfigError(f"jwt_jwks: {self._path}: {error}") from None
 
-    async def reload(self) -> None:
+    async def reload(self) -> bool:
         """Read the file again. One that is not good changes nothing, and is logged."""
         try:
             self._keys = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            logger.error("%s; the keys stay as they were", error)  # noqa: TRY400
+            log.error("the keys stay as they were", reason=str(error))
+            return False
+        return True
 
 
 class FetchedKeys(FixedKeys):
@@ -148,9 +149,10 @@ class FetchedKeys(FixedKeys):
         await self._fetch(COOLDOWN)
         return self._keys
 
-    async def reload(self) -> None:
+    async def reload(self) -> bool:
         """Let the next token have the keys fetched anew."""
         self._fetched = self._tried = float("-inf")
+        return True
 
     async def aclose(self) -> None:
         """End a fetch that is under way, and close the HTTP client."""
@@ -182,7 +184,7 @@ class FetchedKeys(FixedKeys):
         else:
             self._fetched = self._clock()
             if self._down:
-                logger.info("jwt_jwks: %s: fetched the keys again", self._url.host)
+                log.info("keys fetched again", host=self._url.host)
             self._down = False
         finally:
             self._fetching = None
@@ -202,9 +204,7 @@ class FetchedKeys(FixedKeys):
         if not self._down:  # once per outage
             rest = "; the keys stay as they were" if self._keys else ""
             # The host alone, as the rest of an address may hold what is not for a log.
-            logger.warning(
-                "jwt_jwks: %s: cannot fetch the keys: %s%s", self._url.host, reason, rest
-            )
+            log.warning(f"cannot fetch keys{rest}", host=self._url.host, reason=reason)
         self._down = True
 
 

@@ -4,7 +4,6 @@ The only module that knows PyJWT. It follows the best current practices of RFC 8
 algorithm verifies a token is decided by the key (section 3.1), and by nothing that the token says.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pydantic_core import from_json
 from wsserver.auth.base import Handshake, Principal
 from wsserver.auth.jwks import FetchedKeys, FileKeys, FixedKeys, Key, Keys
 from wsserver.errors import ConfigError
+from wsserver.logs import log
 from wsserver.settings import Settings
 
 try:
@@ -22,8 +22,6 @@ except ImportError as missing:
     raise ConfigError("JSON Web Tokens need PyJWT: pip install wsserver[jwt]") from missing
 
 __all__ = ["JwtAuthenticator"]
-
-logger = logging.getLogger("wsserver")
 
 MAX_TOKEN = 8192  # characters; a header of that length is more than most proxies let through
 MAX_NAME = 256  # characters
@@ -81,12 +79,12 @@ class JwtAuthenticator:
             kind = str(refused)
         except _FAULTS as error:
             kind = type(error).__name__  # not its text, which may quote the token
-        logger.debug("refused a token: %s", kind)
+        log.debug("token refused", kind=kind)
         return None
 
-    async def reload(self) -> None:
+    async def reload(self) -> bool:
         """Read the keys anew. Such as cannot be used change nothing, and are logged."""
-        await self._source.reload()
+        return await self._source.reload()
 
     async def aclose(self) -> None:
         """Close the HTTP client, if there is one."""

@@ -8,7 +8,6 @@ protect nothing.
 import datetime as dt
 import hashlib
 import hmac
-import logging
 import os
 import re
 import secrets
@@ -18,10 +17,9 @@ from typing import NamedTuple
 
 from wsserver.auth.base import Handshake, Principal
 from wsserver.errors import ConfigError
+from wsserver.logs import log
 
 __all__ = ["Tokens", "add", "new"]
-
-logger = logging.getLogger("wsserver")
 
 PREFIX = "wss_"  # so that tools which look for leaked secrets can know one
 LONGEST = 256  # characters of a token, before it is hashed
@@ -69,7 +67,7 @@ class Tokens:
         try:
             self._known = self._given + self._read()
         except ConfigError as error:
-            logger.error("tokens not read again: %s", error)  # noqa: TRY400
+            log.error("tokens not read again", reason=str(error))
             return False
         return True
 

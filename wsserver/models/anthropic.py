@@ -23,6 +23,7 @@ from pydantic_core import from_json
 
 from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage
+from wsserver.logs import log
 from wsserver.models.base import Request
 from wsserver.settings import Settings
 
@@ -77,6 +78,8 @@ class Anthropic:
         ConfigError: there are no credentials.
     """
 
+    provider = "anthropic"
+
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
         self._settings = settings
@@ -90,13 +93,18 @@ class Anthropic:
             max_connections=settings.generations, max_keepalive_connections=settings.generations
         )
         try:
-            self._client = anthropic.AsyncAnthropic(
+            client = anthropic.AsyncAnthropic(
                 max_retries=0,
                 timeout=timeout,
                 http_client=anthropic.DefaultAioHttpClient(timeout=timeout, limits=limits),
             )
         except anthropic.AnthropicError as error:  # its profile on disk is broken
             raise ConfigError(f"model: {name}: {error}") from error
+        # Nothing that is said is for traces, whatever the environment says.
+        traces = client.open_telemetry["traces"] | {"content_mode": "metadata_only"}
+        self._client = client.with_options(
+            open_telemetry={**client.open_telemetry, "traces": traces}
+        )
         if not (self._client.auth_headers or self._client.credentials):
             raise ConfigError(
                 f"model: {name} needs Anthropic credentials; set ANTHROPIC_API_KEY, "
@@ -131,6 +139,7 @@ class Anthropic:
                 longest = min(budget, self._settings.silence_timeout)
                 if begun or attempt == self._settings.retries or pause > longest:
                     raise error from failure.__cause__
+                log.debug("attempt failed", model=request.model, code=error.code, pause=pause)
                 budget -= pause
                 yield ""  # a new attempt has its own time to be silent
                 await asyncio.sleep(pause)

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import logging
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -11,11 +10,10 @@ from typing import Literal, Protocol, cast
 
 from wsserver.errors import ConfigError
 from wsserver.generation import End, Usage
+from wsserver.logs import log
 from wsserver.settings import Settings
 
-logger = logging.getLogger("wsserver")
-
-__all__ = ["Message", "Model", "Request", "check", "close", "load", "name_of"]
+__all__ = ["Message", "Model", "Request", "check", "close", "load", "name_of", "provider_of"]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
 
@@ -64,8 +62,8 @@ class Model(Protocol):
     To stop it, the task that iterates is cancelled and the iterator closed: what it holds open
     must be closed as the exception passes, as ``async with`` and ``finally`` do.
 
-    It may have a ``name``, which clients see, and an ``async def aclose()``, which is called
-    when the server that made it is closed.
+    It may have a ``name``, which clients see, a ``provider``, which traces name, and an
+    ``async def aclose()``, which is called when the server that made it is closed.
 
     Raises:
         ModelError: to tell the client what happened; any other exception is not told.
@@ -94,6 +92,11 @@ def name_of(model: Model) -> str:
     return str(getattr(model, "name", None) or getattr(model, "__name__", type(model).__name__))
 
 
+def provider_of(model: Model) -> str:
+    """Return who runs it, in the words of OpenTelemetry's conventions where they have one."""
+    return str(getattr(model, "provider", None) or name_of(model))
+
+
 async def close(model: Model) -> None:
     """Release what a model holds, if it says how. An error of its own is logged."""
     aclose = getattr(model, "aclose", None)
@@ -101,8 +104,8 @@ async def close(model: Model) -> None:
         return
     try:
         await aclose()
-    except Exception:
-        logger.exception("the model could not be closed")
+    except Exception as error:  # noqa: BLE001
+        log.error("model not closed", failure=error)
 
 
 def load(settings: Settings) -> Model:

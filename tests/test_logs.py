@@ -1,0 +1,365 @@
+"""The log: one line per event whatever it is about, and no secrets in it."""
+
+import asyncio
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.process import Process, run
+from tests.support.puppet import BOUND, Puppet
+from tests.support.upstream import Script, Upstream, error
+from wsserver import Code, ModelError
+from wsserver.logs import log, printable, set_up
+
+NASTY = "a\nb\x1b[31m\x00\r\x85\u2028\u202e\u200bé\ud800 end"
+SECRET = "hunter2-planted"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def generations(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [
+        {**record.event, "level": record.levelname}  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.name == "wsserver" and record.event["event"] == "generation"  # type: ignore[attr-defined]
+    ]
+
+
+def objects(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def failing(text: str) -> None:
+    try:
+        raise KeyError(text)
+    except KeyError as cause:
+        raise ValueError(text) from cause
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+def test_an_event_is_one_line_whatever_it_holds(stream: io.StringIO) -> None:
+    set_up("info", stream)
+    log.info("generation", id=NASTY, seconds=1.5, missing=None)
+    logging.getLogger("other").warning("foreign %s", NASTY)
+    lines = stream.getvalue().split("\n")
+    assert len(lines) == 3
+    assert lines[-1] == ""
+    assert all(line.isprintable() for line in lines)
+    assert "missing" not in stream.getvalue()
+
+
+def test_what_cannot_be_seen_is_escaped_and_all_else_is_left() -> None:
+    assert printable("grüße ☃ 日本 🙂") == "grüße ☃ 日本 🙂"
+    assert printable("\x1b\u202e\u2028\x7f\ud800") == r"\x1b\u202e\u2028\x7f\ud800"
+
+
+def test_a_pipe_gets_json_with_a_time_and_a_level() -> None:
+    stream = io.StringIO()
+    set_up("info", stream)
+    log.info("generation", id="x", seconds=1.25, code=Code.BUSY)
+    log.debug("too small")
+    logging.getLogger("asyncio").error("a library's")
+    logging.getLogger("httpx2").info("not ours")
+    first, second = objects(stream.getvalue())
+    assert first.pop("timestamp").endswith("Z")
+    assert first == {
+        "level": "info",
+        "event": "generation",
+        "id": "x",
+        "seconds": 1.25,
+        "code": "busy",
+    }
+    assert (second["level"], second["event"], second["logger"]) == (
+        "error",
+        "a library's",
+        "asyncio",
+    )
+
+
+def test_a_terminal_gets_lines_that_can_be_read() -> None:
+    stream = Terminal()
+    set_up("info", stream)
+    log.warning("generation", id="x", reason='a "b" c')
+    assert stream.getvalue()[8:] == ' warning generation id=x reason="a \\"b\\" c"\n'
+
+
+def test_setting_up_again_takes_the_place_of_the_first() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    set_up("info", first)
+    set_up("info", second)
+    log.info("once")
+    assert first.getvalue() == ""
+    assert len(objects(second.getvalue())) == 1
+
+
+@pytest.mark.parametrize("foreign", [True, False])
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_of_an_exception_there_are_types_and_places_and_at_debug_its_text(
+    level: str, foreign: bool
+) -> None:
+    stream = io.StringIO()
+    set_up(level, stream)
+    try:
+        failing(SECRET)
+    except ValueError as failure:
+        if foreign:
+            logging.getLogger("library").exception("it failed: %s", SECRET)
+        else:
+            log.error("it failed", failure=failure)
+    (event,) = objects(stream.getvalue())
+    assert event["event"].startswith("it failed")
+    assert event["failure"] == "ValueError from KeyError"
+    assert "test_logs.py:" in event["where"]
+    assert " in failing" in event["where"]
+    assert (SECRET in stream.getvalue()) is (level == "debug")
+    assert ("Traceback" in event.get("traceback", "")) is (level == "debug")
+
+
+def test_a_group_and_a_ring_of_exceptions_come_to_an_end() -> None:
+    stream = io.StringIO()
+    set_up("info", stream)
+    one, two = ValueError(SECRET), TypeError(SECRET)
+    one.__cause__, two.__cause__ = two, one
+    log.error("ring", failure=one)
+    log.error("group", failure=ExceptionGroup(SECRET, [KeyError(SECRET)]))
+    ring, group = objects(stream.getvalue())
+    assert ring["failure"] == "ValueError from TypeError"
+    assert group["failure"] == "ExceptionGroup from KeyError"
+    assert SECRET not in stream.getvalue()
+
+
+async def test_an_exception_that_nobody_took_from_a_task_is_not_told() -> None:
+    stream = io.StringIO()
+    set_up("info", stream)
+    loop = asyncio.get_running_loop()
+    task: asyncio.Future[None] = loop.create_future()
+    task.set_exception(ValueError(SECRET))
+    loop.call_exception_handler(
+        {"message": "Task exception was never retrieved", "exception": task.exception()}
+        | {"future": task}
+    )
+    handle = f"Exception in callback failing({SECRET!r})"
+    loop.call_exception_handler({"message": handle, "exception": task.exception()})
+    first, second = objects(stream.getvalue())
+    assert first["event"] == "Task exception was never retrieved"
+    assert second["event"] == "Exception in callback failing"
+    assert SECRET not in stream.getvalue()
+
+
+def test_libraries_do_not_tell_of_each_client_that_went_away() -> None:
+    stream = io.StringIO()
+    set_up("info", stream)
+    logging.getLogger("asyncio").warning("socket.send() raised exception.")
+    logging.getLogger("websockets.server").warning("skipped broadcast: failed to write message")
+    assert stream.getvalue() == ""
+    logging.getLogger("websockets.server").error("connection handler failed")
+    assert len(objects(stream.getvalue())) == 1
+
+
+def test_a_program_that_embeds_us_gets_readable_records(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "wsserver"):
+        log.info("generation", id="x y", reason="end_turn", seconds=1.2)
+        log.error("it failed", failure=ValueError(SECRET))
+    record, failure = caplog.records
+    assert record.getMessage() == 'generation id="x y" reason=end_turn seconds=1.2'
+    assert record.name == "wsserver"
+    assert record.filename == "test_logs.py"
+    event = record.event  # type: ignore[attr-defined]
+    assert event == {"event": "generation", "id": "x y", "reason": "end_turn", "seconds": 1.2}
+    assert failure.getMessage() == "it failed failure=ValueError where=nowhere"
+    assert not failure.exc_info
+    assert SECRET not in caplog.text
+
+
+def test_importing_us_configures_nothing() -> None:
+    program = (
+        "import logging, structlog, wsserver\n"
+        "assert not structlog.is_configured()\n"
+        "assert not logging.getLogger().handlers\n"
+        "assert not logging.getLogger('wsserver').handlers\n"
+        "assert logging.getLogger('wsserver').level == logging.NOTSET\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=BOUND)
+
+
+# What the server says.
+
+
+async def test_a_generation_is_one_event(
+    chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "wsserver"):
+        start = await chat.prompt("the prompt is private")
+        usage = wsserver.Usage(input_tokens=7, output_tokens=3)
+        (await puppet.reply()).say("so is ", "the reply", wsserver.End("end_turn", usage)).end()
+        await chat.text(start["id"])
+        (event,) = generations(caplog)
+    assert event.pop("seconds") >= event.pop("first_token") >= 0
+    assert event == {
+        "event": "generation",
+        "level": "INFO",
+        "id": start["id"],
+        "conversation": start["conversation"],
+        "principal": "anonymous",
+        "model": "puppet",
+        "reason": "end_turn",
+        "input_tokens": 7,
+        "output_tokens": 3,
+        "pieces": 2,
+    }
+    assert "private" not in caplog.text
+    assert "reply" not in caplog.text
+
+
+async def test_a_stop_is_told_with_who_asked_for_it(
+    chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "wsserver"):
+        start = await chat.prompt()
+        await puppet.reply()
+        await chat.send({"type": "stop", "id": start["id"]})
+        await chat.text(start["id"])
+        (event,) = generations(caplog)
+    assert (event["reason"], event["by"]) == ("stopped", "client")
+    assert "first_token" not in event
+
+
+@pytest.mark.parametrize(
+    ("failure", "level"),
+    [
+        (RuntimeError(SECRET), "ERROR"),
+        (ModelError(Code.OVERLOADED, SECRET), "WARNING"),
+        (ModelError(Code.BAD_REQUEST, SECRET), "INFO"),
+    ],
+)
+async def test_the_ref_of_an_error_finds_its_one_line(
+    chat: Client,
+    puppet: Puppet,
+    caplog: pytest.LogCaptureFixture,
+    failure: Exception,
+    level: str,
+) -> None:
+    failure.__cause__ = KeyError(SECRET)
+    with caplog.at_level("INFO", "wsserver"):
+        await chat.prompt()
+        (await puppet.reply()).fail(failure)
+        told = await chat.next("error")
+        (event,) = generations(caplog)
+    assert (event["ref"], event["error"], event["level"]) == (told["ref"], told["code"], level)
+    assert "KeyError" in event.get("cause", "") + event.get("failure", "")
+    assert ("puppet.py:" in event.get("where", "")) is (level == "ERROR")
+    assert SECRET not in caplog.text
+
+
+async def test_nonsense_from_strangers_is_for_debugging_only(
+    server: wsserver.Server, chat: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        await chat.send("nonsense")
+        assert (await chat.next("error"))["code"] == "invalid_json"
+        await chat.send({"type": "stop"})
+        assert (await chat.next("error"))["code"] == "not_running"
+        for request in (
+            b"\x16\x03\x01\x02\x00\x01",
+            b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(request)
+            writer.write_eof()
+            async with asyncio.timeout(BOUND):
+                await reader.read()
+            writer.close()
+            await writer.wait_closed()
+        assert [r for r in caplog.records if r.name != "websockets.server"] == []
+        assert max((r.levelno for r in caplog.records), default=0) <= logging.INFO
+    with caplog.at_level("DEBUG", "wsserver"):
+        await chat.send("nonsense")
+        told = await chat.next("error")
+        assert f"frame refused ref={told['ref']} code=invalid_json" in caplog.messages
+
+
+async def test_a_connection_is_one_event(
+    server: wsserver.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "wsserver"):
+        async with client(server) as chat:
+            await chat.quiet()
+        async with client(server) as other:  # one that comes after the first has been seen off
+            await other.quiet()
+            lines = [m for m in caplog.messages if m.startswith("connection ")]
+    assert len(lines) == 1
+    assert "code=1000" in lines[0]
+
+
+async def serve(process: Process) -> str:
+    return (await process.line(r"(ws://\S+)"))[1]
+
+
+async def test_a_served_model_of_ones_own_gives_no_secret_away(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\n"
+        f"SECRET = {SECRET!r}\n"
+        "async def drop(): raise ValueError(SECRET)\n"
+        "async def leaky(request):\n"
+        "    task = asyncio.ensure_future(drop())\n"
+        "    await asyncio.wait({task})\n"
+        "    del task\n"
+        "    asyncio.get_running_loop().call_soon(int, SECRET)\n"
+        "    yield 'here'\n"
+        "    try: raise KeyError(SECRET)\n"
+        "    except KeyError as error: raise RuntimeError(SECRET) from error\n"
+    )
+    served = ("-m", "wsserver", "serve", "--port", "0", "--model", "mine:leaky")
+    async with run(*served, cwd=tmp_path) as process:
+        async with connect(await serve(process), proxy=None) as socket:
+            chat = Client(socket)
+            await chat.prompt("private")
+            failed = await chat.next("error")
+        process.process.terminate()
+        assert await process.end() == 0
+    assert SECRET not in str(chat.frames)
+    assert SECRET not in process.output
+    assert "private" not in process.output
+    events = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
+    assert {event["event"] for event in events} >= {
+        "generation",
+        "connection",
+        "Task exception was never retrieved",
+        "Exception in callback int",
+    }
+    (event,) = [event for event in events if event.get("ref") == failed["ref"]]
+    assert event["failure"] == "RuntimeError from KeyError"
+    assert "mine.py:11 in leaky" in event["where"]
+
+
+async def test_an_api_gives_no_secret_away(tmp_path: Path) -> None:
+    async with Upstream() as upstream:
+        upstream.default = Script((error(401, "authentication_error", SECRET),))
+        serving = ("-m", "wsserver", "serve", "--port", "0")
+        async with run(
+            *serving, ANTHROPIC_BASE_URL=upstream.url, ANTHROPIC_API_KEY=f"sk-{SECRET}"
+        ) as process:
+            async with connect(await serve(process), proxy=None) as socket:
+                chat = Client(socket)
+                await chat.prompt("private")
+                failed = await chat.next("error")
+            process.process.terminate()
+            assert await process.end() == 0
+    assert SECRET not in str(chat.frames) + process.output
+    events = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
+    (event,) = [event for event in events if event.get("ref") == failed["ref"]]
+    assert (event["level"], event["error"]) == ("warning", "credentials")
+    assert event["cause"] == "AuthenticationError"
