@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import json
 import re
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -86,7 +87,7 @@ async def timed(blank: Page, server: wsserver.Server) -> Page:
             constructor(...given) {
                 super(...given);
                 sockets.push(this);
-                this.addEventListener('message', ({ data }) => heard.push(data));
+                this.addEventListener('message', ({ data }) => data.includes('pong') && heard.push(data));
             }
         };
     """)
@@ -418,12 +419,12 @@ async def test_pauses_between_attempts_grow_up_to_a_limit(blank: Page) -> None:
 
 
 async def test_a_silent_connection_is_given_up(blank: Page, server: wsserver.Server) -> None:
-    heard: list[list[str | bytes]] = []
+    heard: list[list[str]] = []
 
     def swallow(route: WebSocketRoute) -> None:
-        messages: list[str | bytes] = []
+        messages: list[str] = []
         heard.append(messages)
-        route.on_message(lambda message: messages.append(message))  # noqa: PLW0108 - it needs an attribute
+        route.on_message(lambda message: messages.append(json.loads(message)["type"]))
 
     await blank.route_web_socket(re.compile("/ws$"), swallow)
     await blank.clock.install()
@@ -435,7 +436,7 @@ async def test_a_silent_connection_is_given_up(blank: Page, server: wsserver.Ser
     await expect(state(blank)).to_have_text("Not connected, trying again…")
     await blank.clock.fast_forward(BEAT)
     await expect(state(blank)).to_have_text("Connected")
-    assert heard == [['{"type":"ping"}'], []]
+    assert [types.count("ping") for types in heard] == [1, 0]
 
 
 async def test_heartbeats_keep_a_working_connection(timed: Page) -> None:
@@ -588,6 +589,81 @@ async def test_ten_lines_are_a_client(ten_lines: Page, puppet: Puppet) -> None:
     await expect(output).to_have_text(f"one two [stopped] {MARKUP} [end_turn]")
     await ten_lines.get_by_role("button", name="Stop").click()
     await expect(output).to_contain_text("nothing (of that `id`) to stop")
+
+
+HIJACK = """<script>
+const ws = new WebSocket('%s');
+ws.onopen = () => { document.title = 'open'; ws.send('{"type":"list"}'); };
+ws.onmessage = ({ data }) => { document.title = data; };
+ws.onclose = ({ code }) => { document.title = `closed ${code}`; };
+</script>"""
+
+
+@pytest.mark.parametrize(
+    ("page_host", "server_host", "status"),
+    [
+        ("evil.test", "localhost", 403),  # a page elsewhere (cross-site hijacking)
+        ("evil.test", "127.0.0.1", 403),
+        ("evil.test", "evil.test", 421),  # a name that leads here (DNS rebinding)
+    ],
+)
+async def test_a_page_elsewhere_cannot_use_the_server(
+    server: wsserver.Server, tmp_path: Path, page_host: str, server_host: str, status: int
+) -> None:
+    """In a browser for which a foreign name leads to this machine."""
+    (tmp_path / "index.html").write_text(HIJACK % f"ws://{server_host}:{server.port}/ws")
+    (tmp_path / "favicon.ico").touch()
+    rules = "MAP evil.test 127.0.0.1"
+    args = [*SWITCHES, f"--host-resolver-rules={rules}", "--no-proxy-server"]
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=require_chromium(), args=args)
+        page = await browser.new_page()
+        with website(tmp_path) as port:
+            await page.goto(f"http://{page_host}:{port}/")
+            await expect(page).to_have_title("closed 1006")
+        await browser.close()
+    exposition = server.metrics.exposition().decode()
+    why = {403: "origin", 421: "host"}[status]
+    assert f'wsserver_connections_total{{outcome="{why}"}} 1.0' in exposition
+    assert 'wsserver_connections_total{outcome="served"} 0.0' in exposition
+
+
+async def test_a_page_of_localhost_can(
+    server: wsserver.Server, blank: Page, tmp_path: Path
+) -> None:
+    (tmp_path / "index.html").write_text(HIJACK % server.url)
+    (tmp_path / "favicon.ico").touch()
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/")
+        await expect(blank).to_have_title('{"type":"conversations","items":[]}')
+
+
+async def test_the_page_asks_for_a_token_where_one_is_wanted(puppet: Puppet, blank: Page) -> None:
+    async def named(token: str | None, _: object) -> wsserver.Principal | None:
+        return wsserver.Principal("ada") if token == "sesame" else None
+
+    async with wsserver.serve(puppet, authenticate=named, port=0, drain_timeout=0) as server:
+        await blank.goto(server.page)
+        field = blank.get_by_label("Your token")
+        await expect(field).to_be_focused()
+        await field.fill("wrong")
+        await field.press("Enter")
+        await expect(blank.locator("#state")).to_contain_text("your token is not good")
+        await expect(field).to_be_focused()
+        await field.fill("sesame")
+        await field.press("Enter")
+        await expect(field).to_be_hidden()
+        box = blank.get_by_label("Your message")
+        await expect(box).to_be_focused()
+        await box.fill("Hello")
+        await box.press("Enter")
+        (await puppet.reply()).say("Hi ada").end()
+        await expect(blank.locator(".reply .text")).to_have_text("Hi ada")
+        await blank.reload()  # it remembers
+        await blank.get_by_label("Your message").fill("Again")
+        await blank.get_by_label("Your message").press("Enter")
+        (await puppet.reply(1)).say("Hi again").end()
+        await expect(blank.locator(".reply .text")).to_have_text("Hi again")
 
 
 async def test_ten_lines_are_ten() -> None:

@@ -14,9 +14,11 @@ import wsserver
 from tests.support.puppet import BOUND
 
 
-async def ask(server: wsserver.Server, request: str) -> tuple[int, dict[str, str], bytes]:
+async def ask(
+    server: wsserver.Server, request: str, port: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
     """Send a request as it is written here, and return status, headers and body."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port or server.port)
     try:
         writer.write(request.replace("\n", "\r\n").encode())
         async with asyncio.timeout(BOUND):

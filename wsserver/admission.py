@@ -250,12 +250,11 @@ class Visitor:
         if self.counted is None:
             self.counted = self._admission.count(self.address)
 
-    def local(self, headers: Mapping[str, str]) -> bool:
+    def near(self, headers: Mapping[str, str]) -> bool:
         """Whether it is a program on this machine itself, and not somebody behind a proxy on it."""
         address = _address(self.address)
         return (
-            self._admission.loopback
-            and address is not None
+            address is not None
             and address.is_loopback
             and not any(name in headers for name in _FORWARDED)
         )
@@ -267,7 +266,7 @@ class Visitor:
             Denied: it must not.
         """
         admission = self._admission
-        local = self.local(headers)
+        local = admission.loopback and self.near(headers)
         forwarded_https = headers.get("x-forwarded-proto", "").lower() == "https"
         secure = admission.secure or (forwarded_https and admission.trusted(self._peer))
         admission.check_origin(headers, local=local, secure=secure)

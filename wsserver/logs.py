@@ -88,7 +88,8 @@ class _Formatter(logging.Formatter):
         when = datetime.fromtimestamp(record.created, UTC)
         if self._as_json:
             stamp = when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-            return json.dumps({"timestamp": stamp, "level": level, **event})
+            head = {"timestamp": stamp, "level": level, "event": event["event"]}
+            return json.dumps({**head, **event})
         return f"{when.astimezone():%H:%M:%S} {level:7} {_line(event)}"
 
 

@@ -94,7 +94,7 @@ class Operations:
         return respond(HTTPStatus.OK, self._metrics.exposition(), self._metrics.content_type)
 
     def _may_read(self, headers: Mapping[str, str], visitor: Visitor) -> bool:
-        if visitor.local(headers) and not self._token:
+        if visitor.near(headers) and not self._token:
             return True
         given = bearer(headers) or ""
         return bool(self._token) and hmac.compare_digest(given.encode(), self._token.encode())

@@ -103,12 +103,14 @@ class Server:
         model_name: what answers, as clients see it.
         port: where it listens, also where the setting was 0; 0 if it has unix sockets alone.
         bound: all addresses that it listens on, as people write them.
+        operations_port: the port for operators, where there is one.
         metrics: what it counts and measures.
     """
 
     model_name: str
     port: int
     bound: tuple[str, ...]
+    operations_port: int | None = None
 
     def __init__(
         self,
@@ -283,6 +285,7 @@ class Server:
             logger=_SILENT,
             server_header=None,
         )
+        _, self.operations_port = listening.tcp_address(self._operations_listener.sockets)
 
     async def __aexit__(
         self,
@@ -466,15 +469,15 @@ class Server:
                 "This address speaks WebSocket; the page is at /",
                 headers={"Upgrade": "websocket"},
             )
-        if method == "HEAD":
-            response.body = b""
-        return response
+        return _without_body(response) if method == "HEAD" else response
 
     async def _respond_to_operator(self, _: ServerConnection, request: Request) -> Response:
         path = request.path.partition("?")[0]
         if path not in self._operations.PATHS:
-            return respond(HTTPStatus.NOT_FOUND, "Not found")
-        return await self._operations.respond(path, _lower(request), None)
+            response = respond(HTTPStatus.NOT_FOUND, "Not found")
+        else:
+            response = await self._operations.respond(path, _lower(request), None)
+        return _without_body(response) if request.method == "HEAD" else response
 
     async def _readiness(self) -> Mapping[str, bool]:
         """Tell what it takes to serve clients, part by part, and whether it is there."""
@@ -499,6 +502,11 @@ class Server:
             host=headers.get("host", "")[:SHOWN] or None,
             origin=headers.get("origin", "")[:SHOWN] or None,
         )
+
+
+def _without_body(response: Response) -> Response:
+    response.body = b""
+    return response
 
 
 def _lower(request: Request) -> dict[str, str]:

@@ -129,7 +129,7 @@ def new(name: str, days: int | None = None) -> tuple[str, str]:
         except OverflowError:
             raise ConfigError(f"{days} days are too many") from None
         line += f" {last}"
-    if not name.isprintable() or "," in name or not _LINE.fullmatch(line):
+    if not name.isprintable() or not {",", "#"}.isdisjoint(name) or not _LINE.fullmatch(line):
         raise ConfigError("a token's name is 1 to 256 characters without spaces, commas and #")
     return token, line
 

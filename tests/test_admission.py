@@ -1,0 +1,336 @@
+"""Who is let in: by which name, from which page, through which proxy."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+import wsserver
+from tests.support.client import client
+from tests.support.puppet import Puppet, until
+from tests.test_http import ask
+from wsserver import ConfigError, Principal, Settings
+from wsserver.admission import Admission, Denied
+
+HANDSHAKE = (
+    "Upgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\n"
+)
+
+
+async def ada(token: str | None, _: object) -> Principal | None:
+    return Principal("ada") if token == "good" else None
+
+
+async def knock(
+    settings: dict[str, Any],
+    headers: dict[str, str],
+    *,
+    peer: str = "127.0.0.1",
+    loopback: bool = True,
+    secure: bool = False,
+    asked: bool = False,
+) -> int:
+    """Return the status that a WebSocket handshake gets; 101 where it is let in."""
+    admission = Admission(Settings.load(**settings), ada if asked else None)
+    admission.loopback, admission.secure = loopback, secure
+    try:
+        visitor = admission.arrive(peer)
+        visitor.introduce(headers)
+        admission.check_host(headers)
+        await visitor.knock("/", headers)
+    except Denied as denied:
+        assert denied.message
+        return denied.status
+    return 101
+
+
+@pytest.mark.parametrize(
+    ("host", "hosts", "status"),
+    [
+        ("localhost:3001", (), 101),
+        ("LOCALHOST", (), 101),
+        ("localhost.", (), 101),
+        ("app.localhost:3001", (), 101),
+        ("127.0.0.1:3001", (), 101),
+        ("127.9.9.9", (), 101),
+        ("[::1]:3001", (), 101),
+        ("192.168.1.7:3001", (), 101),  # an address, which no name server can make lead here
+        ("[2001:db8::1]", (), 101),
+        ("evil.example:3001", (), 421),
+        ("localhost.evil.example", (), 421),
+        ("evil-localhost", (), 421),
+        ("127.0.0.1.evil.example", (), 421),
+        ("2130706433", (), 421),  # 127.0.0.1 in a way that browsers never write it
+        ("chat.example.com", ("chat.example.com",), 101),
+        ("Chat.Example.COM:443", ("chat.example.com",), 101),
+        ("chat.example.com.evil", ("chat.example.com",), 421),
+        ("a.b.example.com", ("*.example.com",), 101),
+        ("example.com", ("*.example.com",), 421),
+        ("evilexample.com", ("*.example.com",), 421),
+        ("chatXexample.com", ("chat.example.com",), 421),
+        ("anything.example", ("*",), 101),
+        ("", (), 421),
+        ("", ("*",), 421),
+        ("user@localhost", (), 421),
+        ("localhost:3001, evil.example", (), 421),
+        ("localhost/", (), 421),
+        ("localhost\t", (), 421),
+        ("\uff4cocalhost", (), 421),
+    ],
+)
+async def test_names_that_may_have_been_made_to_lead_here_are_refused(
+    host: str, hosts: tuple[str, ...], status: int
+) -> None:
+    assert await knock({"hosts": hosts}, {"host": host}) == status
+
+
+async def test_the_name_that_it_is_told_to_listen_on_is_its_own() -> None:
+    assert await knock({"host": "chat.internal"}, {"host": "chat.internal:3001"}) == 101
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 101),
+        ("http://localhost:3001", 101),
+        ("http://localhost:5173", 101),
+        ("https://app.localhost", 101),
+        ("http://127.0.0.1:8000", 101),
+        ("http://[::1]:8000", 101),
+        ("https://evil.example", 403),
+        ("http://localhost.evil.example:3001", 403),
+        ("https://localhost@evil.example", 403),
+        ("null", 403),
+        ("", 403),
+        ("file://", 403),
+        ("http://192.168.1.7", 403),
+        ("chrome-extension://abcdef", 403),
+        ("http://localhost:3001, https://evil.example", 403),
+    ],
+)
+async def test_on_loopback_pages_of_localhost_and_programs_come_in(
+    origin: str | None, status: int
+) -> None:
+    headers = {"host": "localhost:3001"} | ({} if origin is None else {"origin": origin})
+    assert await knock({}, headers) == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("https://chat.example.com", "chat.example.com", 101),
+        ("http://chat.example.com", "chat.example.com", 101),  # TLS may end before, unsaid
+        ("https://chat.example.com", "chat.example.com:443", 101),
+        ("https://chat.example.com:8443", "chat.example.com:8443", 101),
+        ("https://chat.example.com:8443", "chat.example.com", 403),
+        ("http://chat.example.com", "chat.example.com:443", 403),
+        ("https://other.example.com", "chat.example.com", 403),
+        ("http://localhost:3001", "chat.example.com", 403),
+        ("http://localhost:3001", "localhost:3001", 101),
+    ],
+)
+async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, status: int) -> None:
+    settings = {"hosts": ("*.example.com",), "allow_anonymous": True}
+    headers = {"host": host, "origin": origin}
+    assert await knock(settings, headers, loopback=False) == status
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin", "status"),
+    [
+        ("https://app.example.com", "https://app.example.com", 101),
+        ("https://app.example.com", "https://APP.example.com", 101),
+        ("https://app.example.com", "http://app.example.com", 403),
+        ("https://app.example.com", "https://app.example.com:8443", 403),
+        ("https://app.example.com", "https://app.example.com.evil", 403),
+        ("https://app.example.com", "https://appXexample.com", 403),
+        ("https://*.example.com", "https://a.b.example.com", 101),
+        ("https://*.example.com", "https://example.com", 403),
+        ("https://*.example.com", "https://evil.test/.example.com", 403),
+        ("https://*.example.com", "https://evil.test?.example.com", 403),
+        ("http://10.0.0.1:*", "http://10.0.0.1:8080", 101),
+        ("chrome-extension://abcdef", "chrome-extension://abcdef", 101),
+        ("null", "null", 101),
+        ("*", "https://anything.example", 101),
+        ("*", "null", 101),
+    ],
+)
+async def test_listed_pages_come_in_from_anywhere(listed: str, origin: str, status: int) -> None:
+    headers = {"host": "localhost", "origin": origin}
+    assert await knock({"origins": (listed,)}, headers, loopback=False) == status
+
+
+async def test_a_page_without_tls_is_not_that_of_a_server_with_it() -> None:
+    headers = {"host": "localhost:3001", "origin": "http://localhost:3001"}
+    assert await knock({}, headers, loopback=False, secure=True) == 403
+    headers["origin"] = "https://localhost:3001"
+    assert await knock({}, headers, loopback=False, secure=True) == 101
+
+
+@pytest.mark.parametrize(("proxies", "status"), [((), 101), (("10.0.0.1",), 403)])
+async def test_only_a_listed_proxy_is_believed_that_there_is_tls(
+    proxies: tuple[str, ...], status: int
+) -> None:
+    headers = {
+        "host": "10.0.0.9",
+        "origin": "http://10.0.0.9",
+        "x-forwarded-proto": "https",
+    }
+    assert await knock({"proxies": proxies}, headers, peer="10.0.0.1", loopback=False) == status
+
+
+@pytest.mark.parametrize(
+    ("loopback", "headers", "status"),
+    [
+        (True, {}, 101),
+        (True, {"x-forwarded-for": "203.0.113.1"}, 401),  # a proxy that nobody has told of
+        (True, {"forwarded": "for=203.0.113.1"}, 401),
+        (True, {"authorization": "Bearer good"}, 101),
+        (True, {"authorization": "Bearer bad"}, 401),
+        (False, {}, 401),
+        (False, {"authorization": "Bearer good"}, 101),
+        (False, {"authorization": "bearer good"}, 101),
+        (False, {"authorization": "Basic good"}, 401),
+        (False, {"origin": "http://localhost"}, 101),  # which has to send `auth`
+        (False, {"origin": "http://localhost", "authorization": "Bearer bad"}, 401),
+    ],
+)
+async def test_programs_need_credentials_but_on_loopback(
+    loopback: bool, headers: dict[str, str], status: int
+) -> None:
+    headers = {"host": "localhost", **headers}
+    assert await knock({}, headers, loopback=loopback, asked=True) == status
+
+
+@pytest.mark.parametrize(
+    ("proxies", "peer", "forwarded", "address"),
+    [
+        ((), "10.0.0.1", "203.0.113.1", "10.0.0.1"),
+        (("10.0.0.1",), "10.0.0.1", "203.0.113.1", "203.0.113.1"),
+        (("10.0.0.0/8",), "10.0.0.1", "198.51.100.1, 203.0.113.1, 10.0.0.2", "203.0.113.1"),
+        (("10.0.0.0/8",), "10.0.0.1", "203.0.113.1, nonsense", "10.0.0.1"),
+        (("10.0.0.0/8",), "10.0.0.1", "", "10.0.0.1"),
+        (("10.0.0.0/8",), "10.0.0.1", "10.0.0.3", "10.0.0.3"),
+        (("10.0.0.0/8",), "192.0.2.1", "203.0.113.1", "192.0.2.1"),
+        (("10.0.0.0/8",), "::ffff:10.0.0.1", "203.0.113.1", "203.0.113.1"),
+        (("fd00::/8",), "fd00::1", "2001:db8::1", "2001:db8::1"),
+        (("unix",), "unix", "203.0.113.1", "203.0.113.1"),
+        (("127.0.0.1",), "unix", "203.0.113.1", "unix"),
+    ],
+)
+async def test_only_listed_proxies_are_believed_who_the_client_is(
+    proxies: tuple[str, ...], peer: str, forwarded: str, address: str
+) -> None:
+    admission = Admission(Settings.load(proxies=proxies), None)
+    visitor = admission.arrive(peer)
+    visitor.introduce({"x-forwarded-for": forwarded})
+    assert visitor.address == address
+    admission.depart(visitor)
+    assert len(admission._addresses) == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"proxies": "proxy.example"},
+        {"proxies": "10.0.0.0/99"},
+        {"hosts": "https://chat.example.com"},
+        {"hosts": "chat.example.com:443"},
+        {"hosts": "*chat.example.com"},
+        {"origins": "chat.example.com"},
+        {"origins": "https://chat.example.com/"},
+        {"origins": "https://chat.example.com/path"},
+    ],
+)
+async def test_a_list_that_is_none_is_one_clear_line(puppet: Puppet, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(given))}: "):
+        async with wsserver.serve(puppet, port=0, **given):
+            raise AssertionError
+
+
+# The server itself.
+
+
+def is_empty(folder: Path) -> bool:
+    return not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
+async def test_it_does_not_serve_strangers_unless_told_so(
+    puppet: Puppet, host: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    given: dict[str, Any] = {"host": host} if host else {"unix_socket": str(path)}
+    with pytest.raises(ConfigError, match=r"--token-file .* --allow-anonymous"):
+        async with wsserver.serve(puppet, port=0, **given):
+            raise AssertionError
+    assert is_empty(tmp_path)
+
+
+async def test_told_so_it_says_so_loudly_and_serves_them(
+    puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with wsserver.serve(puppet, host="0.0.0.0", port=0, allow_anonymous=True) as server:
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "spend your money" in caplog.text
+        async with client(server) as chat:
+            await chat.quiet()
+
+
+async def test_to_serve_strangers_and_to_ask_who_they_are_is_a_contradiction(
+    puppet: Puppet,
+) -> None:
+    with pytest.raises(ConfigError, match="contradicts"):
+        async with wsserver.serve(puppet, authenticate=ada, port=0, allow_anonymous=True):
+            raise AssertionError
+
+
+async def test_who_asks_for_credentials_may_be_reached_by_all(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, authenticate=ada, host="0.0.0.0", port=0) as server:
+        with pytest.raises(InvalidStatus) as raised:
+            async with connect(server.url, proxy=None):
+                raise AssertionError
+        assert raised.value.response.status_code == 401
+        assert raised.value.response.headers["WWW-Authenticate"] == "Bearer"
+        headers = {"Authorization": "Bearer good"}
+        async with client(server, additional_headers=headers) as chat:
+            await chat.quiet()
+
+
+@pytest.mark.parametrize("path", ["/", "/ws", "/metrics", "/nowhere"])
+async def test_a_rebound_name_gets_nothing(server: wsserver.Server, path: str) -> None:
+    status, _, body = await ask(server, f"GET {path} HTTP/1.1\nHost: evil.example\n\n")
+    assert status == 421
+    assert b"WSSERVER_HOSTS" in body
+    status, _, body = await ask(
+        server,
+        f"GET {path} HTTP/1.1\nHost: evil.example\nOrigin: http://evil.example\n{HANDSHAKE}\n",
+    )
+    assert status == 421
+
+
+async def test_a_repeated_host_or_origin_is_no_way_in(server: wsserver.Server) -> None:
+    for twice in (
+        "Host: localhost\nHost: evil.example\n",
+        "Host: localhost\nOrigin: http://localhost\nOrigin: https://evil.example\n",
+    ):
+        status, *_ = await ask(server, f"GET / HTTP/1.1\n{twice}{HANDSHAKE}\n")
+        assert status in {403, 421}
+
+
+async def test_a_page_elsewhere_is_told_what_its_operator_can_do(server: wsserver.Server) -> None:
+    status, _, body = await ask(
+        server, f"GET /ws HTTP/1.1\nHost: localhost\nOrigin: https://evil.example\n{HANDSHAKE}\n"
+    )
+    assert (status, b"WSSERVER_ORIGINS" in body) == (403, True)
+
+
+async def test_one_that_is_refused_has_no_connection(server: wsserver.Server) -> None:
+    for _ in range(3):
+        await ask(server, f"GET / HTTP/1.1\nHost: localhost\nOrigin: null\n{HANDSHAKE}\n")
+    assert not server._connections
+    await until(lambda: not server._sockets)
+    assert len(server._admission._addresses) == 0

@@ -1,0 +1,484 @@
+"""Who a client says that it is: tokens, the first frame, their end, and what they own."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import stat
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.process import run
+from tests.support.puppet import BOUND, Puppet, until
+from wsserver import ConfigError, Handshake, Principal, Unavailable
+from wsserver.auth import close, make, reload, tokens
+from wsserver.auth.tokens import Tokens
+
+HERE = Handshake("127.0.0.1", "/", {})
+ID = "0123456789abcdef"
+
+
+def digest(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+# Tokens.
+
+
+async def test_a_token_that_was_made_lets_its_principal_in_and_no_other_does(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "tokens"
+    made = {}
+    for name in ("ada", "grace.hopper@example.com", "名前"):
+        made[name], line = tokens.new(name)
+        tokens.add(path, line)
+    check = Tokens(path=path)
+    for name, token in made.items():
+        assert await check(token, HERE) == Principal(name)
+    for wrong in ("", "wss_", "x" * 10_000, made["ada"][:-1], made["ada"] + "a", "\ud800", None):
+        assert await check(wrong, HERE) is None
+    text = path.read_text()
+    assert all(token not in text and digest(token) in text for token in made.values())
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+async def test_a_person_may_have_several_tokens() -> None:
+    check = Tokens(f"ada sha256:{digest('one')}, ada sha256:{digest('two')}")
+    assert await check("one", HERE) == await check("two", HERE) == Principal("ada")
+
+
+async def test_comments_blank_lines_and_a_missing_last_line_end_are_fine(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"# Ours\n\n  ada   sha256:{digest('one')}  # since May")
+    tokens.add(path, f"bob sha256:{digest('two')}")
+    check = Tokens(path=path)
+    assert await check("one", HERE) == Principal("ada")
+    assert await check("two", HERE) == Principal("bob")
+
+
+async def test_a_token_ends_with_its_last_day() -> None:
+    check = Tokens(f"ada sha256:{digest('old')} 2020-02-29, ada sha256:{digest('new')} 2999-12-31")
+    assert await check("old", HERE) is None
+    principal = await check("new", HERE)
+    assert principal is not None
+    assert principal.expires == 32503680000  # midnight, UTC
+    token, line = tokens.new("ada", days=0)
+    principal = await Tokens(line)(token, HERE)
+    assert principal is not None
+    assert principal.expires is not None
+    assert 0 < principal.expires - time.time() <= 86400
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("ada", "entry 1 is not NAME sha256:DIGEST"),
+        ("ada wss_secret", "entry 1 is not"),
+        (f"ada sha256:{digest('x')[:-1]}", "entry 1 is not"),
+        (f"ada sha256:{digest('x')} tomorrow", "entry 1 is not"),
+        (f"ada sha256:{digest('x')} 2023-02-29", "entry 1: there is no such day"),
+        (f"ok sha256:{digest('x')}\nada {digest('x')}", "entry 2 is not"),
+    ],
+)
+def test_a_line_that_is_none_is_said_without_itself(line: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "t").write_text(line)
+    with pytest.raises(ConfigError, match=says) as raised:
+        Tokens(path=tmp_path / "t")
+    assert "wss_secret" not in str(raised.value)
+    with pytest.raises(ConfigError, match=says):
+        Tokens(line)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a,b", "#a", "a#b", "a\n", "a\x1b[2J", "x" * 257])
+def test_a_name_that_a_file_could_not_hold_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="a token's name"):
+        tokens.new(name)
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"token_file: cannot read .*: No such file"):
+        Tokens(path=tmp_path / "none")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"token_file: cannot read .*: it is no text"):
+        Tokens(path=tmp_path / "binary")
+    with pytest.raises(ConfigError, match=r"cannot write .*: No such file"):
+        tokens.add(tmp_path / "none" / "t", "x")
+
+
+async def test_a_file_that_was_broken_meanwhile_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"ada sha256:{digest('one')}")
+    check = Tokens(path=path)
+    path.write_text("nonsense")
+    assert not await check.reload()
+    assert "tokens not read again" in caplog.text
+    assert await check("one", HERE) == Principal("ada")
+    path.write_text(f"bob sha256:{digest('two')}")
+    assert await check.reload()
+    assert await check("one", HERE) is None
+    assert await check("two", HERE) == Principal("bob")
+
+
+async def test_tokens_of_both_kinds_can_hold_at_once() -> None:
+    import jwt
+
+    secret = "x" * 32
+    check = make(wsserver.Settings.load(tokens=f"ada sha256:{digest('one')}", jwt_secret=secret))
+    assert check is not None
+    signed = jwt.encode({"sub": "grace", "exp": time.time() + 60}, secret)
+    assert await check("one", HERE) == Principal("ada")
+    grace = await check(signed, HERE)
+    assert grace is not None
+    assert grace.name == "grace"
+    assert await check("two", HERE) is None
+    assert await reload(check)
+    await close(check)
+
+
+def test_nobody_is_asked_where_nothing_is_set() -> None:
+    assert make(wsserver.Settings.load()) is None
+
+
+# The command line.
+
+
+async def test_the_command_line_makes_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    async with run("-m", "wsserver", "token", "new", "ada", "--file", str(path)) as process:
+        made = (await process.line(r"^(wss_\S+)$"))[1]
+    async with run("-m", "wsserver", "token", "new", "bob", "--days", "7") as process:
+        line = (await process.line(r"^(bob sha256:\S+ \d{4}-\d\d-\d\d)$"))[1]
+        other = (await process.line(r"^(wss_\S+)$"))[1]
+    check = Tokens(line, path)
+    assert await check(made, HERE) == Principal("ada")
+    bob = await check(other, HERE)
+    assert bob is not None
+    assert bob.name == "bob"
+
+
+# Sockets.
+
+
+@contextlib.asynccontextmanager
+async def serving(puppet: Puppet, **given: Any) -> AsyncIterator[wsserver.Server]:
+    lines = f"ada sha256:{digest('ada-token')}, bob sha256:{digest('bob-token')}"
+    options: dict[str, Any] = {"port": 0, "tokens": lines, "drain_timeout": 0} | given
+    async with wsserver.serve(puppet, **options) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def entered(server: wsserver.Server, token: str) -> AsyncIterator[Client]:
+    async with client(server) as chat:
+        await chat.send({"type": "auth", "token": token})
+        await chat.next("authenticated")
+        yield chat
+
+
+async def test_a_program_says_it_with_the_handshake(puppet: Puppet) -> None:
+    async with serving(puppet) as server:
+        async with client(server, additional_headers={"Authorization": "Bearer ada-token"}) as chat:
+            assert (await chat.prompt())["type"] == "start"
+        with pytest.raises(InvalidStatus) as raised:
+            async with connect(
+                server.url, proxy=None, additional_headers={"Authorization": "Bearer x"}
+            ):
+                raise AssertionError
+        assert raised.value.response.status_code == 401
+
+
+async def test_a_browser_says_it_with_its_first_frame(puppet: Puppet) -> None:
+    async with serving(puppet) as server, client(server) as chat:
+        await chat.send({"type": "auth", "token": "ada-token"})
+        assert await chat.receive() == {"type": "authenticated", "principal": "ada"}
+        assert (await chat.prompt())["type"] == "start"
+
+
+async def test_what_follows_at_once_waits_for_the_answer(puppet: Puppet) -> None:
+    asked: asyncio.Queue[str | None] = asyncio.Queue()
+    answer = asyncio.Event()
+
+    async def slow(token: str | None, _: Handshake) -> Principal | None:
+        if token is None:
+            return None
+        asked.put_nowait(token)
+        await answer.wait()
+        return Principal(token)
+
+    async with wsserver.serve(puppet, authenticate=slow, port=0, drain_timeout=0) as server:
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "ada"})
+            await chat.send({"prompt": "One", "id": ID})
+            await chat.send({"type": "list"})
+            await asyncio.wait_for(asked.get(), BOUND)
+            assert await chat.quiet() == []
+            answer.set()
+            types = [(await chat.receive())["type"] for _ in range(3)]
+            assert types == ["authenticated", "start", "conversations"]
+
+
+async def test_a_stop_overtakes_the_answer(puppet: Puppet) -> None:
+    answer = asyncio.Event()
+
+    async def slow(token: str | None, _: Handshake) -> Principal | None:
+        if token is None:
+            return None
+        await answer.wait()
+        return Principal(token)
+
+    async with wsserver.serve(puppet, authenticate=slow, port=0, drain_timeout=0) as server:
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "ada"})
+            await chat.send({"prompt": "One", "id": ID})
+            await chat.send({"type": "stop"})
+            await chat.quiet()
+            answer.set()
+            assert (await chat.text(ID))[1]["reason"] == "stopped"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"prompt": "Hello"},
+        {"type": "resume", "id": ID},
+        {"type": "open", "conversation": ID},
+        {"type": "list"},
+        {"type": "rename", "conversation": ID, "title": "x"},
+        {"type": "delete", "conversation": ID},
+    ],
+)
+async def test_nothing_is_had_before_it(puppet: Puppet, frame: dict[str, Any]) -> None:
+    async with serving(puppet) as server, client(server) as chat:
+        await chat.send(frame)
+        error = await chat.next("error")
+        assert (error["code"], error["retryable"]) == ("unauthenticated", False)
+        assert '"auth"' in error["message"]
+        await chat.send({"type": "stop", "id": ID})
+        assert (await chat.next("error"))["code"] == "not_running"
+        assert puppet.replies == []
+        await chat.send({"type": "auth", "token": "ada-token"})
+        await chat.next("authenticated")
+
+
+@pytest.mark.parametrize("token", ["bad", "ada-token ", "x" * 8192])
+async def test_a_bad_one_ends_the_socket(puppet: Puppet, token: str) -> None:
+    async with serving(puppet) as server, client(server) as chat:
+        await chat.send({"type": "auth", "token": token})
+        await chat.send({"prompt": "Hello"})
+        assert (await chat.next())["code"] == "unauthenticated"
+        closed = await chat.closed()
+        assert closed.rcvd is not None
+        assert (closed.rcvd.code, closed.rcvd.reason) == (1008, "unauthenticated")
+        assert len(chat.frames) == 1
+        assert token not in json.dumps(chat.frames)
+        assert puppet.replies == []
+
+
+async def test_who_never_says_it_is_closed_on(puppet: Puppet) -> None:
+    async with serving(puppet, auth_timeout=0.05) as server:
+        async with client(server) as chat, entered(server, "ada-token") as other:
+            closed = await chat.closed()
+            assert closed.rcvd is not None
+            assert closed.rcvd.code == 1008
+            assert chat.frames[-1]["code"] == "unauthenticated"
+            await other.quiet()
+
+
+async def test_a_token_that_ends_ends_the_socket_but_one_that_is_renewed_does_not(
+    puppet: Puppet,
+) -> None:
+    async def until_then(token: str | None, _: Handshake) -> Principal | None:
+        name, seconds = (token or "x 0").split()
+        return Principal(name, time.time() + float(seconds)) if float(seconds) else None
+
+    async with (
+        wsserver.serve(puppet, authenticate=until_then, port=0, drain_timeout=0) as server,
+        entered(server, "ada 1") as short,
+        entered(server, "ada 1") as renewed,
+    ):
+        await renewed.send({"type": "auth", "token": "ada 1000"})
+        answer = await renewed.next("authenticated")
+        assert answer["expires"] > time.time() + 900
+        start = await short.prompt()
+        closed = await short.closed()
+        assert closed.rcvd is not None
+        assert (closed.rcvd.code, closed.rcvd.reason) == (1008, "unauthenticated")
+        assert short.frames[-1]["code"] == "unauthenticated"
+        await renewed.send({"type": "resume", "id": start["id"]})
+        assert (await renewed.next("start"))["id"] == start["id"]
+
+
+async def test_a_socket_cannot_pass_to_another_principal(puppet: Puppet) -> None:
+    async with serving(puppet) as server, entered(server, "ada-token") as chat:
+        for token in ("bob-token", "nonsense"):
+            await chat.send({"type": "auth", "token": token})
+            assert (await chat.next("error"))["code"] == "unauthenticated"
+        await chat.send({"type": "auth", "token": "ada-token"})
+        assert (await chat.next("authenticated"))["principal"] == "ada"
+
+
+async def test_a_server_that_asks_nobody_takes_any(server: wsserver.Server, chat: Client) -> None:
+    await chat.send({"type": "auth", "token": "whatever"})
+    assert await chat.receive() == {"type": "authenticated", "principal": "anonymous"}
+
+
+async def test_nobody_can_be_called_anonymous(puppet: Puppet) -> None:
+    async with serving(puppet, tokens=f"anonymous sha256:{digest('x')}") as server:
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "x"})
+            assert (await chat.next())["code"] == "unauthenticated"
+
+
+@pytest.mark.parametrize("failure", [Unavailable(), ValueError("secret")])
+async def test_who_it_is_cannot_be_told_now(
+    puppet: Puppet, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def failing(token: str | None, _: Handshake) -> Principal | None:
+        if token is None:
+            return None
+        raise failure
+
+    async with wsserver.serve(puppet, authenticate=failing, port=0) as server:
+        with pytest.raises(InvalidStatus) as raised:
+            async with client(server, additional_headers={"Authorization": "Bearer x"}):
+                raise AssertionError
+        assert raised.value.response.status_code == 503
+        assert int(raised.value.response.headers["Retry-After"]) > 0
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "x"})
+            error = await chat.next("error")
+            assert (error["code"], error["retryable"]) == ("auth_unavailable", True)
+            assert (await chat.closed()).rcvd.code == 1013  # type: ignore[union-attr]
+    assert "secret" not in caplog.text
+
+
+async def test_a_way_of_ones_own_sees_the_handshake(puppet: Puppet) -> None:
+    seen: list[Handshake] = []
+
+    async def by_cookie(token: str | None, handshake: Handshake) -> Principal | None:
+        seen.append(handshake)
+        return Principal(handshake.headers.get("cookie", "").removeprefix("session="))
+
+    async with wsserver.serve(puppet, authenticate=by_cookie, port=0, drain_timeout=0) as server:
+        async with connect(
+            server.url + "ws?room=7", proxy=None, additional_headers={"Cookie": "session=ada"}
+        ) as socket:
+            chat = Client(socket)
+            assert (await chat.prompt())["type"] == "start"
+            assert {owner for owner, _ in server._hub._generations} == {"ada"}
+    assert seen[0].address == "127.0.0.1"
+    assert seen[0].path == "/ws?room=7"
+
+
+# What a principal owns.
+
+
+async def test_what_is_one_principals_does_not_exist_for_another(puppet: Puppet) -> None:
+    async with (
+        serving(puppet) as server,
+        entered(server, "ada-token") as ada,
+        entered(server, "bob-token") as bob,
+    ):
+        start = await ada.prompt("Mine", id=ID)
+        name = start["conversation"]
+        (await puppet.reply()).say("secret")
+        await ada.next("token")
+        for frame in (
+            {"type": "resume", "id": ID},
+            {"type": "open", "conversation": name},
+            {"type": "rename", "conversation": name, "title": "x"},
+            {"type": "delete", "conversation": name},
+        ):
+            await bob.send(frame)
+            foreign = await bob.next("error")
+            absent = {k: "x" * len(v) if v in {ID, name} else v for k, v in frame.items()}
+            await bob.send(absent)
+            other = await bob.next("error")
+            assert foreign["code"] == other["code"] == "not_found"
+            assert foreign["message"] == other["message"]
+        for frame in ({"type": "stop", "id": ID}, {"type": "stop"}):
+            await bob.send(frame)
+            assert (await bob.next("error"))["code"] == "not_running"
+        # The same names are free for somebody else.
+        theirs = await bob.prompt("Theirs", id=ID, conversation=name)
+        assert theirs["type"] == "start"
+        (await puppet.reply(1)).say("fine").end()
+        assert (await bob.text(ID))[0] == "fine"
+        await bob.send({"type": "list"})
+        assert [item["title"] for item in (await bob.next("conversations"))["items"]] == ["Theirs"]
+        await bob.send({"type": "delete", "conversation": name})
+        await bob.next("deleted")
+        (await puppet.reply(0)).say(" indeed").end()
+        assert (await ada.text(ID))[0] == "secret indeed"
+        assert "secret" not in json.dumps(bob.frames)
+
+
+async def test_two_sockets_of_one_principal_share_all(puppet: Puppet) -> None:
+    async with (
+        serving(puppet) as server,
+        entered(server, "ada-token") as one,
+        entered(server, "ada-token") as two,
+    ):
+        start = await one.prompt(id=ID)
+        await two.send({"type": "open", "conversation": start["conversation"]})
+        assert (await two.next("start"))["id"] == ID
+        await two.send({"type": "stop"})
+        assert (await one.text(ID))[1]["by"] == "client"
+
+
+# Reloading.
+
+
+async def test_a_reload_lets_new_ones_in_and_shuts_out_only_those_that_are_gone(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    ada, bob = (f"{name} sha256:{digest(name + '-token')}\n" for name in ("ada", "bob"))
+    path.write_text(ada + bob)
+    async with (
+        serving(puppet, tokens="", token_file=str(path)) as server,
+        entered(server, "ada-token") as stays,
+        entered(server, "bob-token") as goes,
+        client(server) as undecided,
+    ):
+        start = await stays.prompt()
+        path.write_text(ada + f"carol sha256:{digest('carol-token')}\n")
+        assert await server.reload()
+        closed = await goes.closed()
+        assert closed.rcvd is not None
+        assert (closed.rcvd.code, goes.frames[-1]["code"]) == (1008, "unauthenticated")
+        (await puppet.reply()).say("on and on").end()
+        assert (await stays.text(start["id"]))[0] == "on and on"
+        await undecided.send({"type": "auth", "token": "carol-token"})
+        assert (await undecided.next("authenticated"))["principal"] == "carol"
+        path.write_text("broken")
+        assert not await server.reload()
+        await stays.quiet()
+        assert len(server._connections) == 2
+        await until(lambda: len(server._sockets) == 2)
+
+
+async def test_nobody_is_shut_out_because_it_cannot_be_told_now(puppet: Puppet) -> None:
+    down = False
+
+    async def shaky(token: str | None, _: Handshake) -> Principal | None:
+        if down:
+            raise Unavailable
+        return None if token is None else Principal(token)
+
+    async with wsserver.serve(puppet, authenticate=shaky, port=0) as server:
+        async with entered(server, "ada") as chat:
+            down = True
+            assert await server.reload()
+            await chat.quiet()

@@ -1,0 +1,374 @@
+"""Rates, shares and a budget as plain data; and each limit as a client meets it."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import BOUND, Puppet, until
+from wsserver import End, Principal, Usage
+from wsserver.limits import SECONDS_PER_DAY, Bucket, Budget, Rates, Shares
+
+# Plain data.
+
+
+def test_a_bucket_gives_a_burst_and_then_a_rate() -> None:
+    bucket = Bucket(rate=2, burst=3, now=0)
+    assert [bucket.take(0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert bucket.take(0.25) == 0.25
+    assert bucket.take(0.5) == 0
+    assert bucket.take(0.5) == 0.5
+    assert [bucket.take(1000) for _ in range(4)] == [0, 0, 0, 0.5]
+
+
+def test_what_was_refused_takes_nothing() -> None:
+    bucket = Bucket(rate=1, burst=1, now=0)
+    assert bucket.take(0) == 0
+    for step in range(1, 10):
+        assert bucket.take(step / 10) > 0
+    assert bucket.take(1.0) == 0
+
+
+def test_rates_are_apart_by_key_and_forgotten_once_full() -> None:
+    rates = Rates(rate=1, burst=1)
+    assert rates.take("a", 0) == 0
+    assert rates.take("a", 0) == 1
+    assert rates.take("b", 0) == 0
+    for number in range(100_000):
+        rates.take(f"stranger {number}", number / 100)
+    assert len(rates) < 3000
+
+
+def test_a_share_is_given_back_and_its_key_forgotten() -> None:
+    shares = Shares(2)
+    assert shares.take("a")
+    assert shares.take("a")
+    assert not shares.take("a")
+    assert shares.take("b")
+    shares.give("a")
+    assert shares.take("a")
+    for key in ("a", "a", "b"):
+        shares.give(key)
+    assert len(shares) == 0
+
+
+def test_a_budget_reserves_settles_and_begins_anew_each_day() -> None:
+    budget = Budget(100)
+    assert not budget.knows("ada", 1)
+    budget.learn("ada", 1, 30)
+    budget.learn("ada", 1, 99)  # somebody was quicker
+    assert budget.left("ada") == 70
+    budget.reserve("ada", 50)
+    assert budget.left("ada") == 20
+    budget.settle("ada", 50, 65)
+    assert budget.left("ada") == 5
+    budget.settle("ada", 0, 65)
+    assert budget.left("ada") == 0
+    assert not budget.knows("ada", 2)
+    assert len(budget) == 0
+
+
+def test_what_is_reserved_over_midnight_still_counts() -> None:
+    budget = Budget(100)
+    budget.learn("ada", 1, 90)
+    budget.reserve("ada", 10)
+    assert budget.knows("ada", 2)
+    assert budget.left("ada") == 90
+    budget.settle("ada", 10, 25)
+    assert budget.left("ada") == 75
+
+
+def test_no_budget_counts_nothing() -> None:
+    budget = Budget(0)
+    assert budget.knows("ada", 1)
+    assert budget.left("ada") is None
+    budget.reserve("ada", 10)
+    budget.settle("ada", 10, 10)
+    assert len(budget) == 0
+
+
+# As clients meet them.
+
+
+async def named(token: str | None, _: object) -> Principal | None:
+    """Believe whatever a client says."""
+    return None if token is None else Principal(token)
+
+
+@asynccontextmanager
+async def acting_for(server: wsserver.Server, name: str) -> AsyncIterator[Client]:
+    async with client(server, additional_headers={"Authorization": f"Bearer {name}"}) as chat:
+        yield chat
+
+
+async def test_frames_over_the_rate_are_refused_and_say_when(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, frame_rate=0.001, frame_burst=2) as server:
+        async with client(server) as chat:
+            for _ in range(3):
+                await chat.send({"type": "ping"})
+            await chat.next("pong")
+            await chat.next("pong")
+            error = await chat.next("error")
+            assert error["code"] == "limit"
+            assert error["retryable"]
+            assert 900 < error["retry_after"] <= 1000
+
+
+async def test_a_stop_is_obeyed_over_any_rate(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, frame_rate=0.001, frame_burst=1) as server:
+        async with client(server) as chat:
+            start = await chat.prompt()
+            await chat.send({"type": "ping"})
+            assert (await chat.next("error"))["code"] == "limit"
+            await chat.send({"type": "stop"})
+            assert (await chat.text(start["id"]))[1]["reason"] == "stopped"
+
+
+async def test_who_goes_on_over_the_rate_is_closed_on(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, frame_rate=0.001, frame_burst=1, bad_frames=5
+    ) as server:
+        async with client(server) as chat:
+            for _ in range(10):
+                await chat.send({"type": "ping"})
+            assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
+            assert [frame["type"] for frame in chat.frames] == ["pong", *["error"] * 5]
+
+
+async def test_stops_of_nothing_are_harmless_until_they_are_a_flood(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, frame_rate=0.001, frame_burst=50, bad_frames=5
+    ) as server:
+        async with client(server) as chat:
+            for _ in range(60):
+                await chat.send({"type": "stop"})
+            assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
+            assert [frame["code"] for frame in chat.frames] == ["not_running"] * 55
+
+
+async def test_prompts_a_minute_are_a_principals_on_all_its_sockets(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(
+            puppet, authenticate=named, port=0, prompts_per_minute=2, drain_timeout=0
+        ) as server,
+        acting_for(server, "ada") as one,
+        acting_for(server, "ada") as two,
+        acting_for(server, "bob") as other,
+    ):
+        for chat in (one, two):
+            assert (await chat.prompt())["type"] == "start"
+        assert (await one.prompt())["code"] == "busy"  # and took nothing
+        error = await two.prompt(conversation="conversation-two")
+        assert error["code"] == "limit"
+        assert 0 < error["retry_after"] <= 30
+        assert (await other.prompt())["type"] == "start"
+
+
+async def test_a_prompt_sent_again_takes_nothing(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, prompts_per_minute=1, drain_timeout=0) as server:
+        async with client(server) as chat:
+            for _ in range(3):
+                assert (await chat.prompt(id="0123456789abcdef"))["type"] == "start"
+            assert (await chat.prompt(conversation="conversation-two"))["code"] == "limit"
+
+
+async def test_generations_are_a_principals_on_all_its_sockets(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(
+            puppet, authenticate=named, port=0, generations_per_principal=2, drain_timeout=0
+        ) as server,
+        acting_for(server, "ada") as one,
+        acting_for(server, "ada") as two,
+        acting_for(server, "bob") as other,
+    ):
+        first = await one.prompt()
+        await two.prompt()
+        error = await two.prompt(conversation="conversation-two")
+        assert (error["code"], error["retryable"]) == ("limit", True)
+        assert (await other.prompt())["type"] == "start"
+        (await puppet.reply(0)).say("x").end()
+        await one.text(first["id"])
+        assert (await two.prompt(conversation="conversation-two"))["type"] == "start"
+
+
+async def test_the_anonymous_are_limited_by_their_addresses(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, proxies="127.0.0.1", generations_per_principal=1, drain_timeout=0
+    ) as server:
+
+        def behind(address: str) -> Any:
+            headers = {"X-Forwarded-For": address, "Origin": server.page.rstrip("/")}
+            return client(server, additional_headers=headers)
+
+        async with (
+            behind("203.0.113.1") as one,
+            behind("203.0.113.1") as neighbour,
+            behind("203.0.113.2") as two,
+            behind("2001:db8::1") as six,
+            behind("2001:db8::ffff:2") as next_door,
+            behind("2001:db8:0:1::1") as next_street,
+        ):
+            for chat, fits in (
+                (one, True),
+                (neighbour, False),
+                (two, True),
+                (six, True),
+                (next_door, False),
+                (next_street, True),
+            ):
+                answer = await chat.prompt(conversation="conversation-" + str(id(chat)))
+                assert answer["type"] == ("start" if fits else "error")
+
+
+async def spend(chat: Client, puppet: Puppet, number: int, usage: Usage) -> dict[str, Any]:
+    start = await chat.prompt(conversation=f"conversation-{number:04}")
+    assert start["type"] == "start", start
+    (await puppet.reply(number)).say("x", End(usage=usage)).end()
+    return (await chat.text(start["id"]))[1]
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_the_tokens_of_a_day_last_over_a_restart(
+    puppet: Puppet, tmp_path: Any, kind: str
+) -> None:
+    store = "memory:" if kind == "memory" else f"sqlite:///{tmp_path}/s.sqlite"
+    options: dict[str, Any] = {"tokens_per_day": 1000, "port": 0, "store": store}
+    numbers = itertools.count()
+    async with wsserver.serve(puppet, authenticate=named, **options) as server:
+        async with acting_for(server, "ada") as ada, acting_for(server, "bob") as bob:
+            await spend(ada, puppet, next(numbers), Usage(input_tokens=500, output_tokens=400))
+            await spend(
+                ada, puppet, next(numbers), Usage(output_tokens=100, cache_read_input_tokens=9999)
+            )
+            error = await ada.prompt("More", conversation="conversation-last")
+            assert (error["code"], error["retryable"]) == ("quota", True)
+            assert 0 < error["retry_after"] <= SECONDS_PER_DAY
+            await spend(bob, puppet, next(numbers), Usage(output_tokens=1))
+    if kind == "sqlite":
+        async with wsserver.serve(puppet, authenticate=named, **options) as server:
+            async with acting_for(server, "ada") as ada:
+                assert (await ada.prompt())["code"] == "quota"
+
+
+async def test_what_is_left_bounds_the_next_reply_and_those_at_once(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(
+            puppet, authenticate=named, port=0, tokens_per_day=1000, max_tokens=700, drain_timeout=0
+        ) as server,
+        acting_for(server, "ada") as ada,
+    ):
+        first = await ada.prompt(conversation="conversation-one")
+        await ada.prompt(conversation="conversation-two")
+        replies = [await puppet.reply(number) for number in range(2)]
+        assert [reply.request.max_tokens for reply in replies] == [700, 300]
+        assert (await ada.prompt(conversation="conversation-three"))["code"] == "quota"
+        await ada.send({"type": "stop", "id": first["id"]})
+        await ada.text(first["id"])
+        third = await ada.prompt(conversation="conversation-three")  # what the stop gave back
+        assert third["type"] == "start"
+        assert 690 < (await puppet.reply(2)).request.max_tokens <= 700
+
+
+async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, connections_per_address=2) as server:
+        async with client(server), client(server):
+            with pytest.raises(InvalidStatus) as raised:
+                async with client(server):
+                    raise AssertionError
+            response = raised.value.response
+            assert response.status_code == 429
+            assert int(response.headers["Retry-After"]) > 0
+        await until(lambda: not server._sockets)
+        async with client(server) as chat:
+            await chat.quiet()
+
+
+async def test_an_address_behind_a_proxy_is_the_clients(puppet: Puppet) -> None:
+    async with wsserver.serve(
+        puppet, port=0, connections_per_address=1, proxies="127.0.0.0/8"
+    ) as server:
+
+        def behind(addresses: str) -> Any:
+            headers = {"X-Forwarded-For": addresses, "Origin": server.page.rstrip("/")}
+            return client(server, additional_headers=headers)
+
+        async with behind("203.0.113.1"), behind("203.0.113.2"):
+            # What the client itself claims stands to the left of what the proxy saw.
+            for claim in ("203.0.113.1", "203.0.113.9, 203.0.113.1", "x, 203.0.113.1, 127.0.0.9"):
+                with pytest.raises(InvalidStatus) as raised:
+                    async with behind(claim):
+                        raise AssertionError
+                assert raised.value.response.status_code == 429
+
+
+async def test_connections_of_all_are_limited(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, connections=2) as server:
+        async with client(server) as chat, client(server):
+            with pytest.raises(InvalidStatus) as raised:
+                async with client(server):
+                    raise AssertionError
+            assert raised.value.response.status_code == 503
+            assert int(raised.value.response.headers["Retry-After"]) > 0
+            await chat.quiet()
+
+
+async def test_sockets_of_a_principal_are_limited_however_it_says_who_it_is(
+    puppet: Puppet,
+) -> None:
+    async with (
+        wsserver.serve(puppet, authenticate=named, port=0, connections_per_principal=2) as server,
+        acting_for(server, "ada"),
+        acting_for(server, "ada"),
+        acting_for(server, "bob"),
+    ):
+        with pytest.raises(InvalidStatus) as raised:
+            async with acting_for(server, "ada"):
+                raise AssertionError
+        assert raised.value.response.status_code == 429
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "ada"})
+            assert (await chat.next("error"))["code"] == "limit"
+            assert (await chat.closed()).rcvd.code == 1013  # type: ignore[union-attr]
+        assert server._admission.principals.full("ada")
+
+
+async def test_who_wants_nothing_for_long_is_closed_on(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, idle_timeout=0.5, drain_timeout=0) as server:
+        async with client(server) as busy, client(server) as idle:
+            await busy.prompt()
+            await idle.send({"type": "ping"})
+            closed = await idle.closed()
+            assert closed.rcvd is not None
+            assert (closed.rcvd.code, closed.rcvd.reason) == (1000, "idle")
+            await busy.quiet()
+
+
+async def test_a_refused_connection_is_counted_by_why(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, connections_per_address=1) as server:
+        async with client(server):
+            with pytest.raises(InvalidStatus):
+                async with connect(server.url, proxy=None):
+                    raise AssertionError
+        exposition = server.metrics.exposition().decode()
+        assert 'wsserver_connections_total{outcome="limit"} 1.0' in exposition
+
+
+async def test_all_is_given_back_when_sockets_close(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, authenticate=named, port=0, grace=0) as server:
+        for _ in range(20):
+            async with acting_for(server, "ada") as chat:
+                await chat.prompt()
+        async with asyncio.timeout(BOUND):
+            await server._hub._idle.wait()
+        await until(lambda: not server._sockets)
+        assert len(server._admission.principals) == 0
+        assert len(server._admission._addresses) == 0
+        assert server._admission._open == 0
+        assert len(server._hub._shares) == 0

@@ -1,0 +1,163 @@
+"""What operators look at: whether it lives, whether it is ready, and what it counts."""
+
+import asyncio
+import json
+
+import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+
+import wsserver
+from tests.support.client import client
+from tests.support.puppet import Puppet
+from tests.test_http import ask
+from wsserver import Code, ModelError
+from wsserver.errors import StoreError
+from wsserver.stores import MemoryStore
+
+
+async def ready(server: wsserver.Server, port: int | None = None) -> tuple[int, dict[str, bool]]:
+    status, headers, body = await ask(server, "GET /readyz HTTP/1.1\nHost: x\n\n", port)
+    assert headers["content-type"] == "application/json"
+    return status, json.loads(body)
+
+
+READY = {"ready": True, "store": True, "serving": True, "upstream": True}
+
+
+async def test_it_is_ready_and_alive_by_whatever_name(server: wsserver.Server) -> None:
+    assert await ready(server) == (200, READY)
+    for host in ("10.1.2.3:3001", "probe.internal"):
+        assert (await ask(server, f"GET /healthz HTTP/1.1\nHost: {host}\n\n"))[0] == 200
+
+
+@pytest.mark.parametrize("failure", [StoreError("disk"), None])
+async def test_it_is_not_ready_without_its_store(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
+) -> None:
+    async with wsserver.serve(puppet, port=0, store_timeout=0.05) as server:
+
+        async def broken(*_: object) -> None:
+            if failure is not None:
+                raise failure
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(MemoryStore, "list", broken)
+        assert await ready(server) == (503, READY | {"ready": False, "store": False})
+        assert (await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n"))[0] == 200
+        monkeypatch.undo()
+        assert await ready(server) == (200, READY)
+
+
+async def test_it_is_not_ready_while_its_model_is_known_to_fail(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
+        for number in range(5):
+            assert (await ready(server))[0] == 200
+            start = await chat.prompt()
+            (await puppet.reply(number)).fail(ModelError(Code.OVERLOADED))
+            await chat.text(start["id"])
+        assert await ready(server) == (503, READY | {"ready": False, "upstream": False})
+        start = await chat.prompt()
+        (await puppet.reply(5)).say("x").end()
+        await chat.text(start["id"])
+        assert (await ready(server))[0] == 200
+
+
+async def test_it_is_not_ready_while_it_drains(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, operations_port=0) as server,
+        client(server) as chat,
+    ):
+        start = await chat.prompt()
+        reply = await puppet.reply()
+        closing = asyncio.create_task(server.close())
+        await asyncio.sleep(0)
+        port = server.operations_port
+        assert await ready(server, port) == (503, READY | {"ready": False, "serving": False})
+        reply.say("x").end()
+        await chat.text(start["id"])
+        await closing
+
+
+async def test_metrics_tell_what_happened(server: wsserver.Server) -> None:
+    async with client(server) as chat:
+        await chat.quiet()
+        status, headers, body = await ask(server, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert b"\nwsserver_connections_open 1.0\n" in body
+    assert b"\nprocess_open_fds " in body
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("", 200),
+        ("X-Forwarded-For: 127.0.0.1\n", 401),  # somebody behind a proxy
+        ("Forwarded: for=203.0.113.1\n", 401),
+        ("Authorization: Bearer anything\n", 200),
+    ],
+)
+async def test_without_a_token_metrics_are_for_this_machine(
+    server: wsserver.Server, headers: str, status: int
+) -> None:
+    got, *_ = await ask(server, f"GET /metrics HTTP/1.1\nHost: localhost\n{headers}\n")
+    assert got == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("", 401),
+        ("Authorization: Bearer sesame\n", 200),
+        ("Authorization: Bearer sesam\n", 401),
+        ("Authorization: Bearer \n", 401),
+        ("Authorization: Basic sesame\n", 401),
+        ("Authorization: Bearer sesame\nX-Forwarded-For: 203.0.113.1\n", 200),
+        ("Authorization: Bearer \u00e9\n", 401),
+    ],
+)
+async def test_with_a_token_they_are_for_who_has_it(
+    puppet: Puppet, headers: str, status: int
+) -> None:
+    async with wsserver.serve(puppet, port=0, metrics_token="sesame") as server:
+        got, answer, body = await ask(
+            server, f"GET /metrics HTTP/1.1\nHost: localhost\n{headers}\n"
+        )
+        assert got == status
+        if status == 401:
+            assert answer["www-authenticate"] == "bearer"
+            assert b"wsserver_connections" not in body
+
+
+async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, operations_port=0) as server:
+        assert server.operations_port not in {None, server.port}
+        for path, own, other in (
+            ("/metrics", 200, 404),
+            ("/readyz", 200, 404),
+            ("/healthz", 200, 200),
+            ("/", 404, 200),
+            ("/ws", 404, 426),
+        ):
+            request = f"GET {path} HTTP/1.1\nHost: localhost\n\n"
+            assert (await ask(server, request, server.operations_port))[0] == own
+            assert (await ask(server, request))[0] == other
+        with pytest.raises(InvalidStatus) as raised:
+            async with connect(f"ws://127.0.0.1:{server.operations_port}/ws", proxy=None):
+                raise AssertionError
+        assert raised.value.response.status_code == 404
+
+
+async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0) as server:
+        with pytest.raises(OSError, match="in use"):
+            async with wsserver.serve(puppet, port=0, operations_port=server.port):
+                raise AssertionError
+
+
+async def test_head_of_them_is_get_without_the_body(server: wsserver.Server) -> None:
+    for path in ("/readyz", "/metrics"):
+        status, headers, body = await ask(server, f"HEAD {path} HTTP/1.1\nHost: localhost\n\n")
+        assert (status, body) == (200, b"")
+        assert int(headers["content-length"]) > 10
