@@ -87,7 +87,9 @@ async def timed(blank: Page, server: wsserver.Server) -> Page:
             constructor(...given) {
                 super(...given);
                 sockets.push(this);
-                this.addEventListener('message', ({ data }) => data.includes('pong') && heard.push(data));
+                this.addEventListener('message', ({ data }) => {
+                    if (data.includes('pong')) heard.push(data);
+                });
             }
         };
     """)
