@@ -7,20 +7,27 @@ BIN := $(VENV)/bin
 WSCAT_VERSION := 6.1.0
 ARGS ?=
 
-.PHONY: run test lint unit system clean
+.PHONY: run test lint unit fast system clean
 
 run: $(VENV)/run.stamp ## start the server; settings with ARGS="--port 8080"
 	@$(BIN)/wsserver serve $(ARGS)
 
-test: lint unit ## lint, types and the whole suite
+test: lint fast slow ## lint, types and the whole suite
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(VENV)/test.stamp system
-	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+fast: $(VENV)/test.stamp ## the tests that take a minute together
+	$(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not slow"
+
+.PHONY: slow
+slow: $(VENV)/test.stamp system ## browsers, other programs, kills, floods; after `fast`
+	$(BIN)/pytest --cov --cov-append --cov-report=term -m slow
+
+unit: $(VENV)/test.stamp system ## some of the tests; ARGS="-k stop"
+	$(BIN)/pytest $(ARGS)
 
 .PHONY: soak
 soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"

@@ -33,7 +33,7 @@ MARKUP = "<b>bold</b> <img src=x onerror=alert(1)> <script>alert(2)</script> &am
 TEN_LINES = ROOT / "examples/ten_lines.html"
 
 # One event loop for all, so that one browser can serve all.
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 
 @pytest.fixture(autouse=True)

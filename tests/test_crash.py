@@ -26,6 +26,8 @@ from tests.support.process import Process, run
 from tests.support.puppet import until
 from wsserver import Request, Thinking
 
+pytestmark = pytest.mark.slow
+
 LOSS = 0.25  # seconds before the kill of which what was said may be lost
 LANES = 3  # servers at once, each with a file of its own
 WHAT_DO_YOU_SEE = "What do you see?"

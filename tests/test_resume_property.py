@@ -25,6 +25,8 @@ from wsserver.generation import State
 from wsserver.live import Generation
 from wsserver.stores.base import Entry
 
+pytestmark = pytest.mark.slow
+
 SIZE = 32  # characters by which larger pieces are cut, and up to which they are merged
 # Nothing is too late here, and nobody waits too long.
 LASTING: dict[str, Any] = {

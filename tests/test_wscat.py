@@ -10,11 +10,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 import wsserver
 from tests.support.puppet import BOUND
 from tests.support.tools import ROOT, require_wscat
 from wsserver import End, Request, Usage
 from wsserver.models.demo import Demo
+
+pytestmark = pytest.mark.slow
 
 WALK_THROUGH = ROOT / "examples/wscat.md"
 SERVER = "localhost:3001"  # in the walk-through
