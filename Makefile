@@ -48,15 +48,24 @@ $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/run.stamp
 
-# What the tests drive for real: a browser, and wscat from npm. Without them, and without the
-# right to install them, those tests are skipped; under CI=true they fail.
+# What the tests drive for real: a browser, wscat from npm, nginx, and systemd's tools. Without
+# them, and without the right to install them, those tests are skipped; under CI=true they fail.
 system: $(TOOLS)/node_modules/.bin/wscat
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
 	@command -v openssl >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=openssl || true
+	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(MAKE) --no-print-directory nginx || true
+	@command -v systemd-analyze >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=systemd || true
 
 $(TOOLS)/node_modules/.bin/wscat:
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
 	@command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(TOOLS) wscat@$(WSCAT_VERSION) || true
+
+# Its package starts it on port 80, now and at each boot, which nobody asked for here.
+.PHONY: nginx
+nginx:
+	@$(MAKE) --no-print-directory apt PACKAGES=nginx-light
+	@if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO="sudo -n"; fi; \
+		! command -v systemctl >/dev/null || $$SUDO systemctl disable --now --quiet nginx 2>/dev/null || true
 
 .PHONY: apt
 apt:
