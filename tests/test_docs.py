@@ -119,7 +119,10 @@ def test_the_make_targets_in_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.parametrize("document", ["README.md", "wsserver/PROTOCOL.md", "examples/wscat.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "wsserver/PROTOCOL.md", "examples/wscat.md", "examples/deploy/README.md"],
+)
 def test_links_within_the_project_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
