@@ -37,6 +37,8 @@ from wsserver.auth import tokens
 from wsserver.cli import LAST_MOMENT, OTHER_FILES
 from wsserver.listening import name_of
 
+pytestmark = pytest.mark.slow
+
 DEPLOY = ROOT / "examples/deploy"
 NAME = "chat.example.com"
 SERVE = ("-m", "wsserver", "serve")

@@ -7,9 +7,11 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
+from websockets.exceptions import InvalidStatus
 
 import wsserver
 from tests.support.client import client
@@ -91,8 +93,11 @@ def test_the_protocol_document_shows_both_directions() -> None:
     assert len(FRAMES) > 30
 
 
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 async def test_the_program_in_the_readme_runs() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    program, _ = PROGRAMS
     source = program.replace("asyncio.sleep(0.2)", "asyncio.sleep(0)")
     names: dict[str, object] = {}
     exec(source.replace("asyncio.run(main())", ""), names)
@@ -100,6 +105,18 @@ async def test_the_program_in_the_readme_runs() -> None:
         start = await chat.prompt("quiet please")
         assert (await chat.text(start["id"]))[0] == "QUIET PLEASE "
         assert start["model"] == "shout"
+
+
+async def test_the_authenticator_in_the_readme_lets_in_whom_it_says() -> None:
+    _, program = PROGRAMS
+    names: dict[str, Any] = {}
+    exec(program, names)
+    async with wsserver.serve("demo", authenticate=names["by_cookie"], port=0) as server:
+        async with client(server, additional_headers={"Cookie": "session=4f9a"}) as chat:
+            assert (await chat.prompt())["type"] == "start"
+        with pytest.raises(InvalidStatus):
+            async with client(server, additional_headers={"Cookie": "session=0000", "Via": "x"}):
+                raise AssertionError
 
 
 def test_the_frames_in_the_readme_are_true() -> None:

@@ -26,6 +26,8 @@ from wsserver import ConfigError, listening
 from wsserver.cli import main
 from wsserver.transport import READ_SIZE, Socket
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SERVE = ("-m", "wsserver", "serve", "--demo-rate", "0")
 TLS_RECORD = 16384  # bytes that one holds at most (RFC 8446, section 5.1)

@@ -11,7 +11,7 @@ import wsserver
 from tests.support.client import client
 from tests.support.puppet import Puppet
 from tests.test_http import ask
-from wsserver import Code, ModelError
+from wsserver import Code, ConfigError, ModelError
 from wsserver.errors import StoreError
 from wsserver.stores import MemoryStore
 
@@ -151,7 +151,7 @@ async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> N
 
 async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0) as server:
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(ConfigError, match=r"operations_port: cannot listen on it: .*in use"):
             async with wsserver.serve(puppet, port=0, operations_port=server.port):
                 raise AssertionError
 

@@ -226,6 +226,12 @@ def _announce(server: Server) -> None:
     if server.port:
         lines += [f"  page       {server.page}", f"  websocket  {server.url}"]
     lines += [f"  socket     {name}" for name in server.bound if name.startswith(("/", "@"))]
+    if server.operations_port is not None:
+        lines.append(
+            f"  operations http://{server.settings.operations_host}:{server.operations_port}/"
+        )
+    if server.settings.allow_anonymous:
+        lines.append("  ANYONE who reaches it can spend your money and read all conversations")
     _say("\n".join([*lines, "  Ctrl-C stops"]))
 
 

@@ -276,15 +276,18 @@ class Server:
             self._unix_socket.remove()
 
     async def _listen_for_operators(self, settings: Settings) -> None:
-        self._operations_listener = await listen(
-            self._handle,  # never called, as each request is answered before
-            settings.operations_host,
-            settings.operations_port,
-            process_request=self._respond_to_operator,
-            open_timeout=settings.open_timeout,
-            logger=_SILENT,
-            server_header=None,
-        )
+        try:
+            self._operations_listener = await listen(
+                self._handle,  # never called, as each request is answered before
+                settings.operations_host,
+                settings.operations_port,
+                process_request=self._respond_to_operator,
+                open_timeout=settings.open_timeout,
+                logger=_SILENT,
+                server_header=None,
+            )
+        except OSError as error:
+            raise ConfigError(f"operations_port: cannot listen on it: {error.strerror}") from error
         _, self.operations_port = listening.tcp_address(self._operations_listener.sockets)
 
     async def __aexit__(
