@@ -363,6 +363,35 @@ async def test_who_it_is_cannot_be_told_now(
     assert "secret" not in caplog.text
 
 
+async def test_who_goes_while_it_is_being_found_out_leaves_nothing(puppet: Puppet) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+    answered = asyncio.Event()
+
+    async def slow(token: str | None, _: Handshake) -> Principal | None:
+        asked.set()
+        await answer.wait()
+        answered.set()
+        return Principal("ada")
+
+    async with wsserver.serve(puppet, authenticate=slow, port=0, open_timeout=30) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        await asyncio.wait_for(asked.wait(), BOUND)
+        writer.transport.abort()
+        await until(lambda: not server._sockets)
+        answer.set()
+        await asyncio.wait_for(answered.wait(), BOUND)
+        await until(lambda: not server._listeners[0].connections)
+        await asyncio.sleep(0)
+        assert len(server._admission.principals) == 0
+        assert server._admission._open == 0
+    del reader
+
+
 async def test_a_way_of_ones_own_sees_the_handshake(puppet: Puppet) -> None:
     seen: list[Handshake] = []
 

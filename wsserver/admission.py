@@ -104,6 +104,7 @@ class Admission:
     def depart(self, visitor: "Visitor") -> None:
         """Forget a connection that has ended."""
         self._open -= 1
+        visitor.gone = True
         if visitor.counted is not None:
             self._addresses.give(visitor.counted)
             visitor.counted = None
@@ -209,6 +210,7 @@ class Visitor:
         principal: who it acts for; None as long as it has not said so.
         counted: under which address it is counted.
         shared: under which principal it is counted.
+        gone: it has ended, perhaps while it was being found out who it is.
     """
 
     __slots__ = (
@@ -218,6 +220,7 @@ class Visitor:
         "_token",
         "address",
         "counted",
+        "gone",
         "principal",
         "shared",
     )
@@ -231,6 +234,7 @@ class Visitor:
         self.principal: Principal | None = None
         self.counted = counted
         self.shared: str | None = None
+        self.gone = False
 
     @property
     def account(self) -> str:
@@ -342,7 +346,7 @@ class Visitor:
 
     def _become(self, principal: Principal, token: str | None) -> bool:
         """Act for a principal from now on; False if that one has as many sockets as it may."""
-        if self.shared is None:
+        if self.shared is None and not self.gone:
             if not self._admission.principals.take(principal.name):
                 return False
             self.shared = principal.name
