@@ -251,7 +251,7 @@ async def test_a_tab_that_is_gone_is_told_nothing(
     async with client(server) as tab:
         await opened(tab)
     await until(lambda: len(server._connections) == 1)
-    assert not server._hub._conversations["anonymous", ONE].watchers
+    assert not server._hub.conversations._known["anonymous", ONE].watchers
     await exchange(chat, puppet, "After", "Yes")
 
 
@@ -372,7 +372,7 @@ async def test_a_deletion_is_carried_out_though_its_client_has_gone(
         await other.send({"type": "rename", "conversation": ONE, "title": "x"})
         await other.send({"type": "delete", "conversation": ONE})
     await until(lambda: len(server._connections) == 1)
-    await until(lambda: ("anonymous", ONE) not in server._hub._conversations)
+    await until(lambda: ("anonymous", ONE) not in server._hub.conversations._known)
     assert (await opened(chat))["code"] == "not_found"
 
 
@@ -452,7 +452,7 @@ async def test_what_is_somebody_elses_looks_exactly_like_what_is_not_there(
         assert (await other.next("done"))["id"] == start["id"]
         await other.next("deleted")
         assert (await resume(other))["code"] == (await opened(other))["code"] == "not_found"
-        assert "somebody else" not in {owner for owner, _ in server._hub._conversations}
+        assert "somebody else" not in {owner for owner, _ in server._hub.conversations._known}
         assert await chat.quiet() == []
         assert (await resume(chat))["type"] == "start"
         assert (await chat.next("token", id=ID))["text"] == "x"

@@ -389,7 +389,7 @@ class Connection:
             case List() as request:
                 await self._list(request)
             case Rename(conversation=name, title=title):
-                await self._hub.rename(name, self._owner, title)
+                await self._hub.conversations.rename(name, self._owner, title)
                 self.transport.write(encode(Renamed(conversation=name, title=title)))
             case Delete(conversation=name):
                 await self._hub.delete(name, self._owner)
@@ -418,7 +418,7 @@ class Connection:
         self._follow(generation, after=resume.after)
 
     async def _open(self, request: Open) -> None:
-        conversation, stored, older = await self._hub.history(
+        conversation, stored, older = await self._hub.conversations.history(
             request.conversation, self._owner, request.before
         )
         turns = self._fitting(stored.turns)
@@ -462,7 +462,7 @@ class Connection:
                 before = (float(updated), name)
             except ValueError:
                 raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.") from None
-        found = await self._hub.recent(self._owner, request.limit + 1, before)
+        found = await self._hub.conversations.recent(self._owner, request.limit + 1, before)
         page = found[: request.limit]
         last = page[-1] if len(found) > len(page) else None
         self.transport.write(

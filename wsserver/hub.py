@@ -6,13 +6,13 @@ been read from the store. Only the models run in tasks, one per generation.
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import secrets
 import time
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator
 
+from wsserver.conversations import Conversations
 from wsserver.errors import UPSTREAM, Code, ModelError, Refused
 from wsserver.generation import (
     CHARACTERS_PER_TOKEN,
@@ -31,7 +31,6 @@ from wsserver.live import (
     Outcome,
     Watcher,
     messages_of,
-    newest,
     restored,
 )
 from wsserver.logs import log as events
@@ -41,9 +40,6 @@ from wsserver.settings import Settings
 from wsserver.stores.base import (
     Header,
     Store,
-    StoredConversation,
-    Summary,
-    Turn,
     day_of,
     tokens_of,
 )
@@ -83,6 +79,7 @@ class Hub:
             keep=settings.replay,
             metrics=metrics,
         )
+        self.conversations = Conversations(store, self._journal, settings)
         self._loop = asyncio.get_running_loop()
         self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
         self._shares = Shares(settings.generations_per_principal)
@@ -93,7 +90,6 @@ class Hub:
         self._ended: deque[tuple[float, Generation]] = deque()
         self._ended_size = 0
         self._sweep: asyncio.TimerHandle | None = None
-        self._conversations: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
         self._upstream_failures = 0  # in a row
         self._upstream_failed = 0.0  # when the last of them was
         self._draining = False
@@ -158,7 +154,7 @@ class Hub:
         conversation = None
         if prompt.messages is None:
             name = prompt.conversation or own
-            conversation = None if name is None else await self._load(name, owner)
+            conversation = None if name is None else await self.conversations.load(name, owner)
             if conversation is None:
                 conversation = Conversation(name or _new_id(), owner)
         while not self._budget.knows(owner, day := day_of(time.time())):
@@ -217,59 +213,6 @@ class Hub:
                 self._settings.grace, self.stop, generation, "disconnect"
             )
 
-    # Conversations.
-
-    async def history(
-        self, conversation_id: str, owner: str, before: int | None
-    ) -> tuple[Conversation, StoredConversation, bool]:
-        """Return a conversation, and its newest turns that have ended, or those before a number.
-
-        Returns:
-            the live conversation, the turns, and whether there are older ones.
-
-        Raises:
-            Refused: the owner has no such conversation.
-            StoreError: it cannot be read.
-        """
-        while True:
-            conversation = await self._load(conversation_id, owner)
-            if conversation is None:
-                raise Refused(Code.NOT_FOUND)
-            version = conversation.version
-            await self._journal.flush()
-            limit = self._settings.history_messages
-            stored = await self._store.load(conversation_id, owner, limit + 1, before)
-            current = self._conversations.get((owner, conversation_id), conversation)
-            if conversation.version != version or current is not conversation:
-                continue  # a reply has ended meanwhile, or it was forgotten and found again
-            if conversation.deleted:
-                raise Refused(Code.NOT_FOUND)
-            self._keep(conversation)
-            if stored is None:  # nothing of it has been saved
-                stored = StoredConversation(conversation_id, owner, "", [])
-            live = {generation.id for generation in conversation.live}
-            turns = [turn for turn in stored.turns[-limit:] if turn.id not in live]
-            told = StoredConversation(conversation_id, owner, stored.title, turns)
-            return conversation, told, len(stored.turns) > limit
-
-    async def recent(
-        self, owner: str, limit: int, before: tuple[float, str] | None
-    ) -> Sequence[Summary]:
-        """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
-        await self._journal.flush()
-        return await self._store.list(owner, limit, before)
-
-    async def rename(self, conversation_id: str, owner: str, title: str) -> None:
-        """Give a conversation another title.
-
-        Raises:
-            Refused: the owner has no such conversation.
-            StoreError: it cannot be saved.
-        """
-        await self._journal.flush()
-        if not await self._store.rename(conversation_id, owner, title):
-            raise Refused(Code.NOT_FOUND)
-
     async def delete(self, conversation_id: str, owner: str) -> None:
         """Stop what runs in a conversation, and delete it.
 
@@ -277,7 +220,7 @@ class Hub:
             Refused: the owner has no such conversation.
             StoreError: it cannot be deleted.
         """
-        conversation = await self._load(conversation_id, owner)
+        conversation = await self.conversations.load(conversation_id, owner)
         if conversation is None:
             raise Refused(Code.NOT_FOUND)
         conversation.deleted = True
@@ -293,51 +236,11 @@ class Hub:
         except BaseException:
             conversation.deleted = False
             raise
-        named = owner, conversation_id
-        if self._conversations.get(named) is conversation:
-            del self._conversations[named]
+        self.conversations.forget(conversation)
         for key, generation in list(self._generations.items()):
             within = generation.owner, generation.conversation_id
-            if within == named and generation not in self._live:
+            if within == (owner, conversation_id) and generation not in self._live:
                 del self._generations[key]
-
-    async def _load(self, name: str, owner: str) -> Conversation | None:
-        """Return an owner's conversation from memory or from the store; None if there is none.
-
-        Raises:
-            Refused: it is being deleted.
-            StoreError: the store cannot tell.
-        """
-        conversation = self._conversations.get((owner, name))
-        if conversation is None:
-            stored = await self._store.load(name, owner, self._settings.history_messages)
-            conversation = self._conversations.get((owner, name))  # another may have been quicker
-            if conversation is None and stored is not None:
-                conversation = Conversation(name, owner, self._fit(stored.turns))
-                self._keep(conversation)
-        if conversation is not None and conversation.deleted:
-            raise Refused(Code.NOT_FOUND)
-        return conversation
-
-    def _fit(self, turns: Sequence[Turn]) -> list[Turn]:
-        return newest(turns, self._settings.history_messages, self._settings.history_size)
-
-    def _keep(self, conversation: Conversation) -> None:
-        """Remember a conversation as the one used last, and forget those used least."""
-        if conversation.deleted:
-            return
-        key = conversation.owner, conversation.id
-        self._conversations[key] = conversation
-        self._conversations.move_to_end(key)
-        excess = len(self._conversations) - self._settings.conversations
-        if excess > 0:
-            idle = (
-                key
-                for key, known in self._conversations.items()
-                if known is not conversation and not known.live and not known.watchers
-            )
-            for unused in tuple(itertools.islice(idle, excess)):
-                del self._conversations[unused]
 
     # Ending all.
 
@@ -401,7 +304,7 @@ class Hub:
             self._check_turn(prompt, conversation)
         allowance = self._allow(prompt, owner, account)
         if conversation is not None:
-            self._keep(conversation)
+            self.conversations.keep(conversation)
         generation = Generation(
             id=prompt.id or _new_id(),
             owner=owner,
@@ -642,7 +545,7 @@ class Hub:
         generation.log.end(terminal)
         if conversation is not None and generation.begun:
             conversation.version += 1
-            conversation.turns = self._fit([*conversation.turns, generation.turn()])
+            conversation.turns = self.conversations.fit([*conversation.turns, generation.turn()])
         if conversation is not None and conversation.running is generation:
             conversation.running = None
         self._live.discard(generation)
