@@ -9,6 +9,7 @@ import pytest
 
 import wsserver
 from tests.support.client import Client, client
+from tests.support.crowd import CROWD
 from tests.support.puppet import Puppet
 from wsserver import logs
 
@@ -19,12 +20,8 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith(("WSSERVER_", "ANTHROPIC_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    # Tests are one address and one principal that does what many do. What they say of a limit
-    # they set themselves.
-    for name in ("FRAME_BURST", "PROMPTS_PER_MINUTE", "GENERATIONS_PER_PRINCIPAL"):
-        monkeypatch.setenv(f"WSSERVER_{name}", "1000000")
-    monkeypatch.setenv("WSSERVER_CONNECTIONS_PER_ADDRESS", "10000")
-    monkeypatch.setenv("WSSERVER_TOKENS_PER_DAY", "0")
+    for name, value in CROWD.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(autouse=True)

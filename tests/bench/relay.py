@@ -24,6 +24,8 @@ from pathlib import Path
 
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.support.crowd import CROWD
+
 SEQ = re.compile(r'"seq":(\d+)')
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -149,7 +151,7 @@ async def main() -> None:
         limits = {"WSSERVER_REPLY_SIZE": "100000000", "WSSERVER_DRAIN_TIMEOUT": "0"}
         limits |= {"WSSERVER_LOG_LEVEL": "warning", "WSSERVER_STORE": "memory:"}
         async with program(
-            r"ws://\S+", *serve, ANTHROPIC_BASE_URL=base, ANTHROPIC_API_KEY="x", **limits
+            r"ws://\S+", *serve, ANTHROPIC_BASE_URL=base, ANTHROPIC_API_KEY="x", **limits, **CROWD
         ) as (url, pid):
             await measure_cpu(url, pid, upstream, options.streams, options.seconds)
             await measure_stops(url, base, options.stops)

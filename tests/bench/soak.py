@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import re
 import signal
@@ -32,6 +33,7 @@ from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 
+from tests.support.crowd import CROWD
 from wsserver import Request
 
 Frame = dict[str, Any]
@@ -450,6 +452,7 @@ async def server(folder: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.Pr
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,
+            env={**os.environ, **CROWD},
         )
     assert process.stdout is not None
     try:

@@ -1,0 +1,16 @@
+"""Settings for one address and one principal that does what many do."""
+
+__all__ = ["CROWD"]
+
+MANY = "1000000"
+
+CROWD = {
+    "WSSERVER_CONNECTIONS_PER_ADDRESS": MANY,
+    "WSSERVER_CONNECTIONS_PER_PRINCIPAL": MANY,
+    "WSSERVER_FRAME_BURST": MANY,
+    "WSSERVER_FRAME_RATE": MANY,
+    "WSSERVER_GENERATIONS_PER_PRINCIPAL": MANY,
+    "WSSERVER_PROMPTS_PER_MINUTE": MANY,
+    "WSSERVER_TOKENS_PER_DAY": "0",
+}
+"""Environment variables. What a test says of a limit it sets itself, and wins."""
