@@ -36,6 +36,8 @@ def test_the_environment_is_read_and_what_is_given_wins(monkeypatch: pytest.Monk
         ("host", "", "host: "),
         ("max_tokens", 100_000, "max_tokens must not be over max_tokens_limit"),
         ("thinking", "8192", "thinking must be less than max_tokens"),
+        ("jwt_audience", "chat", "jwt_audience and jwt_issuer need jwt_secret or jwt_jwks"),
+        ("jwt_issuer", "https://x", "jwt_audience and jwt_issuer need jwt_secret or jwt_jwks"),
         ("drain_timeout", 100, "drain_timeout must not be over shutdown_timeout"),
         ("colour", "red", "colour: "),
     ],

@@ -279,6 +279,10 @@ class Settings(BaseSettings):
     def _check_order(self) -> Self:
         if self.key and not self.cert:
             raise ValueError("key needs cert, the certificate that it belongs to")
+        # Else what was meant to keep strangers out would let everybody in.
+        keys = self.jwt_secret.get_secret_value() or self.jwt_jwks
+        if (self.jwt_audience or self.jwt_issuer) and not keys:
+            raise ValueError("jwt_audience and jwt_issuer need jwt_secret or jwt_jwks")
         if self.prompt_size > self.message_size:
             raise ValueError("prompt_size must not be over message_size")
         if self.max_tokens > self.max_tokens_limit:
