@@ -1,6 +1,7 @@
 """What operators look at: whether it lives, whether it is ready, and what it counts."""
 
 import asyncio
+import errno
 import json
 
 import pytest
@@ -154,6 +155,20 @@ async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> 
         with pytest.raises(ConfigError, match=r"operations_port: cannot listen on it: .*in use"):
             async with wsserver.serve(puppet, port=0, operations_port=server.port):
                 raise AssertionError
+
+
+async def test_a_server_that_cannot_start_leaves_no_port_of_operators(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def taken(_: object) -> None:
+        raise OSError(errno.EADDRINUSE, "taken")
+
+    server = wsserver.serve(puppet, port=0, operations_port=0)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="taken"):
+        patch.setattr("websockets.asyncio.server.Server.start_serving", taken)
+        await server.__aenter__()
+    with pytest.raises(ConnectionRefusedError):
+        await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n", server.operations_port)
 
 
 async def test_head_of_them_is_get_without_the_body(server: wsserver.Server) -> None:

@@ -183,6 +183,9 @@ class Server:
                 await listener.start_serving()
         except BaseException:
             self._stop_listening()
+            if self._operations_listener is not None:
+                self._operations_listener.close()
+                await self._operations_listener.wait_closed()
             await self._release(settings.stop_timeout)
             raise
         self.metrics.watch_loop()
