@@ -104,6 +104,11 @@ def test_a_name_that_a_file_could_not_hold_is_refused(name: str) -> None:
         tokens.new(name)
 
 
+def test_no_token_is_made_that_lets_nobody_in() -> None:
+    with pytest.raises(ConfigError, match="cannot be 'anonymous'"):
+        tokens.new("anonymous")
+
+
 def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"token_file: cannot read .*: No such file"):
         Tokens(path=tmp_path / "none")

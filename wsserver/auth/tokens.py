@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from wsserver.auth.base import Handshake, Principal
+from wsserver.auth.base import ANONYMOUS, Handshake, Principal
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
@@ -131,6 +131,8 @@ def new(name: str, days: int | None = None) -> tuple[str, str]:
         line += f" {last}"
     if not name.isprintable() or not {",", "#"}.isdisjoint(name) or not _LINE.fullmatch(line):
         raise ConfigError("a token's name is 1 to 256 characters without spaces, commas and #")
+    if name == ANONYMOUS.name:  # which no token lets in
+        raise ConfigError(f"a token's name cannot be {name!r}: so are called all who have none")
     return token, line
 
 
