@@ -6,7 +6,7 @@ import hashlib
 import json
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +413,50 @@ async def test_a_way_of_ones_own_sees_the_handshake(puppet: Puppet) -> None:
             assert {owner for owner, _ in server._hub._generations} == {"ada"}
     assert seen[0].address == "127.0.0.1"
     assert seen[0].path == "/ws?room=7"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda: "ada", lambda: Principal(42), lambda: Principal("")],  # type: ignore[arg-type]
+)
+async def test_one_that_does_not_answer_with_a_principal_is_told_of_in_the_log(
+    puppet: Puppet, answer: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def wrong(token: str | None, _: Handshake) -> Any:
+        return answer()
+
+    async with wsserver.serve(puppet, authenticate=wrong, port=0) as server:
+        with pytest.raises(InvalidStatus) as raised:
+            async with client(server):
+                raise AssertionError
+        assert raised.value.response.status_code == 503
+    assert "the authenticator failed failure=TypeError" in caplog.text
+
+
+async def test_a_principal_that_ended_at_the_epoch_has_ended(puppet: Puppet) -> None:
+    async def ended(token: str | None, _: Handshake) -> Principal | None:
+        return Principal("ada", expires=0)
+
+    async with wsserver.serve(puppet, authenticate=ended, port=0) as server:
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "x"})
+            assert (await chat.next())["code"] == "unauthenticated"
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_one_that_cannot_be_closed_is_not_in_the_way(puppet: Puppet, *, hangs: bool) -> None:
+    class Stubborn:
+        async def __call__(self, token: str | None, _: Handshake, /) -> Principal | None:
+            return None
+
+        async def aclose(self) -> None:
+            if hangs:
+                await asyncio.Event().wait()
+            raise RuntimeError
+
+    async with asyncio.timeout(BOUND):
+        async with wsserver.serve(puppet, authenticate=Stubborn(), port=0, stop_timeout=0.05):
+            pass
 
 
 # What a principal owns.

@@ -8,7 +8,6 @@ and for whom (RFC 6750). None of them can be forged by a page.
 
 import functools
 import ipaddress
-import math
 import re
 import time
 from collections.abc import Mapping
@@ -334,12 +333,16 @@ class Visitor:
         assert self._handshake is not None
         try:
             principal = await authenticate(token, self._handshake)
+            if not isinstance(principal, Principal | None):
+                raise TypeError("an authenticator returns a Principal or None")
         except Unavailable:
             raise
         except Exception as error:
             log.error("the authenticator failed", failure=error)
             raise Unavailable from error
-        if principal is None or (principal.expires or math.inf) <= time.time():
+        if principal is None:
+            return None
+        if principal.expires is not None and principal.expires <= time.time():
             return None
         # To be nobody is no name: what the anonymous have is not for one of them to take.
         return principal if principal is ANONYMOUS or principal.name != ANONYMOUS.name else None

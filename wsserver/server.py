@@ -357,7 +357,9 @@ class Server:
             async with asyncio.timeout(within):
                 await self._store.close()
         if self._authenticate is not None:
-            await auth.close(self._authenticate)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(within, self.settings.stop_timeout)):
+                    await auth.close(self._authenticate)
         if self._own_model is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(within, self.settings.stop_timeout)):

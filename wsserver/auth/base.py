@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from wsserver.logs import log
+
 __all__ = [
     "ANONYMOUS",
     "Authenticator",
@@ -24,6 +26,12 @@ class Principal:
 
     name: str
     expires: float | None = None
+
+    def __post_init__(self) -> None:
+        # What is no text, such as a number from a database, would not be found again after a
+        # restart; "" is nobody.
+        if not (isinstance(self.name, str) and self.name):  # type: ignore[redundant-expr]
+            raise TypeError("a Principal's name is a text, and not an empty one")
 
 
 ANONYMOUS = Principal("anonymous")
@@ -69,7 +77,11 @@ async def reload(authenticator: Authenticator) -> bool:
 
 
 async def close(authenticator: Authenticator) -> None:
-    """Release what it holds, if it says how."""
+    """Release what it holds, if it says how. An error of its own is logged."""
     method = getattr(authenticator, "aclose", None)
-    if method is not None:
+    if method is None:
+        return
+    try:
         await method()
+    except Exception as error:  # noqa: BLE001
+        log.error("authenticator not closed", failure=error)
