@@ -151,7 +151,7 @@ class Settings(BaseSettings):
     Enough for a person who tries things out by hand."""
     frame_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("frames/s")] = 5.0
     """Frames of one socket in the long run, and more than a person at a keyboard sends. A `stop`
-    is always obeyed."""
+    is always obeyed. WebSocket's own pings are counted apart; too many close the socket."""
     frame_burst: PositiveCount = 40
     """Frames at once: a client that comes back asks again for all that it had open."""
     prompts_per_minute: PositiveCount = 60

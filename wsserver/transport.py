@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, broadcast
-from websockets.protocol import State
+from websockets.frames import Frame, Opcode
+from websockets.protocol import Event, State
 from websockets.server import ServerProtocol
 
 from wsserver.admission import Admission, Denied, Visitor
+from wsserver.limits import Bucket
 from wsserver.logs import log
 from wsserver.protocol import Close
 from wsserver.responses import method_not_allowed, respond
@@ -39,7 +41,7 @@ class Socket(ServerConnection):
     Args:
         protocol: the library's.
         server: the library's.
-        settings: its ``send_timeout`` and ``max_unsent`` hold here.
+        settings: its times and limits for what is sent and read hold here.
         sockets: where it registers for as long as it is connected, handshake included.
         admission: who may connect at all.
         on_denied: told why, where one may not.
@@ -73,6 +75,8 @@ class Socket(ServerConnection):
         self._metrics = metrics
         self._arrived = False
         self._ending: asyncio.Task[None] | None = None
+        self._control = Bucket(settings.frame_rate, settings.frame_burst, self.loop.time())
+        self._last_moment: asyncio.TimerHandle | None = None  # of one that has been told to go
         self._gone = False
         self._below: asyncio.WriteTransport | None = None  # what TLS writes to, if there is TLS
         self._deadline: asyncio.TimerHandle | None = None
@@ -115,7 +119,7 @@ class Socket(ServerConnection):
             self._on_denied(denied, peer, {})
             response = respond(denied.status, denied.message, headers=denied.headers)
             self._answer_and_drop(response.serialize())
-            self.loop.call_later(LINGER, self.abort)
+            self._last_moment = self.loop.call_later(LINGER, self.abort)
             return
         # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
         transport.max_size = READ_SIZE  # type: ignore[attr-defined]
@@ -132,8 +136,9 @@ class Socket(ServerConnection):
         self._sockets.discard(self)
         if self._arrived:
             self._admission.depart(self.visitor)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._last_moment):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -158,6 +163,25 @@ class Socket(ServerConnection):
             super().data_received(data)
             # Pongs are written whether or not the peer reads them.
             self._check_unsent()
+            if self.state is State.CLOSING and self._last_moment is None:
+                # The library waits for the peer to go, and that may be for its next ping.
+                self._last_moment = self.loop.call_later(self._settings.send_timeout, self.abort)
+
+    def process_event(self, event: Event) -> None:
+        """Take a frame, and see that there are not too many of those that are no messages.
+
+        Each costs an answer, and none is seen by whoever counts messages.
+        """
+        super().process_event(event)
+        if (
+            isinstance(event, Frame)
+            and event.opcode in {Opcode.PING, Opcode.PONG}
+            and self.state is State.OPEN
+            and self._control.take(self.loop.time())
+        ):
+            # Not the closing handshake, as that would go on to read and to answer.
+            self.protocol.fail(Close.POLICY_VIOLATION, "too many pings")
+            self.send_data()
 
     def send_data(self) -> None:
         """Write what the library has to say, unless nobody is left to hear it."""
