@@ -129,6 +129,7 @@ class Server:
         self._operations_listener: Listener | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._sockets: set[Socket] = set()
+        self._turned_away: dict[Socket, None] = {}  # the first of them first
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
         self._store: Store
@@ -239,6 +240,7 @@ class Server:
                 Socket,
                 settings=settings,
                 sockets=self._sockets,
+                turned_away=self._turned_away,
                 admission=self._admission,
                 on_denied=self._denied,
                 metrics=self.metrics,

@@ -31,6 +31,7 @@ __all__ = ["Socket"]
 UNSENT_IN_KERNEL = 16384
 READ_SIZE = 8192  # bytes taken from one socket before others get their turn
 LINGER = 1.0  # seconds for one who is turned away at the door to read why
+LINGERING = 100  # such ones at once, as they take descriptors beyond all limits
 
 _OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
 
@@ -43,6 +44,7 @@ class Socket(ServerConnection):
         server: the library's.
         settings: its times and limits for what is sent and read hold here.
         sockets: where it registers for as long as it is connected, handshake included.
+        turned_away: where it registers for as long as it is connected, if it may not be.
         admission: who may connect at all.
         on_denied: told why, where one may not.
         metrics: what learns of readers that were aborted.
@@ -61,6 +63,7 @@ class Socket(ServerConnection):
         *,
         settings: Settings,
         sockets: set["Socket"],
+        turned_away: dict["Socket", None],
         admission: Admission,
         on_denied: Callable[[Denied, str, Mapping[str, str]], None],
         metrics: Metrics,
@@ -70,6 +73,7 @@ class Socket(ServerConnection):
         self.wake: Callable[[], None] = lambda: None
         self._settings = settings
         self._sockets = sockets
+        self._turned_away = turned_away
         self._admission = admission
         self._on_denied = on_denied
         self._metrics = metrics
@@ -120,6 +124,11 @@ class Socket(ServerConnection):
             response = respond(denied.status, denied.message, headers=denied.headers)
             self._answer_and_drop(response.serialize())
             self._last_moment = self.loop.call_later(LINGER, self.abort)
+            self._turned_away[self] = None
+            if len(self._turned_away) > LINGERING:
+                first = next(iter(self._turned_away))  # who has had most time to read
+                del self._turned_away[first]
+                first.abort()
             return
         # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
         transport.max_size = READ_SIZE  # type: ignore[attr-defined]
@@ -134,6 +143,7 @@ class Socket(ServerConnection):
         """Forget the connection."""
         self._gone = True
         self._sockets.discard(self)
+        self._turned_away.pop(self, None)
         if self._arrived:
             self._admission.depart(self.visitor)
         for timer in (self._deadline, self._last_moment):
