@@ -409,7 +409,7 @@ class Server:
                 principal=connection.principal,
                 seconds=round(socket.loop.time() - began, 3),
                 frames=connection.frames,
-                code=socket.close_code,
+                code=socket.ended_with,
             )
 
     @staticmethod

@@ -93,6 +93,16 @@ class Socket(ServerConnection):
         """Whether the peer keeps up."""
         return self._deadline is None and not self._gone
 
+    @property
+    def ended_with(self) -> int:
+        """The close code of whoever closed first, once it is closed; 1006 where nobody did.
+
+        The library's is 1006 also for one that was told to go and did so without an answer.
+        """
+        protocol = self.protocol
+        first = protocol.close_rcvd if protocol.close_rcvd_then_sent else protocol.close_sent
+        return 1006 if first is None else first.code
+
     def write(self, frame: bytes) -> None:
         """Send a text frame of UTF-8, at once or from a buffer, without waiting."""
         if not self._gone:
