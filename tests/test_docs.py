@@ -6,8 +6,9 @@ The table of settings is made here: ``UPDATE_DOCS=1 pytest tests/test_docs.py`` 
 import json
 import os
 import re
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter
@@ -16,7 +17,8 @@ from websockets.exceptions import InvalidStatus
 import wsserver
 from tests.support.client import client
 from wsserver import Code, Settings
-from wsserver.protocol import Close, ServerFrame, parse
+from wsserver.protocol import Close, ServerFrame, StoppedBy, parse
+from wsserver.telemetry import Aborted, Refusal
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,6 +32,10 @@ def rows(document: str, heading: str) -> list[list[str]]:
     assert table is not None, heading
     lines = table[0].strip().splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+
+
+SAFETY = (Path(wsserver.__file__).parent / "SAFETY.md").read_text()
+ABUSE = rows(SAFETY, "## What abuse comes to")
 
 
 def settings_table() -> str:
@@ -70,6 +76,45 @@ def test_the_protocol_document_has_every_close_code() -> None:
 def test_the_protocol_document_has_every_key_of_a_prompt() -> None:
     documented = {key.strip("`") for key, *_ in rows(PROTOCOL, "### prompt")}
     assert documented == set(wsserver.protocol.Prompt.model_fields)
+
+
+def test_the_table_of_abuse_names_every_test_of_it() -> None:
+    named = [re.fullmatch(r"`(test_\w+)`", row[4]) for row in ABUSE]
+    files = [ROOT / "tests" / name for name in ("test_abuse.py", "test_leak.py")]
+    tests = re.findall(
+        r"^(?:async )?def (test_\w+)", "".join(map(Path.read_text, files)), re.MULTILINE
+    )
+    assert sorted(match[1] for match in named if match) == sorted(tests)
+    assert all(named)
+
+
+def test_what_the_table_of_abuse_quotes_exists() -> None:
+    source = "".join(path.read_text() for path in Path(wsserver.__file__).parent.rglob("*.py"))
+    events = set(re.findall(r'\b(?:log|events)\.\w+\(\s*(?:level,\s*)?"([^"]+)"', source))
+    closes = {*map(str, Close), "1006"}
+    frames = {*re.findall(r'type: Literal\["(\w+)"\]', source), "retry_after", "code"}
+    values = {
+        "by": set(get_args(StoppedBy)),
+        "code": closes,
+        "error": {*Code},
+        "reason": {*get_args(Aborted), "stopped"},
+        "why": set(get_args(Refusal)),
+    }
+    known = {*Code, *frames, *Settings.model_fields, "Retry-After"}
+    for case, seen, logged, felt, _ in ABUSE:
+        for code in re.findall(r"\b1\d{3}\b", case + seen + logged):
+            assert code in closes
+        for status in re.findall(r"\b[45]\d\d\b", seen):
+            assert HTTPStatus(int(status))
+        for quoted in re.findall(r"`([^`]+)`", case + seen + felt):
+            assert quoted in known, quoted
+        for line in re.findall(r"`([^`]+)`", logged):
+            if line in Settings.model_fields:
+                continue
+            event = re.split(r" \w+=", line)[0]
+            assert event in events, event
+            for key, text, word in re.findall(r' (\w+)=(?:"([^"]*)"|(\S+))', line):
+                assert (text or word) in values[key], line
 
 
 FRAMES = re.findall(r"^([→←]) (\{.*\})$", PROTOCOL, re.MULTILINE)
@@ -138,7 +183,13 @@ def test_the_make_targets_in_the_readme_exist() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "wsserver/PROTOCOL.md", "examples/wscat.md", "examples/deploy/README.md"],
+    [
+        "README.md",
+        "wsserver/PROTOCOL.md",
+        "wsserver/SAFETY.md",
+        "examples/wscat.md",
+        "examples/deploy/README.md",
+    ],
 )
 def test_links_within_the_project_lead_somewhere(document: str) -> None:
     path = ROOT / document

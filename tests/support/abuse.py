@@ -1,0 +1,308 @@
+"""What abuses a server for real: its process watched from outside, and clients without manners."""
+
+import asyncio
+import itertools
+import json
+import re
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from websockets.asyncio.client import connect
+from websockets.frames import Frame, Opcode
+
+from tests.support.client import Client
+from tests.support.process import Process, run
+from tests.support.puppet import BOUND
+from wsserver import Request
+
+__all__ = [
+    "HERE",
+    "MEBIBYTE",
+    "OTHER",
+    "Peer",
+    "Served",
+    "exchange",
+    "frame",
+    "meanwhile",
+    "served",
+    "talker",
+]
+
+MEBIBYTE = 2**20
+HERE = "127.0.0.1"  # where the abuse comes from
+OTHER = "127.0.0.2"  # where everybody else is
+OPERATOR = "127.0.0.3"  # who looks at the metrics
+MODEL = "tests.support.abuse:talker"
+ROOT = Path(__file__).parents[2]
+
+T = TypeVar("T")
+
+
+async def talker(request: Request) -> AsyncIterator[str]:
+    """A model that does what the prompt says: ``talk NUMBER``, ``hang``, ``fail TEXT``."""
+    what, _, rest = request.prompt.partition(" ")
+    if what == "talk":
+        for _ in range(int(rest)):
+            yield "0123456789abcde "
+            await asyncio.sleep(0)
+    elif what == "hang":
+        yield "here "
+        await asyncio.get_running_loop().create_future()
+    elif what == "fail":
+        raise RuntimeError(rest)
+    yield "fine"
+
+
+class Served:
+    """A server process, as its operator sees it."""
+
+    def __init__(self, process: Process, url: str) -> None:
+        self.process = process
+        self.pid = process.process.pid
+        self.url = url
+        self.port = int(url.rpartition(":")[2].strip("/"))
+        self.log: list[str] = []  # the lines so far
+
+    async def read(self) -> None:
+        """Read its log, so that it never waits for a reader."""
+        assert self.process.process.stdout is not None
+        while line := await self.process.process.stdout.readline():
+            self.log.append(line.decode())
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Return what the log says of an event; every line of it must be a JSON object."""
+        events = [json.loads(line) for line in self.log if line.startswith("{")]
+        return [event for event in events if event["event"] == name]
+
+    async def said(self, name: str, **values: object) -> dict[str, Any]:
+        """Wait until the log has an event with these values."""
+        async with asyncio.timeout(BOUND):
+            while True:
+                for event in self.events(name):
+                    if all(event.get(key) == value for key, value in values.items()):
+                        return event
+                await self.metrics()
+
+    def _status(self, name: str) -> int:
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return int(re.findall(rf"^{name}:\s+(\d+)", text, re.MULTILINE)[0])
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it has in memory now."""
+        return self._status("VmRSS") * 1024
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that it has ever had in memory."""
+        return self._status("VmHWM") * 1024
+
+    @property
+    def threads(self) -> int:
+        return self._status("Threads")
+
+    @property
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    async def get(self, path: str, source: str = OPERATOR) -> tuple[int, str]:
+        """Return the status and the rest of what is at an address, headers and all."""
+        async with Peer.open(self, source) as peer:
+            peer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            answer = (await peer.rest()).decode()
+            return int(answer.split()[1]), answer
+
+    async def metrics(self) -> dict[str, float]:
+        _, text = await self.get("/metrics")
+        found = re.findall(r"^(wsserver_\S+?(?:\{.*\})?) (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    async def reaches(self, **values: float) -> None:
+        """Wait until metrics have these values."""
+        wanted = {f"wsserver_{name}": value for name, value in values.items()}
+        async with asyncio.timeout(BOUND):
+            while not wanted.items() <= (await self.metrics()).items():
+                pass
+
+    @asynccontextmanager
+    async def client(self, source: str = HERE, **options: Any) -> AsyncIterator[Client]:
+        """A proper client."""
+        async with connect(self.url, proxy=None, local_addr=(source, 0), **options) as socket:
+            yield Client(socket)
+
+
+@asynccontextmanager
+async def served(
+    *arguments: str, model: str = MODEL, bearer: str = "", **env: str
+) -> AsyncIterator[Served]:
+    """Run ``wsserver serve`` with these arguments until the end of the block."""
+    command = ("-m", "wsserver", "serve", "--port", "0", "--store", "memory:", "--model", model)
+    async with run(*command, *arguments, cwd=ROOT, **env) as process:
+        server = Served(process, (await process.line(r"(ws://\S+)"))[1])
+        reading = asyncio.get_running_loop().create_task(server.read())
+        try:
+            async with server.client(OTHER, **_authorized(bearer)) as one:
+                await exchange(server, one)  # after which all is imported
+            yield server
+            assert process.process.returncode is None, process.output + "".join(server.log)
+        finally:
+            reading.cancel()
+            await asyncio.wait({reading})
+
+
+def _authorized(bearer: str) -> dict[str, Any]:
+    return {"additional_headers": {"Authorization": f"Bearer {bearer}"}} if bearer else {}
+
+
+async def exchange(server: Served, chat: Client | None = None, count: int = 1) -> None:
+    """Be a client that behaves, and is served as if it were alone."""
+    if chat is None:
+        async with server.client(OTHER) as one:
+            await exchange(server, one, count)
+        return
+    for _ in range(count):
+        await chat.send({"type": "ping"})
+        assert (await chat.receive()) == {"type": "pong"}
+        await chat.send({"messages": [{"role": "user", "content": "speak"}]})
+        start = await chat.receive()
+        assert start["type"] == "start", start
+        text, done = await chat.text(start["id"])
+        assert (text, done["reason"]) == ("fine", "end_turn"), done
+        chat.frames.clear()
+
+
+async def meanwhile(
+    server: Served, abuse: Awaitable[T], *, least: int = 3, most: int = 1000, **options: Any
+) -> T:
+    """Have somebody else chat while an abuse goes on; return what comes of that."""
+    async with server.client(OTHER, **options) as other:
+        abusing = asyncio.ensure_future(abuse)
+        try:
+            count = 0
+            while (not abusing.done() and count < most) or count < least:
+                await exchange(server, other)
+                count += 1
+            return await abusing
+        finally:
+            abusing.cancel()
+            await asyncio.wait({abusing})
+
+
+def frame(data: str | bytes = b"", opcode: Opcode = Opcode.TEXT, **options: Any) -> bytes:
+    """Return a frame as a client writes it."""
+    data = data.encode() if isinstance(data, str) else data
+    return Frame(opcode, data, **options).serialize(mask=True)
+
+
+class Peer:
+    """A client of bare bytes, which reads when it is told to."""
+
+    HANDSHAKE = (
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+    )
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    @classmethod
+    async def connect(cls, server: Served, source: str = HERE, *, narrow: bool = False) -> Self:
+        """Connect; a narrow one has little room for what it does not read."""
+        sock = socket.socket()
+        sock.setblocking(False)
+        if narrow:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.bind((source, 0))
+        async with asyncio.timeout(BOUND):
+            await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
+            return cls(*await asyncio.open_connection(sock=sock, limit=2**14))
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, server: Served, source: str = HERE, *, narrow: bool = False
+    ) -> AsyncIterator[Self]:
+        """Connect, and leave at the end of the block."""
+        peer = await cls.connect(server, source, narrow=narrow)
+        try:
+            yield peer
+        finally:
+            peer.drop()
+
+    @classmethod
+    @asynccontextmanager
+    async def websocket(
+        cls, server: Served, source: str = HERE, *, narrow: bool = False
+    ) -> AsyncIterator[Self]:
+        """The same after the handshake."""
+        async with cls.open(server, source, narrow=narrow) as peer:
+            assert b"101" in (await peer.upgrade()).split(b"\r\n")[0]
+            yield peer
+
+    async def upgrade(self, *headers: bytes) -> bytes:
+        """Ask for a WebSocket; return the head of the answer."""
+        self.write(self.HANDSHAKE + b"".join(b"%b\r\n" % header for header in headers) + b"\r\n")
+        async with asyncio.timeout(BOUND):
+            return await self.reader.readuntil(b"\r\n\r\n")
+
+    def write(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def flood(self, data: bytes, times: int | None = None) -> None:
+        """Write without reading, so many times or until the server has had enough."""
+        self.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        with suppress(ConnectionError):
+            async with asyncio.timeout(BOUND):
+                for _ in itertools.count() if times is None else range(times):
+                    self.writer.write(data)
+                    await self.writer.drain()
+
+    async def frame(self) -> tuple[int, bytes]:
+        """Read one frame: its opcode and its payload."""
+        async with asyncio.timeout(BOUND):
+            first, length = await self.reader.readexactly(2)
+            if length == 126:
+                (length,) = struct.unpack("!H", await self.reader.readexactly(2))
+            elif length == 127:
+                (length,) = struct.unpack("!Q", await self.reader.readexactly(8))
+            return first & 15, await self.reader.readexactly(length)
+
+    async def texts(self) -> AsyncIterator[dict[str, Any]]:
+        """Read all messages up to the close frame, or the end of the connection."""
+        self.code = 1006
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                opcode, data = await self.frame()
+                if opcode == Opcode.TEXT:
+                    yield json.loads(data)
+                elif opcode == Opcode.CLOSE:
+                    self.code = int.from_bytes(data[:2])
+                    return
+
+    async def close_code(self) -> int:
+        """Read on up to the close frame; return its code, or 1006 if there is none."""
+        async for _ in self.texts():
+            pass
+        return self.code
+
+    async def rest(self) -> bytes:
+        """Read all up to the end of the connection, however that comes."""
+        data = b""
+        with suppress(ConnectionError):
+            async with asyncio.timeout(BOUND):
+                while part := await self.reader.read(65536):
+                    data += part
+        return data
+
+    def shut(self) -> None:
+        """Say that nothing more will be written."""
+        self.writer.write_eof()
+
+    def drop(self) -> None:
+        """Be gone."""
+        self.writer.transport.abort()
