@@ -36,6 +36,7 @@ from tests.support.upstream import Answer, Hang, Received, Script, Upstream, rep
 from wsserver.limits import SWEEP, Budget, Rates, Shares
 
 GROWTH = 20 * MEBIBYTE  # that the server may take of memory for any abuse
+AT_THE_DOOR = 220  # connections beyond the limit: those turned away, those just accepted, others
 PING = '{"type": "ping"}'
 SECRET = "hunter2-planted"
 NASTY = "a\x1b[2Jb\r\nc\x00\x85\u2028\u2029\u202e\u200bé\x9b31m end"
@@ -43,13 +44,13 @@ KEY = "sk-ant-" + SECRET
 
 
 @contextlib.asynccontextmanager
-async def flat(server: Served) -> AsyncIterator[None]:
+async def flat(server: Served, growth: int = GROWTH) -> AsyncIterator[None]:
     """Nothing is left of what happens in the block, and it takes little memory at its peak."""
     memory, descriptors = server.memory, server.descriptors
     yield
     await server.reaches(connections_open=0, generations_running=0)
     await until(lambda: server.descriptors <= descriptors)
-    assert server.peak - memory < GROWTH
+    assert server.peak - memory < growth
 
 
 async def each(count: int, abuse: Any, *arguments: Any) -> list[Any]:
@@ -182,12 +183,35 @@ async def test_slow_handshakes_are_cut_and_no_more_than_the_limits_are_taken() -
         await exchange(server)
 
 
+async def test_handshakes_of_tls_count_and_are_cut(tmp_path: Path) -> None:
+    file = tmp_path / "site.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout - -out -"
+    made = await asyncio.create_subprocess_exec(*command.split(), stdout=-1, stderr=-3)
+    file.write_bytes((await made.communicate())[0])
+
+    async def abuse(server: Served) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(Peer.open(server)) for _ in range(400)]
+            assert server.descriptors < before + 50 + AT_THE_DOOR
+            async with Peer.open(server, tls=server.tls) as one_too_many:
+                answer = await one_too_many.upgrade()
+            assert answer.startswith(b"HTTP/1.1 429 ")
+            assert b"\r\nRetry-After: 10\r\n" in answer
+            assert {await peer.rest() for peer in peers} == {b""}
+
+    limits = ("--connections-per-address", "50", "--open-timeout", "2", "--cert", str(file))
+    async with served(*limits) as server, flat(server, 2 * GROWTH):
+        before = server.descriptors
+        await meanwhile(server, abuse(server))
+        await server.said("connection refused", why="limit", address=HERE)
+
+
 async def test_those_turned_away_who_do_not_go_take_no_descriptors() -> None:
     async def abuse(server: Served) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            for _ in range(400):
+            for _ in range(1000):
                 await stack.enter_async_context(Peer.open(server))
-            assert server.descriptors < before + 10 + 150
+            assert server.descriptors < before + 10 + AT_THE_DOOR
 
     async with served("--connections-per-address", "10") as server, flat(server):
         before = server.descriptors

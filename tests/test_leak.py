@@ -168,3 +168,4 @@ class Here(Served):
     def __init__(self, server: wsserver.Server) -> None:
         self.url = server.url
         self.port = server.port
+        self.tls = None

@@ -244,6 +244,7 @@ class Server:
                 admission=self._admission,
                 on_denied=self._denied,
                 metrics=self.metrics,
+                tls=None if self._certificate is None else self._certificate.context,
             ),
             compression=None,  # costs 40 KiB a socket and half of the send rate
             open_timeout=settings.open_timeout,
@@ -254,7 +255,6 @@ class Server:
             write_limit=settings.write_buffer,
             logger=_SILENT,
             server_header=None,
-            ssl=None if self._certificate is None else self._certificate.context,
             start_serving=False,
         )
         if not sockets and settings.unix_socket:
@@ -341,7 +341,6 @@ class Server:
         for socket in tuple(self._sockets):
             socket.abort()
         await self._hub.close(min(self._left(deadline), self.settings.stop_timeout))
-        # A TLS handshake can be neither waited for nor aborted from here; it ends by its own time.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._left(deadline)):
                 await self.serve_forever()

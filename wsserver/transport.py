@@ -8,8 +8,10 @@ stopped reading, since they wait for their turn behind what that peer does not r
 import asyncio
 import contextlib
 import socket
+import ssl
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from websockets.asyncio.server import Server, ServerConnection, broadcast
 from websockets.frames import Frame, Opcode
@@ -48,6 +50,7 @@ class Socket(ServerConnection):
         admission: who may connect at all.
         on_denied: told why, where one may not.
         metrics: what learns of readers that were aborted.
+        tls: what a TLS handshake takes; None where there is to be none.
         options: the library's.
 
     Attributes:
@@ -67,6 +70,7 @@ class Socket(ServerConnection):
         admission: Admission,
         on_denied: Callable[[Denied, str, Mapping[str, str]], None],
         metrics: Metrics,
+        tls: ssl.SSLContext | None,
         **options: Any,
     ) -> None:
         super().__init__(protocol, server, **options)
@@ -77,7 +81,11 @@ class Socket(ServerConnection):
         self._admission = admission
         self._on_denied = on_denied
         self._metrics = metrics
+        self._tls = tls
+        self._raw: asyncio.Transport | None = None  # what is below TLS, or else the transport
         self._arrived = False
+        self._denied: Denied | None = None
+        self._set_up = False  # and known to the library
         self._ending: asyncio.Task[None] | None = None
         self._control = Bucket(settings.frame_rate, settings.frame_burst, self.loop.time())
         self._last_moment: asyncio.TimerHandle | None = None  # of one that has been told to go
@@ -118,11 +126,25 @@ class Socket(ServerConnection):
     def abort(self) -> None:
         """Cut the connection. What is unsent is lost."""
         self._gone = True
-        self.transport.abort()
+        transport = self.transport if self._set_up else self._raw
+        assert transport is not None
+        transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Set the socket up."""
-        super().connection_made(transport)
+        """Count the connection, and set it up; where there is TLS, once more after its handshake.
+
+        Left to asyncio, it would be told of only after that: until then nobody would count it.
+        """
+        transport = cast("asyncio.Transport", transport)  # not all are derived from it
+        if self._raw is None:
+            self._raw = transport
+            self._arrive(transport)
+            if self._tls is not None:
+                self._shake_hands(transport, self._tls)
+                return
+        self._begin(transport)
+
+    def _arrive(self, transport: asyncio.Transport) -> None:
         self._sockets.add(self)
         name = transport.get_extra_info("peername")
         peer = name[0] if name else "unix"
@@ -130,19 +152,49 @@ class Socket(ServerConnection):
             self.visitor = self._admission.arrive(peer)
             self._arrived = True
         except Denied as denied:
+            self._denied = denied
             self._on_denied(denied, peer, {})
-            response = respond(denied.status, denied.message, headers=denied.headers)
-            self._answer_and_drop(response.serialize())
             self._last_moment = self.loop.call_later(LINGER, self.abort)
             self._turned_away[self] = None
             if len(self._turned_away) > LINGERING:
                 first = next(iter(self._turned_away))  # who has had most time to read
                 del self._turned_away[first]
                 first.abort()
+
+    def _shake_hands(self, raw: asyncio.Transport, context: ssl.SSLContext) -> None:
+        shaken: asyncio.Future[None] = self.loop.create_future()
+        shaken.add_done_callback(self._shaken)
+        tls = _Tls(
+            self.loop,
+            self,
+            context,
+            shaken,
+            server_side=True,
+            ssl_handshake_timeout=self._settings.open_timeout,  # type: ignore[arg-type]
+        )
+        raw.set_protocol(tls)
+        tls.connection_made(raw)
+
+    def _shaken(self, shaken: asyncio.Future[None]) -> None:
+        failed = shaken.cancelled() or shaken.exception() is not None
+        if failed or not self._set_up:
+            self._forget()
+
+    def _begin(self, transport: asyncio.Transport) -> None:
+        """Have the library take over."""
+        super().connection_made(transport)
+        self._set_up = True
+        if self._denied is not None:
+            denied = self._denied
+            response = respond(denied.status, denied.message, headers=denied.headers)
+            self._answer_and_drop(response.serialize())
             return
         # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
         transport.max_size = READ_SIZE  # type: ignore[attr-defined]
-        self._below = _limit_tls(transport)
+        if self._raw is not None and self._raw is not transport:
+            transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
+            self._raw.set_write_buffer_limits(UNSENT_IN_KERNEL)
+            self._below = self._raw
         sock = transport.get_extra_info("socket")
         option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
         if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
@@ -151,15 +203,19 @@ class Socket(ServerConnection):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _forget(self) -> None:
         self._gone = True
         self._sockets.discard(self)
         self._turned_away.pop(self, None)
         if self._arrived:
+            self._arrived = False
             self._admission.depart(self.visitor)
         for timer in (self._deadline, self._last_moment):
             if timer is not None:
                 timer.cancel()
-        super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """The peer falls behind: from now on it has to read something within the deadline."""
@@ -263,19 +319,7 @@ class Socket(ServerConnection):
         self.abort()
 
 
-def _limit_tls(transport: asyncio.BaseTransport) -> asyncio.WriteTransport | None:
-    """Have TLS take little at once, and keep little; return the transport that it writes to.
+class _Tls(SSLProtocol):
+    """TLS that takes little at once, and keeps little: asyncio's takes a quarter of a megabyte."""
 
-    It reads and writes through a second transport and a quarter of a megabyte of its own per
-    socket, for all of which asyncio has names, but no public ones.
-    """
-    tls = getattr(transport, "_ssl_protocol", None)
-    if tls is None:
-        return None
-    tls.max_size = READ_SIZE
-    tls._ssl_buffer = bytearray(READ_SIZE)  # noqa: SLF001
-    tls._ssl_buffer_view = memoryview(tls._ssl_buffer)  # noqa: SLF001
-    transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
-    below: asyncio.WriteTransport = tls._transport  # noqa: SLF001
-    below.set_write_buffer_limits(UNSENT_IN_KERNEL)
-    return below
+    max_size = READ_SIZE

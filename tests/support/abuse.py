@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
@@ -65,6 +66,7 @@ class Served:
         self.pid = process.process.pid
         self.url = url
         self.port = int(url.rpartition(":")[2].strip("/"))
+        self.tls = _anyone() if url.startswith("wss:") else None
         self.log: list[str] = []  # the lines so far
 
     async def read(self) -> None:
@@ -111,7 +113,7 @@ class Served:
 
     async def get(self, path: str, source: str = OPERATOR) -> tuple[int, str]:
         """Return the status and the rest of what is at an address, headers and all."""
-        async with Peer.open(self, source) as peer:
+        async with Peer.open(self, source, tls=self.tls) as peer:
             peer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             answer = (await peer.rest()).decode()
             return int(answer.split()[1]), answer
@@ -131,6 +133,7 @@ class Served:
     @asynccontextmanager
     async def client(self, source: str = HERE, **options: Any) -> AsyncIterator[Client]:
         """A proper client."""
+        options |= {} if self.tls is None else {"ssl": self.tls}
         async with connect(self.url, proxy=None, local_addr=(source, 0), **options) as socket:
             yield Client(socket)
 
@@ -142,7 +145,7 @@ async def served(
     """Run ``wsserver serve`` with these arguments until the end of the block."""
     command = ("-m", "wsserver", "serve", "--port", "0", "--store", "memory:", "--model", model)
     async with run(*command, *arguments, cwd=ROOT, **env) as process:
-        server = Served(process, (await process.line(r"(ws://\S+)"))[1])
+        server = Served(process, (await process.line(r"(wss?://\S+)"))[1])
         reading = asyncio.get_running_loop().create_task(server.read())
         try:
             async with server.client(OTHER, **_authorized(bearer)) as one:
@@ -152,6 +155,13 @@ async def served(
         finally:
             reading.cancel()
             await asyncio.wait({reading})
+
+
+def _anyone() -> ssl.SSLContext:
+    """Trust any certificate."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _authorized(bearer: str) -> dict[str, Any]:
@@ -211,7 +221,14 @@ class Peer:
         self.writer = writer
 
     @classmethod
-    async def connect(cls, server: Served, source: str = HERE, *, narrow: bool = False) -> Self:
+    async def connect(
+        cls,
+        server: Served,
+        source: str = HERE,
+        *,
+        narrow: bool = False,
+        tls: ssl.SSLContext | None = None,
+    ) -> Self:
         """Connect; a narrow one has little room for what it does not read."""
         sock = socket.socket()
         sock.setblocking(False)
@@ -220,15 +237,15 @@ class Peer:
         sock.bind((source, 0))
         async with asyncio.timeout(BOUND):
             await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
-            return cls(*await asyncio.open_connection(sock=sock, limit=2**14))
+            name = "" if tls else None
+            ends = asyncio.open_connection(sock=sock, limit=2**14, ssl=tls, server_hostname=name)
+            return cls(*await ends)
 
     @classmethod
     @asynccontextmanager
-    async def open(
-        cls, server: Served, source: str = HERE, *, narrow: bool = False
-    ) -> AsyncIterator[Self]:
+    async def open(cls, server: Served, source: str = HERE, **options: Any) -> AsyncIterator[Self]:
         """Connect, and leave at the end of the block."""
-        peer = await cls.connect(server, source, narrow=narrow)
+        peer = await cls.connect(server, source, **options)
         try:
             yield peer
         finally:
