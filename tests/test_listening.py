@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect, unix_connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin
 
 import wsserver
 from tests.support.client import Client, client
@@ -100,6 +102,22 @@ async def test_a_prompt_and_its_stop_over_tls(puppet: Puppet, made: Path, folder
             assert closed.rcvd.code == 1012
             async with asyncio.timeout(BOUND):
                 await closing
+
+
+async def test_a_page_that_came_without_tls_is_not_our_own(
+    puppet: Puppet, made: Path, folder: Path
+) -> None:
+    settings = {**put(made, "rsa", folder), "hosts": "chat.example"}
+    async with wsserver.serve(puppet, port=0, **settings) as server:
+        here: dict[str, Any] = {"host": "127.0.0.1", "port": server.port, "proxy": None}
+        here |= {"ssl": trusting(made), "server_hostname": "localhost"}
+        url = "wss://chat.example/"
+        async with connect(url, origin=Origin("https://chat.example"), **here):
+            pass
+        with pytest.raises(InvalidStatus) as refused:
+            async with connect(url, origin=Origin("http://chat.example"), **here):
+                raise AssertionError
+        assert refused.value.response.status_code == 403
 
 
 async def test_it_speaks_current_tls_and_http_1_only(

@@ -171,6 +171,7 @@ class Server:
             if self._authenticate is None:
                 self._authenticate = auth.make(settings)
             self._admission = Admission(settings, self._authenticate)
+            self._admission.secure = self._certificate is not None
             await self._store.open()
             self._hub = Hub(model, self._store, settings, self.metrics)
             self._operations = Operations(
