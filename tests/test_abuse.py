@@ -37,6 +37,7 @@ from wsserver.limits import SWEEP, Budget, Rates, Shares
 
 GROWTH = 20 * MEBIBYTE  # that the server may take of memory for any abuse
 AT_THE_DOOR = 220  # connections beyond the limit: those turned away, those just accepted, others
+FRAMES = ("--frame-rate", "5", "--frame-burst", "40")
 PING = '{"type": "ping"}'
 SECRET = "hunter2-planted"
 NASTY = "a\x1b[2Jb\r\nc\x00\x85\u2028\u2029\u202e\u200bé\x9b31m end"
@@ -68,7 +69,7 @@ async def test_a_flood_of_pings_closes_the_socket() -> None:
             assert await peer.close_code() == 1008
             await peer.flood(frame(opcode=Opcode.PING) * 1000)
 
-    limits = ("--frame-burst", "40", "--send-timeout", "1")
+    limits = (*FRAMES, "--send-timeout", "1")
     async with served(*limits) as server, flat(server):
         await meanwhile(server, each(20, abuse, server), most=15)
         await server.said("connection", code=1008)
@@ -105,7 +106,7 @@ async def test_a_flood_of_frames_gets_limit_and_then_1008() -> None:
             peer.write(frame(PING) * 100)
             assert await peer.close_code() == 1008
 
-    async with served("--frame-burst", "40", "--grace", "0") as server, flat(server):
+    async with served(*FRAMES, "--grace", "0") as server, flat(server):
         await meanwhile(server, abuse(server), most=15)
         await server.said("generation", id="a123456789abcdef", reason="stopped", by="client")
         await server.said("connection", code=1008)
@@ -116,7 +117,7 @@ async def test_a_flood_of_frames_from_one_that_never_reads_ends_too() -> None:
         async with Peer.websocket(server, narrow=True) as peer:
             await peer.flood(frame(PING) * 100)
 
-    limits = ("--frame-burst", "40", "--send-timeout", "1")
+    limits = (*FRAMES, "--send-timeout", "1")
     async with served(*limits) as server, flat(server):
         await meanwhile(server, each(5, abuse, server), most=15)
 
@@ -689,7 +690,7 @@ async def test_frames_before_auth_are_refused_and_too_many_close_the_socket(
             assert codes <= {"unauthenticated", "limit", "not_running"}
             assert len(texts) < 40 + 40
 
-    options = ("--token-file", str(token_file), "--frame-burst", "40")
+    options = ("--token-file", str(token_file), *FRAMES)
     async with served(*options, bearer="token") as server, flat(server):
         await meanwhile(server, each(20, abuse, server), most=15, **BEARER)
         await server.said("connection", code=1008)
