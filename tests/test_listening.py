@@ -346,6 +346,34 @@ async def test_a_prompt_over_a_unix_socket(puppet: Puppet, folder: Path) -> None
     assert not path.exists()
 
 
+async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
+    puppet: Puppet, folder: Path
+) -> None:
+    path = str(folder / "socket")
+    async with wsserver.serve(
+        puppet, unix_socket=path, allow_anonymous=True, connections_per_address=2
+    ) as server:
+        statuses: list[dict[str, int]] = []
+        async with contextlib.AsyncExitStack() as stack:
+            for name in (f"\0wsserver-{os.getpid()}", str(folder / "client"), ""):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                if name:
+                    sock.bind(name)
+                sock.connect(path)
+                reader, writer = await asyncio.open_unix_connection(sock=sock)
+                stack.callback(writer.close)
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")  # and so it stays
+                if len(statuses) == 2:
+                    async with asyncio.timeout(BOUND):
+                        assert b" 429 " in await reader.readline()
+                else:
+                    await until(lambda: server._admission._open == len(statuses) + 1)
+                statuses.append(dict(server._admission._addresses._held))
+        assert statuses == [{"unix": 1}, {"unix": 2}, {"unix": 2}]
+        await until(lambda: not server._sockets)
+        assert server._admission._open == 0
+
+
 async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
     with socket.socket(socket.AF_UNIX) as dead:

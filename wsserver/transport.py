@@ -147,7 +147,7 @@ class Socket(ServerConnection):
     def _arrive(self, transport: asyncio.Transport) -> None:
         self._sockets.add(self)
         name = transport.get_extra_info("peername")
-        peer = name[0] if name else "unix"
+        peer = name[0] if isinstance(name, tuple) else "unix"  # whose clients may have names
         try:
             self.visitor = self._admission.arrive(peer)
             self._arrived = True
