@@ -152,6 +152,9 @@ async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, stat
         ("https://*.example.com", "https://evil.test/.example.com", 403),
         ("https://*.example.com", "https://evil.test?.example.com", 403),
         ("http://10.0.0.1:*", "http://10.0.0.1:8080", 101),
+        ("https://*.example.com:*", "https://app.example.com:8443", 101),
+        ("https://*", "https://anything.example", 101),
+        ("http://[::1]:8000", "http://[::1]:8000", 101),
         ("chrome-extension://abcdef", "chrome-extension://abcdef", 101),
         ("null", "null", 101),
         ("*", "https://anything.example", 101),
@@ -243,6 +246,11 @@ async def test_only_listed_proxies_are_believed_who_the_client_is(
         {"origins": "chat.example.com"},
         {"origins": "https://chat.example.com/"},
         {"origins": "https://chat.example.com/path"},
+        {"origins": "https://*example.com"},
+        {"origins": "https://chat.example.com*"},
+        {"origins": "https://example.*"},
+        {"origins": "http://192.168.1.*"},
+        {"origins": "https://*.*.example.com"},
     ],
 )
 async def test_a_list_that_is_none_is_one_clear_line(puppet: Puppet, given: dict[str, Any]) -> None:

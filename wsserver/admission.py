@@ -418,7 +418,9 @@ def _host_pattern(text: str) -> re.Pattern[str]:
 
 
 def _origin_pattern(text: str) -> re.Pattern[str]:
-    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", text.lower(), re.ASCII):
+    # A star elsewhere than before a whole name would let in names that anybody can register.
+    origin = r"\*|null|[a-z][a-z0-9+.-]*://(\*|(\*\.)?[^*/\s]+?)(:\*)?"
+    if not re.fullmatch(origin, text.lower(), re.ASCII):
         raise ConfigError(
             f"origins: {text!r} is no origin, such as https://example.com or https://*.example.com"
         )
