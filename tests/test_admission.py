@@ -191,6 +191,8 @@ async def test_only_a_listed_proxy_is_believed_that_there_is_tls(
         (True, {}, 101),
         (True, {"x-forwarded-for": "203.0.113.1"}, 401),  # a proxy that nobody has told of
         (True, {"forwarded": "for=203.0.113.1"}, 401),
+        (True, {"x-forwarded-proto": "https"}, 401),
+        (True, {"cf-connecting-ip": "203.0.113.1"}, 401),
         (True, {"authorization": "Bearer good"}, 101),
         (True, {"authorization": "Bearer bad"}, 401),
         (False, {}, 401),

@@ -27,7 +27,9 @@ IPV6_NETWORK = 64  # bits that one customer commonly gets
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+_FORWARDED = re.compile(
+    r"forwarded|x-forwarded-.*|via|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip"
+)
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.%]+\]|[^\[\]:/@\s]+)(?::(?P<port>\d{1,5}))?", re.ASCII)
 _ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[^/]+)", re.ASCII)
 
@@ -259,7 +261,7 @@ class Visitor:
         return (
             address is not None
             and address.is_loopback
-            and not any(name in headers for name in _FORWARDED)
+            and not any(map(_FORWARDED.fullmatch, headers))
         )
 
     async def knock(self, path: str, headers: Mapping[str, str]) -> None:
