@@ -547,6 +547,91 @@ async def test_a_reload_lets_new_ones_in_and_shuts_out_only_those_that_are_gone(
         await until(lambda: len(server._sockets) == 2)
 
 
+async def test_a_reload_can_have_a_token_end_sooner(puppet: Puppet) -> None:
+    seconds: list[float | None] = [None]
+
+    async def lasting(token: str | None, _: Handshake) -> Principal | None:
+        ends = None if seconds[0] is None else time.time() + seconds[0]
+        return None if token is None else Principal(token, ends)
+
+    async with (
+        wsserver.serve(puppet, authenticate=lasting, port=0) as server,
+        entered(server, "ada") as chat,
+        client(server) as undecided,
+    ):
+        seconds[0] = 0.05
+        assert await server.reload()
+        assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
+        assert "expired" in chat.frames[-1]["message"]
+        await undecided.quiet()
+
+
+async def test_who_is_asked_for_while_it_reloads_is_asked_for_again(puppet: Puppet) -> None:
+    good = {"ada"}
+    asked: asyncio.Queue[str] = asyncio.Queue()
+    answer = asyncio.Event()
+
+    async def slow(token: str | None, _: Handshake) -> Principal | None:
+        if token is None:
+            return None
+        found = Principal(token) if token in good else None
+        asked.put_nowait(token)
+        await answer.wait()
+        return found
+
+    async with wsserver.serve(puppet, authenticate=slow, port=0) as server:
+        async with client(server) as chat:
+            await chat.send({"type": "auth", "token": "ada"})
+            headers = {"Authorization": "Bearer ada"}
+            shaking = asyncio.create_task(
+                connect(server.url, proxy=None, additional_headers=headers).__aenter__()
+            )
+            for _ in range(2):
+                await asyncio.wait_for(asked.get(), BOUND)
+            good.clear()
+            assert await server.reload()
+            answer.set()
+            assert (await chat.next())["code"] == "unauthenticated"
+            with pytest.raises(InvalidStatus, match="401"):
+                await shaking
+
+
+async def test_who_renews_while_it_reloads_goes_by_the_newer_token(puppet: Puppet) -> None:
+    good = {"ada old"}
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def by_name(token: str | None, _: Handshake) -> Principal | None:
+        if token is None or token not in good:
+            if not good:
+                asked.set()
+                await answer.wait()
+            return None
+        return Principal(token.split()[0])
+
+    async with wsserver.serve(puppet, authenticate=by_name, port=0) as server:
+        async with entered(server, "ada old") as chat:
+            good.clear()
+            reloading = asyncio.create_task(server.reload())
+            await asyncio.wait_for(asked.wait(), BOUND)
+            good.add("ada new")
+            await chat.send({"type": "auth", "token": "ada new"})
+            await chat.next("authenticated")
+            answer.set()
+            await reloading
+            await chat.quiet()
+
+
+@pytest.mark.parametrize("expires", [0, 0.0, -1.0])
+async def test_who_ended_long_ago_is_nobody(puppet: Puppet, expires: float) -> None:
+    async def ended(_: str | None, __: Handshake) -> Principal | None:
+        return Principal("ada", expires)
+
+    async with wsserver.serve(puppet, authenticate=ended, port=0) as server:
+        with pytest.raises(InvalidStatus, match="401"):
+            async with client(server, additional_headers={"Authorization": "Bearer x"}):
+                raise AssertionError
+
+
 async def test_nobody_is_shut_out_because_it_cannot_be_told_now(puppet: Puppet) -> None:
     down = False
 

@@ -68,6 +68,7 @@ class Admission:
     Attributes:
         loopback: whether only this machine's programs can reach the server. Set when it listens.
         secure: whether the server speaks TLS itself.
+        reloads: how often that by which principals are told was read anew.
 
     Raises:
         ConfigError: a setting is not what it should be a list of.
@@ -78,6 +79,7 @@ class Admission:
         self.authenticate = authenticate
         self.loopback = True
         self.secure = False
+        self.reloads = 0
         self.principals = Shares(settings.connections_per_principal)  # their connections
         self._addresses = Shares(settings.connections_per_address)
         self._open = 0
@@ -320,21 +322,31 @@ class Visitor:
         return principal
 
     async def still_welcome(self) -> bool:
-        """Whether who it is would be let in again now, with the same token."""
+        """Whether who it is would be let in again now, with the same token; and until when."""
         if self._admission.authenticate is None or self.principal is None:
             return True
+        token = self._token
         try:
-            principal = await self._identify(self._token)
+            principal = await self._identify(token)
         except Unavailable:
             return True  # nobody has said no
-        return principal is not None and principal.name == self.principal.name
+        if self._token is not token:  # it has said it once more meanwhile
+            return True
+        if principal is None or principal.name != self.principal.name:
+            return False
+        self.principal = principal
+        return True
 
     async def _identify(self, token: str | None) -> Principal | None:
         authenticate = self._admission.authenticate
         assert authenticate is not None
         assert self._handshake is not None
         try:
-            principal = await authenticate(token, self._handshake)
+            while True:
+                reloads = self._admission.reloads
+                principal = await authenticate(token, self._handshake)
+                if self._admission.reloads == reloads:  # else it may have gone by what was before
+                    break
             if not isinstance(principal, Principal | None):
                 raise TypeError("an authenticator returns a Principal or None")
         except Unavailable:

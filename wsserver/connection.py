@@ -266,8 +266,12 @@ class Connection:
         self._expiry = self._loop.call_later(max(0.0, delay), self.shut_out, why)
 
     async def still_welcome(self) -> bool:
-        """Whether the client would be let in again now."""
-        return await self._visitor.still_welcome()
+        """Whether the client would be let in again now; how long for may have changed."""
+        before = self._visitor.principal
+        welcome = await self._visitor.still_welcome()
+        if self._visitor.principal is not before and not self._gone:
+            self._set_expiry()
+        return welcome
 
     def shut_out(self, why: str) -> None:
         """Tell the client that it acts for nobody any more, and close the connection."""

@@ -225,6 +225,7 @@ class Server:
         done = self._certificate is None or self._certificate.reload()
         if self._authenticate is not None:
             done = await auth.reload(self._authenticate) and done
+            self._admission.reloads += 1
         for connection in tuple(self._connections.values()):
             if not await connection.still_welcome():
                 connection.shut_out("The token is not valid any more.")
