@@ -267,13 +267,38 @@ async def test_what_is_left_bounds_the_next_reply_and_those_at_once(puppet: Pupp
         first = await ada.prompt(conversation="conversation-one")
         await ada.prompt(conversation="conversation-two")
         replies = [await puppet.reply(number) for number in range(2)]
-        assert [reply.request.max_tokens for reply in replies] == [700, 300]
+        # Less what their prompts are likely to cost.
+        assert [reply.request.max_tokens for reply in replies] == [700, 298]
         assert (await ada.prompt(conversation="conversation-three"))["code"] == "quota"
         await ada.send({"type": "stop", "id": first["id"]})
         await ada.text(first["id"])
         third = await ada.prompt(conversation="conversation-three")  # what the stop gave back
         assert third["type"] == "start"
         assert 690 < (await puppet.reply(2)).request.max_tokens <= 700
+
+
+@pytest.mark.parametrize("messages", [False, True])
+async def test_what_is_asked_counts_before_it_is_answered(puppet: Puppet, messages: bool) -> None:
+    async with (
+        wsserver.serve(
+            puppet, authenticate=named, port=0, tokens_per_day=1000, max_tokens=1, drain_timeout=0
+        ) as server,
+        acting_for(server, "ada") as ada,
+    ):
+        if messages:
+            long = {"messages": [{"role": "user", "content": "x" * 4000}]}
+        else:
+            await ada.prompt("x" * 3600, conversation="conversation-one")
+            (await puppet.reply()).say("y").say(Usage(input_tokens=1), End()).end()
+            await ada.next("done")
+            long = {"prompt": "x" * 400, "conversation": "conversation-one"}
+        await ada.send(long)
+        start = await ada.next("start")
+        error = await ada.prompt(conversation="conversation-two")
+        assert error["code"] == "quota"
+        (await puppet.reply(len(puppet.replies) - 1)).say(Usage(input_tokens=1), End()).end()
+        await ada.text(start["id"])
+        assert (await ada.prompt(conversation="conversation-two"))["type"] == "start"
 
 
 async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Puppet) -> None:

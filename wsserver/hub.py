@@ -20,6 +20,7 @@ from wsserver.generation import (
     Follower,
     State,
     Usage,
+    tokens_in,
     well_formed,
 )
 from wsserver.journal import Journal
@@ -311,13 +312,14 @@ class Hub:
             account=account,
             prompt=prompt,
             allowance=allowance,
+            reserved=allowance + tokens_in(_asked(prompt, conversation)),
             model=prompt.model or self.model_name,
             conversation_id=None if conversation is None else conversation.id,
             conversation=conversation,
             accepted=self._loop.time(),
         )
         self._shares.take(account)
-        self._budget.reserve(owner, generation.allowance)
+        self._budget.reserve(owner, generation.reserved)
         self._generations[owner, generation.id] = generation
         self._live.add(generation)
         self._idle.clear()
@@ -550,7 +552,7 @@ class Hub:
             conversation.running = None
         self._live.discard(generation)
         self._shares.give(generation.account)
-        self._budget.settle(generation.owner, generation.allowance, tokens_of(terminal))
+        self._budget.settle(generation.owner, generation.reserved, tokens_of(terminal))
         self._retain(generation)
         self._report(generation, terminal)
         generation.task = None  # with the traceback of a failure, and all that holds on to
@@ -630,6 +632,12 @@ class Hub:
 
 def _new_id() -> str:
     return secrets.token_urlsafe(16)
+
+
+def _asked(prompt: Prompt, conversation: Conversation | None) -> int:
+    """Return how many characters a prompt is about to send to the model, about."""
+    turns = () if conversation is None else conversation.turns
+    return prompt.size + sum(len(turn.prompt) + len(turn.text) for turn in turns)
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

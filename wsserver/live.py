@@ -75,6 +75,7 @@ class Generation:
     conversation_id: str | None
     account: str = ""  # whose limits count
     allowance: int = 0  # output tokens that it may use
+    reserved: int = 0  # tokens of its owner's day, until it is known what it has used
     conversation: Conversation | None = None  # None too for one that comes from the store
     log: Log[Terminal] = field(default_factory=Log)
     record: Record | None = None  # how far it is saved, once it has begun
