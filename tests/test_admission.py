@@ -34,6 +34,7 @@ async def knock(
     asked: bool = False,
 ) -> int:
     """Return the status that a WebSocket handshake gets; 101 where it is let in."""
+    settings = {"allow_anonymous": not (loopback or asked), **settings}
     admission = Admission(Settings.load(**settings), ada if asked else None)
     admission.loopback, admission.secure = loopback, secure
     try:

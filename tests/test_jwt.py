@@ -442,7 +442,6 @@ async def test_a_refused_token_is_not_in_the_log(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "one of jwt_secret and jwt_jwks"),
         ({"jwt_secret": SECRET, "jwt_jwks": "keys.json"}, "not both"),
         ({"jwt_secret": SECRET[:-1]}, "jwt_secret: must have at least 32 bytes"),
         ({"jwt_jwks": "/no/such/file"}, "jwt_jwks: /no/such/file: No such file"),

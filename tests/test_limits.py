@@ -200,7 +200,12 @@ async def test_generations_are_a_principals_on_all_its_sockets(puppet: Puppet) -
 
 async def test_the_anonymous_are_limited_by_their_addresses(puppet: Puppet) -> None:
     async with wsserver.serve(
-        puppet, port=0, proxies="127.0.0.1", generations_per_principal=1, drain_timeout=0
+        puppet,
+        port=0,
+        proxies="127.0.0.1",
+        allow_anonymous=True,
+        generations_per_principal=1,
+        drain_timeout=0,
     ) as server:
 
         def behind(address: str) -> Any:
@@ -269,7 +274,7 @@ async def test_what_is_left_bounds_the_next_reply_and_those_at_once(puppet: Pupp
         replies = [await puppet.reply(number) for number in range(2)]
         # Less what their prompts are likely to cost.
         assert [reply.request.max_tokens for reply in replies] == [700, 298]
-        assert (await ada.prompt(conversation="conversation-three"))["code"] == "quota"
+        assert (await ada.prompt(conversation="conversation-three"))["code"] == "limit"
         await ada.send({"type": "stop", "id": first["id"]})
         await ada.text(first["id"])
         third = await ada.prompt(conversation="conversation-three")  # what the stop gave back
@@ -285,6 +290,7 @@ async def test_what_is_asked_counts_before_it_is_answered(puppet: Puppet, messag
         ) as server,
         acting_for(server, "ada") as ada,
     ):
+        long: dict[str, Any]
         if messages:
             long = {"messages": [{"role": "user", "content": "x" * 4000}]}
         else:
@@ -295,7 +301,7 @@ async def test_what_is_asked_counts_before_it_is_answered(puppet: Puppet, messag
         await ada.send(long)
         start = await ada.next("start")
         error = await ada.prompt(conversation="conversation-two")
-        assert error["code"] == "quota"
+        assert (error["code"], "tokens" in error["message"]) == ("limit", True)
         (await puppet.reply(len(puppet.replies) - 1)).say(Usage(input_tokens=1), End()).end()
         await ada.text(start["id"])
         assert (await ada.prompt(conversation="conversation-two"))["type"] == "start"
@@ -317,7 +323,7 @@ async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Pu
 
 async def test_an_address_behind_a_proxy_is_the_clients(puppet: Puppet) -> None:
     async with wsserver.serve(
-        puppet, port=0, connections_per_address=1, proxies="127.0.0.0/8"
+        puppet, port=0, allow_anonymous=True, connections_per_address=1, proxies="127.0.0.0/8"
     ) as server:
 
         def behind(addresses: str) -> Any:

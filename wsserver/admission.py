@@ -6,6 +6,7 @@ under which the client believes to reach the server (Host), the page that asks (
 and for whom (RFC 6750). None of them can be forged by a page.
 """
 
+import asyncio
 import functools
 import ipaddress
 import re
@@ -22,6 +23,7 @@ from wsserver.telemetry import Refusal
 
 __all__ = ["Admission", "Denied", "Visitor"]
 
+SPARE = 16  # connections beyond the limit, for probes: a full server is not a dead one
 RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
 IPV6_NETWORK = 64  # bits that one customer commonly gets
 
@@ -97,12 +99,21 @@ class Admission:
         Raises:
             Denied: there are as many as there may be.
         """
-        if self._open >= self.settings.connections:
-            raise _later("limit", "This server has as many connections as it may.")
+        if self._open >= self.settings.connections + SPARE:
+            raise _full()
         # Of a proxy's client the address is still to come.
         counted = None if self.trusted(peer) else self.count(peer)
         self._open += 1
         return Visitor(self, peer, counted)
+
+    def check_room(self) -> None:
+        """Keep the last places for those who only ask whether the server lives.
+
+        Raises:
+            Denied: all others are taken.
+        """
+        if self._open > self.settings.connections:
+            raise _full()
 
     def depart(self, visitor: "Visitor") -> None:
         """Forget a connection that has ended."""
@@ -145,7 +156,8 @@ class Admission:
             return peer
         found = peer
         for name in reversed([part.strip() for part in forwarded_for.split(",")]):
-            address = _address(name)
+            match = _HOST.fullmatch(name.lower())  # some proxies tell the port too
+            address = _address(match["name"] if match is not None else name)
             if address is None:
                 break
             found = str(address)
@@ -257,11 +269,16 @@ class Visitor:
         if self.counted is None:
             self.counted = self._admission.count(self.address)
 
-    def near(self, headers: Mapping[str, str]) -> bool:
-        """Whether it is a program on this machine itself, and not somebody behind a proxy on it."""
+    def local(self, headers: Mapping[str, str]) -> bool:
+        """Whether it is a program of this machine itself, and not somebody behind a proxy on it.
+
+        A proxy that adds no header cannot be told from a program: no right to money or to what
+        others say should hang on this alone where there may be one.
+        """
         address = _address(self.address)
         return (
-            address is not None
+            self._admission.loopback
+            and address is not None
             and address.is_loopback
             and not any(map(_FORWARDED.fullmatch, headers))
         )
@@ -273,11 +290,19 @@ class Visitor:
             Denied: it must not.
         """
         admission = self._admission
-        local = admission.loopback and self.near(headers)
-        forwarded_https = headers.get("x-forwarded-proto", "").lower() == "https"
+        local = self.local(headers)
+        # The last word is the nearest proxy's.
+        told = headers.get("x-forwarded-proto", "").rpartition(",")[2]
+        forwarded_https = told.strip().lower() == "https"
         secure = admission.secure or (forwarded_https and admission.trusted(self._peer))
         admission.check_origin(headers, local=local, secure=secure)
         if admission.authenticate is None:
+            if not (local or self._admission.settings.allow_anonymous):
+                raise Denied(
+                    HTTPStatus.FORBIDDEN,
+                    "unauthenticated",
+                    "This server is for its own machine alone, and this came through a proxy.",
+                )
             self.principal = ANONYMOUS
             return
         self._handshake = Handshake(self.address, path, headers)
@@ -310,6 +335,7 @@ class Visitor:
         except Unavailable:
             raise Refused(Code.AUTH_UNAVAILABLE) from None
         if principal is None:
+            log.info("token refused", address=self.address)
             raise Refused(Code.UNAUTHENTICATED)
         if self.principal is not None and principal.name != self.principal.name:
             raise Refused(
@@ -344,7 +370,9 @@ class Visitor:
         try:
             while True:
                 reloads = self._admission.reloads
-                principal = await authenticate(token, self._handshake)
+                # Half of the time for a handshake, so that there is some left to answer in.
+                async with asyncio.timeout(self._admission.settings.open_timeout / 2):
+                    principal = await authenticate(token, self._handshake)
                 if self._admission.reloads == reloads:  # else it may have gone by what was before
                     break
             if not isinstance(principal, Principal | None):
@@ -363,7 +391,7 @@ class Visitor:
 
     def _become(self, principal: Principal, token: str | None) -> bool:
         """Act for a principal from now on; False if that one has as many sockets as it may."""
-        if self.shared is None and not self.gone:
+        if self.shared is None and not self.gone and principal is not ANONYMOUS:
             if not self._admission.principals.take(principal.name):
                 return False
             self.shared = principal.name
@@ -381,6 +409,10 @@ def bearer(headers: Mapping[str, str]) -> str | None:
 def _later(why: Refusal, message: str) -> Denied:
     headers = {"Retry-After": str(RETRY_AFTER)}
     return Denied(HTTPStatus.SERVICE_UNAVAILABLE, why, message, headers)
+
+
+def _full() -> Denied:
+    return _later("limit", "This server has as many connections as it may.")
 
 
 def _too_many(whose: str) -> Denied:

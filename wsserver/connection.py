@@ -273,6 +273,13 @@ class Connection:
             self._set_expiry()
         return welcome
 
+    def revoke(self) -> None:
+        """The client is not welcome any more: shut it out, and stop what it alone asked for."""
+        for generation, cursor in tuple(self._cursors.items()):
+            if cursor.own and generation.readers == 1:
+                self._hub.stop(generation, "disconnect")
+        self.shut_out("The token is not valid any more.")
+
     def shut_out(self, why: str) -> None:
         """Tell the client that it acts for nobody any more, and close the connection."""
         if not self._ended and not self._gone:

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Self
 
 __all__ = [
+    "OUTAGE",
     "UPSTREAM",
     "Code",
     "ConfigError",
@@ -94,7 +95,10 @@ UPSTREAM = frozenset(
         Code.UPSTREAM_ERROR,
     }
 )
-"""What says that the model's API does not serve us, whatever it is asked."""
+"""What the model's API, and not its client, is to blame for."""
+
+OUTAGE = UPSTREAM - {Code.MODEL_NOT_FOUND, Code.RATE_LIMITED}
+"""What says that it does not serve us now, whatever it is asked."""
 
 
 class WsserverError(Exception):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 
 from wsserver.conversations import Conversations
-from wsserver.errors import UPSTREAM, Code, ModelError, Refused
+from wsserver.errors import OUTAGE, UPSTREAM, Code, ModelError, Refused
 from wsserver.generation import (
     CHARACTERS_PER_TOKEN,
     End,
@@ -50,6 +50,7 @@ __all__ = ["Hub"]
 
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
+LEAST_REPLY = 64  # tokens of a day's rest that are worth a reply
 FAILURES = 5  # of the model's API in a row, after which it is said to fail
 FAILING = 30.0  # seconds since the last of them, after which it may be asked again
 
@@ -356,7 +357,10 @@ class Hub:
         if self._shares.full(account):
             raise Refused(Code.LIMIT, "You run as many generations as you may.")
         left = self._budget.left(owner)
-        if left == 0:
+        if left is not None and left < LEAST_REPLY:
+            if self._budget.reserved(owner):
+                message = "What is left of today's tokens is set aside for replies that run."
+                raise Refused(Code.LIMIT, message)
             tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
             raise Refused(Code.QUOTA, retry_after=tomorrow)
         if wait := self._rates.take(account, self._loop.time()):
@@ -535,7 +539,7 @@ class Hub:
 
     def _note_upstream(self, generation: Generation, terminal: Terminal) -> None:
         """Learn from an end whether the model's API works, unless it says nothing of it."""
-        if isinstance(terminal, Error) and terminal.code in UPSTREAM:
+        if isinstance(terminal, Error) and terminal.code in OUTAGE:
             self._upstream_failures += 1
             self._upstream_failed = self._loop.time()
         elif generation.begun and (isinstance(terminal, Error) or generation.log.seq):

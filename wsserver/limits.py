@@ -135,6 +135,10 @@ class Budget:
         account = self._accounts[owner]
         return max(0, self._per_day - account.spent - account.reserved)
 
+    def reserved(self, owner: str) -> int:
+        """Return what is set aside for an owner's replies that run."""
+        return self._accounts[owner].reserved if owner in self._accounts else 0
+
     def reserve(self, owner: str, tokens: int) -> None:
         """Set tokens aside for a reply that begins."""
         if self._per_day and owner in self._accounts:

@@ -12,7 +12,7 @@ from http import HTTPStatus
 
 from websockets.http11 import Response
 
-from wsserver.admission import Visitor, bearer
+from wsserver.admission import bearer
 from wsserver.responses import respond
 from wsserver.telemetry import Metrics
 
@@ -54,7 +54,7 @@ class Operations:
     Args:
         metrics: what has been counted.
         ready: tells what it takes to serve clients, part by part, and whether it is there.
-        token: lets programs that are not on this machine read the metrics; "" lets none.
+        token: lets programs read the metrics; "" lets those that are trusted.
     """
 
     PATHS = ("/healthz", "/readyz", "/metrics")
@@ -70,34 +70,28 @@ class Operations:
         self._token = token
         self._looking: asyncio.Task[Mapping[str, bool]] | None = None
 
-    async def respond(
-        self, path: str, headers: Mapping[str, str], visitor: Visitor | None
-    ) -> Response:
+    async def respond(self, path: str, headers: Mapping[str, str], *, trusted: bool) -> Response:
         """Answer one of :attr:`PATHS`.
 
         Args:
             path: which.
             headers: of the request, names in lower case.
-            visitor: who asks; None on the operators' own port.
+            trusted: metrics are for whoever asks, unless there is a token for them.
         """
         if path == "/healthz":
             return respond(HTTPStatus.OK, "ok")
         if path == "/readyz":
             return await self._readiness()
-        if visitor is not None and not self._may_read(headers, visitor):
+        given = bearer(headers) or ""
+        known = bool(self._token) and hmac.compare_digest(given.encode(), self._token.encode())
+        if not (known or (trusted and not self._token)):
             return respond(
                 HTTPStatus.UNAUTHORIZED,
-                "Metrics are for programs on this machine, or for the token of the setting "
-                "`metrics_token` (WSSERVER_METRICS_TOKEN).",
+                "Metrics are for the token of the setting `metrics_token` "
+                "(WSSERVER_METRICS_TOKEN), or at the operations_port.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         return respond(HTTPStatus.OK, self._metrics.exposition(), self._metrics.content_type)
-
-    def _may_read(self, headers: Mapping[str, str], visitor: Visitor) -> bool:
-        if visitor.near(headers) and not self._token:
-            return True
-        given = bearer(headers) or ""
-        return bool(self._token) and hmac.compare_digest(given.encode(), self._token.encode())
 
     async def _readiness(self) -> Response:
         # One look at a time, however many ask.

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from wsserver.auth import Authenticator
 from wsserver.connection import Connection
 from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
+from wsserver.limits import Bucket
 from wsserver.logs import log
 from wsserver.models.base import Model
 from wsserver.protocol import SUBPROTOCOL, Close
@@ -46,6 +48,8 @@ LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is n
 CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
 SHOWN = 256  # characters of a header in the log
+RECHECKS = 100  # clients at once that are asked about again on a reload
+REFUSALS = 10.0  # refused connections a second in the log; the metrics count them all
 LOOKS_PER_IDLE_TIME = 10  # at who has been idle for too long
 
 
@@ -129,6 +133,7 @@ class Server:
         self._operations_listener: Listener | None = None
         self._sweep: asyncio.TimerHandle | None = None
         self._sockets: set[Socket] = set()
+        self._refusals = Bucket(REFUSALS, 10 * REFUSALS, 0.0)
         self._turned_away: dict[Socket, None] = {}  # the first of them first
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
@@ -192,6 +197,7 @@ class Server:
             raise
         self.metrics.watch_loop()
         self._dismiss_idle()
+        log.info("listening", addresses=", ".join(self.bound), model=self.model_name)
         return self
 
     def _check_exposure(self) -> None:
@@ -205,14 +211,15 @@ class Server:
         if self._authenticate is not None:
             if settings.allow_anonymous:
                 raise ConfigError("allow_anonymous contradicts the tokens; give one or the other")
-        elif not self._admission.loopback:
-            if not settings.allow_anonymous:
-                raise ConfigError(
-                    "strangers could use this server, as its address is not loopback; let them "
-                    "say who they are (make a token with `wsserver token new NAME --file FILE`, "
-                    "and start with --token-file FILE), or serve them all with --allow-anonymous"
-                )
+        elif settings.allow_anonymous:
             log.warning("anyone who reaches this server can spend your money and read everything")
+        elif not self._admission.loopback or settings.proxies or settings.hosts:
+            why = "it has hosts or proxies" if self._admission.loopback else "it is not on loopback"
+            raise ConfigError(
+                f"strangers could use this server, as {why}; let them say who they are (make a "
+                "token with `wsserver token new NAME --file FILE`, and start with --token-file "
+                "FILE), or serve them all with --allow-anonymous"
+            )
 
     async def reload(self) -> bool:
         """Read anew the certificate and what lets clients in.
@@ -226,9 +233,10 @@ class Server:
         if self._authenticate is not None:
             done = await auth.reload(self._authenticate) and done
             self._admission.reloads += 1
-        for connection in tuple(self._connections.values()):
-            if not await connection.still_welcome():
-                connection.shut_out("The token is not valid any more.")
+        connections = iter(tuple(self._connections.values()))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(RECHECKS):
+                group.create_task(_recheck(connections))
         return done
 
     async def _listen(self) -> None:
@@ -294,7 +302,9 @@ class Server:
                 server_header=None,
             )
         except OSError as error:
-            raise ConfigError(f"operations_port: cannot listen on it: {error.strerror}") from error
+            reason = os.strerror(error.errno or 0) if (error.errno or 0) > 0 else error.strerror
+            where = f"{settings.operations_host} port {settings.operations_port}"
+            raise ConfigError(f"operations_port: cannot listen on {where}: {reason}") from error
         _, self.operations_port = listening.tcp_address(self._operations_listener.sockets)
 
     async def __aexit__(
@@ -333,6 +343,7 @@ class Server:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.shutdown_timeout
         self._stop_listening()
+        log.info("stopping", replies=self._hub.live, connections=len(self._connections))
         if self._sweep is not None:
             self._sweep.cancel()
         if not self._hurried:
@@ -447,12 +458,19 @@ class Server:
     async def _respond(self, socket: ServerConnection, request: Request) -> Response | None:
         """Answer what is not a WebSocket handshake; None lets the library go on with one."""
         assert isinstance(socket, Socket)
+        try:
+            return await self._answer(socket, request)
+        except Exception as error:  # noqa: BLE001
+            return _failed(error)
+
+    async def _answer(self, socket: Socket, request: Request) -> Response | None:
         headers = _lower(request)
         path = request.path.partition("?")[0]
         websocket = "websocket" in headers.get("upgrade", "").lower()
         try:
             socket.visitor.introduce(headers)
             if path not in {"/healthz", "/readyz"}:  # which probes ask for by any name
+                self._admission.check_room()
                 self._admission.check_host(headers)
             if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
                 await socket.visitor.knock(request.path, headers)
@@ -473,7 +491,10 @@ class Server:
         elif path == "/":
             response = self._page.respond()
         elif path in operations:
-            response = await self._operations.respond(path, headers, visitor)
+            # Where strangers may be, one that seems to be on this machine may be behind a proxy.
+            private = self._authenticate is None and not self.settings.allow_anonymous
+            trusted = private and visitor.local(headers)
+            response = await self._operations.respond(path, headers, trusted=trusted)
         else:
             response = respond(
                 HTTPStatus.UPGRADE_REQUIRED,
@@ -484,17 +505,23 @@ class Server:
 
     async def _respond_to_operator(self, _: ServerConnection, request: Request) -> Response:
         path = request.path.partition("?")[0]
-        if path not in self._operations.PATHS:
-            response = respond(HTTPStatus.NOT_FOUND, "Not found")
-        else:
-            response = await self._operations.respond(path, _lower(request), None)
+        try:
+            if path not in self._operations.PATHS:
+                response = respond(HTTPStatus.NOT_FOUND, "Not found")
+            elif request.method not in {"GET", "HEAD"}:
+                response = method_not_allowed()
+            else:
+                response = await self._operations.respond(path, _lower(request), trusted=True)
+        except Exception as error:  # noqa: BLE001
+            response = _failed(error)
         return _without_body(response) if request.method == "HEAD" else response
 
     async def _readiness(self) -> Mapping[str, bool]:
         """Tell what it takes to serve clients, part by part, and whether it is there."""
         store = True
         try:
-            async with asyncio.timeout(self.settings.store_timeout):
+            # Before the time for a request is up, so that there is an answer.
+            async with asyncio.timeout(self.settings.open_timeout / 2):
                 await self._store.list("", 1, None)
         except (StoreError, TimeoutError):
             store = False
@@ -506,6 +533,8 @@ class Server:
 
     def _denied(self, denied: Denied, address: str, headers: Mapping[str, str]) -> None:
         self.metrics.connection_refused(denied.why)
+        if self._refusals.take(asyncio.get_running_loop().time()):
+            return
         log.info(
             "connection refused",
             why=denied.why,
@@ -513,6 +542,17 @@ class Server:
             host=headers.get("host", "")[:SHOWN] or None,
             origin=headers.get("origin", "")[:SHOWN] or None,
         )
+
+
+async def _recheck(connections: Iterator[Connection]) -> None:
+    for connection in connections:
+        if not await connection.still_welcome():
+            connection.revoke()
+
+
+def _failed(error: Exception) -> Response:
+    log.error("a request could not be answered", failure=error)
+    return respond(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the server's own")
 
 
 def _without_body(response: Response) -> Response:

@@ -6,6 +6,7 @@ A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, 
 """
 
 import os
+import re
 from typing import Annotated, Any, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
     unix_socket: str = ""
     """Path of a unix socket to listen on, in place of `host` and `port`; for a proxy on the same
     machine."""
-    unix_socket_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$")] = "660"
+    unix_socket_mode: str = "660"
     """Who may connect to the unix socket: its file's permissions, in octal."""
     cert: str = ""
     """TLS certificate, as a PEM file with the intermediate ones; the server then speaks `wss` and
@@ -234,16 +235,16 @@ class Settings(BaseSettings):
 
     # What its operator sees.
     metrics_token: SecretStr = SecretStr("")
-    """Bearer token for `/metrics`. Without one only programs on this machine get them, as they
-    tell how much is going on."""
+    """Bearer token for `/metrics`. Without one they are at `operations_port`, or on a server that
+    is for this machine alone, as they tell how much is going on."""
     operations_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of the port for operators."""
     operations_port: Annotated[int, Field(ge=0, le=65535), Unit("port")] | None = None
     """Another port for `/metrics`, `/readyz` and `/healthz`, which ask nobody for anything, so
     that the port for clients need not have the first two. Without one they are at the same."""
     log_level: str = "info"
-    """Least severe log lines shown: debug, info, warning or error. Only debug shows the texts of
-    exceptions, which may tell what should stay secret."""
+    """Least severe log lines that `wsserver serve` shows: debug, info, warning or error. Only debug
+    shows the texts of exceptions, which may tell what should stay secret."""
 
     # How it ends.
     drain_timeout: Seconds = 15.0
@@ -267,6 +268,13 @@ class Settings(BaseSettings):
         if value.isascii() and value.isdigit() and int(value) >= MIN_THINKING_BUDGET:
             return value
         raise ValueError(f"adaptive, disabled, or a number from {MIN_THINKING_BUDGET}")
+
+    @field_validator("unix_socket_mode")
+    @classmethod
+    def _check_mode(cls, value: str) -> str:
+        if not re.fullmatch("0?[0-7]{3}", value, re.ASCII):
+            raise ValueError("three octal digits, such as 660")
+        return value
 
     @field_validator("log_level")
     @classmethod
@@ -314,7 +322,10 @@ class Settings(BaseSettings):
         known = {PREFIX + name.upper() for name in cls.model_fields}
         for variable in os.environ:
             if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-                raise ConfigError(f"{variable}: there is no such setting")
+                hint = ""
+                if "://" in os.environ[variable] or "_SERVICE_" in variable:
+                    hint = " (Kubernetes makes such ones; see enableServiceLinks of a pod)"
+                raise ConfigError(f"{variable}: there is no such setting{hint}")
         try:
             return cls(**given)
         except ValidationError as error:

@@ -190,7 +190,8 @@ class Socket(ServerConnection):
             self._answer_and_drop(response.serialize())
             return
         # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
-        transport.max_size = READ_SIZE  # type: ignore[attr-defined]
+        with contextlib.suppress(AttributeError):  # other event loops have other names, or none
+            transport.max_size = READ_SIZE  # type: ignore[attr-defined]
         if self._raw is not None and self._raw is not transport:
             transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
             self._raw.set_write_buffer_limits(UNSENT_IN_KERNEL)
