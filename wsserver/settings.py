@@ -125,8 +125,9 @@ class Settings(BaseSettings):
     was made to lead here."""
     origins: Names = ()
     """Web pages of other origins that may connect, separated by commas: `https://example.com`,
-    `https://*.example.com`, `null` for pages opened as files, or `*`. By default only this
-    server's own, and while it listens on loopback those of localhost."""
+    `https://*.example.com`, `null` for pages opened as files, which any page can pass for, or
+    `*`. By default only this server's own, and while it listens on loopback those of
+    localhost."""
     proxies: Names = ()
     """Addresses or networks of proxies whose `X-Forwarded-For` is believed, separated by commas;
     `unix` for whoever is at the unix socket. From anyone else it is a claim."""
