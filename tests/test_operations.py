@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+from typing import Any
 
 import pytest
 from websockets.asyncio.client import connect
@@ -148,6 +149,29 @@ async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> N
             async with connect(f"ws://127.0.0.1:{server.operations_port}/ws", proxy=None):
                 raise AssertionError
         assert raised.value.response.status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ({}, 421),
+        ({"hosts": "evil.example"}, 200),
+        ({"operations_host": "0.0.0.0"}, 200),  # which whoever reaches it may read anyway
+    ],
+)
+async def test_a_rebound_name_gets_no_metrics_from_a_port_of_their_own(
+    puppet: Puppet, given: dict[str, str], status: int
+) -> None:
+    options: dict[str, Any] = {"port": 0, "operations_port": 0, **given}
+    async with wsserver.serve(puppet, **options) as server:
+        for method in ("GET", "HEAD"):
+            request = f"{method} /metrics HTTP/1.1\nHost: evil.example\n\n"
+            got, headers, body = await ask(server, request, server.operations_port)
+            assert got == status
+            assert int(headers["content-length"]) > 10
+            assert bool(body) == (method == "GET")
+        request = "GET /readyz HTTP/1.1\nHost: evil.example\n\n"
+        assert (await ask(server, request, server.operations_port))[0] == 200
 
 
 async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> None:

@@ -505,13 +505,20 @@ class Server:
 
     async def _respond_to_operator(self, _: ServerConnection, request: Request) -> Response:
         path = request.path.partition("?")[0]
+        headers = _lower(request)
+        assert self._operations_listener is not None
         try:
+            # Where others can reach it, they need no page to read it for them.
+            if path == "/metrics" and listening.loopback(self._operations_listener.sockets):
+                self._admission.check_host(headers)
             if path not in self._operations.PATHS:
                 response = respond(HTTPStatus.NOT_FOUND, "Not found")
             elif request.method not in {"GET", "HEAD"}:
                 response = method_not_allowed()
             else:
-                response = await self._operations.respond(path, _lower(request), trusted=True)
+                response = await self._operations.respond(path, headers, trusted=True)
+        except Denied as denied:
+            response = respond(denied.status, denied.message, headers=denied.headers)
         except Exception as error:  # noqa: BLE001
             response = _failed(error)
         return _without_body(response) if request.method == "HEAD" else response

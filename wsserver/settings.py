@@ -242,7 +242,8 @@ class Settings(BaseSettings):
     """Address of the port for operators."""
     operations_port: Annotated[int, Field(ge=0, le=65535), Unit("port")] | None = None
     """Another port for `/metrics`, `/readyz` and `/healthz`, which ask nobody for anything, so
-    that the port for clients need not have the first two. Without one they are at the same."""
+    that the port for clients need not have the first two. Without one they are at the same. On
+    loopback it gives the metrics only under an address, localhost or a name in `hosts`."""
     log_level: str = "info"
     """Least severe log lines that `wsserver serve` shows: debug, info, warning or error. Only debug
     shows the texts of exceptions, which may tell what should stay secret."""
