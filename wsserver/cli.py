@@ -26,7 +26,7 @@ from wsserver.settings import Settings
 __all__ = ["main"]
 
 USAGE_ERROR = 2
-OTHER_FILES = 300  # the store, the log, Python's own, and clients who are turned away
+OTHER_FILES = 400  # the store, the log, Python's own, and clients who are turned away
 LAST_MOMENT = 1.0  # seconds for Python to end when all is done
 
 
