@@ -173,8 +173,9 @@ async def test_slow_handshakes_are_cut_and_no_more_than_the_limits_are_taken() -
                 await stack.enter_async_context(Peer.open(server, "127.0.0.4")) for _ in range(49)
             ]
             async with Peer.open(server, "127.0.0.5") as one_too_many:
-                answer = await one_too_many.rest()
+                answer = await one_too_many.upgrade()
             assert answer.startswith(b"HTTP/1.1 503 ")
+            assert (await server.get("/healthz"))[0] == 200
             assert b"\r\nRetry-After: 10\r\n" in answer
             assert set(await asyncio.gather(*slow)) == {b""}
             assert {await peer.rest() for peer in elsewhere} == {b""}
@@ -710,7 +711,15 @@ async def test_many_addresses_do_not_fill_the_memory() -> None:
                     if message["type"] == "done":
                         break
 
-    options = ("--proxies", HERE, "--prompts-per-minute", "6000", "--replay", "0")
+    options = (
+        "--allow-anonymous",
+        "--proxies",
+        HERE,
+        "--prompts-per-minute",
+        "6000",
+        "--replay",
+        "0",
+    )
     async with served(*options) as server, flat(server):
         await meanwhile(server, abuse(server))
 

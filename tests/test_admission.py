@@ -215,6 +215,8 @@ async def test_programs_need_credentials_but_on_loopback(
     ("proxies", "peer", "forwarded", "address"),
     [
         ((), "10.0.0.1", "203.0.113.1", "10.0.0.1"),
+        (("10.0.0.1",), "10.0.0.1", "203.0.113.1:5678", "203.0.113.1"),
+        (("10.0.0.1",), "10.0.0.1", "[2001:db8::1]:5678", "2001:db8::1"),
         (("10.0.0.1",), "10.0.0.1", "203.0.113.1", "203.0.113.1"),
         (("10.0.0.0/8",), "10.0.0.1", "198.51.100.1, 203.0.113.1, 10.0.0.2", "203.0.113.1"),
         (("10.0.0.0/8",), "10.0.0.1", "203.0.113.1, nonsense", "10.0.0.1"),
@@ -289,6 +291,44 @@ async def test_told_so_it_says_so_loudly_and_serves_them(
         assert "spend your money" in caplog.text
         async with client(server) as chat:
             await chat.quiet()
+
+
+@pytest.mark.parametrize("given", [{"proxies": "127.0.0.1"}, {"hosts": "chat.example.com"}])
+async def test_one_behind_a_proxy_is_not_for_its_machine_alone(
+    puppet: Puppet, given: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"hosts or proxies; .* --allow-anonymous"):
+        async with wsserver.serve(puppet, port=0, **given):
+            raise AssertionError
+    async with wsserver.serve(puppet, port=0, allow_anonymous=True, **given):
+        pass
+
+
+async def test_who_comes_through_a_proxy_that_nobody_told_of_is_not_let_in(
+    server: wsserver.Server,
+) -> None:
+    for header in ("X-Forwarded-For: 203.0.113.1", "Forwarded: for=203.0.113.1", "Via: 1.1 x"):
+        status, _, body = await ask(
+            server, f"GET /ws HTTP/1.1\nHost: localhost\n{header}\n{HANDSHAKE}\n"
+        )
+        assert (status, b"its own machine" in body) == (403, True)
+
+
+async def test_a_full_server_still_says_that_it_lives(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, connections=1) as server, client(server):
+        for path, status in (("/healthz", 200), ("/readyz", 200), ("/", 503), ("/ws", 503)):
+            assert (await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n"))[0] == status
+
+
+async def test_a_flood_of_refusals_is_counted_whole_and_logged_in_part(
+    server: wsserver.Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        for _ in range(200):
+            await ask(server, "GET / HTTP/1.1\nHost: evil.example\n\n")
+    assert 100 <= len(caplog.records) < 200
+    exposition = server.metrics.exposition().decode()
+    assert 'wsserver_connections_total{outcome="host"} 200.0' in exposition
 
 
 async def test_to_serve_strangers_and_to_ask_who_they_are_is_a_contradiction(

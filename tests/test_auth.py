@@ -632,6 +632,61 @@ async def test_who_ended_long_ago_is_nobody(puppet: Puppet, expires: float) -> N
                 raise AssertionError
 
 
+async def test_what_a_principal_alone_asked_for_ends_with_its_token(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"ada sha256:{digest('one')}\nada sha256:{digest('two')}\n")
+    async with (
+        serving(puppet, tokens="", token_file=str(path)) as server,
+        entered(server, "one") as goes,
+        entered(server, "two") as stays,
+    ):
+        await goes.prompt("Alone", conversation="conversation-one")
+        both = await goes.prompt("Both", conversation="conversation-two")
+        await stays.send({"type": "resume", "id": both["id"]})
+        await stays.next("start")
+        alone, other = [await puppet.reply(number) for number in range(2)]
+        path.write_text(f"ada sha256:{digest('two')}\n")
+        await server.reload()
+        await asyncio.wait_for(alone.closed.wait(), BOUND)
+        other.say("x").end()
+        assert (await stays.text(both["id"]))[0] == "x"
+
+
+async def test_one_whose_check_hangs_holds_up_nobody(puppet: Puppet) -> None:
+    hanging = False
+
+    async def some(token: str | None, _: Handshake) -> Principal | None:
+        if hanging and token == "slow":
+            await asyncio.Event().wait()
+        return Principal(token) if token and not (hanging and token == "gone") else None
+
+    async with (
+        wsserver.serve(puppet, authenticate=some, port=0, open_timeout=1) as server,
+        entered(server, "slow") as slow,
+        entered(server, "gone") as gone,
+    ):
+        hanging = True
+        reloading = asyncio.create_task(server.reload())
+        assert (await gone.closed()).rcvd.code == 1008  # type: ignore[union-attr]
+        async with asyncio.timeout(BOUND):
+            await reloading
+        await slow.quiet()
+
+
+async def test_guests_are_limited_by_their_addresses_alone(puppet: Puppet) -> None:
+    async def guests(_: str | None, __: Handshake) -> Principal | None:
+        return wsserver.ANONYMOUS
+
+    async with wsserver.serve(
+        puppet, authenticate=guests, port=0, connections_per_principal=1
+    ) as server:
+        async with client(server) as one, client(server) as two:
+            await one.quiet()
+            await two.quiet()
+
+
 async def test_nobody_is_shut_out_because_it_cannot_be_told_now(puppet: Puppet) -> None:
     down = False
 

@@ -33,11 +33,42 @@ async def test_it_is_ready_and_alive_by_whatever_name(server: wsserver.Server) -
         assert (await ask(server, f"GET /healthz HTTP/1.1\nHost: {host}\n\n"))[0] == 200
 
 
+async def test_a_fault_of_ours_is_in_the_log(
+    server: wsserver.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(MemoryStore, "list", broken)
+    status, _, body = await ask(server, "GET /readyz HTTP/1.1\nHost: x\n\n")
+    assert (status, body) == (500, b"A fault of the server's own\n")
+    assert "RuntimeError" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_metrics_need_a_token_where_strangers_may_be(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, allow_anonymous=True) as server:
+        status, _, body = await ask(server, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
+        assert (status, b"metrics_token" in body) == (401, True)
+
+
+async def test_a_port_of_their_own_honours_the_token_and_knows_two_methods(
+    puppet: Puppet,
+) -> None:
+    async with wsserver.serve(puppet, port=0, operations_port=0, metrics_token="sesame") as server:
+        request = "GET /metrics HTTP/1.1\nHost: localhost\n"
+        port = server.operations_port
+        assert (await ask(server, request + "\n", port))[0] == 401
+        token = "Authorization: Bearer sesame\n"
+        assert (await ask(server, request + token + "\n", port))[0] == 200
+        assert (await ask(server, "PUT /readyz HTTP/1.1\nHost: x\n\n", port))[0] in {405, 400}
+
+
 @pytest.mark.parametrize("failure", [StoreError("disk"), None])
 async def test_it_is_not_ready_without_its_store(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
 ) -> None:
-    async with wsserver.serve(puppet, port=0, store_timeout=0.05) as server:
+    async with wsserver.serve(puppet, port=0) as server:
 
         async def broken(*_: object) -> None:
             if failure is not None:
@@ -155,12 +186,12 @@ async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> N
     ("given", "status"),
     [
         ({}, 421),
-        ({"hosts": "evil.example"}, 200),
+        ({"hosts": "evil.example", "allow_anonymous": True}, 200),
         ({"operations_host": "0.0.0.0"}, 200),  # which whoever reaches it may read anyway
     ],
 )
 async def test_a_rebound_name_gets_no_metrics_from_a_port_of_their_own(
-    puppet: Puppet, given: dict[str, str], status: int
+    puppet: Puppet, given: dict[str, Any], status: int
 ) -> None:
     options: dict[str, Any] = {"port": 0, "operations_port": 0, **given}
     async with wsserver.serve(puppet, **options) as server:

@@ -143,6 +143,7 @@ def test_a_library_is_known_to_its_own_rooms_only(library: str) -> None:
 
 def test_the_public_face_is_this() -> None:
     assert sorted(wsserver.__all__) == [
+        "ANONYMOUS",
         "Authenticator",
         "Code",
         "ConfigError",

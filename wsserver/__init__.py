@@ -1,6 +1,6 @@
 """A WebSocket chat server for streaming language models, with a mid-stream stop."""
 
-from wsserver.auth import Authenticator, Handshake, Principal, Unavailable
+from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
 from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage
 from wsserver.models.base import Message, Model, Request
@@ -8,6 +8,7 @@ from wsserver.server import Server, serve
 from wsserver.settings import Settings
 
 __all__ = [
+    "ANONYMOUS",
     "Authenticator",
     "Code",
     "ConfigError",

@@ -103,17 +103,10 @@ class Admission:
             raise _full()
         # Of a proxy's client the address is still to come.
         counted = None if self.trusted(peer) else self.count(peer)
+        visitor = Visitor(self, peer, counted)
+        visitor.spare = self._open >= self.settings.connections
         self._open += 1
-        return Visitor(self, peer, counted)
-
-    def check_room(self) -> None:
-        """Keep the last places for those who only ask whether the server lives.
-
-        Raises:
-            Denied: all others are taken.
-        """
-        if self._open > self.settings.connections:
-            raise _full()
+        return visitor
 
     def depart(self, visitor: "Visitor") -> None:
         """Forget a connection that has ended."""
@@ -225,6 +218,7 @@ class Visitor:
         principal: who it acts for; None as long as it has not said so.
         counted: under which address it is counted.
         shared: under which principal it is counted.
+        spare: it has one of the places that are kept for probes.
         gone: it has ended, perhaps while it was being found out who it is.
     """
 
@@ -238,6 +232,7 @@ class Visitor:
         "gone",
         "principal",
         "shared",
+        "spare",
     )
 
     def __init__(self, admission: Admission, peer: str, counted: str | None) -> None:
@@ -250,6 +245,7 @@ class Visitor:
         self.counted = counted
         self.shared: str | None = None
         self.gone = False
+        self.spare = False
 
     @property
     def account(self) -> str:
@@ -268,6 +264,15 @@ class Visitor:
         self.address = self._admission.client_address(self._peer, forwarded_for)
         if self.counted is None:
             self.counted = self._admission.count(self.address)
+
+    def check_room(self) -> None:
+        """Leave the spare places to those who only ask whether the server lives.
+
+        Raises:
+            Denied: it came when there were no others.
+        """
+        if self.spare:
+            raise _full()
 
     def local(self, headers: Mapping[str, str]) -> bool:
         """Whether it is a program of this machine itself, and not somebody behind a proxy on it.

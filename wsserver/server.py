@@ -470,7 +470,7 @@ class Server:
         try:
             socket.visitor.introduce(headers)
             if path not in {"/healthz", "/readyz"}:  # which probes ask for by any name
-                self._admission.check_room()
+                socket.visitor.check_room()
                 self._admission.check_host(headers)
             if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
                 await socket.visitor.knock(request.path, headers)

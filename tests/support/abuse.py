@@ -36,6 +36,7 @@ __all__ = [
 MEBIBYTE = 2**20
 HERE = "127.0.0.1"  # where the abuse comes from
 OTHER = "127.0.0.2"  # where everybody else is
+METRICS_TOKEN = "for-whoever-looks-at-them"
 OPERATOR = "127.0.0.3"  # who looks at the metrics
 MODEL = "tests.support.abuse:talker"
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,8 @@ class Served:
     async def get(self, path: str, source: str = OPERATOR) -> tuple[int, str]:
         """Return the status and the rest of what is at an address, headers and all."""
         async with Peer.open(self, source, tls=self.tls) as peer:
-            peer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            head = f"Host: localhost\r\nAuthorization: Bearer {METRICS_TOKEN}\r\n"
+            peer.write(f"GET {path} HTTP/1.1\r\n{head}\r\n".encode())
             answer = (await peer.rest()).decode()
             return int(answer.split()[1]), answer
 
@@ -144,6 +146,7 @@ async def served(
 ) -> AsyncIterator[Served]:
     """Run ``wsserver serve`` with these arguments until the end of the block."""
     command = ("-m", "wsserver", "serve", "--port", "0", "--store", "memory:", "--model", model)
+    env["WSSERVER_METRICS_TOKEN"] = METRICS_TOKEN
     async with run(*command, *arguments, cwd=ROOT, **env) as process:
         server = Served(process, (await process.line(r"(wss?://\S+)"))[1])
         reading = asyncio.get_running_loop().create_task(server.read())

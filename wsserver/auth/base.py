@@ -35,7 +35,7 @@ class Principal:
 
 
 ANONYMOUS = Principal("anonymous")
-"""All who need not say who they are, together."""
+"""All who need not say who they are, together; an authenticator may return it for guests."""
 
 
 @dataclass(frozen=True, slots=True)
