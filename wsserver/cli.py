@@ -21,7 +21,7 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log, set_up
 from wsserver.protocol import json_schema
 from wsserver.server import Server, serve
-from wsserver.settings import Settings
+from wsserver.settings import SECTIONS, Settings
 
 __all__ = ["main"]
 
@@ -108,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    section = serving.add_argument_group()
     for name, field in Settings.model_fields.items():
+        if name in SECTIONS:
+            section = serving.add_argument_group(SECTIONS[name])
         shown = (
             f" Default: {field.default}." if str(field.default) not in {"", "()", "None"} else ""
         )
@@ -118,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = Settings.unit(name).upper()
-        serving.add_argument("--" + name.replace("_", "-"), **options)
+        section.add_argument("--" + name.replace("_", "-"), **options)
     return parser
 
 

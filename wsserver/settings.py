@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from wsserver.errors import ConfigError
 
-__all__ = ["Settings"]
+__all__ = ["SECTIONS", "Settings"]
 
 
 class Unit(str):
@@ -35,6 +35,21 @@ PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 PREFIX = "WSSERVER_"
 ESCAPED = 6  # bytes that JSON makes of one character at most
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
+
+
+SECTIONS = {
+    "host": "where it listens",
+    "model": "what answers",
+    "tokens": "who may use it",
+    "store": "what lasts",
+    "message_size": "what a client may send",
+    "generations": "how much runs at once",
+    "connect_timeout": "how long things may take",
+    "open_timeout": "how it treats readers",
+    "metrics_token": "what its operator sees",
+    "drain_timeout": "how it ends",
+}
+"""Where each section of the settings below begins, and what it is about."""
 
 
 class Settings(BaseSettings):
