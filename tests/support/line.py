@@ -1,0 +1,94 @@
+"""A line to a server that tests cut, mend and make deaf at the moment of their choice."""
+
+import asyncio
+import contextlib
+from asyncio import StreamReader, StreamWriter
+from typing import Self
+
+from tests.support.proxy import reset
+
+__all__ = ["Line"]
+
+
+class Line:
+    """Stands before a server on this machine.
+
+    Attributes:
+        url: what clients connect to.
+        port: where the server is; another one may take its place.
+        tried: connections that came so far, those that were not let through included.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.tried = 0
+        self._whole = asyncio.Event()
+        self._whole.set()
+        self._deaf = False
+        self._ends: set[StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"ws://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    def cut(self) -> None:
+        """Reset all connections, and let no new one through."""
+        self._whole.clear()
+        self._deaf = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset all connections; new ones get through."""
+        for end in tuple(self._ends):
+            reset(end.transport)
+
+    def mend(self) -> None:
+        """Let new connections through."""
+        self._whole.set()
+
+    def deafen(self) -> None:
+        """Pass on nothing of the server's any more, until the next cut."""
+        self._deaf = True
+
+    def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
+        self.tried += 1
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: StreamReader, writer: StreamWriter) -> None:
+        ends = [writer]
+        try:
+            if not self._whole.is_set():
+                return
+            answers, requests = await asyncio.open_connection("127.0.0.1", self.port)
+            ends.append(requests)
+            self._ends.update(ends)
+            up = self._pass(reader, requests, answering=False)
+            down = self._pass(answers, writer, answering=True)
+            await asyncio.gather(up, down)
+        except OSError:
+            pass
+        finally:
+            self._ends.difference_update(ends)
+            for end in ends:
+                reset(end.transport)
+
+    async def _pass(self, source: StreamReader, to: StreamWriter, *, answering: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                if not (answering and self._deaf):
+                    to.write(data)
+                    await to.drain()
+        with contextlib.suppress(OSError):
+            to.write_eof()

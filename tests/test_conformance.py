@@ -1,0 +1,132 @@
+"""The exchanges of ``tests/conformance.json``, by raw frames and by the Python client."""
+
+import asyncio
+import contextlib
+import json
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+import wsserver
+from tests.support.conformance import EXCHANGES, Seen, play
+from tests.support.line import Line
+from tests.support.puppet import Puppet
+
+Frame = dict[str, Any]
+
+
+class Raw:
+    """Does by hand what ``PROTOCOL.md`` says, and no more."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._socket: ClientConnection
+        self._reader: asyncio.Task[None] | None = None
+        self._prompts: dict[str, Frame] = {}
+        self._ids: dict[str, str] = {}  # by the short name
+        self._frames: dict[str, list[Frame]] = {}
+        self._stopped: set[str] = set()
+        self._answer: asyncio.Future[Frame] | None = None
+
+    async def connect(self) -> None:
+        self._socket = await connect(self._url, proxy=None, subprotocols=["wsserver.v1"])  # type: ignore[list-item]
+        self._reader = asyncio.create_task(self._read())
+
+    async def close(self) -> None:
+        await self._socket.close()
+        if self._reader is not None:
+            await self._reader
+
+    async def _read(self) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            async for message in self._socket:
+                self._take(json.loads(message))
+
+    def _take(self, frame: Frame) -> None:
+        name = str(frame.get("id") or frame.get("about"))
+        if name in self._ids.values():
+            if frame.get("code") == "not_running":
+                return
+            self._frames[name].append(frame)
+        elif self._answer is not None:
+            self._answer.set_result(frame)
+
+    async def _send(self, frame: Frame) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            await self._socket.send(json.dumps(frame))
+
+    async def prompt(self, reply: str, text: str, conversation: str, on_busy: str) -> None:
+        name = self._ids[reply] = secrets.token_urlsafe(16)
+        self._frames[name] = []
+        frame = {"prompt": text, "id": name, "conversation": conversation, "on_busy": on_busy}
+        self._prompts[name] = frame
+        await self._send(frame)
+
+    async def stop(self, reply: str) -> None:
+        self._stopped.add(self._ids[reply])
+        await self._send({"type": "stop", "id": self._ids[reply]})
+
+    async def resume(self, reply: str, of: str | None, named: str | None) -> None:
+        name = named or self._ids[of or ""]
+        self._ids[reply] = name
+        self._frames[name] = []
+        await self._send({"type": "resume", "id": name})
+
+    async def seen(self, reply: str) -> Seen:
+        frames = self._frames[self._ids[reply]]
+        last: dict[str, Frame] = {frame["type"]: frame for frame in frames}
+        return {
+            "started": "start" in last,
+            "queued": last.get("start", {}).get("queued"),
+            "text": "".join(f["text"] for f in frames if f["type"] == "token"),
+            "thinking": "".join(f["text"] for f in frames if f["type"] == "thinking"),
+            "done": last.get("done"),
+            "error": last.get("error"),
+        }
+
+    async def request(self, kind: str, **keys: str) -> Any:
+        self._answer = asyncio.get_running_loop().create_future()
+        names = {"history": "open", "conversations": "list"}
+        await self._send({"type": names.get(kind, kind), **keys})
+        frame = await self._answer
+        self._answer = None
+        if frame["type"] == "error":
+            return {"error": frame["code"]}
+        if kind == "history":
+            told = [[m["role"], m["content"], m.get("partial")] for m in frame["messages"]]
+            return {"title": frame["title"], "messages": told}
+        if kind == "conversations":
+            return [[item["id"], item["title"]] for item in frame["items"]]
+        return {}
+
+    async def mended(self) -> None:
+        await self.close()
+        await self.connect()
+        for name, frames in self._frames.items():
+            if frames and frames[-1]["type"] in {"done", "error"}:
+                continue
+            if frames:
+                after = max((frame.get("seq", 0) for frame in frames), default=0)
+                await self._send({"type": "resume", "id": name, "after": after})
+            else:
+                await self._send(self._prompts[name])
+            if name in self._stopped:
+                await self._send({"type": "stop", "id": name})
+
+
+@pytest.fixture
+async def line(server: wsserver.Server) -> AsyncIterator[Line]:
+    async with Line(server.port) as line:
+        yield line
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+async def test_raw_frames(name: str, puppet: Puppet, line: Line) -> None:
+    driver = Raw(line.url)
+    await driver.connect()
+    await play(EXCHANGES[name], driver, puppet, line)
+    await driver.close()
