@@ -15,6 +15,8 @@ import wsserver
 from tests.support.conformance import EXCHANGES, Seen, play
 from tests.support.line import Line
 from tests.support.puppet import Puppet
+from wsserver.client import Chat, ChatError, Reply, ServerError, dial
+from wsserver.client import connect as connect_client
 
 Frame = dict[str, Any]
 
@@ -130,3 +132,72 @@ async def test_raw_frames(name: str, puppet: Puppet, line: Line) -> None:
     await driver.connect()
     await play(EXCHANGES[name], driver, puppet, line)
     await driver.close()
+
+
+class Python:
+    """The Python client, which does by itself what the other driver does by hand."""
+
+    def __init__(self, chat: Chat) -> None:
+        self._chat = chat
+        self._replies: dict[str, Reply] = {}
+
+    async def prompt(self, reply: str, text: str, conversation: str, on_busy: str) -> None:
+        assert on_busy in {"reject", "queue", "interrupt"}
+        self._replies[reply] = self._chat.prompt(
+            text,
+            conversation=conversation,
+            on_busy=on_busy,  # type: ignore[arg-type]
+        )
+
+    async def stop(self, reply: str) -> None:
+        await self._replies[reply].stop()
+
+    async def resume(self, reply: str, of: str | None, named: str | None) -> None:
+        self._replies[reply] = self._chat.resume(named or self._replies[of or ""].id)
+
+    async def seen(self, reply: str) -> Seen:
+        known = self._replies[reply]
+        seen: Seen = {
+            "started": known.started,
+            "queued": known.queued,
+            "text": known.text,
+            "thinking": known.thoughts,
+            "done": None,
+            "error": None,
+        }
+        if known.over:
+            try:
+                done = await known.done()
+                seen["done"] = {"reason": done.reason, "by": done.by}
+                assert done.text == known.text
+                assert "".join([text async for text in known]) == done.text
+            except ServerError as error:
+                seen["error"] = vars(error)
+        return seen
+
+    async def request(self, kind: str, **keys: str) -> Any:
+        try:
+            if kind == "history":
+                history = await self._chat.history(**keys)
+                told = [[m.role, m.content, m.partial] for m in history.messages]
+                return {"title": history.title, "messages": told}
+            if kind == "conversations":
+                return [[item.id, item.title] for item in await self._chat.conversations()]
+            await getattr(self._chat, kind)(**keys)
+        except ServerError as error:
+            return {"error": error.code}
+        return {}
+
+    async def mended(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+async def test_the_python_client(
+    name: str, puppet: Puppet, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "SHORTEST", 0.01)
+    monkeypatch.setattr(dial, "LONGEST", 0.01)
+    async with connect_client(line.url) as chat:
+        await play(EXCHANGES[name], Python(chat), puppet, line)
+        assert not isinstance(chat.failure, ChatError)

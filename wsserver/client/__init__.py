@@ -1,0 +1,34 @@
+"""The client: prompts in, replies out, over a connection that mends itself.
+
+::
+
+    async with connect("ws://localhost:3001") as chat:
+        async for text in chat.prompt("Tell me a story"):
+            print(text, end="")
+
+:func:`connect_sync` is the same for programs without an event loop.
+"""
+
+from wsserver.client.chat import Chat, Conversation, History, Message, State, Token, connect, new_id
+from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
+from wsserver.client.reply import Done, Reply, Usage
+from wsserver.client.sync import connect as connect_sync
+
+__all__ = [
+    "Chat",
+    "ChatError",
+    "ConnectionFailed",
+    "Conversation",
+    "Done",
+    "History",
+    "Message",
+    "Reply",
+    "ReplyError",
+    "ServerError",
+    "State",
+    "Token",
+    "Usage",
+    "connect",
+    "connect_sync",
+    "new_id",
+]

@@ -1,0 +1,90 @@
+"""What a client meets.
+
+::
+
+    ChatError
+     ├── ConnectionFailed   there is no connection, and it is not tried any more
+     └── ServerError        the server refused a request
+          └── ReplyError    it refused a prompt, or the reply failed
+"""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from wsserver.errors import WsserverError
+
+__all__ = ["ChatError", "ConnectionFailed", "ReplyError", "ServerError"]
+
+
+class ChatError(WsserverError):
+    """The root of what the client raises."""
+
+
+class ConnectionFailed(ChatError):
+    """There is no connection, and it is not tried any more.
+
+    Attributes:
+        status: that the server answered the handshake with, if it was that.
+        close_code: that it closed the connection with, if it was that.
+        final: whether the same would happen again. If not, the chat tries again when it is asked
+            for something.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        close_code: int | None = None,
+        final: bool = True,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.close_code = close_code
+        self.final = final
+
+
+class ServerError(ChatError):
+    """The server refused a request, and nothing has changed.
+
+    Attributes:
+        code: as ``PROTOCOL.md`` lists them.
+        message: for people.
+        retryable: whether the same can succeed later, unchanged.
+        retry_after: in how many seconds, where known.
+        ref: what finds the line in the server's log.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retryable: bool = False,
+        retry_after: float | None = None,
+        ref: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.ref = ref
+
+    @classmethod
+    def of(cls, frame: Mapping[str, Any]) -> Self:
+        """Make one of an ``error`` frame."""
+        return cls(
+            str(frame["code"]),
+            str(frame.get("message", "")),
+            retryable=bool(frame.get("retryable")),
+            retry_after=frame.get("retry_after"),
+            ref=str(frame.get("ref", "")),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.code})"
+
+
+class ReplyError(ServerError):
+    """A prompt was refused, or its reply failed. What was said before is in the reply's text."""

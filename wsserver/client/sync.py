@@ -1,0 +1,185 @@
+"""The same client for programs without an event loop.
+
+::
+
+    with connect("ws://localhost:3001") as chat:
+        for text in chat.prompt("Tell me a story"):
+            print(text, end="")
+
+The chat runs in a thread of its own. Ctrl-C leaves the loop and then the ``with``, which stops
+what still runs.
+"""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from wsserver.client.chat import Chat, Conversation, History, State
+from wsserver.client.chat import connect as connect_async
+from wsserver.client.reply import Done, Reply, Usage
+
+__all__ = ["SyncChat", "SyncReply", "connect"]
+
+T = TypeVar("T")
+
+
+def connect(url: str, **settings: Any) -> "SyncChat":
+    """Make a chat; it connects as its ``with`` is entered.
+
+    Args:
+        url: ``ws://`` or ``wss://``.
+        settings: those of :func:`wsserver.client.connect`. What they call, a token's source and
+            ``on_state``, is called in the chat's thread.
+    """
+    return SyncChat(url, settings)
+
+
+class _Loop:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run it there, and return what it does. What interrupts the wait cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class SyncReply:
+    """A :class:`~wsserver.client.Reply` whose calls wait."""
+
+    def __init__(self, reply: Reply, loop: _Loop) -> None:
+        self._reply = reply
+        self._loop = loop
+
+    @property
+    def id(self) -> str:
+        """Names it."""
+        return self._reply.id
+
+    @property
+    def conversation(self) -> str | None:
+        """Which it belongs to."""
+        return self._reply.conversation
+
+    @property
+    def text(self) -> str:
+        """All text so far."""
+        return self._loop.run(_call(lambda: self._reply.text))
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens spent; None before its end."""
+        return self._reply.usage
+
+    @property
+    def thinking(self) -> Iterator[str]:
+        """Iterate over the model's thinking."""
+        return self._iterate(self._reply.thinking)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._iterate(aiter(self._reply))
+
+    def stop(self) -> None:
+        """Stop it; its terminal follows."""
+        self._loop.run(self._reply.stop())
+
+    def done(self) -> Done:
+        """Wait for its end; raises what :meth:`wsserver.client.Reply.done` does."""
+        return self._loop.run(self._reply.done())
+
+    def _iterate(self, pieces: AsyncIterator[str]) -> Iterator[str]:
+        while (piece := self._loop.run(_next(pieces))) is not None:
+            yield piece
+
+
+class SyncChat:
+    """A :class:`~wsserver.client.Chat` whose calls wait."""
+
+    def __init__(self, url: str, settings: dict[str, Any]) -> None:
+        self._url = url
+        self._settings = settings
+        self._loop: _Loop
+        self._chat: Chat
+
+    def __enter__(self) -> Self:
+        self._loop = _Loop()
+        try:
+            self._chat = self._loop.run(self._enter())
+        except BaseException:
+            self._loop.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._loop.run(self._chat.close())
+        finally:
+            self._loop.close()
+
+    async def _enter(self) -> Chat:
+        return await connect_async(self._url, **self._settings).__aenter__()
+
+    @property
+    def state(self) -> State:
+        """How it is connected."""
+        return self._chat.state
+
+    @property
+    def conversation(self) -> str:
+        """Which goes on where a prompt names none."""
+        return self._chat.conversation
+
+    def prompt(self, text: str | None = None, **keys: Any) -> SyncReply:
+        """Ask for a reply; see :meth:`wsserver.client.Chat.prompt`."""
+        return self._reply(lambda: self._chat.prompt(text, **keys))
+
+    def resume(self, reply_id: str, after: int = 0) -> SyncReply:
+        """Follow a reply again; see :meth:`wsserver.client.Chat.resume`."""
+        return self._reply(lambda: self._chat.resume(reply_id, after))
+
+    def history(self, conversation: str | None = None) -> History:
+        """Return all of a conversation; see :meth:`wsserver.client.Chat.history`."""
+        return self._loop.run(self._chat.history(conversation))
+
+    def conversations(self, limit: int = 20) -> list[Conversation]:
+        """Return the client's conversations; see :meth:`wsserver.client.Chat.conversations`."""
+        return self._loop.run(self._chat.conversations(limit))
+
+    def rename(self, conversation: str, title: str) -> None:
+        """Give a conversation another title; see :meth:`wsserver.client.Chat.rename`."""
+        self._loop.run(self._chat.rename(conversation, title))
+
+    def delete(self, conversation: str) -> None:
+        """Delete a conversation; see :meth:`wsserver.client.Chat.delete`."""
+        self._loop.run(self._chat.delete(conversation))
+
+    def _reply(self, ask: Callable[[], Reply]) -> SyncReply:
+        return SyncReply(self._loop.run(_call(ask)), self._loop)
+
+
+async def _call(function: Callable[[], T]) -> T:
+    return function()
+
+
+async def _next(pieces: AsyncIterator[str]) -> str | None:
+    return await anext(pieces, None)
