@@ -569,7 +569,10 @@ class Chat:
         turn = 0
         async for message in socket:
             try:
-                self._take(json.loads(message))
+                frame = json.loads(message)
+                if not isinstance(frame, dict):
+                    raise TypeError("a frame is an object")
+                self._take(frame)
             except (ValueError, KeyError, TypeError) as error:
                 reason = f"this is no server of this protocol: {error!r}"
                 raise ConnectionFailed(reason) from error
