@@ -41,7 +41,7 @@ $(BIN)/python:
 		&& $(PYTHON) -m venv $(VENV); }
 
 $(VENV)/run.stamp: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[chat]'
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(BIN)/python

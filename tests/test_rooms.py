@@ -47,6 +47,7 @@ FLOORS = {
     "transport": 3,
     "routes": 4,
     "server": 4,
+    "terminal": 5,
     "cli": 5,
     "__main__": 5,
     "": 5,  # the package's public face
@@ -96,6 +97,7 @@ NEIGHBOURS = {
     ("server", "routes"),
     ("__main__", "cli"),
     ("cli", ""),
+    ("cli", "terminal"),  # only inside a function, when it is asked for
 }
 LIBRARIES = {
     "websockets": {"responses", "routes", "transport", "server", "client.dial", "client.chat"},
@@ -104,6 +106,7 @@ LIBRARIES = {
     "httpx2": {"models.anthropic", "auth.jwks"},
     "jwt": {"auth.jwt"},
     "argparse": {"cli"},
+    "prompt_toolkit": {"terminal"},
     "structlog": {"logs"},
     "prometheus_client": {"telemetry"},
     "opentelemetry": {"telemetry"},

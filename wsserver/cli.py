@@ -1,4 +1,4 @@
-"""The command line: ``wsserver serve``, ``wsserver token`` and ``wsserver schema``."""
+"""The command line: ``wsserver serve``, ``chat``, ``token`` and ``schema``."""
 
 import argparse
 import asyncio
@@ -42,12 +42,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: always; 0 after a normal end, 2 after one line on stderr about what is wrong.
+            ``wsserver chat`` has others, see :func:`wsserver.terminal.run`.
     """
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     try:
         if command == "schema":
             print(json.dumps(json_schema(), indent=2))
+        elif command == "chat":
+            sys.exit(_chat(**arguments))
         elif command == "token":
             _make_token(**arguments)
         else:
@@ -87,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("schema", help="print the JSON Schema of all frames")
+    _add_chat(commands)
     token = commands.add_parser("token", help="make tokens that let clients in")
     making = token.add_subparsers(required=True, metavar="new").add_parser(
         "new",
@@ -123,6 +127,35 @@ def _parser() -> argparse.ArgumentParser:
             options["metavar"] = Settings.unit(name).upper()
         section.add_argument("--" + name.replace("_", "-"), **options)
     return parser
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a server in this terminal",
+        description="Talk to a server in this terminal. Without an address, to a private one that "
+        "lasts as long as the talk, with the settings of the environment.",
+        epilog="With --once the exit code is 0, 1 after an error, 2 if it cannot be done as asked, "
+        "130 after Ctrl-C; the reply alone is on stdout.",
+        allow_abbrev=False,
+    )
+    chat.add_argument("url", nargs="?", metavar="URL", help="such as ws://localhost:3001")
+    chat.add_argument("--once", metavar="PROMPT", help="ask this alone; - reads it from stdin")
+    chat.add_argument("--conversation", metavar="ID", help="the conversation that goes on")
+    chat.add_argument(
+        "--token",
+        help="who you are, where the server asks. Other users of this machine can see it; better "
+        "is the environment variable WSSERVER_CHAT_TOKEN",
+    )
+    chat.add_argument("--model", help="the model that answers")
+    chat.add_argument("--system", metavar="TEXT", help="the system prompt")
+
+
+def _chat(**options: str | None) -> int:
+    # Imported here, as a server needs nothing of it.
+    from wsserver import terminal  # noqa: PLC0415
+
+    return terminal.run(terminal.Options(**options))
 
 
 def _days(text: str) -> int:

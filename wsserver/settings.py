@@ -33,6 +33,7 @@ Names = Annotated[tuple[str, ...], NoDecode]
 PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
 PREFIX = "WSSERVER_"
+CHAT_TOKEN = f"{PREFIX}CHAT_TOKEN"  # is no setting of a server's, but of `wsserver chat`
 ESCAPED = 6  # bytes that JSON makes of one character at most
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
 
@@ -336,7 +337,7 @@ class Settings(BaseSettings):
         Raises:
             ConfigError: a value does not fit, or there is no such setting.
         """
-        known = {PREFIX + name.upper() for name in cls.model_fields}
+        known = {CHAT_TOKEN, *(PREFIX + name.upper() for name in cls.model_fields)}
         for variable in os.environ:
             if variable.upper().startswith(PREFIX) and variable.upper() not in known:
                 hint = ""

@@ -136,6 +136,10 @@ class Reply:
 
         Without a connection the stop is sent with the next one.
         """
+        self.request_stop()
+
+    def request_stop(self) -> None:
+        """Do what :meth:`stop` does, from where nothing can be awaited, as in a signal handler."""
         if not self.over:
             self._stop(self)
 

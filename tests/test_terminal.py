@@ -1,0 +1,427 @@
+"""``wsserver chat``, in a real pseudo-terminal and through pipes."""
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+import wsserver
+from tests.support.line import Line
+from tests.support.puppet import BOUND, Puppet, until
+from wsserver import Code, ModelError
+from wsserver.cli import main
+from wsserver.terminal import safe
+
+CONVERSATION = "a-conversation-of-mine"
+
+# Python 3.12 warns of any fork beside threads, as that of a pseudo-terminal is.
+pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+
+
+class Terminal:
+    """A person at a terminal."""
+
+    def __init__(self, child: Any) -> None:
+        self.child = child
+
+    async def sees(self, text: str) -> str:
+        """Wait until a text is in sight; return what came before it."""
+        await asyncio.to_thread(self.child.expect_exact, text, timeout=BOUND)
+        return str(self.child.before)
+
+    async def ready(self) -> None:
+        """Wait until there is a prompt: it lets pasted text be told from typed text."""
+        await self.sees("\x1b[?2004h")
+
+    def types(self, text: str) -> None:
+        self.child.send(text)
+
+    async def leaves(self) -> int:
+        await asyncio.to_thread(self.child.expect, pexpect.EOF, timeout=BOUND)
+        await asyncio.to_thread(self.child.wait)
+        return int(self.child.exitstatus)
+
+
+@asynccontextmanager
+async def terminal(*arguments: str, **env: str) -> AsyncIterator[Terminal]:
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "wsserver", "chat", *arguments],
+        env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **env},
+        encoding="utf-8",
+        dimensions=(40, 200),
+        echo=False,
+        timeout=BOUND,
+    )
+    try:
+        yield Terminal(child)
+    finally:
+        await asyncio.to_thread(child.close, force=True)
+
+
+@asynccontextmanager
+async def once(*arguments: str, **env: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "wsserver", "chat", *arguments),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **env},
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def outcome(process: asyncio.subprocess.Process, given: str = "") -> tuple[int, str, str]:
+    async with asyncio.timeout(BOUND):
+        out, err = await process.communicate(given.encode())
+    assert process.returncode is not None
+    assert "Traceback" not in err.decode()
+    return process.returncode, out.decode(), err.decode()
+
+
+# In a terminal.
+
+
+async def test_a_talk(server: wsserver.Server, puppet: Puppet, tmp_path: Path) -> None:
+    async with terminal(server.url, XDG_STATE_HOME=str(tmp_path / "state")) as person:
+        await person.ready()
+        person.types("Tell me a story\r")
+        said = (await puppet.reply()).say("Once upon\n")
+        await person.sees("Once upon\r\n")
+        said.say("a time").end()
+        await person.sees("a time")
+        await person.ready()
+        person.types("Go on\r")
+        (await puppet.reply(1)).say("The end").end()
+        await person.sees("The end")
+        await person.ready()
+        person.types("\x04")
+        assert await person.leaves() == 0
+    shown = [m.content for m in puppet.replies[1].request.messages]
+    assert shown == ["Tell me a story", "Once upon\na time", "Go on"]
+    history = tmp_path / "state/wsserver/history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert stat.S_IMODE(history.parent.stat().st_mode) == 0o700
+    assert "Tell me a story" in history.read_text()
+
+
+async def test_what_was_typed_before_can_be_had_again(
+    server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    for number in range(2):
+        async with terminal(server.url, XDG_STATE_HOME=str(tmp_path)) as person:
+            await person.ready()
+            person.types("Tell me a story\r" if number == 0 else "\x1b[A\r")
+            reply = await puppet.reply(number)
+            assert reply.request.prompt == "Tell me a story"
+            reply.say("No").end()
+            await person.sees("No")
+
+
+async def test_what_is_pasted_is_one_prompt_of_many_lines(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("\x1b[200~one\ntwo\n\tthree\x1b[201~")
+        person.types("\x1b\rfour\r")
+        assert (await puppet.reply()).request.prompt == "one\ntwo\n\tthree\nfour"
+
+
+async def test_ctrl_c_stops_the_reply_and_not_the_program(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("Count\r")
+        said = (await puppet.reply()).say("one, two, ")
+        await person.sees("one, two, ")
+        person.child.sendintr()
+        await person.sees("[stopped]")
+        assert said.closed.is_set()
+        await person.ready()
+        person.types("Neversent")
+        await person.sees("Neversent")
+        person.types("\x03")
+        person.types("\x03")
+        await person.sees("[Ctrl-D leaves]")
+        person.types("Go on\r")
+        (await puppet.reply(1)).say("three").end()
+        await person.sees("three")
+        assert [m.content for m in puppet.replies[1].request.messages] == [
+            "Count",
+            "one, two, ",
+            "Go on",
+        ]
+
+
+async def test_a_lost_connection_is_seen_and_the_text_goes_on_exactly(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Line(server.port) as line, terminal(line.url) as person:
+        await person.ready()
+        person.types("Tell me a story\r")
+        said = (await puppet.reply()).say("Once ")
+        await person.sees("Once ")
+        line.cut()
+        await person.sees("[connection lost, trying again…]")
+        said.say("upon ")
+        line.mend()
+        await person.sees("[connected again]")
+        said.say("a time").end()
+        assert "Once" not in await person.sees("upon a time")
+
+
+async def test_an_error_is_told_in_words_and_when_to_try_again(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("Hi\r")
+        reply = (await puppet.reply()).say("Half")
+        reply.fail(ModelError(Code.OVERLOADED, retry_after=7))
+        await person.sees("Half")
+        await person.sees("overloaded")
+        await person.sees("try again in 7 s")
+        await person.ready()
+
+
+async def test_what_a_model_says_does_not_reach_the_terminal_as_orders(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("Hi\r")
+        (await puppet.reply()).say("a\x1b]0;owned\x07b\rc\x9b2Jd\u202ee\te\nf").end()
+        await person.sees(r"a\x1b]0;owned\x07b\rc\x9b2Jd\u202ee")
+        await person.sees("\r\nf")
+
+
+async def test_a_conversation_goes_on_and_shows_its_last_turns(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    arguments = (server.url, "--conversation", CONVERSATION)
+    async with terminal(*arguments) as person:
+        await person.sees("[a new conversation]")
+        person.types("Remember 7\r")
+        (await puppet.reply()).say("I \x1b[1mwill").end()
+        await person.sees("will")
+    async with terminal(*arguments) as person:
+        before = await person.sees(r"I \x1b[1mwill")
+        assert "> Remember 7" in before
+        person.types("Which?\r")
+        assert len((await puppet.reply(1)).request.messages) == 3
+
+
+async def test_alone_it_talks_to_the_demo() -> None:
+    async with terminal(WSSERVER_DEMO_RATE="0", WSSERVER_PORT="1") as person:
+        await person.sees("this is the demo model")
+        person.types("Hello\r")
+        await person.sees("You wrote: “Hello”")
+        await person.sees("start the server again.")
+        person.types("\x04")
+        assert await person.leaves() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, ünïcode 🧑‍🚀\n\ttab", "plain, ünïcode 🧑‍🚀\n\ttab"),
+        ("\x1b[2J\r\x00\x7f", r"\x1b[2J\r\x00\x7f"),
+        ("\x85\x9b", r"\x85\x9b"),
+        ("abc\u202edcb\u2066", r"abc\u202edcb\u2066"),
+    ],
+)
+def test_only_line_ends_and_tabs_are_obeyed(text: str, shown: str) -> None:
+    assert safe(text) == shown
+
+
+# Through pipes.
+
+
+async def test_once_gives_the_text_alone(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(
+        server.url, "--once", "Hi", "--system", "Be kind", "--conversation", CONVERSATION
+    ) as process:
+        reply = await puppet.reply()
+        reply.say("Héllo\x1b[1m\r\n", "you").end()
+        assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou", "")
+        assert reply.request.system == "Be kind"
+    assert ("anonymous", CONVERSATION) in server._hub._conversations
+
+
+async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(server.url, "--once", "-") as process:
+        assert process.stdin is not None
+        process.stdin.write("two\nlines 🦆\n".encode())
+        process.stdin.close()
+        reply = await puppet.reply()
+        assert reply.request.prompt == "two\nlines 🦆\n"
+        reply.say("x").end()
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read() == b"x"
+            assert await process.wait() == 0
+
+
+async def test_once_alone_needs_no_server() -> None:
+    async with once("--once", "Hello", WSSERVER_DEMO_RATE="0", WSSERVER_TOKEN_FILE="") as process:
+        code, out, err = await outcome(process)
+    assert (code, out[:23]) == (0, "This is the demo model:")
+    assert "demo" in err
+
+
+async def test_once_ends_with_1_after_an_error(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(server.url, "--once", "Hi") as process:
+        (await puppet.reply()).say("Half").fail(ModelError(Code.UNREACHABLE, "No \x1b[2J way."))
+        code, out, err = await outcome(process)
+    assert (code, out) == (1, "Half")
+    assert err == "wsserver: No \\x1b[2J way. (unreachable); try again\n"
+
+
+async def test_once_ends_with_1_where_there_is_no_server() -> None:
+    # Without the patience that it has for ten seconds.
+    async with once("ws://127.0.0.1:1/", "--once", "Hi") as process:
+        code, out, err = await outcome(process)
+    assert (code, out) == (1, "")
+    assert err.startswith("wsserver: cannot connect to ws://127.0.0.1:1/: ")
+    assert err.count("\n") == 1
+
+
+async def test_once_ends_with_130_after_ctrl_c_and_has_stopped(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with once(server.url, "--once", "Hi") as process:
+        said = (await puppet.reply()).say("Half")
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read(4) == b"Half"
+        process.send_signal(signal.SIGINT)
+        assert await outcome(process) == (130, "", "")
+        assert said.closed.is_set()
+
+
+async def test_once_ends_quietly_where_nobody_reads_on(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    read, write = os.pipe()
+    async with asyncio.timeout(BOUND):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "wsserver", "chat", server.url, "--once", "Hi"),
+            stdout=write,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(write)
+        reply = await puppet.reply()
+        os.close(read)
+        reply.say("into the void")
+        _, err = await process.communicate()
+        assert (process.returncode, err) == (1, b"")
+        await reply.closed.wait()
+
+
+async def test_the_token_comes_from_the_environment_or_a_flag(puppet: Puppet) -> None:
+    tokens = f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
+    async with wsserver.serve(puppet, port=0, tokens=tokens, drain_timeout=0) as server:
+        for number, (arguments, env) in enumerate(
+            [((), {"WSSERVER_CHAT_TOKEN": "good"}), (("--token", "good"), {})]
+        ):
+            async with once(server.url, "--once", "Hi", *arguments, **env) as process:
+                (await puppet.reply(number)).say("Ada").end()
+                assert await outcome(process) == (0, "Ada", "")
+        async with once(server.url, "--once", "Hi", WSSERVER_CHAT_TOKEN="bad") as process:
+            code, out, err = await outcome(process)
+        assert (code, out) == (1, "")
+        assert "token" in err
+        assert "bad" not in err
+
+
+async def test_a_private_server_serves_its_own_chat_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import json, sys\n"
+        "from websockets.sync.client import connect\n"
+        "import asyncio, gc, wsserver\n"
+        "def intrude():\n"
+        "    (server,) = [o for o in gc.get_objects() if isinstance(o, wsserver.Server)]\n"
+        "    with connect(server.url, proxy=None) as socket:\n"
+        '        socket.send(\'{"prompt": "Hi"}\')\n'
+        "        return json.loads(socket.recv())['code']\n"
+        "async def model(request):\n"
+        "    yield await asyncio.to_thread(intrude)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    async with once("--once", "Hi", "--model", "mine:model", PYTHONPATH=path) as process:
+        assert await outcome(process) == (0, "unauthenticated", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--once", " "], "empty"),
+        (["--once", "\udcff"], "UTF-8"),
+        (["--once", "Hi", "--conversation", "short"], "--conversation"),
+        (["http://localhost", "--once", "Hi"], "no address"),
+        (["--once", "Hi", "--model", "gpt"], "model"),
+        (["--colour", "red"], "--colour"),
+        ([], "no terminal"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["chat", *arguments])
+    captured = capsys.readouterr()
+    assert (exit_.value.code, captured.out) == (2, "")
+    assert captured.err.count("\n") == 1, captured.err
+    assert says in captured.err
+
+
+def test_help_says_which_way_a_token_is_safe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["chat", "--help"])
+    assert exit_.value.code == 0
+    assert "WSSERVER_CHAT_TOKEN" in capsys.readouterr().out
+
+
+def test_a_server_does_not_pay_for_the_terminal() -> None:
+    program = (
+        "import sys, json, wsserver.cli\n"
+        "print(json.dumps([m for m in sys.modules if m.partition('.')[0] == 'prompt_toolkit'"
+        " or m.startswith(('wsserver.terminal', 'wsserver.client'))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, timeout=BOUND
+    )
+    assert json.loads(done.stdout) == []
+
+
+async def test_the_servers_state_is_clean_after_a_talk(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("Count\r")
+        said = (await puppet.reply()).say("one")
+        await person.sees("one")
+        person.child.kill(signal.SIGKILL)
+        await until(lambda: not server._connections)
+        assert not said.closed.is_set(), "a terminal that died may come back"
