@@ -6,6 +6,7 @@ The table of settings is made here: ``UPDATE_DOCS=1 pytest tests/test_docs.py`` 
 import json
 import os
 import re
+import sys
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,8 @@ from websockets.exceptions import InvalidStatus
 
 import wsserver
 from tests.support.client import client
+from tests.support.process import run
+from tests.test_terminal import terminal
 from wsserver import Code, Settings
 from wsserver.protocol import Close, ServerFrame, StoppedBy, parse
 from wsserver.telemetry import Aborted, Refusal
@@ -139,10 +142,11 @@ def test_the_protocol_document_shows_both_directions() -> None:
 
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SERVER = "ws://localhost:3001"
 
 
 async def test_the_program_in_the_readme_runs() -> None:
-    program, _ = PROGRAMS
+    (program,) = [program for program in PROGRAMS if "wsserver.serve(shout" in program]
     source = program.replace("asyncio.sleep(0.2)", "asyncio.sleep(0)")
     names: dict[str, object] = {}
     exec(source.replace("asyncio.run(main())", ""), names)
@@ -153,7 +157,7 @@ async def test_the_program_in_the_readme_runs() -> None:
 
 
 async def test_the_authenticator_in_the_readme_lets_in_whom_it_says() -> None:
-    _, program = PROGRAMS
+    (program,) = [program for program in PROGRAMS if "by_cookie" in program]
     names: dict[str, Any] = {}
     exec(program, names)
     async with wsserver.serve("demo", authenticate=names["by_cookie"], port=0) as server:
@@ -162,6 +166,38 @@ async def test_the_authenticator_in_the_readme_lets_in_whom_it_says() -> None:
         with pytest.raises(InvalidStatus):
             async with client(server, additional_headers={"Cookie": "session=0000", "Via": "x"}):
                 raise AssertionError
+
+
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if "wsserver.serve" not in p])
+async def test_the_clients_in_the_readme_run(program: str) -> None:
+    assert SERVER in program
+    async with wsserver.serve("demo", port=0, demo_rate=0) as server:
+        async with run("-c", program.replace(SERVER, server.url)) as process:
+            assert await process.end() == 0
+    assert process.output.startswith("This is the demo model")
+    if "stop()" in program:
+        assert re.search(r"\n\[(stopped|end_turn), \d+ tokens\]\n$", process.output)
+
+
+async def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
+    section = README.partition("## In a terminal\n")[2].partition("```\n")[2].partition("```")[0]
+    commands = [line.partition("#")[0].strip() for line in section.splitlines()]
+    assert len(commands) == 3
+    async with wsserver.serve("demo", port=0, demo_rate=0) as server:
+        for command in commands:
+            line = command.replace(SERVER, server.url)
+            program = line.replace("wsserver chat", f"{sys.executable} -m wsserver chat")
+            if "--once" in command:
+                async with run("-c", f"import os; os.system({program!r})", cwd=tmp_path) as process:
+                    assert await process.end() == 0
+            else:
+                async with terminal(*line.split()[2:], WSSERVER_DEMO_RATE="0") as person:
+                    await person.ready()
+                    person.types("Hello\r")
+                    await person.sees("start the server again.")
+                    person.types("\x04")
+                    assert await person.leaves() == 0
+    assert (tmp_path / "story.txt").read_text().startswith("This is the demo model")
 
 
 def test_the_frames_in_the_readme_are_true() -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "run"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+OPEN_TIMEOUT = 5.0  # seconds after which a person takes an address for wrong
 TURNS_SHOWN = 6  # messages of a conversation that goes on
 
 # Those that change the direction of what follows: a text could look like another one.
@@ -164,6 +165,7 @@ class _Terminal:
                     url,
                     token=token,
                     conversation=options.conversation,
+                    open_timeout=OPEN_TIMEOUT,
                     on_state=self._show_state,
                 ) as self._chat,
             ):
