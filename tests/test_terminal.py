@@ -15,13 +15,16 @@ from typing import Any
 
 import pexpect
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import wsserver
 from tests.support.line import Line
 from tests.support.puppet import BOUND, Puppet, until
-from wsserver import Code, ModelError
+from wsserver import Code, End, ModelError
 from wsserver.cli import main
-from wsserver.terminal import safe
+from wsserver.terminal import Options, _Terminal, safe
 
 CONVERSATION = "a-conversation-of-mine"
 
@@ -251,6 +254,108 @@ async def test_alone_it_talks_to_the_demo() -> None:
 )
 def test_only_line_ends_and_tabs_are_obeyed(text: str, shown: str) -> None:
     assert safe(text) == shown
+
+
+# The same in this process, where its parts can be had hold of.
+
+
+@asynccontextmanager
+async def talk(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyncio.Task[int]]]:
+    """Talk without a terminal; yield what types, and the talk."""
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        talking = asyncio.ensure_future(_Terminal(Options(url=url, **options)).run(None))
+        try:
+            yield keys, talking
+        finally:
+            talking.cancel()
+            await asyncio.wait({talking}, timeout=BOUND)
+
+
+async def test_how_a_reply_ended_is_marked(
+    puppet: Puppet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = ""
+
+    def sees(text: str) -> bool:
+        nonlocal shown
+        shown += capsys.readouterr().out
+        return text in shown
+
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server, Line(server.port) as line:
+        async with talk(url=line.url, conversation=CONVERSATION) as (keys, talking):
+            await until(lambda: sees("[a new conversation]"))
+            keys.send_text(" \rOne\r")
+            (await puppet.reply()).say("x", End("max_tokens")).end()
+            await until(lambda: sees("[cut off, as it would be too long]"))
+            keys.send_text("Two\r")
+            (await puppet.reply(1)).say("y").fail(ModelError(Code.REFUSAL, "No."))
+            await until(lambda: sees("[No. (refusal)]"))
+            keys.send_text("Three\r")
+            (await puppet.reply(2)).say("z")
+            await until(lambda: sees("z"))
+            os.kill(os.getpid(), signal.SIGINT)
+            await until(lambda: sees("[stopped]"))
+            keys.send_text("Four\r")
+            four = (await puppet.reply(3)).say("still")
+            await until(lambda: sees("still"))
+            line.cut()
+            await until(lambda: sees("[connection lost, trying again…]"))
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.sleep(0)
+            await until(lambda: sees("[no longer waited for]"))
+            line.mend()
+            async with asyncio.timeout(BOUND):
+                await four.closed.wait()
+            keys.send_text("\x03\x04")
+            async with asyncio.timeout(BOUND):
+                assert await talking == 0
+        async with talk(url=server.url, conversation=CONVERSATION) as (keys, talking):
+            await until(lambda: sees("[not whole: client]"))
+            keys.send_text("Five\r")
+            five = (await puppet.reply(4)).say("never")
+            await until(lambda: sees("never"))
+            async with talk(url=server.url, conversation=CONVERSATION):
+                before = len(shown)  # it follows what runs there, from its beginning
+                five.say("theless")
+                await until(lambda: sees("theless") and "nevertheless" in shown[before:])
+            five.end()
+            keys.send_text("\x04")
+            async with asyncio.timeout(BOUND):
+                assert await talking == 0
+
+
+@pytest.mark.parametrize("end", ["end_turn", "max_tokens", "stopped", "failed", "ctrl-c"])
+async def test_once_tells_by_its_exit_code(
+    server: wsserver.Server, puppet: Puppet, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    asking = asyncio.ensure_future(_Terminal(Options(server.url, once="Hi")).run("Hi"))
+    reply = (await puppet.reply()).say("x")
+    if end == "stopped":
+        for generation in server._hub._live:
+            server._hub.stop(generation, "timeout")
+    elif end == "failed":
+        reply.fail(ModelError(Code.TIMEOUT))
+    elif end == "ctrl-c":
+        await until(reply.heard_out)
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        reply.say(End(end)).end()
+    async with asyncio.timeout(BOUND):
+        code = await asking
+    assert code == {"end_turn": 0, "max_tokens": 0, "ctrl-c": 130}.get(end, 1)
+    said = capsys.readouterr().err
+    assert {"end_turn": "", "max_tokens": "too long", "stopped": "timeout"}.get(end, "") in said
+
+
+async def test_ctrl_c_before_there_is_a_connection_leaves() -> None:
+    async with Line(1) as line:
+        line.cut()
+        opening = asyncio.ensure_future(_Terminal(Options(line.url, once="Hi")).run("Hi"))
+        await until(lambda: line.tried)
+        os.kill(os.getpid(), signal.SIGINT)
+        async with asyncio.timeout(BOUND):
+            assert await opening == 130
 
 
 # Through pipes.

@@ -240,12 +240,10 @@ class _Terminal:
             await self._show(self._chat.resume(name))
 
     async def _show(self, reply: Reply) -> None:
-        await self._print(reply, raw=False)
-        if not reply.over:
-            mark = "[no longer waited for]"
-        else:
-            mark = ""
-            try:
+        mark = ""
+        try:
+            await self._print(reply, raw=False)
+            if reply.over:
                 done = await reply.done()
                 if done.reason == "stopped":
                     mark = "[stopped]" if done.by == "client" else f"[stopped: {done.by}]"
@@ -253,8 +251,14 @@ class _Terminal:
                     mark = "[cut off, as it would be too long]"
                 if not done.saved:
                     mark += "[not saved]"
-            except ReplyError as error:
-                mark = f"[{_in_words(error)}]"
+            else:
+                mark = "[no longer waited for]"
+        except ReplyError as error:
+            mark = f"[{_in_words(error)}]"
+        except ConnectionFailed as failure:
+            if failure.final:
+                raise
+            mark = f"[{safe(str(failure))}]"
         if not self._new_line:
             self._write("\n")
         if mark:

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self, TypeVar
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from wsserver.client.dial import FINAL, Pause, Timeouts, Unreached, dial
+from wsserver.client.dial import FINAL, Pause, Timeouts, Unreached, dial, shown
 from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
 from wsserver.client.reply import Reply, Usage
 from wsserver.errors import Code
@@ -497,7 +497,9 @@ class Chat:
                 await asyncio.sleep(wait)
                 continue
             failure = ConnectionFailed(
-                f"cannot connect to {self._url}: {unreached}", status=unreached.status, final=False
+                f"cannot connect to {shown(self._url)}: {unreached}",
+                status=unreached.status,
+                final=False,
             )
             if not self._opened.done():
                 raise failure
@@ -644,6 +646,7 @@ class Chat:
             if reply.stopping:
                 self._send_stop(reply)
         if reply.over:
+            self._answered(name)
             del self._asked[name]
 
     def _answered(self, name: str) -> None:

@@ -7,6 +7,7 @@ random time, so that all clients of a server that restarted do not come back at 
 import ipaddress
 import math
 import random
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from websockets.typing import Subprotocol
 from wsserver.client.failures import ConnectionFailed
 from wsserver.protocol import SUBPROTOCOL, Close
 
-__all__ = ["FINAL", "Pause", "Timeouts", "Unreached", "dial"]
+__all__ = ["FINAL", "Pause", "Timeouts", "Unreached", "dial", "shown"]
 
 FINAL = frozenset(
     {Close.PROTOCOL_ERROR, Close.INVALID_DATA, Close.POLICY_VIOLATION, Close.MESSAGE_TOO_BIG}
@@ -39,6 +40,7 @@ PASSING = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 )
 SHORTEST, LONGEST = 0.5, 15.0  # seconds: bounds of the first pause, and of the last
+LONGEST_TOKEN = 8192  # characters, as the server has it
 LARGEST = 16 * 1024 * 1024  # bytes of a frame; the server sends less than 1 MiB at once
 
 
@@ -86,8 +88,10 @@ async def dial(url: str, token: str | None, timeouts: Timeouts) -> ClientConnect
         Unreached: not now.
         ConnectionFailed: never.
     """
-    if token is not None and not (token.isascii() and token.isprintable()):
-        raise ConnectionFailed("the token has characters that no token has")
+    if token is not None and not (
+        token.isascii() and token.isprintable() and len(token) <= LONGEST_TOKEN
+    ):
+        raise ConnectionFailed("the token is too long, or has characters that no token has")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
         return await open_socket(
@@ -113,8 +117,8 @@ async def dial(url: str, token: str | None, timeouts: Timeouts) -> ClientConnect
     except ssl.SSLCertVerificationError as error:
         reason = f"the server's certificate is not trusted: {error.verify_message}"
         raise ConnectionFailed(reason) from error
-    except (InvalidURI, UnicodeError) as error:
-        raise ConnectionFailed(f"{url!r} is no address of a WebSocket server") from error
+    except (InvalidURI, ValueError) as error:
+        raise ConnectionFailed(f"{shown(url)!r} is no address of a WebSocket server") from error
     except (OSError, TimeoutError, ProxyError, InvalidProxyStatus) as error:
         raise Unreached(_reason(error)) from error
     except InvalidHandshake as error:
@@ -122,6 +126,11 @@ async def dial(url: str, token: str | None, timeouts: Timeouts) -> ClientConnect
         if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
             raise Unreached("the connection was lost while it was opened") from error
         raise ConnectionFailed(f"this is no WebSocket server: {error}") from error
+
+
+def shown(url: str) -> str:
+    """Return an address as it may be shown: without a user's name and password."""
+    return re.sub(r"//[^/]*@", "//", url)
 
 
 def _reason(error: Exception) -> str:
