@@ -423,6 +423,19 @@ async def test_once_ends_with_130_after_ctrl_c_and_has_stopped(
         assert said.closed.is_set()
 
 
+async def test_a_reply_is_stopped_before_the_program_is_ended(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with once(server.url, "--once", "Hi") as process:
+        said = (await puppet.reply()).say("Half")
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read(4) == b"Half"
+        process.terminate()
+        assert await outcome(process) == (128 + signal.SIGTERM, "", "")
+        assert said.closed.is_set()
+
+
 async def test_once_ends_quietly_where_nobody_reads_on(
     server: wsserver.Server, puppet: Puppet
 ) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Options", "run"]
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
+SIGNALLED = 128  # and the number of the signal, as shells have it
 OPEN_TIMEOUT = 5.0  # seconds after which a person takes an address for wrong
 TURNS_SHOWN = 6  # messages of a conversation that goes on
 
@@ -71,7 +72,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Chat, and return the exit code: 0, 1 after an error, 130 after Ctrl-C.
+    """Chat, and return the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         ConfigError: it cannot be done as asked.
@@ -150,14 +151,19 @@ class _Terminal:
 
     async def run(self, prompt: str | None) -> int:
         options = self._options
-        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._on_interrupt)
-        opening = asyncio.current_task()
-        assert opening is not None
+        loop, talk = asyncio.get_running_loop(), asyncio.current_task()
+        assert talk is not None
+        ended_by = signal.SIGINT
 
-        def give_up() -> None:
-            opening.cancel()
+        def end(number: signal.Signals = signal.SIGINT) -> None:
+            nonlocal ended_by
+            ended_by = number
+            talk.cancel()
 
-        self._interrupt = give_up
+        loop.add_signal_handler(signal.SIGINT, self._on_interrupt)
+        for number in (signal.SIGTERM, signal.SIGHUP):  # replies are stopped before it ends
+            loop.add_signal_handler(number, end, number)
+        self._interrupt = end
         try:
             async with (
                 _server(options) as (url, token),
@@ -172,7 +178,7 @@ class _Terminal:
                 self._interrupt = None
                 return await (self._talk() if prompt is None else self._answer(prompt))
         except asyncio.CancelledError:
-            return INTERRUPTED
+            return SIGNALLED + ended_by
 
     def _on_interrupt(self) -> None:
         if self._interrupt is not None:

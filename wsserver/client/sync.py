@@ -24,6 +24,8 @@ __all__ = ["SyncChat", "SyncReply", "connect"]
 
 T = TypeVar("T")
 
+LAST_MOMENT = 5.0  # seconds for what was interrupted
+
 
 def connect(url: str, **settings: Any) -> "SyncChat":
     """Make a chat; it connects as its ``with`` is entered.
@@ -54,6 +56,8 @@ class _Loop:
             raise
 
     def close(self) -> None:
+        """End the thread, after what was interrupted in it has come to its end."""
+        asyncio.run_coroutine_threadsafe(_settle(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -175,6 +179,11 @@ class SyncChat:
 
     def _reply(self, ask: Callable[[], Reply]) -> SyncReply:
         return SyncReply(self._loop.run(_call(ask)), self._loop)
+
+
+async def _settle() -> None:
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=LAST_MOMENT)
 
 
 async def _call(function: Callable[[], T]) -> T:
