@@ -377,7 +377,7 @@ async def test_a_deletion_whose_answer_was_lost_is_done(
         await done(reply)
         line.deafen()
         deleting = asyncio.ensure_future(chat.delete(chat.conversation))
-        await until(lambda: not server._hub._conversations)
+        await until(lambda: not server._hub.conversations._known)
         line.cut()
         line.mend()
         await asyncio.wait_for(deleting, BOUND)

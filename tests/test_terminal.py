@@ -369,7 +369,7 @@ async def test_once_gives_the_text_alone(server: wsserver.Server, puppet: Puppet
         reply.say("Héllo\x1b[1m\r\n", "you").end()
         assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou", "")
         assert reply.request.system == "Be kind"
-    assert ("anonymous", CONVERSATION) in server._hub._conversations
+    assert ("anonymous", CONVERSATION) in server._hub.conversations._known
 
 
 async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet: Puppet) -> None:
