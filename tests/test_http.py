@@ -45,6 +45,20 @@ async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
     assert "default-src 'none'" in headers["content-security-policy"]
 
 
+async def test_the_client_is_served_once_for_as_long_as_it_stays_the_same(
+    server: wsserver.Server,
+) -> None:
+    request = "GET /client.js HTTP/1.1\nHost: localhost\n"
+    status, headers, body = await ask(server, f"{request}\n")
+    assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+    assert b"export function connect(" in body
+    tag = headers["etag"]
+    status, _, body = await ask(server, f'{request}If-None-Match: W/{tag}, "b"\n\n')
+    assert (status, body) == (304, b"")
+    status, headers, _ = await ask(server, f'{request}If-None-Match: "b"\n\n')
+    assert (status, headers["etag"]) == (200, tag)
+
+
 @pytest.mark.parametrize(
     ("request_line", "status", "header"),
     [
@@ -53,6 +67,8 @@ async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
         ("GET /healthz HTTP/1.0", 200, None),
         ("GET /nowhere HTTP/1.1", 404, None),
         ("GET /../etc/passwd HTTP/1.1", 404, None),
+        ("GET /client.js HTTP/1.1", 200, ("cache-control", "no-cache")),
+        ("POST /client.js HTTP/1.1", 405, ("allow", "get, head")),
         ("GET /ws HTTP/1.1", 426, ("upgrade", "websocket")),
         ("BREW / HTTP/1.1", 405, ("allow", "get, head")),
         ("GET / HTTP/1.1\nUpgrade: websocket\nUpgrade: h2c", 426, None),

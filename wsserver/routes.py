@@ -16,19 +16,21 @@ from wsserver.admission import bearer
 from wsserver.responses import respond
 from wsserver.telemetry import Metrics
 
-__all__ = ["Operations", "Page"]
+__all__ = ["Client", "Operations", "Page"]
+
+_WEB = importlib.resources.files("wsserver").joinpath("web")
 
 
 class Page:
-    """The page at ``/``, and the policy that lets it run its own script and no other."""
+    """The page at ``/``, and the policy that lets it run its own scripts and no others."""
 
     def __init__(self) -> None:
-        self._body = importlib.resources.files("wsserver").joinpath("web/index.html").read_bytes()
+        self._body = _WEB.joinpath("index.html").read_bytes()
         script = _hashes(self._body, b"script")
         style = _hashes(self._body, b"style")
         self._policy = (
-            f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
-            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            f"default-src 'none'; script-src {script} 'self'; style-src {style}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
 
     def respond(self) -> Response:
@@ -39,6 +41,28 @@ class Page:
             "text/html; charset=utf-8",
             {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"},
         )
+
+
+class Client:
+    """The client in JavaScript at ``/client.js``, which pages import."""
+
+    PATH = "/client.js"
+
+    def __init__(self) -> None:
+        self._body = _WEB.joinpath("client.js").read_bytes()
+        self._tag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+
+    def respond(self, headers: Mapping[str, str]) -> Response:
+        """Give it, unless the browser has this one already (RFC 9110 section 13.1.2).
+
+        Args:
+            headers: of the request, names in lower case.
+        """
+        known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
+        fresh = self._tag in known or "*" in known
+        status = HTTPStatus.NOT_MODIFIED if fresh else HTTPStatus.OK
+        body = b"" if fresh else self._body
+        return respond(status, body, "text/javascript; charset=utf-8", {"ETag": self._tag})
 
 
 def _hashes(page: bytes, tag: bytes) -> str:
