@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 TOOLS := .tools
 BIN := $(VENV)/bin
-WSCAT_VERSION := 6.1.0
+NPM_PACKAGES := wscat@6.1.0 ws@8.21.0 typescript@5.9.3 @types/react@19.2.2 @types/node@22.18.0 \
+	react@19.2.0 react-dom@19.2.0 esbuild@0.25.10
 ARGS ?=
 
 .PHONY: run test lint unit fast system clean
@@ -48,17 +49,18 @@ $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/run.stamp
 
-# What the tests drive for real: a browser, wscat from npm, nginx, and systemd's tools. Without
-# them, and without the right to install them, those tests are skipped; under CI=true they fail.
-system: $(TOOLS)/node_modules/.bin/wscat
+# What the tests drive for real: a browser, what npm has (wscat, and what the client in JavaScript is
+# tested with), nginx, and systemd's tools. Without them, and without the right to install them,
+# those tests are skipped; under CI=true they fail.
+system: $(TOOLS)/npm.stamp
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
 	@command -v openssl >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=openssl || true
 	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(MAKE) --no-print-directory nginx || true
 	@command -v systemd-analyze >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=systemd || true
 
-$(TOOLS)/node_modules/.bin/wscat:
+$(TOOLS)/npm.stamp: Makefile
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
-	@command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(TOOLS) wscat@$(WSCAT_VERSION) || true
+	@command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(TOOLS) $(NPM_PACKAGES) && touch $@ || true
 
 # Its package starts it on port 80, now and at each boot, which nobody asked for here.
 .PHONY: nginx

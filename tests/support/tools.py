@@ -1,4 +1,4 @@
-"""The programs that tests drive for real, such as a browser. `make system` installs them."""
+"""What tests drive for real, such as a browser. `make system` installs it."""
 
 import os
 import shutil
@@ -8,7 +8,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-__all__ = ["ROOT", "require_chromium", "require_nginx", "require_systemd", "require_wscat"]
+__all__ = [
+    "ROOT",
+    "require_chromium",
+    "require_nginx",
+    "require_node",
+    "require_npm_package",
+    "require_systemd",
+    "require_wscat",
+]
 
 
 def require_chromium() -> str:
@@ -35,6 +43,17 @@ def require_systemd(tool: str) -> str:
 def _which(name: str) -> str | None:
     # Not every user has the folders of what administrators use.
     return shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
+
+
+def require_node() -> str:
+    """Return its path. Where there is none, skip the test, or on CI fail it."""
+    return _require("node", shutil.which("node") or shutil.which("nodejs"))
+
+
+def require_npm_package(name: str) -> Path:
+    """Return its folder. Where it is not installed, skip the test, or on CI fail it."""
+    folder = ROOT / ".tools/node_modules" / name
+    return Path(_require(name, str(folder) if folder.is_dir() else None))
 
 
 def _require(name: str, path: str | None) -> str:

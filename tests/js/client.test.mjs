@@ -1,0 +1,568 @@
+// The client against a real server, whose model does what the prompts say.
+import assert from 'node:assert/strict'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join as path } from 'node:path'
+import { after, before, test } from 'node:test'
+import { connect, newId } from '../../wsserver/web/client.js'
+import { event, join, read, says, soon, Stage, state, until, WebSocket } from './stage.mjs'
+
+let stage
+before(() => { stage = new Stage() })
+after(() => stage.end())
+
+const rejects = (reply, expected) => assert.rejects(soon(reply.done, 'the end'), expected)
+
+test('a prompt gets its text, piece by piece, and how it ended', async (t) => {
+  const { chat } = await stage.serve(t)
+  const reply = chat.prompt('think hm; say Hel; wait a; say lo; wait b; end max_tokens')
+  const iterator = reply[Symbol.asyncIterator]()
+  assert.deepEqual(await soon(iterator.next()), { value: 'Hel', done: false })
+  const next = iterator.next()
+  await stage.release('a')
+  assert.deepEqual(await soon(next), { value: 'lo', done: false })
+  assert.equal(reply.ended, false)
+  await stage.release('b')
+  assert.deepEqual(await soon(iterator.next()), { value: undefined, done: true })
+  const { reason, by, usage, saved } = await reply.done
+  assert.deepEqual([reason, by, saved], ['max_tokens', undefined, true])
+  assert.equal(typeof usage.output_tokens, 'number')
+  assert.deepEqual([reply.text, reply.thinking, reply.model], ['Hello', 'hm', 'troupe'])
+  assert.match(reply.id, /^[0-9a-f]{32}$/)
+  assert.equal(reply.conversation, chat.conversation)
+  assert.equal(await read(reply), 'Hello') // from the beginning, as often as one likes
+  assert.equal(chat.replies.size, 0)
+})
+
+test('prompts go on in one conversation, and messages touch none', async (t) => {
+  const { chat } = await stage.serve(t)
+  await chat.prompt('say one').done
+  const second = chat.prompt('recall')
+  await soon(second.done)
+  assert.equal(second.text, 'say one | one')
+  const apart = chat.prompt([{ role: 'user', content: 'x' }, { role: 'assistant', content: 'y' }, { role: 'user', content: 'recall' }])
+  await soon(apart.done)
+  assert.deepEqual([apart.text, apart.conversation], ['x | y', undefined])
+  const elsewhere = chat.prompt('recall', { conversation: newId(), model: 'troupe', system: 'Be brief', maxTokens: 9, temperature: 1 })
+  await soon(elsewhere.done)
+  assert.equal(elsewhere.text, '')
+})
+
+test('an error tells what it is, and the iteration throws it after the text', async (t) => {
+  const { chat } = await stage.serve(t)
+  const reply = chat.prompt('say half; fail overloaded 7')
+  let text = ''
+  await assert.rejects(async () => { for await (const piece of reply) text += piece }, { name: 'ReplyError', code: 'overloaded' })
+  assert.equal(text, 'half')
+  await rejects(reply, (error) => {
+    assert.deepEqual([error.retryable, error.retryAfter], [true, 7])
+    assert.ok(error.message && error.ref && error.usage)
+    return true
+  })
+  await rejects(chat.prompt(' '), { code: 'invalid_frame', retryable: false })
+})
+
+test('a stop stops', async (t) => {
+  const { chat } = await stage.serve(t)
+  const reply = chat.prompt('say one; wait never')
+  await says(reply, 'one')
+  const result = await soon(reply.stop())
+  assert.deepEqual([result.reason, result.by], ['stopped', 'client'])
+  await stage.closed('say one; wait never')
+  assert.equal(await read(reply), 'one')
+  assert.equal(await reply.stop(), result) // harmless
+  const early = chat.prompt('wait never 2')
+  assert.equal((await soon(early.stop())).by, 'client')
+})
+
+test('a prompt that is stopped before there was a connection is never sent', async (t) => {
+  const { chat, sockets } = await stage.serve(t)
+  const reply = chat.prompt('say nothing')
+  assert.deepEqual(await soon(reply.stop()), { reason: 'stopped', by: 'client' })
+  await soon(chat.prompt('say x').done)
+  assert.equal(await stage.asked('say nothing'), 0)
+  assert.ok(!sockets[0].sent.some(({ type }) => type === 'stop'))
+})
+
+test('several at once do not mix; one conversation is busy, queues, or is interrupted', async (t) => {
+  const { chat } = await stage.serve(t)
+  const one = chat.prompt('say a; wait q1; say b'), conversation = newId()
+  const other = chat.prompt('say c; wait q2; say d', { conversation })
+  await says(one, 'a')
+  await says(other, 'c')
+  await rejects(chat.prompt('say no', { conversation }), { code: 'busy', retryable: true })
+  const queued = chat.prompt('say e', { conversation, onBusy: 'queue' })
+  await until(queued, ({ queued }) => queued === 1)
+  await stage.release('q2')
+  await soon(queued.done)
+  assert.equal(queued.queued, undefined)
+  const instead = chat.prompt('say f', { onBusy: 'interrupt' })
+  assert.equal((await soon(one.done)).by, 'replaced')
+  await soon(instead.done)
+  assert.deepEqual([one.text, other.text, queued.text, instead.text], ['a', 'cd', 'e', 'f'])
+})
+
+test('breaking off an iteration leaves the reply alone', async (t) => {
+  const { chat } = await stage.serve(t)
+  const reply = chat.prompt('say a; wait brk; say b')
+  for await (const _ of reply) break
+  await stage.release('brk')
+  await soon(reply.done)
+  assert.equal(reply.text, 'ab')
+})
+
+test('conversations are listed, opened, renamed and deleted', async (t) => {
+  const { chat } = await stage.serve(t, { settings: { store: 'memory:' } })
+  const first = chat.conversation
+  await soon(chat.prompt('say one').done)
+  const second = chat.prompt('say two', { conversation: newId() })
+  await soon(second.done)
+  assert.equal(await soon(chat.rename(first, 'Numbers')), undefined)
+  const page = await soon(chat.list({ limit: 1 }))
+  assert.deepEqual(page.items.map(({ id }) => id), [second.conversation])
+  const rest = await soon(chat.list({ before: page.next }))
+  assert.deepEqual([rest.items[0].title, rest.next], ['Numbers', undefined])
+  const history = await soon(chat.open(first))
+  assert.deepEqual(history.messages.map(({ role, content }) => [role, content]), [['user', 'say one'], ['assistant', 'one']])
+  assert.deepEqual([history.title, history.replies], ['Numbers', []])
+  await soon(chat.delete(first))
+  assert.notEqual(chat.conversation, first)
+  await assert.rejects(chat.open(first), { code: 'not_found' })
+  await assert.rejects(chat.rename(first, 'x'), { code: 'not_found' })
+  await assert.rejects(chat.delete(first), { code: 'not_found' })
+})
+
+test('a second tab sees what runs and what comes, and may stop it', async (t) => {
+  const { chat, url } = await stage.serve(t)
+  const first = chat.prompt('say a; wait tab; say b')
+  await says(first, 'a')
+  const { chat: tab } = join(t, url)
+  const [told, { replies: [reply] }] = await Promise.all([event(tab, 'history'), tab.open(first.conversation)])
+  assert.equal(told.replies[0], reply)
+  await says(reply, 'a')
+  assert.equal(reply.prompt, 'say a; wait tab; say b')
+  await stage.release('tab')
+  await soon(reply.done)
+  assert.equal(reply.text, 'ab')
+  const heard = event(tab, 'reply')
+  const next = chat.prompt('say c; wait never 3')
+  const followed = await heard
+  assert.deepEqual([followed.id, followed.prompt], [next.id, 'say c; wait never 3'])
+  await says(followed, 'c')
+  followed.stop()
+  assert.equal((await soon(next.done)).by, 'client')
+  // Its own is its own, though the conversation is open here.
+  const own = tab.prompt('say d; wait own; say e')
+  await says(own, 'd')
+  const again = await soon(tab.open(first.conversation))
+  assert.deepEqual(again.replies, [own])
+  await stage.release('own')
+  await soon(own.done)
+  assert.equal(own.text, 'de')
+})
+
+// Lost connections.
+
+const SCRIPT = 'think h; say one; say  two; think m; say  three'
+const LAST = 7 // frames: pong, start, five pieces or fewer merged ones, done
+
+for (const how of ['before', 'after']) {
+  for (let count = 1; count <= LAST; count++) {
+    test(`nothing is lost nor doubled if the connection is lost ${how} frame ${count}`, async (t) => {
+      let left = count
+      class Fragile extends WebSocket {
+        set onmessage(hear) {
+          let gone = false
+          super.onmessage = (event) => {
+            const last = --left === 0
+            if (!gone && !(last && how === 'before')) hear(event)
+            if (!last) return
+            gone = true // what else has come is lost as well
+            this.terminate()
+          }
+        }
+      }
+      const { chat, errors } = await stage.serve(t, { WebSocket: Fragile })
+      const prompt = `${SCRIPT}; say  ${how}${count}`
+      const reply = chat.prompt(prompt)
+      assert.equal(await soon(read(reply)), `one two three ${how}${count}`)
+      assert.equal(reply.thinking, 'hm')
+      assert.equal((await reply.done).reason, 'end_turn')
+      assert.equal(await stage.asked(prompt), 1)
+      assert.deepEqual(errors, [])
+    })
+  }
+}
+
+test('a reply goes on after each of many losses', async (t) => {
+  const { chat, line } = await stage.serve(t)
+  const reply = chat.prompt('say 0; wait l0; say 1; wait l1; say 2; wait l2; say 3')
+  const other = chat.prompt('think t; wait l1; say x', { conversation: newId() })
+  for (let n = 0; n < 3; n++) {
+    await says(reply, '0123'.slice(0, n + 1))
+    await line('cut')
+    await stage.release(`l${n}`)
+    await line('mend')
+  }
+  await soon(reply.done)
+  await soon(other.done)
+  assert.deepEqual([reply.text, other.text, other.thinking], ['0123', 'x', 't'])
+})
+
+test('a second tab goes on as well, and is told what it has missed', async (t) => {
+  const { chat, port, line } = await stage.serve(t)
+  await line('cut')
+  const { chat: speaker } = join(t, `http://127.0.0.1:${port}/`) // by another way
+  await soon(speaker.prompt('say first').done)
+  await line('mend')
+  await soon(chat.open(speaker.conversation))
+  const running = speaker.prompt('say a; wait tabs; say b')
+  const seen = await event(chat, 'reply')
+  await says(seen, 'a')
+  await line('cut')
+  const told = event(chat, 'history')
+  await stage.release('tabs')
+  await soon(running.done)
+  await soon(speaker.prompt('say meanwhile').done)
+  await line('mend')
+  const { messages, replies } = await told
+  assert.equal(messages.at(-1).content, 'meanwhile')
+  await soon(seen.done)
+  assert.equal(seen.text, 'ab')
+  assert.deepEqual(replies, [])
+})
+
+test('a second tab goes on with what still runs without doubling it', async (t) => {
+  const { chat, port, line } = await stage.serve(t)
+  const { chat: speaker } = join(t, `ws://127.0.0.1:${port}/`)
+  const running = speaker.prompt('say a; wait still1; say b; wait still2; say c')
+  await says(running, 'a')
+  const { replies: [seen] } = await soon(chat.open(speaker.conversation))
+  await says(seen, 'a')
+  await line('cut')
+  await stage.release('still1')
+  await says(running, 'ab')
+  await line('mend')
+  await says(seen, 'ab')
+  await stage.release('still2')
+  await soon(seen.done)
+  assert.equal(seen.text, 'abc')
+})
+
+test('what is asked without a connection is sent later, once', async (t) => {
+  const { chat, line } = await stage.serve(t)
+  await state(chat, 'open')
+  await line('cut')
+  await state(chat, 'waiting')
+  const reply = chat.prompt('say later'), listed = chat.list()
+  await line('mend')
+  await soon(reply.done)
+  assert.equal(await stage.asked('say later'), 1)
+  assert.ok((await soon(listed)).items)
+})
+
+test('a prompt whose fate is unknown is sent again and paid for once', async (t) => {
+  const { chat, line, sockets } = await stage.serve(t)
+  await state(chat, 'open')
+  await line('deafen')
+  const reply = chat.prompt('say once; wait deaf; say  more')
+  const deleted = chat.delete(newId())
+  await soon((async () => { while (!await stage.asked(reply.prompt)); })())
+  await line('cut')
+  await line('mend')
+  await says(reply, 'once')
+  await stage.release('deaf')
+  await soon(reply.done)
+  assert.deepEqual([reply.text, await stage.asked(reply.prompt)], ['once more', 1])
+  const prompts = sockets.flatMap(({ sent }) => sent).filter(({ type }) => type === 'prompt')
+  assert.equal(prompts.length, 2)
+  assert.deepEqual(prompts[0], prompts[1])
+  await soon(deleted) // it is not there after the second attempt, and may have been before
+})
+
+test('a stop without a connection holds here at once and there later', async (t) => {
+  const { chat, line, errors } = await stage.serve(t)
+  const reply = chat.prompt('say a; wait never 4')
+  await says(reply, 'a')
+  await soon(chat.open(reply.conversation))
+  await line('cut')
+  await state(chat, 'waiting')
+  const seen = []
+  chat.on('reply', (other) => seen.push(other))
+  assert.deepEqual(await soon(reply.stop()), { reason: 'stopped', by: 'client' })
+  await line('mend')
+  await stage.closed(reply.prompt)
+  await soon(chat.prompt('say b', { onBusy: 'queue' }).done)
+  assert.deepEqual([seen, errors], [[], []])
+})
+
+test('a stop whose answer is lost ends the reply as well', async (t) => {
+  const { chat, line } = await stage.serve(t)
+  const reply = chat.prompt('say a; wait never 5')
+  await says(reply, 'a')
+  await line('deafen')
+  reply.stop()
+  await stage.closed(reply.prompt)
+  await line('cut')
+  assert.equal((await soon(reply.done)).by, 'client')
+  await line('mend')
+  await soon(chat.prompt('say b').done)
+})
+
+test('another client goes on with a reply, from anywhere in it', async (t) => {
+  const { chat, url } = await stage.serve(t)
+  const reply = chat.prompt('say a; say b; wait c; say c')
+  await says(reply, 'ab')
+  const { chat: other } = join(t, url)
+  const whole = other.resume(reply.id), { chat: third } = join(t, url)
+  const rest = third.resume(reply.id, { after: 1 })
+  await says(rest, 'b')
+  await soon(third.open(reply.conversation))
+  await stage.release('c')
+  await soon(Promise.all([whole.done, rest.done]))
+  assert.deepEqual([whole.text, rest.text], ['abc', 'bc'])
+  await rejects(other.resume(newId()), { code: 'not_found' })
+})
+
+for (const lost of ['', ' more']) {
+  test(`a server that dies with ${lost ? 'the last text' : 'nothing'} unsaved is not the end`, async (t) => {
+    const folder = await mkdtemp(path(tmpdir(), 'stage-'))
+    t.after(() => rm(folder, { recursive: true }))
+    const settings = { store: `sqlite:///${folder}/s`, save_interval: 0.01 }
+    const doomed = new Stage(), next = new Stage()
+    t.after(() => next.end())
+    const { server, port } = await doomed.tell('serve', { settings })
+    const { chat, errors } = join(t, `ws://127.0.0.1:${port}/`)
+    const reply = chat.prompt('say half; wait jam; say  more; wait never 6')
+    await says(reply, 'half')
+    await doomed.tell('saved', { server, reply: reply.id, pieces: 1 })
+    if (lost) {
+      await doomed.tell('jam', { server })
+      await doomed.release('jam')
+      await says(reply, `half${lost}`)
+    }
+    await doomed.end('SIGKILL')
+    await next.tell('serve', { settings: { ...settings, port } })
+    await rejects(reply, { code: 'interrupted', retryable: true })
+    assert.equal(reply.text, `half${lost}`) // what was shown is not taken back
+    const { messages } = await soon(chat.open(reply.conversation))
+    assert.deepEqual(messages.slice(1).map(({ content, partial }) => [content, partial]), [['half', 'interrupted']])
+    await soon(chat.prompt('say again').done)
+    assert.deepEqual(errors, [])
+  })
+}
+
+test('a restart is waited for, and prompts with it', async (t) => {
+  const { chat, port, url, server } = await stage.serve(t)
+  const reply = chat.prompt('say a; wait never 7')
+  await says(reply, 'a')
+  await stage.tell('close', { server })
+  assert.equal((await soon(reply.done)).by, 'shutdown')
+  const later = chat.prompt('say b')
+  const { server: __ } = await stage.tell('serve', { settings: { port } })
+  assert.ok(url)
+  await soon(later.done)
+})
+
+test('pauses are random below a bound that doubles up to a limit', async (t) => {
+  const pauses = [], { random } = Math
+  t.after(() => { Math.random = random })
+  t.mock.timers.enable({ apis: ['setTimeout'] })
+  class Refused { constructor() { throw new Error('refused') } }
+  const bounds = []
+  Math.random = () => 0.5
+  const { chat } = join(t, 'ws://localhost:1/', { WebSocket: Refused, firstPause: 500, longestPause: 15_000 })
+  for (let n = 0; n < 7; n++) {
+    await new Promise((resolve) => { setImmediate(resolve) })
+    let waited = 0
+    while (chat.state === 'waiting') { t.mock.timers.tick(125); waited += 125 }
+    pauses.push(waited)
+    bounds.push(Math.min(15_000, 500 * 2 ** n) / 2)
+  }
+  assert.deepEqual(pauses, bounds.map((pause) => Math.ceil(pause / 125) * 125))
+})
+
+test('a connection that is dead is noticed', async (t) => {
+  const { chat, line, sockets } = await stage.serve(t, { heartbeat: 50 })
+  const reply = chat.prompt('say a; wait dead; say b')
+  await says(reply, 'a')
+  await line('deafen')
+  await state(chat, 'waiting')
+  await line('cut')
+  await line('mend')
+  await stage.release('dead')
+  await soon(reply.done)
+  assert.equal(reply.text, 'ab')
+  assert.ok(sockets.length > 1)
+})
+
+test('a page that slept gives its connection another chance', async (t) => {
+  t.mock.timers.enable({ apis: ['setTimeout'] })
+  let clock = 0
+  t.mock.method(Date, 'now', () => clock)
+  let socket
+  class Fake {
+    constructor() { socket = this; this.pings = 0 }
+    send() { this.pings++ }
+    close() {}
+    answer() { this.onmessage({ data: '{"type":"pong"}' }) }
+  }
+  const begin = async () => {
+    const chat = connect('ws://localhost:1/', { WebSocket: Fake })
+    await Promise.resolve()
+    await Promise.resolve()
+    socket.onopen()
+    return chat
+  }
+  const wake = (asleep) => { clock += 15_000 + asleep; t.mock.timers.tick(15_000) }
+  const chat = await begin()
+  wake(0)
+  assert.equal(chat.state, 'waiting') // awake, and not answered
+  chat.close()
+  const other = await begin()
+  for (let n = 0; n < 3; n++) {
+    wake(45_000) // as in the background, where timers are rare
+    assert.deepEqual([other.state, socket.pings], ['open', 2 * n + 2])
+    socket.answer()
+    wake(45_000)
+  }
+  wake(45_000)
+  assert.equal(other.state, 'open')
+  wake(45_000)
+  assert.equal(other.state, 'waiting') // twice in a row
+  other.close()
+})
+
+// Who the client is.
+
+test('it says who it is first, and a token that is not good is not tried again', async (t) => {
+  const { chat, sockets, connections } = await stage.serve(t, { tokens: { good: ['ada', null] }, token: 'bad' })
+  const reply = chat.prompt('say hello')
+  await state(chat, 'unauthenticated')
+  assert.equal(sockets[0].sent[0].type, 'auth')
+  assert.equal(await connections(), 1)
+  assert.equal(reply.ended, false)
+  chat.setToken('good')
+  await soon(reply.done)
+  assert.deepEqual([reply.text, sockets.length], ['hello', 2])
+})
+
+test('a function is asked for each token, and again before it expires', async (t) => {
+  let asked = 0
+  const token = async () => `t${++asked}`
+  const tokens = { t1: ['ada', 11], t2: ['ada', null], t3: ['ada', null] }
+  const { chat, sockets, line } = await stage.serve(t, { tokens, token })
+  await soon(chat.prompt('say a').done)
+  const renewed = await event(chat, 'message', ({ type }) => type === 'authenticated')
+  assert.deepEqual([renewed.expires, asked, sockets.length], [undefined, 2, 1])
+  await line('cut')
+  await line('mend')
+  await soon(chat.prompt('say b').done)
+  assert.ok(asked >= 3)
+})
+
+test('a token that has expired is replaced where there is another', async (t) => {
+  const tokens = { short: ['ada', 0.3], long: ['ada', null] }
+  let asked = 0
+  const { chat, sockets } = await stage.serve(t, { tokens, token: () => (asked++ ? 'long' : 'short') })
+  const reply = chat.prompt('say a; wait exp; say b')
+  await says(reply, 'a')
+  await event(chat, 'state', ({ reason }) => reason === 'unauthenticated')
+  await stage.release('exp')
+  await soon(reply.done)
+  assert.deepEqual([reply.text, sockets.length], ['ab', 2])
+})
+
+test('a token for somebody else begins a new connection', async (t) => {
+  const { chat, sockets } = await stage.serve(t, { tokens: { one: ['ada', null], two: ['bob', null] }, token: 'one' })
+  await soon(chat.prompt('say a').done)
+  chat.setToken('two')
+  await state(chat, 'waiting')
+  await soon(chat.prompt('say b').done)
+  assert.equal(sockets.length, 2)
+})
+
+test('a token that cannot be had is asked for again', async (t) => {
+  let asked = 0
+  const token = async () => { if (++asked < 3) throw new Error('offline'); return 'late' }
+  const { chat } = await stage.serve(t, { tokens: { late: ['ada', null] }, token })
+  await soon(chat.prompt('say a').done)
+  assert.equal(asked, 3)
+})
+
+// Close codes.
+
+test('an idle connection is closed, and made again when something is asked', async (t) => {
+  const { chat, sockets, dismiss } = await stage.serve(t)
+  await soon(chat.prompt('say a').done)
+  await dismiss(1000, 'idle')
+  await state(chat, 'idle')
+  assert.equal(sockets.length, 1)
+  await soon(chat.prompt('say b').done)
+  await dismiss(1000, 'idle')
+  await state(chat, 'idle')
+  assert.ok((await soon(chat.list())).items)
+  assert.equal(sockets.length, 3)
+})
+
+for (const code of [1002, 1007, 1008]) {
+  test(`after ${code} it does not come back`, async (t) => {
+    const { chat, dismiss, connections } = await stage.serve(t)
+    const reply = chat.prompt(`say a; wait never ${code}`)
+    await says(reply, 'a')
+    const told = event(chat, 'state')
+    await dismiss(code, 'enough')
+    assert.deepEqual(await told, { state: 'closed', code, reason: 'enough' })
+    await rejects(reply, { code: 'closed' })
+    await rejects(chat.prompt('say b'), { code: 'closed' })
+    await assert.rejects(chat.list(), { code: 'closed' })
+    assert.equal(await connections(), 1)
+  })
+}
+
+for (const code of [1011, 1012, 1013]) {
+  test(`after ${code} it comes back`, async (t) => {
+    const { chat, dismiss } = await stage.serve(t)
+    const reply = chat.prompt(`say a; wait on ${code}; say b`)
+    await says(reply, 'a')
+    await dismiss(code)
+    await state(chat, 'waiting')
+    await stage.release(`on ${code}`)
+    await soon(reply.done)
+    assert.equal(reply.text, 'ab')
+  })
+}
+
+test('a message that is too long fails alone', async (t) => {
+  const { chat } = await stage.serve(t)
+  const other = chat.prompt('say a; wait long; say b')
+  await says(other, 'a')
+  const long = chat.prompt('x'.repeat(100_000), { conversation: newId() })
+  await rejects(long, { code: 'too_long' })
+  await stage.release('long')
+  await soon(other.done)
+  assert.equal(other.text, 'ab')
+})
+
+test('what is closed is closed', async (t) => {
+  const { chat, sockets } = await stage.serve(t)
+  const reply = chat.prompt('say a; wait never 8')
+  await says(reply, 'a')
+  chat.close()
+  assert.equal(chat.state, 'closed')
+  await rejects(reply, { code: 'closed' })
+  await rejects(chat.resume(reply.id), { code: 'closed' })
+  assert.equal(sockets.length, 1)
+})
+
+test('frames of unknown types are passed on and change nothing', async (t) => {
+  const { chat, sockets, frames } = await stage.serve(t)
+  const reply = chat.prompt('say a; wait odd; say b')
+  await says(reply, 'a')
+  sockets[0].onmessage({ data: JSON.stringify({ type: 'weather', id: reply.id, seq: 99, text: 'sun' }) })
+  sockets[0].onmessage({ data: JSON.stringify({ type: 'token', id: newId(), seq: 1, text: 'whose?' }) })
+  await stage.release('odd')
+  await soon(reply.done)
+  assert.equal(reply.text, 'ab')
+  assert.ok(frames.some(({ type }) => type === 'weather'))
+})

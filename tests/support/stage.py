@@ -1,0 +1,169 @@
+"""Servers for programs that are not in Python: orders come as lines of JSON, and so do answers.
+
+``python -m tests.support.stage``. The model takes each prompt for a script, such as
+``say one; think hm; wait GATE; say two; end max_tokens`` or ``say half; fail overloaded 7``.
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import wsserver
+from tests.support.line import Line
+from tests.support.puppet import BOUND
+from wsserver import Code, End, Handshake, ModelError, Principal, Request, Thinking
+
+__all__ = ["Stage", "Troupe"]
+
+
+class Troupe:
+    """A model that does what prompts say.
+
+    Attributes:
+        asked: how often it was asked, by prompt.
+        closed: how many of those requests were closed, by prompt.
+    """
+
+    name = "troupe"
+
+    def __init__(self) -> None:
+        self.asked: dict[str, int] = {}
+        self.closed: dict[str, asyncio.Semaphore] = {}
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def gate(self, name: str) -> asyncio.Event:
+        return self.gates.setdefault(name, asyncio.Event())
+
+    def closings(self, prompt: str) -> asyncio.Semaphore:
+        return self.closed.setdefault(prompt, asyncio.Semaphore(0))
+
+    async def __call__(self, request: Request, /) -> AsyncGenerator[str | End]:
+        prompt = request.prompt
+        self.asked[prompt] = self.asked.get(prompt, 0) + 1
+        try:
+            for line in prompt.split("; "):
+                word, _, rest = line.partition(" ")
+                match word:
+                    case "say":
+                        yield rest
+                    case "think":
+                        yield Thinking(rest)
+                    case "recall":  # what has been said before
+                        yield " | ".join(m.content for m in request.messages[:-1])
+                    case "wait":
+                        await self.gate(rest).wait()
+                    case "end":
+                        yield End(rest)
+                    case "fail":
+                        code, _, after = rest.partition(" ")
+                        raise ModelError(
+                            Code[code.upper()], retry_after=float(after) if after else None
+                        )
+        finally:
+            self.closings(prompt).release()
+
+
+class Stage:
+    """Serves, and does what it is told."""
+
+    def __init__(self) -> None:
+        self._troupe = Troupe()
+        self._servers: list[tuple[wsserver.Server, contextlib.AsyncExitStack, Line]] = []
+        self._tokens: dict[str, tuple[str, float | None]] = {}
+
+    async def do_serve(
+        self, settings: Mapping[str, Any], tokens: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any]:
+        """Start a server, behind a line; ``tokens`` are names and lives in seconds, or None."""
+        stack = contextlib.AsyncExitStack()
+        given = {"port": 0, "drain_timeout": 0.0, **settings}
+        if tokens is not None:
+            self._tokens.update(tokens)
+            given["authenticate"] = self._identify
+        server = await stack.enter_async_context(wsserver.serve(self._troupe, **given))
+        line = await stack.enter_async_context(Line(server.port))
+        self._servers.append((server, stack, line))
+        return {"server": len(self._servers) - 1, "url": line.url, "port": server.port}
+
+    async def _identify(self, token: str | None, _: Handshake) -> Principal | None:
+        name, life = self._tokens.get(token or "", ("", None))
+        return Principal(name, None if life is None else time.time() + life) if name else None
+
+    async def do_close(self, server: int) -> None:
+        await self._servers[server][0].close()
+
+    async def do_line(self, server: int, how: str) -> None:
+        getattr(self._servers[server][2], how)()
+
+    async def do_dismiss(self, server: int, code: int, reason: str) -> None:
+        """Close all sockets."""
+        for socket in tuple(self._servers[server][0]._sockets):
+            await socket.close(code, reason)
+
+    async def do_release(self, gate: str) -> None:
+        self._troupe.gate(gate).set()
+
+    async def do_asked(self, prompt: str) -> int:
+        return self._troupe.asked.get(prompt, 0)
+
+    async def do_closed(self, prompt: str) -> None:
+        """Wait until a request for it is closed."""
+        await self._troupe.closings(prompt).acquire()
+
+    async def do_saved(self, server: int, reply: str, pieces: int) -> None:
+        """Wait until so much of a reply is in the store."""
+        store = self._servers[server][0]._store
+        async with asyncio.timeout(BOUND):
+            while (found := await store.find(reply, "anonymous", 0)) is None or (
+                len(found.pieces) < pieces
+            ):
+                pass
+
+    async def do_jam(self, server: int) -> None:
+        """Have the store save nothing any more."""
+
+        async def never(*_: object) -> None:
+            await asyncio.Event().wait()
+
+        self._servers[server][0]._store.commit = never  # type: ignore[assignment]
+
+    async def do_connections(self, server: int) -> int:
+        """Tell how many connections have been tried."""
+        return self._servers[server][2].tried
+
+    async def obey(self, order: dict[str, Any]) -> None:
+        number, what = order.pop("n"), order.pop("do")
+        try:
+            answer = {"n": number, "answer": await getattr(self, f"do_{what}")(**order)}
+        except Exception as error:  # noqa: BLE001
+            answer = {"n": number, "error": repr(error)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+    async def leave(self) -> None:
+        for server, stack, _ in self._servers:
+            server.hurry()
+            await stack.aclose()
+
+
+async def main() -> None:
+    stage = Stage()
+    orders = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(orders), sys.stdin
+    )
+    async with asyncio.TaskGroup() as group:
+        tasks = set()
+        async for line in orders:
+            tasks.add(group.create_task(stage.obey(json.loads(line))))
+        for task in tasks:
+            task.cancel()
+    await stage.leave()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,106 @@
+"""The client in JavaScript: its types, its own tests under Node, and what every client must do."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+import wsserver
+from tests.support.conformance import EXCHANGES, Seen, play
+from tests.support.line import Line
+from tests.support.puppet import Puppet
+from tests.support.tools import ROOT, require_node, require_npm_package
+
+
+async def succeed(*command: str) -> None:
+    """Run a program; fail with all that it says if it does."""
+    program = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        said, _ = await program.communicate()
+    finally:
+        if program.returncode is None:
+            program.kill()
+            await program.wait()
+    assert program.returncode == 0, said.decode()
+
+
+async def test_its_types_are_sound() -> None:
+    await succeed(
+        require_node(), str(require_npm_package("typescript") / "bin/tsc"), "-p", "tests/js"
+    )
+
+
+@pytest.mark.timeout(180)  # each wait in there is bounded by itself
+async def test_it_does_what_its_tests_ask() -> None:
+    require_npm_package("ws")
+    await succeed(require_node(), "--test", "tests/js/client.test.mjs")
+
+
+class Script:
+    """A driver that is a program of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def tell(self, what: str, **keys: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"do": what, **keys}).encode() + b"\n")
+        return json.loads(await self._process.stdout.readline())
+
+    async def prompt(self, reply: str, text: str, conversation: str, on_busy: str) -> None:
+        await self.tell(
+            "prompt", reply=reply, text=text, conversation=conversation, on_busy=on_busy
+        )
+
+    async def stop(self, reply: str) -> None:
+        await self.tell("stop", reply=reply)
+
+    async def resume(self, reply: str, of: str | None, named: str | None) -> None:
+        await self.tell("resume", reply=reply, of=of, named=named)
+
+    async def seen(self, reply: str) -> Seen:
+        seen: Seen = await self.tell("seen", reply=reply)
+        return seen
+
+    async def request(self, kind: str, **keys: str) -> Any:
+        return await self.tell("request", kind=kind, **keys)
+
+    async def mended(self) -> None:
+        """It connects by itself."""
+
+
+@asynccontextmanager
+async def script(url: str) -> AsyncIterator[Script]:
+    require_npm_package("ws")
+    process = await asyncio.create_subprocess_exec(
+        require_node(),
+        str(ROOT / "tests/js/driver.mjs"),
+        url,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield Script(process)
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+async def test_it_conforms(name: str, server: wsserver.Server, puppet: Puppet) -> None:
+    async with Line(server.port) as line, script(line.url) as driver:
+        await play(EXCHANGES[name], driver, puppet, line)
+        assert await driver.tell("close") == []
