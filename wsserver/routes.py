@@ -30,7 +30,8 @@ class Page:
         style = _hashes(self._body, b"style")
         self._policy = (
             f"default-src 'none'; script-src {script} 'self'; style-src {style}; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
         )
 
     def respond(self) -> Response:
