@@ -37,6 +37,7 @@ async def succeed(*command: str) -> None:
 
 
 async def test_its_types_are_sound() -> None:
+    require_npm_package("@types/react")
     await succeed(
         require_node(), str(require_npm_package("typescript") / "bin/tsc"), "-p", "tests/js"
     )
