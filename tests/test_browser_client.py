@@ -368,3 +368,4 @@ async def test_the_hook_goes_on_where_another_page_is(
     await end(page, 2)
     line.mend()
     await expect(messages).to_have_text(["First", "done", "Second", "one two", "Third", "missed"])
+    await expect(page.get_by_role("alert")).to_have_count(0)

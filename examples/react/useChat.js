@@ -66,7 +66,9 @@ export function useChat({ url, token, conversation }) {
       setMessages(messages.map(({ id = '', role, content, partial }) => ({ id, role, content, partial })))
       for (const reply of replies) show(reply)
     })
-    if (conversation !== undefined) current.open(conversation).catch(setError)
+    if (conversation !== undefined) {
+      current.open(conversation).catch((error) => { if (error.code !== 'closed') setError(error) })
+    }
     return () => current.close()
   }, [url, conversation, show])
 

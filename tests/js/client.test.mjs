@@ -4,8 +4,8 @@ import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join as path } from 'node:path'
 import { after, before, test } from 'node:test'
-import { connect, newId } from '../../wsserver/web/client.js'
-import { event, join, read, says, soon, Stage, state, until, WebSocket } from './stage.mjs'
+import { newId } from '../../wsserver/web/client.js'
+import { event, join, passed, read, says, soon, Stage, state, until, WebSocket } from './stage.mjs'
 
 let stage
 before(() => { stage = new Stage() })
@@ -27,7 +27,7 @@ test('a prompt gets its text, piece by piece, and how it ended', async (t) => {
   const { reason, by, usage, saved } = await reply.done
   assert.deepEqual([reason, by, saved], ['max_tokens', undefined, true])
   assert.equal(typeof usage.output_tokens, 'number')
-  assert.deepEqual([reply.text, reply.thinking, reply.model], ['Hello', 'hm', 'troupe'])
+  assert.deepEqual([reply.text, reply.thinking, reply.model, reply.seq], ['Hello', 'hm', 'troupe', 3])
   assert.match(reply.id, /^[0-9a-f]{32}$/)
   assert.equal(reply.conversation, chat.conversation)
   assert.equal(await read(reply), 'Hello') // from the beginning, as often as one likes
@@ -46,6 +46,9 @@ test('prompts go on in one conversation, and messages touch none', async (t) => 
   const elsewhere = chat.prompt('recall', { conversation: newId(), model: 'troupe', system: 'Be brief', maxTokens: 9, temperature: 1 })
   await soon(elsewhere.done)
   assert.equal(elsewhere.text, '')
+  const broken = chat.prompt('say 🦆\ud83d', { conversation: newId() })
+  await soon(broken.done)
+  assert.equal(broken.text, '🦆\ufffd')
 })
 
 test('an error tells what it is, and the iteration throws it after the text', async (t) => {
@@ -249,6 +252,22 @@ test('a second tab goes on with what still runs without doubling it', async (t) 
   assert.equal(seen.text, 'abc')
 })
 
+test('what is asked again after a loss is asked no faster than the server allows', async (t) => {
+  const { chat, line } = await stage.serve(t, {
+    settings: { frame_burst: 4, frame_rate: 50, generations_per_socket: 10 },
+  })
+  const ask = (n) => chat.prompt(`say ${n}; wait rate; say !`, { conversation: newId() })
+  const replies = [ask(0), ask(1), ask(2)]
+  await Promise.all(replies.map((reply, n) => says(reply, `${n}`)))
+  await line('cut')
+  await state(chat, 'waiting')
+  replies.push(ask(3), ask(4), ask(5))
+  await line('mend')
+  await Promise.all(replies.map((reply, n) => says(reply, `${n}`)))
+  await stage.release('rate')
+  await Promise.all(replies.map((reply, n) => says(reply, `${n}!`)))
+})
+
 test('what is asked without a connection is sent later, once', async (t) => {
   const { chat, line } = await stage.serve(t)
   await state(chat, 'open')
@@ -315,7 +334,7 @@ test('another client goes on with a reply, from anywhere in it', async (t) => {
   await says(reply, 'ab')
   const { chat: other } = join(t, url)
   const whole = other.resume(reply.id), { chat: third } = join(t, url)
-  const rest = third.resume(reply.id, { after: 1 })
+  const rest = third.resume(reply.id, { after: 1 }) // as of a page that is gone
   await says(rest, 'b')
   await soon(third.open(reply.conversation))
   await stage.release('c')
@@ -364,24 +383,6 @@ test('a restart is waited for, and prompts with it', async (t) => {
   await soon(later.done)
 })
 
-test('pauses are random below a bound that doubles up to a limit', async (t) => {
-  const pauses = [], { random } = Math
-  t.after(() => { Math.random = random })
-  t.mock.timers.enable({ apis: ['setTimeout'] })
-  class Refused { constructor() { throw new Error('refused') } }
-  const bounds = []
-  Math.random = () => 0.5
-  const { chat } = join(t, 'ws://localhost:1/', { WebSocket: Refused, firstPause: 500, longestPause: 15_000 })
-  for (let n = 0; n < 7; n++) {
-    await new Promise((resolve) => { setImmediate(resolve) })
-    let waited = 0
-    while (chat.state === 'waiting') { t.mock.timers.tick(125); waited += 125 }
-    pauses.push(waited)
-    bounds.push(Math.min(15_000, 500 * 2 ** n) / 2)
-  }
-  assert.deepEqual(pauses, bounds.map((pause) => Math.ceil(pause / 125) * 125))
-})
-
 test('a connection that is dead is noticed', async (t) => {
   const { chat, line, sockets } = await stage.serve(t, { heartbeat: 50 })
   const reply = chat.prompt('say a; wait dead; say b')
@@ -396,41 +397,15 @@ test('a connection that is dead is noticed', async (t) => {
   assert.ok(sockets.length > 1)
 })
 
-test('a page that slept gives its connection another chance', async (t) => {
-  t.mock.timers.enable({ apis: ['setTimeout'] })
-  let clock = 0
-  t.mock.method(Date, 'now', () => clock)
-  let socket
-  class Fake {
-    constructor() { socket = this; this.pings = 0 }
-    send() { this.pings++ }
-    close() {}
-    answer() { this.onmessage({ data: '{"type":"pong"}' }) }
-  }
-  const begin = async () => {
-    const chat = connect('ws://localhost:1/', { WebSocket: Fake })
-    await Promise.resolve()
-    await Promise.resolve()
-    socket.onopen()
-    return chat
-  }
-  const wake = (asleep) => { clock += 15_000 + asleep; t.mock.timers.tick(15_000) }
-  const chat = await begin()
-  wake(0)
-  assert.equal(chat.state, 'waiting') // awake, and not answered
-  chat.close()
-  const other = await begin()
-  for (let n = 0; n < 3; n++) {
-    wake(45_000) // as in the background, where timers are rare
-    assert.deepEqual([other.state, socket.pings], ['open', 2 * n + 2])
-    socket.answer()
-    wake(45_000)
-  }
-  wake(45_000)
-  assert.equal(other.state, 'open')
-  wake(45_000)
-  assert.equal(other.state, 'waiting') // twice in a row
-  other.close()
+test('the WebSocket that Node has itself will do', { skip: !globalThis.WebSocket }, async (t) => {
+  const { chat, line } = await stage.serve(t, { WebSocket: globalThis.WebSocket })
+  const reply = chat.prompt('say a; wait undici; say b')
+  await says(reply, 'a')
+  await line('cut')
+  await stage.release('undici')
+  await line('mend')
+  await soon(reply.done)
+  assert.equal(reply.text, 'ab')
 })
 
 // Who the client is.
@@ -464,10 +439,10 @@ test('a function is asked for each token, and again before it expires', async (t
 test('a token that has expired is replaced where there is another', async (t) => {
   const tokens = { short: ['ada', 0.3], long: ['ada', null] }
   let asked = 0
-  const { chat, sockets } = await stage.serve(t, { tokens, token: () => (asked++ ? 'long' : 'short') })
+  const client = await stage.serve(t, { tokens, token: () => (asked++ ? 'long' : 'short') }), { chat, sockets } = client
   const reply = chat.prompt('say a; wait exp; say b')
   await says(reply, 'a')
-  await event(chat, 'state', ({ reason }) => reason === 'unauthenticated')
+  await passed(client, ({ reason }) => reason === 'unauthenticated')
   await stage.release('exp')
   await soon(reply.done)
   assert.deepEqual([reply.text, sockets.length], ['ab', 2])
@@ -522,11 +497,11 @@ for (const code of [1002, 1007, 1008]) {
 
 for (const code of [1011, 1012, 1013]) {
   test(`after ${code} it comes back`, async (t) => {
-    const { chat, dismiss } = await stage.serve(t)
+    const client = await stage.serve(t), { chat, dismiss } = client
     const reply = chat.prompt(`say a; wait on ${code}; say b`)
     await says(reply, 'a')
     await dismiss(code)
-    await state(chat, 'waiting')
+    await passed(client, (change) => change.code === code)
     await stage.release(`on ${code}`)
     await soon(reply.done)
     assert.equal(reply.text, 'ab')

@@ -38,6 +38,8 @@ export const until = (reply, fits) => (fits(reply) ? Promise.resolve(reply) : ev
 export const says = (reply, text) => until(reply, (reply) => reply.text === text)
 export const state = (chat, wanted) =>
   chat.state === wanted ? Promise.resolve() : event(chat, 'state', ({ state }) => state === wanted)
+/** Wait for a change of state that may have come already. */
+export const passed = ({ chat, states }, fits) => (states.some(fits) ? Promise.resolve() : event(chat, 'state', fits))
 export const read = async (reply) => {
   let text = ''
   for await (const piece of reply) text += piece
@@ -110,9 +112,13 @@ export function join(t, url, options = {}) {
     }
   }
   const chat = connect(url, { firstPause: 1, longestPause: 20, ...options, WebSocket: Spy })
-  const frames = [], errors = []
+  const frames = [], errors = [], states = []
+  chat.on('state', (change) => states.push(change))
   chat.on('message', (frame) => frames.push(frame))
   chat.on('error', (error) => errors.push(error))
-  t.after(() => chat.close())
-  return { chat, sockets, frames, errors }
+  t.after(() => {
+    chat.close()
+    for (const socket of sockets) socket.terminate?.() // or Node waits for the dead ones to answer
+  })
+  return { chat, sockets, frames, errors, states }
 }

@@ -145,9 +145,9 @@ class Stage:
         sys.stdout.flush()
 
     async def leave(self) -> None:
-        for server, stack, _ in self._servers:
+        for server, _, _ in self._servers:
             server.hurry()
-            await stack.aclose()
+        await asyncio.gather(*(stack.aclose() for _, stack, _ in self._servers))
 
 
 async def main() -> None:

@@ -57,8 +57,9 @@
  * @typedef {{frame: Frame, sent: number, resolve: (value: any) => void, reject: (why: ReplyError) => void}} Request
  */
 
-const CONNECT_TIMEOUT = 15_000, WAKE_TIMEOUT = 5_000, RETRY = 1_000 // milliseconds
+const CONNECT_TIMEOUT = 15_000, WAKE_TIMEOUT = 5_000 // milliseconds
 const RENEW_BEFORE = 60_000, LEAST_RENEWAL = 5_000, LONGEST_TIMER = 2 ** 31 - 1 // milliseconds
+const RETRY = 1 // seconds, where the server does not tell
 const REFUSED_FOR_GOOD = [1002, 1007, 1008] // close codes after which there is no coming back
 
 /** What the server answers with `error`; `code` is one of the protocol's, or `closed`. */
@@ -89,10 +90,11 @@ export class Reply extends EventTarget {
   ended = false
   /** @type {string | undefined} */ model
   /** @type {number | undefined} Its place behind others, as it was accepted; until it begins. */ queued
+  /** @type {number} Of the last piece that is here; `resume` elsewhere can go on after it. */ seq = 0
 
-  /** @internal @type {number} Of the last piece that is here. */ _seq = 0
   /** @internal @type {number} How many `start`s come before its frames follow on what is here. */ _starts = 0
   /** @internal */ _sent = false
+  /** @internal Whether it was sent by itself, after a connection was made. */ _late = false
   /** @internal */ _stopping = false
   /** @type {Set<{text: string, wake: () => void}>} */ #readers = new Set()
   /** @type {{resolve: (result: Result) => void, reject: (error: ReplyError) => void} | undefined} */ #settle
@@ -152,8 +154,8 @@ export class Reply extends EventTarget {
       this.model = frame.model
       this.queued = frame.queued
     } else if (frame.type === 'token' || frame.type === 'thinking') {
-      if (this._starts || frame.seq <= this._seq) return false
-      this._seq = frame.seq
+      if (this._starts || frame.seq <= this.seq) return false
+      this.seq = frame.seq
       this.queued = undefined
       if (frame.type === 'thinking') this.thinking += frame.text
       else {
@@ -161,7 +163,7 @@ export class Reply extends EventTarget {
         for (const reader of this.#readers) reader.text += frame.text
       }
     } else {
-      if (this._starts && frame.seq !== this._seq) return false // what is missing is on its way
+      if (this._starts && frame.seq !== this.seq) return false // what is missing is on its way
       const { reason, by, usage, saved = true } = frame
       this._end(frame.type === 'done' ? { reason, by, usage, saved } : new ReplyError(frame))
       return true
@@ -216,9 +218,10 @@ export class Chat extends EventTarget {
   /** @param {string | URL} url @param {Options} options */
   constructor(url, options) {
     super()
+    const { heartbeat = 15_000, firstPause = 500, longestPause = 15_000 } = options
     this.#url = new URL(url, globalThis.location?.href)
     this.#url.protocol = this.#url.protocol.replace('http', 'ws')
-    this.#options = { heartbeat: 15_000, firstPause: 500, longestPause: 15_000, ...options }
+    this.#options = { ...options, heartbeat, firstPause, longestPause }
     this.#token = options.token
     /** The conversation that goes on where a prompt names none; set it to `newId()` for a new one. */
     this.conversation = options.conversation ?? newId()
@@ -234,16 +237,14 @@ export class Chat extends EventTarget {
    */
   prompt(prompt, options = {}) {
     const { id = newId(), onBusy, maxTokens, model, system, temperature } = options
-    const text = typeof prompt === 'string' ? prompt : undefined
+    const text = typeof prompt === 'string' ? prompt.replace(/\p{Surrogate}/gu, '\ufffd') : undefined
     const conversation = text === undefined ? undefined : options.conversation ?? this.conversation
     const messages = typeof prompt === 'string' ? undefined : prompt.map(({ role, content }) => ({ role, content }))
     const reply = this.#add(id, conversation, text, {
       type: 'prompt', id, prompt: text, messages, conversation,
       on_busy: onBusy, max_tokens: maxTokens, model, system, temperature,
     })
-    if (this.state === 'closed') this.#finish(reply, closed(''))
-    else if (!this.#lazily()) this.#ask(reply)
-    return reply
+    return this.#begin(reply)
   }
 
   /**
@@ -256,10 +257,8 @@ export class Chat extends EventTarget {
     const known = this.replies.get(id)
     if (known) return known
     const reply = this.#add(id, conversation, undefined, undefined)
-    reply._seq = after
-    if (this.state === 'closed') this.#finish(reply, closed(''))
-    else if (!this.#lazily()) this.#ask(reply)
-    return reply
+    reply.seq = after
+    return this.#begin(reply)
   }
 
   /**
@@ -357,6 +356,7 @@ export class Chat extends EventTarget {
     }
     for (const reply of this.replies.values()) {
       reply._starts = 0
+      reply._late = true
       this.#ask(reply)
     }
     this.#missed = 0
@@ -389,7 +389,7 @@ export class Chat extends EventTarget {
     this.#attempt++
     clearTimeout(this.#timer)
     clearTimeout(this.#renewal)
-    this.#socket?.close()
+    this.#socket?.close(1000)
     this.#socket = undefined
     this.state = 'waiting'
     for (const reply of this.replies.values()) if (reply._stopping) this.#stopHere(reply)
@@ -469,13 +469,19 @@ export class Chat extends EventTarget {
     return true
   }
 
+  /** @param {Reply} reply */
+  #begin(reply) {
+    if (this.state === 'closed') this.#finish(reply, closed(''))
+    else if (!this.#lazily()) this.#ask(reply)
+    return reply
+  }
+
   /** Send what has a reply come, or go on. @param {Reply} reply */
   #ask(reply) {
     if (this.state !== 'open') return
     reply._starts++
     reply._sent = true
-    const goOn = { type: 'resume', id: reply.id, after: reply._seq }
-    this.#send(reply.started ? goOn : reply._frame ?? goOn)
+    this.#send(demand(reply))
   }
 
   /** @param {Frame} frame @returns {Promise<any>} */
@@ -526,7 +532,7 @@ export class Chat extends EventTarget {
     // One that comes with its prompt is there because of `open`, and begins from the beginning: if
     // some is here already, or is on its way, only what is asked for counts.
     if (prompt === undefined) reply._starts = Math.max(0, reply._starts - 1)
-    else if (reply._seq && !reply._starts) this.#ask(reply)
+    else if (reply.seq && !reply._starts) this.#ask(reply)
     reply._receive(frame)
   }
 
@@ -539,23 +545,24 @@ export class Chat extends EventTarget {
 
   /** @param {Frame} frame */
   #refused(frame) {
-    const { code, about, retryable, retry_after: after } = frame
+    const { code, about, retryable, retry_after: seconds } = frame
     const reply = this.replies.get(about)
     if (code === 'unauthenticated') this.#turnedAway(code)
     else if (code === 'not_running') this.#stops.delete(about)
     else if (!reply) this.#failed(frame)
     else if (code === 'shutting_down') return // asked for again over the next connection
-    else if (reply.started && code === 'gap') this.#again(reply, 0, 0) // the server knows less than we
-    else if (reply.started && retryable) this.#again(reply, reply._seq, after === undefined ? RETRY : after * 1000)
+    else if (reply.started && code === 'gap') this.#send({ type: 'resume', id: about }) // it has less than we
+    else if (reply.started && retryable) this.#again(reply, seconds)
+    else if (reply._late && code === 'limit' && seconds !== undefined) this.#again(reply, seconds)
     else this.#finish(reply, new ReplyError(frame))
   }
 
-  /** Resume once more. @param {Reply} reply @param {number} after @param {number} pause */
-  #again(reply, after, pause) {
+  /** Ask once more for what nobody has asked for just now. @param {Reply} reply @param {number} [seconds] */
+  #again(reply, seconds = RETRY) {
     const attempt = this.#attempt
     setTimeout(() => {
-      if (attempt === this.#attempt && !reply.ended) this.#send({ type: 'resume', id: reply.id, after })
-    }, pause)
+      if (attempt === this.#attempt && !reply.ended) this.#send(demand(reply))
+    }, seconds * 1000)
   }
 
   /** An error that is about no reply. @param {Frame} frame */
@@ -666,6 +673,9 @@ export function connect(url = '/ws', options = {}) {
 
 /** @param {string} reason */
 const closed = (reason) => new ReplyError({ code: 'closed', message: `The connection was closed${reason && `: ${reason}`}.` })
+
+/** What has a reply come, or go on. @param {Reply} reply @returns {Frame} */
+const demand = ({ id, seq, started, _frame }) => (started ? undefined : _frame) ?? { type: 'resume', id, after: seq }
 
 /** @param {Frame | undefined} frame */
 const size = (frame) => JSON.stringify(frame ?? '').length
