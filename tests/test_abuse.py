@@ -35,6 +35,8 @@ from tests.support.puppet import BOUND, until
 from tests.support.upstream import Answer, Hang, Received, Script, Upstream, reply
 from wsserver.limits import SWEEP, Budget, Rates, Shares
 
+pytestmark = pytest.mark.slow
+
 GROWTH = 20 * MEBIBYTE  # that the server may take of memory for any abuse
 # Descriptors beyond the limit: a hundred who are turned away, who have just been accepted, and who
 # are about to be closed, and a few others.

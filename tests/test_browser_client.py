@@ -22,7 +22,7 @@ from tests.support.tools import ROOT, require_chromium, require_npm_package
 from tests.test_browser import SWITCHES
 
 # One event loop for all, so that one browser can serve all.
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 NEVER = {"firstPause": 10**9, "longestPause": 10**9}  # comes back only when there is a reason to
 

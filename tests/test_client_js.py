@@ -16,6 +16,8 @@ from tests.support.line import Line
 from tests.support.puppet import Puppet
 from tests.support.tools import ROOT, require_node, require_npm_package
 
+pytestmark = pytest.mark.slow
+
 
 async def succeed(*command: str) -> None:
     """Run a program; fail with all that it says if it does."""

@@ -107,7 +107,7 @@ async def test_a_prompt_and_its_stop_over_tls(puppet: Puppet, made: Path, folder
 async def test_a_page_that_came_without_tls_is_not_our_own(
     puppet: Puppet, made: Path, folder: Path
 ) -> None:
-    settings = {**put(made, "rsa", folder), "hosts": "chat.example"}
+    settings = {**put(made, "rsa", folder), "hosts": "chat.example", "allow_anonymous": True}
     async with wsserver.serve(puppet, port=0, **settings) as server:
         here: dict[str, Any] = {"host": "127.0.0.1", "port": server.port, "proxy": None}
         here |= {"ssl": trusting(made), "server_hostname": "localhost"}

@@ -29,7 +29,10 @@ from wsserver.terminal import Options, _Terminal, safe
 CONVERSATION = "a-conversation-of-mine"
 
 # Python 3.12 warns of any fork beside threads, as that of a pseudo-terminal is.
-pytestmark = pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning"),
+    pytest.mark.slow,
+]
 
 
 class Terminal:
