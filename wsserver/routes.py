@@ -1,7 +1,6 @@
 """What plain HTTP gets: the page, and what operators and their machines look at."""
 
 import asyncio
-import base64
 import hashlib
 import hmac
 import importlib.resources
@@ -9,6 +8,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
+from typing import ClassVar
 
 from websockets.http11 import Response
 
@@ -16,61 +16,64 @@ from wsserver.admission import bearer
 from wsserver.responses import respond
 from wsserver.telemetry import Metrics
 
-__all__ = ["Client", "Operations", "Page"]
-
-_WEB = importlib.resources.files("wsserver").joinpath("web")
+__all__ = ["Operations", "Page"]
 
 
 class Page:
-    """The page at ``/``, and the policy that lets it run its own scripts and no others."""
+    """The page at ``/`` with the files that it loads, and the policy that it has no others.
+
+    The policy also has browsers refuse to read any text as HTML (Trusted Types).
+    """
+
+    PATHS: ClassVar[Mapping[str, str]] = {
+        "/": "index.html",
+        "/page.css": "page.css",
+        "/page.js": "page.js",
+        "/sidebar.js": "sidebar.js",
+        "/turn.js": "turn.js",
+        "/format.js": "format.js",
+        "/dom.js": "dom.js",
+        "/client.js": "client.js",
+    }
+    POLICY = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    _TYPES: ClassVar[Mapping[str, str]] = {
+        "html": "text/html",
+        "css": "text/css",
+        "js": "text/javascript",
+    }
 
     def __init__(self) -> None:
-        self._body = _WEB.joinpath("index.html").read_bytes()
-        script = _hashes(self._body, b"script")
-        style = _hashes(self._body, b"style")
-        self._policy = (
-            f"default-src 'none'; script-src {script} 'self'; style-src {style}; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
-        )
+        folder = importlib.resources.files("wsserver").joinpath("web")
+        self._bodies = {path: folder.joinpath(name).read_bytes() for path, name in self.PATHS.items()}
+        self._tags = {
+            path: f'"{hashlib.sha256(body).hexdigest()[:32]}"' for path, body in self._bodies.items()
+        }
 
-    def respond(self) -> Response:
-        """Give the page."""
-        return respond(
-            HTTPStatus.OK,
-            self._body,
-            "text/html; charset=utf-8",
-            {"Content-Security-Policy": self._policy, "Referrer-Policy": "no-referrer"},
-        )
-
-
-class Client:
-    """The client in JavaScript at ``/client.js``, which pages import."""
-
-    PATH = "/client.js"
-
-    def __init__(self) -> None:
-        self._body = _WEB.joinpath("client.js").read_bytes()
-        self._tag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
-
-    def respond(self, headers: Mapping[str, str]) -> Response:
-        """Give it, unless the browser has this one already (RFC 9110 section 13.1.2).
+    def respond(self, path: str, headers: Mapping[str, str]) -> Response:
+        """Give a file, unless the browser has this very one already (RFC 9110 section 13.1.2).
 
         Args:
+            path: one of :attr:`PATHS`.
             headers: of the request, names in lower case.
         """
+        body, tag = self._bodies[path], self._tags[path]
         known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
-        fresh = self._tag in known or "*" in known
-        status = HTTPStatus.NOT_MODIFIED if fresh else HTTPStatus.OK
-        body = b"" if fresh else self._body
-        return respond(status, body, "text/javascript; charset=utf-8", {"ETag": self._tag})
-
-
-def _hashes(page: bytes, tag: bytes) -> str:
-    """Name the inline scripts or styles of a page by their hashes (CSP level 3, section 2.3.1)."""
-    found = re.findall(b"<%b[^>]*>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-    digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found)
-    return " ".join(f"'sha256-{digest}'" for digest in digests)
+        fresh = tag in known or "*" in known
+        kind = self._TYPES[self.PATHS[path].rpartition(".")[2]]
+        return respond(
+            HTTPStatus.NOT_MODIFIED if fresh else HTTPStatus.OK,
+            b"" if fresh else body,
+            f"{kind}; charset=utf-8",
+            {
+                "Content-Security-Policy": self.POLICY,
+                "ETag": tag,
+                "Referrer-Policy": "no-referrer",
+            },
+        )
 
 
 class Operations:

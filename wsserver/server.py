@@ -30,7 +30,7 @@ from wsserver.logs import log
 from wsserver.models.base import Model
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import method_not_allowed, respond
-from wsserver.routes import Client, Operations, Page
+from wsserver.routes import Operations, Page
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics
@@ -128,7 +128,6 @@ class Server:
         self._model = model
         self._authenticate = authenticate
         self._page = Page()
-        self._client = Client()
         self._admission: Admission
         self._operations: Operations
         self._operations_listener: Listener | None = None
@@ -485,14 +484,12 @@ class Server:
         self, path: str, method: str, headers: Mapping[str, str], visitor: Visitor
     ) -> Response:
         operations = self._operations.PATHS if self._operations_listener is None else ("/healthz",)
-        if path not in {*WEBSOCKET_PATHS, Client.PATH, *operations}:
+        if path not in {*WEBSOCKET_PATHS, *Page.PATHS, *operations}:
             response = respond(HTTPStatus.NOT_FOUND, "Not found")
         elif method not in {"GET", "HEAD"}:
             response = method_not_allowed()
-        elif path == "/":
-            response = self._page.respond()
-        elif path == Client.PATH:
-            response = self._client.respond(headers)
+        elif path in Page.PATHS:
+            response = self._page.respond(path, headers)
         elif path in operations:
             # Where strangers may be, one that seems to be on this machine may be behind a proxy.
             private = self._authenticate is None and not self.settings.allow_anonymous

@@ -1,0 +1,188 @@
+/**
+ * Shows text as it comes: paragraphs, headings, lists, code, and what is `code`, **strong** or
+ * *stressed* in a line. It only ever adds to the end of what is there, and what it adds is nodes and text, never
+ * HTML. What it does not know it shows as it is.
+ */
+
+import { copyOf, find } from './dom.js'
+
+const FENCE = /^ *(`{3,})([^`\n]*)\n/
+const HEADING = /^(#{1,6}) +/
+const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +/
+const RULE = /^ {0,3}-{3,} *\n/
+// The beginning of a line that may yet become one of these.
+const UNDECIDED = /^ *(?:`{1,2}|`{3,}[^`\n]{0,80}|#{1,6}|[*+]|-+|\d{1,9}[.)]?)? *$/
+const UNDECIDED_CODE = /^ *`* *$/
+const MARKS = /(`+|\*\*?)/
+const ELEMENTS = /** @type {Record<string, string>} */ ({ '**': 'strong', '*': 'em' })
+
+export class Formatter {
+  #root
+  #held = '' // the end of what has come, as long as it is not known what it is
+  #atStart = true // of a line
+  /** @type {{text: Text, fence: string} | undefined} */ #code
+  /** @type {HTMLElement | undefined} What a line goes on in. */ #block
+  /** @type {{list: HTMLElement, indent: number}[]} Those that are open, from the outermost. */ #lists = []
+  /** @type {{element: HTMLElement, mark: string}[]} Those that are open in this line. */ #marked = []
+
+  /** @param {HTMLElement} root */
+  constructor(root) {
+    this.#root = root
+  }
+
+  /** @param {string} text */
+  write(text) {
+    const lines = (this.#held + text).split(/(?<=\n)/)
+    this.#held = ''
+    for (const line of lines) {
+      if (this.#code) this.#codeLine(line, this.#code)
+      else this.#line(line)
+    }
+  }
+
+  /** Show what was held back too. */
+  end() {
+    this.write('\n')
+  }
+
+  /** @param {string} line Or the end of one; all but the last have a newline. */
+  #line(line) {
+    const whole = line.endsWith('\n')
+    if (this.#atStart) {
+      if (!whole && UNDECIDED.test(line)) return void (this.#held = line)
+      const [, fence, language] = FENCE.exec(line) ?? []
+      if (fence !== undefined) return this.#openCode(line, fence, language.trim())
+      line = this.#open(line)
+      this.#atStart = false
+    }
+    if (whole) {
+      this.#inline(line.slice(0, -1))
+      this.#endLine()
+    } else {
+      this.#held = /[`*]*$/.exec(line)?.[0] ?? ''
+      this.#inline(line.slice(0, line.length - this.#held.length))
+    }
+  }
+
+  /** Make the block that a line begins, if it does. @param {string} line @returns {string} The rest. */
+  #open(line) {
+    const [begin, indent, bullet] = ITEM.exec(line) ?? []
+    if (!line.trim()) this.#block = undefined
+    else if (begin !== undefined) {
+      this.#item(indent.length, bullet)
+      return line.slice(begin.length)
+    } else if (HEADING.test(line)) {
+      const [marks, { length }] = HEADING.exec(line) ?? ['', '']
+      this.#lists = []
+      // Below the page's own headings, which are there for each turn.
+      this.#block = this.#add(`h${Math.min(6, length + 2)}`)
+      return line.slice(marks.length)
+    } else if (RULE.test(line)) {
+      this.#lists = []
+      this.#add('hr')
+      this.#block = undefined
+      return '\n'
+    } else if (!this.#block || /^H/.test(this.#block.tagName)) {
+      if (!line.startsWith('  ')) this.#lists = []
+      this.#block = this.#add('p')
+      return line.trimStart()
+    } else {
+      this.#append('\n')
+      return line.trimStart()
+    }
+    return line
+  }
+
+  /** @param {number} indent @param {string} bullet */
+  #item(indent, bullet) {
+    const type = /\d/.test(bullet) ? 'ol' : 'ul'
+    while (this.#lists.length && indent < (this.#lists.at(-1)?.indent ?? 0)) this.#lists.pop()
+    const last = this.#lists.at(-1)
+    if (last && indent < last.indent + 2 && last.list.localName !== type) this.#lists.pop()
+    if (!last || indent >= last.indent + 2 || last.list.localName !== type) {
+      const list = this.#add(type)
+      if (list instanceof HTMLOListElement) list.start = Number.parseInt(bullet)
+      this.#lists.push({ list, indent })
+    }
+    this.#block = document.createElement('li')
+    this.#lists.at(-1)?.list.append(this.#block)
+  }
+
+  /** Add a block where blocks go now. @param {string | HTMLElement} block */
+  #add(block) {
+    const element = typeof block === 'string' ? document.createElement(block) : block
+    const home = this.#lists.at(-1)?.list.lastElementChild ?? this.#root
+    home.append(element)
+    return element
+  }
+
+  // Within a line.
+
+  /** @param {string} text */
+  #inline(text) {
+    const tokens = text.split(MARKS)
+    tokens.forEach((token, place) => {
+      if (place % 2 === 0) return this.#append(token)
+      const open = this.#marked.findIndex(({ mark }) => mark === token)
+      const inCode = this.#marked.at(-1)?.mark.startsWith('`')
+      if (open >= 0 && (!inCode || open === this.#marked.length - 1)) this.#marked.splice(open)
+      else if (inCode || (token in ELEMENTS && !this.#opens(tokens, place))) this.#append(token)
+      else {
+        const element = document.createElement(ELEMENTS[token] ?? 'code')
+        this.#place().append(element)
+        this.#marked.push({ element, mark: token })
+      }
+    })
+  }
+
+  /** Whether asterisks stand before a word, and not in one or between spaces. @param {string[]} tokens @param {number} place */
+  #opens(tokens, place) {
+    const last = this.#place().lastChild?.textContent?.slice(-1) ?? ''
+    return !/\w/.test(last) && !/^(\s|$)/.test(tokens[place + 1] + (tokens[place + 2] ?? ''))
+  }
+
+  /** What was opened and not closed in its line is no mark. */
+  #endLine() {
+    for (const { element, mark } of this.#marked.splice(0).reverse()) {
+      element.replaceWith(mark, ...element.childNodes)
+    }
+    this.#atStart = true
+  }
+
+  #place() {
+    return this.#marked.at(-1)?.element ?? this.#block ?? this.#root
+  }
+
+  /** @param {string} text */
+  #append(text) {
+    if (!text) return
+    const place = this.#place()
+    if (place.lastChild instanceof Text) place.lastChild.appendData(text)
+    else place.append(text)
+  }
+
+  // Code.
+
+  /** @param {string} line @param {string} fence @param {string} language */
+  #openCode(line, fence, language) {
+    if (!line.startsWith('  ')) this.#lists = []
+    const figure = this.#add(copyOf('code'))
+    find(figure, '.language', HTMLElement).textContent = language || 'code'
+    const text = new Text()
+    find(figure, 'code', HTMLElement).append(text)
+    this.#block = undefined
+    this.#code = { text, fence }
+  }
+
+  /** @param {string} line @param {{text: Text, fence: string}} code */
+  #codeLine(line, code) {
+    const whole = line.endsWith('\n')
+    if (this.#atStart && !whole && UNDECIDED_CODE.test(line)) return void (this.#held = line)
+    if (this.#atStart && UNDECIDED_CODE.test(line.trimEnd()) && line.includes(code.fence)) {
+      this.#code = undefined
+      return
+    }
+    code.text.appendData(line)
+    this.#atStart = whole
+  }
+}
