@@ -36,6 +36,7 @@ from wsserver import Settings
 from wsserver.auth import tokens
 from wsserver.cli import LAST_MOMENT, OTHER_FILES
 from wsserver.listening import name_of
+from wsserver.routes import Page
 
 pytestmark = pytest.mark.slow
 
@@ -392,6 +393,8 @@ async def test_through_nginx_only_the_sites_own_pages_and_those_with_a_token_com
         assert status == 200
         assert "Strict-Transport-Security" in page
         assert "<!doctype html>" in page.lower()
+        for path in Page.PATHS:
+            assert (await front.get(path))[0] == 200, path
         assert (await front.get("/ws"))[0] == 426
         assert (await front.get("/healthz"))[0] == 200
         secret = ("/metrics", "/readyz", "//metrics", "/ws/../metrics", "/%6detrics", "/metrics/")

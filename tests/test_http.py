@@ -1,9 +1,8 @@
 """What the server answers to HTTP that is not a WebSocket handshake, and to handshakes."""
 
 import asyncio
-import base64
-import hashlib
 import re
+from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import connect
@@ -12,6 +11,7 @@ from websockets.typing import Subprotocol
 
 import wsserver
 from tests.support.puppet import BOUND
+from wsserver.routes import Page
 
 
 async def ask(
@@ -31,27 +31,40 @@ async def ask(
     return int(status.split()[1]), headers, body
 
 
-async def test_the_page_is_served_with_a_policy_for_its_own_script_alone(
+async def test_the_page_is_served_with_a_policy_for_its_own_files_alone(
     server: wsserver.Server,
 ) -> None:
     status, headers, body = await ask(server, "GET / HTTP/1.1\nHost: localhost\n\n")
     assert status == 200
     assert headers["content-type"] == "text/html; charset=utf-8"
     assert int(headers["content-length"]) == len(body)
-    match = re.search(rb"<script[^>]*>(.*?)</script>", body, re.DOTALL)
-    assert match is not None
-    digest = base64.b64encode(hashlib.sha256(match[1]).digest()).decode().lower()
-    assert f"script-src 'sha256-{digest}'" in headers["content-security-policy"]
-    assert "default-src 'none'" in headers["content-security-policy"]
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; ")
+    assert "unsafe" not in policy
+    assert not re.search(rb"<style|<script(?![^>]* src=)|\s(style|on\w+)=", body)
 
 
-async def test_the_client_is_served_once_for_as_long_as_it_stays_the_same(
-    server: wsserver.Server,
+async def test_all_that_the_page_loads_is_served(server: wsserver.Server) -> None:
+    folder = Path(wsserver.__file__).parent / "web"
+    loaded = {"/"}
+    for file in folder.iterdir():
+        names = re.findall(r"""(?:href=|src=|from )["'](?:\./)?([\w.]+)["']""", file.read_text())
+        loaded |= {f"/{name}" for name in names}
+    assert loaded == set(Page.PATHS)
+    assert {file.name for file in folder.iterdir()} == set(Page.PATHS.values())
+    types = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
+    for path, name in Page.PATHS.items():
+        status, headers, body = await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n")
+        assert (status, body) == (200, (folder / name).read_bytes())
+        assert headers["content-type"] == f"{types[name.rpartition('.')[2]]}; charset=utf-8"
+
+
+@pytest.mark.parametrize("path", ["/", "/client.js"])
+async def test_a_file_is_served_once_for_as_long_as_it_stays_the_same(
+    server: wsserver.Server, path: str
 ) -> None:
-    request = "GET /client.js HTTP/1.1\nHost: localhost\n"
-    status, headers, body = await ask(server, f"{request}\n")
-    assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
-    assert b"export function connect(" in body
+    request = f"GET {path} HTTP/1.1\nHost: localhost\n"
+    _, headers, _ = await ask(server, f"{request}\n")
     tag = headers["etag"]
     status, _, body = await ask(server, f'{request}If-None-Match: W/{tag}, "b"\n\n')
     assert (status, body) == (304, b"")

@@ -48,10 +48,10 @@ class Page:
 
     def __init__(self) -> None:
         folder = importlib.resources.files("wsserver").joinpath("web")
-        self._bodies = {path: folder.joinpath(name).read_bytes() for path, name in self.PATHS.items()}
-        self._tags = {
-            path: f'"{hashlib.sha256(body).hexdigest()[:32]}"' for path, body in self._bodies.items()
-        }
+        self._files: dict[str, tuple[bytes, str]] = {}
+        for path, name in self.PATHS.items():
+            body = folder.joinpath(name).read_bytes()
+            self._files[path] = body, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
     def respond(self, path: str, headers: Mapping[str, str]) -> Response:
         """Give a file, unless the browser has this very one already (RFC 9110 section 13.1.2).
@@ -60,7 +60,7 @@ class Page:
             path: one of :attr:`PATHS`.
             headers: of the request, names in lower case.
         """
-        body, tag = self._bodies[path], self._tags[path]
+        body, tag = self._files[path]
         known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
         fresh = tag in known or "*" in known
         kind = self._TYPES[self.PATHS[path].rpartition(".")[2]]

@@ -13,6 +13,7 @@ const RULE = /^ {0,3}-{3,} *\n/
 // The beginning of a line that may yet become one of these.
 const UNDECIDED = /^ *(?:`{1,2}|`{3,}[^`\n]{0,80}|#{1,6}|[*+]|-+|\d{1,9}[.)]?)? *$/
 const UNDECIDED_CODE = /^ *`* *$/
+const LARGE = 2_000 // characters
 const MARKS = /(`+|\*\*?)/
 const ELEMENTS = /** @type {Record<string, string>} */ ({ '**': 'strong', '*': 'em' })
 
@@ -20,7 +21,7 @@ export class Formatter {
   #root
   #held = '' // the end of what has come, as long as it is not known what it is
   #atStart = true // of a line
-  /** @type {{text: Text, fence: string} | undefined} */ #code
+  /** @type {{element: HTMLElement, text: Text, fence: string} | undefined} */ #code
   /** @type {HTMLElement | undefined} What a line goes on in. */ #block
   /** @type {{list: HTMLElement, indent: number}[]} Those that are open, from the outermost. */ #lists = []
   /** @type {{element: HTMLElement, mark: string}[]} Those that are open in this line. */ #marked = []
@@ -88,6 +89,11 @@ export class Formatter {
       return line.trimStart()
     } else {
       this.#append('\n')
+      // The browser lays out a block anew for each change in it, so none is to get large.
+      if (this.#block.localName === 'p' && (this.#block.textContent ?? '').length > LARGE) {
+        this.#block = this.#add('p')
+        this.#block.className = 'on'
+      }
       return line.trimStart()
     }
     return line
@@ -101,7 +107,8 @@ export class Formatter {
     if (last && indent < last.indent + 2 && last.list.localName !== type) this.#lists.pop()
     if (!last || indent >= last.indent + 2 || last.list.localName !== type) {
       const list = this.#add(type)
-      if (list instanceof HTMLOListElement) list.start = Number.parseInt(bullet)
+      const first = Number.parseInt(bullet)
+      if (list instanceof HTMLOListElement && first !== 1) list.start = first
       this.#lists.push({ list, indent })
     }
     this.#block = document.createElement('li')
@@ -168,13 +175,12 @@ export class Formatter {
     if (!line.startsWith('  ')) this.#lists = []
     const figure = this.#add(copyOf('code'))
     find(figure, '.language', HTMLElement).textContent = language || 'code'
-    const text = new Text()
-    find(figure, 'code', HTMLElement).append(text)
     this.#block = undefined
-    this.#code = { text, fence }
+    this.#code = { element: find(figure, 'code', HTMLElement), text: new Text(), fence }
+    this.#codePart(this.#code)
   }
 
-  /** @param {string} line @param {{text: Text, fence: string}} code */
+  /** @param {string} line @param {{element: HTMLElement, text: Text, fence: string}} code */
   #codeLine(line, code) {
     const whole = line.endsWith('\n')
     if (this.#atStart && !whole && UNDECIDED_CODE.test(line)) return void (this.#held = line)
@@ -182,7 +188,16 @@ export class Formatter {
       this.#code = undefined
       return
     }
+    if (this.#atStart && code.text.length > LARGE) this.#codePart(code)
     code.text.appendData(line)
     this.#atStart = whole
+  }
+
+  /** @param {{text: Text, element: HTMLElement}} code */
+  #codePart(code) {
+    const part = document.createElement('span')
+    code.text = new Text()
+    part.append(code.text)
+    code.element.append(part)
   }
 }

@@ -285,7 +285,7 @@ function update() {
 function showTitle() {
   const title = current === undefined ? NEW : (sidebar.title(current) ?? told) || NEW
   if (heading.textContent !== title) heading.textContent = title
-  document.title = current === undefined ? 'wsserver' : `${title} – wsserver`
+  document.title = current === undefined ? 'wsserver' : `${title} · wsserver`
 }
 
 /** @param {string} words @param {() => void} [again] */
