@@ -34,6 +34,10 @@ unit: $(VENV)/test.stamp system ## some of the tests; ARGS="-k stop"
 soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"
 	$(BIN)/python -m tests.bench.soak $(ARGS)
 
+.PHONY: picture
+picture: $(VENV)/test.stamp system ## the README's pictures of the page, from the page itself
+	$(BIN)/python -m tests.picture
+
 # A virtual environment without ensurepip (Debian's python3-venv missing) is mended through apt.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

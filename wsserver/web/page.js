@@ -11,6 +11,7 @@ import { Turn } from './turn.js'
 const NEW = 'New conversation'
 const ID = /^[A-Za-z0-9_-]{16,64}$/
 const NEAR = 40 // pixels from the end, in which a reader who scrolls down is taken to be there
+const hovers = matchMedia('(hover: hover)') // else the keyboard comes up with the focus
 const root = document.documentElement
 const side = find(document, '#side', HTMLElement)
 const main = find(document, 'main', HTMLElement)
@@ -34,10 +35,11 @@ const send = find(document, '#send', HTMLButtonElement)
 /** @type {string | undefined} The one whose news come here by themselves. */ let followed
 /** @type {number | undefined} Where the messages on the page begin, if there are earlier ones. */ let before
 let told = '' // the title, as far as the list does not know it
+let given = localStorage.token // the token that this tab has tried
 let atEnd = true // is where the reader wants to be
 let height = 0 // at which the reader was
 
-const chat = connect(new URL('ws', location.href), { token: localStorage.token })
+const chat = connect(new URL('ws', location.href), { token: given })
 const sidebar = new Sidebar(chat, {
   changed: showTitle,
   deleted(id) {
@@ -50,8 +52,12 @@ const sidebar = new Sidebar(chat, {
 // The connection.
 
 chat.on('state', ({ state: now, reason }) => {
-  const had = localStorage.token !== undefined
-  if (now === 'unauthenticated') delete localStorage.token
+  const had = given !== undefined
+  if (now === 'unauthenticated') {
+    if (localStorage.token !== given) return enter(localStorage.token) // of another tab
+    given = undefined
+    delete localStorage.token
+  }
   document.body.dataset.state = now
   state.textContent = {
     connecting: 'Connecting…',
@@ -86,6 +92,14 @@ function wait(turn) {
   const sent = turn.reply?.started
   const why = sent ? 'Cut off, as the connection was lost. The rest follows when it is back.' : 'Not sent yet.'
   turn.wait(chat.state === 'open' ? '' : why)
+}
+
+/** @param {string | undefined} token */
+function enter(token) {
+  given = token
+  door.hidden = true
+  form.hidden = false
+  chat.setToken(token)
 }
 
 // Which conversation.
@@ -136,7 +150,7 @@ async function open(id) {
 }
 
 /** Show a history: all of it, or what is new in it since the last time. @param {History} history */
-function show({ conversation, title, messages, replies, before: earlier }) {
+function show({ conversation, title, messages, before: earlier }) {
   if (followed === undefined) {
     before = earlier
     older.hidden = before === undefined
@@ -144,7 +158,7 @@ function show({ conversation, title, messages, replies, before: earlier }) {
   followed = conversation
   told = title
   insert(messages, /** @type {HTMLElement | null} */ (log.firstElementChild))
-  for (const reply of replies) follow(reply)
+  for (const reply of chat.replies.values()) if (reply.conversation === conversation) follow(reply)
   update()
 }
 
@@ -322,7 +336,7 @@ addEventListener('resize', () => {
 jump.addEventListener('click', () => {
   atEnd = jump.hidden = true
   toEnd()
-  box.focus()
+  if (hovers.matches) box.focus()
 })
 
 // What the reader does.
@@ -347,7 +361,7 @@ send.addEventListener('click', (event) => {
   if (event.detail > 1) return // the second click of two must not stop what the first one sent
   if (running()) stop()
   else submit()
-  box.focus()
+  if (hovers.matches) box.focus()
 })
 box.addEventListener('input', grow)
 box.addEventListener('keydown', (event) => {
@@ -368,10 +382,11 @@ door.addEventListener('submit', (event) => {
   event.preventDefault()
   localStorage.token = token.value.trim()
   token.value = ''
-  door.hidden = true
-  form.hidden = false
+  enter(localStorage.token)
   box.focus()
-  chat.setToken(localStorage.token)
+})
+addEventListener('storage', ({ key, newValue }) => {
+  if (key === 'token' && newValue && chat.state === 'unauthenticated') enter(newValue)
 })
 find(document, '#skip', HTMLElement).addEventListener('click', (event) => {
   event.preventDefault() // the hash is the conversation's
@@ -407,7 +422,7 @@ side.addEventListener('click', (event) => {
     begin()
   }
   drawer(false)
-  if (matchMedia('(hover: hover)').matches || link.id === 'new') box.focus({ preventScroll: true })
+  if (hovers.matches || link.id === 'new') box.focus({ preventScroll: true })
 })
 
 addEventListener('hashchange', route)
@@ -415,5 +430,5 @@ addEventListener('popstate', route)
 addEventListener('visibilitychange', () => {
   if (document.visibilityState === 'visible' && chat.state === 'open') sidebar.refresh()
 })
-if (matchMedia('(hover: hover)').matches) box.focus()
+if (hovers.matches) box.focus()
 route()

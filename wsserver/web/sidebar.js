@@ -99,7 +99,8 @@ export class Sidebar {
     this.#items = new Map(items.map((item) => [item.id, item]))
     const rows = items.map((item) => this.#row(item))
     for (const id of this.#rows.keys()) if (!this.#items.has(id)) this.#rows.delete(id)
-    if (rows.length !== list.children.length || rows.some((row, place) => row !== list.children[place])) {
+    const renaming = list.querySelector('.renamed') // which would end if it moved
+    if (!renaming && (rows.length !== list.children.length || rows.some((row, place) => row !== list.children[place]))) {
       const focused = document.activeElement
       list.replaceChildren(...rows)
       if (focused instanceof HTMLElement && list.contains(focused)) focused.focus({ preventScroll: true })
@@ -151,6 +152,7 @@ export class Sidebar {
       if (back) find(row, 'a', HTMLElement).focus()
       const title = field.value.trim()
       if (save && title && title !== this.title(id)) this.#setTitle(id, title)
+      else this.refresh()
     }
     field.addEventListener('keydown', (event) => {
       if (event.isComposing || (event.key !== 'Enter' && event.key !== 'Escape')) return
