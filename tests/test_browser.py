@@ -718,6 +718,46 @@ async def test_a_reply_goes_on_while_another_conversation_is_open(
     await expect(text(page)).to_have_text("one two three")
 
 
+async def test_what_is_not_sent_yet_is_there_still_when_one_comes_back_to_it(
+    timed: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await timed.clock.resume()
+    await converse(timed, puppet, "First one")
+    await timed.get_by_role("link", name="New conversation").click()
+    await converse(timed, puppet, "Second one")
+    await stop_clock(timed)
+    cut(server)
+    await expect(state(timed)).to_have_text("Not connected, trying again…")
+    await ask(timed, "Unsent")
+    await timed.get_by_role("link", name="First one").click()
+    await expect(timed.locator("article")).to_have_count(0)  # as it cannot be had now
+    await timed.get_by_role("link", name="Second one").click()
+    await timed.clock.fast_forward(LONGEST_PAUSE)
+    await timed.clock.resume()
+    (await puppet.reply(2)).say("Sent").end()
+    await expect(timed.locator(".you p")).to_have_text(["Second one", "Unsent"])
+    await expect(text(timed)).to_have_text("Sent")
+    said = [message.content for message in puppet.replies[2].request.messages]
+    assert said == ["Second one", "Reply", "Unsent"]
+
+
+async def test_a_title_is_not_lost_while_it_is_written(page: Page, puppet: Puppet) -> None:
+    await converse(page, puppet, "First one")
+    tab = await second_tab(page, page.url.partition("#")[0])
+    await page.bring_to_front()
+    await page.get_by_role("button", name="Rename “First one”").click()
+    field = page.get_by_role("textbox", name="Title")
+    await field.fill("Half")
+    await converse(tab, puppet, "Second one")  # which comes first in the list then
+    await expect(rows(tab)).to_have_count(2)
+    await expect(field).to_have_value("Half")
+    await field.press("End")
+    await field.press_sequentially(" a title")
+    await field.press("Enter")
+    for each in (page, tab):
+        await expect(rows(each).get_by_role("link")).to_have_text(["Second one", "Half a title"])
+
+
 async def test_an_address_of_nothing_is_told(page: Page, server: wsserver.Server) -> None:
     await page.goto(f"{server.page}#{'x' * 32}")
     await expect(alert(page)).to_have_text("There is no such conversation.")
@@ -1216,6 +1256,37 @@ async def test_the_page_asks_for_a_token_where_one_is_wanted(puppet: Puppet, bla
         (await puppet.reply(1)).say("Hi again").end()
         await expect(text(blank)).to_have_text("Hi again")
         await expect(field).to_be_hidden()
+
+
+async def test_a_token_that_one_tab_was_given_is_good_for_the_others(
+    puppet: Puppet, blank: Page
+) -> None:
+    good = {"old"}
+
+    async def named(token: str | None, _: object) -> wsserver.Principal | None:
+        return wsserver.Principal("ada") if token in good else None
+
+    async with wsserver.serve(puppet, authenticate=named, port=0, drain_timeout=0) as server:
+        tab = await blank.context.new_page()
+        for each in (blank, tab):
+            await each.goto(server.page)
+            await expect(each.get_by_label("Your token")).to_be_visible()
+        await blank.get_by_label("Your token").fill("old")
+        await blank.get_by_label("Your token").press("Enter")
+        await expect(state(tab)).to_have_text("Connected")
+        await expect(tab.get_by_label("Your token")).to_be_hidden()
+        await converse(tab, puppet, "Hello")
+        good.clear()
+        cut(server)
+        for each in (blank, tab):
+            await expect(each.get_by_label("Your token")).to_be_visible()
+            await expect(state(each)).to_contain_text("your token is not good")
+        await expect(text(tab)).to_have_text("Reply")  # and can still be read
+        good.add("new")
+        await tab.get_by_label("Your token").fill("new")
+        await tab.get_by_label("Your token").press("Enter")
+        await expect(state(blank)).to_have_text("Connected")
+        await converse(tab, puppet, "Again")
 
 
 async def test_ten_lines_are_ten() -> None:

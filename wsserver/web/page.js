@@ -54,7 +54,8 @@ const sidebar = new Sidebar(chat, {
 chat.on('state', ({ state: now, reason }) => {
   const had = given !== undefined
   if (now === 'unauthenticated') {
-    if (localStorage.token !== given) return enter(localStorage.token) // of another tab
+    const { token: other } = localStorage // another tab's
+    if (other !== undefined && other !== given) return enter(other)
     given = undefined
     delete localStorage.token
   }
