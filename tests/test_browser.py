@@ -339,6 +339,26 @@ async def test_text_gets_its_form_as_it_comes(page: Page, written: str, shown: s
         assert got == shown, size
 
 
+@pytest.mark.parametrize("character", [" ", "`", "*", "-", "#", "1", ">", "\n", "**a ", "- "])
+async def test_no_text_takes_long(page: Page, character: str) -> None:
+    took = await page.evaluate(
+        """async (character) => {
+            const { Formatter } = await import('/format.js')
+            const began = performance.now()
+            for (const opening of ['', '```\\n', 'a']) {
+                const formatter = new Formatter(document.createElement('div'))
+                formatter.write(opening)
+                for (let piece = 0; piece < 20; piece++) formatter.write(character.repeat(5000))
+                formatter.write('x')
+                formatter.end()
+            }
+            return performance.now() - began
+        }""",
+        character,
+    )
+    assert took < 3000
+
+
 async def test_markup_stays_text(page: Page, puppet: Puppet) -> None:
     await ask(page, MARKUP)
     fenced = (
@@ -765,6 +785,23 @@ async def test_an_address_of_nothing_is_told(page: Page, server: wsserver.Server
     assert "#" not in page.url
 
 
+async def test_what_has_no_reply_and_what_was_cut_is_told(page: Page, puppet: Puppet) -> None:
+    await converse(page, puppet, "Silence", "")
+    await ask(page, "Much")
+    (await puppet.reply(1)).say(*["word " * 1000] * 80).end()
+    await sends(page)
+    await converse(page, puppet, "Little")
+    await page.reload()
+    shown = ["Silence", "Much", "Little"]
+    for number in (2, 1):  # as each frame has but one of these
+        await expect(page.locator(".you p")).to_have_text(shown[number:])
+        await page.get_by_role("button", name="Show earlier messages").click()
+    await expect(page.locator(".you p")).to_have_text(shown)
+    await expect(page.locator(".note").first).to_have_text("There is no reply.")
+    await expect(page.locator(".note").nth(1)).to_contain_text("Shortened here")
+    await expect(page.locator("[aria-busy=true]")).to_have_count(0)
+
+
 async def test_a_conversation_is_renamed_in_its_place(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First")
     tab = await second_tab(page)
@@ -949,6 +986,16 @@ async def test_it_follows_the_text_unless_the_reader_has_scrolled_away(
     model.say("\n\nlast" * 10).end()
     await sends(page)
     assert await page.evaluate("scrollY") <= where
+
+
+async def test_what_is_unfolded_stays_in_view(page: Page, puppet: Puppet) -> None:
+    await page.set_viewport_size({"width": 390, "height": 500})
+    await ask(page, "Think")
+    (await puppet.reply()).say(Thinking("hm\n" * 100), "line\n" * 5).end()
+    await sends(page)
+    await page.get_by_text("Thought").click()
+    await expect(page.get_by_text("Thought")).to_be_in_viewport()
+    await expect(page.get_by_role("button", name="Jump to the end")).to_be_visible()
 
 
 async def test_it_keeps_up_with_a_fast_model(blank: Page) -> None:

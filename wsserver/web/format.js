@@ -1,7 +1,8 @@
 /**
  * Shows text as it comes: paragraphs, headings, lists, code, and what is `code`, **strong** or
- * *stressed* in a line. It only ever adds to the end of what is there, and what it adds is nodes and text, never
- * HTML. What it does not know it shows as it is.
+ * *stressed* in a line. It only ever adds to the end of what is there, and what it adds is nodes and
+ * text, never HTML. What it does not know it shows as it is. Whatever comes, it takes no longer than
+ * that is long.
  */
 
 import { copyOf, find } from './dom.js'
@@ -10,9 +11,9 @@ const FENCE = /^ *(`{3,})([^`\n]*)\n/
 const HEADING = /^(#{1,6}) +/
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +/
 const RULE = /^ {0,3}-{3,} *\n/
-// The beginning of a line that may yet become one of these.
-const UNDECIDED = /^ *(?:`{1,2}|`{3,}[^`\n]{0,80}|#{1,6}|[*+]|-+|\d{1,9}[.)]?)? *$/
-const UNDECIDED_CODE = /^ *`* *$/
+// The beginning of a line, without spaces around it, that may yet become one of these.
+const UNDECIDED = /^(?:`{1,2}|`{3,}[^`\n]{0,80}|#{1,6}|[*+]|-+|\d{1,9}[.)]?)?$/
+const UNDECIDED_CODE = /^`*$/
 const LARGE = 2_000 // characters
 const MARKS = /(`+|\*\*?)/
 const ELEMENTS = /** @type {Record<string, string>} */ ({ '**': 'strong', '*': 'em' })
@@ -50,7 +51,7 @@ export class Formatter {
   #line(line) {
     const whole = line.endsWith('\n')
     if (this.#atStart) {
-      if (!whole && UNDECIDED.test(line)) return void (this.#held = line)
+      if (!whole && UNDECIDED.test(line.trim())) return void (this.#held = line)
       const [, fence, language] = FENCE.exec(line) ?? []
       if (fence !== undefined) return this.#openCode(line, fence, language.trim())
       line = this.#open(line)
@@ -60,8 +61,10 @@ export class Formatter {
       this.#inline(line.slice(0, -1))
       this.#endLine()
     } else {
-      this.#held = /[`*]*$/.exec(line)?.[0] ?? ''
-      this.#inline(line.slice(0, line.length - this.#held.length))
+      let end = line.length
+      while (line[end - 1] === '`' || line[end - 1] === '*') end--
+      this.#held = line.slice(end)
+      this.#inline(line.slice(0, end))
     }
   }
 
@@ -183,8 +186,8 @@ export class Formatter {
   /** @param {string} line @param {{element: HTMLElement, text: Text, fence: string}} code */
   #codeLine(line, code) {
     const whole = line.endsWith('\n')
-    if (this.#atStart && !whole && UNDECIDED_CODE.test(line)) return void (this.#held = line)
-    if (this.#atStart && UNDECIDED_CODE.test(line.trimEnd()) && line.includes(code.fence)) {
+    if (this.#atStart && !whole && UNDECIDED_CODE.test(line.trim())) return void (this.#held = line)
+    if (this.#atStart && UNDECIDED_CODE.test(line.trim()) && line.includes(code.fence)) {
       this.#code = undefined
       return
     }

@@ -119,8 +119,7 @@ function clear(id) {
   current = id
   followed = before = undefined
   told = ''
-  atEnd = true
-  older.hidden = true
+  atEnd = jump.hidden = older.hidden = true
   say('')
   sidebar.select(id)
   update()
@@ -318,9 +317,10 @@ function toEnd() {
   scrollTo({ top: root.scrollHeight, behavior: 'instant' })
 }
 
+const left = () => root.scrollHeight - innerHeight - scrollY
+
 addEventListener('scroll', () => {
-  const left = root.scrollHeight - innerHeight - scrollY
-  atEnd = scrollY < height ? atEnd && left < 1 : atEnd || left < NEAR
+  atEnd = scrollY < height ? atEnd && left() < 1 : atEnd || left() < NEAR
   height = scrollY
   jump.hidden = atEnd
 }, { passive: true })
@@ -376,7 +376,12 @@ addEventListener('keydown', (event) => {
   else stop()
 })
 log.addEventListener('click', ({ target }) => {
-  const button = target instanceof Element && target.closest('.copy-code')
+  if (!(target instanceof Element)) return
+  if (target.closest('summary')) { // what unfolds is what the reader wants to see, and not the end
+    atEnd = false
+    requestAnimationFrame(() => { atEnd = jump.hidden = left() < 1 })
+  }
+  const button = target.closest('.copy-code')
   if (button) copy(button.closest('figure')?.querySelector('code')?.textContent ?? '')
 })
 door.addEventListener('submit', (event) => {

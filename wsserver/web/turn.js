@@ -47,6 +47,7 @@ export class Turn {
   /** @type {number | undefined} */ #frame
   /** @type {ReturnType<typeof setInterval> | undefined} */ #countdown
   #started = false
+  #over = false
   #waiting = ''
   #said = '' // all of the text, for a copy
 
@@ -93,19 +94,20 @@ export class Turn {
 
   /** Whether a history tells less than is here, or the same. @param {Told} told */
   has({ text, partial }) {
-    return this.reply !== undefined || (this.#said === text && this.#end?.error?.code !== 'not_found')
-      || partial === 'cut'
+    if (!this.#over) return this.reply !== undefined
+    return partial === 'cut' || (this.#said === text && this.error?.code !== 'not_found')
   }
 
   /** Show what is over. @param {Told} told */
   tell({ prompt, text, partial }) {
     if (prompt !== undefined) this.#prompt.textContent = prompt
+    this.#end = undefined
     this.#text.textContent = ''
     this.#formatter = new Formatter(this.#text)
     this.#formatter.write(text)
     this.#said = text
-    const why = partial && (WHY[partial] ?? `Broken off by an error (${partial.replaceAll('_', ' ')}).`)
-    this.#finish(why ?? '', partial !== undefined && !(partial in BY) && partial !== 'cut')
+    const why = partial ? (WHY[partial] ?? `Broken off by an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
+    this.#finish(why, partial !== undefined && !(partial in BY) && partial !== 'cut')
     if (partial !== undefined && PASSING.includes(partial)) this.#offer(0)
   }
 
@@ -161,12 +163,12 @@ export class Turn {
     }
     const all = drawn.text === reply.text.length && drawn.thinking === reply.thinking.length
     if (!all) this.#frame = requestAnimationFrame(() => this.#draw())
-    else if (this.#end) this.#over(reply, this.#end)
+    else if (this.#end) this.#close(reply, this.#end)
     else this.#say(reply.queued ? 'Waiting for its turn.' : this.#waiting)
   }
 
   /** @param {Reply} reply @param {{result?: Result, error?: ReplyError}} end */
-  #over(reply, { result, error }) {
+  #close(reply, { result, error }) {
     this.reply = undefined
     this.#said = reply.text
     this.#started = reply.started
@@ -181,6 +183,7 @@ export class Turn {
 
   /** @param {string} note @param {boolean} wrong */
   #finish(note, wrong) {
+    this.#over = true
     this.#formatter.end()
     this.#shown.setAttribute('aria-busy', 'false')
     this.#say(note, wrong)
