@@ -1285,6 +1285,7 @@ async def test_the_page_asks_for_a_token_where_one_is_wanted(puppet: Puppet, bla
         await blank.goto(server.page)
         field = blank.get_by_label("Your token")
         await expect(field).to_be_focused()
+        assert await violations(blank) == []
         await field.fill("wrong")
         await field.press("Enter")
         await expect(state(blank)).to_contain_text("your token is not good")
