@@ -1190,9 +1190,11 @@ def website(folder: Path) -> Iterator[int]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
         thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield site.server_address[1]
-        site.shutdown()
-        thread.join()
+        try:
+            yield site.server_address[1]
+        finally:
+            site.shutdown()
+            thread.join()
 
 
 class SilentFiles(SimpleHTTPRequestHandler):
@@ -1335,6 +1337,28 @@ async def test_a_token_that_one_tab_was_given_is_good_for_the_others(
         await tab.get_by_label("Your token").press("Enter")
         await expect(state(blank)).to_have_text("Connected")
         await converse(tab, puppet, "Again")
+
+
+async def test_the_first_lines_of_the_readme_are_a_client(
+    blank: Page, server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (snippet,) = re.findall(r"```js\n(const ws = .*?)```", readme, re.DOTALL)
+    begin, listen, ask_, *_, halt = snippet.strip().splitlines()
+    begin = begin.replace("ws://localhost:3001", server.url)
+    (tmp_path / "favicon.ico").touch()
+    (tmp_path / "index.html").write_text(
+        "<script>const prompt_ = 'Hello'; const append = (text) => { document.title += text; };\n"
+        f"{begin}\n{listen}\nws.onopen = () => {{ {ask_.replace('prompt', 'prompt: prompt_')} \n}};"
+        f"const halt = () => {{ {halt} }};</script>"
+    )
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/")
+        model = (await puppet.reply()).say("one-", "two")
+        assert model.request.prompt == "Hello"
+        await expect(blank).to_have_title("one-two")
+        await blank.evaluate("halt()")
+        await closed(model.closed)
 
 
 async def test_ten_lines_are_ten() -> None:

@@ -203,12 +203,31 @@ async def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
 def test_the_frames_in_the_readme_are_true() -> None:
     sent = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
     got = re.findall(r"^< (\{.*\})$", README, re.MULTILINE)
-    assert len(sent) == 2
+    assert len(sent) == 3
     for text in sent:
         parse(text)
     frame: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
     for text in got:
         frame.validate_json(text)
+
+
+async def test_what_the_readme_types_by_hand_does_what_it_says() -> None:
+    prompt, resume, stop = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
+    name = json.loads(prompt)["id"]
+    async with wsserver.serve("demo", port=0, drain_timeout=0) as server:
+        async with client(server) as first:
+            await first.send(prompt)
+            assert (await first.next("token"))["id"] == name
+            await first.next("token")
+            before = first.said(name)
+            first.socket.transport.abort()
+        async with client(server) as second:
+            await second.send(resume)
+            await second.next("token")
+            await second.send(stop)
+            rest, terminal = await second.text(name)
+            assert (terminal["reason"], terminal["by"]) == ("stopped", "client")
+            assert "This is the demo model".startswith((before + rest)[:22])
 
 
 def test_the_make_targets_in_the_readme_exist() -> None:
