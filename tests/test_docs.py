@@ -195,6 +195,7 @@ async def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
                     await person.ready()
                     person.types("Hello\r")
                     await person.sees("start the server again.")
+                    await person.ready()
                     person.types("\x04")
                     assert await person.leaves() == 0
     assert (tmp_path / "story.txt").read_text().startswith("This is the demo model")
