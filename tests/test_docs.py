@@ -13,10 +13,11 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import TypeAdapter
+from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 import wsserver
-from tests.support.client import client
+from tests.support.client import Client, client
 from tests.support.process import run
 from tests.test_terminal import terminal
 from wsserver import Code, Settings
@@ -199,6 +200,24 @@ async def test_the_commands_in_the_readme_run(tmp_path: Path) -> None:
                     person.types("\x04")
                     assert await person.leaves() == 0
     assert (tmp_path / "story.txt").read_text().startswith("This is the demo model")
+
+
+async def test_the_tokens_in_the_readme_let_their_owner_in(tmp_path: Path) -> None:
+    section = README.partition("## Who may use it\n")[2].partition("```\n")[2].partition("```")[0]
+    make, serve = [line.partition("#")[0].split() for line in section.strip().splitlines()]
+    async with run("-m", *make, cwd=tmp_path) as process:
+        token = (await process.line(r"^(wss_\S+)$"))[1]
+        assert await process.end() == 0
+    # On an address that only this machine has; the name, and the tokens, make it ask all the same.
+    serve[serve.index("0.0.0.0")] = "127.0.0.1"
+    async with run("-m", *serve, "--port", "0", cwd=tmp_path) as process:
+        url = (await process.line(r"(ws://\S+)"))[1]
+        headers = {"Authorization": f"Bearer {token}"}
+        async with connect(url, proxy=None, additional_headers=headers) as socket:
+            assert (await Client(socket).prompt())["type"] == "start"
+        with pytest.raises(InvalidStatus):
+            async with connect(url, proxy=None, additional_headers={"Authorization": "Bearer x"}):
+                raise AssertionError
 
 
 def test_the_frames_in_the_readme_are_true() -> None:
