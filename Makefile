@@ -8,24 +8,27 @@ NPM_PACKAGES := wscat@6.1.0 ws@8.21.0 typescript@5.9.3 @types/react@19.2.2 @type
 	react@19.2.0 react-dom@19.2.0 esbuild@0.25.10 axe-core@4.14.1
 ARGS ?=
 
-.PHONY: run test lint unit fast system clean
+.PHONY: run test lint whole fast slow unit system clean
 
 run: $(VENV)/run.stamp ## start the server; settings with ARGS="--port 8080"
 	@$(BIN)/wsserver serve $(ARGS)
 
-test: lint fast slow ## lint, types and the whole suite
+test: lint whole ## lint, types and the whole suite
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fast: $(VENV)/test.stamp ## the tests that take a minute together
+whole: $(VENV)/test.stamp system
 	$(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not slow"
-
-.PHONY: slow
-slow: $(VENV)/test.stamp system ## browsers, other programs, kills, floods; after `fast`
 	$(BIN)/pytest --cov --cov-append --cov-report=term -m slow
+
+fast: $(VENV)/test.stamp ## the tests that take a minute together, without the others' coverage
+	$(BIN)/pytest -q -m "not slow"
+
+slow: $(VENV)/test.stamp system ## browsers, other programs, kills, floods
+	$(BIN)/pytest -q -m slow
 
 unit: $(VENV)/test.stamp system ## some of the tests; ARGS="-k stop"
 	$(BIN)/pytest $(ARGS)
