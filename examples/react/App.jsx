@@ -16,7 +16,7 @@ export function App(props) {
 
   return (
     <main>
-      <ol aria-live="polite">
+      <ol aria-live="polite" aria-busy={busy}>
         {messages.map(({ id, role, content, thinking, partial }) => (
           <li key={id + role} className={role}>
             {thinking && <details><summary>Thinking</summary>{thinking}</details>}
