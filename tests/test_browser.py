@@ -551,6 +551,27 @@ async def test_what_others_said_meanwhile_is_there_after_a_lost_connection(
     await expect(timed.locator(".text")).to_have_text(["Reply", "Meanwhile"])
 
 
+async def test_what_others_deleted_meanwhile_stays_in_view_and_is_told(
+    timed: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await timed.clock.resume()
+    await converse(timed, puppet, "First")
+    conversation = timed.url.partition("#")[2]
+    await stop_clock(timed)
+    cut(server)
+    await expect(state(timed)).to_have_text("Not connected, trying again…")
+    async with client(server) as other:
+        await other.send({"type": "delete", "conversation": conversation})
+        await other.next("deleted")
+    await timed.clock.fast_forward(LONGEST_PAUSE)
+    await timed.clock.resume()
+    await expect(alert(timed)).to_contain_text("no longer has this conversation")
+    await expect(text(timed)).to_have_text("Reply")
+    await converse(timed, puppet, "Second", "Afresh")
+    assert [message.content for message in puppet.replies[1].request.messages] == ["Second"]
+    await expect(alert(timed)).to_be_hidden()
+
+
 async def test_stop_works_without_a_connection(
     timed: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:

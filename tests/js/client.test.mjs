@@ -235,6 +235,26 @@ test('a second tab goes on as well, and is told what it has missed', async (t) =
   assert.deepEqual(replies, [])
 })
 
+test('a conversation that others delete meanwhile is not asked for again and again', async (t) => {
+  const { chat, errors, sockets, port, line } = await stage.serve(t)
+  const { conversation } = chat
+  await soon(chat.prompt('say first').done)
+  await soon(chat.open(conversation))
+  await line('cut')
+  const { chat: other } = join(t, `http://127.0.0.1:${port}/`) // by another way
+  await soon(other.delete(conversation))
+  const told = event(chat, 'error')
+  await line('mend')
+  assert.equal((await told).code, 'not_found')
+  assert.notEqual(chat.conversation, conversation)
+  await line('cut')
+  await state(chat, 'waiting')
+  await line('mend')
+  await soon(chat.list())
+  assert.deepEqual(sockets.at(-1).sent.filter(({ type }) => type === 'open'), [])
+  assert.equal(errors.length, 1)
+})
+
 test('a second tab goes on with what still runs without doubling it', async (t) => {
   const { chat, port, line } = await stage.serve(t)
   const { chat: speaker } = join(t, `ws://127.0.0.1:${port}/`)

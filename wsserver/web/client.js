@@ -352,7 +352,10 @@ export class Chat extends EventTarget {
     for (const request of this.#requests) this.#sendRequest(request)
     const conversation = this.#followed
     if (conversation !== undefined && !this.#requests.some(({ frame }) => frame.type === 'open' && !frame.before)) {
-      this.#request({ type: 'open', conversation }).catch((error) => this.#tell('error', error))
+      this.#request({ type: 'open', conversation }).catch((error) => {
+        if (error.code === 'not_found') this.#deleted(conversation) // by others, meanwhile
+        this.#tell('error', error)
+      })
     }
     for (const reply of this.replies.values()) {
       reply._starts = 0

@@ -85,7 +85,12 @@ chat.on('reply', (reply) => {
 })
 
 chat.on('error', (error) => {
-  say(error instanceof Error ? error.message : String(error))
+  const { code, message } = /** @type {Partial<import('./client.js').ReplyError>} */ (error)
+  if (code !== 'not_found') say(message ?? String(error))
+  else if (current !== undefined && chat.conversation !== current) {
+    followed = undefined
+    say('The server no longer has this conversation. What you ask next begins it anew.')
+  }
 })
 
 /** Say why nothing comes, while that is so. @param {Turn} turn */
