@@ -411,6 +411,7 @@ async def test_a_failed_reply_keeps_its_text_says_why_and_can_be_retried_in_time
     await timed.reload()  # and the history tells of both
     await expect(text(timed)).to_have_text("Whole")
     await expect(timed.locator(".note").first).to_have_text("Broken off by an error (overloaded).")
+    await expect(again).to_have_count(0)
 
 
 async def test_what_was_refused_for_now_is_asked_again_in_its_place(

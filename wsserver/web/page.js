@@ -187,6 +187,8 @@ function insert(messages, place) {
     else log.insertBefore((turn = make(id)).element, place)
     if (!turn.has(what)) turn.tell(what)
   }
+  // As on a page that was there, only the last can be tried again.
+  for (const turn of turns.values()) if (said.has(turn.id) && turn.element.nextElementSibling) turn.settle()
 }
 
 older.addEventListener('click', async () => {

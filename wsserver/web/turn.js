@@ -137,7 +137,7 @@ export class Turn {
     if (this.reply && !this.reply.ended) this.#say(why)
   }
 
-  /** No longer offer to try again, as somebody did. */
+  /** No longer offer to try again, as something else was asked since. */
   settle() {
     clearInterval(this.#countdown)
     this.#retry.hidden = true
