@@ -841,6 +841,43 @@ async def test_a_conversation_is_renamed_in_its_place(page: Page, puppet: Puppet
     await expect(title(page)).to_have_text("A title of mine")
 
 
+async def test_a_page_that_rests_unseen_is_not_woken_by_other_tabs(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await converse(page, puppet, "First")
+    tab = await second_tab(page)
+    await expect(rows(tab)).to_have_count(1)
+    for connection in tuple(server._sockets):
+        await connection.close(1000, "idle")
+    for each in (page, tab):
+        await expect(state(each)).to_have_text("Resting until you ask")
+    await tab.evaluate("""() => {
+        Object.defineProperty(document, 'visibilityState', { value: 'hidden' });
+        const others = new BroadcastChannel('wsserver');
+        window.heard = new Promise((resolve) => { others.onmessage = () => resolve(true); });
+    }""")
+    await rename(page, "Second")
+    await tab.evaluate("heard")
+    await expect(state(page)).to_have_text("Connected")
+    assert await state(tab).text_content() == "Resting until you ask"
+
+
+async def test_what_cannot_be_renamed_is_told(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await converse(page, puppet, "First")
+    await expect(rows(page)).to_have_count(1)
+    async with client(server) as other:
+        await other.send({"type": "delete", "conversation": page.url.partition("#")[2]})
+        await other.next("deleted")
+    await page.get_by_role("button", name=re.compile("^Rename")).click()
+    await page.get_by_role("textbox", name="Title").fill("Second")
+    await page.keyboard.press("Enter")
+    await expect(rows(page)).to_have_count(0)
+    complaint = page.get_by_role("navigation", name="Conversations").get_by_role("alert")
+    await expect(complaint).to_contain_text("There is no such")
+
+
 async def test_a_conversation_is_deleted_only_if_that_is_confirmed(
     page: Page, puppet: Puppet
 ) -> None:

@@ -32,7 +32,8 @@ export class Sidebar {
     more.addEventListener('click', () => this.#loadMore())
     others.addEventListener('message', ({ data }) => {
       if (typeof data === 'string') this.#forget(data)
-      this.refresh()
+      // A page that nobody sees and that rests is not to connect for this.
+      if (chat.state !== 'idle' || document.visibilityState === 'visible') this.refresh()
     })
   }
 
@@ -92,6 +93,12 @@ export class Sidebar {
   #complain(error) {
     trouble.textContent = error instanceof Error ? error.message : String(error)
     trouble.hidden = false
+  }
+
+  /** Show what there is after all, and then why, as the list takes back what it complained of. @param {unknown} error */
+  async #undo(error) {
+    await this.#load()
+    this.#complain(error)
   }
 
   /** @param {Item[]} items */
@@ -174,8 +181,7 @@ export class Sidebar {
       await this.chat.rename(id, title)
       this.share()
     } catch (error) {
-      this.refresh()
-      this.#complain(error)
+      await this.#undo(error)
     }
   }
 
@@ -194,7 +200,7 @@ export class Sidebar {
         this.share(id)
         find(neighbour ?? document, neighbour ? 'a' : '#new', HTMLElement).focus()
       } catch (error) {
-        this.#complain(error)
+        await this.#undo(error)
       }
     }, { once: true })
   }
