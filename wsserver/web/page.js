@@ -103,8 +103,6 @@ function wait(turn) {
 /** @param {string | undefined} token */
 function enter(token) {
   given = token
-  door.hidden = true
-  form.hidden = false
   chat.setToken(token)
 }
 
@@ -373,7 +371,8 @@ send.addEventListener('click', (event) => {
 })
 box.addEventListener('input', grow)
 box.addEventListener('keydown', (event) => {
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
+  // Safari ends a composition before the key that ended it, and tells by this code alone.
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return
   event.preventDefault()
   submit()
 })

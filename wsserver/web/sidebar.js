@@ -162,7 +162,7 @@ export class Sidebar {
       else this.refresh()
     }
     field.addEventListener('keydown', (event) => {
-      if (event.isComposing || (event.key !== 'Enter' && event.key !== 'Escape')) return
+      if (event.isComposing || event.keyCode === 229 || (event.key !== 'Enter' && event.key !== 'Escape')) return
       event.preventDefault()
       event.stopPropagation()
       leave(event.key === 'Enter')
