@@ -78,6 +78,14 @@ test('a stop stops', async (t) => {
   assert.equal((await soon(early.stop())).by, 'client')
 })
 
+test('a prompt under the id of one that runs is that one', async (t) => {
+  const { chat } = await stage.serve(t)
+  const reply = chat.prompt('say twice', { id: 'a-name-for-two-prompts' })
+  assert.equal(chat.prompt('say twice', { id: reply.id }), reply)
+  await soon(reply.done)
+  assert.equal(reply.text, 'twice')
+})
+
 test('a prompt that is stopped before there was a connection is never sent', async (t) => {
   const { chat, sockets } = await stage.serve(t)
   const reply = chat.prompt('say nothing')

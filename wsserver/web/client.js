@@ -24,7 +24,8 @@
  * @property {number} [longestPause] Milliseconds, which the bound does not exceed.
  *
  * @typedef {object} PromptOptions
- * @property {string} [id] Of the reply; default: a random one.
+ * @property {string} [id] Of the reply; default: a random one. What has this id and has not ended is
+ *   what one gets.
  * @property {string} [conversation] Default: that of the chat.
  * @property {'reject' | 'queue' | 'interrupt'} [onBusy] What to do if the conversation is
  *   generating: fail with `busy` (the default), wait, or stop what runs.
@@ -237,6 +238,8 @@ export class Chat extends EventTarget {
    */
   prompt(prompt, options = {}) {
     const { id = newId(), onBusy, maxTokens, model, system, temperature } = options
+    const known = this.replies.get(id)
+    if (known) return known
     const text = typeof prompt === 'string' ? prompt.replace(/\p{Surrogate}/gu, '\ufffd') : undefined
     const conversation = text === undefined ? undefined : options.conversation ?? this.conversation
     const messages = typeof prompt === 'string' ? undefined : prompt.map(({ role, content }) => ({ role, content }))
