@@ -1367,6 +1367,21 @@ async def test_the_page_asks_for_a_token_where_one_is_wanted(puppet: Puppet, bla
         await expect(field).to_be_hidden()
 
 
+async def test_a_browser_that_lets_nothing_be_kept_will_do(puppet: Puppet, blank: Page) -> None:
+    await blank.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no'); } })"
+    )
+
+    async def named(token: str | None, _: object) -> wsserver.Principal | None:
+        return wsserver.Principal("ada") if token == "sesame" else None
+
+    async with wsserver.serve(puppet, authenticate=named, port=0, drain_timeout=0) as server:
+        await blank.goto(server.page)
+        await blank.get_by_label("Your token").fill("sesame")
+        await blank.get_by_label("Your token").press("Enter")
+        await converse(blank, puppet, "Hello")
+
+
 async def test_a_token_that_one_tab_was_given_is_good_for_the_others(
     puppet: Puppet, blank: Page
 ) -> None:

@@ -29,13 +29,14 @@ const token = find(document, '#token', HTMLInputElement)
 const form = find(document, '#ask', HTMLFormElement)
 const box = find(document, '#prompt', HTMLTextAreaElement)
 const send = find(document, '#send', HTMLButtonElement)
+const kept = storage()
 
 /** @type {Map<string, Turn>} What is on the page, in order. */ let turns = new Map()
 /** @type {string | undefined} The conversation on the page; none: one that is to begin. */ let current
 /** @type {string | undefined} The one whose news come here by themselves. */ let followed
 /** @type {number | undefined} Where the messages on the page begin, if there are earlier ones. */ let before
 let told = '' // the title, as far as the list does not know it
-let given = localStorage.token // the token that this tab has tried
+let given = kept.token // the token that this tab has tried
 let atEnd = true // is where the reader wants to be
 let height = 0 // at which the reader was
 
@@ -54,10 +55,10 @@ const sidebar = new Sidebar(chat, {
 chat.on('state', ({ state: now, reason }) => {
   const had = given !== undefined
   if (now === 'unauthenticated') {
-    const { token: other } = localStorage // another tab's
+    const { token: other } = kept // another tab's
     if (other !== undefined && other !== given) return enter(other)
     given = undefined
-    delete localStorage.token
+    delete kept.token
   }
   document.body.dataset.state = now
   state.textContent = {
@@ -98,6 +99,15 @@ function wait(turn) {
   const sent = turn.reply?.started
   const why = sent ? 'Cut off, as the connection was lost. The rest follows when it is back.' : 'Not sent yet.'
   turn.wait(chat.state === 'open' ? '' : why)
+}
+
+/** What the browser keeps; nothing, where it lets no page keep anything. @returns {Record<string, any>} */
+function storage() {
+  try {
+    return localStorage
+  } catch {
+    return {}
+  }
 }
 
 /** @param {string | undefined} token */
@@ -392,9 +402,9 @@ log.addEventListener('click', ({ target }) => {
 })
 door.addEventListener('submit', (event) => {
   event.preventDefault()
-  localStorage.token = token.value.trim()
+  kept.token = token.value.trim()
   token.value = ''
-  enter(localStorage.token)
+  enter(kept.token)
   box.focus()
 })
 addEventListener('storage', ({ key, newValue }) => {
