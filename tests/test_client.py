@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import json
 import signal
 import socket
 import time
@@ -696,6 +697,85 @@ async def test_what_is_no_server_of_the_protocol_is_told(said: str) -> None:
     async with serve(talk, "127.0.0.1", 0) as server, connect(_url(server)) as chat:
         with pytest.raises(ConnectionFailed, match="no server of this protocol"):
             await done(chat.prompt("Hi"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"type": "history", "title": "T", "running": []}',
+        '{"type": "history", "title": "T", "messages": [1], "running": []}',
+        '{"type": "history", "title": "T", "messages": [], "running": [], "before": 9}',
+        '{"type": "error", "code": "overloaded", "retryable": true, "retry_after": "1"}',
+        '{"type": "error", "code": "overloaded", "retryable": true, "retry_after": NaN}',
+    ],
+)
+async def test_an_answer_that_cannot_be_read_is_told_to_who_waits(said: str) -> None:
+    async def talk(socket: ServerConnection) -> None:
+        async for _ in socket:
+            await socket.send(said)
+
+    async with serve(talk, "127.0.0.1", 0) as server, connect(_url(server)) as chat:
+        with pytest.raises(ConnectionFailed, match="no server of this protocol"):
+            await asyncio.wait_for(chat.history(), BOUND)
+
+
+@pytest.mark.parametrize("seq", ["NaN", "1.5", '"1"', "true", "null"])
+async def test_a_piece_without_a_number_is_not_shown_twice(seq: str) -> None:
+    async def talk(socket: ServerConnection) -> None:
+        name = str(await socket.recv()).partition('"id":"')[2].partition('"')[0]
+        for _ in range(2):
+            await socket.send(f'{{"type":"token","id":"{name}","seq":{seq},"text":"x"}}')
+        await socket.wait_closed()
+
+    async with serve(talk, "127.0.0.1", 0) as server, connect(_url(server)) as chat:
+        reply = chat.prompt("Hi")
+        with pytest.raises(ConnectionFailed, match="no server of this protocol"):
+            await done(reply)
+        assert reply.text == ""
+
+
+async def test_a_list_that_has_no_end_ends() -> None:
+    async def talk(socket: ServerConnection) -> None:
+        async for _ in socket:
+            await socket.send('{"type": "conversations", "items": [], "next": "x"}')
+
+    async with serve(talk, "127.0.0.1", 0) as server, connect(_url(server)) as chat:
+        assert await asyncio.wait_for(chat.conversations(), BOUND) == []
+
+
+async def test_a_server_that_only_ever_closes_is_given_up_in_the_end() -> None:
+    async def close(socket: ServerConnection) -> None:
+        await socket.recv()
+        await socket.close(1011, "no")
+
+    async with (
+        serve(close, "127.0.0.1", 0) as server,
+        connect(_url(server), patience=0.5) as chat,
+    ):
+        with pytest.raises(ConnectionFailed, match="no") as failure:
+            await done(chat.prompt("Hi"))
+        assert not failure.value.final
+        await until(lambda: chat.state is State.IDLE)
+
+
+async def test_a_server_that_would_be_asked_again_at_once_is_not_asked_without_a_break() -> None:
+    asked = 0
+
+    async def refuse(socket: ServerConnection) -> None:
+        nonlocal asked
+        async for message in socket:
+            asked += 1
+            about = json.loads(message)["id"]
+            error = {"type": "error", "about": about, "code": "overloaded"}
+            await socket.send(json.dumps({**error, "retryable": True, "retry_after": -1}))
+
+    async with (
+        serve(refuse, "127.0.0.1", 0) as server,
+        connect(_url(server), patience=0.5) as chat,
+    ):
+        with pytest.raises(ReplyError):
+            await done(chat.prompt("Hi"))
+    assert asked <= 11
 
 
 async def test_frames_and_keys_of_a_later_version_are_ignored() -> None:

@@ -8,12 +8,13 @@ takes; then one request at a time, since the answers to those carry no id.
 
 import asyncio
 import contextlib
+import functools
 import json
 import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -22,7 +23,13 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from wsserver.client.dial import FINAL, Pause, Timeouts, Unreached, dial, shown
-from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
+from wsserver.client.failures import (
+    ChatError,
+    ConnectionFailed,
+    ReplyError,
+    ServerError,
+    seconds_of,
+)
 from wsserver.client.reply import Reply, Usage
 from wsserver.errors import Code
 from wsserver.protocol import Auth, Close, Delete, List, Open, Prompt, Rename, Resume, Turn
@@ -44,6 +51,7 @@ Token = str | Callable[[], Awaitable[str]]
 """What says who the client is: a token, or what gives a fresh one each time that it is called."""
 
 MOST_UNANSWERED = 8  # prompts and resumes; well below the unusable frames in a row that close it
+LEAST_WAIT = 0.05  # seconds, however soon the server would have it
 SOON = 1.0  # seconds until what was refused is sent again, where the server does not say
 MARGIN = 1.05  # of a time that the server asks to wait, as clocks and timers differ
 RENEW_AT = 0.8  # of the time for which a token is good
@@ -151,10 +159,15 @@ class _Asked:
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    """A request that is no prompt, and its answer to come. ``again``: it was sent before."""
+    """A request that is no prompt, and its answer to come. ``again``: it was sent before.
+
+    ``read`` is given the answer as it comes: what it cannot read is not of the protocol.
+    """
 
     frame: bytes
-    answer: asyncio.Future[Mapping[str, Any]]
+    kind: str
+    read: Callable[[Mapping[str, Any]], Any]
+    answer: asyncio.Future[Any]
     sent: bool = False
     again: bool = False
 
@@ -333,19 +346,16 @@ class Chat:
             ConnectionFailed: there is no connection.
         """
         name = conversation or self.conversation
+        pages: list[tuple[History, int | None]] = []
         before: int | None = NEWEST
-        messages: list[Message] = []
-        newest: Mapping[str, Any] | None = None
         while before is not None:
-            page = await self._ask_for(Open(conversation=name, before=before))
-            newest = newest or page
-            messages[:0] = [
-                Message(m["role"], m["content"], m["id"], m.get("partial"))
-                for m in page["messages"]
-            ]
-            before = page.get("before")
-        assert newest is not None
-        return History(name, newest["title"], tuple(messages), tuple(newest["running"]))
+            read = functools.partial(_read_history, name, before)
+            pages.append(
+                await self._ask_for(Open(conversation=name, before=before), "history", read)
+            )
+            before = pages[-1][1]
+        messages = tuple(message for page, _ in reversed(pages) for message in page.messages)
+        return replace(pages[0][0], messages=messages)
 
     async def conversations(self, limit: int = 20) -> list[Conversation]:
         """Return the client's conversations, the one used last first; at most ``limit``.
@@ -357,12 +367,10 @@ class Chat:
         found: list[Conversation] = []
         before: str | None = None
         while len(found) < limit:
-            page = await self._ask_for(List(limit=min(PAGE, limit - len(found)), before=before))
-            found += [
-                Conversation(i["id"], i["title"], i["created"], i["updated"]) for i in page["items"]
-            ]
-            before = page.get("next")
-            if before is None:
+            frame = List(limit=min(PAGE, limit - len(found)), before=before)
+            items, before = await self._ask_for(frame, "conversations", _read_conversations)
+            found += items
+            if before is None or not items:
                 break
         return found
 
@@ -373,7 +381,7 @@ class Chat:
             ServerError: there is none, or it cannot be saved now.
             ConnectionFailed: there is no connection.
         """
-        await self._ask_for(Rename(conversation=conversation, title=title))
+        await self._ask_for(Rename(conversation=conversation, title=title), "renamed", _done)
 
     async def delete(self, conversation: str) -> None:
         """Stop what runs in a conversation, and delete it.
@@ -382,7 +390,7 @@ class Chat:
             ServerError: there is none, or it cannot be deleted now.
             ConnectionFailed: there is no connection.
         """
-        await self._ask_for(Delete(conversation=conversation))
+        await self._ask_for(Delete(conversation=conversation), "deleted", _done)
 
     def _check(self) -> None:
         if self._owner is None:
@@ -417,7 +425,12 @@ class Chat:
             self._urgent.append(json.dumps({"type": "stop", "id": reply.id}).encode())
             self._wake.set()
 
-    async def _ask_for(self, frame: Open | List | Rename | Delete) -> Mapping[str, Any]:
+    async def _ask_for(
+        self,
+        frame: Open | List | Rename | Delete,
+        kind: str,
+        read: Callable[[Mapping[str, Any]], T],
+    ) -> T:
         """Send a request and return its answer, however often the connection is lost meanwhile."""
         self._check()
         loop = asyncio.get_running_loop()
@@ -425,18 +438,19 @@ class Chat:
         async with self._requests:
             while True:
                 self._check()
-                request = self._request = _Request(_dump(frame), loop.create_future())
+                answer: asyncio.Future[T] = loop.create_future()
+                request = self._request = _Request(_dump(frame), kind, read, answer)
                 self._want()
                 try:
-                    return await request.answer
+                    return await answer
                 except ServerError as error:
                     # Of a request that was lost nobody knows whether it has been done.
                     if isinstance(frame, Delete) and request.again and error.code == Code.NOT_FOUND:
-                        return {}
+                        return read({})
                     wait = error.retry_after
                     if not error.retryable or wait is None or loop.time() + wait > until:
                         raise
-                    await asyncio.sleep(wait * MARGIN)
+                    await asyncio.sleep(max(LEAST_WAIT, wait * MARGIN))
                 finally:
                     self._request = None
 
@@ -451,6 +465,7 @@ class Chat:
         loop = asyncio.get_running_loop()
         try:
             until = loop.time() + self._timeouts.opening
+            first = True
             while True:
                 socket = await self._connect(until)
                 if socket is not None:
@@ -458,11 +473,16 @@ class Chat:
                     wanted = await self._talk(socket)
                     if loop.time() - began > self._timeouts.ping:
                         self._pause.reset()
-                    until = loop.time() + self._timeouts.patience
-                    if wanted:
+                    # One that says nothing before it closes is as good as none.
+                    if first or self._pause.is_shortest:
+                        until = loop.time() + self._timeouts.patience
+                    first = False
+                    if wanted and loop.time() < until:
                         self._set_state(State.LOST)
                         await asyncio.sleep(self._pause.next())
                         continue
+                    if wanted and self.failure is not None:
+                        self._drop(self.failure)
                 self._wanted.clear()
                 self._set_state(State.IDLE)
                 await self._wanted.wait()
@@ -630,8 +650,9 @@ class Chat:
             self._wake.set()
         elif kind in {"history", "conversations", "renamed", "deleted"}:
             self._pause.reset()
-            if self._request is not None and not self._request.answer.done():
-                self._request.answer.set_result(frame)
+            request = self._request
+            if request is not None and request.kind == kind and not request.answer.done():
+                request.answer.set_result(request.read(frame))
         # Anything else is of a later version.
 
     def _follow(self, name: str, frame: Mapping[str, Any]) -> None:
@@ -658,8 +679,9 @@ class Chat:
         asked = self._asked.get(frame.get("about", ""))
         if frame["code"] == Code.NOT_RUNNING:
             return
-        if frame["code"] == Code.LIMIT and frame.get("retry_after") is not None:
-            self._hold(frame["retry_after"])
+        wait = seconds_of(frame.get("retry_after"))
+        if frame["code"] == Code.LIMIT and wait is not None:
+            self._hold(wait)
         if asked is not None:
             self._answered(asked.reply.id)
             self._refused_reply(asked, ReplyError.of(frame))
@@ -692,7 +714,7 @@ class Chat:
         if wait is None and error.retryable and resumed:
             wait = SOON  # it runs; it is only this connection that may not follow it now
         if error.retryable and wait is not None and loop.time() + wait < asked.until:
-            loop.call_later(wait * MARGIN, self._again, asked, self._outbox)
+            loop.call_later(max(LEAST_WAIT, wait * MARGIN), self._again, asked, self._outbox)
             return
         del self._asked[reply.id]
         reply.fail(error)
@@ -764,3 +786,41 @@ def _dump(frame: Prompt | Resume | Open | List | Rename | Delete | Auth) -> byte
 async def _ended(reply: Reply) -> None:
     with contextlib.suppress(ChatError):
         await reply.done()
+
+
+def _read_history(name: str, asked: int, frame: Mapping[str, Any]) -> tuple[History, int | None]:
+    """Return a part of a history, and where the one before it ends."""
+    messages = tuple(
+        Message(
+            _text(m["role"]),
+            _text(m["content"]),
+            _text(m["id"]),
+            None if m.get("partial") is None else _text(m["partial"]),
+        )
+        for m in frame["messages"]
+    )
+    running = tuple(_text(reply) for reply in frame["running"])
+    before = frame.get("before")
+    if before is not None and not 0 <= before < asked:
+        raise ValueError("a history has a beginning")
+    return History(name, _text(frame["title"]), messages, running), before
+
+
+def _read_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:
+    """Return a part of a list, and where the next one begins."""
+    items = [
+        Conversation(_text(i["id"]), _text(i["title"]), float(i["created"]), float(i["updated"]))
+        for i in frame["items"]
+    ]
+    following = frame.get("next")
+    return items, None if following is None else _text(following)
+
+
+def _done(_: Mapping[str, Any]) -> None:
+    """Take an answer that says no more than that it is done."""
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is expected")
+    return value

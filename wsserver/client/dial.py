@@ -76,6 +76,11 @@ class Pause:
         self._failures += 1
         return self._uniform(0.0, bound)
 
+    @property
+    def is_shortest(self) -> bool:
+        """Whether nothing went wrong since it went well."""
+        return self._failures == 0
+
     def reset(self) -> None:
         """Begin again with the shortest, as it went well."""
         self._failures = 0
@@ -159,6 +164,6 @@ def _seconds(retry_after: str | None) -> float:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(retry_after).timestamp() - time()
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0

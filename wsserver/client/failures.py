@@ -8,12 +8,13 @@
           └── ReplyError    it refused a prompt, or the reply failed
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 from wsserver.errors import WsserverError
 
-__all__ = ["ChatError", "ConnectionFailed", "ReplyError", "ServerError"]
+__all__ = ["ChatError", "ConnectionFailed", "ReplyError", "ServerError", "seconds_of"]
 
 
 class ChatError(WsserverError):
@@ -78,7 +79,7 @@ class ServerError(ChatError):
             str(frame["code"]),
             str(frame.get("message", "")),
             retryable=bool(frame.get("retryable")),
-            retry_after=frame.get("retry_after"),
+            retry_after=seconds_of(frame.get("retry_after")),
             ref=str(frame.get("ref", "")),
         )
 
@@ -88,3 +89,12 @@ class ServerError(ChatError):
 
 class ReplyError(ServerError):
     """A prompt was refused, or its reply failed. What was said before is in the reply's text."""
+
+
+def seconds_of(value: object) -> float | None:
+    """Check a time to wait of a frame's, which nobody could wait for if it were no number."""
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("a time to wait is a number")
+    return max(0.0, value)

@@ -182,9 +182,12 @@ class Reply:
             self.queued = frame.get("queued")
             self.conversation = frame.get("conversation")
         elif kind in {"token", "thinking"}:
-            if frame["seq"] <= self.seq:
+            seq = frame["seq"]
+            if type(seq) is not int:
+                raise TypeError("a piece has a number")
+            if seq <= self.seq:
                 return
-            self.seq = frame["seq"]
+            self.seq = seq
             (self._text if kind == "token" else self._thoughts).add(frame["text"])
         elif kind == "done":
             self.end(
