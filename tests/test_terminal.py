@@ -18,13 +18,14 @@ import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
+from websockets.asyncio.server import ServerConnection, serve
 
 import wsserver
 from tests.support.line import Line
 from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Code, End, ModelError
 from wsserver.cli import main
-from wsserver.terminal import Options, _Terminal, safe
+from wsserver.terminal import Options, _history_file, _Terminal, safe
 
 CONVERSATION = "a-conversation-of-mine"
 
@@ -498,6 +499,7 @@ async def test_a_private_server_serves_its_own_chat_alone(tmp_path: Path) -> Non
     [
         (["--once", " "], "empty"),
         (["--once", "\udcff"], "UTF-8"),
+        (["--once", "Hi", "--system", "\udcff"], "--system"),
         (["--once", "Hi", "--conversation", "short"], "--conversation"),
         (["http://localhost", "--once", "Hi"], "no address"),
         (["--once", "Hi", "--model", "gpt"], "model"),
@@ -514,6 +516,82 @@ def test_what_cannot_be_done_is_one_clear_line_and_exit_code_2(
     assert (exit_.value.code, captured.out) == (2, "")
     assert captured.err.count("\n") == 1, captured.err
     assert says in captured.err
+
+
+@pytest.mark.parametrize("missing", ["<&-", ">&-", "2>&-"])
+async def test_a_stream_that_is_closed_is_told(missing: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh",
+        "-c",
+        f'exec "$0" -m wsserver chat --once - {missing}',
+        sys.executable,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    code, out, err = await outcome(process, "Hi")
+    assert (code, out) == (2, "")
+    assert "have to be open" in err or missing == "2>&-"
+
+
+async def test_a_disk_that_is_full_is_told(server: wsserver.Server, puppet: Puppet) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh",
+        "-c",
+        'exec "$0" -m wsserver chat "$1" --once Hi >/dev/full',
+        *(sys.executable, server.url),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    reply = (await puppet.reply()).say("Hello")
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err == b"wsserver: cannot go on: No space left on device\n"
+    async with asyncio.timeout(BOUND):
+        await reply.closed.wait()
+
+
+async def test_ctrl_c_leaves_while_the_past_does_not_come() -> None:
+    asked = asyncio.Event()
+
+    async def silent(socket: ServerConnection) -> None:
+        async for message in socket:
+            if json.loads(message)["type"] == "open":
+                asked.set()
+
+    async with serve(silent, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with terminal(url, "--conversation", CONVERSATION) as person:
+            async with asyncio.timeout(BOUND):
+                await asked.wait()
+            person.types("\x03")
+            assert await person.leaves() == 130
+
+
+async def test_what_is_typed_is_sent_though_it_cannot_be_kept(
+    server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    async with terminal(server.url, XDG_STATE_HOME=str(tmp_path)) as person:
+        await person.ready()
+        (tmp_path / "wsserver/history").unlink()
+        (tmp_path / "wsserver").rmdir()
+        person.types("Hi\r")
+        (await puppet.reply()).say("Hello").end()
+        assert "Exception" not in await person.sees("Hello")
+        await person.ready()
+        person.types("\x04")
+        assert await person.leaves() == 0
+
+
+def test_a_history_that_is_a_device_keeps_its_mode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    (tmp_path / "wsserver").mkdir()
+    (tmp_path / "wsserver/history").symlink_to(os.devnull)
+    changed: list[int] = []
+    monkeypatch.setattr(os, "fchmod", lambda _, mode: changed.append(mode))
+    _history_file()
+    assert changed == []
 
 
 def test_help_says_which_way_a_token_is_safe(capsys: pytest.CaptureFixture[str]) -> None:

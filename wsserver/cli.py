@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _raise_file_limit(settings)
             asyncio.run(_serve(settings))
     except ConfigError as error:
-        print(f"wsserver: {error}", file=sys.stderr)
+        if sys.stderr is not None:  # else it would be printed on stdout
+            print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
 

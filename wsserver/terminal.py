@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import signal
+import stat
 import sys
 import unicodedata
 from collections.abc import AsyncIterator, Callable
@@ -31,7 +32,7 @@ from wsserver.client import (
     connect,
 )
 from wsserver.errors import Code, ConfigError
-from wsserver.protocol import ID_PATTERN
+from wsserver.protocol import ID_PATTERN, Prompt
 from wsserver.server import serve
 from wsserver.settings import CHAT_TOKEN, Settings
 
@@ -77,11 +78,20 @@ def run(options: Options) -> int:
     Raises:
         ConfigError: it cannot be done as asked.
     """
-    prompt = _prompt_of(options)
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        raise ConfigError("stdin, stdout and stderr have to be open, to /dev/null if need be")
+    try:
+        prompt = _prompt_of(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if options.conversation is not None and not re.fullmatch(ID_PATTERN, options.conversation):
         raise ConfigError("--conversation: 16 to 64 of A-Z, a-z, 0-9, _ and -")
     if options.url is not None and not options.url.startswith(("ws://", "wss://")):
         raise ConfigError(f"{safe(options.url)!r} is no address such as ws://localhost:3001")
+    try:
+        Prompt(prompt=prompt or "Hi", model=options.model, system=options.system)
+    except ValueError:
+        raise ConfigError("the prompt, --model or --system is no text that can be sent") from None
     # What a private server and the libraries log is no part of the talk.
     logging.getLogger().addHandler(logging.NullHandler())
     try:
@@ -91,9 +101,12 @@ def run(options: Options) -> int:
         return FAILED
     except KeyboardInterrupt:  # before there was a reply to stop
         return INTERRUPTED
-    except BrokenPipeError:
-        # Nobody reads any more; Python would complain as it flushes in the end.
+    except OSError as error:
+        # Nobody reads any more, or a disk is full. Python would complain as it flushes in the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(OSError):
+                _note(f"cannot go on: {error.strerror or error}")
         return FAILED
 
 
@@ -175,7 +188,6 @@ class _Terminal:
                     on_state=self._show_state,
                 ) as self._chat,
             ):
-                self._interrupt = None
                 return await (self._talk() if prompt is None else self._answer(prompt))
         except asyncio.CancelledError:
             return SIGNALLED + ended_by
@@ -211,6 +223,7 @@ class _Terminal:
         session = _session()
         self._say("Ctrl-C stops a reply, Alt-Enter begins a new line, Ctrl-D leaves")
         await self._show_past()
+        self._interrupt = None
         while True:
             from prompt_toolkit.patch_stdout import patch_stdout  # noqa: PLC0415
 
@@ -239,7 +252,7 @@ class _Terminal:
             return
         self._say(safe(history.title))
         for message in history.messages[-TURNS_SHOWN:]:
-            mark = f"\n[not whole: {message.partial}]" if message.partial else ""
+            mark = f"\n[not whole: {safe(message.partial)}]" if message.partial else ""
             said = safe(message.content)
             self._say(f"> {said}" if message.role == "user" else f"{said}{mark}")
         for name in history.running:
@@ -252,7 +265,9 @@ class _Terminal:
             if reply.over:
                 done = await reply.done()
                 if done.reason == "stopped":
-                    mark = "[stopped]" if done.by == "client" else f"[stopped: {done.by}]"
+                    mark = (
+                        "[stopped]" if done.by == "client" else f"[stopped: {safe(str(done.by))}]"
+                    )
                 elif done.reason == "max_tokens":
                     mark = "[cut off, as it would be too long]"
                 if not done.saved:
@@ -289,11 +304,11 @@ class _Terminal:
             interrupted = True
             reply.request_stop()
 
-        self._interrupt = interrupt
+        before, self._interrupt = self._interrupt, interrupt
         try:
             await asyncio.wait({printing})
         finally:
-            self._interrupt = None
+            self._interrupt = before
             printing.cancel()
         if not printing.cancelled():
             printing.result()
@@ -397,9 +412,15 @@ def _session() -> "PromptSession[str]":
         else:
             run_in_terminal(lambda: print("[Ctrl-D leaves]", flush=True))
 
+    class Kept(FileHistory):
+        def store_string(self, string: str) -> None:
+            # A disk that is full, or a file that is gone, is no reason not to send it.
+            with contextlib.suppress(OSError):
+                super().store_string(string)
+
     history: History
     try:
-        history = FileHistory(_history_file())
+        history = Kept(_history_file())
     except OSError as error:
         _note(f"no history of what you type is kept: {error.strerror}")
         history = InMemoryHistory()
@@ -413,5 +434,7 @@ def _history_file() -> Path:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.closing(os.fdopen(descriptor)):
-        os.fchmod(descriptor, 0o600)
+        # Whoever wants no history may have led it to a device, which is everybody's.
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.fchmod(descriptor, 0o600)
     return path
