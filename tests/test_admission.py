@@ -312,6 +312,8 @@ async def test_who_comes_through_a_proxy_that_nobody_told_of_is_not_let_in(
             server, f"GET /ws HTTP/1.1\nHost: localhost\n{header}\n{HANDSHAKE}\n"
         )
         assert (status, b"its own machine" in body) == (403, True)
+        status, _, body = await ask(server, f"GET / HTTP/1.1\nHost: localhost\n{header}\n\n")
+        assert (status, b"its own machine" in body) == (403, True)
 
 
 async def test_a_full_server_still_says_that_it_lives(puppet: Puppet) -> None:

@@ -404,6 +404,23 @@ async def test_one_that_asks_for_much_and_reads_little_gets_the_next_answer_when
             assert await slow.read(), "it was cut off"
 
 
+async def test_who_has_a_conversation_open_is_told_that_it_was_deleted(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await exchange(chat, puppet, "One", "x", conversation=ONE)
+    async with client(server) as watching, client(server) as other:
+        await watching.send({"type": "open", "conversation": ONE})
+        await watching.next("history")
+        await other.quiet()
+        await chat.send({"type": "delete", "conversation": ONE})
+        told = {"type": "deleted", "conversation": ONE}
+        assert await chat.next("deleted") == told
+        assert await watching.next("deleted") == told
+        assert await chat.quiet() == await other.quiet() == await watching.quiet() == []
+        anew = await watching.prompt("Two")
+        assert anew["conversation"] != ONE
+
+
 # Owners
 
 

@@ -67,7 +67,7 @@ class FakePort:
         elif kind in TERMINAL and name is not None:
             self.check_terminal(frame)
         else:
-            assert kind in {"pong", "error", "history"}
+            assert kind in {"pong", "error", "history", "deleted"}
 
     def check_text(self, frame: dict[str, Any]) -> None:
         """Rules 1 to 3: between start and terminal, growing, and as the model said it."""

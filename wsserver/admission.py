@@ -274,6 +274,22 @@ class Visitor:
         if self.spare:
             raise _full()
 
+    def check_private(self, headers: Mapping[str, str]) -> None:
+        """Keep strangers from a server that asks nobody who they are.
+
+        Raises:
+            Denied: it is one, and was not told to serve them.
+        """
+        admission = self._admission
+        asks = admission.authenticate is not None or admission.settings.allow_anonymous
+        if not (asks or self.local(headers)):
+            raise Denied(
+                HTTPStatus.FORBIDDEN,
+                "unauthenticated",
+                "This server is for its own machine alone, and this came through a proxy. Its "
+                "operator can give out tokens, or set allow_anonymous.",
+            )
+
     def local(self, headers: Mapping[str, str]) -> bool:
         """Whether it is a program of this machine itself, and not somebody behind a proxy on it.
 
@@ -301,13 +317,8 @@ class Visitor:
         forwarded_https = told.strip().lower() == "https"
         secure = admission.secure or (forwarded_https and admission.trusted(self._peer))
         admission.check_origin(headers, local=local, secure=secure)
+        self.check_private(headers)
         if admission.authenticate is None:
-            if not (local or self._admission.settings.allow_anonymous):
-                raise Denied(
-                    HTTPStatus.FORBIDDEN,
-                    "unauthenticated",
-                    "This server is for its own machine alone, and this came through a proxy.",
-                )
             self.principal = ANONYMOUS
             return
         self._handshake = Handshake(self.address, path, headers)

@@ -306,6 +306,13 @@ class Connection:
         """Follow what somebody else has asked in a conversation that is watched here."""
         self._follow(generation, shown=True)
 
+    def drop(self, conversation: Conversation) -> None:
+        """Tell that a conversation which is watched here was deleted elsewhere."""
+        self._watched.discard(conversation)
+        if self._own == conversation.id:
+            self._own = None
+        self.transport.write(encode(Deleted(conversation=conversation.id)))
+
     def leave(self, cursor: _Cursor) -> None:
         """Follow a generation no more."""
         del self._cursors[cursor.generation]
@@ -403,7 +410,7 @@ class Connection:
                 await self._hub.conversations.rename(name, self._owner, title)
                 self.transport.write(encode(Renamed(conversation=name, title=title)))
             case Delete(conversation=name):
-                await self._hub.delete(name, self._owner)
+                await self._hub.delete(name, self._owner, self)
                 if self._own == name:
                     self._own = None
                 self.transport.write(encode(Deleted(conversation=name)))

@@ -215,8 +215,13 @@ class Hub:
                 self._settings.grace, self.stop, generation, "disconnect"
             )
 
-    async def delete(self, conversation_id: str, owner: str) -> None:
-        """Stop what runs in a conversation, and delete it.
+    async def delete(self, conversation_id: str, owner: str, sender: Watcher) -> None:
+        """Stop what runs in a conversation, delete it, and tell those who watch it.
+
+        Args:
+            conversation_id: which.
+            owner: whose.
+            sender: who needs not be told.
 
         Raises:
             Refused: the owner has no such conversation.
@@ -239,6 +244,10 @@ class Hub:
             conversation.deleted = False
             raise
         self.conversations.forget(conversation)
+        for watcher in tuple(conversation.watchers):
+            if watcher is not sender:
+                watcher.drop(conversation)
+        conversation.watchers.clear()
         for key, generation in list(self._generations.items()):
             within = generation.owner, generation.conversation_id
             if within == (owner, conversation_id) and generation not in self._live:

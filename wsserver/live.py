@@ -38,6 +38,10 @@ class Watcher(Protocol):
         """Follow a generation that has just been accepted. Must neither raise nor wait."""
         ...
 
+    def drop(self, conversation: "Conversation") -> None:
+        """Follow a conversation no more, as it was deleted. Must neither raise nor wait."""
+        ...
+
 
 @dataclass(eq=False, slots=True)
 class Conversation:

@@ -475,10 +475,12 @@ class Server:
             if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
                 await socket.visitor.knock(request.path, headers)
                 return None
+            if path in Page.PATHS:  # which could tell nobody why it may not connect
+                socket.visitor.check_private(headers)
+            return await self._get(path, request.method, headers, socket.visitor)
         except Denied as denied:
             self._denied(denied, socket.visitor.address, headers)
             return respond(denied.status, denied.message, headers=denied.headers)
-        return await self._get(path, request.method, headers, socket.visitor)
 
     async def _get(
         self, path: str, method: str, headers: Mapping[str, str], visitor: Visitor

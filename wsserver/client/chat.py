@@ -168,8 +168,14 @@ class _Request:
     kind: str
     read: Callable[[Mapping[str, Any]], Any]
     answer: asyncio.Future[Any]
+    conversation: str | None
     sent: bool = False
     again: bool = False
+
+    def fits(self, frame: Mapping[str, Any]) -> bool:
+        """Whether a frame is the answer, and not news of what others did."""
+        news = frame.get("conversation") not in {None, self.conversation}
+        return frame.get("type") == self.kind and not (news and self.conversation is not None)
 
 
 class Chat:
@@ -439,7 +445,9 @@ class Chat:
             while True:
                 self._check()
                 answer: asyncio.Future[T] = loop.create_future()
-                request = self._request = _Request(_dump(frame), kind, read, answer)
+                request = self._request = _Request(
+                    _dump(frame), kind, read, answer, getattr(frame, "conversation", None)
+                )
                 self._want()
                 try:
                     return await answer
@@ -651,7 +659,7 @@ class Chat:
         elif kind in {"history", "conversations", "renamed", "deleted"}:
             self._pause.reset()
             request = self._request
-            if request is not None and request.kind == kind and not request.answer.done():
+            if request is not None and request.fits(frame) and not request.answer.done():
                 request.answer.set_result(request.read(frame))
         # Anything else is of a later version.
 

@@ -54,7 +54,7 @@
  *   do; whatever is asked next connects again. `unauthenticated`: `setToken` connects again.
  *   `closed`: by `close`, or by a server that does not want this client.
  * @typedef {Record<string, any>} Frame
- * @typedef {{state: {state: State, code?: number, reason?: string}, reply: Reply, history: History, message: Frame, error: unknown}} Events
+ * @typedef {{state: {state: State, code?: number, reason?: string}, reply: Reply, history: History, deleted: {conversation: string}, message: Frame, error: unknown}} Events
  * @typedef {{frame: Frame, sent: number, resolve: (value: any) => void, reject: (why: ReplyError) => void}} Request
  */
 
@@ -356,7 +356,7 @@ export class Chat extends EventTarget {
     const conversation = this.#followed
     if (conversation !== undefined && !this.#requests.some(({ frame }) => frame.type === 'open' && !frame.before)) {
       this.#request({ type: 'open', conversation }).catch((error) => {
-        if (error.code === 'not_found') this.#deleted(conversation) // by others, meanwhile
+        if (error.code === 'not_found') this.#forget(conversation) // deleted by others, meanwhile
         this.#tell('error', error)
       })
     }
@@ -599,9 +599,16 @@ export class Chat extends EventTarget {
 
   /** @param {string} conversation */
   #deleted(conversation) {
+    this.#forget(conversation)
+    const asked = this.#take('delete', conversation)
+    if (asked) asked.resolve(undefined)
+    else this.#tell('deleted', { conversation })
+  }
+
+  /** @param {string} conversation */
+  #forget(conversation) {
     if (this.#followed === conversation) this.#followed = undefined
     if (this.conversation === conversation) this.conversation = newId()
-    this.#take('delete', conversation)?.resolve(undefined)
   }
 
   /** @param {number | undefined} expires */
