@@ -569,3 +569,28 @@ test('frames of unknown types are passed on and change nothing', async (t) => {
   assert.equal(reply.text, 'ab')
   assert.ok(frames.some(({ type }) => type === 'weather'))
 })
+
+for (const said of [
+  'no JSON', '[]', 'null', '1', '{"type":"token","id":"ID","text":"x"}', '{"type":"token","id":"ID","seq":1}',
+  '{"type":"history","conversation":"ID","messages":[]}', '{"type":"conversations"}',
+]) {
+  test(`what is no server of the protocol is told, and ends nothing but the chat: ${said}`, async (t) => {
+    class Broken extends EventTarget {
+      constructor() {
+        super()
+        setTimeout(() => this.onopen())
+      }
+      send(data) {
+        const { type, id } = JSON.parse(data)
+        if (type === 'prompt') setTimeout(() => this.onmessage({ data: said.replace('ID', id) }))
+      }
+      close() {}
+    }
+    const { chat } = join(t, 'ws://localhost', { WebSocket: Broken })
+    const list = assert.rejects(soon(chat.list(), 'the list'), { code: 'closed' })
+    const reply = chat.prompt('Hi')
+    await rejects(reply, { code: 'closed', message: /no server of this protocol/ })
+    await list
+    assert.deepEqual([reply.text, chat.state], ['', 'closed'])
+  })
+}

@@ -337,7 +337,7 @@ export class Chat extends EventTarget {
       const socket = new (this.#options.WebSocket ?? globalThis.WebSocket)(this.#url.href, 'wsserver.v1')
       this.#socket = socket
       socket.onopen = current(() => this.#opened(token))
-      socket.onmessage = current(({ data }) => this.#receive(JSON.parse(data)))
+      socket.onmessage = current(({ data }) => this.#read(data))
       socket.onclose = current(({ code, reason }) => this.#lost(code, reason))
       socket.onerror = () => {} // a close follows
     } catch (error) {
@@ -508,6 +508,17 @@ export class Chat extends EventTarget {
   }
 
   // What arrives.
+
+  /** Whoever says what nobody can read is no server of this protocol. @param {any} data */
+  #read(data) {
+    try {
+      const frame = JSON.parse(data)
+      if (!sound(frame)) throw new TypeError('not a frame')
+      this.#receive(frame)
+    } catch (error) {
+      this.#leave(1002, `this is no server of this protocol: ${error}`)
+    }
+  }
 
   /** @param {Frame} frame */
   #receive(frame) {
@@ -682,6 +693,15 @@ export function newId() {
  */
 export function connect(url = '/ws', options = {}) {
   return new Chat(url, options)
+}
+
+/** Whether a message has what is relied on. @param {any} frame */
+function sound(frame) {
+  if (typeof frame !== 'object' || frame === null || Array.isArray(frame)) return false
+  const { type, seq, text, messages, running, items } = frame
+  if (type === 'token' || type === 'thinking') return Number.isSafeInteger(seq) && typeof text === 'string'
+  if (type === 'history') return Array.isArray(messages) && Array.isArray(running)
+  return type !== 'conversations' || Array.isArray(items)
 }
 
 /** @param {string} reason */
