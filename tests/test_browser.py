@@ -339,13 +339,15 @@ async def test_text_gets_its_form_as_it_comes(page: Page, written: str, shown: s
         assert got == shown, size
 
 
-@pytest.mark.parametrize("character", [" ", "`", "*", "-", "#", "1", ">", "\n", "**a ", "- "])
+@pytest.mark.parametrize(
+    "character", [" ", "`", "*", "-", "#", "1", ">", "\n", "**a ", "- ", "`a` "]
+)
 async def test_no_text_takes_long(page: Page, character: str) -> None:
     took = await page.evaluate(
         """async (character) => {
             const { Formatter } = await import('/format.js')
             const began = performance.now()
-            for (const opening of ['', '```\\n', 'a']) {
+            for (const opening of ['', '```\\n', 'a', '**']) {
                 const formatter = new Formatter(document.createElement('div'))
                 formatter.write(opening)
                 for (let piece = 0; piece < 20; piece++) formatter.write(character.repeat(5000))
@@ -357,6 +359,21 @@ async def test_no_text_takes_long(page: Page, character: str) -> None:
         character,
     )
     assert took < 3000
+
+
+async def test_a_mark_without_its_end_goes_back_to_text_however_much_it_holds(page: Page) -> None:
+    length = await page.evaluate(
+        """async () => {
+            const { Formatter } = await import('/format.js')
+            const root = document.createElement('div')
+            const formatter = new Formatter(root)
+            formatter.write('**')
+            for (let piece = 0; piece < 100; piece++) formatter.write('`a` '.repeat(1000))
+            formatter.end()
+            return [root.querySelectorAll('strong').length, root.textContent.length]
+        }"""
+    )
+    assert length == [0, 2 + 2 * 100_000]
 
 
 async def test_markup_stays_text(page: Page, puppet: Puppet) -> None:

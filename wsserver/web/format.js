@@ -154,7 +154,10 @@ export class Formatter {
   /** What was opened and not closed in its line is no mark. */
   #endLine() {
     for (const { element, mark } of this.#marked.splice(0).reverse()) {
-      element.replaceWith(mark, ...element.childNodes)
+      // One by one, as a call takes only so many arguments.
+      element.before(mark)
+      while (element.firstChild) element.before(element.firstChild)
+      element.remove()
     }
     this.#atStart = true
   }
