@@ -12,7 +12,6 @@ const NEW = 'New conversation'
 const ID = /^[A-Za-z0-9_-]{16,64}$/
 const NEAR = 40 // pixels from the end, in which a reader who scrolls down is taken to be there
 const hovers = matchMedia('(hover: hover)') // else the keyboard comes up with the focus
-const kept = storage()
 const root = document.documentElement
 const side = find(document, '#side', HTMLElement)
 const main = find(document, 'main', HTMLElement)
