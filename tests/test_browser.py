@@ -23,6 +23,8 @@ from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet, Thinking
 from tests.support.tools import ROOT, require_chromium, require_npm_package
 from wsserver import Code, End, ModelError, Request, Usage
+from wsserver.errors import StoreError
+from wsserver.stores import MemoryStore
 
 SWITCHES = [
     "--no-sandbox",
@@ -879,7 +881,7 @@ async def test_a_page_that_rests_unseen_is_not_woken_by_other_tabs(
     assert await state(tab).text_content() == "Resting until you ask"
 
 
-async def test_what_cannot_be_renamed_is_told(
+async def test_what_another_browser_deletes_is_gone(
     page: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await converse(page, puppet, "First")
@@ -887,12 +889,25 @@ async def test_what_cannot_be_renamed_is_told(
     async with client(server) as other:
         await other.send({"type": "delete", "conversation": page.url.partition("#")[2]})
         await other.next("deleted")
+    await expect(rows(page)).to_have_count(0)
+    await expect(page.get_by_text("This conversation was deleted.")).to_be_visible()
+
+
+async def test_what_cannot_be_renamed_is_told(
+    page: Page, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> bool:
+        raise StoreError("disk")
+
+    await converse(page, puppet, "First")
+    await expect(rows(page)).to_have_count(1)
+    monkeypatch.setattr(MemoryStore, "rename", broken)
     await page.get_by_role("button", name=re.compile("^Rename")).click()
     await page.get_by_role("textbox", name="Title").fill("Second")
     await page.keyboard.press("Enter")
-    await expect(rows(page)).to_have_count(0)
     complaint = page.get_by_role("navigation", name="Conversations").get_by_role("alert")
-    await expect(complaint).to_contain_text("There is no such")
+    await expect(complaint).to_contain_text("cannot read or save")
+    await expect(rows(page)).to_have_text(["First"])
 
 
 async def test_a_conversation_is_deleted_only_if_that_is_confirmed(
