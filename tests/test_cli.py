@@ -15,6 +15,8 @@ from tests.support.process import Process, run
 from wsserver import Settings
 from wsserver.cli import main
 
+pytestmark = pytest.mark.slow
+
 SERVE = ("-m", "wsserver", "serve", "--port", "0")
 
 

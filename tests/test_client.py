@@ -39,6 +39,8 @@ from wsserver.client import chat as chat_module
 from wsserver.client.dial import Pause
 from wsserver.responses import respond
 
+pytestmark = pytest.mark.slow
+
 WORDS = [f"word{number} " for number in range(40)]
 TEXT = "".join(WORDS)
 

@@ -14,6 +14,8 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
 
+pytestmark = pytest.mark.slow
+
 WORD = "0123456789abcde "
 
 

@@ -58,6 +58,7 @@
  * @typedef {{frame: Frame, sent: number, resolve: (value: any) => void, reject: (why: ReplyError) => void}} Request
  */
 
+const OPEN = 1 // of WebSocket.readyState
 const CONNECT_TIMEOUT = 15_000, WAKE_TIMEOUT = 5_000 // milliseconds
 const RENEW_BEFORE = 60_000, LEAST_RENEWAL = 5_000, LONGEST_TIMER = 2 ** 31 - 1 // milliseconds
 const RETRY = 1 // seconds, where the server does not tell
@@ -465,7 +466,8 @@ export class Chat extends EventTarget {
 
   /** @param {Frame} frame */
   #send(frame) {
-    if (this.state === 'open') this.#socket?.send(JSON.stringify(frame))
+    // One that the server has begun to close is open until it has told so, but takes no more.
+    if (this.state === 'open' && this.#socket?.readyState === OPEN) this.#socket.send(JSON.stringify(frame))
   }
 
   /** Connect again if there was nothing to do so far. @returns {boolean} Whether so. */
