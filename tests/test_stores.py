@@ -37,6 +37,8 @@ from wsserver.stores.base import (
 )
 from wsserver.stores.sqlite import SqliteStore
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20  # that any wait may take at most
 DAY = 86400.0
 
