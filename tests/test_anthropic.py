@@ -285,7 +285,9 @@ async def test_stop_during_a_pause_between_attempts(chat: Client, upstream: Upst
 async def test_stop_of_one_of_two(chat: Client, upstream: Upstream) -> None:
     upstream.play(reply("one ", Hang()), reply("two ", Gate("go"), "three"))
     one = await chat.prompt("1", conversation="conversation-one")
+    await upstream.request(0)
     two = await chat.prompt("2", conversation="conversation-two")
+    await upstream.request(1)
     await stop(chat, one)
     assert await upstream.requests[0].closed() == "closed"
     assert upstream.open == 1

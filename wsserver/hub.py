@@ -6,23 +6,16 @@ been read from the store. Only the models run in tasks, one per generation.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 
 from wsserver.conversations import Conversations
 from wsserver.errors import OUTAGE, UPSTREAM, Code, ModelError, Refused
-from wsserver.generation import (
-    CHARACTERS_PER_TOKEN,
-    End,
-    Follower,
-    State,
-    Usage,
-    tokens_in,
-    well_formed,
-)
+from wsserver.generation import End, Follower, State, tokens_in
+from wsserver.intake import Intake
 from wsserver.journal import Journal
 from wsserver.limits import SECONDS_PER_DAY, Budget, Rates, Shares
 from wsserver.live import (
@@ -35,7 +28,7 @@ from wsserver.live import (
     restored,
 )
 from wsserver.logs import log as events
-from wsserver.models.base import Message, Model, Request, name_of, provider_of
+from wsserver.models.base import Message, Model, PushModel, Request, name_of, provider_of
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
 from wsserver.stores.base import (
@@ -49,7 +42,6 @@ from wsserver.telemetry import Metrics, span
 __all__ = ["Hub"]
 
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
-PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
 LEAST_REPLY = 64  # tokens of a day's rest that are worth a reply
 FAILURES = 5  # of the model's API in a row, after which it is said to fail
 FAILING = 30.0  # seconds since the last of them, after which it may be asked again
@@ -67,7 +59,9 @@ class Hub:
         metrics: what learns what happens here.
     """
 
-    def __init__(self, model: Model, store: Store, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, model: Model | PushModel, store: Store, settings: Settings, metrics: Metrics
+    ) -> None:
         self.model_name = name_of(model)
         self.metrics = metrics
         self._provider = provider_of(model)
@@ -428,54 +422,14 @@ class Hub:
             temperature=prompt.temperature,
         )
 
-    async def _run(self, generation: Generation, request: Request) -> End:
-        """Move pieces from the model to the log; return the model's end of it."""
-        log, time = generation.log, self._loop.time
-        end = End()
-        room, size = self._settings.reply_size, self._settings.frame_size
-        turn = 0
-        async with _closing(self._model(request)) as pieces:
-            async for piece in pieces:
-                if generation.cut is not None:  # the model kept the cancellation to itself
-                    break
-                if isinstance(piece, str):
-                    generation.heard = time()
-                    text = well_formed(piece)
-                    if len(text) <= size and len(text) < room:
-                        log.append(text)
-                    else:  # what a model says all at once goes on in parts that a frame can hold
-                        for start in range(0, min(len(text), room), size):
-                            log.append(type(text)(text[start : min(start + size, room)]))
-                    room -= len(text)
-                    if generation.unread is not None:
-                        self._count_unread(generation, len(text))
-                    if room <= 0:
-                        return End("max_tokens")
-                elif isinstance(piece, Usage):
-                    generation.usage = piece
-                elif isinstance(piece, End):
-                    end = piece
-                else:
-                    raise TypeError(f"a model yielded {type(piece).__name__}")
-                turn += 1
-                if turn == PIECES_PER_TURN:
-                    turn = 0
-                    await asyncio.sleep(0)
-        return end
-
-    def _count_unread(self, generation: Generation, said: int) -> None:
-        """Stop a generation that nobody reads once it has cost what it may."""
-        assert generation.unread is not None
-        generation.unread += said
-        if generation.unread > self._settings.grace_tokens * CHARACTERS_PER_TOKEN:
-            self.stop(generation, "disconnect")
-
     async def _guarded(self, generation: Generation, request: Request) -> End:
         """Run it, and let no model end the whole program."""
         assert generation.span is not None
+        stop = functools.partial(self.stop, generation, "disconnect")
+        intake = Intake(generation, self._settings, self._loop.time, stop)
         try:
             with generation.span.current():
-                return await self._run(generation, request)
+                return await intake.run(self._model, request)
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("a model tried to exit") from error
 
@@ -656,16 +610,3 @@ def _asked(prompt: Prompt, conversation: Conversation | None) -> int:
 def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()
-
-
-@contextlib.asynccontextmanager
-async def _closing(
-    pieces: AsyncIterator[str | Usage | End],
-) -> AsyncIterator[AsyncIterator[str | Usage | End]]:
-    """As :func:`contextlib.aclosing`, for iterators that cannot be closed as well."""
-    try:
-        yield pieces
-    finally:
-        aclose = getattr(pieces, "aclose", None)
-        if aclose is not None:
-            await aclose()

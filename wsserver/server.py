@@ -27,7 +27,7 @@ from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
 from wsserver.limits import Bucket
 from wsserver.logs import log
-from wsserver.models.base import Model
+from wsserver.models.base import Model, PushModel
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import method_not_allowed, respond
 from wsserver.routes import Operations, Page
@@ -54,7 +54,7 @@ LOOKS_PER_IDLE_TIME = 10  # at who has been idle for too long
 
 
 def serve(
-    model: Model | str | None = None,
+    model: Model | PushModel | str | None = None,
     *,
     authenticate: Authenticator | None = None,
     settings: Settings | None = None,
@@ -118,7 +118,7 @@ class Server:
 
     def __init__(
         self,
-        model: Model | None,
+        model: Model | PushModel | None,
         authenticate: Authenticator | None,
         settings: Settings,
         sockets: Sequence[listening.StreamSocket] = (),
@@ -143,7 +143,7 @@ class Server:
         self._certificate: listening.Certificate | None = None
         self._unix_socket: listening.UnixSocket | None = None
         self._listeners: list[Listener] = []
-        self._own_model: Model | None = None  # made here, and so to be closed here
+        self._own_model: Model | PushModel | None = None  # made here, and so to be closed here
         self._closing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._hurried = False

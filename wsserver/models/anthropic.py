@@ -14,7 +14,7 @@ import email.utils
 import random
 import ssl
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -24,7 +24,8 @@ from pydantic_core import from_json
 from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage
 from wsserver.logs import log
-from wsserver.models.base import Request
+from wsserver.models.base import Request, Take
+from wsserver.models.http import Transport
 from wsserver.settings import Settings
 
 __all__ = ["Anthropic"]
@@ -84,19 +85,15 @@ class Anthropic:
         self.name = name
         self._settings = settings
         # A pool wait counts as connecting: the pool is as large as what may run at once.
+        # Silence is measured by who asks for the reply, and not at each read once more.
         timeout = httpx2.Timeout(
-            settings.silence_timeout,
-            connect=settings.connect_timeout,
-            pool=settings.connect_timeout,
-        )
-        limits = httpx2.Limits(
-            max_connections=settings.generations, max_keepalive_connections=settings.generations
+            None, connect=settings.connect_timeout, pool=settings.connect_timeout
         )
         try:
             client = anthropic.AsyncAnthropic(
                 max_retries=0,
                 timeout=timeout,
-                http_client=anthropic.DefaultAioHttpClient(timeout=timeout, limits=limits),
+                http_client=httpx2.AsyncClient(transport=Transport(settings.generations)),
             )
         except anthropic.AnthropicError as error:  # its profile on disk is broken
             raise ConfigError(f"model: {name}: {error}") from error
@@ -115,7 +112,7 @@ class Anthropic:
         """Close the HTTP client and the connections that it holds."""
         await self._client.close()
 
-    async def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
+    async def push(self, request: Request, take: Take, /) -> None:
         """Stream a reply, with new attempts while nothing of it has come yet.
 
         Raises:
@@ -124,12 +121,9 @@ class Anthropic:
         arguments = self._arguments(request)
         budget = self._settings.retry_budget
         for attempt in range(self._settings.retries + 1):
-            begun = False
+            reply = _Reply(take)
             try:
-                async with contextlib.aclosing(self._attempt(arguments)) as pieces:
-                    async for piece in pieces:
-                        begun = begun or (isinstance(piece, str) and piece != "")
-                        yield piece
+                await self._attempt(arguments, reply)
             except _Transient as failure:
                 error = failure.error
                 pause = error.retry_after
@@ -137,13 +131,13 @@ class Anthropic:
                     # Full jitter, so that those who failed together do not come back together.
                     pause = random.uniform(0, min(MAX_PAUSE, 0.5 * 2**attempt))  # noqa: S311
                 longest = min(budget, self._settings.silence_timeout)
-                if begun or attempt == self._settings.retries or pause > longest:
+                if reply.begun or attempt == self._settings.retries or pause > longest:
                     raise error from failure.__cause__
                 log.debug("attempt failed", model=request.model, code=error.code, pause=pause)
                 budget -= pause
-                yield ""  # a new attempt has its own time to be silent
+                take("")  # a new attempt has its own time to be silent
                 await asyncio.sleep(pause)
-                yield ""
+                take("")
             else:
                 return
 
@@ -171,56 +165,35 @@ class Anthropic:
             arguments["thinking"] = {"type": "enabled", "budget_tokens": int(thinking)}
         return arguments
 
-    async def _attempt(self, arguments: dict[str, Any]) -> AsyncGenerator[str | Usage | End]:
+    async def _attempt(self, arguments: dict[str, Any], reply: "_Reply") -> None:
         try:
             async with self._client.messages.with_streaming_response.create(
                 **arguments, stream=True
             ) as response:
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
                     raise ModelError(Code.MALFORMED)
-                async with contextlib.aclosing(_read(response.http_response)) as pieces:
-                    async for piece in pieces:
-                        yield piece
+                body = response.http_response.extensions["body"]
+                await body.pour(reply.feed)
+                end = reply.end()
+                # Read on to the end of the body, so that its connection can serve the next reply.
+                with contextlib.suppress(TimeoutError, httpx2.TransportError):
+                    async with asyncio.timeout(LAST_READ):
+                        await body.pour(_ignore)
+            reply.take(end)
         except anthropic.APIStatusError as error:
             raise _of_status(error) from error
         except anthropic.APIConnectionError as error:
             raise _of_connection(error) from error
         except anthropic.CredentialsError as error:
             raise ModelError(Code.CREDENTIALS) from error
-        except httpx2.DecodingError as error:
-            raise ModelError(Code.MALFORMED) from error
         except httpx2.TimeoutException as error:
             raise _Transient(ModelError(Code.TIMEOUT)) from error
         except httpx2.TransportError as error:
             raise _Transient(ModelError(Code.INCOMPLETE)) from error
 
 
-async def _read(response: httpx2.Response) -> AsyncGenerator[str | Usage | End]:
-    """Turn the body into pieces: those that arrive in one read, and are of one kind, into one."""
-    events = _Events()
-    reply = _Reply()
-    async with contextlib.aclosing(response.aiter_bytes()) as chunks:
-        async for chunk in chunks:
-            failure = None
-            try:
-                for data in events.feed(chunk):
-                    for piece in reply.receive(data):
-                        yield piece
-            except (ModelError, _Transient) as error:
-                failure = error
-            for piece in reply.flush():
-                yield piece
-            if failure is not None:  # now that all that came before it has been said
-                raise failure
-            if reply.end is not None:
-                # Read on to the end of the body, so that its connection can serve the next reply.
-                with contextlib.suppress(TimeoutError, httpx2.TransportError):
-                    async with asyncio.timeout(LAST_READ):
-                        async for _ in chunks:
-                            pass
-                yield reply.end
-                return
-    raise ModelError(Code.INCOMPLETE)
+def _ignore(_: bytes) -> bool:
+    return False
 
 
 class _Events:
@@ -263,33 +236,59 @@ class _Events:
 
 
 class _Reply:
-    """Follows the events of one reply, and gathers its text until it is flushed."""
+    """Follows the events of one reply; text that arrives in one read becomes one piece.
 
-    def __init__(self) -> None:
-        self.end: End | None = None
+    Attributes:
+        take: what is given the pieces.
+        begun: whether there was any text.
+    """
+
+    def __init__(self, take: Take) -> None:
+        self.take = take
+        self.begun = False
+        self._events = _Events()
+        self._end: End | None = None
         self._usage = Usage(estimated=True)
         self._stop_reason: object = None
         self._kind: type[str] = str
         self._gathered: list[str] = []
 
-    def receive(self, data: bytes) -> Iterator[str | Usage]:
-        """Take one event; yield what is ready because of it.
+    def feed(self, chunk: bytes) -> bool:
+        """Take what arrived in one read, and say whether the reply is complete.
 
         Raises:
-            ModelError: the event is an error, or none of this API's, or tells of a refusal.
+            ModelError: an event is an error, or none of this API's, or tells of a refusal.
         """
+        try:
+            for data in self._events.feed(chunk):
+                self._receive(data)
+        finally:  # before a failure, all that came before it is said
+            self._flush()
+        return self._end is not None
+
+    def end(self) -> End:
+        """Return how the reply ended.
+
+        Raises:
+            ModelError: the body ended before the reply did.
+        """
+        if self._end is None:
+            raise ModelError(Code.INCOMPLETE)
+        return self._end
+
+    def _receive(self, data: bytes) -> None:
         try:
             event = from_json(data)
             match event["type"]:
                 case "content_block_delta":
-                    yield from self._delta(event["delta"])
+                    self._delta(event["delta"])
                 case "content_block_start":
-                    yield from self._gather(str, event["content_block"].get("text") or "")
+                    self._gather(str, event["content_block"].get("text") or "")
                 case "message_start":
-                    yield self._count(event["message"].get("usage") or {}, estimated=True)
+                    self._count(event["message"].get("usage") or {}, estimated=True)
                 case "message_delta":
                     self._stop_reason = event["delta"].get("stop_reason") or self._stop_reason
-                    yield self._count(event.get("usage") or {}, estimated=False)
+                    self._count(event.get("usage") or {}, estimated=False)
                 case "message_stop":
                     self._stop()
                 case "error":
@@ -299,32 +298,32 @@ class _Reply:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ModelError(Code.MALFORMED) from error
 
-    def flush(self) -> Iterator[str]:
-        """Yield the text gathered so far as one piece."""
-        if self._gathered:
-            piece = "".join(self._gathered)
-            self._gathered.clear()
-            yield self._kind(piece)
-
-    def _delta(self, delta: dict[str, Any]) -> Iterator[str]:
+    def _delta(self, delta: dict[str, Any]) -> None:
         match delta["type"]:
             case "text_delta":
-                yield from self._gather(str, delta["text"])
+                self._gather(str, delta["text"])
             case "thinking_delta":
-                yield from self._gather(Thinking, delta["thinking"])
+                self._gather(Thinking, delta["thinking"])
             case _:  # signatures, citations and a tool's input are not shown, but are life
-                yield ""
+                self.take("")
 
-    def _gather(self, kind: type[str], text: object) -> Iterator[str]:
+    def _gather(self, kind: type[str], text: object) -> None:
         if not isinstance(text, str):
             raise TypeError("text that is none")
         if kind is not self._kind:
-            yield from self.flush()
+            self._flush()
             self._kind = kind
         if text:
             self._gathered.append(text)
 
-    def _count(self, counts: dict[str, Any], *, estimated: bool) -> Usage:
+    def _flush(self) -> None:
+        if self._gathered:
+            piece = "".join(self._gathered)
+            self._gathered.clear()
+            self.begun = True
+            self.take(self._kind(piece))
+
+    def _count(self, counts: dict[str, Any], *, estimated: bool) -> None:
         # The counts of `message_delta` are totals, and it leaves out what has not changed.
         known = {
             name: int(counts[name])
@@ -337,7 +336,7 @@ class _Reply:
             if counts.get(name) is not None
         }
         self._usage = self._usage.but(**known, estimated=estimated)
-        return self._usage
+        self.take(self._usage)
 
     def _stop(self) -> None:
         if self._stop_reason is None:
@@ -346,7 +345,7 @@ class _Reply:
             raise TypeError("a reason that is none")
         if self._stop_reason == "refusal":
             raise ModelError(Code.REFUSAL)
-        self.end = End(self._stop_reason, self._usage)
+        self._end = End(self._stop_reason, self._usage)
 
 
 def _of_status(error: anthropic.APIStatusError) -> Exception:

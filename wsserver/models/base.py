@@ -4,16 +4,31 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from wsserver.errors import ConfigError
 from wsserver.generation import End, Usage
 from wsserver.logs import log
 from wsserver.settings import Settings
 
-__all__ = ["Message", "Model", "Request", "check", "close", "load", "name_of", "provider_of"]
+__all__ = [
+    "Message",
+    "Model",
+    "Piece",
+    "PushModel",
+    "Request",
+    "Take",
+    "check",
+    "close",
+    "load",
+    "name_of",
+    "provider_of",
+]
+
+Piece = str | Usage | End
+Take = Callable[[Piece], None]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
 
@@ -69,8 +84,23 @@ class Model(Protocol):
         ModelError: to tell the client what happened; any other exception is not told.
     """
 
-    def __call__(self, request: Request, /) -> AsyncIterator[str | Usage | End]:
+    def __call__(self, request: Request, /) -> AsyncIterator[Piece]:
         """Start a reply."""
+        ...
+
+
+@runtime_checkable
+class PushModel(Protocol):
+    """A model whose text comes by callback, which saves waking a task for each piece.
+
+    To stop it, the task that runs it is cancelled. All else is as for a :class:`Model`.
+    """
+
+    async def push(self, request: Request, take: Take, /) -> None:
+        """Give ``take`` what a :class:`Model` would yield, in the event loop, and then return.
+
+        What ``take`` raises ends the reply, and must be let through.
+        """
         ...
 
 
@@ -81,23 +111,25 @@ def check(model: object) -> None:
         ConfigError: it cannot be a model.
     """
     name = getattr(model, "__name__", repr(model))
+    if isinstance(model, PushModel):
+        return
     if not callable(model):
         raise ConfigError(f"model: {name} is not callable")
     if inspect.iscoroutinefunction(model):
         raise ConfigError(f"model: {name} must be an async generator: let it yield its pieces")
 
 
-def name_of(model: Model) -> str:
+def name_of(model: Model | PushModel) -> str:
     """Return the name that clients see."""
     return str(getattr(model, "name", None) or getattr(model, "__name__", type(model).__name__))
 
 
-def provider_of(model: Model) -> str:
+def provider_of(model: Model | PushModel) -> str:
     """Return who runs it, in the words of OpenTelemetry's conventions where they have one."""
     return str(getattr(model, "provider", None) or name_of(model))
 
 
-async def close(model: Model) -> None:
+async def close(model: Model | PushModel) -> None:
     """Release what a model holds, if it says how. An error of its own is logged."""
     aclose = getattr(model, "aclose", None)
     if aclose is None or isinstance(model, type):
@@ -108,7 +140,7 @@ async def close(model: Model) -> None:
         log.error("model not closed", failure=error)
 
 
-def load(settings: Settings) -> Model:
+def load(settings: Settings) -> Model | PushModel:
     """Make the model that the settings name.
 
     The libraries behind it are imported here and not before, as they take longer to start than
@@ -132,7 +164,7 @@ def load(settings: Settings) -> Model:
     return _import(spec)
 
 
-def _import(spec: str) -> Model:
+def _import(spec: str) -> Model | PushModel:
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute):
         raise ConfigError(
@@ -150,4 +182,4 @@ def _import(spec: str) -> Model:
             f"model: cannot import {spec!r}: {type(error).__name__}: {error}"
         ) from error
     check(model)
-    return cast("Model", model)
+    return cast("Model | PushModel", model)

@@ -1,0 +1,116 @@
+"""What a model says, on its way into the log: checked, cut to size and counted."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from wsserver.generation import CHARACTERS_PER_TOKEN, End, Usage, well_formed
+from wsserver.live import Generation
+from wsserver.models.base import Model, Piece, PushModel, Request
+from wsserver.settings import Settings
+
+__all__ = ["Intake"]
+
+PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
+
+
+class _Enough(Exception):
+    """The reply has ended, whatever else the model would say."""
+
+
+class Intake:
+    """Moves what one model says into one log.
+
+    Args:
+        generation: whose log.
+        settings: the sizes that hold here.
+        time: the clock.
+        stop: called when nobody reads and it has cost what it may.
+    """
+
+    __slots__ = ("_end", "_generation", "_room", "_size", "_stop", "_time", "_unread_limit")
+
+    def __init__(
+        self,
+        generation: Generation,
+        settings: Settings,
+        time: Callable[[], float],
+        stop: Callable[[], None],
+    ) -> None:
+        self._generation = generation
+        self._room = settings.reply_size
+        self._size = settings.frame_size
+        self._unread_limit = settings.grace_tokens * CHARACTERS_PER_TOKEN
+        self._time = time
+        self._stop = stop
+        self._end = End()
+
+    async def run(self, model: Model | PushModel, request: Request) -> End:
+        """Have the model answer; return its end of it."""
+        with contextlib.suppress(_Enough):
+            if isinstance(model, PushModel):
+                await model.push(request, self.take)
+            else:
+                await self._pull(model(request))
+        return self._end
+
+    async def _pull(self, given: AsyncIterator[Piece]) -> None:
+        turn = 0
+        async with _closing(given) as pieces:
+            async for piece in pieces:
+                self.take(piece)
+                turn += 1
+                if turn == PIECES_PER_TURN:
+                    turn = 0
+                    await asyncio.sleep(0)
+
+    def take(self, piece: Piece) -> None:
+        """Append text to the log, and note all else.
+
+        Raises:
+            _Enough: nothing more is wanted.
+            TypeError: it is nothing that a model may say.
+        """
+        generation = self._generation
+        if generation.cut is not None:  # the model kept the cancellation to itself
+            raise _Enough
+        if isinstance(piece, str):
+            generation.heard = self._time()
+            text = well_formed(piece)
+            if len(text) <= self._size and len(text) < self._room:
+                generation.log.append(text)
+                self._room -= len(text)
+            else:
+                self._append_in_parts(text)
+            if generation.unread is not None:
+                generation.unread += len(text)
+                if generation.unread > self._unread_limit:
+                    self._stop()
+            if self._room <= 0:
+                self._end = End("max_tokens")
+                raise _Enough
+        elif isinstance(piece, Usage):
+            generation.usage = piece
+        elif isinstance(piece, End):
+            self._end = piece
+        else:
+            raise TypeError(f"a model yielded {type(piece).__name__}")
+
+    def _append_in_parts(self, text: str) -> None:
+        """Append what was said all at once, as far as it goes, in parts that a frame can hold."""
+        said = min(len(text), self._room)
+        for start in range(0, said, self._size):
+            part = text[start : min(start + self._size, said)]
+            self._generation.log.append(type(text)(part))
+        self._room -= len(text)
+
+
+@contextlib.asynccontextmanager
+async def _closing(pieces: AsyncIterator[Piece]) -> AsyncIterator[AsyncIterator[Piece]]:
+    """As :func:`contextlib.aclosing`, for iterators that cannot be closed as well."""
+    try:
+        yield pieces
+    finally:
+        aclose = getattr(pieces, "aclose", None)
+        if aclose is not None:
+            await aclose()

@@ -1,0 +1,183 @@
+"""The HTTP under a model's SDK: requests go out through aiohttp, and bodies come in by callback.
+
+An SDK's stream passes each read through half a dozen coroutines, which costs more than all else
+that is done for a token. Here a body's bytes are handed on in the call that reads them from their
+socket; aiohttp still makes the connection, keeps it for the next request, and undoes whatever
+framing and compression the body has.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import aiohttp
+import httpx2
+
+__all__ = ["Body", "Transport"]
+
+
+class Transport(httpx2.AsyncBaseTransport):
+    """Sends an SDK's requests. Its responses have their :class:`Body` as an extension, ``body``.
+
+    Args:
+        connections: at most, at once.
+
+    Raises:
+        httpx2.TimeoutException: it took too long to connect.
+        httpx2.ConnectError: it failed before there was a response.
+    """
+
+    def __init__(self, connections: int) -> None:
+        self._limit = connections
+        self._tls = httpx2.create_ssl_context()
+        self._session: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=self._limit, ssl=self._tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            trust_env=True,  # where the proxies are named
+        )
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send a request, and return its response as soon as it begins."""
+        if self._session is None:
+            self._session = self._open()
+        timeout = request.extensions["timeout"]
+        try:
+            response = await self._session.request(
+                request.method,
+                str(request.url),
+                headers=request.headers,
+                data=request.content or None,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(
+                    connect=timeout["pool"],
+                    sock_connect=timeout["connect"],
+                    sock_read=timeout["read"],
+                ),
+                server_hostname=request.extensions.get("sni_hostname"),
+            )
+        except TimeoutError as error:
+            raise httpx2.ConnectTimeout("no response in time", request=request) from error
+        except aiohttp.ClientError as error:
+            raise httpx2.ConnectError("no response", request=request) from error
+        headers = [pair for pair in response.raw_headers if pair[0].lower() != b"content-encoding"]
+        body = Body(response)
+        return httpx2.Response(
+            response.status,
+            headers=headers,
+            stream=body,
+            request=request,
+            extensions={"body": body},
+        )
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        if self._session is not None:
+            await self._session.close()
+
+
+class Body(httpx2.AsyncByteStream):
+    """What a response says, by iteration or, for each read at once, by callback."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except aiohttp.ClientError as error:
+            raise httpx2.ReadError("the body was cut") from error
+
+    async def pour(self, take: Callable[[bytes], bool]) -> bool:
+        """Hand on the body, what there is of it now and then each read as it is made.
+
+        Args:
+            take: is given some bytes; True says that it has enough. What it raises ends this too.
+
+        Returns:
+            Whether the body came to its end, rather than ``take`` having enough.
+
+        Raises:
+            httpx2.ReadError: the body was cut.
+        """
+        response = self._response
+        connection = response.connection
+        transport = None if connection is None else connection.transport
+        tap = _Tap(response.content, take)
+        try:
+            if transport is not None:
+                tap.put_on(transport)
+            tap.read()
+            return await tap.over
+        except aiohttp.ClientError as error:
+            raise httpx2.ReadError("the body was cut") from error
+        finally:
+            tap.take_off()
+
+    async def aclose(self) -> None:
+        """Give the connection back, or close it if the body has not come to its end."""
+        self._response.close()
+
+
+class _Tap(asyncio.Protocol):
+    """Stands between a connection and aiohttp's protocol, and takes what that makes of each read.
+
+    Args:
+        content: where aiohttp's protocol leaves the body.
+        take: is given it, and says when it has enough.
+
+    Attributes:
+        over: done when nothing more is to be read: whether the body has come to its end.
+    """
+
+    def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> None:
+        self._content = content
+        self._take = take
+        self._transport: asyncio.Transport | None = None
+        self._protocol: asyncio.Protocol
+        self.over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    def put_on(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._protocol = transport.get_protocol()  # type: ignore[assignment]
+        transport.set_protocol(self)
+
+    def take_off(self) -> None:
+        if self._transport is not None:
+            self._transport.set_protocol(self._protocol)
+            self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        self._protocol.data_received(data)
+        self.read()
+
+    def eof_received(self) -> bool | None:
+        return self._protocol.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+        self.read()
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+    def read(self) -> None:
+        """Hand on what has arrived."""
+        content, over = self._content, self.over
+        try:
+            # To read makes room, which may let aiohttp decompress some more at once.
+            while not over.done() and (data := content.read_nowait()):
+                if self._take(data):
+                    over.set_result(False)
+            if not over.done() and content.is_eof():
+                over.set_result(True)
+        except Exception as error:  # noqa: BLE001
+            if not over.done():
+                over.set_exception(error)
+        if over.done() and content.is_eof():
+            self.take_off()  # its connection serves another request from now on
