@@ -1,9 +1,11 @@
 """The command line, as processes where signals and exit codes matter."""
 
+import asyncio
 import json
 import re
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import wsserver
 from tests.support.client import Client
 from tests.support.process import Process, run
 from wsserver import Settings
-from wsserver.cli import main
+from wsserver.cli import _loop_factory, main
 
 pytestmark = pytest.mark.slow
 
@@ -111,6 +113,30 @@ async def test_flags_win_over_the_environment(tmp_path: Path) -> None:
             start = await chat.prompt("Say this", model="other-model")
             assert await chat.text(start["id"]) == ("Say this", chat.frames[-1])
             assert start["model"] == "other-model"
+
+
+@pytest.mark.parametrize(
+    ("asked", "runs"), [("auto", "uvloop"), ("uvloop", "uvloop"), ("asyncio", "asyncio")]
+)
+async def test_the_event_loop_is_the_one_asked_for(asked: str, runs: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import asyncio\n"
+        "async def mine(request): yield type(asyncio.get_running_loop()).__module__\n"
+    )
+    arguments = (*SERVE, "--model", "mine:mine", "--event-loop", asked)
+    async with run(*arguments, cwd=tmp_path) as process:
+        async with connect(await url(process), proxy=None) as socket_:
+            chat = Client(socket_)
+            text, _ = await chat.text((await chat.prompt("Which?"))["id"])
+            assert text.partition(".")[0] == runs
+
+
+def test_without_uvloop_it_is_pythons_own_unless_uvloop_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not installed
+    assert _loop_factory(Settings.load()) is asyncio.new_event_loop
+    assert "uvloop is not installed" in fails(capsys, "serve", "--event-loop", "uvloop")
 
 
 def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:

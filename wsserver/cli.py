@@ -10,7 +10,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -59,12 +59,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings = Settings.load(**arguments)
             set_up(settings.log_level)
             _raise_file_limit(settings)
-            asyncio.run(_serve(settings))
+            with asyncio.Runner(loop_factory=_loop_factory(settings)) as runner:
+                runner.run(_serve(settings))
     except ConfigError as error:
         if sys.stderr is not None:  # else it would be printed on stdout
             print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
+
+
+def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the event loop that the settings ask for.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if settings.event_loop != "asyncio":
+        try:
+            import uvloop  # noqa: PLC0415
+        except ImportError as error:  # no wheel for this machine, or this Python
+            if settings.event_loop == "uvloop":
+                raise ConfigError("event_loop: uvloop is not installed") from error
+        else:
+            return uvloop.new_event_loop
+    return asyncio.new_event_loop
 
 
 def _raise_file_limit(settings: Settings) -> None:

@@ -7,7 +7,7 @@ A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, 
 
 import os
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -85,6 +85,9 @@ class Settings(BaseSettings):
     `https` alone. SIGHUP has it read again, for new connections."""
     key: str = ""
     """Its private key, as a PEM file without a password. Default: it is in the file of `cert`."""
+    event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
+    """What reads and writes: `uvloop` costs half as much per token, `asyncio` is Python's own;
+    `auto` takes the first where it is installed. Of `wsserver serve` alone."""
 
     # What answers.
     model: str = ""
