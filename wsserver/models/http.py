@@ -7,12 +7,15 @@ framing and compression the body has.
 """
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 
 import aiohttp
 import httpx2
 
 __all__ = ["Body", "Transport"]
+
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 
 
 class Transport(httpx2.AsyncBaseTransport):
@@ -105,7 +108,9 @@ class Body(httpx2.AsyncByteStream):
         response = self._response
         connection = response.connection
         transport = None if connection is None else connection.transport
-        tap = _Tap(response.content, take)
+        headers = response.headers
+        plain = "content-encoding" not in headers and headers.get("transfer-encoding") == "chunked"
+        tap = _Tap(response.content, take, plain=plain)
         try:
             if transport is not None:
                 tap.put_on(transport)
@@ -124,17 +129,25 @@ class Body(httpx2.AsyncByteStream):
 class _Tap(asyncio.Protocol):
     """Stands between a connection and aiohttp's protocol, and takes what that makes of each read.
 
+    Where it can tell itself what that would be, aiohttp is not asked, and knows nothing of the
+    chunks that have gone past it: it is between two chunks before them and after.
+
     Args:
         content: where aiohttp's protocol leaves the body.
         take: is given it, and says when it has enough.
+        plain: whether the body is chunked, and nothing else is done to it.
 
     Attributes:
         over: done when nothing more is to be read: whether the body has come to its end.
     """
 
-    def __init__(self, content: aiohttp.StreamReader, take: Callable[[bytes], bool]) -> None:
+    def __init__(
+        self, content: aiohttp.StreamReader, take: Callable[[bytes], bool], *, plain: bool
+    ) -> None:
         self._content = content
         self._take = take
+        self._plain = plain
+        self._between_chunks = False  # aiohttp's parser, as far as is known
         self._transport: asyncio.Transport | None = None
         self._protocol: asyncio.Protocol
         self.over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -150,8 +163,13 @@ class _Tap(asyncio.Protocol):
             self._transport = None
 
     def data_received(self, data: bytes) -> None:
+        said = _in_whole_chunks(data) if self._plain else None
+        if said is not None and self._between_chunks:
+            self._hand_on(said)
+            return
         self._protocol.data_received(data)
-        self.read()
+        # If it made the same of it, it is where we think that it is.
+        self._between_chunks = self.read() == said
 
     def eof_received(self) -> bool | None:
         return self._protocol.eof_received()
@@ -159,6 +177,8 @@ class _Tap(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._protocol.connection_lost(exc)
         self.read()
+        if not self.over.done():  # after some faults of the framing, aiohttp says nothing more
+            self.over.set_exception(httpx2.ReadError("the body was cut"))
 
     def pause_writing(self) -> None:
         self._protocol.pause_writing()
@@ -166,14 +186,14 @@ class _Tap(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._protocol.resume_writing()
 
-    def read(self) -> None:
-        """Hand on what has arrived."""
-        content, over = self._content, self.over
+    def read(self) -> bytes:
+        """Hand on what aiohttp has made of what has arrived, and return it."""
+        content, over, found = self._content, self.over, b""
         try:
             # To read makes room, which may let aiohttp decompress some more at once.
             while not over.done() and (data := content.read_nowait()):
-                if self._take(data):
-                    over.set_result(False)
+                found += data
+                self._hand_on(data)
             if not over.done() and content.is_eof():
                 over.set_result(True)
         except Exception as error:  # noqa: BLE001
@@ -181,3 +201,34 @@ class _Tap(asyncio.Protocol):
                 over.set_exception(error)
         if over.done() and content.is_eof():
             self.take_off()  # its connection serves another request from now on
+        return found
+
+    def _hand_on(self, data: bytes) -> None:
+        over = self.over
+        if over.done():
+            return
+        try:
+            if self._take(data) and not over.done():
+                over.set_result(False)
+        except Exception as error:  # noqa: BLE001
+            if not over.done():  # and not stopped because of what it has said
+                over.set_exception(error)
+
+
+def _in_whole_chunks(data: bytes) -> bytes | None:
+    """Return what is in some bytes if they are nothing but whole chunks (RFC 9112 section 7.1).
+
+    None where they are not, where one is the last, and where a chunk has extensions.
+    """
+    found = []
+    position = 0
+    while position < len(data):
+        size = _CHUNK_SIZE.match(data, position)
+        if size is None:
+            return None
+        end = size.end() + int(size[1], 16)
+        if end == size.end() or data[end : end + 2] != b"\r\n":
+            return None
+        found.append(data[size.end() : end])
+        position = end + 2
+    return b"".join(found) or None
