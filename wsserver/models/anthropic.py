@@ -12,9 +12,9 @@ import asyncio
 import contextlib
 import email.utils
 import random
+import re
 import ssl
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -60,6 +60,14 @@ _BY_TYPE = {  # of an `error` event mid-stream, whose status is 200
 }
 _SERVER_ERROR = 500
 _SSE_FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
+
+# Nearly all that a reply consists of looks like this. To know it by its looks takes a fifth of the
+# time that it takes to read it as an event and as JSON; what looks different goes the long way.
+_PLAIN_TEXT = re.compile(
+    rb"event: content_block_delta\n"
+    rb'data: \{"type": ?"content_block_delta", ?"index": ?\d+, ?'
+    rb'"delta": ?\{"type": ?"text_delta", ?"text": ?"([^"\\\x00-\x1f]*)"\} *\}'
+)
 
 
 class _Transient(Exception):
@@ -197,7 +205,7 @@ def _ignore(_: bytes) -> bool:
 
 
 class _Events:
-    """Cuts a byte stream into the data of server-sent events.
+    """Cuts a byte stream into server-sent events.
 
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation,
     but for one rule: a field that the API never sends is an error and not ignored, as text that
@@ -207,8 +215,8 @@ class _Events:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield the data of each event that the chunk completes.
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Return each event that the chunk completes, with LF between its lines.
 
         Raises:
             ModelError: it is not a stream of events.
@@ -219,20 +227,27 @@ class _Events:
             if buffer.endswith(b"\r"):  # half of a line end perhaps
                 buffer, held = buffer[:-1], b"\r"
             buffer = buffer.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *blocks, rest = buffer.split(b"\n\n")
+        *events, rest = buffer.split(b"\n\n")
         self._rest = rest + held
         if len(self._rest) > MAX_EVENT:
             raise ModelError(Code.MALFORMED)
-        for block in blocks:
-            data = []
-            for line in block.split(b"\n"):
-                field, _, value = line.partition(b":")
-                if field == b"data":
-                    data.append(value.removeprefix(b" "))
-                elif field not in _SSE_FIELDS:
-                    raise ModelError(Code.MALFORMED)
-            if data:
-                yield b"\n".join(data)
+        return events
+
+    @staticmethod
+    def data(event: bytes) -> bytes:
+        """Return the data of an event, which is empty where it has none.
+
+        Raises:
+            ModelError: it is no event.
+        """
+        data = []
+        for line in event.split(b"\n"):
+            field, _, value = line.partition(b":")
+            if field == b"data":
+                data.append(value.removeprefix(b" "))
+            elif field not in _SSE_FIELDS:
+                raise ModelError(Code.MALFORMED)
+        return b"\n".join(data)
 
 
 class _Reply:
@@ -260,8 +275,13 @@ class _Reply:
             ModelError: an event is an error, or none of this API's, or tells of a refusal.
         """
         try:
-            for data in self._events.feed(chunk):
-                self._receive(data)
+            for event in self._events.feed(chunk):
+                if (plain := _PLAIN_TEXT.fullmatch(event)) is not None:
+                    self._gather(str, plain[1].decode())
+                elif data := _Events.data(event):
+                    self._receive(data)
+        except UnicodeDecodeError as error:
+            raise ModelError(Code.MALFORMED) from error
         finally:  # before a failure, all that came before it is said
             self._flush()
         return self._end is not None
