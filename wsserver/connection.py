@@ -45,7 +45,6 @@ from wsserver.protocol import (
     Start,
     Stop,
     encode,
-    encode_run,
     parse,
 )
 from wsserver.settings import ESCAPED, Settings
@@ -106,11 +105,11 @@ class _Cursor:
                 start, self.start = self.start, None
                 transport.write(start())
             elif self.seq < log.seq:
-                run = log.read(self.seq, connection.settings.frame_size)
+                run, frame = generation.frame(self.seq, connection.settings.frame_size)
                 if run.seq - self.seq > 1:
                     connection.metrics.pieces_merged(run.seq - self.seq)
                 self.seq = run.seq
-                transport.write(encode_run(generation.id, run))
+                transport.write(frame)
             elif log.terminal is not None:
                 transport.write(encode(log.terminal))
                 connection.leave(self)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.errors import Code, ModelError
-from wsserver.generation import End, Log, State, Usage, tokens_in, well_formed
+from wsserver.generation import End, Log, Run, State, Usage, tokens_in, well_formed
 from wsserver.journal import Record
 from wsserver.logs import log as events
 from wsserver.models.base import Message
-from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
+from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
 from wsserver.stores.base import StoredGeneration, Turn, partial
 from wsserver.telemetry import Span
 
@@ -26,6 +26,8 @@ __all__ = [
     "newest",
     "restored",
 ]
+
+_REFUSED = frozenset(code.value for code in Code if not code.retryable)
 
 Outcome = End | StoppedBy | BaseException
 """How a generation came to its end: by itself, by someone, or by a failure."""
@@ -103,6 +105,19 @@ class Generation:
     unread: int | None = None  # characters said since the last reader went
     watch: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None
+    # What a follower got last: where it was, the log's seq then, the run and its frame.
+    _last: tuple[int, int, Run, bytes] | None = None
+
+    def frame(self, after: int, limit: int) -> tuple[Run, bytes]:
+        """Return what comes after a cursor, as a run and as its frame; see :meth:`Log.read`.
+
+        Followers in the same place get the same frame, which is made once.
+        """
+        last, seq = self._last, self.log.seq
+        if last is None or last[0] != after or last[1] != seq:
+            run = self.log.read(after, limit)
+            last = self._last = after, seq, run, encode_run(self.id, run)
+        return last[2], last[3]
 
     @property
     def begun(self) -> bool:
@@ -255,8 +270,7 @@ def _poisonous(turn: Turn) -> bool:
     """Whether the model would refuse, for this turn, all that come after it."""
     if turn.partial == Code.REFUSAL:
         return True
-    refused = {code.value for code in Code if not code.retryable}
-    return turn.partial in refused and not turn.text.strip()
+    return turn.partial in _REFUSED and not turn.text.strip()
 
 
 def _new_ref() -> str:
