@@ -112,6 +112,7 @@ LIBRARIES = {
     "httpx2": {"models.anthropic", "models.http", "auth.jwks"},
     "jwt": {"auth.jwt"},
     "argparse": {"cli"},
+    "uvloop": {"cli"},
     "prompt_toolkit": {"terminal"},
     "structlog": {"logs"},
     "prometheus_client": {"telemetry"},
