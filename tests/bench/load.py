@@ -1,0 +1,425 @@
+"""Many clients in one process, which prompt, count what comes and stop.
+
+::
+
+    python -m tests.bench.load ws://localhost:3001/ --streams 100 --seconds 10
+
+works with every server that takes ``{"prompt": …}`` and ``{"type": "stop"}`` and answers with
+``token`` frames and a terminal, ``done`` or ``error``. The sockets are raw and the WebSocket client
+(RFC 6455) is its own, so that it takes little of the processor that the server may need.
+"""
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import resource
+import select
+import socket
+import ssl
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic, process_time
+from typing import Any
+from urllib.parse import urlsplit
+
+BOUND = 30.0  # seconds that anything may take
+READ = 262144  # bytes at once
+BATCH = 100  # handshakes at once
+TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+TYPE = re.compile(rb'\{"type": ?"(\w+)"')
+SEQ = re.compile(rb'"seq": ?(\d+)')
+STAMP = re.compile(rb"@(\d+)")
+
+
+class Failure(Exception):
+    """The server did not do what was waited for, or is gone."""
+
+
+def masked(opcode: int, payload: bytes) -> bytes:
+    """Return a client's frame, which has a mask."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((128 | opcode, 128 | size))
+    elif size < 65536:
+        head = bytes((128 | opcode, 128 | 126)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((128 | opcode, 128 | 127)) + size.to_bytes(8, "big")
+    mask = os.urandom(4)
+    cover = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+    return head + mask + (int.from_bytes(payload, "big") ^ cover).to_bytes(size, "big")
+
+
+class Frames:
+    """Parses what a server sends, cut anywhere, into whole messages and control frames."""
+
+    __slots__ = ("_opcode", "_parts", "_rest")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._opcode = 0
+        self._parts: list[bytes] = []
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Give opcode and payload of each message that is whole now.
+
+        Raises:
+            Failure: it is not WebSocket, or uses what was not agreed upon.
+        """
+        if self._rest:
+            data = self._rest + data
+        at, size = 0, len(data)
+        while size - at >= 2:
+            first, length = data[at], data[at + 1]
+            body = at + 2
+            if length >= 126:
+                if length > 127:
+                    raise Failure("a frame of the server has a mask")
+                body += 2 if length == 126 else 8
+                if body > size:
+                    break
+                length = int.from_bytes(data[at + 2 : body], "big")
+            over = body + length
+            if over > size:
+                break
+            payload = data[body:over]
+            at = over
+            if first == 128 | TEXT and not self._parts:
+                yield TEXT, payload
+                continue
+            opcode = first & 15
+            if first & 112:
+                raise Failure("a frame of the server uses an extension")
+            if opcode >= 8:
+                yield opcode, payload
+                continue
+            if bool(opcode) == bool(self._parts):
+                raise Failure("fragments of the server are out of order")
+            self._opcode = opcode or self._opcode
+            self._parts.append(payload)
+            if first & 128:
+                whole = b"".join(self._parts)
+                self._parts.clear()
+                yield self._opcode, whole
+        self._rest = data[at:]
+
+
+class Client:
+    """One socket, with what has come of its newest prompt."""
+
+    def __init__(self, sock: socket.socket, number: int) -> None:
+        self.sock = sock
+        self.number = number
+        self.frames = Frames()
+        self.key = base64.b64encode(os.urandom(16))
+        self.answer = b""  # to the handshake, until `opened`
+        self.opened = False
+        self.waiting = ""  # a prompt that is sent as soon as it is opened
+        self.clear()
+
+    def clear(self) -> None:
+        self.asked_at = 0.0
+        self.first_at = 0.0
+        self.stopped_at = 0.0
+        self.over_at = 0.0
+        self.tokens = 0
+        self.terminal = b""
+
+    def send(self, frame: bytes) -> None:
+        if self.sock.send(frame) != len(frame):
+            raise Failure("the server does not read")
+
+    def prompt(self, text: str) -> None:
+        """Send a prompt, now or when the connection is open."""
+        self.clear()
+        if not self.opened:
+            self.waiting = text
+            return
+        self.asked_at = monotonic()
+        self.send(masked(TEXT, json.dumps({"prompt": text}).encode()))
+
+    def stop(self) -> None:
+        self.stopped_at = monotonic()
+        self.send(masked(TEXT, b'{"type":"stop"}'))
+
+    @property
+    def running(self) -> bool:
+        return not self.over_at and self.asked_at > 0
+
+
+class Load:
+    """All clients of one server, and one loop for them.
+
+    With `stamps`, tokens are counted by the ``@`` in their text that this benchmark's upstream puts
+    there, and while `latencies` is a list, the seconds from each one's stamp until its arrival are
+    added to it. Without, they are counted by `seq`, or as frames where frames have none.
+
+    `on_over` is called with each client whose reply has ended.
+    """
+
+    def __init__(self, url: str, *, token: str = "", stamps: bool = False) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in {"ws", "wss"} or not parts.hostname:
+            raise Failure(f"{url} is no ws:// or wss:// address")
+        self.host = parts.hostname
+        self.port = parts.port or (443 if parts.scheme == "wss" else 80)
+        self.tls = ssl.create_default_context() if parts.scheme == "wss" else None
+        self.path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.name = parts.netloc.rpartition("@")[2]
+        self.token = token
+        self.stamps = stamps
+        self.epoll = select.epoll()
+        self.clients: dict[int, Client] = {}
+        self.latencies: list[float] | None = None
+        self.on_over: Callable[[Client], None] = lambda client: None
+        self.tokens = 0
+        self.frames = 0
+        self.serial = 0
+
+    def open(self, prompt: str = "") -> Client:
+        """Connect and ask for the upgrade; the answer is read by `run`."""
+        sock = socket.create_connection((self.host, self.port), BOUND)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls:
+            sock = self.tls.wrap_socket(sock, server_hostname=self.host)
+        self.serial += 1
+        client = Client(sock, self.serial)
+        client.waiting = prompt
+        lines = [f"GET {self.path} HTTP/1.1", f"Host: {self.name}", "Connection: Upgrade"]
+        lines += ["Upgrade: websocket", "Sec-WebSocket-Version: 13"]
+        lines += [f"Sec-WebSocket-Key: {client.key.decode()}"]
+        lines += [f"Authorization: Bearer {self.token}"] if self.token else []
+        sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        sock.setblocking(False)
+        self.clients[sock.fileno()] = client
+        self.epoll.register(sock.fileno(), select.EPOLLIN)
+        return client
+
+    def connect(self, count: int) -> list[Client]:
+        """Open so many connections, and wait until all are."""
+        clients: list[Client] = []
+        while len(clients) < count:
+            batch = [self.open() for _ in range(min(BATCH, count - len(clients)))]
+            clients += batch
+            self.until(lambda: all(c.opened for c in batch), "WebSocket handshakes")  # noqa: B023
+        return clients
+
+    def close(self, clients: Sequence[Client] = ()) -> None:
+        """Close these connections, or all."""
+        for client in clients or tuple(self.clients.values()):
+            if self.clients.pop(client.sock.fileno(), None):
+                with contextlib.suppress(OSError):
+                    client.sock.send(masked(CLOSE, (1000).to_bytes(2, "big")))
+                client.sock.close()
+
+    def run(self, seconds: float) -> None:
+        """Read for so long."""
+        end = monotonic() + seconds
+        while (left := end - monotonic()) > 0:
+            self.read(left)
+
+    def until(self, condition: Callable[[], bool], awaited: str) -> None:
+        """Read until it holds.
+
+        Raises:
+            Failure: that took too long.
+        """
+        end = monotonic() + BOUND
+        while not condition():
+            if monotonic() > end:
+                raise Failure(f"waited {BOUND:.0f} s in vain for {awaited}")
+            self.read(0.05)
+
+    def read(self, seconds: float) -> None:
+        """Read what there is, or comes within so many seconds."""
+        for fd, _ in self.epoll.poll(seconds):
+            if not (client := self.clients.get(fd)):
+                continue
+            while True:
+                try:
+                    data = client.sock.recv(READ)
+                except (BlockingIOError, ssl.SSLWantReadError):
+                    break
+                except OSError as error:
+                    raise Failure(f"the server has cut a connection off: {error}") from error
+                self.take(client, data)
+                if not (isinstance(client.sock, ssl.SSLSocket) and client.sock.pending()):
+                    break
+
+    def take(self, client: Client, data: bytes) -> None:
+        if not data:
+            raise Failure(f"the server has closed a connection after {client.answer[:200]!r}")
+        if not client.opened:
+            data = self.upgrade(client, data)
+            if not client.opened:
+                return
+        now = monotonic()
+        for opcode, payload in client.frames.feed(data):
+            if opcode == TEXT:
+                self.frame(client, payload, now)
+            elif opcode == PING:
+                client.send(masked(PONG, payload))
+            elif opcode == CLOSE:
+                raise Failure(f"the server has closed a connection: {payload[:200]!r}")
+
+    def upgrade(self, client: Client, data: bytes) -> bytes:
+        """Take the answer to the handshake, and return what comes after it."""
+        head, end, rest = (client.answer + data).partition(b"\r\n\r\n")
+        if not end:
+            client.answer = head
+            return b""
+        accept = base64.b64encode(hashlib.sha1(client.key + GUID).digest())
+        if not head.startswith(b"HTTP/1.1 101 ") or accept not in head:
+            raise Failure(f"the server refuses: {head.splitlines()[0].decode(errors='replace')}")
+        client.opened = True
+        client.answer = b""
+        if client.waiting:
+            client.prompt(client.waiting)
+        return rest
+
+    def frame(self, client: Client, payload: bytes, now: float) -> None:
+        self.frames += 1
+        match = TYPE.match(payload)
+        kind = match[1] if match else str(json.loads(payload).get("type")).encode()
+        if kind == b"token":
+            if self.stamps:
+                tokens = payload.count(b"@")
+                if self.latencies is not None:
+                    self.latencies += [now - int(at) / 1e6 for at in STAMP.findall(payload)]
+            else:
+                seq = SEQ.search(payload)
+                tokens = int(seq[1]) - client.tokens if seq else 1
+            if not client.first_at:
+                client.first_at = now
+            client.tokens += tokens
+            self.tokens += tokens
+        elif kind in {b"done", b"error"}:
+            client.over_at = now
+            client.terminal = payload
+            self.on_over(client)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that so great a share of them does not exceed; nan if there is none."""
+    if not values:
+        return float("nan")
+    return sorted(values)[max(0, min(len(values) - 1, round(len(values) * share + 0.5) - 1))]
+
+
+def raise_limit() -> None:
+    """Let this process, and those that it starts, have as many descriptors as it may."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+EPILOG = """\
+figures:
+  tokens/s       by the `seq` of token frames, which count merged pieces too; where frames have
+                 none, each is taken for one token
+  frames/s       WebSocket messages; fewer than tokens where the server merges
+  first token    from the prompt sent until the first token frame, all prompts being sent at once
+  stop           from the stop sent until the terminal frame
+  lost           streams that ended with an error
+  load           what this program itself needed of one processor core; near 100 % it is the
+                 bottleneck, and the figures are its own
+
+A reply that ends before the time is over is followed by another prompt on the same socket. It costs
+whatever the server's model costs.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.load",
+        description="Measure a chat server with many streams at once.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("url", help="such as ws://localhost:3001/ or wss://chat.example.com/ws")
+    parser.add_argument("--streams", type=int, default=100, help="sockets, with one reply each")
+    parser.add_argument("--seconds", type=float, default=10.0, help="to count, after the first")
+    parser.add_argument("--token", default="", help="sent as Authorization: Bearer")
+    parser.add_argument("--prompt", default="Tell me a long story", metavar="TEXT")
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        metavar="SECONDS",
+        help="stop each reply this long after its first token, and ask again",
+    )
+    options = parser.parse_args()
+    raise_limit()
+    try:
+        report(measure(options))
+    except (Failure, OSError) as error:
+        sys.exit(f"{options.url}: {error}")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the load that the options ask for and return the figures."""
+    load = Load(options.url, token=options.token)
+    firsts: list[float] = []
+    stops: list[float] = []
+    errors: list[bytes] = []
+
+    def note(client: Client) -> None:
+        if client.first_at:
+            firsts.append(client.first_at - client.asked_at)
+        if client.stopped_at:
+            stops.append(client.over_at - client.stopped_at)
+        if client.terminal.startswith(b'{"type":"error"'):
+            errors.append(client.terminal)
+
+    def again(client: Client) -> None:
+        note(client)
+        if not errors:
+            client.prompt(options.prompt)
+
+    clients = load.connect(options.streams)
+    load.on_over = again
+    for client in clients:
+        client.prompt(options.prompt)
+    load.until(lambda: bool(errors) or all(c.first_at for c in clients), "first tokens")
+    began, used = monotonic(), process_time()
+    tokens, frames = load.tokens, load.frames
+    while monotonic() < began + options.seconds and not errors:
+        load.run(0.01)
+        if options.stop_after is not None:
+            for client in clients:
+                due = client.first_at and client.first_at + options.stop_after <= monotonic()
+                if due and client.running and not client.stopped_at:
+                    client.stop()
+    took = monotonic() - began
+    figures = {"took": took, "tokens": load.tokens - tokens, "frames": load.frames - frames}
+    figures["load"] = (process_time() - used) / took
+    load.on_over = note
+    for client in clients:
+        if client.running and not client.stopped_at:
+            client.stop()
+    load.until(lambda: not any(client.running for client in clients), "terminals after stop")
+    load.close()
+    return figures | {"firsts": firsts, "stops": stops, "errors": errors}
+
+
+def report(figures: dict[str, Any]) -> None:
+    """Print the figures for people."""
+
+    def spread(name: str, values: list[float]) -> None:
+        if values:
+            median, last = statistics.median(values) * 1e3, quantile(values, 0.99) * 1e3
+            print(f"{name:14} p50 {median:.1f} ms, p99 {last:.1f} ms ({len(values)})")
+
+    print(f"{'tokens/s':14} {figures['tokens'] / figures['took']:,.0f}")
+    print(f"{'frames/s':14} {figures['frames'] / figures['took']:,.0f}")
+    spread("first token", figures["firsts"])
+    spread("stop", figures["stops"])
+    print(f"{'lost':14} {len(figures['errors'])}", *figures["errors"][:1])
+    print(f"{'load':14} {figures['load']:.0%} of a core")
+
+
+if __name__ == "__main__":
+    main()

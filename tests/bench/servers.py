@@ -1,0 +1,222 @@
+"""The programs that are measured, each a process of its own, and what the system says of them."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from tests.bench.load import BOUND, Failure
+from tests.support.crowd import CROWD, MANY
+
+ROOT = Path(__file__).parents[2]
+PEERS = Path(__file__).parent / "peers"
+INSTALLED = ROOT / ".tools" / "bench"
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+
+# The limits that many clients of one address come up against, and no others.
+LIMITS = {
+    **CROWD,
+    "WSSERVER_CONNECTIONS": MANY,
+    "WSSERVER_GENERATIONS": "10000",
+    "WSSERVER_REPLY_SIZE": "1000000000",
+    "WSSERVER_STORE": "memory:",
+    "WSSERVER_DRAIN_TIMEOUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server is started; ``{port}`` in its command is the port."""
+
+    name: str
+    command: Sequence[str]
+    needs: Sequence[Path] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def ready(self) -> bool:
+        """Whether it is installed."""
+        return all(path.exists() for path in self.needs)
+
+
+MODULES = INSTALLED / "node_modules"
+PYTHON = INSTALLED / "venv" / "bin" / "python"
+OURS = ("-m", "wsserver", "serve", "--port", "{port}", "--model")
+SERVERS = {
+    server.name: server
+    for server in (
+        Server("wsserver", (sys.executable, *OURS, "claude-sonnet-4-6"), env=LIMITS),
+        Server("wsserver demo", (sys.executable, *OURS, "demo"), env=LIMITS),
+        Server("bun", (str(MODULES / ".bin" / "bun"), "bun.ts"), [MODULES / "bun"]),
+        Server("node", ("node", "node.mjs"), [MODULES / "ws"]),
+        Server("ai-sdk", ("node", "ai-sdk.mjs"), [MODULES / "ai"]),
+        Server(
+            "fastapi",
+            (str(PYTHON), "-m", "uvicorn", "fastapi_app:app", "--port", "{port}"),
+            [PYTHON],
+        ),
+    )
+}
+
+
+class Program:
+    """A running program. Its output goes to a file, the end of which a failure shows."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+        self.process = process
+        self.log = log
+        self.pid = process.pid
+
+    def check(self) -> None:
+        """Raise if it has ended.
+
+        Raises:
+            Failure: with the end of its output.
+        """
+        if (code := self.process.poll()) is not None:
+            output = self.log.read_text(errors="replace")[-2000:]
+            raise Failure(f"{self.process.args!r} has ended with {code}:\n{output}")
+
+    def tree(self) -> list[int]:
+        """Return the ids of the process and those below it."""
+        found = [self.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found += map(int, (task / "children").read_text().split())
+        return found
+
+    def cpu(self) -> float:
+        """Return the seconds of CPU that it has used, by the scheduler's nanoseconds."""
+        return sum(map(cpu, self.tree()))
+
+    def memory(self) -> float:
+        """Return the bytes of memory that it has for itself (PSS)."""
+        total = 0
+        for pid in self.tree():
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            total += int(rollup.partition("\nPss:")[2].split()[0]) * 1024
+        return total
+
+
+def cpu(pid: int) -> float:
+    """Return the seconds of CPU that a process has used, with its threads."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):
+                total += int((task / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+@contextlib.contextmanager
+def program(
+    command: Sequence[str], *, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> Iterator[Program]:
+    """Run a program, and end it."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+            )
+        try:
+            yield Program(process, log)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.terminate()
+            try:
+                process.wait(3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+class Upstream:
+    """The fake of the model's API, as its process is spoken to."""
+
+    def __init__(self, running: Program, url: str) -> None:
+        self.program = running
+        self.url = url
+
+    def plan(self, **how: float) -> None:
+        """Set how it answers from now on, and begin its counts anew."""
+        self._ask("/plan", json.dumps(how).encode())
+
+    def stats(self) -> dict[str, Any]:
+        """Return its counts."""
+        return self._ask("/stats", None)
+
+    def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
+        self.program.check()
+        with urllib.request.urlopen(self.url + path, body, BOUND) as answer:
+            result: dict[str, Any] = json.load(answer)
+            return result
+
+
+@contextlib.contextmanager
+def upstream() -> Iterator[Upstream]:
+    """Run the fake of the model's API."""
+    with program((sys.executable, "-m", "tests.bench.upstream")) as running:
+        end = monotonic() + BOUND
+        while not (url := running.log.read_text()).endswith("\n"):
+            running.check()
+            if monotonic() > end:
+                raise Failure("the upstream does not start")
+            sleep(0.01)
+        yield Upstream(running, url.strip())
+
+
+@dataclass
+class Running:
+    """A server that answers on its port."""
+
+    server: Server
+    program: Program
+    url: str
+    started: float  # seconds from its start until it answered
+
+
+@contextlib.contextmanager
+def serve(server: Server, base: str) -> Iterator[Running]:
+    """Run a server before that upstream, and wait until it answers a WebSocket handshake."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port: int = held.getsockname()[1]
+    env = {"ANTHROPIC_API_KEY": "x", "ANTHROPIC_BASE_URL": base, "PORT": str(port)}
+    env |= {"NODE_ENV": "production", **server.env}
+    command = [part.replace("{port}", str(port)) for part in server.command]
+    cwd = ROOT if server.name.startswith("wsserver") else INSTALLED
+    began = monotonic()
+    with program(command, cwd=cwd, env=env) as running:
+        while not answers(port):
+            running.check()
+            if monotonic() > began + BOUND:
+                raise Failure(f"{server.name} does not answer on its port")
+            sleep(0.002)
+        yield Running(server, running, f"ws://127.0.0.1:{port}/", monotonic() - began)
+
+
+def answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), BOUND) as sock:
+            sock.sendall(HANDSHAKE % port)
+            return sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+    except OSError:
+        return False
