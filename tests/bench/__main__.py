@@ -1,130 +1,286 @@
-"""Compares this server with others, on this machine and in one run: see `--help`."""
+"""Compares this server with others, on this machine and in one run.
+
+::
+
+    python -m tests.bench              # all of it, about 15 minutes
+    python -m tests.bench --quick      # about one minute
+    python -m tests.bench --only cpu100,stop --servers wsserver,bun --rounds 5
+
+Each case has a fresh process of a server, one fake of the model's API for all of them
+(`tests/bench/upstream.py`), and the clients, which are this process (`tests/bench/load.py`). The
+servers take turns, and that several times, so that what else the machine does hits all of them.
+"""
 
 import argparse
 import os
 import shutil
-import statistics
 import sys
-from collections import defaultdict
+from collections.abc import Callable
 from time import monotonic
 
-from tests.bench.load import Failure, Load, raise_limit
-from tests.bench.servers import INSTALLED, PEERS, SERVERS, Running, Upstream, cpu, serve, upstream
+from tests.bench.load import Client, Failure, Load, quantile, raise_limit
+from tests.bench.report import RESULTS, Figures, Results, table, write
+from tests.bench.servers import (
+    INSTALLED,
+    PEERS,
+    SERVERS,
+    Running,
+    Upstream,
+    busy,
+    cpu,
+    serve,
+    system_time,
+    upstream,
+)
 
-Figures = dict[str, float]
+STEP = 0.25  # seconds
 
 
 class Stand:
-    """One server, one upstream and the clients, and what they have used."""
+    """What one case needs: a server, the upstream behind it, and how long to look."""
 
-    def __init__(self, running: Running, model: Upstream, *, quick: bool) -> None:
+    def __init__(self, running: Running, model: Upstream, seconds: float) -> None:
         self.running = running
+        self.server = running.program
         self.upstream = model
-        self.quick = quick
+        self.seconds = seconds
         self.figures: Figures = {}
 
-    def window(self, load: Load, seconds: float) -> tuple[float, float]:
-        """Read for so long; return how many seconds it was, and the server's CPU.
+    def load(self) -> Load:
+        return Load(self.running.url, stamps=True)
 
-        Notes the CPU of upstream and load as shares of a core.
+    def window(self, load: Load) -> Figures:
+        """Read for a while; return what a token cost, and how busy the processes were.
+
+        Returns:
+            `us`, microseconds of the server's CPU per token; `tokens` and `frames`, per second;
+            `took`, in seconds; and the cores that were used by `server`, its `system` calls,
+            `upstream`, `load` and all `others`.
         """
-        began = monotonic()
-        before = self.running.program.cpu(), cpu(self.upstream.program.pid), cpu(os.getpid())
-        load.run(seconds)
-        took = monotonic() - began
-        after = self.running.program.cpu(), cpu(self.upstream.program.pid), cpu(os.getpid())
-        self.running.program.check()
-        server, model, own = (b - a for a, b in zip(before, after, strict=True))
-        self.figures |= {"server": server / took, "upstream": model / took, "load": own / took}
-        return took, server
+
+        def used() -> list[float]:
+            counts = [monotonic(), load.tokens, load.frames, busy(), self.server.cpu()]
+            own = [cpu(self.upstream.program.pid), cpu(os.getpid())]
+            return [*counts, *own, system_time(self.server.pid)]
+
+        before = used()
+        load.run(self.seconds)
+        after = used()
+        self.server.check()
+        took, tokens, frames, whole, server, model, clients, system = (
+            b - a for a, b in zip(before, after, strict=True)
+        )
+        return {
+            "us": server / tokens * 1e6 if tokens else float("nan"),
+            "tokens": tokens / took,
+            "frames": frames / took,
+            "took": took,
+            "server": server / took,
+            "system": system / took,
+            "upstream": model / took,
+            "load": clients / took,
+            "others": max(0, whole - server - model - clients) / took,
+        }
 
 
-def relay(stand: Stand, streams: int, rate: float) -> Figures:
-    """So many streams at a model's pace."""
-    stand.upstream.plan(rate=rate)
-    load = Load(stand.running.url, stamps=True)
-    clients = load.connect(streams)
+def ask(load: Load, clients: list[Client]) -> None:
+    """Send all prompts, and wait until the streams run: all, or as many as the server lets run."""
     for client in clients:
         client.prompt(f"go #{client.number}")
-    load.run(0.5)
-    load.until(lambda: any(c.first_at for c in clients), "a first token")
-    load.run(1.5)
-    load.latencies = []
-    tokens, frames = load.tokens, load.frames
-    each = [client.tokens for client in clients]
-    took, server = stand.window(load, 2 if stand.quick else 5)
-    tokens, frames = load.tokens - tokens, load.frames - frames
-    full = sum(
-        client.tokens - before >= 0.9 * rate * took
-        for client, before in zip(clients, each, strict=True)
-    )
-    load.close()
-    return {
-        "us": server / tokens * 1e6,
-        "tokens": tokens / took,
-        "frames": frames / took,
-        "full": full,
-        "p50": statistics.median(load.latencies) * 1e3,
-        "p99": statistics.quantiles(load.latencies, n=100)[98] * 1e3,
-    }
+    load.until(lambda: any(client.first_at for client in clients), "a first token")
+    waited, running = 0, 0
+    while waited < 4 and running < len(clients):
+        load.run(STEP)
+        before, running = running, sum(client.first_at > 0 for client in clients)
+        waited = 0 if running > before else waited + 1
+    load.run(1)  # to warm up
+
+
+def relay(stand: Stand, streams: int, rate: float, ahead: int = 0) -> Figures:
+    """Run so many streams at a model's pace, from so far into their replies on."""
+    stand.upstream.plan(rate=rate, ahead=ahead)
+    with stand.load() as load:
+        clients = load.connect(streams)
+        ask(load, clients)
+        load.until(lambda: all(c.tokens >= ahead for c in clients), f"{ahead} tokens of each")
+        load.latencies = []
+        before = [client.tokens for client in clients]
+        figures = stand.window(load)
+        least = 0.9 * rate * figures["took"]
+        full = [c.tokens - b >= least for c, b in zip(clients, before, strict=True)]
+        p50, p99 = (quantile(load.latencies, share) * 1e3 for share in (0.5, 0.99))
+        return {**figures, "full": sum(full), "p50": p50, "p99": p99}
 
 
 def throughput(stand: Stand) -> Figures:
-    """A model that is faster than the wire; each reply is followed by one on a new connection."""
+    """Run 50 streams of a model that is faster than the wire.
+
+    Replies have 10,000 tokens, as some peers' libraries get slower the longer one is. Each is
+    followed by another one on a new connection, as a conversation would send its past again.
+    """
     stand.upstream.plan(tokens=10_000)
-    load = Load(stand.running.url, stamps=True)
+    with stand.load() as load:
 
-    def again(client: object) -> None:
-        load.close([client])  # type: ignore[list-item]
-        load.open(prompt=f"go #{load.serial + 1}")
+        def again(client: Client) -> None:
+            load.close([client])
+            load.open(prompt=f"go #{load.serial + 1}")
 
-    load.on_over = again
-    for _ in range(50):
-        load.open(prompt=f"go #{load.serial + 1}")
-    load.until(lambda: load.tokens > 0, "a first token")
-    load.run(1)
-    tokens, frames = load.tokens, load.frames
-    took, server = stand.window(load, 2 if stand.quick else 5)
-    tokens, frames = load.tokens - tokens, load.frames - frames
-    load.close()
-    return {"tokens": tokens / took, "frames": frames / took, "us": server / tokens * 1e6}
+        load.on_over = again
+        for _ in range(50):
+            load.open(prompt=f"go #{load.serial + 1}")
+        load.until(lambda: load.tokens > 0, "a first token")
+        load.run(1)
+        return stand.window(load)
 
 
-CASES = {
+def first(stand: Stand) -> Figures:
+    """Send 100 prompts at once, some times over, after once to warm up."""
+    stand.upstream.plan(tokens=10, rate=50)
+    firsts: list[float] = []
+    with stand.load() as load:
+        clients = load.connect(100)
+        for burst in range(6):
+            for client in clients:
+                client.prompt(f"go #{client.number}")
+            load.until(lambda: not any(client.running for client in clients), "ends of replies")
+            load.run(0.1)
+            if burst:
+                firsts += [client.first_at - client.asked_at for client in clients]
+    return {"p50": quantile(firsts, 0.5) * 1e3, "p99": quantile(firsts, 0.99) * 1e3}
+
+
+def stop(stand: Stand) -> Figures:
+    """Stop 200 running streams one after the other, while the others run."""
+    stand.upstream.plan(rate=20)
+    with stand.load() as load:
+        clients = load.connect(200)
+        ask(load, clients)
+        for client in clients:
+            client.stop()
+            load.run(0.01)
+        load.until(lambda: not any(client.running for client in clients), "ends of stopped replies")
+        load.run(STEP)
+        closes = stand.upstream.stats()["closes"]
+        took = [closes[str(c.number)] - c.stopped_at for c in clients if str(c.number) in closes]
+        if len(took) < len(clients):
+            raise Failure(f"only {len(took)} of {len(clients)} stops have reached the upstream")
+    return {"p50": quantile(took, 0.5) * 1e3, "p99": quantile(took, 0.99) * 1e3}
+
+
+def memory(stand: Stand) -> Figures:
+    """Weigh 2,000 idle connections and then 200 streams, after some of either."""
+    stand.upstream.plan(rate=2)
+
+    def weigh(load: Load, few: int, many: int, begin: Callable[[list[Client]], object]) -> float:
+        begin(load.connect(few))
+        load.run(1.5)
+        before = stand.server.memory()
+        begin(load.connect(many))
+        load.run(2)
+        return (stand.server.memory() - before) / many / 1024
+
+    with stand.load() as load:
+        idle = weigh(load, 200, 2000, lambda clients: None)
+        return {"idle": idle, "running": weigh(load, 50, 200, lambda clients: ask(load, clients))}
+
+
+Case = Callable[[Stand], Figures]
+CASES: dict[str, Case] = {
     "cpu100": lambda stand: relay(stand, 100, 50),
     "cpu500": lambda stand: relay(stand, 500, 30),
     "throughput": throughput,
+    "first": first,
+    "stop": stop,
+    "memory": memory,
+    "start": lambda stand: {},  # it is noted for each process in any case
 }
+# As many tokens in all each time: a server that is rarely busy pays for each wake-up.
+GROWTH: dict[str, Case] = {
+    "10 streams": lambda stand: relay(stand, 10, 500),
+    "100 streams": lambda stand: relay(stand, 100, 50),
+    "1,000 streams": lambda stand: relay(stand, 1000, 5),
+    "after 100 tokens": lambda stand: relay(stand, 20, 250, ahead=100),
+    "after 100,000 tokens": lambda stand: relay(stand, 20, 250, ahead=100_000),
+}
+QUICK = ("cpu100", "throughput", "first", "stop", "memory", "start")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only", default=",".join(CASES))
-    parser.add_argument("--servers", default="wsserver,bun")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench",
+        description="Compare this server with others. Nothing else should run meanwhile.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round with Bun alone, in about a minute"
+    )
+    parser.add_argument(
+        "--only", metavar="CASES", help=f"some of {','.join([*CASES, 'growth'])}; default: all"
+    )
+    parser.add_argument(
+        "--servers",
+        metavar="NAMES",
+        help=f"some of {','.join(SERVERS)}; default: all that are installed",
+    )
+    parser.add_argument("--rounds", type=int, help="how often; default: 3, or 1 with --quick")
+    parser.add_argument("--seconds", type=float, help="to look at what runs; default: 4, or 2")
+    parser.add_argument("--write", action="store_true", help=f"put the results into {RESULTS.name}")
+    chosen = parser.parse_args()
+    cases = QUICK if chosen.quick else (*CASES, "growth")
+    servers = ("wsserver", "wsserver demo", "bun") if chosen.quick else tuple(SERVERS)
+    chosen.cases = chosen.only.split(",") if chosen.only else cases
+    chosen.names = chosen.servers.split(",") if chosen.servers else servers
+    for name in set(chosen.cases) - {*CASES, "growth"} | set(chosen.names) - {*SERVERS}:
+        parser.error(f"there is no {name!r}")
+    chosen.rounds = chosen.rounds or (1 if chosen.quick else 3)
+    chosen.seconds = chosen.seconds or (2.0 if chosen.quick else 4.0)
+    return chosen
+
+
+def main() -> int:
+    chosen = options()
     raise_limit()
-    for path in PEERS.iterdir():
-        shutil.copy(path, INSTALLED)
-    found: dict[tuple[str, str], list[Figures]] = defaultdict(list)
+    names = [name for name in chosen.names if SERVERS[name].ready()]
+    for name in sorted({*chosen.names} - {*names}):
+        print(f"{name} is left out, as it is not installed: see the Makefile", file=sys.stderr)
+    if INSTALLED.exists():
+        for path in PEERS.iterdir():
+            shutil.copy(path, INSTALLED)
+    turns: list[tuple[str, str, Case]] = []
+    for case in chosen.cases:
+        if case == "growth":
+            turns += [(name, "wsserver", run) for name, run in GROWTH.items()]
+        else:
+            # The demo model has no upstream, and is there for how fast it starts.
+            some = [name for name in names if name != "wsserver demo" or case == "start"]
+            turns += [(case, name, CASES[case]) for name in some]
+    results = Results()
     with upstream() as model:
-        for _ in range(options.rounds):
-            for case in options.only.split(","):
-                for name in options.servers.split(","):
-                    with serve(SERVERS[name], model.url) as running:
-                        stand = Stand(running, model, quick=options.quick)
-                        figures = CASES[case](stand) | stand.figures
-                    found[case, name].append(figures)
-                    shown = ", ".join(f"{k} {v:,.2f}" for k, v in figures.items())
-                    print(f"{case} {name}: {shown}", file=sys.stderr)
-    for (case, name), rounds in found.items():
-        medians = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        print(f"{case:12} {name:10}", *(f"{k} {v:,.2f}" for k, v in medians.items()))
+        for number in range(chosen.rounds * len(turns)):
+            case, name, run = turns[number % len(turns)]
+            if not sys.stderr.isatty():
+                pass
+            elif number:
+                print("\33[A\33[K", end="", file=sys.stderr)
+            print(f"{number + 1}/{chosen.rounds * len(turns)} {case}, {name}", file=sys.stderr)
+            try:
+                with serve(SERVERS[name], model.url) as running:
+                    results.add("start", name, {"start": running.started})
+                    results.add(case, name, run(Stand(running, model, chosen.seconds)))
+            except (Failure, OSError) as failure:
+                model.program.check()
+                results.failed(case, name, str(failure))
+                print(f"{case}, {name}: {failure}\n", file=sys.stderr)
+    text = table(results, names)
+    print(text)
+    if chosen.write:
+        write(text, chosen.rounds, names)
+    return bool(results.failures)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except Failure as failure:
         sys.exit(str(failure))
+    except KeyboardInterrupt:
+        sys.exit(130)

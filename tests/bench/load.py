@@ -24,7 +24,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from time import monotonic, process_time
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 BOUND = 30.0  # seconds that anything may take
@@ -180,6 +180,13 @@ class Load:
         self.tokens = 0
         self.frames = 0
         self.serial = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        self.epoll.close()
 
     def open(self, prompt: str = "") -> Client:
         """Connect and ask for the upgrade; the answer is read by `run`."""

@@ -20,6 +20,7 @@ from tests.support.crowd import CROWD, MANY
 ROOT = Path(__file__).parents[2]
 PEERS = Path(__file__).parent / "peers"
 INSTALLED = ROOT / ".tools" / "bench"
+TICKS = os.sysconf("SC_CLK_TCK")
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
@@ -38,7 +39,10 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Server:
-    """How a server is started; ``{port}`` in its command is the port."""
+    """How a server is started.
+
+    ``{port}`` in its command is the port, and ``{upstream}`` in its environment the model's API.
+    """
 
     name: str
     command: Sequence[str]
@@ -60,7 +64,13 @@ SERVERS = {
         Server("wsserver demo", (sys.executable, *OURS, "demo"), env=LIMITS),
         Server("bun", (str(MODULES / ".bin" / "bun"), "bun.ts"), [MODULES / "bun"]),
         Server("node", ("node", "node.mjs"), [MODULES / "ws"]),
-        Server("ai-sdk", ("node", "ai-sdk.mjs"), [MODULES / "ai"]),
+        # Its base address has the version in it.
+        Server(
+            "ai-sdk",
+            ("node", "ai-sdk.mjs"),
+            [MODULES / "ai"],
+            {"ANTHROPIC_BASE_URL": "{upstream}/v1"},
+        ),
         Server(
             "fastapi",
             (str(PYTHON), "-m", "uvicorn", "fastapi_app:app", "--port", "{port}"),
@@ -118,6 +128,18 @@ def cpu(pid: int) -> float:
             with contextlib.suppress(OSError):
                 total += int((task / "schedstat").read_text().split()[0])
     return total / 1e9
+
+
+def system_time(pid: int) -> float:
+    """Return the seconds that a process has spent in its system calls, in ticks of 10 ms."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[12]) / TICKS
+
+
+def busy() -> float:
+    """Return the seconds of CPU that all programs of this machine have used, in the same ticks."""
+    user, nice, system, _, _, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + irq + soft) / TICKS
 
 
 @contextlib.contextmanager
@@ -200,7 +222,8 @@ def serve(server: Server, base: str) -> Iterator[Running]:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port: int = held.getsockname()[1]
     env = {"ANTHROPIC_API_KEY": "x", "ANTHROPIC_BASE_URL": base, "PORT": str(port)}
-    env |= {"NODE_ENV": "production", **server.env}
+    env |= {"NODE_ENV": "production"}
+    env |= {name: value.replace("{upstream}", base) for name, value in server.env.items()}
     command = [part.replace("{port}", str(port)) for part in server.command]
     cwd = ROOT if server.name.startswith("wsserver") else INSTALLED
     began = monotonic()
@@ -210,7 +233,13 @@ def serve(server: Server, base: str) -> Iterator[Running]:
             if monotonic() > began + BOUND:
                 raise Failure(f"{server.name} does not answer on its port")
             sleep(0.002)
-        yield Running(server, running, f"ws://127.0.0.1:{port}/", monotonic() - began)
+        started = monotonic() - began
+        try:
+            yield Running(server, running, f"ws://127.0.0.1:{port}/", started)
+        except Failure:
+            sleep(0.1)  # in which it may end, and then tells more than its clients
+            running.check()
+            raise
 
 
 def answers(port: int) -> bool:

@@ -1,0 +1,199 @@
+"""The table of what was measured, for a terminal and for RESULTS.md."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from tests.bench.servers import MODULES, PEERS, PYTHON
+
+Figures = dict[str, float]
+RESULTS = Path(__file__).parent / "RESULTS.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+class Results:
+    """The figures of all rounds."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+        self.failures: dict[tuple[str, str], str] = {}
+
+    def add(self, case: str, server: str, figures: Figures) -> None:
+        for figure, value in figures.items():
+            self.found[case, server, figure].append(value)
+
+    def failed(self, case: str, server: str, why: str) -> None:
+        self.failures[case, server] = why
+
+    def median(self, case: str, server: str, figure: str) -> float:
+        """Return the median of all rounds, nan if there was none."""
+        values = self.found.get((case, server, figure))
+        return statistics.median(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a figure of a case, and what is aimed at."""
+
+    title: str
+    case: str
+    figure: str
+    goal: str = ""
+    digits: int = 1
+
+
+ROWS = (
+    Row("CPU per token, 100 × 50/s (µs)", "cpu100", "us", "≤ 0.75 × Bun, ≤ 0.2 × FastAPI"),
+    Row("CPU per token, 500 × 30/s (µs)", "cpu500", "us", "≤ 0.8 × Bun"),
+    Row("… streams at full pace", "cpu500", "full", "all 500", 0),
+    Row("tokens/s, 50 × no pause", "throughput", "tokens", "≥ 2 × Bun, ≥ 20 × FastAPI", 0),
+    Row("added latency, 100 × 50/s, p50 (ms)", "cpu100", "p50", "", 2),
+    Row("… p99", "cpu100", "p99", "≤ 1.5 × Bun", 2),
+    Row("first token, 100 prompts at once, p50 (ms)", "first", "p50", "≤ Bun"),
+    Row("… p99", "first", "p99"),
+    Row("stop sent → upstream closed, 200 streams, p50 (ms)", "stop", "p50", "", 2),
+    Row("… p99", "stop", "p99", "≤ 5, and ≤ every peer", 2),
+    Row("memory per idle connection (KiB)", "memory", "idle", "≤ 8.5"),
+    Row("memory per running stream (KiB)", "memory", "running", "≤ 30"),
+    Row("start → answers on its port (s)", "start", "start", "≤ 1.2, demo ≤ 0.5", 2),
+)
+GROWTH = (
+    ("10 to 1,000 streams", ("10 streams", "100 streams", "1,000 streams")),
+    ("100 to 100,000 tokens of a reply", ("after 100 tokens", "after 100,000 tokens")),
+)
+SHARES = ("server", "system", "upstream", "load", "others")
+BUSY = ("cpu100", "cpu500", "throughput")
+
+
+def number(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def ratio(ours: float, theirs: float) -> str:
+    return number(ours / theirs, 2) if theirs else "–"
+
+
+def lines(rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, aligned for those who read it as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(r, widths, strict=True)] for r in rows]
+    rule = ["-" * width for width in widths]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (padded[0], rule, *padded[1:]))
+
+
+def table(results: Results, names: Sequence[str]) -> str:
+    """Return what was found, as Markdown."""
+
+    def cell(row: Row, name: str) -> str:
+        if (row.case, name) in results.failures:
+            return "failed"
+        values = results.found.get((row.case, name, row.figure), [])
+        text = number(results.median(row.case, name, row.figure), row.digits)
+        if len(values) > 1 and max(values) != min(values):
+            text += f" ({number(min(values), row.digits)}–{number(max(values), row.digits)})"
+        return text
+
+    shown = []
+    for row in ROWS:
+        if not any((row.case, name, row.figure) in results.found for name in names):
+            continue
+        ours = results.median(row.case, "wsserver", row.figure)
+        peers = [results.median(row.case, peer, row.figure) for peer in ("bun", "fastapi")]
+        ratios = [ratio(ours, theirs) for theirs in peers]
+        shown.append([row.title, *(cell(row, name) for name in names), *ratios, row.goal])
+    parts = []
+    if shown:
+        heads = ["median (least–most of the rounds)", *names, "÷ Bun", "÷ FastAPI", "goal"]
+        parts.append(lines([heads, *shown]))
+    growth = []
+    for title, cases in GROWTH:
+        costs = [results.median(case, "wsserver", "us") for case in cases]
+        if not math.isnan(sum(costs)):
+            found = ", ".join(f"{c}: {cost:.1f}" for c, cost in zip(cases, costs, strict=True))
+            growth.append([title, found, f"{max(costs) / min(costs) - 1:.0%}", "≤ 20 %"])
+    if growth:
+        heads = ["growth of wsserver's CPU per token (µs)", "", "most above least", "goal"]
+        parts.append(lines([heads, *growth]))
+    busy = [
+        [
+            case,
+            name,
+            f"{results.median(case, name, 'tokens'):,.0f}",
+            f"{results.median(case, name, 'frames'):,.0f}",
+            f"{results.median(case, name, 'us'):,.1f}",
+            *(f"{results.median(case, name, part):.0%}" for part in SHARES),
+        ]
+        for case in (*BUSY, *(case for _, cases in GROWTH for case in cases))
+        for name in names
+        if (case, name, "server") in results.found
+    ]
+    if busy:
+        heads = ["how busy they were", "", "tokens/s", "frames/s", "µs per token"]
+        heads += ["server", "in its system calls", "upstream", "load", "all else"]
+        parts.append(lines([heads, *busy]))
+        parts.append(
+            "Shares are of one core. Where all else on the machine took more than a little of it, "
+            "nothing here is to be relied on."
+        )
+    parts += [
+        f"- {case}, {name}: {why.strip().splitlines()[0]}"
+        for (case, name), why in results.failures.items()
+    ]
+    return "\n\n".join(parts)
+
+
+def versions() -> str:
+    """Return what was compared, and with what."""
+
+    def tell(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return "none"
+        return done.stdout.strip()
+
+    ours = ("wsserver", "websockets", "anthropic", "aiohttp", "uvloop")
+    parts = [f"Python {platform.python_version()}"]
+    for name in ours:
+        try:
+            parts.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    peers = [f"Bun {tell(str(MODULES / '.bin' / 'bun'), '--version')}"]
+    peers += [f"Node {tell('node', '--version').removeprefix('v')}"]
+    for name in json.loads((PEERS / "package.json").read_text())["dependencies"]:
+        package = MODULES / name / "package.json"
+        if package.exists() and name != "bun":
+            peers.append(f"{name} {json.loads(package.read_text())['version']}")
+    asked = "import sys; from importlib.metadata import version as v;"
+    asked += "print(*(f'{n} {v(n)}' for n in sys.argv[1:]), sep=', ')"
+    listed = ("fastapi", "starlette", "uvicorn", "uvloop", "websockets", "anthropic")
+    peers.append(tell(str(PYTHON), "-c", asked, *listed))
+    return f"wsserver: {', '.join(parts)}. Peers: {', '.join(peers)}."
+
+
+def machine() -> str:
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    model = found[1] if found else platform.machine()
+    return f"{model}, {os.cpu_count()} cores, Linux {platform.release()}"
+
+
+def write(text: str, rounds: int, names: Sequence[str]) -> None:
+    """Put the table between the marks of RESULTS.md, and leave all else as it is."""
+    command = " ".join(["python -m tests.bench", *sys.argv[1:]])
+    about = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {versions()} `{command}`: {rounds} rounds."
+    whole = RESULTS.read_text()
+    before, _, rest = whole.partition(BEGIN)
+    after = rest.partition(END)[2]
+    RESULTS.write_text(f"{before}{BEGIN}\n{about}\n\n{text}\n{END}{after}")
