@@ -37,6 +37,23 @@ unit: $(VENV)/test.stamp system ## some of the tests; ARGS="-k stop"
 soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"
 	$(BIN)/python -m tests.bench.soak $(ARGS)
 
+# Those whose installation fails are left out of the comparison, which says so.
+$(TOOLS)/bench/stamp: tests/bench/peers/package.json tests/bench/peers/requirements.txt | $(BIN)/python
+	@mkdir -p $(TOOLS)/bench && cp tests/bench/peers/package.json $(TOOLS)/bench/
+	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
+	@npm install --silent --no-fund --no-audit --prefix $(TOOLS)/bench \
+		&& $(BIN)/python -m venv $(TOOLS)/bench/venv \
+		&& $(TOOLS)/bench/venv/bin/python -m pip install --quiet --disable-pip-version-check \
+			--requirement tests/bench/peers/requirements.txt \
+		&& touch $@ || true
+
+.PHONY: bench bench-quick
+bench: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## how fast it is, beside others; ARGS="--only stop"
+	$(BIN)/python -m tests.bench $(ARGS)
+
+bench-quick: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## the same in a minute, beside Bun alone
+	$(BIN)/python -m tests.bench --quick $(ARGS)
+
 .PHONY: picture
 picture: $(VENV)/test.stamp system ## the README's pictures of the page, from the page itself
 	$(BIN)/python -m tests.picture

@@ -273,7 +273,7 @@ def main() -> int:
     text = table(results, names)
     print(text)
     if chosen.write:
-        write(text, chosen.rounds, names)
+        write(text, chosen.rounds)
     return bool(results.failures)
 
 

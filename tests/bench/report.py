@@ -189,7 +189,7 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Linux {platform.release()}"
 
 
-def write(text: str, rounds: int, names: Sequence[str]) -> None:
+def write(text: str, rounds: int) -> None:
     """Put the table between the marks of RESULTS.md, and leave all else as it is."""
     command = " ".join(["python -m tests.bench", *sys.argv[1:]])
     about = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {versions()} `{command}`: {rounds} rounds."

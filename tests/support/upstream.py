@@ -9,7 +9,7 @@ A test says what the next requests get, in order, and asks later what became of 
         assert await received.closed() == "closed"
 
 It sits directly on asyncio's protocols, which tell at once when a client goes away, whatever the
-answer waits for, and leave the processor to what is measured. Benchmarks run it as a process:
+answer waits for. It is a process of its own for those who try things out by hand:
 ``python -m tests.support.upstream --pieces 500 --interval 0.02 --text "token "``.
 """
 

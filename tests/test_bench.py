@@ -1,0 +1,192 @@
+"""The benchmark counts what there is; how fast that was, no test asks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.bench import load, report
+from tests.bench.load import CLOSE, PING, TEXT, Failure, Frames, Load, masked, quantile
+from tests.bench.servers import PEERS, SERVERS, Running, Upstream, serve, upstream
+
+BINARY = 2
+
+
+def frame(payload: bytes, opcode: int = TEXT, *, final: bool = True) -> bytes:
+    """Return a server's frame."""
+    size = len(payload)
+    if size < 126:
+        length = bytes((size,))
+    elif size < 65536:
+        length = b"\x7e" + size.to_bytes(2, "big")
+    else:
+        length = b"\x7f" + size.to_bytes(8, "big")
+    return bytes((128 * final | opcode,)) + length + payload
+
+
+def cut(data: bytes, sizes: Sequence[int]) -> Iterator[bytes]:
+    """Cut it into pieces of these sizes, over and over."""
+    at, turn = 0, 0
+    while at < len(data):
+        yield data[at : at + sizes[turn % len(sizes)]]
+        at += sizes[turn % len(sizes)]
+        turn += 1
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2, 3), (5, 1, 126), (1021,), (65535, 1), (10**6,)])
+def test_frames_are_the_same_however_they_are_cut(sizes: Sequence[int]) -> None:
+    lengths = (0, 1, 125, 126, 127, 300, 65535, 65536, 70000)
+    whole = [(TEXT, bytes(97 + i % 26 for i in range(length))) for length in lengths]
+    data = b"".join(frame(payload) for _, payload in whole)
+    data += frame(b"one ", final=False) + frame(b"?", PING) + frame(b"", 0, final=False)
+    data += frame(b"two", 0) + frame(b"\0", BINARY) + frame(b"\x03\xe8", CLOSE)
+    whole += [(PING, b"?"), (TEXT, b"one two"), (BINARY, b"\0"), (CLOSE, b"\x03\xe8")]
+    frames = Frames()
+    assert [found for piece in cut(data, sizes) for found in frames.feed(piece)] == whole
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        masked(TEXT, b"mine"),
+        b"\xc1\x01x",  # compressed
+        frame(b"no beginning", 0),
+        frame(b"one", final=False) + frame(b"another"),
+        frame(b"one", final=False) + frame(b"another", final=False),
+    ],
+)
+def test_what_no_server_may_send_is_a_failure(data: bytes) -> None:
+    with pytest.raises(Failure):
+        list(Frames().feed(data))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 125, 126, 65535, 65536])
+def test_the_masks_of_its_own_frames_come_off(size: int) -> None:
+    payload = bytes(i % 251 for i in range(size))
+    sent = masked(TEXT, payload)
+    mask, hidden = sent[-size - 4 :][:4], sent[len(sent) - size :]
+    assert bytes(byte ^ mask[i % 4] for i, byte in enumerate(hidden)) == payload
+    assert [sent[0], sent[1] & 128] == [128 | TEXT, 128]
+    assert list(Frames().feed(frame(payload))) == [(TEXT, payload)]
+    assert sent[2 : -size - 4] == frame(payload)[2 : len(frame(payload)) - size]
+
+
+def test_quantiles_are_values_that_were_measured() -> None:
+    values = list(range(1, 101))
+    assert [quantile(values, share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
+    assert quantile([7.0], 0.99) == 7.0
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Upstream]:
+    with upstream() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(model: Upstream) -> Iterator[Running]:
+    with serve(SERVERS["wsserver"], model.url) as running:
+        yield running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "rate"), [(40, 400), (3000, 0)])
+def test_what_the_model_writes_is_what_clients_count(
+    model: Upstream, server: Running, tokens: int, rate: float
+) -> None:
+    model.plan(tokens=tokens, rate=rate)
+    with Load(server.url, stamps=True) as clients:
+        clients.latencies = []
+        some = clients.connect(5)
+        for client in some:
+            client.prompt(f"go #{client.number}")
+        clients.until(lambda: all(client.over_at for client in some), "all replies")
+        assert [client.tokens for client in some] == [tokens] * 5
+        assert all(b'"end_turn"' in client.terminal for client in some)
+        assert len(clients.latencies) == (tokens * 5 if rate else 0)
+        assert all(seconds > 0 for seconds in clients.latencies)
+    assert model.stats() == {"open": 0, "requests": 5, "tokens": 5 * tokens, "closes": {}}
+
+
+@pytest.mark.slow
+def test_the_upstream_tells_which_streams_were_stopped(model: Upstream, server: Running) -> None:
+    model.plan(rate=20, ahead=500)
+    with Load(server.url, stamps=True) as clients:
+        some = clients.connect(4)
+        for client in some:
+            client.prompt(f"go #{client.number}")
+        clients.until(lambda: all(client.tokens > 500 for client in some), "paced tokens")
+        for client in some[:3]:
+            client.stop()
+        clients.until(lambda: all(client.over_at for client in some[:3]), "ends of stopped replies")
+        stats = model.stats()
+        assert set(stats["closes"]) == {str(client.number) for client in some[:3]}
+        for client in some[:3]:
+            assert stats["closes"][str(client.number)] > client.stopped_at
+            assert b'"stopped"' in client.terminal
+        assert stats["open"] == 1
+        some[3].stop()
+        clients.until(lambda: bool(some[3].over_at), "the end of the last")
+
+
+@pytest.mark.slow
+def test_the_load_generator_is_a_tool_of_its_own(
+    model: Upstream, server: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.plan(tokens=20, rate=0)
+    load.main([server.url, "--streams", "3", "--seconds", "0.2", "--prompt", "go"])
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["lost"] == "0"
+    assert "first" in shown
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_start_tells_why(model: Upstream) -> None:
+    broken = SERVERS["wsserver"]
+    with pytest.raises(Failure, match="WSSERVER_LOG_LEVEL"):
+        with serve(
+            type(broken)("wsserver", broken.command, env={"WSSERVER_LOG_LEVEL": "loud"}), model.url
+        ):
+            pass
+
+
+def results() -> report.Results:
+    found = report.Results()
+    for ours, theirs in ((30, 50), (20, 40), (90, 45)):
+        found.add("cpu100", "wsserver", {"us": ours})
+        found.add("cpu100", "bun", {"us": theirs})
+    found.failed("stop", "bun", "it has ended\nin a bad way")
+    return found
+
+
+def test_the_table_has_medians_spreads_ratios_and_failures() -> None:
+    text = report.table(results(), ["wsserver", "bun"])
+    rows = [[cell.strip() for cell in line.split("|")[2:-2]] for line in text.splitlines()]
+    assert ["30.0 (20.0–90.0)", "45.0 (40.0–50.0)", "0.67", "–"] in rows
+    assert "stop, bun: it has ended" in text
+
+
+def test_what_is_kept_by_hand_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "RESULTS.md"
+    path.write_text(report.RESULTS.read_text() + "\nby hand\n")
+    before, after = outside(path.read_text())
+    monkeypatch.setattr(report, "RESULTS", path)
+    for text in ("one table", "another"):
+        report.write(text, 3)
+        assert outside(path.read_text()) == (before, after)
+        assert f"\n{text}\n" in path.read_text()
+    assert "one table" not in path.read_text()
+    assert after.endswith("\nby hand\n")
+
+
+def outside(text: str) -> tuple[str, str]:
+    before, _, rest = text.partition(report.BEGIN)
+    return before, rest.partition(report.END)[2]
+
+
+def test_the_versions_of_the_peers_are_exact() -> None:
+    manifest = json.loads((PEERS / "package.json").read_text())
+    required = (PEERS / "requirements.txt").read_text().splitlines()
+    assert all(version.replace(".", "").isdigit() for version in manifest["dependencies"].values())
+    assert all("==" in line for line in required)
