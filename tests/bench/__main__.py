@@ -21,6 +21,7 @@ from time import monotonic
 from tests.bench.load import Client, Failure, Load, quantile, raise_limit
 from tests.bench.report import RESULTS, Figures, Results, table, write
 from tests.bench.servers import (
+    DEMO,
     INSTALLED,
     PEERS,
     SERVERS,
@@ -44,7 +45,18 @@ class Stand:
         self.server = running.program
         self.upstream = model
         self.seconds = seconds
-        self.figures: Figures = {}
+        self.began = self._spent()
+
+    def _spent(self) -> list[float]:
+        """Return the time, and the seconds of CPU of the machine, server, upstream and load."""
+        own = [cpu(self.upstream.program.pid), cpu(os.getpid())]
+        return [monotonic(), busy(), self.server.cpu(), *own]
+
+    def others(self) -> float:
+        """Return the cores that all other programs of the machine have used since it began."""
+        spent = zip(self.began, self._spent(), strict=True)
+        took, whole, *known = (b - a for a, b in spent)
+        return max(0.0, whole - sum(known)) / took
 
     def load(self) -> Load:
         return Load(self.running.url, stamps=True)
@@ -55,19 +67,18 @@ class Stand:
         Returns:
             `us`, microseconds of the server's CPU per token; `tokens` and `frames`, per second;
             `took`, in seconds; and the cores that were used by `server`, its `system` calls,
-            `upstream`, `load` and all `others`.
+            `upstream` and `load`.
         """
 
-        def used() -> list[float]:
-            counts = [monotonic(), load.tokens, load.frames, busy(), self.server.cpu()]
-            own = [cpu(self.upstream.program.pid), cpu(os.getpid())]
-            return [*counts, *own, system_time(self.server.pid)]
+        def counts() -> list[float]:
+            found = [system_time(self.server.pid), load.tokens, load.frames]
+            return [*found, *self._spent()]
 
-        before = used()
+        before = counts()
         load.run(self.seconds)
-        after = used()
+        after = counts()
         self.server.check()
-        took, tokens, frames, whole, server, model, clients, system = (
+        system, tokens, frames, took, _, server, model, clients = (
             b - a for a, b in zip(before, after, strict=True)
         )
         return {
@@ -79,7 +90,6 @@ class Stand:
             "system": system / took,
             "upstream": model / took,
             "load": clients / took,
-            "others": max(0, whole - server - model - clients) / took,
         }
 
 
@@ -226,7 +236,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help=f"put the results into {RESULTS.name}")
     chosen = parser.parse_args()
     cases = QUICK if chosen.quick else (*CASES, "growth")
-    servers = ("wsserver", "wsserver demo", "bun") if chosen.quick else tuple(SERVERS)
+    servers = ("wsserver", DEMO, "bun") if chosen.quick else tuple(SERVERS)
     chosen.cases = chosen.only.split(",") if chosen.only else cases
     chosen.names = chosen.servers.split(",") if chosen.servers else servers
     for name in set(chosen.cases) - {*CASES, "growth"} | set(chosen.names) - {*SERVERS}:
@@ -250,27 +260,27 @@ def main() -> int:
         if case == "growth":
             turns += [(name, "wsserver", run) for name, run in GROWTH.items()]
         else:
-            # The demo model has no upstream, and is there for how fast it starts.
-            some = [name for name in names if name != "wsserver demo" or case == "start"]
+            # The demo model has no upstream, and is there for how fast it starts; the others start
+            # for every other case.
+            some = [name for name in names if name != DEMO]
+            if case == "start":
+                some = names if chosen.cases == ["start"] else [n for n in names if n == DEMO]
             turns += [(case, name, CASES[case]) for name in some]
     results = Results()
     with upstream() as model:
         for number in range(chosen.rounds * len(turns)):
             case, name, run = turns[number % len(turns)]
-            if not sys.stderr.isatty():
-                pass
-            elif number:
-                print("\33[A\33[K", end="", file=sys.stderr)
             print(f"{number + 1}/{chosen.rounds * len(turns)} {case}, {name}", file=sys.stderr)
             try:
                 with serve(SERVERS[name], model.url) as running:
                     results.add("start", name, {"start": running.started})
-                    results.add(case, name, run(Stand(running, model, chosen.seconds)))
+                    stand = Stand(running, model, chosen.seconds)
+                    results.add(case, name, run(stand) | {"others": stand.others()})
             except (Failure, OSError) as failure:
                 model.program.check()
                 results.failed(case, name, str(failure))
                 print(f"{case}, {name}: {failure}\n", file=sys.stderr)
-    text = table(results, names)
+    text = table(results, [name for name in names if name != DEMO])
     print(text)
     if chosen.write:
         write(text, chosen.rounds)

@@ -56,12 +56,13 @@ class Server:
 
 MODULES = INSTALLED / "node_modules"
 PYTHON = INSTALLED / "venv" / "bin" / "python"
+DEMO = "wsserver demo"
 OURS = ("-m", "wsserver", "serve", "--port", "{port}", "--model")
 SERVERS = {
     server.name: server
     for server in (
         Server("wsserver", (sys.executable, *OURS, "claude-sonnet-4-6"), env=LIMITS),
-        Server("wsserver demo", (sys.executable, *OURS, "demo"), env=LIMITS),
+        Server(DEMO, (sys.executable, *OURS, "demo"), env=LIMITS),
         Server("bun", (str(MODULES / ".bin" / "bun"), "bun.ts"), [MODULES / "bun"]),
         Server("node", ("node", "node.mjs"), [MODULES / "ws"]),
         # Its base address has the version in it.
