@@ -302,7 +302,7 @@ async def test_stop_while_the_sockets_send_buffer_is_full(
     async with sluggard(server) as slow:
         await slow.send('{"prompt": "Talk", "id": "the-slow-one-0001"}')
         received = await upstream.request()
-        (transport,) = server._sockets
+        (transport,) = server._connections
         await until(lambda: not transport.writable)
         await slow.send('{"type": "stop"}')
         assert await received.closed() == "closed"

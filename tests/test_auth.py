@@ -390,7 +390,7 @@ async def test_who_goes_while_it_is_being_found_out_leaves_nothing(puppet: Puppe
         await until(lambda: not server._sockets)
         answer.set()
         await asyncio.wait_for(answered.wait(), BOUND)
-        await until(lambda: not server._listeners[0].connections)
+        await until(lambda: not server._endpoint.answering)
         await asyncio.sleep(0)
         assert len(server._admission.principals) == 0
         assert server._admission._open == 0

@@ -630,8 +630,8 @@ async def test_a_page_that_is_turned_away_does_not_come_back(
 ) -> None:
     await ask(page, "Count")
     model = await puppet.reply()
-    for connection in tuple(server._sockets):
-        await connection.close(1008, "too many unusable frames")
+    for connection in server._connections:
+        connection.end(1008, "too many unusable frames")
     await expect(state(page)).to_have_text(
         "The server closed the connection: too many unusable frames. "
         "Reload the page to connect again."
@@ -866,8 +866,8 @@ async def test_a_page_that_rests_unseen_is_not_woken_by_other_tabs(
     await converse(page, puppet, "First")
     tab = await second_tab(page)
     await expect(rows(tab)).to_have_count(1)
-    for connection in tuple(server._sockets):
-        await connection.close(1000, "idle")
+    for connection in server._connections:
+        connection.end(1000, "idle")
     for each in (page, tab):
         await expect(state(each)).to_have_text("Resting until you ask")
     await tab.evaluate("""() => {

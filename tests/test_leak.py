@@ -155,7 +155,7 @@ async def test_no_task_is_left_of_hundreds_of_clients() -> None:
         await until(lambda: len(asyncio.all_tasks()) <= tasks)
         hub = server._hub
         assert not server._sockets
-        assert not server._turned_away
+        assert not server._endpoint.turned_away
         assert hub.live == len(hub._tasks) == len(hub._shares) == 0
         assert len(server._admission._addresses) == server._admission._open == 0
         await until(lambda: not hub._generations)  # once they need not be found any more

@@ -270,7 +270,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, made: Path) -> AsyncIte
     async with client(server, ssl=trusting(made), sock=sock) as chat:
         await chat.prompt("Talk")
         reply = await puppet.reply()
-        (transport,) = server._sockets
+        (transport,) = server._connections
         # The client's library takes a quarter of a megabyte before it stops reading.
         while transport.writable or len(reply.said) < 30_000:
             reply.say(*["0123456789abcde "] * 100)
@@ -284,7 +284,7 @@ async def test_what_waits_for_a_slow_reader_behind_tls_is_as_little(
     certificate = put(made, "rsa", folder)
     async with wsserver.serve(puppet, port=0, drain_timeout=0, **certificate) as server:
         async with stuck(server, puppet, made) as chat:
-            (transport,) = server._sockets
+            (transport,) = server._connections
             settings = server.settings
             assert transport._waiting() <= settings.write_buffer + 4 * settings.frame_size
             reply = puppet.replies[0]
@@ -311,19 +311,19 @@ async def test_what_comes_behind_tls_is_read_in_small_turns(
 ) -> None:
     sizes = []
 
-    def measure(self: Socket, data: bytes) -> None:
-        sizes.append(len(data))
-        receive(self, data)
+    def measure(self: Socket, size: int) -> None:
+        sizes.append(size)
+        receive(self, size)
 
-    receive = Socket.data_received
-    monkeypatch.setattr(Socket, "data_received", measure)
+    receive = Socket.buffer_updated
+    monkeypatch.setattr(Socket, "buffer_updated", measure)
     async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
         async with client(server, ssl=trusting(made)) as chat:
             for _ in range(10):
                 await chat.send(" " * 60_000)
             await chat.quiet()
     assert sum(sizes) > 600_000
-    assert max(sizes) <= READ_SIZE + TLS_RECORD
+    assert max(sizes) <= READ_SIZE
 
 
 # A unix socket.
@@ -706,7 +706,7 @@ async def test_all_addresses_are_known(puppet: Puppet) -> None:
         async with wsserver.serve(puppet, sockets=[first, second], allow_anonymous=True) as server:
             assert server.bound == tuple(listening.name_of(sock) for sock in (first, second))
             assert server.port == first.getsockname()[1]
-            assert listening.loopback(server._bound)
+            assert listening.loopback(server._endpoint.bound)
             for name in server.bound:
                 async with connect(f"ws://{name}/", proxy=None) as socket_:
                     await Client(socket_).quiet()

@@ -16,6 +16,7 @@ from tests.test_http import ask
 from wsserver import Code, ConfigError, ModelError
 from wsserver.errors import StoreError
 from wsserver.stores import MemoryStore
+from wsserver.transport import Endpoint
 
 
 async def ready(server: wsserver.Server, port: int | None = None) -> tuple[int, dict[str, bool]]:
@@ -215,12 +216,15 @@ async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> 
 async def test_a_server_that_cannot_start_leaves_no_port_of_operators(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def taken(_: object) -> None:
-        raise OSError(errno.EADDRINUSE, "taken")
+    async def taken(endpoint: Endpoint) -> None:
+        if endpoint is server._endpoint:
+            raise OSError(errno.EADDRINUSE, "taken")
+        await serve(endpoint)
 
+    serve = Endpoint.serve
     server = wsserver.serve(puppet, port=0, operations_port=0)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="taken"):
-        patch.setattr("websockets.asyncio.server.Server.start_serving", taken)
+        patch.setattr(Endpoint, "serve", taken)
         await server.__aenter__()
     with pytest.raises(ConnectionRefusedError):
         await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n", server.operations_port)

@@ -399,7 +399,7 @@ async def test_one_that_asks_for_much_and_reads_little_gets_the_next_answer_when
     async with sluggard(server) as slow:
         for _ in range(20):
             await slow.send('{"type": "open", "conversation": "conversation-one"}')
-        await until(lambda: any(not socket.writable for socket in server._sockets))
+        await until(lambda: any(not socket.writable for socket in server._connections))
         while sum('"history"' in text for text in slow.texts) < 20:
             assert await slow.read(), "it was cut off"
 

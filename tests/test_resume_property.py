@@ -461,7 +461,7 @@ async def test_a_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
 async def overwhelm(server: Server, story: Story) -> None:
     """Have all said, more than the buffers of the one reader can hold."""
     reply = await story.reply()
-    (socket,) = server._sockets
+    (socket,) = server._connections
     while socket.writable:
         assert not story.over, "the reader cannot be that fast"
         await story.tell(1)

@@ -13,6 +13,7 @@ from websockets.uri import parse_uri
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
+from wsserver.transport import Socket
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
     """Have the model say more than the reader and all buffers can hold; return all of it."""
     await slow.send('{"prompt": "Talk", "id": "the-slow-one-0001"}')
     reply = await puppet.reply()
-    transport = next(iter(server._sockets))
+    transport = next(iter(server._connections))
     count = 0
     while transport.writable:
         count += 100
@@ -137,7 +138,7 @@ async def test_what_waits_for_it_stays_within_the_write_buffer(
 ) -> None:
     async with sluggard(server) as slow:
         await stuck(server, puppet, slow)
-        (transport,) = server._sockets
+        (transport,) = server._connections
         unsent = transport.transport.get_write_buffer_size()
         assert unsent <= server.settings.write_buffer + 4 * server.settings.frame_size
 
@@ -172,19 +173,21 @@ async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
             assert not server._sockets
 
 
-async def test_one_that_takes_a_little_each_time_is_not_aborted(puppet: Puppet) -> None:
+async def test_one_that_takes_a_little_each_time_is_not_aborted(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with wsserver.serve(puppet, port=0, send_timeout=0.5, drain_timeout=0) as server:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
-            (transport,) = server._sockets
-            check, looked = transport._check_progress, asyncio.Semaphore(0)
+            (transport,) = server._connections
+            check, looked = Socket._check_progress, asyncio.Semaphore(0)
 
-            def check_a_trickle() -> None:
-                transport._unsent += 1  # as if one byte had been taken since
-                check()
+            def check_a_trickle(socket: Socket) -> None:
+                socket._unsent += 1  # as if one byte had been taken since
+                check(socket)
                 looked.release()
 
-            transport._check_progress = check_a_trickle  # type: ignore[method-assign]
+            monkeypatch.setattr(Socket, "_check_progress", check_a_trickle)
             transport._deadline.cancel()  # type: ignore[union-attr]
             transport._set_deadline()
             async with asyncio.timeout(BOUND):
@@ -197,8 +200,7 @@ async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with sluggard(server) as slow, client(server) as other:
-        transport = next(s for s in server._sockets if s.transport.get_extra_info("peername"))
-        assert transport.transport.max_size <= 8192  # type: ignore[attr-defined]
+        assert all(len(socket.get_buffer(-1)) <= 8192 for socket in server._connections)
         slow.protocol.send_ping(b"")
         (ping,) = slow.protocol.data_to_send()
         loop = asyncio.get_running_loop()
@@ -215,7 +217,7 @@ async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
-        (transport,) = server._sockets
+        (transport,) = server._connections
         highest = 0
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             for _ in range(1000):

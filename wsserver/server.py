@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
-import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,13 +9,7 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
-from websockets.asyncio.server import Server as Listener
-from websockets.asyncio.server import ServerConnection
-from websockets.asyncio.server import serve as listen
-from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
-from websockets.protocol import State
-from websockets.typing import Subprotocol
 
 from wsserver import auth, listening, models, stores
 from wsserver.admission import Admission, Denied, Visitor
@@ -28,22 +20,17 @@ from wsserver.hub import Hub
 from wsserver.limits import Bucket
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
-from wsserver.protocol import SUBPROTOCOL, Close
+from wsserver.protocol import Close
 from wsserver.responses import method_not_allowed, respond
 from wsserver.routes import Operations, Page
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics
-from wsserver.transport import Socket
+from wsserver.transport import Endpoint, Exchange, Socket
 
 __all__ = ["Server", "serve"]
 
-# To it, a handshake that came to nothing is an error, and any stranger can make one.
-_SILENT = logging.getLogger("wsserver.websockets")
-_SILENT.setLevel(logging.CRITICAL)
-
 WEBSOCKET_PATHS = ("/", "/ws")
-MESSAGES_PER_TURN = 16  # taken from a client that sends without a pause, before others get theirs
 LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
 CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
@@ -130,11 +117,10 @@ class Server:
         self._page = Page()
         self._admission: Admission
         self._operations: Operations
-        self._operations_listener: Listener | None = None
+        self._endpoint: Endpoint
+        self._operators: Endpoint | None = None
         self._sweep: asyncio.TimerHandle | None = None
-        self._sockets: set[Socket] = set()
         self._refusals = Bucket(REFUSALS, 10 * REFUSALS, 0.0)
-        self._turned_away: dict[Socket, None] = {}  # the first of them first
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
         self._store: Store
@@ -142,12 +128,16 @@ class Server:
         self._host = settings.host
         self._certificate: listening.Certificate | None = None
         self._unix_socket: listening.UnixSocket | None = None
-        self._listeners: list[Listener] = []
         self._own_model: Model | PushModel | None = None  # made here, and so to be closed here
         self._closing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._hurried = False
         self._entered = False
+        self._closed = asyncio.Event()
+
+    @property
+    def _sockets(self) -> set[Exchange | Socket]:
+        return self._endpoint.sockets
 
     @property
     def url(self) -> str:
@@ -185,14 +175,14 @@ class Server:
             await self._listen()
             self._check_exposure()
             if settings.operations_port is not None:
-                await self._listen_for_operators(settings)
-            for listener in self._listeners:
-                await listener.start_serving()
+                await self._listen_for_operators(settings, settings.operations_port)
+            await self._endpoint.serve()
         except BaseException:
             self._stop_listening()
-            if self._operations_listener is not None:
-                self._operations_listener.close()
-                await self._operations_listener.wait_closed()
+            if self._operators is not None:
+                self._operators.stop_listening()
+                self._operators.abort()
+                await self._operators.wait_closed()
             await self._release(settings.stop_timeout)
             raise
         self.metrics.watch_loop()
@@ -207,7 +197,7 @@ class Server:
             ConfigError: it would.
         """
         settings = self.settings
-        self._admission.loopback = listening.loopback(self._bound)
+        self._admission.loopback = listening.loopback(self._endpoint.bound)
         if self._authenticate is not None:
             if settings.allow_anonymous:
                 raise ConfigError("allow_anonymous contradicts the tokens; give one or the other")
@@ -241,71 +231,45 @@ class Server:
 
     async def _listen(self) -> None:
         settings, sockets = self.settings, self._given
-        start = functools.partial(
-            listen,
-            self._handle,
-            process_request=self._respond,
-            select_subprotocol=_select_subprotocol,
-            create_connection=functools.partial(  # type: ignore[arg-type]
-                Socket,
-                settings=settings,
-                sockets=self._sockets,
-                turned_away=self._turned_away,
-                admission=self._admission,
-                on_denied=self._denied,
-                metrics=self.metrics,
-                tls=None if self._certificate is None else self._certificate.context,
-            ),
-            compression=None,  # costs 40 KiB a socket and half of the send rate
-            open_timeout=settings.open_timeout,
-            ping_interval=settings.ping_interval,
-            ping_timeout=settings.ping_timeout,
-            close_timeout=settings.send_timeout,
-            max_size=settings.message_size,
-            write_limit=settings.write_buffer,
-            logger=_SILENT,
-            server_header=None,
-            start_serving=False,
+        self._endpoint = Endpoint(
+            settings,
+            self._respond,
+            admission=self._admission,
+            on_denied=self._denied,
+            on_open=self._open,
+            on_close=self._forget,
+            metrics=self.metrics,
+            tls=None if self._certificate is None else self._certificate.context,
         )
         if not sockets and settings.unix_socket:
             mode = int(settings.unix_socket_mode, 8)
             self._unix_socket = listening.UnixSocket(settings.unix_socket, mode)
             sockets = (self._unix_socket.sock,)
         for sock in sockets:
-            self._listeners.append(await start(sock=sock))
+            await self._endpoint.bind(sock)
         if not sockets:
-            self._listeners.append(await start(settings.host, settings.port))
-        self.bound = tuple(listening.name_of(sock) for sock in self._bound)
-        host, self.port = listening.tcp_address(self._bound)
+            await self._endpoint.bind((settings.host, settings.port))
+        self.bound = tuple(listening.name_of(sock) for sock in self._endpoint.bound)
+        host, self.port = listening.tcp_address(self._endpoint.bound)
         if self._given:
             self._host = host
 
-    @property
-    def _bound(self) -> list[listening.Listening]:
-        return [sock for listener in self._listeners for sock in listener.sockets]
-
     def _stop_listening(self) -> None:
-        for listener in self._listeners:
-            listener.close(close_connections=False)
+        if hasattr(self, "_endpoint"):
+            self._endpoint.stop_listening()
         if self._unix_socket is not None:
             self._unix_socket.remove()
 
-    async def _listen_for_operators(self, settings: Settings) -> None:
+    async def _listen_for_operators(self, settings: Settings, port: int) -> None:
+        self._operators = Endpoint(settings, self._respond_to_operator)
         try:
-            self._operations_listener = await listen(
-                self._handle,  # never called, as each request is answered before
-                settings.operations_host,
-                settings.operations_port,
-                process_request=self._respond_to_operator,
-                open_timeout=settings.open_timeout,
-                logger=_SILENT,
-                server_header=None,
-            )
+            await self._operators.bind((settings.operations_host, port))
+            await self._operators.serve()
         except OSError as error:
             reason = os.strerror(error.errno or 0) if (error.errno or 0) > 0 else error.strerror
-            where = f"{settings.operations_host} port {settings.operations_port}"
+            where = f"{settings.operations_host} port {port}"
             raise ConfigError(f"operations_port: cannot listen on {where}: {reason}") from error
-        _, self.operations_port = listening.tcp_address(self._operations_listener.sockets)
+        _, self.operations_port = listening.tcp_address(self._operators.bound)
 
     async def __aexit__(
         self,
@@ -319,8 +283,8 @@ class Server:
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
-        for listener in self._listeners:
-            await listener.wait_closed()
+        if hasattr(self, "port"):
+            await self._closed.wait()
 
     async def close(self) -> None:
         """Drain and close: take no more prompts, let replies finish, close the sockets with 1012.
@@ -351,15 +315,18 @@ class Server:
             await asyncio.wait({self._leaving}, timeout=self.settings.shutdown_timeout)
             self._leaving.cancel()
             await asyncio.wait({self._leaving})
-        for socket in tuple(self._sockets):
-            socket.abort()
+        self._endpoint.abort()
         await self._hub.close(min(self._left(deadline), self.settings.stop_timeout))
+        if self._operators is not None:  # until now it has told how things stand
+            self._operators.stop_listening()
+            self._operators.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._left(deadline)):
-                await self.serve_forever()
-        if self._operations_listener is not None:  # until now it has told how things stand
-            self._operations_listener.close()
+                await self._endpoint.wait_closed()
+                if self._operators is not None:
+                    await self._operators.wait_closed()
         await self._release(self._left(deadline))
+        self._closed.set()
 
     def _left(self, deadline: float) -> float:
         left = deadline - asyncio.get_running_loop().time()
@@ -381,7 +348,7 @@ class Server:
 
     async def _leave(self) -> None:
         await self._hub.drain()
-        sockets = [socket for socket in self._connections if socket.state is State.OPEN]
+        sockets = [socket for socket in self._connections if socket.open]
         random.shuffle(sockets)
         async with asyncio.TaskGroup() as group:
             for number, socket in enumerate(sockets, start=1):
@@ -393,46 +360,30 @@ class Server:
         connection = self._connections.get(socket)
         if connection is not None:
             await connection.delivered()
-            await socket.close(Close.SERVICE_RESTART, "the server restarts")
+            socket.end(Close.SERVICE_RESTART, "the server restarts")
+            await socket.wait_closed()
 
-    async def _handle(self, socket: ServerConnection) -> None:
-        """Serve one WebSocket until it closes."""
-        assert isinstance(socket, Socket)
+    def _open(self, socket: Socket) -> Connection:
+        """Serve a WebSocket from now on."""
         connection = Connection(socket, self._hub, self.settings, socket.visitor)
-        socket.wake = connection.wake
         self._connections[socket] = connection
-        began = socket.loop.time()
         self.metrics.connection_opened()
-        try:
-            await self._read(socket, connection)
-        except ConnectionClosed:
-            pass
-        except Exception as error:  # noqa: BLE001
-            log.error("connection failed", socket=socket.id, failure=error)
-            await socket.close(Close.INTERNAL_ERROR)
-        finally:
-            connection.detach()
-            del self._connections[socket]
-            self.metrics.connection_closed()
-            log.info(
-                "connection",
-                socket=socket.id,
-                address=socket.visitor.address,
-                principal=connection.principal,
-                seconds=round(socket.loop.time() - began, 3),
-                frames=connection.frames,
-                code=socket.ended_with,
-            )
+        return connection
 
-    @staticmethod
-    async def _read(socket: Socket, connection: Connection) -> None:
-        turn = 0
-        async for message in socket:
-            connection.receive(message)
-            turn += 1
-            if turn == MESSAGES_PER_TURN:
-                turn = 0
-                await asyncio.sleep(0)
+    def _forget(self, socket: Socket) -> None:
+        """A WebSocket has closed."""
+        connection = self._connections.pop(socket)
+        connection.detach()
+        self.metrics.connection_closed()
+        log.info(
+            "connection",
+            socket=socket.id,
+            address=socket.visitor.address,
+            principal=connection.principal,
+            seconds=round(asyncio.get_running_loop().time() - socket.began, 3),
+            frames=connection.frames,
+            code=socket.ended_with,
+        )
 
     def _dismiss_idle(self) -> None:
         """Close sockets whose clients want nothing any more."""
@@ -455,37 +406,37 @@ class Server:
             host = "localhost"
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
-    async def _respond(self, socket: ServerConnection, request: Request) -> Response | None:
-        """Answer what is not a WebSocket handshake; None lets the library go on with one."""
-        assert isinstance(socket, Socket)
+    async def _respond(self, visitor: Visitor | None, request: Request) -> Response | None:
+        """Answer what is not a WebSocket handshake; None lets one begin."""
+        assert visitor is not None
         try:
-            return await self._answer(socket, request)
+            return await self._answer(visitor, request)
         except Exception as error:  # noqa: BLE001
             return _failed(error)
 
-    async def _answer(self, socket: Socket, request: Request) -> Response | None:
+    async def _answer(self, visitor: Visitor, request: Request) -> Response | None:
         headers = _lower(request)
         path = request.path.partition("?")[0]
         websocket = "websocket" in headers.get("upgrade", "").lower()
         try:
-            socket.visitor.introduce(headers)
+            visitor.introduce(headers)
             if path not in {"/healthz", "/readyz"}:  # which probes ask for by any name
-                socket.visitor.check_room()
+                visitor.check_room()
                 self._admission.check_host(headers)
             if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
-                await socket.visitor.knock(request.path, headers)
+                await visitor.knock(request.path, headers)
                 return None
             if path in Page.PATHS:  # which could tell nobody why it may not connect
-                socket.visitor.check_private(headers)
-            return await self._get(path, request.method, headers, socket.visitor)
+                visitor.check_private(headers)
+            return await self._get(path, request.method, headers, visitor)
         except Denied as denied:
-            self._denied(denied, socket.visitor.address, headers)
+            self._denied(denied, visitor.address, headers)
             return respond(denied.status, denied.message, headers=denied.headers)
 
     async def _get(
         self, path: str, method: str, headers: Mapping[str, str], visitor: Visitor
     ) -> Response:
-        operations = self._operations.PATHS if self._operations_listener is None else ("/healthz",)
+        operations = self._operations.PATHS if self._operators is None else ("/healthz",)
         if path not in {*WEBSOCKET_PATHS, *Page.PATHS, *operations}:
             response = respond(HTTPStatus.NOT_FOUND, "Not found")
         elif method not in {"GET", "HEAD"}:
@@ -505,13 +456,13 @@ class Server:
             )
         return _without_body(response) if method == "HEAD" else response
 
-    async def _respond_to_operator(self, _: ServerConnection, request: Request) -> Response:
+    async def _respond_to_operator(self, _: Visitor | None, request: Request) -> Response:
         path = request.path.partition("?")[0]
         headers = _lower(request)
-        assert self._operations_listener is not None
+        assert self._operators is not None
         try:
             # Where others can reach it, they need no page to read it for them.
-            if path == "/metrics" and listening.loopback(self._operations_listener.sockets):
+            if path == "/metrics" and listening.loopback(self._operators.bound):
                 self._admission.check_host(headers)
             if path not in self._operations.PATHS:
                 response = respond(HTTPStatus.NOT_FOUND, "Not found")
@@ -576,8 +527,3 @@ def _lower(request: Request) -> dict[str, str]:
         name = given.lower()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
-
-
-def _select_subprotocol(_: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-    # A client that offers none, or others, is served all the same: most offer none.
-    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None

@@ -1,105 +1,427 @@
-"""One WebSocket: writing without waiting, and getting rid of those who do not read.
+"""The way to a client, from accept to close, over the WebSocket library's protocol without I/O.
 
-A subclass of the library's connection, as the two things that we need are events of the transport:
-that it can be written to again, and that data came in. Keep-alive pings do not notice a peer that
-stopped reading, since they wait for their turn behind what that peer does not read.
+A connection begins as an :class:`Exchange`: a request over HTTP and its answer. Where that is the
+opening of a WebSocket, a :class:`Socket` takes over, and nothing else is kept of it. A socket has
+no task: it writes without waiting, and hands over what comes in the call that brings it.
 """
 
 import asyncio
 import contextlib
+import functools
+import logging
+import secrets
 import socket
 import ssl
+import typing
 from asyncio.sslproto import SSLProtocol
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
+from uuid import UUID
 
-from websockets.asyncio.server import Server, ServerConnection, broadcast
 from websockets.frames import Frame, Opcode
-from websockets.protocol import Event, State
+from websockets.http11 import Request, Response
+from websockets.protocol import Protocol, Side, State
 from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
 
 from wsserver.admission import Admission, Denied, Visitor
 from wsserver.limits import Bucket
 from wsserver.logs import log
-from wsserver.protocol import Close
+from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import method_not_allowed, respond
 from wsserver.settings import Settings
 from wsserver.telemetry import Aborted, Metrics
 
-__all__ = ["Socket"]
+__all__ = ["Endpoint", "Exchange", "Receiver", "Socket", "frame"]
+
+# To the library a handshake that came to nothing is an error, and any stranger can make one.
+_SILENT = logging.getLogger("wsserver.websockets")
+_SILENT.setLevel(logging.CRITICAL)
 
 # Data that the kernel takes before it has sent what it has: little, so that a slow reader is
 # noticed here, where its text can be merged, and a stop need not wait behind it.
 UNSENT_IN_KERNEL = 16384
 READ_SIZE = 8192  # bytes taken from one socket before others get their turn
+BITE = 512  # of them that are parsed at once, and
+FRAMES_PER_TURN = 16  # frames after which the rest waits for a later turn
+FRAGMENTS = 4096  # of one message, as even those without data take memory
 LINGER = 1.0  # seconds for one who is turned away at the door to read why
 LINGERING = 100  # such ones at once, as they take descriptors beyond all limits
 
 _OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
 
 
-class Socket(ServerConnection):
-    """A connection of the WebSocket library with synchronous writes and a send deadline.
+class Receiver(typing.Protocol):
+    """What serves one WebSocket."""
+
+    def receive(self, message: str | bytes) -> None:
+        """Take a message."""
+
+    def wake(self) -> None:
+        """Go on writing, as the peer has caught up."""
+
+
+class Endpoint:
+    """Where clients connect, and what all their connections have in common.
 
     Args:
-        protocol: the library's.
-        server: the library's.
-        settings: its times and limits for what is sent and read hold here.
-        sockets: where it registers for as long as it is connected, handshake included.
-        turned_away: where it registers for as long as it is connected, if it may not be.
-        admission: who may connect at all.
+        settings: the times and limits that hold here.
+        answer: answers a request; None lets a WebSocket begin.
+        admission: who may connect at all; without it, everyone may.
         on_denied: told why, where one may not.
+        on_open: makes what serves a WebSocket.
+        on_close: told when a WebSocket has ended.
         metrics: what learns of readers that were aborted.
         tls: what a TLS handshake takes; None where there is to be none.
-        options: the library's.
 
     Attributes:
-        visitor: what is known of the client.
+        sockets: all connections, for as long as they are there.
+        turned_away: those of them that may not be; the first of them first.
+        answering: the tasks that answer requests, perhaps of clients who have gone.
+        closing: whether no WebSocket begins any more.
+        buffer: what all connections read into. Each takes its data from it in the callback that
+            says it is there, before any other can read, whichever the event loop.
     """
+
+    def __init__(
+        self,
+        settings: Settings,
+        answer: Callable[[Visitor | None, Request], Awaitable[Response | None]],
+        *,
+        admission: Admission | None = None,
+        on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None = None,
+        on_open: Callable[["Socket"], "Receiver"] | None = None,
+        on_close: Callable[["Socket"], None] | None = None,
+        metrics: Metrics | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.settings = settings
+        self.answer = answer
+        self.admission = admission
+        self.on_denied = on_denied
+        self.on_open = on_open
+        self.on_close = on_close
+        self.metrics = metrics
+        self.tls = tls
+        self.loop = asyncio.get_running_loop()
+        self.sockets: set[Exchange | Socket] = set()
+        self.turned_away: dict[Exchange, None] = {}
+        self.answering: set[asyncio.Task[None]] = set()
+        self.closing = False
+        self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
+        self._listeners: list[asyncio.Server] = []
+
+    @property
+    def bound(self) -> list[socket.socket]:
+        """The sockets that listen."""
+        return [sock for listener in self._listeners for sock in listener.sockets]
+
+    async def bind(self, where: socket.socket | tuple[str, int]) -> None:
+        """Take a host and port, or a socket that is bound already; it is not served yet.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        create = functools.partial(self.loop.create_server, self._protocol, start_serving=False)
+        self._listeners.append(
+            await (create(*where) if isinstance(where, tuple) else create(sock=where))
+        )
+
+    async def serve(self) -> None:
+        """Begin to accept connections at all that was bound."""
+        for listener in self._listeners:
+            await listener.start_serving()
+
+    def stop_listening(self) -> None:
+        """Accept no more connections, and let no more WebSockets begin on those that there are."""
+        self.closing = True
+        for listener in self._listeners:
+            listener.close()
+
+    def abort(self) -> None:
+        """Cut all connections."""
+        for task in self.answering:
+            task.cancel()
+        for wire in tuple(self.sockets):
+            wire.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until all connections have ended."""
+        ended = (wire.wait_closed() for wire in self.sockets)
+        await asyncio.gather(*self.answering, *ended, return_exceptions=True)
+
+    def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
+        """Note one that may not be here; if they become many, the first of them goes."""
+        assert self.on_denied is not None
+        self.on_denied(denied, peer, {})
+        self.turned_away[exchange] = None
+        if len(self.turned_away) > LINGERING:
+            first = next(iter(self.turned_away))  # who has had most time to read
+            del self.turned_away[first]
+            first.abort()
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        exchange = Exchange(self)
+        return exchange if self.tls is None else _Tls(self, exchange, self.tls)
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """What a connection is in either of its phases.
+
+    Attributes:
+        transport: what it writes to.
+        visitor: what is known of the client; None where nobody asks.
+    """
+
+    __slots__ = ("_closed", "_endpoint", "transport", "visitor")
+
+    transport: asyncio.Transport
+    visitor: Visitor | None
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._closed: asyncio.Future[None] | None = None
+
+    def get_buffer(self, _: int) -> memoryview:
+        """Tell where to read to; see :attr:`Endpoint.buffer`."""
+        return self._endpoint.buffer
+
+    def abort(self) -> None:
+        """Cut the connection. What is unsent is lost."""
+        self.transport.abort()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """Forget the connection."""
+        self._endpoint.sockets.discard(self)
+        if self.visitor is not None and self._endpoint.admission is not None:
+            self._endpoint.admission.depart(self.visitor)
+        if self._closed is not None:
+            self._closed.set_result(None)
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection has ended."""
+        if self._closed is None:
+            self._closed = self._endpoint.loop.create_future()
+        await asyncio.shield(self._closed)
+
+
+class Exchange(_Wire):
+    """A request and its answer. If it is for a WebSocket, that begins; all others end with it."""
+
+    __slots__ = ("_below", "_denied", "_head_ended", "_http", "_tail", "_timer")
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint)
+        self.visitor = None
+        self._denied: Denied | None = None
+        self._below: asyncio.Transport | None = None  # what TLS writes to, if there is TLS
+        self._timer: asyncio.TimerHandle | None = None
+        self._http = ServerProtocol(select_subprotocol=_select_subprotocol, logger=_SILENT)
+        self._tail = b""  # the end of what came of the request so far
+        self._head_ended = False
+
+    def arrive(self, transport: asyncio.Transport) -> None:
+        """Count the connection. Those with TLS are counted before its handshake too."""
+        endpoint = self._endpoint
+        self.transport = transport
+        endpoint.sockets.add(self)
+        name = transport.get_extra_info("peername")
+        peer = name[0] if isinstance(name, tuple) else "unix"  # whose clients may have names
+        try:
+            if endpoint.admission is not None:
+                self.visitor = endpoint.admission.arrive(peer)
+        except Denied as denied:
+            self._denied = denied
+            self._timer = endpoint.loop.call_later(LINGER, self.abort)
+            endpoint.turn_away(self, denied, peer)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Expect a request, or tell at once why there is to be none."""
+        transport = typing.cast("asyncio.Transport", transport)  # not all are derived from it
+        if self._endpoint.tls is None:
+            self.arrive(transport)
+        else:
+            self._below, self.transport = self.transport, transport
+            transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
+        if self._denied is None:
+            timeout = self._endpoint.settings.open_timeout
+            self._timer = self._endpoint.loop.call_later(timeout, self.abort)
+        else:
+            denied = self._denied
+            self._answer_and_drop(respond(denied.status, denied.message, headers=denied.headers))
+
+    def shaken(self, tls: "asyncio.Future[None]") -> None:
+        """TLS is there, or will not be: of the latter nobody else tells."""
+        if tls.cancelled() or tls.exception() is not None or self._below is None:
+            self.connection_lost(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection. Who answers its request may have to see that through."""
+        self._endpoint.turned_away.pop(self, None)
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def buffer_updated(self, size: int) -> None:
+        """Feed the library, and have what it understands answered."""
+        data = self._of_request(bytes(self._endpoint.buffer[:size]))
+        if not data:
+            return
+        self._http.receive_data(data)
+        _send(self._http, self.transport)  # as where it is not understood
+        for request in self._http.events_received():
+            assert isinstance(request, Request)
+            task = self._endpoint.loop.create_task(self._answer(request))
+            self._endpoint.answering.add(task)
+            task.add_done_callback(self._endpoint.answering.discard)
+
+    def eof_received(self) -> None:
+        """Close, as who asks has gone."""
+        self._http.receive_eof()
+        _send(self._http, self.transport)
+
+    def _of_request(self, data: bytes) -> bytes:
+        """Return what belongs to the request: no body, nor anything sent before its answer."""
+        if self._head_ended:
+            return b""
+        if not self._tail and data.startswith(_OTHER_METHODS):
+            # The library hangs up on requests with a body. So this one is answered here.
+            self._answer_and_drop(method_not_allowed())
+            return b""
+        known = len(self._tail)
+        head = self._tail + data
+        end = head.find(b"\r\n\r\n")
+        if end >= 0:
+            self._head_ended = True
+            return head[known : end + 4]
+        self._tail = head[-3:]
+        return data
+
+    def _answer_and_drop(self, response: Response) -> None:
+        """Answer without the library.
+
+        What follows is read and dropped until the peer has gone or the time for it is up: to close
+        on unread data would reset the connection, and take the answer with it.
+        """
+        self._head_ended = True
+        self.transport.write(response.serialize())
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    async def _answer(self, request: Request) -> None:
+        try:
+            async with asyncio.timeout(self._endpoint.settings.open_timeout):
+                response = await self._endpoint.answer(self.visitor, request)
+        except TimeoutError:
+            return  # and nobody is there any more
+        if self.transport.is_closing():
+            return
+        if response is None:
+            response = self._http.accept(request)
+        if response.status_code == HTTPStatus.SWITCHING_PROTOCOLS and self._endpoint.closing:
+            why = "Server is shutting down.\n"
+            response = self._http.reject(HTTPStatus.SERVICE_UNAVAILABLE, why)
+        self._http.send_response(response)
+        _send(self._http, self.transport)
+        if self._http.state is State.OPEN:
+            self._open()
+
+    def _open(self) -> None:
+        assert self.visitor is not None
+        assert self._timer is not None
+        self._timer.cancel()
+        opened = Socket(self._endpoint, self.transport, self._below, self.visitor)
+        self._endpoint.sockets.remove(self)
+        self._endpoint.sockets.add(opened)
+        self.transport.set_protocol(opened)
+
+
+class Socket(_Wire):
+    """A WebSocket with synchronous writes, and a deadline for those who do not read.
+
+    Keep-alive pings do not notice a peer that stopped reading, since they wait for their turn
+    behind what that peer does not read.
+
+    Args:
+        endpoint: where the client connected.
+        transport: what it is to write to.
+        below: what TLS writes to, if there is TLS.
+        visitor: what is known of the client.
+
+    Attributes:
+        began: when it was opened, by the event loop's clock.
+    """
+
+    __slots__ = (
+        "_below",
+        "_connection",
+        "_control",
+        "_deadline",
+        "_failed",
+        "_leaving",
+        "_parts",
+        "_ping",
+        "_pinged",
+        "_protocol",
+        "_timer",
+        "_unread",
+        "_unsent",
+        "began",
+    )
 
     visitor: Visitor
 
     def __init__(
         self,
-        protocol: ServerProtocol,
-        server: Server,
-        *,
-        settings: Settings,
-        sockets: set["Socket"],
-        turned_away: dict["Socket", None],
-        admission: Admission,
-        on_denied: Callable[[Denied, str, Mapping[str, str]], None],
-        metrics: Metrics,
-        tls: ssl.SSLContext | None,
-        **options: Any,
+        endpoint: Endpoint,
+        transport: asyncio.Transport,
+        below: asyncio.Transport | None,
+        visitor: Visitor,
     ) -> None:
-        super().__init__(protocol, server, **options)
-        self.wake: Callable[[], None] = lambda: None
-        self._settings = settings
-        self._sockets = sockets
-        self._turned_away = turned_away
-        self._admission = admission
-        self._on_denied = on_denied
-        self._metrics = metrics
-        self._tls = tls
-        self._raw: asyncio.Transport | None = None  # what is below TLS, or else the transport
-        self._arrived = False
-        self._denied: Denied | None = None
-        self._set_up = False  # and known to the library
-        self._ending: asyncio.Task[None] | None = None
-        self._control = Bucket(settings.frame_rate, settings.frame_burst, self.loop.time())
-        self._last_moment: asyncio.TimerHandle | None = None  # of one that has been told to go
-        self._gone = False
-        self._below: asyncio.WriteTransport | None = None  # what TLS writes to, if there is TLS
-        self._deadline: asyncio.TimerHandle | None = None
+        super().__init__(endpoint)
+        settings = endpoint.settings
+        self.transport = transport
+        self.visitor = visitor
+        self.began = endpoint.loop.time()
+        # A new one, as the one that made the handshake would keep the request.
+        self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=_SILENT)
+        self._below = below
+        self._unread = b""  # the rest of what came, for later turns
+        self._parts: list[Frame] = []  # of a message that is still to come
+        self._control: Bucket | None = None  # of frames that nobody asked for and are no messages
+        self._deadline: asyncio.TimerHandle | None = None  # for the peer to read something
         self._unsent = 0  # when the deadline was set, and what was written since
-        self._head = bytearray()  # the end of what came of the request so far
-        self._head_ended = False
+        self._ping: bytes | None = None  # that is not answered yet
+        self._pinged = self.began
+        self._leaving = False  # it is being closed,
+        self._failed = False  # as the peer did what it must not
+        # Of the next look at the pings; of one that is being closed, its last moment.
+        self._timer = endpoint.loop.call_later(settings.ping_interval, self._keep_alive)
+        transport.set_write_buffer_limits(settings.write_buffer)
+        if below is not None:
+            below.set_write_buffer_limits(UNSENT_IN_KERNEL)
+        sock = transport.get_extra_info("socket")
+        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+        if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
+        assert endpoint.on_open is not None
+        self._connection = endpoint.on_open(self)
+
+    @property
+    def id(self) -> UUID:
+        """What the log calls it."""
+        return self._protocol.id
+
+    @property
+    def open(self) -> bool:
+        """Whether neither side has begun to close it."""
+        return not (self._leaving or self.transport.is_closing())
 
     @property
     def writable(self) -> bool:
         """Whether the peer keeps up."""
-        return self._deadline is None and not self._gone
+        return self._deadline is None and not self.transport.is_closing()
 
     @property
     def ended_with(self) -> int:
@@ -107,206 +429,59 @@ class Socket(ServerConnection):
 
         The library's is 1006 also for one that was told to go and did so without an answer.
         """
-        protocol = self.protocol
+        protocol = self._protocol
         first = protocol.close_rcvd if protocol.close_rcvd_then_sent else protocol.close_sent
         return 1006 if first is None else first.code
 
-    def write(self, frame: bytes) -> None:
-        """Send a text frame of UTF-8, at once or from a buffer, without waiting."""
-        if not self._gone:
-            broadcast((self,), frame, text=True)
-            self._unsent += len(frame)
+    # What is written.
+
+    def write(self, text: bytes) -> None:
+        """Send a text message of UTF-8, at once or from a buffer, without waiting."""
+        if self._leaving or self.transport.is_closing():
+            return
+        if self._deadline is not None:
+            self._unsent += len(text)
+        self.transport.write(frame(text))
+        if self._deadline is not None:
             self._check_unsent()
 
-    def end(self, code: Close, reason: str) -> None:
+    def end(self, code: int, reason: str = "") -> None:
         """Begin to close, after all that was written before."""
-        if self._ending is None:
-            self._ending = self.loop.create_task(self.close(code, reason))
+        if self.open:
+            self._protocol.send_close(code, reason)
+            self._send()
 
-    def abort(self) -> None:
-        """Cut the connection. What is unsent is lost."""
-        self._gone = True
-        transport = self.transport if self._set_up else self._raw
-        assert transport is not None
-        transport.abort()
+    def _fail(self, code: int, reason: str) -> None:
+        """Close on one who does what it must not, and hear nothing more from it."""
+        self._failed = True
+        self._protocol.fail(code, reason)
+        self._send()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Count the connection, and set it up; where there is TLS, once more after its handshake.
-
-        Left to asyncio, it would be told of only after that: until then nobody would count it.
-        """
-        transport = cast("asyncio.Transport", transport)  # not all are derived from it
-        if self._raw is None:
-            self._raw = transport
-            self._arrive(transport)
-            if self._tls is not None:
-                self._shake_hands(transport, self._tls)
-                return
-        self._begin(transport)
-
-    def _arrive(self, transport: asyncio.Transport) -> None:
-        self._sockets.add(self)
-        name = transport.get_extra_info("peername")
-        peer = name[0] if isinstance(name, tuple) else "unix"  # whose clients may have names
-        try:
-            self.visitor = self._admission.arrive(peer)
-            self._arrived = True
-        except Denied as denied:
-            self._denied = denied
-            self._on_denied(denied, peer, {})
-            self._last_moment = self.loop.call_later(LINGER, self.abort)
-            self._turned_away[self] = None
-            if len(self._turned_away) > LINGERING:
-                first = next(iter(self._turned_away))  # who has had most time to read
-                del self._turned_away[first]
-                first.abort()
-
-    def _shake_hands(self, raw: asyncio.Transport, context: ssl.SSLContext) -> None:
-        shaken: asyncio.Future[None] = self.loop.create_future()
-        shaken.add_done_callback(self._shaken)
-        tls = _Tls(
-            self.loop,
-            self,
-            context,
-            shaken,
-            server_side=True,
-            ssl_handshake_timeout=self._settings.open_timeout,  # type: ignore[arg-type]
-        )
-        raw.set_protocol(tls)
-        tls.connection_made(raw)
-
-    def _shaken(self, shaken: asyncio.Future[None]) -> None:
-        failed = shaken.cancelled() or shaken.exception() is not None
-        if failed or not self._set_up:
-            self._forget()
-
-    def _begin(self, transport: asyncio.Transport) -> None:
-        """Have the library take over."""
-        super().connection_made(transport)
-        self._set_up = True
-        if self._denied is not None:
-            denied = self._denied
-            response = respond(denied.status, denied.message, headers=denied.headers)
-            self._answer_and_drop(response.serialize())
-            return
-        # asyncio's name for it; else one read brings ten thousands of frames, in one turn.
-        with contextlib.suppress(AttributeError):  # other event loops have other names, or none
-            transport.max_size = READ_SIZE  # type: ignore[attr-defined]
-        if self._raw is not None and self._raw is not transport:
-            transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
-            self._raw.set_write_buffer_limits(UNSENT_IN_KERNEL)
-            self._below = self._raw
-        sock = transport.get_extra_info("socket")
-        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-        if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        self._forget()
-        super().connection_lost(exc)
-
-    def _forget(self) -> None:
-        self._gone = True
-        self._sockets.discard(self)
-        self._turned_away.pop(self, None)
-        if self._arrived:
-            self._arrived = False
-            self._admission.depart(self.visitor)
-        for timer in (self._deadline, self._last_moment):
-            if timer is not None:
-                timer.cancel()
+    def _send(self) -> None:
+        """Write what the library has to say, and give one who is to go the time to do so."""
+        _send(self._protocol, self.transport)
+        if self._protocol.state is not State.OPEN and not self._leaving:
+            self._leaving = True
+            self._timer.cancel()
+            timeout = self._endpoint.settings.send_timeout
+            self._timer = self._endpoint.loop.call_later(timeout, self.abort)
 
     def pause_writing(self) -> None:
         """The peer falls behind: from now on it has to read something within the deadline."""
-        super().pause_writing()
         self._set_deadline()
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
-        super().resume_writing()
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        if self.state is State.OPEN:
-            self.wake()
-
-    def data_received(self, data: bytes) -> None:
-        """Feed the library, and see what it had to answer."""
-        if self.state is State.CONNECTING:
-            data = self._request_in(data)
-        if data:
-            super().data_received(data)
-            # Pongs are written whether or not the peer reads them.
-            self._check_unsent()
-            if self.state is State.CLOSING and self._last_moment is None:
-                # The library waits for the peer to go, and that may be for its next ping.
-                self._last_moment = self.loop.call_later(self._settings.send_timeout, self.abort)
-
-    def process_event(self, event: Event) -> None:
-        """Take a frame, and see that there are not too many of those that are no messages.
-
-        Each costs an answer, and none is seen by whoever counts messages.
-        """
-        super().process_event(event)
-        if (
-            isinstance(event, Frame)
-            and event.opcode in {Opcode.PING, Opcode.PONG}
-            and self.state is State.OPEN
-            and self._control.take(self.loop.time())
-        ):
-            # Not the closing handshake, as that would go on to read and to answer.
-            self.protocol.fail(Close.POLICY_VIOLATION, "too many pings")
-            self.send_data()
-
-    def send_data(self) -> None:
-        """Write what the library has to say, unless nobody is left to hear it."""
-        if self._gone or self.transport.is_closing():
-            self.protocol.data_to_send()
-        else:
-            super().send_data()
-
-    def _request_in(self, data: bytes) -> bytes:
-        """Return what belongs to the request: no body, nor anything sent before its answer."""
-        if self._head_ended:
-            return b""
-        if not self._head and data.startswith(_OTHER_METHODS):
-            # The library hangs up on requests with a body. So this one is answered here.
-            self._answer_and_drop(method_not_allowed().serialize())
-            return b""
-        before = len(self._head)
-        self._head += data
-        end = self._head.find(b"\r\n\r\n")
-        if end >= 0:
-            self._head_ended = True
-            data = data[: end + 4 - before]
-        del self._head[:-3]
-        return data
-
-    def _waiting(self) -> int:
-        """Return how many bytes the kernel has not taken yet."""
-        below = 0 if self._below is None else self._below.get_write_buffer_size()
-        return self.transport.get_write_buffer_size() + below
-
-    def _answer_and_drop(self, response: bytes) -> None:
-        """Answer before the library does.
-
-        What follows is read and dropped until the peer has gone or the time for it is up: to close
-        on unread data would reset the connection, and take the answer with it.
-        """
-        self._head_ended = True
-        self.transport.write(response)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-
-    def _check_unsent(self) -> None:
-        if self._waiting() > self._settings.max_unsent and not self._gone:
-            self._abort_reader("too much unsent")
+        if self.open:
+            self._connection.wake()
 
     def _set_deadline(self) -> None:
         self._unsent = self._waiting()
-        self._deadline = self.loop.call_later(self._settings.send_timeout, self._check_progress)
+        timeout = self._endpoint.settings.send_timeout
+        self._deadline = self._endpoint.loop.call_later(timeout, self._check_progress)
 
     def _check_progress(self) -> None:
         if self._waiting() < self._unsent:
@@ -314,13 +489,183 @@ class Socket(ServerConnection):
         else:
             self._abort_reader("does not read")
 
+    def _check_unsent(self) -> None:
+        if self._waiting() > self._endpoint.settings.max_unsent and not self.transport.is_closing():
+            self._abort_reader("too much unsent")
+
+    def _waiting(self) -> int:
+        """Return how many bytes the kernel has not taken yet."""
+        below = 0 if self._below is None else self._below.get_write_buffer_size()
+        return self.transport.get_write_buffer_size() + below
+
     def _abort_reader(self, why: Aborted) -> None:
         log.info("reader aborted", socket=self.id, reason=why)
-        self._metrics.reader_aborted(why)
+        assert self._endpoint.metrics is not None
+        self._endpoint.metrics.reader_aborted(why)
         self.abort()
+
+    # What is read.
+
+    def buffer_updated(self, size: int) -> None:
+        """Take what came; of a flood of tiny frames some, and the rest in turn with others."""
+        self._unread += self._endpoint.buffer[:size]
+        self._read(FRAMES_PER_TURN)
+        if self._unread:
+            self.transport.pause_reading()
+            self._endpoint.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._read(FRAMES_PER_TURN)
+        if self._unread:
+            self._endpoint.loop.call_soon(self._read_on)
+        elif not self.transport.is_closing():
+            self.transport.resume_reading()
+
+    def _read(self, most: int) -> None:
+        """Take what is unread, until there were so many frames or nobody is there any more."""
+        frames = 0
+        while self._unread and frames < most:
+            bite, self._unread = self._unread[:BITE], self._unread[BITE:]
+            self._protocol.receive_data(bite)
+            self._send()
+            # Pongs are written whether or not the peer reads them.
+            self._check_unsent()
+            for event in self._protocol.events_received():
+                if not self._failed:
+                    assert isinstance(event, Frame)
+                    self._take(event)
+                frames += 1
+        if self.transport.is_closing():
+            self._unread = b""
+
+    def eof_received(self) -> None:
+        """Close, after what came and what was written before."""
+        self._read(len(self._unread))  # behind TLS the end can come with it, in one turn
+        self._protocol.receive_eof()
+        self._send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._timer.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+        assert self._endpoint.on_close is not None
+        self._endpoint.on_close(self)
+
+    def _take(self, part: Frame) -> None:
+        """Take a frame, and hand over the message that it ends."""
+        if part.opcode in {Opcode.PING, Opcode.PONG}:
+            self._take_control(part)
+        elif part.opcode is Opcode.CLOSE:
+            pass  # which the library has answered
+        elif part.fin:
+            parts, self._parts = (*self._parts, part), []
+            data = b"".join(part.data for part in parts)
+            self._receive(data, text=parts[0].opcode is Opcode.TEXT)
+        elif len(self._parts) < FRAGMENTS:
+            self._parts.append(part)
+        else:
+            self._fail(Close.MESSAGE_TOO_BIG, "too many fragments")
+
+    def _receive(self, message: bytes, *, text: bool) -> None:
+        try:
+            self._connection.receive(message.decode() if text else message)
+        except UnicodeDecodeError as error:
+            self._fail(Close.INVALID_DATA, f"{error.reason} at position {error.start}")
+        except Exception as error:  # noqa: BLE001
+            log.error("connection failed", socket=self.id, failure=error)
+            self.end(Close.INTERNAL_ERROR)
+
+    def _take_control(self, part: Frame) -> None:
+        """Note an answer to a ping, and see that there are not too many frames of other kinds.
+
+        Each ping costs an answer, and none is seen by whoever counts messages.
+        """
+        if part.opcode is Opcode.PONG and part.data == self._ping:
+            self._ping = None
+            return
+        settings, now = self._endpoint.settings, self._endpoint.loop.time()
+        if self._control is None:
+            self._control = Bucket(settings.frame_rate, settings.frame_burst, now)
+        if self._control.take(now) and not self._leaving:
+            # Not the closing handshake, as that would go on to read and to answer.
+            self._fail(Close.POLICY_VIOLATION, "too many pings")
+
+    # Whether the peer is there.
+
+    def _keep_alive(self) -> None:
+        """Ping the peer when it is time to, and close on one who has not answered in time."""
+        interval = self._endpoint.settings.ping_interval
+        timeout = self._endpoint.settings.ping_timeout
+        now = self._endpoint.loop.time()
+        quiet = now - self._pinged
+        if not self.writable:  # a ping would have to wait; it is the send deadline that counts
+            self._pinged, quiet = now, 0.0
+        elif self._ping is not None and quiet >= timeout:
+            self._fail(Close.INTERNAL_ERROR, "keepalive ping timeout")
+            return
+        elif self._ping is None and quiet >= interval:
+            self._ping = secrets.token_bytes(4)
+            self._pinged, quiet = now, 0.0
+            self._protocol.send_ping(self._ping)
+            self._send()
+        wait = interval - quiet if self._ping is None else min(interval, timeout - quiet)
+        self._timer = self._endpoint.loop.call_later(wait, self._keep_alive)
 
 
 class _Tls(SSLProtocol):
-    """TLS that takes little at once, and keeps little: asyncio's takes a quarter of a megabyte."""
+    """TLS that takes little at once, and keeps little: asyncio's takes a quarter of a megabyte.
+
+    It is put before a connection here and not by asyncio, which would tell of that only after the
+    handshake of TLS: until then nobody would count it.
+    """
 
     max_size = READ_SIZE
+
+    def __init__(self, endpoint: Endpoint, exchange: Exchange, context: ssl.SSLContext) -> None:
+        shaken: asyncio.Future[None] = endpoint.loop.create_future()
+        shaken.add_done_callback(exchange.shaken)
+        super().__init__(
+            endpoint.loop,
+            exchange,
+            context,
+            shaken,
+            server_side=True,
+            ssl_handshake_timeout=endpoint.settings.open_timeout,  # type: ignore[arg-type]
+        )
+        self._arrive = exchange.arrive
+
+    def connection_made(self, transport: typing.Any) -> None:
+        """Have the connection counted, and begin the handshake."""
+        self._arrive(transport)
+        super().connection_made(transport)
+
+
+def frame(text: bytes) -> bytes:
+    """Return a text message as a server sends it: one frame, not masked (RFC 6455 section 5.2)."""
+    size = len(text)
+    if size < 126:  # noqa: PLR2004
+        return b"\x81" + size.to_bytes() + text
+    if size < 65536:  # noqa: PLR2004
+        return b"\x81\x7e" + size.to_bytes(2) + text
+    return b"\x81\x7f" + size.to_bytes(8) + text
+
+
+def _send(protocol: Protocol, transport: asyncio.Transport) -> None:
+    """Write what the library has to say, unless nobody is left to hear it."""
+    for data in protocol.data_to_send():
+        if transport.is_closing():
+            return
+        if data:
+            transport.write(data)
+        elif transport.can_write_eof():
+            with contextlib.suppress(OSError, RuntimeError):  # as where the peer has gone
+                transport.write_eof()
+        else:
+            transport.close()
+
+
+def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    # A client that offers none, or others, is served all the same: most offer none.
+    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None

@@ -101,8 +101,9 @@ class Stage:
 
     async def do_dismiss(self, server: int, code: int, reason: str) -> None:
         """Close all sockets."""
-        for socket in tuple(self._servers[server][0]._sockets):
-            await socket.close(code, reason)
+        for socket in tuple(self._servers[server][0]._connections):
+            socket.end(code, reason)
+            await socket.wait_closed()
 
     async def do_release(self, gate: str) -> None:
         self._troupe.gate(gate).set()
