@@ -9,7 +9,6 @@ import asyncio
 import functools
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from json.encoder import encode_basestring
@@ -169,8 +168,9 @@ class Connection:
         self._bucket = Bucket(settings.frame_rate, settings.frame_burst, self.heard)
         self._own: str | None = None  # the conversation that goes on where a prompt names none
         self._cursors: dict[Generation, _Cursor] = {}
-        self._watched: set[Conversation] = set()
-        self._waiting: deque[_Waiting] = deque()
+        # Of the kinds that take little while empty, as most are: of tens of thousands of clients.
+        self._watched: dict[Conversation, None] = {}
+        self._waiting: list[_Waiting] = []  # few, see REQUESTS
         self._worker: asyncio.Task[None] | None = None  # answers what waits; only while it does
         self._wasted = 0  # frames in a row that were unusable, or too many
         self._ended = False  # no more is heard of this client
@@ -307,7 +307,7 @@ class Connection:
 
     def drop(self, conversation: Conversation) -> None:
         """Tell that a conversation which is watched here was deleted elsewhere."""
-        self._watched.discard(conversation)
+        self._watched.pop(conversation, None)
         if self._own == conversation.id:
             self._own = None
         self.transport.write(encode(Deleted(conversation=conversation.id)))
@@ -333,7 +333,7 @@ class Connection:
 
     def _drop_requests(self) -> None:
         """Forget what only this client wanted to know, but not what it wanted to be done."""
-        lasting = deque(w for w in self._waiting if isinstance(w.request, Rename | Delete))
+        lasting = [w for w in self._waiting if isinstance(w.request, Rename | Delete)]
         if self._worker is not None and not (lasting and lasting[0] is self._waiting[0]):
             self._worker.cancel()
             self._worker = asyncio.get_running_loop().create_task(self._work()) if lasting else None
@@ -380,7 +380,7 @@ class Connection:
                         return
                 except Exception as error:  # noqa: BLE001
                     self._refuse(Refused(Code.INTERNAL), waiting.request, error)
-                self._waiting.popleft()
+                self._waiting.pop(0)
         finally:
             if self._worker is asyncio.current_task():  # and not dropped for another
                 self._worker = None
@@ -453,7 +453,7 @@ class Connection:
         )
         if request.before is None:
             self._own = conversation.id
-            self._watched.add(conversation)
+            self._watched[conversation] = None
             conversation.watchers.add(self)
             for generation in conversation.live:
                 self._follow(generation, shown=True)
