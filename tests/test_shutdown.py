@@ -7,8 +7,10 @@ from contextlib import AsyncExitStack
 import pytest
 
 import wsserver
+from tests.support.abuse import Peer
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
+from tests.test_leak import Here
 from tests.test_slow_reader import sluggard, stuck
 
 
@@ -223,3 +225,51 @@ async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
     assert asyncio.all_tasks() == before
     assert not server._sockets
     assert not server._connections
+
+
+async def test_a_handshake_that_is_answered_while_it_drains_gets_503(puppet: Puppet) -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def slow(token: str | None, _: wsserver.Handshake) -> wsserver.Principal:
+        if token is None:
+            asked.set()
+            await answer.wait()
+        return wsserver.Principal("ada")
+
+    bearer = {"Authorization": "Bearer x"}
+    async with (
+        wsserver.serve(puppet, authenticate=slow, port=0, open_timeout=30) as server,
+        client(server, additional_headers=bearer) as chat,
+        Peer.open(Here(server), "127.0.0.1") as late,
+    ):
+        await chat.prompt()
+        upgrade = asyncio.create_task(late.upgrade())
+        await asyncio.wait_for(asked.wait(), BOUND)
+        closing = asyncio.create_task(server.close())
+        await chat.quiet()
+        answer.set()
+        assert (await upgrade).startswith(b"HTTP/1.1 503 ")
+        assert await late.rest() == b"Server is shutting down.\n"
+        (await puppet.reply()).end()
+        await bounded(closing)
+
+
+async def test_who_is_being_found_out_is_not_waited_for(puppet: Puppet) -> None:
+    asked, given_up = asyncio.Event(), asyncio.Event()
+
+    async def never(token: str | None, _: wsserver.Handshake) -> None:
+        try:
+            asked.set()
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+
+    async with (
+        wsserver.serve(puppet, authenticate=never, port=0, open_timeout=1000) as server,
+        Peer.open(Here(server), "127.0.0.1") as late,
+    ):
+        late.write(Peer.HANDSHAKE + b"\r\n")
+        await asyncio.wait_for(asked.wait(), BOUND)
+        await bounded(asyncio.create_task(server.close()))
+        assert given_up.is_set()
+        assert await late.rest() == b""

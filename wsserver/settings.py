@@ -190,7 +190,7 @@ class Settings(BaseSettings):
     """Replies running or queued for one principal, or one address where nobody says who they
     are, on however many sockets."""
     connections: PositiveCount = 10_000
-    """Open connections of this process, about 150 MB of them; more get 503."""
+    """Open connections of this process, about 60 MB of them, without TLS; more get 503."""
     connections_per_principal: PositiveCount = 100
     """Open sockets of one principal: tabs, devices and scripts."""
     connections_per_address: PositiveCount = 100

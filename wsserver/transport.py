@@ -200,9 +200,9 @@ class _Wire(asyncio.BufferedProtocol):
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended."""
-        if self._closed is None:
-            self._closed = self._endpoint.loop.create_future()
-        await asyncio.shield(self._closed)
+        if self in self._endpoint.sockets:
+            self._closed = self._closed or self._endpoint.loop.create_future()
+            await asyncio.shield(self._closed)
 
 
 class Exchange(_Wire):
