@@ -21,18 +21,20 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin
 
 import wsserver
+from tests.support.abuse import Peer, frame
 from tests.support.client import Client, client
 from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet, until
+from tests.test_leak import Here
 from wsserver import ConfigError, listening
 from wsserver.cli import main
+from wsserver.connection import Connection
 from wsserver.transport import READ_SIZE, Socket
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 SERVE = ("-m", "wsserver", "serve", "--demo-rate", "0")
-TLS_RECORD = 16384  # bytes that one holds at most (RFC 8446, section 5.1)
 KINDS = {"rsa": "rsa:2048", "ec": "ec -pkeyopt ec_paramgen_curve:prime256v1"}
 
 
@@ -324,6 +326,22 @@ async def test_what_comes_behind_tls_is_read_in_small_turns(
             await chat.quiet()
     assert sum(sizes) > 600_000
     assert max(sizes) <= READ_SIZE
+
+
+async def test_all_that_came_before_the_end_of_tls_is_heard(
+    puppet: Puppet, made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(Connection, "receive", lambda self, message: heard.append(message))
+    context = trusting(made)
+    context.check_hostname = False
+    async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
+        async with Peer.open(Here(server), "127.0.0.1", tls=context) as peer:
+            assert b" 101 " in await peer.upgrade()
+            peer.write(frame("x") * 1000)
+            peer.writer.close()
+            await until(lambda: not server._sockets)
+    assert heard == ["x"] * 1000
 
 
 # A unix socket.

@@ -94,6 +94,25 @@ async def test_who_sends_without_a_pause_gets_its_turn_and_no_more(
     assert max(turns.values()) <= FRAMES_PER_TURN + BITE // len(masked("0"))
 
 
+async def test_what_is_unread_of_one_that_is_cut_is_dropped(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    def receive(self: Connection, message: str) -> None:
+        heard.append(message)
+        socket.abort()
+
+    monkeypatch.setattr(Connection, "receive", receive)
+    async with wsserver.serve(puppet, port=0) as server, peer(server) as one:
+        (socket,) = server._connections
+        one.write(masked("x") * 1000)
+        await until(lambda: not server._sockets)
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert 1 <= len(heard) <= BITE // len(masked("x"))
+
+
 async def test_what_fails_in_a_message_closes_that_socket_alone(
     server: wsserver.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

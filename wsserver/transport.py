@@ -268,7 +268,7 @@ class Exchange(_Wire):
         if not data:
             return
         self._http.receive_data(data)
-        _send(self._http, self.transport)  # as where it is not understood
+        _flush(self._http, self.transport)  # as where it is not understood
         for request in self._http.events_received():
             assert isinstance(request, Request)
             task = self._endpoint.loop.create_task(self._answer(request))
@@ -278,7 +278,7 @@ class Exchange(_Wire):
     def eof_received(self) -> None:
         """Close, as who asks has gone."""
         self._http.receive_eof()
-        _send(self._http, self.transport)
+        _flush(self._http, self.transport)
 
     def _of_request(self, data: bytes) -> bytes:
         """Return what belongs to the request: no body, nor anything sent before its answer."""
@@ -306,7 +306,7 @@ class Exchange(_Wire):
         self._head_ended = True
         self.transport.write(response.serialize())
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            _half_close(self.transport)
 
     async def _answer(self, request: Request) -> None:
         try:
@@ -322,7 +322,7 @@ class Exchange(_Wire):
             why = "Server is shutting down.\n"
             response = self._http.reject(HTTPStatus.SERVICE_UNAVAILABLE, why)
         self._http.send_response(response)
-        _send(self._http, self.transport)
+        _flush(self._http, self.transport)
         if self._http.state is State.OPEN:
             self._open()
 
@@ -400,11 +400,7 @@ class Socket(_Wire):
         transport.set_write_buffer_limits(settings.write_buffer)
         if below is not None:
             below.set_write_buffer_limits(UNSENT_IN_KERNEL)
-        sock = transport.get_extra_info("socket")
-        option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-        if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
+        _limit_unsent(transport.get_extra_info("socket"))
         assert endpoint.on_open is not None
         self._connection = endpoint.on_open(self)
 
@@ -459,7 +455,7 @@ class Socket(_Wire):
 
     def _send(self) -> None:
         """Write what the library has to say, and give one who is to go the time to do so."""
-        _send(self._protocol, self.transport)
+        _flush(self._protocol, self.transport)
         if self._protocol.state is not State.OPEN and not self._leaving:
             self._leaving = True
             self._timer.cancel()
@@ -522,9 +518,9 @@ class Socket(_Wire):
             self.transport.resume_reading()
 
     def _read(self, most: int) -> None:
-        """Take what is unread, until there were so many frames or nobody is there any more."""
+        """Take what is unread, up to so many frames."""
         frames = 0
-        while self._unread and frames < most:
+        while self._unread and frames < most and not self.transport.is_closing():
             bite, self._unread = self._unread[:BITE], self._unread[BITE:]
             self._protocol.receive_data(bite)
             self._send()
@@ -536,7 +532,7 @@ class Socket(_Wire):
                     self._take(event)
                 frames += 1
         if self.transport.is_closing():
-            self._unread = b""
+            self._unread = b""  # as nobody is there any more to whom it could matter
 
     def eof_received(self) -> None:
         """Close, after what came and what was written before."""
@@ -562,17 +558,20 @@ class Socket(_Wire):
         elif part.fin:
             parts, self._parts = (*self._parts, part), []
             data = b"".join(part.data for part in parts)
-            self._receive(data, text=parts[0].opcode is Opcode.TEXT)
+            try:
+                message = data.decode() if parts[0].opcode is Opcode.TEXT else data
+            except UnicodeDecodeError as error:
+                self._fail(Close.INVALID_DATA, f"{error.reason} at position {error.start}")
+            else:
+                self._receive(message)
         elif len(self._parts) < FRAGMENTS:
             self._parts.append(part)
         else:
             self._fail(Close.MESSAGE_TOO_BIG, "too many fragments")
 
-    def _receive(self, message: bytes, *, text: bool) -> None:
+    def _receive(self, message: str | bytes) -> None:
         try:
-            self._connection.receive(message.decode() if text else message)
-        except UnicodeDecodeError as error:
-            self._fail(Close.INVALID_DATA, f"{error.reason} at position {error.start}")
+            self._connection.receive(message)
         except Exception as error:  # noqa: BLE001
             log.error("connection failed", socket=self.id, failure=error)
             self.end(Close.INTERNAL_ERROR)
@@ -652,7 +651,7 @@ def frame(text: bytes) -> bytes:
     return b"\x81\x7f" + size.to_bytes(8) + text
 
 
-def _send(protocol: Protocol, transport: asyncio.Transport) -> None:
+def _flush(protocol: Protocol, transport: asyncio.Transport) -> None:
     """Write what the library has to say, unless nobody is left to hear it."""
     for data in protocol.data_to_send():
         if transport.is_closing():
@@ -660,10 +659,21 @@ def _send(protocol: Protocol, transport: asyncio.Transport) -> None:
         if data:
             transport.write(data)
         elif transport.can_write_eof():
-            with contextlib.suppress(OSError, RuntimeError):  # as where the peer has gone
-                transport.write_eof()
+            _half_close(transport)
         else:
             transport.close()
+
+
+def _half_close(transport: asyncio.Transport) -> None:
+    with contextlib.suppress(OSError, RuntimeError):  # the peer has gone
+        transport.write_eof()
+
+
+def _limit_unsent(sock: socket.socket) -> None:
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
 
 
 def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
