@@ -25,7 +25,7 @@ from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage
 from wsserver.logs import log
 from wsserver.models.base import Request, Take
-from wsserver.models.http import Transport
+from wsserver.models.http import Body, Transport
 from wsserver.settings import Settings
 
 __all__ = ["Anthropic"]
@@ -175,18 +175,16 @@ class Anthropic:
 
     async def _attempt(self, arguments: dict[str, Any], reply: "_Reply") -> None:
         try:
-            async with self._client.messages.with_streaming_response.create(
-                **arguments, stream=True
-            ) as response:
-                if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                    raise ModelError(Code.MALFORMED)
-                body = response.http_response.extensions["body"]
+            body = await self._ask(arguments)
+            try:
                 await body.pour(reply.feed)
                 end = reply.end()
                 # Read on to the end of the body, so that its connection can serve the next reply.
                 with contextlib.suppress(TimeoutError, httpx2.TransportError):
                     async with asyncio.timeout(LAST_READ):
                         await body.pour(_ignore)
+            finally:
+                await body.aclose()
             reply.take(end)
         except anthropic.APIStatusError as error:
             raise _of_status(error) from error
@@ -198,6 +196,15 @@ class Anthropic:
             raise _Transient(ModelError(Code.TIMEOUT)) from error
         except httpx2.TransportError as error:
             raise _Transient(ModelError(Code.INCOMPLETE)) from error
+
+    async def _ask(self, arguments: dict[str, Any]) -> Body:
+        """Send the request, and return the body alone: the rest would take 10 KiB per stream."""
+        response = await self._client.messages.with_raw_response.create(**arguments, stream=True)
+        body: Body = response.http_response.extensions["body"]
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            await body.aclose()
+            raise ModelError(Code.MALFORMED)
+        return body
 
 
 def _ignore(_: bytes) -> bool:
