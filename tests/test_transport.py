@@ -101,7 +101,8 @@ async def test_what_is_unread_of_one_that_is_cut_is_dropped(
 
     def receive(self: Connection, message: str) -> None:
         heard.append(message)
-        socket.abort()
+        if len(heard) == 1:
+            asyncio.get_running_loop().call_soon(socket.abort)  # before the next turn
 
     monkeypatch.setattr(Connection, "receive", receive)
     async with wsserver.serve(puppet, port=0) as server, peer(server) as one:
@@ -111,6 +112,22 @@ async def test_what_is_unread_of_one_that_is_cut_is_dropped(
         for _ in range(10):
             await asyncio.sleep(0)
     assert 1 <= len(heard) <= BITE // len(masked("x"))
+
+
+async def test_all_that_came_before_the_end_is_heard_also_where_both_come_in_one_turn(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(Connection, "receive", lambda self, message: heard.append(message))
+    sent = [str(number) for number in range(500)]
+    data = b"".join(masked(text) for text in sent)
+    async with wsserver.serve(puppet, port=0) as server, peer(server):
+        (socket,) = server._connections
+        socket.get_buffer(-1)[: len(data)] = data
+        socket.buffer_updated(len(data))
+        assert len(heard) < len(sent)
+        socket.eof_received()
+        assert heard == sent
 
 
 async def test_what_fails_in_a_message_closes_that_socket_alone(
