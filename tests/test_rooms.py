@@ -180,6 +180,7 @@ def test_the_public_face_is_this() -> None:
         "Model",
         "ModelError",
         "Principal",
+        "PushModel",
         "Request",
         "Server",
         "Settings",

@@ -3,7 +3,7 @@
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
 from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage
-from wsserver.models.base import Message, Model, Request
+from wsserver.models.base import Message, Model, PushModel, Request
 from wsserver.server import Server, serve
 from wsserver.settings import Settings
 
@@ -18,6 +18,7 @@ __all__ = [
     "Model",
     "ModelError",
     "Principal",
+    "PushModel",
     "Request",
     "Server",
     "Settings",

@@ -1,0 +1,144 @@
+"""What models say, on its way into the log, whether they are iterated or push."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import Puppet, Reply, Thinking, until
+from wsserver import Code, End, ModelError, Request, Usage
+from wsserver.generation import Run
+from wsserver.models.base import Take
+from wsserver.protocol import encode_run
+
+
+class Pusher:
+    """The same model as one that calls back."""
+
+    name = "pusher"
+
+    def __init__(self, puppet: Puppet) -> None:
+        self._puppet = puppet
+
+    async def push(self, request: Request, take: Take, /) -> None:
+        async with contextlib.aclosing(self._puppet(request)) as pieces:
+            async for piece in pieces:
+                take(piece)
+
+
+@pytest.fixture(params=["iterated", "pushing"])
+async def server(request: pytest.FixtureRequest, puppet: Puppet) -> AsyncIterator[wsserver.Server]:
+    model = puppet if request.param == "iterated" else Pusher(puppet)
+    async with wsserver.serve(
+        model, port=0, drain_timeout=0, reply_size=1000, frame_size=256
+    ) as running:
+        yield running
+
+
+async def asked(chat: Client, puppet: Puppet) -> tuple[str, Reply]:
+    start = await chat.prompt()
+    return start["id"], await puppet.reply(len(puppet.replies) - 1)
+
+
+async def test_text_thinking_usage_and_the_end_arrive(chat: Client, puppet: Puppet) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.say(Thinking("hm"), "Hello ", "", "you", Usage(3, 2), End("stop_sequence")).end()
+    text, done = await chat.text(generation)
+    assert (text, chat.said(generation, "thinking")) == ("Hello you", "hm")
+    assert (done["reason"], done["seq"]) == ("stop_sequence", 3)
+
+
+async def test_without_an_end_of_its_own_it_is_an_end_turn(chat: Client, puppet: Puppet) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.say("Hello").end()
+    text, done = await chat.text(generation)
+    assert (text, done["reason"]) == ("Hello", "end_turn")
+
+
+async def test_a_stop_closes_it_and_nothing_is_heard_any_more(chat: Client, puppet: Puppet) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.stubborn = True
+    reply.say("before")
+    await chat.next("token")
+    await chat.send({"type": "stop"})
+    text, done = await chat.text(generation)
+    assert (text, done["by"]) == ("before", "client")
+    assert reply.closed.is_set()
+
+
+async def test_its_failure_is_told_as_it_says(chat: Client, puppet: Puppet) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.say("half").fail(ModelError(Code.OVERLOADED, retry_after=2))
+    text, error = await chat.text(generation)
+    assert (text, error["code"], error["retry_after"]) == ("half", "overloaded", 2)
+
+
+async def test_what_no_model_may_say_is_an_internal_error(chat: Client, puppet: Puppet) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.say("half", 5)  # type: ignore[arg-type]
+    text, error = await chat.text(generation)
+    assert (text, error["code"]) == ("half", "internal")
+    assert reply.closed.is_set()
+
+
+async def test_a_reply_ends_where_there_is_no_more_room(chat: Client, puppet: Puppet) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.say("a" * 990, "b" * 500, "never heard")
+    text, done = await chat.text(generation)
+    assert text == "a" * 990 + "b" * 10
+    assert done["reason"] == "max_tokens"
+    assert max(len(frame["text"]) for frame in chat.frames if frame["type"] == "token") <= 512
+    assert reply.closed.is_set()
+
+
+async def test_followers_in_the_same_place_share_one_frame(
+    server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(generation: str, run: Run) -> bytes:
+        made.append(run.seq)
+        return encode_run(generation, run)
+
+    monkeypatch.setattr("wsserver.live.encode_run", counted)
+    async with client(server) as one, client(server) as two, client(server) as three:
+        generation, reply = await asked(one, puppet)
+        for other in (two, three):
+            await other.send({"type": "resume", "id": generation})
+            await other.next("start")
+        for number in range(20):
+            reply.say(f"{number} ")
+            await one.next("token", seq=number + 1)
+        reply.end()
+        said = [(await chat.text(generation))[0] for chat in (one, two, three)]
+    assert said == 3 * ["".join(f"{number} " for number in range(20))]
+    assert made == list(range(1, 21)), "each was made once"
+
+
+async def test_a_piece_is_written_in_the_call_that_brings_it(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    generation, reply = await asked(chat, puppet)
+    (connection,) = server._connections.values()
+    writes: list[bytes] = []
+    write = connection.transport.write
+
+    class Counting:
+        writable = True
+        end = connection.transport.end
+
+        @staticmethod
+        def write(frame: bytes) -> None:
+            writes.append(frame)
+            write(frame)
+
+    connection.transport = Counting()
+    (running,) = server._hub._live
+    running.log.append("at once")
+    assert len(writes) == 1
+    assert b"at once" in writes[0]
+    await until(reply.heard_out)
+    reply.end()
+    assert (await chat.text(generation))[0] == "at once"
