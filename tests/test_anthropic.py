@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +63,54 @@ async def server(
 ) -> AsyncIterator[wsserver.Server]:
     async with claude(monkeypatch, upstream.url) as running:
         yield running
+
+
+# The way there
+
+
+@pytest.mark.parametrize("status", [307, 308])
+async def test_a_redirect_is_followed(chat: Client, upstream: Upstream, status: int) -> None:
+    to = {"location": f"{upstream.url}/v1/messages"}
+    upstream.play(Answer(status, "text/plain", "There", to), reply("Hello"))
+    text, done = await chat.text((await chat.prompt())["id"])
+    assert (text, done["reason"]) == ("Hello", "end_turn")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("HTTP_PROXY", "http://{}"), ("HTTP_PROXY", "user:word@{}"), ("ALL_PROXY", "http://{}")],
+)
+async def test_the_environments_proxy_is_used(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value.format(upstream.url.removeprefix("http://")))
+    async with claude(monkeypatch, "http://api.example") as server, client(server) as chat:
+        await chat.prompt()
+        request = await upstream.request()
+        await chat.next("error")
+    assert request.path == "http://api.example/v1/messages"
+    assert ("proxy-authorization" in request.headers) == ("@" in value)
+
+
+@pytest.mark.parametrize("exempt", ["127.0.0.1", "127.0.0.0/8", "*"])
+async def test_what_needs_no_proxy_goes_past_it(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, exempt: str
+) -> None:
+    with refused_url() as url:
+        monkeypatch.setenv("HTTP_PROXY", url)
+        monkeypatch.setenv("NO_PROXY", exempt)
+        async with claude(monkeypatch, upstream.url) as server, client(server) as chat:
+            assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
+
+
+async def test_passwords_kept_for_others_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: Path
+) -> None:
+    (tmp_path / "netrc").write_text("default login somebody password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    async with claude(monkeypatch, upstream.url) as server, client(server) as chat:
+        assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
+    assert "sk-secret" in str((await upstream.request()).headers)
 
 
 # A whole reply
@@ -280,6 +329,41 @@ async def test_stop_during_a_pause_between_attempts(chat: Client, upstream: Upst
     await stop(chat, start)
     assert len(upstream.requests) == 1
     await goes_on(chat)
+
+
+async def test_text_after_the_end_of_a_message_is_none_of_it(
+    chat: Client, upstream: Upstream
+) -> None:
+    said, late = (
+        event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+        for text in ("Hello", " and more")
+    )
+    end = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 1})
+    upstream.play(stream(said + end + event("message_stop") + late))  # all of it in one read
+    text, done = await chat.text((await chat.prompt())["id"])
+    assert (text, done["reason"]) == ("Hello", "end_turn")
+
+
+async def test_damaged_compression_is_no_reason_to_ask_again(
+    chat: Client, upstream: Upstream
+) -> None:
+    headers = {"content-encoding": "gzip"}
+    upstream.play(Answer(200, "text/event-stream", "this is not gzip", headers))
+    _, error_ = await chat.text((await chat.prompt())["id"])
+    assert error_["code"] == "malformed"
+    assert len(upstream.requests) == 1
+
+
+async def test_a_fault_of_our_own_is_not_called_the_apis(
+    chat: Client, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug of ours")
+
+    monkeypatch.setattr("wsserver.journal.Record.wake", broken)
+    upstream.play(reply("Hello", thinking="hm"))
+    _, error_ = await chat.text((await chat.prompt())["id"])
+    assert error_["code"] == "internal"
 
 
 async def test_stop_of_one_of_two(chat: Client, upstream: Upstream) -> None:

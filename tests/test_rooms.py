@@ -61,6 +61,7 @@ NEIGHBOURS = {
     ("models.demo", "models.base"),
     ("models.anthropic", "models.base"),
     ("models.anthropic", "models.http"),
+    ("models.anthropic", "telemetry"),
     ("models", "models.base"),
     ("models.base", "models.demo"),  # only inside a function, when it is asked for
     ("models.base", "models.anthropic"),

@@ -33,7 +33,7 @@ except ImportError:
 else:
     TRACING = True
 
-__all__ = ["Aborted", "Metrics", "Refusal", "Span", "span"]
+__all__ = ["Aborted", "Metrics", "Refusal", "Span", "recording", "span"]
 
 Refusal = Literal["host", "origin", "unauthenticated", "limit", "unavailable"]
 """Why a connection was not served."""
@@ -296,6 +296,11 @@ class Span:
             span.set_attribute("wsserver.stopped_by", terminal.by)
         else:
             span.set_attribute("gen_ai.response.finish_reasons", [terminal.reason])
+
+
+def recording() -> bool:
+    """Whether somebody keeps the current span."""
+    return TRACING and trace.get_current_span().is_recording()
 
 
 def span(

@@ -1,8 +1,8 @@
 """Claude, through Anthropic's SDK: one streaming request to the Messages API per reply.
 
-The only module that knows the SDK. It takes the SDK's request, authentication and connection
-handling, and reads the body itself: building a model object per event would cost more than all
-else that a token needs. Attempts are made again here and not in the SDK, which would sleep for as
+The only module that knows the SDK. It takes the SDK's request and authentication, and reads the
+body itself: building a model object per event would cost more than all else that a token needs.
+Attempts are made again here and not in the SDK, which would sleep for as
 long as a ``retry-after`` says.
 
 The stream's format: https://platform.claude.com/docs/en/build-with-claude/streaming
@@ -11,6 +11,7 @@ The stream's format: https://platform.claude.com/docs/en/build-with-claude/strea
 import asyncio
 import contextlib
 import email.utils
+import itertools
 import random
 import re
 import ssl
@@ -27,6 +28,7 @@ from wsserver.logs import log
 from wsserver.models.base import Request, Take
 from wsserver.models.http import Body, Transport
 from wsserver.settings import Settings
+from wsserver.telemetry import recording
 
 __all__ = ["Anthropic"]
 
@@ -77,6 +79,20 @@ class _Transient(Exception):
         self.error = error
 
 
+class _HttpClient(anthropic.DefaultAioHttpClient):
+    """The SDK's, with its redirects and the environment's proxies, over transports of ours."""
+
+    def __init__(self, connections: int) -> None:
+        self._connections = connections
+        super().__init__()
+
+    def _init_transport(self, *_: Any, **__: Any) -> Transport:
+        return Transport(self._connections)
+
+    def _init_proxy_transport(self, proxy: httpx2.Proxy, *_: Any, **__: Any) -> Transport:
+        return Transport(self._connections, proxy)
+
+
 class Anthropic:
     """A model of Anthropic's, or of any server that speaks the Messages API.
 
@@ -101,7 +117,7 @@ class Anthropic:
             client = anthropic.AsyncAnthropic(
                 max_retries=0,
                 timeout=timeout,
-                http_client=httpx2.AsyncClient(transport=Transport(settings.generations)),
+                http_client=_HttpClient(settings.generations),
             )
         except anthropic.AnthropicError as error:  # its profile on disk is broken
             raise ConfigError(f"model: {name}: {error}") from error
@@ -174,9 +190,18 @@ class Anthropic:
         return arguments
 
     async def _attempt(self, arguments: dict[str, Any], reply: "_Reply") -> None:
+        create = self._client.messages.with_raw_response.create
         try:
-            body = await self._ask(arguments)
+            response = (await create(**arguments, stream=True)).http_response
+            body: Body = response.extensions["body"]
+            events = response.headers.get("content-type", "").startswith("text/event-stream")
+            # The SDK's span ends with its response. Where nobody keeps spans the body alone is held
+            # on to, as the rest would take 10 KiB for as long as the reply takes.
+            held = response if recording() else body
+            del response
             try:
+                if not events:
+                    raise ModelError(Code.MALFORMED)
                 await body.pour(reply.feed)
                 end = reply.end()
                 # Read on to the end of the body, so that its connection can serve the next reply.
@@ -184,7 +209,7 @@ class Anthropic:
                     async with asyncio.timeout(LAST_READ):
                         await body.pour(_ignore)
             finally:
-                await body.aclose()
+                await held.aclose()
             reply.take(end)
         except anthropic.APIStatusError as error:
             raise _of_status(error) from error
@@ -192,19 +217,10 @@ class Anthropic:
             raise _of_connection(error) from error
         except anthropic.CredentialsError as error:
             raise ModelError(Code.CREDENTIALS) from error
-        except httpx2.TimeoutException as error:
-            raise _Transient(ModelError(Code.TIMEOUT)) from error
+        except httpx2.DecodingError as error:
+            raise ModelError(Code.MALFORMED) from error
         except httpx2.TransportError as error:
             raise _Transient(ModelError(Code.INCOMPLETE)) from error
-
-    async def _ask(self, arguments: dict[str, Any]) -> Body:
-        """Send the request, and return the body alone: the rest would take 10 KiB per stream."""
-        response = await self._client.messages.with_raw_response.create(**arguments, stream=True)
-        body: Body = response.http_response.extensions["body"]
-        if not response.headers.get("content-type", "").startswith("text/event-stream"):
-            await body.aclose()
-            raise ModelError(Code.MALFORMED)
-        return body
 
 
 def _ignore(_: bytes) -> bool:
@@ -272,8 +288,7 @@ class _Reply:
         self._end: End | None = None
         self._usage = Usage(estimated=True)
         self._stop_reason: object = None
-        self._kind: type[str] = str
-        self._gathered: list[str] = []
+        self._found: list[str | Usage] = []
 
     def feed(self, chunk: bytes) -> bool:
         """Take what arrived in one read, and say whether the reply is complete.
@@ -283,14 +298,16 @@ class _Reply:
         """
         try:
             for event in self._events.feed(chunk):
+                if self._end is not None:  # it is complete, whatever else was sent
+                    break
                 if (plain := _PLAIN_TEXT.fullmatch(event)) is not None:
-                    self._gather(str, plain[1].decode())
+                    self._found.append(plain[1].decode())
                 elif data := _Events.data(event):
                     self._receive(data)
         except UnicodeDecodeError as error:
             raise ModelError(Code.MALFORMED) from error
         finally:  # before a failure, all that came before it is said
-            self._flush()
+            self._say()
         return self._end is not None
 
     def end(self) -> End:
@@ -310,7 +327,7 @@ class _Reply:
                 case "content_block_delta":
                     self._delta(event["delta"])
                 case "content_block_start":
-                    self._gather(str, event["content_block"].get("text") or "")
+                    self._found.append(_text(event["content_block"].get("text") or ""))
                 case "message_start":
                     self._count(event["message"].get("usage") or {}, estimated=True)
                 case "message_delta":
@@ -328,27 +345,23 @@ class _Reply:
     def _delta(self, delta: dict[str, Any]) -> None:
         match delta["type"]:
             case "text_delta":
-                self._gather(str, delta["text"])
+                self._found.append(_text(delta["text"]))
             case "thinking_delta":
-                self._gather(Thinking, delta["thinking"])
+                self._found.append(Thinking(_text(delta["thinking"])))
             case _:  # signatures, citations and a tool's input are not shown, but are life
-                self.take("")
+                self._found.append("")
 
-    def _gather(self, kind: type[str], text: object) -> None:
-        if not isinstance(text, str):
-            raise TypeError("text that is none")
-        if kind is not self._kind:
-            self._flush()
-            self._kind = kind
-        if text:
-            self._gathered.append(text)
-
-    def _flush(self) -> None:
-        if self._gathered:
-            piece = "".join(self._gathered)
-            self._gathered.clear()
-            self.begun = True
-            self.take(self._kind(piece))
+    def _say(self) -> None:
+        """Hand on what was found, neighbouring text of one kind as one piece."""
+        found, self._found = self._found, []
+        for kind, pieces in itertools.groupby(found, type):
+            if kind is Usage:
+                for usage in pieces:
+                    self.take(usage)
+            else:
+                text = "".join(pieces)  # type: ignore[arg-type]
+                self.begun = self.begun or text != ""
+                self.take(kind(text))
 
     def _count(self, counts: dict[str, Any], *, estimated: bool) -> None:
         # The counts of `message_delta` are totals, and it leaves out what has not changed.
@@ -363,7 +376,7 @@ class _Reply:
             if counts.get(name) is not None
         }
         self._usage = self._usage.but(**known, estimated=estimated)
-        self.take(self._usage)
+        self._found.append(self._usage)
 
     def _stop(self) -> None:
         if self._stop_reason is None:
@@ -373,6 +386,12 @@ class _Reply:
         if self._stop_reason == "refusal":
             raise ModelError(Code.REFUSAL)
         self._end = End(self._stop_reason, self._usage)
+
+
+def _text(text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError("text that is none")
+    return text
 
 
 def _of_status(error: anthropic.APIStatusError) -> Exception:
@@ -396,6 +415,8 @@ def _of_connection(error: anthropic.APIConnectionError) -> Exception:
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ModelError(Code.UNTRUSTED)
+        if isinstance(cause, httpx2.RemoteProtocolError):
+            return ModelError(Code.MALFORMED)
         cause = cause.__cause__ or cause.__context__
     return _Transient(ModelError(Code.UNREACHABLE))
 

@@ -23,14 +23,18 @@ class Transport(httpx2.AsyncBaseTransport):
 
     Args:
         connections: at most, at once.
+        proxy: what they go through.
 
     Raises:
         httpx2.TimeoutException: it took too long to connect.
         httpx2.ConnectError: it failed before there was a response.
+        httpx2.RemoteProtocolError: what came is no response.
     """
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, proxy: httpx2.Proxy | None = None) -> None:
         self._limit = connections
+        self._proxy = None if proxy is None else _with_credentials(proxy)
+        self._proxy_headers = None if proxy is None else proxy.headers
         self._tls = httpx2.create_ssl_context()
         self._session: aiohttp.ClientSession | None = None
 
@@ -38,7 +42,6 @@ class Transport(httpx2.AsyncBaseTransport):
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._limit, ssl=self._tls),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=True,  # where the proxies are named
         )
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -59,9 +62,14 @@ class Transport(httpx2.AsyncBaseTransport):
                     sock_read=timeout["read"],
                 ),
                 server_hostname=request.extensions.get("sni_hostname"),
+                proxy=self._proxy,
+                proxy_headers=self._proxy_headers,
             )
         except TimeoutError as error:
             raise httpx2.ConnectTimeout("no response in time", request=request) from error
+        except aiohttp.ClientResponseError as error:
+            message = "a response that is none"
+            raise httpx2.RemoteProtocolError(message, request=request) from error
         except aiohttp.ClientError as error:
             raise httpx2.ConnectError("no response", request=request) from error
         headers = [pair for pair in response.raw_headers if pair[0].lower() != b"content-encoding"]
@@ -80,6 +88,13 @@ class Transport(httpx2.AsyncBaseTransport):
             await self._session.close()
 
 
+def _with_credentials(proxy: httpx2.Proxy) -> str:
+    if proxy.auth is None:
+        return str(proxy.url)
+    user, password = proxy.auth
+    return str(proxy.url.copy_with(username=user, password=password))
+
+
 class Body(httpx2.AsyncByteStream):
     """What a response says, by iteration or, for each read at once, by callback."""
 
@@ -91,7 +106,7 @@ class Body(httpx2.AsyncByteStream):
             async for chunk in self._response.content.iter_any():
                 yield chunk
         except aiohttp.ClientError as error:
-            raise httpx2.ReadError("the body was cut") from error
+            raise _failure(error) from error
 
     async def pour(self, take: Callable[[bytes], bool]) -> bool:
         """Hand on the body, what there is of it now and then each read as it is made.
@@ -104,6 +119,7 @@ class Body(httpx2.AsyncByteStream):
 
         Raises:
             httpx2.ReadError: the body was cut.
+            httpx2.DecodingError: its compression is damaged.
         """
         response = self._response
         connection = response.connection
@@ -117,13 +133,19 @@ class Body(httpx2.AsyncByteStream):
             tap.read()
             return await tap.over
         except aiohttp.ClientError as error:
-            raise httpx2.ReadError("the body was cut") from error
+            raise _failure(error) from error
         finally:
             tap.take_off()
 
     async def aclose(self) -> None:
         """Give the connection back, or close it if the body has not come to its end."""
         self._response.close()
+
+
+def _failure(error: aiohttp.ClientError) -> httpx2.RequestError:
+    if isinstance(error.__cause__, aiohttp.http_exceptions.ContentEncodingError):
+        return httpx2.DecodingError("the body's compression is damaged")
+    return httpx2.ReadError("the body was cut")
 
 
 class _Tap(asyncio.Protocol):
