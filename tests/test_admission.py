@@ -385,5 +385,5 @@ async def test_one_that_is_refused_has_no_connection(server: wsserver.Server) ->
     for _ in range(3):
         await ask(server, f"GET / HTTP/1.1\nHost: localhost\nOrigin: null\n{HANDSHAKE}\n")
     assert not server._connections
-    await until(lambda: not server._sockets)
+    await until(lambda: not server._endpoint.connections)
     assert len(server._admission._addresses) == 0

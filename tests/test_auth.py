@@ -387,7 +387,7 @@ async def test_who_goes_while_it_is_being_found_out_leaves_nothing(puppet: Puppe
         )
         await asyncio.wait_for(asked.wait(), BOUND)
         writer.transport.abort()
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._endpoint.connections)
         answer.set()
         await asyncio.wait_for(answered.wait(), BOUND)
         await until(lambda: not server._endpoint.answering)
@@ -544,7 +544,7 @@ async def test_a_reload_lets_new_ones_in_and_shuts_out_only_those_that_are_gone(
         assert not await server.reload()
         await stays.quiet()
         assert len(server._connections) == 2
-        await until(lambda: len(server._sockets) == 2)
+        await until(lambda: len(server._endpoint.connections) == 2)
 
 
 async def test_a_reload_can_have_a_token_end_sooner(puppet: Puppet) -> None:

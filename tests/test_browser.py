@@ -169,7 +169,7 @@ async def converse(page: Page, puppet: Puppet, prompt: str, said: str = "Reply")
 
 def cut(server: wsserver.Server) -> None:
     """Break all connections, as a network does."""
-    for connection in tuple(server._sockets):
+    for connection in tuple(server._endpoint.connections):
         connection.abort()
 
 

@@ -154,7 +154,7 @@ async def test_no_task_is_left_of_hundreds_of_clients() -> None:
         await stop_at_once(here, STOPS // 10)
         await until(lambda: len(asyncio.all_tasks()) <= tasks)
         hub = server._hub
-        assert not server._sockets
+        assert not server._endpoint.connections
         assert not server._endpoint.turned_away
         assert hub.live == len(hub._tasks) == len(hub._shares) == 0
         assert len(server._admission._addresses) == server._admission._open == 0

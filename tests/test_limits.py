@@ -316,7 +316,7 @@ async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Pu
             response = raised.value.response
             assert response.status_code == 429
             assert int(response.headers["Retry-After"]) > 0
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._endpoint.connections)
         async with client(server) as chat:
             await chat.quiet()
 
@@ -398,7 +398,7 @@ async def test_all_is_given_back_when_sockets_close(puppet: Puppet) -> None:
                 await chat.prompt()
         async with asyncio.timeout(BOUND):
             await server._hub._idle.wait()
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._endpoint.connections)
         assert len(server._admission.principals) == 0
         assert len(server._admission._addresses) == 0
         assert server._admission._open == 0

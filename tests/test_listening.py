@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -29,7 +30,7 @@ from tests.test_leak import Here
 from wsserver import ConfigError, listening
 from wsserver.cli import main
 from wsserver.connection import Connection
-from wsserver.transport import READ_SIZE, Socket
+from wsserver.transport import READ_SIZE, Exchange, Socket
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +105,15 @@ async def test_a_prompt_and_its_stop_over_tls(puppet: Puppet, made: Path, folder
             assert closed.rcvd.code == 1012
             async with asyncio.timeout(BOUND):
                 await closing
+
+
+async def test_nothing_is_kept_of_the_handshakes_of_those_who_stay(
+    puppet: Puppet, made: Path, folder: Path
+) -> None:
+    async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
+        async with client(server, ssl=trusting(made)):
+            gc.collect()
+            assert not [kept for kept in gc.get_objects() if type(kept) is Exchange]
 
 
 async def test_a_page_that_came_without_tls_is_not_our_own(
@@ -304,7 +314,7 @@ async def test_a_stuck_reader_behind_tls_is_aborted(
         async with stuck(server, puppet, made) as chat:
             async with asyncio.timeout(BOUND):
                 await puppet.replies[0].closed.wait()
-            assert not server._sockets
+            assert not server._endpoint.connections
             await chat.closed()
 
 
@@ -340,7 +350,7 @@ async def test_all_that_came_before_the_end_of_tls_is_heard(
             assert b" 101 " in await peer.upgrade()
             peer.write(frame("x") * 1000)
             peer.writer.close()
-            await until(lambda: not server._sockets)
+            await until(lambda: not server._endpoint.connections)
     assert heard == ["x"] * 1000
 
 
@@ -388,7 +398,7 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
                     await until(lambda: server._admission._open == len(statuses) + 1)
                 statuses.append(dict(server._admission._addresses._held))
         assert statuses == [{"unix": 1}, {"unix": 2}, {"unix": 2}]
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._endpoint.connections)
         assert server._admission._open == 0
 
 

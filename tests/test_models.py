@@ -1,10 +1,12 @@
 """Finding a model by its name, and the demo model."""
 
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+import wsserver
 from wsserver import ConfigError, End, Message, Model, Request, Settings, Usage
 from wsserver.models import load, name_of
 from wsserver.models.demo import Demo
@@ -55,6 +57,24 @@ async def test_the_demo_keeps_to_max_tokens() -> None:
     text, usage, end = await listen(Demo(rate=0), request(Message("user", "x"), max_tokens=5))
     assert len(text.split()) == usage.output_tokens == 5
     assert end.reason == "max_tokens"
+
+
+@pytest.mark.parametrize("kind", ["a class", "not async", "a generator"])
+def test_a_model_that_could_not_push_is_told_at_once(kind: str) -> None:
+    class Whole:
+        async def push(self, request: Request, take: object, /) -> None: ...
+
+    class Plain:
+        def push(self, request: Request, take: object, /) -> None: ...
+
+    class Generator:
+        async def push(self, request: Request, take: object, /) -> AsyncIterator[str]:
+            yield "x"
+
+    models = {"a class": Whole, "not async": Plain(), "a generator": Generator()}
+    with pytest.raises(ConfigError, match="push"):
+        wsserver.serve(models[kind])  # type: ignore[arg-type]
+    wsserver.serve(Whole())
 
 
 def test_without_credentials_it_is_the_demo() -> None:

@@ -436,7 +436,7 @@ async def test_a_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
         while not complete:
             story = Story(server, puppet, said, ending)
             transcript = Transcript(story)
-            await until(lambda: not server._sockets)
+            await until(lambda: not server._endpoint.connections)
             async with sluggard(server) as slow:
                 await slow.send(json.dumps(story.prompt))
                 await overwhelm(server, story)
@@ -486,7 +486,7 @@ async def test_a_slow_reader_is_told_of_a_prompt_before_anything_is_said(puppet:
         before = Story(server, puppet, ("Hello",), conversation=secrets.token_urlsafe(16))
         await begin(server, before)
         await before.tell_all()
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._endpoint.connections)
         async with sluggard(server) as slow:
             await slow.send(json.dumps({"type": "open", "conversation": before.conversation}))
             await slow.until('"history"')

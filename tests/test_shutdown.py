@@ -80,7 +80,7 @@ async def test_it_does_not_hang_on_a_stuck_peer(puppet: Puppet) -> None:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
             await bounded(asyncio.create_task(server.close()))
-            assert not server._sockets
+            assert not server._endpoint.connections
 
 
 async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
@@ -89,7 +89,7 @@ async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
     ) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as sock:
             sock.sendall(b"GET / HT")
-            await until(lambda: server._sockets)
+            await until(lambda: server._endpoint.connections)
             await bounded(asyncio.create_task(server.close()))
 
 
@@ -127,6 +127,20 @@ async def test_closing_twice_is_closing_once(server: wsserver.Server) -> None:
     await asyncio.gather(server.close(), server.close())
     await server.close()
     await server.serve_forever()
+
+
+async def test_who_waits_for_the_end_is_told_of_it_though_it_goes_wrong(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken() -> None:
+        raise LookupError("a store of one's own")
+
+    server = wsserver.serve(puppet, port=0)
+    with pytest.raises(LookupError):
+        async with server:
+            monkeypatch.setattr(server._store, "close", broken)
+    async with asyncio.timeout(BOUND):
+        await server.serve_forever()
 
 
 async def test_hundreds_of_sockets_are_closed_in_batches(puppet: Puppet) -> None:
@@ -223,7 +237,7 @@ async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
             await chat.prompt()
             await puppet.reply()
     assert asyncio.all_tasks() == before
-    assert not server._sockets
+    assert not server._endpoint.connections
     assert not server._connections
 
 

@@ -66,6 +66,22 @@ async def test_after_a_violation_nothing_is_heard_any_more(
     assert heard == ["before"]
 
 
+async def test_a_fault_of_ours_ends_the_connection_and_is_told_once(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    def receive(self: Connection, message: str) -> None:
+        heard.append(message)
+        raise LookupError("a bug of ours")
+
+    monkeypatch.setattr(Connection, "receive", receive)
+    async with wsserver.serve(puppet, port=0) as server, peer(server) as one:
+        one.write(masked("x") * 50)
+        assert await one.close_code() == 1011
+    assert heard == ["x"]
+
+
 async def test_who_sends_without_a_pause_gets_its_turn_and_no_more(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +124,7 @@ async def test_what_is_unread_of_one_that_is_cut_is_dropped(
     async with wsserver.serve(puppet, port=0) as server, peer(server) as one:
         (socket,) = server._connections
         one.write(masked("x") * 1000)
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._endpoint.connections)
         for _ in range(10):
             await asyncio.sleep(0)
     assert 1 <= len(heard) <= BITE // len(masked("x"))

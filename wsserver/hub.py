@@ -512,6 +512,7 @@ class Hub:
         """Write the terminal, and let the next prompt begin."""
         conversation = generation.conversation
         generation.log.end(terminal)
+        generation.shared = None
         if conversation is not None and generation.begun:
             conversation.version += 1
             conversation.turns = self.conversations.fit([*conversation.turns, generation.turn()])

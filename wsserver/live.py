@@ -105,19 +105,20 @@ class Generation:
     unread: int | None = None  # characters said since the last reader went
     watch: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None
-    # What a follower got last: where it was, the log's seq then, the run and its frame.
-    _last: tuple[int, int, Run, bytes] | None = None
+    # What a follower got last, until the end: where it was, the log's seq, the run and its frame.
+    shared: tuple[int, int, Run, bytes] | None = None
 
     def frame(self, after: int, limit: int) -> tuple[Run, bytes]:
         """Return what comes after a cursor, as a run and as its frame; see :meth:`Log.read`.
 
         Followers in the same place get the same frame, which is made once.
         """
-        last, seq = self._last, self.log.seq
-        if last is None or last[0] != after or last[1] != seq:
+        shared, seq = self.shared, self.log.seq
+        if shared is None or shared[0] != after or shared[1] != seq:
             run = self.log.read(after, limit)
-            last = self._last = after, seq, run, encode_run(self.id, run)
-        return last[2], last[3]
+            shared = after, seq, run, encode_run(self.id, run)
+            self.shared = None if self.log.state is State.ENDED else shared
+        return shared[2], shared[3]
 
     @property
     def begun(self) -> bool:

@@ -26,7 +26,7 @@ from wsserver.routes import Operations, Page
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics
-from wsserver.transport import Endpoint, Exchange, Socket
+from wsserver.transport import Endpoint, Socket
 
 __all__ = ["Server", "serve"]
 
@@ -58,8 +58,8 @@ def serve(
 
     Args:
         model: what answers: an async generator from a request to pieces, see
-            :class:`wsserver.Model`, or a name as the setting ``model`` takes. Default: that
-            setting.
+            :class:`wsserver.Model`, a :class:`wsserver.PushModel`, or a name as the setting
+            ``model`` takes. Default: that setting.
         authenticate: what tells principals by their tokens, see :class:`wsserver.Authenticator`.
             Default: what the settings ask for.
         settings: all settings at once; without it they are read from the environment.
@@ -134,10 +134,6 @@ class Server:
         self._hurried = False
         self._entered = False
         self._closed = asyncio.Event()
-
-    @property
-    def _sockets(self) -> set[Exchange | Socket]:
-        return self._endpoint.sockets
 
     @property
     def url(self) -> str:
@@ -304,6 +300,12 @@ class Server:
             self._leaving.cancel()
 
     async def _close(self) -> None:
+        try:
+            await self._wind_up()
+        finally:
+            self._closed.set()
+
+    async def _wind_up(self) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.shutdown_timeout
         self._stop_listening()
@@ -326,7 +328,6 @@ class Server:
                 if self._operators is not None:
                     await self._operators.wait_closed()
         await self._release(self._left(deadline))
-        self._closed.set()
 
     def _left(self, deadline: float) -> float:
         left = deadline - asyncio.get_running_loop().time()

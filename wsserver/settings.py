@@ -86,8 +86,8 @@ class Settings(BaseSettings):
     key: str = ""
     """Its private key, as a PEM file without a password. Default: it is in the file of `cert`."""
     event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
-    """What reads and writes: `uvloop` costs half as much per token, `asyncio` is Python's own;
-    `auto` takes the first where it is installed. Of `wsserver serve` alone."""
+    """What reads and writes: `uvloop` costs less per token, `asyncio` is Python's own; `auto`
+    takes the first where it is installed. Of `wsserver serve` alone."""
 
     # What answers.
     model: str = ""

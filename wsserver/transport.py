@@ -75,7 +75,7 @@ class Endpoint:
         tls: what a TLS handshake takes; None where there is to be none.
 
     Attributes:
-        sockets: all connections, for as long as they are there.
+        connections: all that there are, those included that are no WebSockets yet, or never.
         turned_away: those of them that may not be; the first of them first.
         answering: the tasks that answer requests, perhaps of clients who have gone.
         closing: whether no WebSocket begins any more.
@@ -104,7 +104,7 @@ class Endpoint:
         self.metrics = metrics
         self.tls = tls
         self.loop = asyncio.get_running_loop()
-        self.sockets: set[Exchange | Socket] = set()
+        self.connections: set[Exchange | Socket] = set()
         self.turned_away: dict[Exchange, None] = {}
         self.answering: set[asyncio.Task[None]] = set()
         self.closing = False
@@ -142,12 +142,12 @@ class Endpoint:
         """Cut all connections."""
         for task in self.answering:
             task.cancel()
-        for wire in tuple(self.sockets):
-            wire.abort()
+        for connection in tuple(self.connections):
+            connection.abort()
 
     async def wait_closed(self) -> None:
         """Wait until all connections have ended."""
-        ended = (wire.wait_closed() for wire in self.sockets)
+        ended = (connection.wait_closed() for connection in self.connections)
         await asyncio.gather(*self.answering, *ended, return_exceptions=True)
 
     def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
@@ -192,7 +192,7 @@ class _Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         """Forget the connection."""
-        self._endpoint.sockets.discard(self)
+        self._endpoint.connections.discard(self)
         if self.visitor is not None and self._endpoint.admission is not None:
             self._endpoint.admission.depart(self.visitor)
         if self._closed is not None:
@@ -200,7 +200,7 @@ class _Wire(asyncio.BufferedProtocol):
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended."""
-        if self in self._endpoint.sockets:
+        if self in self._endpoint.connections:
             self._closed = self._closed or self._endpoint.loop.create_future()
             await asyncio.shield(self._closed)
 
@@ -224,7 +224,7 @@ class Exchange(_Wire):
         """Count the connection. Those with TLS are counted before its handshake too."""
         endpoint = self._endpoint
         self.transport = transport
-        endpoint.sockets.add(self)
+        endpoint.connections.add(self)
         name = transport.get_extra_info("peername")
         peer = name[0] if isinstance(name, tuple) else "unix"  # whose clients may have names
         try:
@@ -331,8 +331,8 @@ class Exchange(_Wire):
         assert self._timer is not None
         self._timer.cancel()
         opened = Socket(self._endpoint, self.transport, self._below, self.visitor)
-        self._endpoint.sockets.remove(self)
-        self._endpoint.sockets.add(opened)
+        self._endpoint.connections.remove(self)
+        self._endpoint.connections.add(opened)
         self.transport.set_protocol(opened)
 
 
@@ -394,7 +394,7 @@ class Socket(_Wire):
         self._ping: bytes | None = None  # that is not answered yet
         self._pinged = self.began
         self._leaving = False  # it is being closed,
-        self._failed = False  # as the peer did what it must not
+        self._failed = False  # and nothing more is heard
         # Of the next look at the pings; of one that is being closed, its last moment.
         self._timer = endpoint.loop.call_later(settings.ping_interval, self._keep_alive)
         transport.set_write_buffer_limits(settings.write_buffer)
@@ -448,7 +448,7 @@ class Socket(_Wire):
             self._send()
 
     def _fail(self, code: int, reason: str) -> None:
-        """Close on one who does what it must not, and hear nothing more from it."""
+        """Close on one who cannot be served any further, and hear nothing more from it."""
         self._failed = True
         self._protocol.fail(code, reason)
         self._send()
@@ -506,7 +506,7 @@ class Socket(_Wire):
         """Take what came; of a flood of tiny frames some, and the rest in turn with others."""
         self._unread += self._endpoint.buffer[:size]
         self._read(FRAMES_PER_TURN)
-        if self._unread:
+        if self._unread or size == READ_SIZE:  # uvloop would read on in the same turn
             self.transport.pause_reading()
             self._endpoint.loop.call_soon(self._read_on)
 
@@ -574,7 +574,7 @@ class Socket(_Wire):
             self._connection.receive(message)
         except Exception as error:  # noqa: BLE001
             log.error("connection failed", socket=self.id, failure=error)
-            self.end(Close.INTERNAL_ERROR)
+            self._fail(Close.INTERNAL_ERROR, "")
 
     def _take_control(self, part: Frame) -> None:
         """Note an answer to a ping, and see that there are not too many frames of other kinds.
@@ -633,11 +633,13 @@ class _Tls(SSLProtocol):
             server_side=True,
             ssl_handshake_timeout=endpoint.settings.open_timeout,  # type: ignore[arg-type]
         )
-        self._arrive = exchange.arrive
+        self._exchange: Exchange | None = exchange
 
     def connection_made(self, transport: typing.Any) -> None:
         """Have the connection counted, and begin the handshake."""
-        self._arrive(transport)
+        assert self._exchange is not None
+        self._exchange.arrive(transport)
+        self._exchange = None  # which is not kept beyond its time
         super().connection_made(transport)
 
 

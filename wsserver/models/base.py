@@ -112,6 +112,8 @@ def check(model: object) -> None:
     """
     name = getattr(model, "__name__", repr(model))
     if isinstance(model, PushModel):
+        if isinstance(model, type) or not inspect.iscoroutinefunction(model.push):
+            raise ConfigError(f"model: {name} must be an object with an `async def push`")
         return
     if not callable(model):
         raise ConfigError(f"model: {name} is not callable")
