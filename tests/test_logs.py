@@ -334,11 +334,12 @@ async def test_a_served_model_of_ones_own_gives_no_secret_away(tmp_path: Path) -
     assert SECRET not in process.output
     assert "private" not in process.output
     events = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
-    assert {event["event"] for event in events} >= {
+    # asyncio has the callback's name behind it, and uvloop what is cut away.
+    assert {event["event"].removesuffix(" int") for event in events} >= {
         "generation",
         "connection",
         "Task exception was never retrieved",
-        "Exception in callback int",
+        "Exception in callback",
     }
     (event,) = [event for event in events if event.get("ref") == failed["ref"]]
     assert event["failure"] == "RuntimeError from KeyError"
