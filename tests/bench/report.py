@@ -152,7 +152,7 @@ def table(results: Results, names: Sequence[str]) -> str:
     if others:
         parts.append(
             f"All other programs of the machine took {statistics.median(others):.0%} of a core in "
-            f"the median case, {max(others):.0%} at most; more than a little, and nothing here is "
+            f"the median case, {max(others):.0%} at most. With more than a little, nothing here is "
             "to be relied on."
         )
     parts += [
