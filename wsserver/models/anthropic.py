@@ -2,8 +2,8 @@
 
 The only module that knows the SDK. It takes the SDK's request and authentication, and reads the
 body itself: building a model object per event would cost more than all else that a token needs.
-Attempts are made again here and not in the SDK, which would sleep for as
-long as a ``retry-after`` says.
+Attempts are made again here and not in the SDK, which would sleep for as long as a ``retry-after``
+says.
 
 The stream's format: https://platform.claude.com/docs/en/build-with-claude/streaming
 """
@@ -108,8 +108,8 @@ class Anthropic:
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
         self._settings = settings
-        # A pool wait counts as connecting: the pool is as large as what may run at once.
-        # Silence is measured by who asks for the reply, and not at each read once more.
+        # A pool wait counts as connecting: the pool is as large as what may run at once. Silence is
+        # measured by who asks for the reply, and not at each read once more.
         timeout = httpx2.Timeout(
             None, connect=settings.connect_timeout, pool=settings.connect_timeout
         )
