@@ -1323,7 +1323,9 @@ async def test_ten_lines_are_a_client(ten_lines: Page, puppet: Puppet) -> None:
     await expect(output).to_contain_text("nothing (of that `id`) to stop")
 
 
-HIJACK = """<script>
+# Without an icon of its own it would have the browser ask for one, perhaps as the site goes.
+HIJACK = """<link rel="icon" href="data:,">
+<script>
 const ws = new WebSocket('%s');
 ws.onopen = () => { document.title = 'open'; ws.send('{"type":"list"}'); };
 ws.onmessage = ({ data }) => { document.title = data; };
@@ -1344,7 +1346,6 @@ async def test_a_page_elsewhere_cannot_use_the_server(
 ) -> None:
     """In a browser for which a foreign name leads to this machine."""
     (tmp_path / "index.html").write_text(HIJACK % f"ws://{server_host}:{server.port}/ws")
-    (tmp_path / "favicon.ico").touch()
     rules = "MAP evil.test 127.0.0.1"
     args = [*SWITCHES, f"--host-resolver-rules={rules}", "--no-proxy-server"]
     async with async_playwright() as playwright:
@@ -1364,7 +1365,6 @@ async def test_a_page_of_localhost_can(
     server: wsserver.Server, blank: Page, tmp_path: Path
 ) -> None:
     (tmp_path / "index.html").write_text(HIJACK % server.url)
-    (tmp_path / "favicon.ico").touch()
     with website(tmp_path) as port:
         await blank.goto(f"http://localhost:{port}/")
         await expect(blank).to_have_title('{"type":"conversations","items":[]}')
