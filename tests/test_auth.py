@@ -270,7 +270,7 @@ async def test_nothing_is_had_before_it(puppet: Puppet, frame: dict[str, Any]) -
         assert (error["code"], error["retryable"]) == ("unauthenticated", False)
         assert '"auth"' in error["message"]
         await chat.send({"type": "stop", "id": ID})
-        assert (await chat.next("error"))["code"] == "not_running"
+        assert (await chat.next("error"))["code"] == "unauthenticated"
         assert puppet.replies == []
         await chat.send({"type": "auth", "token": "ada-token"})
         await chat.next("authenticated")

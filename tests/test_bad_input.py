@@ -139,10 +139,20 @@ async def test_repeated_abuse_ends_in_1008_and_other_sockets_feel_nothing(
 async def test_a_good_frame_in_between_forgives_the_bad_ones(
     server: wsserver.Server, chat: Client
 ) -> None:
-    for _ in range(3):
+    for _ in range(2):
         for _ in range(server.settings.bad_frames - 1):
             await chat.send("nonsense")
-        await chat.quiet()
+        await chat.send({"type": "list"})
+        await chat.next("conversations")
+
+
+async def test_a_ping_in_between_does_not_forgive_the_bad_ones(
+    server: wsserver.Server, chat: Client
+) -> None:
+    for _ in range(server.settings.bad_frames):
+        await chat.send("nonsense")
+        await chat.send({"type": "ping"})
+    assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
 
 
 async def test_what_is_refused_for_other_reasons_is_no_abuse(

@@ -54,7 +54,7 @@ class Raw:
             if frame.get("code") == "not_running":
                 return
             self._frames[name].append(frame)
-        elif self._answer is not None:
+        elif self._answer is not None and frame["type"] != "hello":
             self._answer.set_result(frame)
 
     async def _send(self, frame: Frame) -> None:

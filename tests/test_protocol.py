@@ -97,11 +97,11 @@ def test_the_schema_names_every_frame_by_side() -> None:
         return {definitions[name]["properties"]["type"]["const"] for name in names}
 
     assert types("client") == {
-        "prompt", "stop", "resume", "open", "list", "rename", "delete", "auth", "ping",
+        "prompt", "stop", "resume", "open", "list", "rename", "delete", "close", "auth", "ping",
     }  # fmt: skip
     assert types("server") == {
-        "start", "token", "thinking", "done", "error", "history", "conversations", "renamed",
-        "deleted", "authenticated", "pong",
+        "hello", "start", "token", "thinking", "done", "error", "history", "conversations",
+        "renamed", "deleted", "closed", "stopped", "authenticated", "pong",
     }  # fmt: skip
     assert set(definitions["Code"]["enum"]) == {code.value for code in Code}
     assert json.loads(json.dumps(schema)) == schema

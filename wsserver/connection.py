@@ -10,13 +10,13 @@ import functools
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring
 from typing import Protocol
 
 from wsserver.admission import Visitor
 from wsserver.errors import Code, Refused, StoreError
-from wsserver.generation import State, well_formed
+from wsserver.generation import Log, State, well_formed
 from wsserver.hub import Hub
 from wsserver.limits import Bucket
 from wsserver.live import Conversation, Generation
@@ -26,13 +26,17 @@ from wsserver.protocol import (
     Authenticated,
     ClientFrame,
     Close,
+    CloseConversation,
+    Closed,
     ConversationItem,
     Conversations,
     Delete,
     Deleted,
     Error,
+    Hello,
     History,
     HistoryMessage,
+    Limits,
     List,
     Open,
     Ping,
@@ -43,16 +47,21 @@ from wsserver.protocol import (
     Resume,
     Start,
     Stop,
+    Stopped,
+    Terminal,
     encode,
     parse,
 )
-from wsserver.settings import ESCAPED, Settings
+from wsserver.settings import ANSWER_ROOM, ESCAPED, Settings
 from wsserver.stores.base import Turn
 
 __all__ = ["Connection", "Transport"]
 
-REQUESTS = 32  # of one client that wait for the store; it gets `limit` for more
-FRAME_ROOM = 4096  # bytes of a `history` frame besides its messages
+REQUESTS = 32  # frames of one client that wait for an answer; the client gets `limit` for more
+OPEN_CONVERSATIONS = 64  # of one socket: more than a person has tabs, and each costs memory
+LONGEST_STOP = 256  # bytes: a longer frame is no `stop`, and is not parsed over the frame rate
+FRAME_ROOM = ANSWER_ROOM // 2  # bytes of a `history` or `conversations` frame besides its items
+TURN_ROOM = 512  # bytes of a turn or an item besides its text
 
 
 class Transport(Protocol):
@@ -72,27 +81,81 @@ class Transport(Protocol):
         ...
 
 
-Request = Auth | Prompt | Resume | Open | List | Rename | Delete
+Request = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversation
+
+
+class _Stopping:
+    """A ``stop`` whose generations have not all ended. A follower of each of their logs.
+
+    Args:
+        stop: the frame.
+        answer: called once all have ended, with the ids of those that were stopped.
+    """
+
+    __slots__ = ("_answer", "_ids", "_logs", "_pending", "stop")
+
+    def __init__(self, stop: Stop, answer: Callable[[Stop, list[str]], None]) -> None:
+        self.stop = stop
+        self._answer = answer
+        self._ids: list[str] = []
+        self._logs: list[Log[Terminal]] = []
+        self._pending = 1  # until `settle` is called for the frame itself
+
+    def expect(self) -> None:
+        """Wait for one more prompt, which is not accepted yet."""
+        self._pending += 1
+
+    def follow(self, generation: Generation) -> None:
+        """Wait for the end of a generation."""
+        self._pending += 1
+        self._ids.append(generation.id)
+        self._logs.append(generation.log)
+        generation.log.followers.append(self)
+
+    def wake(self) -> None:
+        """A generation has ended, if its log has a terminal."""
+        for ended in [one for one in self._logs if one.terminal is not None]:
+            self._logs.remove(ended)
+            ended.followers.remove(self)
+            self.settle()
+
+    def settle(self) -> None:
+        """One thing less to wait for; answer if it was the last."""
+        self._pending -= 1
+        if not self._pending:
+            self._answer(self.stop, self._ids)
 
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    """A request that waits for the store. ``stopped``: the client has already thought better."""
+    """What waits for its answer: a request, or the refusal of a frame that is unusable.
 
-    request: Request
-    stopped: bool = False
+    ``stops``: the client has sent them after the prompt, before the server accepted it.
+    """
+
+    request: Request | Refused
+    stops: list[_Stopping] = field(default_factory=list)
 
 
 class _Cursor:
-    """Where one client is in one generation's log. A follower of that log."""
+    """Where one client is in one generation's log. A follower of that log.
 
-    __slots__ = ("_connection", "generation", "own", "seq", "start")
+    Attributes:
+        own: this socket sent the prompt.
+        asked: this socket asked for the generation by ``prompt`` or ``resume``, and goes on with
+            it when it closes the conversation.
+        start: makes the ``start`` frame, which is written before all else.
+        seq: the seq of the last piece that was written.
+    """
+
+    __slots__ = ("_connection", "asked", "generation", "own", "seq", "start")
 
     def __init__(self, connection: "Connection", generation: Generation) -> None:
         self._connection = connection
         self.generation = generation
-        self.own = False  # started here, and not only followed
-        self.start: Callable[[], bytes] | None = None  # what has to be written before all else
+        self.own = False
+        self.asked = False
+        self.start: Callable[[], bytes] | None = None
         self.seq = 0
 
     def wake(self) -> None:
@@ -191,39 +254,66 @@ class Connection:
         """When it last wanted anything, by the event loop's clock; None while it still does."""
         return None if self._cursors or self._waiting else self.heard
 
+    def greet(self) -> None:
+        """Tell a client of this protocol the limits, and whether it has to send ``auth``."""
+        settings, principal = self.settings, self._visitor.principal
+        limits = Limits(
+            message_size=settings.message_size,
+            prompt_size=settings.prompt_size,
+            answer_size=settings.answer_size,
+            frame_rate=settings.frame_rate,
+            frame_burst=settings.frame_burst,
+            bad_frames=settings.bad_frames,
+            requests=REQUESTS,
+            generations_per_socket=settings.generations_per_socket,
+            queue_size=settings.queue_size,
+        )
+        name = None if principal is None else well_formed(principal.name)
+        self.transport.write(
+            encode(Hello(auth=True if principal is None else None, principal=name, limits=limits))
+        )
+
     def receive(self, message: str | bytes) -> None:
         """Answer one message, now or when the store has told what is needed for it."""
         if self._ended:
             return
         self.frames += 1
-        frame, wait = None, 0.0
+        now = self._loop.time()
+        frame, wait = None, self._bucket.take(now)
         try:
+            if wait and len(message) > LONGEST_STOP:
+                raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
             if isinstance(message, bytes):
                 raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
             frame = parse(message)
-            if isinstance(frame, Stop) and self._stop(frame):
-                pass  # obeyed, however many frames came before it
-            else:
-                wait = self._bucket.take(self._loop.time())
-                self._take(frame, wait)
-            self._wasted = 0
+            self._take(frame, wait)
+            if not isinstance(frame, Ping):  # a ping between unusable frames excuses none of them
+                self._wasted = 0
         except Refused as refused:
-            refused.about = refused.about or _id_of(frame)
-            self._refuse(refused, frame)
+            if frame is not None:
+                _name(refused, frame)
             if frame is None or wait:
                 self._wasted += 1
+            # In order: an error does not overtake the answers to the frames before.
+            if self._waiting and len(self._waiting) < REQUESTS:
+                self._waiting.append(_Waiting(refused))
+            else:
+                self._refuse(refused, frame)
         if not isinstance(frame, Ping):
-            self.heard = self._loop.time()
+            self.heard = now
         if self._wasted >= self.settings.bad_frames:
             self._end(Close.POLICY_VIOLATION, "too many unusable frames")
 
     def _take(self, frame: ClientFrame, wait: float) -> None:
+        """Answer a frame, or queue it; ``wait``: the seconds by which it is over the frame rate."""
         if isinstance(frame, Stop):
-            raise Refused(Code.NOT_RUNNING)
-        if wait:
+            if self.principal is None and not self._authenticating:
+                self._owner  # noqa: B018  # which refuses
+            self._stop(frame, wait)
+        elif wait:
             raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
-        if isinstance(frame, Ping):
-            self.transport.write(encode(Pong()))
+        elif isinstance(frame, Ping):
+            self.transport.write(encode(Pong(request=frame.request)))
         else:
             self._queue(frame)
 
@@ -243,11 +333,25 @@ class Connection:
             )
         return self._visitor.principal.name
 
+    @property
+    def _authenticating(self) -> bool:
+        """Whether an ``auth`` frame waits for its answer."""
+        return any(isinstance(waiting.request, Auth) for waiting in self._waiting)
+
     async def _authenticate(self, auth: Auth) -> None:
         principal = await self._visitor.authenticate(auth.token)
         self._set_expiry()
+        expires = principal.expires
+        left = None if expires is None else round(max(0.0, expires - time.time()), 3)
         self.transport.write(
-            encode(Authenticated(principal=well_formed(principal.name), expires=principal.expires))
+            encode(
+                Authenticated(
+                    principal=well_formed(principal.name),
+                    expires=expires,
+                    expires_in=left,
+                    request=auth.request,
+                )
+            )
         )
 
     def _set_expiry(self) -> None:
@@ -289,8 +393,7 @@ class Connection:
 
     def wake(self) -> None:
         """The client can take more: let each generation go on from where it was."""
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
+        self._free_worker()
         # The first to be served now is the last next time, so that none waits for ever.
         for generation, cursor in tuple(self._cursors.items()):
             if not self.transport.writable:
@@ -301,12 +404,21 @@ class Connection:
                 self._cursors[generation] = cursor
                 cursor.wake()
 
+    def _free_worker(self) -> None:
+        """Let the worker go on that waits for the client to read."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
     def attach(self, generation: Generation) -> None:
-        """Follow what somebody else has asked in a conversation that is watched here."""
+        """Follow what somebody else has asked in a conversation that is open here."""
         self._follow(generation, shown=True)
 
+    def renamed(self, conversation: Conversation, title: str) -> None:
+        """Tell the title that somebody else has given a conversation which is open here."""
+        self.transport.write(encode(Renamed(conversation=conversation.id, title=title)))
+
     def drop(self, conversation: Conversation) -> None:
-        """Tell that a conversation which is watched here was deleted elsewhere."""
+        """Tell that somebody else has deleted a conversation which is open here."""
         self._watched.pop(conversation, None)
         if self._own == conversation.id:
             self._own = None
@@ -319,11 +431,17 @@ class Connection:
         self._check_idle()
 
     def detach(self) -> None:
-        """The client is gone: leave all that it followed, and drop what it still asked for."""
+        """The client is gone: leave all that it followed, and drop what it still asked for.
+
+        A rename or delete is seen through: the client has asked for a change, not for an answer.
+        """
         self._gone = True
         if self._expiry is not None:
             self._expiry.cancel()
         self._drop_requests()
+        self._free_worker()
+        if self._worker is not None:
+            self._hub.see_through(self._worker)
         for conversation in self._watched:
             conversation.watchers.discard(self)
         self._watched.clear()
@@ -332,11 +450,11 @@ class Connection:
         self._check_idle()
 
     def _drop_requests(self) -> None:
-        """Forget what only this client wanted to know, but not what it wanted to be done."""
+        """Forget the requests of the client that change nothing."""
         lasting = [w for w in self._waiting if isinstance(w.request, Rename | Delete)]
         if self._worker is not None and not (lasting and lasting[0] is self._waiting[0]):
             self._worker.cancel()
-            self._worker = asyncio.get_running_loop().create_task(self._work()) if lasting else None
+            self._worker = self._loop.create_task(self._work()) if lasting else None
         self._waiting = lasting
 
     async def delivered(self) -> None:
@@ -357,34 +475,46 @@ class Connection:
             raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
         self._waiting.append(_Waiting(request))
         if self._worker is None:
-            self._worker = asyncio.get_running_loop().create_task(self._work())
+            self._worker = self._loop.create_task(self._work())
 
     async def _work(self) -> None:
         """Answer what waits, in order, so that a client may rely on it."""
         try:
             while self._waiting:
                 waiting = self._waiting[0]
-                # One that asks for much and reads little gets the next answer when it has.
+                # A client that asks for much and reads little gets the next answer when it has.
                 while not (self.transport.writable or self._gone):
-                    self._writable = asyncio.get_running_loop().create_future()
+                    self._writable = self._loop.create_future()
                     await self._writable
                 try:
                     await self._answer(waiting)
-                except (Refused, StoreError) as error:
-                    refused = error if isinstance(error, Refused) else Refused(Code.STORE)
-                    refused.about = _id_of(waiting.request)
-                    cause = None if refused is error else error
-                    self._refuse(refused, waiting.request, cause)
+                except Exception as error:  # noqa: BLE001
+                    refused = self._fail(waiting, error)
                     if isinstance(waiting.request, Auth) and self.principal is None:
                         self._turn_away(refused)
                         return
-                except Exception as error:  # noqa: BLE001
-                    self._refuse(Refused(Code.INTERNAL), waiting.request, error)
+                finally:
+                    for stop in waiting.stops:
+                        stop.settle()
                 self._waiting.pop(0)
         finally:
             if self._worker is asyncio.current_task():  # and not dropped for another
                 self._worker = None
             self._check_idle()
+
+    def _fail(self, waiting: _Waiting, error: Exception) -> Refused:
+        """Send the error for a request, and return it."""
+        request = waiting.request
+        frame = None if isinstance(request, Refused) else request
+        if isinstance(error, Refused):
+            refused, cause = error, None
+        else:
+            known = isinstance(error, StoreError)
+            refused, cause = Refused(Code.STORE if known else Code.INTERNAL), error
+        if frame is not None:
+            _name(refused, frame)
+        self._refuse(refused, frame, cause)
+        return refused
 
     def _turn_away(self, refused: Refused) -> None:
         """Close on one that could not say who it is; it may guess again in a new connection."""
@@ -393,29 +523,36 @@ class Connection:
 
     async def _answer(self, waiting: _Waiting) -> None:
         match waiting.request:
+            case Refused() as refused:
+                raise refused
             case Auth() as auth:
                 await self._authenticate(auth)
             case Prompt() as prompt:
                 generation = await self._prompt(prompt)
-                if waiting.stopped:
-                    self._hub.stop(generation, "client")
+                for stop in waiting.stops:
+                    self._stop_generation(generation, stop)
             case Resume() as resume:
                 await self._resume(resume)
             case Open() as request:
                 await self._open(request)
+            case CloseConversation() as request:
+                self._close(request)
             case List() as request:
                 await self._list(request)
-            case Rename(conversation=name, title=title):
-                await self._hub.conversations.rename(name, self._owner, title)
-                self.transport.write(encode(Renamed(conversation=name, title=title)))
-            case Delete(conversation=name):
+            case Rename(conversation=name, title=title, request=request):
+                await self._hub.rename(name, self._owner, title, self)
+                answer = Renamed(conversation=name, title=title, request=request)
+                self.transport.write(encode(answer))
+            case Delete(conversation=name, request=request):
                 await self._hub.delete(name, self._owner, self)
                 if self._own == name:
                     self._own = None
-                self.transport.write(encode(Deleted(conversation=name)))
+                self.transport.write(encode(Deleted(conversation=name, request=request)))
 
     async def _prompt(self, prompt: Prompt) -> Generation:
-        owner = self._owner
+        owner, request = self._owner, prompt.request
+        if request is not None:  # the same prompt may be sent again as another request
+            prompt = prompt.model_copy(update={"request": None})
         known = self._hub.known(owner, prompt.id) is not None
         if not known and self._active(prompt) >= self.settings.generations_per_socket:
             raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
@@ -423,7 +560,7 @@ class Connection:
         if prompt.conversation is None and generation.conversation_id is not None:
             self._own = generation.conversation_id
         # After each `start` comes everything, so that a client need not know what it has had.
-        self._follow(generation, own=True)
+        self._follow(generation, own=True, request=request)
         return generation
 
     async def _resume(self, resume: Resume) -> None:
@@ -432,41 +569,59 @@ class Connection:
             raise Refused(Code.NOT_FOUND)
         if resume.after > generation.log.seq:
             raise Refused(Code.GAP)
-        self._follow(generation, after=resume.after)
+        self._follow(generation, after=resume.after, asked=True, request=resume.request)
 
     async def _open(self, request: Open) -> None:
-        conversation, stored, older = await self._hub.conversations.history(
-            request.conversation, self._owner, request.before
-        )
-        turns = self._fitting(stored.turns)
-        older = older or len(turns) < len(stored.turns)
-        self.transport.write(
-            encode(
-                History(
-                    conversation=conversation.id,
-                    title=stored.title,
-                    messages=[message for turn in turns for message in _messages(turn)],
-                    running=[generation.id for generation in conversation.live],
-                    before=turns[0].number if turns and older else None,
+        follow = request.before is None
+        async with self._hub.conversations.hold(request.conversation, self._owner) as conversation:
+            full = len(self._watched) >= OPEN_CONVERSATIONS and conversation not in self._watched
+            if follow and full:
+                message = f"This socket has {OPEN_CONVERSATIONS} conversations open; close one."
+                raise Refused(Code.LIMIT, message)
+            stored, older = await self._hub.conversations.history(conversation, request.before)
+            turns = self._fitting(stored.turns)
+            older = older or len(turns) < len(stored.turns)
+            self.transport.write(
+                encode(
+                    History(
+                        conversation=conversation.id,
+                        title=stored.title,
+                        messages=[message for turn in turns for message in _messages(turn)],
+                        running=[generation.id for generation in conversation.live],
+                        before=turns[0].number if turns and older else None,
+                        request=request.request,
+                    )
                 )
             )
-        )
-        if request.before is None:
-            self._own = conversation.id
-            self._watched[conversation] = None
-            conversation.watchers.add(self)
-            for generation in conversation.live:
-                self._follow(generation, shown=True)
+            if follow and not self._gone:
+                self._own = conversation.id
+                self._watched[conversation] = None
+                conversation.watchers.add(self)
+                for generation in conversation.live:
+                    self._follow(generation, shown=True)
+
+    def _close(self, request: CloseConversation) -> None:
+        """Undo `open`. Closing a conversation that is not open does nothing."""
+        name, owner = request.conversation, self._owner
+        for conversation in [c for c in self._watched if (c.id, c.owner) == (name, owner)]:
+            del self._watched[conversation]
+            conversation.watchers.discard(self)
+            for cursor in tuple(self._cursors.values()):
+                if cursor.generation.conversation is conversation and not cursor.asked:
+                    self.leave(cursor)
+        if self._own == name:
+            self._own = None
+        self.transport.write(encode(Closed(conversation=name, request=request.request)))
 
     def _fitting(self, turns: list[Turn]) -> list[Turn]:
         """Return the newest turns that one frame can hold; one alone is cut to what it can."""
-        room = self.settings.max_unsent - self.settings.write_buffer - FRAME_ROOM
+        room = self.settings.answer_size - FRAME_ROOM
         kept: list[Turn] = []
         for turn in reversed(turns):
-            size = 256 + _size(turn.prompt) + _size(turn.text)
+            size = TURN_ROOM + _size(turn.prompt) + _size(turn.text)
             if size > room and kept:
                 break
-            kept.append(turn if size <= room else _beginning(turn, room))
+            kept.append(turn if size <= room else _beginning(turn, room - TURN_ROOM))
             room -= size
         kept.reverse()
         return kept
@@ -480,21 +635,27 @@ class Connection:
             except ValueError:
                 raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.") from None
         found = await self._hub.conversations.recent(self._owner, request.limit + 1, before)
-        page = found[: request.limit]
-        last = page[-1] if len(found) > len(page) else None
+        room = self.settings.answer_size - FRAME_ROOM
+        page: list[ConversationItem] = []
+        for summary in found[: request.limit]:
+            room -= TURN_ROOM + _size(summary.title)
+            if room < 0 and page:
+                break
+            page.append(
+                ConversationItem(
+                    id=summary.id,
+                    title=summary.title,
+                    created=summary.created,
+                    updated=summary.updated,
+                )
+            )
+        more = len(found) > len(page)
         self.transport.write(
             encode(
                 Conversations(
-                    items=[
-                        ConversationItem(
-                            id=item.id,
-                            title=item.title,
-                            created=item.created,
-                            updated=item.updated,
-                        )
-                        for item in page
-                    ],
-                    next=None if last is None else f"{last.updated!r}:{last.id}",
+                    items=page,
+                    next=f"{page[-1].updated!r}:{page[-1].id}" if more else None,
+                    request=request.request,
                 )
             )
         )
@@ -502,28 +663,46 @@ class Connection:
     # Following and stopping.
 
     def _follow(
-        self, generation: Generation, after: int = 0, *, own: bool = False, shown: bool = False
+        self,
+        generation: Generation,
+        after: int = 0,
+        *,
+        own: bool = False,
+        asked: bool = False,
+        shown: bool = False,
+        request: str | None = None,
     ) -> None:
-        """Say that a generation is there, and follow it from a piece on.
+        """Write the ``start`` of a generation, and follow it from a piece on.
 
         Args:
             generation: which.
             after: the seq of the last piece that the client has.
-            own: it was started here, and counts as one of this client's.
+            own: this socket sent the prompt, which counts as one of its generations.
+            asked: this socket asked for the generation by its id.
             shown: the client does not know the prompt yet.
+            request: the ``request`` of the frame that the ``start`` answers.
         """
         cursor = self._cursors.get(generation)
         if cursor is None:
             cursor = self._cursors[generation] = _Cursor(self, generation)
             self._hub.follow(generation, cursor)
         cursor.own = cursor.own or own
-        cursor.start = functools.partial(_start, generation, shown=shown)
+        cursor.asked = cursor.asked or own or asked
+        if cursor.start is not None:  # the answer to a frame before, which had to wait
+            self.transport.write(cursor.start())
+        cursor.start = functools.partial(
+            _start, generation, after=after, shown=shown, request=request
+        )
         cursor.seq = after
         cursor.wake()
 
-    def _stop(self, stop: Stop) -> bool:
-        """Stop what is asked for; False where there is nothing to stop."""
-        waiting = [
+    def _stop(self, stop: Stop, wait: float) -> None:
+        """Stop what a frame names. The answer comes when all of it has ended.
+
+        Raises:
+            Refused: there is nothing to stop.
+        """
+        prompts = [
             waiting
             for waiting in self._waiting
             if isinstance(waiting.request, Prompt) and stop.id in {None, waiting.request.id}
@@ -535,12 +714,34 @@ class Connection:
             owner = self.principal
             known = None if owner is None else self._hub.known(owner, stop.id)
             targets = [] if known is None else [known]
-        running = [generation for generation in targets if generation.log.state is not State.ENDED]
-        for request in waiting:
-            request.stopped = True
+        # A flood of stops may not make one follower each of a generation that is being stopped.
+        settled = {State.STOPPING, State.ENDED} if wait else {State.ENDED}
+        running = [generation for generation in targets if generation.log.state not in settled]
+        if not (prompts or running):
+            raise Refused(Code.NOT_RUNNING)
+        stopping = _Stopping(stop, self._stopped)
+        for waiting in prompts:
+            stopping.expect()
+            waiting.stops.append(stopping)
         for generation in running:
+            self._stop_generation(generation, stopping)
+        stopping.settle()
+
+    def _stop_generation(self, generation: Generation, stopping: _Stopping) -> None:
+        if generation.log.state is not State.ENDED:
+            stopping.follow(generation)
             self._hub.stop(generation, "client")
-        return bool(running or waiting)
+
+    def _stopped(self, stop: Stop, ids: list[str]) -> None:
+        """Answer a ``stop``: all that it stopped has ended, or was never accepted."""
+        if self._gone or self._ended:
+            return
+        if not ids:
+            refused = Refused(Code.NOT_RUNNING)
+            _name(refused, stop)
+            self._refuse(refused, stop)
+        elif stop.request is not None:
+            self.transport.write(encode(Stopped(ids=ids, request=stop.request)))
 
     def _active(self, prompt: Prompt) -> int:
         """Count what was started here and runs or waits, without what the prompt would replace."""
@@ -569,6 +770,7 @@ class Connection:
                     code=refused.code,
                     message=refused.message,
                     about=refused.about,
+                    request=refused.request,
                     retryable=refused.retryable,
                     retry_after=refused.retry_after,
                     ref=ref,
@@ -577,8 +779,10 @@ class Connection:
         )
 
 
-def _start(generation: Generation, *, shown: bool) -> bytes:
-    # Who interrupts waits for no more than a request to be closed.
+def _start(
+    generation: Generation, *, after: int = 0, shown: bool = False, request: str | None = None
+) -> bytes:
+    # A prompt that interrupts waits for no more than a request to be closed.
     queued = generation.queued if generation.prompt.on_busy == "queue" else None
     return encode(
         Start(
@@ -586,20 +790,27 @@ def _start(generation: Generation, *, shown: bool) -> bytes:
             conversation=generation.conversation_id,
             model=generation.model,
             queued=queued,
+            after=after or None,
             prompt=generation.prompt.prompt if shown else None,
+            request=request,
         )
     )
 
 
-def _id_of(frame: object) -> str | None:
-    """Return the ``id`` that a frame carries, or the ``conversation`` that it is about."""
-    found = getattr(frame, "id", None) or getattr(frame, "conversation", None)
-    return found if isinstance(found, str) else None
+def _name(refused: Refused, frame: ClientFrame) -> None:
+    """Have a refusal name the frame that it is about."""
+    about = getattr(frame, "id", None) or getattr(frame, "conversation", None)
+    refused.about = refused.about or about
+    refused.request = refused.request or frame.request
 
 
 def _beginning(turn: Turn, room: int) -> Turn:
-    text = turn.text[: max(0, room - _size(turn.prompt)) // ESCAPED]
-    return replace(turn, text=text, partial=turn.partial or "cut")
+    """Cut a turn to what fits into so many bytes of JSON, its prompt to half of that at most."""
+    prompt = turn.prompt
+    if _size(prompt) > room // 2:
+        prompt = prompt[: room // 2 // ESCAPED]
+    text = turn.text[: max(0, room - _size(prompt)) // ESCAPED]
+    return replace(turn, prompt=prompt, text=text, partial=turn.partial or "cut")
 
 
 def _messages(turn: Turn) -> list[HistoryMessage]:

@@ -1,8 +1,9 @@
 """The conversations of this process: those in memory, and through them the store's."""
 
+import contextlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
@@ -14,7 +15,7 @@ __all__ = ["Conversations"]
 
 
 class Conversations:
-    """Finds conversations by their owner and id, and keeps those used last in memory.
+    """The conversations in memory: each has one object, and those used last are kept.
 
     Args:
         store: where they last.
@@ -28,83 +29,109 @@ class Conversations:
         self._settings = settings
         self._known: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
 
-    async def load(self, name: str, owner: str) -> Conversation | None:
-        """Return an owner's conversation from memory or from the store; None if there is none.
+    @contextlib.asynccontextmanager
+    async def hold(
+        self, name: str, owner: str, *, load: bool = False
+    ) -> AsyncIterator[Conversation]:
+        """Hold the one object of a conversation.
+
+        Every request that decides something about a conversation holds it meanwhile. The object
+        stays the only one of the conversation for so long, so that a decision made after an
+        ``await`` sees what others did during it.
+
+        Args:
+            name: the id of the conversation.
+            owner: whose.
+            load: read the turns from the store, if they are not in memory.
 
         Raises:
-            Refused: it is being deleted.
+            Refused: the conversation was deleted, or is being deleted.
             StoreError: the store cannot tell.
         """
-        conversation = self._known.get((owner, name))
+        key = owner, name
+        conversation = self._known.get(key)
         if conversation is None:
-            stored = await self._store.load(name, owner, self._settings.history_messages)
-            conversation = self._known.get((owner, name))  # another may have been quicker
-            if conversation is None and stored is not None:
-                conversation = Conversation(name, owner, self.fit(stored.turns))
-                self.keep(conversation)
-        if conversation is not None and conversation.deleted:
-            raise Refused(Code.NOT_FOUND)
-        return conversation
+            conversation = self._known[key] = Conversation(name, owner)
+        conversation.holders += 1
+        try:
+            if load:
+                async with conversation.loading:
+                    await self._load(conversation)
+            if conversation.deleted:
+                raise Refused(Code.NOT_FOUND)
+            yield conversation
+        finally:
+            conversation.holders -= 1
+            if conversation.loaded and conversation.exists and not conversation.deleted:
+                self._used(conversation)
+            elif conversation.idle:
+                self.forget(conversation)
+
+    async def _load(self, conversation: Conversation) -> None:
+        if conversation.loaded:
+            return
+        limit = self._settings.history_messages
+        stored = await self._store.load(conversation.id, conversation.owner, limit)
+        conversation.loaded = True
+        if stored is not None:
+            conversation.exists = True
+            conversation.turns = self.fit(stored.turns)
 
     def fit(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the newest turns, as many as are kept in memory and shown to the model."""
         return newest(turns, self._settings.history_messages, self._settings.history_size)
 
-    def keep(self, conversation: Conversation) -> None:
-        """Remember a conversation as the one used last, and forget those used least."""
-        if conversation.deleted:
-            return
+    def _used(self, conversation: Conversation) -> None:
+        """Note the conversation as the one used last, and forget the idle ones used least."""
         key = conversation.owner, conversation.id
-        self._known[key] = conversation
+        if self._known.get(key) is not conversation:
+            return
         self._known.move_to_end(key)
         excess = len(self._known) - self._settings.conversations
         if excess > 0:
-            idle = (
-                key
-                for key, known in self._known.items()
-                if known is not conversation and not known.live and not known.watchers
-            )
+            idle = (key for key, known in self._known.items() if known.idle)
             for unused in tuple(itertools.islice(idle, excess)):
                 del self._known[unused]
 
     def forget(self, conversation: Conversation) -> None:
-        """Drop a conversation from memory, unless there is another of its name by now."""
+        """Drop the conversation from memory, unless the name has another object by now."""
         key = conversation.owner, conversation.id
         if self._known.get(key) is conversation:
             del self._known[key]
 
     async def history(
-        self, name: str, owner: str, before: int | None
-    ) -> tuple[Conversation, StoredConversation, bool]:
-        """Return a conversation, and its newest turns that have ended, or those before a number.
+        self, conversation: Conversation, before: int | None
+    ) -> tuple[StoredConversation, bool]:
+        """Return the newest turns that have ended, or those before a number.
+
+        Args:
+            conversation: which; the caller holds it.
+            before: the number of the turn before which the part ends; None for the newest.
 
         Returns:
-            the live conversation, the turns, and whether there are older ones.
+            the title with the turns, and whether there are older turns.
 
         Raises:
             Refused: the owner has no such conversation.
-            StoreError: it cannot be read.
+            StoreError: the store cannot tell.
         """
         while True:
-            conversation = await self.load(name, owner)
-            if conversation is None:
+            if conversation.deleted:
                 raise Refused(Code.NOT_FOUND)
-            version = conversation.version
+            name, owner, version = conversation.id, conversation.owner, conversation.version
             await self._journal.flush()
             limit = self._settings.history_messages
             stored = await self._store.load(name, owner, limit + 1, before)
-            current = self._known.get((owner, name), conversation)
-            if conversation.version != version or current is not conversation:
-                continue  # a reply has ended meanwhile, or it was forgotten and found again
-            if conversation.deleted:
+            if conversation.version != version or conversation.deleted:
+                continue  # a reply has ended meanwhile, or the conversation was deleted
+            if stored is None and not conversation.exists:
                 raise Refused(Code.NOT_FOUND)
-            self.keep(conversation)
-            if stored is None:  # nothing of it has been saved
+            if stored is None:  # nothing of the conversation has been saved
                 stored = StoredConversation(name, owner, "", [])
             live = {generation.id for generation in conversation.live}
             turns = [turn for turn in stored.turns[-limit:] if turn.id not in live]
             told = StoredConversation(name, owner, stored.title, turns)
-            return conversation, told, len(stored.turns) > limit
+            return told, len(stored.turns) > limit
 
     async def recent(
         self, owner: str, limit: int, before: tuple[float, str] | None
@@ -112,14 +139,3 @@ class Conversations:
         """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
         await self._journal.flush()
         return await self._store.list(owner, limit, before)
-
-    async def rename(self, name: str, owner: str, title: str) -> None:
-        """Give a conversation another title.
-
-        Raises:
-            Refused: the owner has no such conversation.
-            StoreError: it cannot be saved.
-        """
-        await self._journal.flush()
-        if not await self._store.rename(name, owner, title):
-            raise Refused(Code.NOT_FOUND)

@@ -50,7 +50,9 @@ class Code(StrEnum):
     TOO_LONG = "too_long", False, "The prompt, or the messages together, are over the limit."
     ID_CONFLICT = "id_conflict", False, "The `id` names another prompt already."
     MODEL_NOT_ALLOWED = "model_not_allowed", False, "The `model` is not on the server's list."
-    NOT_FOUND = "not_found", False, "There is no such generation or conversation, or no more."
+    NOT_FOUND = "not_found", False, "There is no such generation or conversation."
+    FORGOTTEN = "forgotten", False, "The generation has ended, and the server kept nothing of it."
+    NOT_LAST = "not_last", False, "The `retry_of` is not the last turn of the conversation."
     GAP = "gap", False, "The generation has no pieces up to that `after`."
     NOT_RUNNING = "not_running", False, "There is nothing (of that `id`) to stop. Harmless."
     UNAUTHENTICATED = "unauthenticated", False, "The token is missing, not valid, or has expired."
@@ -134,7 +136,8 @@ class _Coded(WsserverError):
 class Refused(_Coded):
     """A client frame was not accepted, and nothing changed.
 
-    ``about`` is the ``id`` which that frame carried, once it is known.
+    ``about`` is the ``id`` or the ``conversation`` of that frame, ``request`` its ``request``,
+    once they are known.
 
     Args:
         code: one of :class:`Code`.
@@ -144,6 +147,7 @@ class Refused(_Coded):
     """
 
     about: str | None = None
+    request: str | None = None
 
 
 class ModelError(_Coded):

@@ -43,6 +43,7 @@ __all__ = ["Hub"]
 
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 LEAST_REPLY = 64  # tokens of a day's rest that are worth a reply
+TAKEN_BACK = frozenset({"client", "deleted", "disconnect", "replaced"})  # who stopped the prompt
 FAILURES = 5  # of the model's API in a row, after which it is said to fail
 FAILING = 30.0  # seconds since the last of them, after which it may be asked again
 
@@ -83,6 +84,7 @@ class Hub:
         self._generations: dict[tuple[str, str], Generation] = {}  # by owner and id
         self._live: set[Generation] = set()
         self._tasks: set[asyncio.Task[End]] = set()
+        self._errands: set[asyncio.Task[None]] = set()  # requests of clients that have gone
         self._ended: deque[tuple[float, Generation]] = deque()
         self._ended_size = 0
         self._sweep: asyncio.TimerHandle | None = None
@@ -146,22 +148,43 @@ class Hub:
             StoreError: what it goes on from cannot be read.
         """
         self._check(prompt)
-        found = None if prompt.id is None else await self.find(owner, prompt.id)
-        conversation = None
-        if prompt.messages is None:
-            name = prompt.conversation or own
-            conversation = None if name is None else await self.conversations.load(name, owner)
-            if conversation is None:
-                conversation = Conversation(name or _new_id(), owner)
-        while not self._budget.knows(owner, day := day_of(time.time())):
-            self._budget.learn(owner, day, await self._store.spent(owner, day))
-        # From here on nothing is awaited: what has been found out stays true.
-        known = self.known(owner, prompt.id) or found
+        known = await self._sent_before(prompt, owner)
         if known is not None:
-            if known.prompt != prompt:
-                raise Refused(Code.ID_CONFLICT)
             return known
-        return self._accept(prompt, owner, account, conversation, sender)
+        if self._draining:
+            raise Refused(Code.SHUTTING_DOWN)
+        async with contextlib.AsyncExitStack() as stack:
+            conversation = None
+            if prompt.messages is None:
+                name = prompt.conversation or own
+                conversation = await stack.enter_async_context(
+                    self.conversations.hold(name or _new_id(), owner, load=name is not None)
+                )
+            while not self._budget.knows(owner, day := day_of(time.time())):
+                self._budget.learn(owner, day, await self._store.spent(owner, day))
+            # Nothing is awaited from here on. What the awaits above may have changed is checked
+            # again: the same prompt, a delete, a drain.
+            known = self._same(prompt, self.known(owner, prompt.id))
+            if known is not None:
+                return known
+            return self._accept(prompt, owner, account, conversation, sender)
+
+    async def _sent_before(self, prompt: Prompt, owner: str) -> Generation | None:
+        """Return the generation of a prompt that is sent again under its id."""
+        if prompt.id is None:
+            return None
+        return self._same(prompt, await self.find(owner, prompt.id))
+
+    @staticmethod
+    def _same(prompt: Prompt, known: Generation | None) -> Generation | None:
+        """Return the generation that is known under the prompt's id.
+
+        Raises:
+            Refused: the generation belongs to another prompt.
+        """
+        if known is not None and known.prompt != prompt:
+            raise Refused(Code.ID_CONFLICT)
+        return known
 
     def stop(self, generation: Generation, why: StoppedBy | ModelError) -> None:
         """Stop a generation; its terminal follows once the request to the model is closed.
@@ -221,23 +244,13 @@ class Hub:
             Refused: the owner has no such conversation.
             StoreError: it cannot be deleted.
         """
-        conversation = await self.conversations.load(conversation_id, owner)
-        if conversation is None:
-            raise Refused(Code.NOT_FOUND)
-        conversation.deleted = True
-        live = conversation.live
-        for generation in reversed(live):
-            self.stop(generation, "client")
-        try:
-            tasks = [generation.task for generation in live if generation.task is not None]
-            if tasks:
-                await asyncio.wait(tasks, timeout=self._settings.stop_timeout)
-            await self._journal.flush()
-            await self._store.delete(conversation_id, owner)
-        except BaseException:
-            conversation.deleted = False
-            raise
-        self.conversations.forget(conversation)
+        async with self.conversations.hold(conversation_id, owner) as conversation:
+            conversation.deleted = True
+            try:
+                await self._delete(conversation)
+            except BaseException:
+                conversation.deleted = False
+                raise
         for watcher in tuple(conversation.watchers):
             if watcher is not sender:
                 watcher.drop(conversation)
@@ -246,6 +259,47 @@ class Hub:
             within = generation.owner, generation.conversation_id
             if within == (owner, conversation_id) and generation not in self._live:
                 del self._generations[key]
+
+    async def _delete(self, conversation: Conversation) -> None:
+        """Stop what runs in a conversation, wait for the models, and delete the conversation."""
+        live = conversation.live
+        for generation in reversed(live):
+            self.stop(generation, "deleted")
+        tasks = [generation.task for generation in live if generation.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._settings.stop_timeout)
+        await self._journal.flush()
+        found = await self._store.delete(conversation.id, conversation.owner)
+        if not (found or conversation.exists):
+            raise Refused(Code.NOT_FOUND)
+        self._journal.deleted(conversation.owner, conversation.id)
+        self.conversations.forget(conversation)
+
+    async def rename(self, conversation_id: str, owner: str, title: str, sender: Watcher) -> None:
+        """Give a conversation another title, and tell those who watch the conversation.
+
+        Args:
+            conversation_id: which.
+            owner: whose.
+            title: the new title.
+            sender: the watcher that needs not be told.
+
+        Raises:
+            Refused: the owner has no such conversation.
+            StoreError: the title cannot be saved.
+        """
+        async with self.conversations.hold(conversation_id, owner) as conversation:
+            await self._journal.flush()
+            if not await self._store.rename(conversation_id, owner, title):
+                raise Refused(Code.NOT_FOUND)
+            for watcher in tuple(conversation.watchers):
+                if watcher is not sender:
+                    watcher.renamed(conversation, title)
+
+    def see_through(self, task: "asyncio.Task[None]") -> None:
+        """Keep a task whose client has gone, and wait for the task before the store is closed."""
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
 
     # Ending all.
 
@@ -274,8 +328,10 @@ class Hub:
         self._draining = True
         for generation in tuple(self._live):
             self.stop(generation, "shutdown")
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=within)
+        if tasks := self._tasks | self._errands:
+            await asyncio.wait(tasks, timeout=within)
+        for task in self._errands:
+            task.cancel()
         for generation in self._generations.values():
             _cancel(generation.watch)
             _cancel(generation.grace)
@@ -286,8 +342,6 @@ class Hub:
 
     def _check(self, prompt: Prompt) -> None:
         settings = self._settings
-        if self._draining:
-            raise Refused(Code.SHUTTING_DOWN)
         if (size := prompt.size) > settings.prompt_size:
             raise Refused(
                 Code.TOO_LONG, f"The prompt has {size} bytes; {settings.prompt_size} are allowed."
@@ -308,8 +362,6 @@ class Hub:
         if conversation is not None:
             self._check_turn(prompt, conversation)
         allowance = self._allow(prompt, owner, account)
-        if conversation is not None:
-            self.conversations.keep(conversation)
         generation = Generation(
             id=prompt.id or _new_id(),
             owner=owner,
@@ -327,6 +379,17 @@ class Hub:
         self._generations[owner, generation.id] = generation
         self._live.add(generation)
         self._idle.clear()
+        header = Header(
+            generation.id,
+            owner,
+            generation.conversation_id,
+            prompt,
+            generation.model,
+            retry_of=prompt.retry_of,
+        )
+        generation.record = self._journal.begin(header, generation.log)
+        if conversation is not None:
+            conversation.exists = conversation.loaded = True
         if conversation is None or conversation.running is None:
             self._begin(generation)
         else:
@@ -342,6 +405,10 @@ class Hub:
         return generation
 
     def _check_turn(self, prompt: Prompt, conversation: Conversation) -> None:
+        if conversation.deleted:
+            raise Refused(Code.NOT_FOUND)
+        if prompt.retry_of is not None and prompt.retry_of != conversation.last:
+            raise Refused(Code.NOT_LAST)
         if conversation.busy and prompt.on_busy == "reject":
             raise Refused(Code.BUSY)
         full = len(conversation.queue) >= self._settings.queue_size
@@ -374,19 +441,14 @@ class Hub:
     # Running a model.
 
     def _begin(self, generation: Generation) -> None:
+        conversation, retried = generation.conversation, generation.prompt.retry_of
+        if conversation is not None:
+            conversation.running = generation
+            if retried is not None:
+                conversation.turns = [turn for turn in conversation.turns if turn.id != retried]
         request = self._request(generation)
-        if generation.conversation is not None:
-            generation.conversation.running = generation
         generation.log.begin()
-        header = Header(
-            generation.id,
-            generation.owner,
-            generation.conversation_id,
-            generation.prompt,
-            generation.model,
-        )
         generation.log.followers.append(FirstPiece(generation, self._loop.time))
-        generation.record = self._journal.begin(header, generation.log)
         generation.asked = sum(len(message.content) for message in request.messages)
         generation.began = generation.heard = self._loop.time()
         generation.span = span(
@@ -439,6 +501,7 @@ class Hub:
         One timer for both, which looks when it fires, and not one that is set anew per piece.
         """
         settings, now = self._settings, self._loop.time()
+        assert generation.began is not None
         silence_ends = generation.heard + settings.silence_timeout
         reply_ends = generation.began + settings.reply_timeout
         if now >= reply_ends:
@@ -488,17 +551,17 @@ class Hub:
         if generation.span is not None:
             generation.span.end(terminal, generation.first_token)
         self._note_upstream(generation, terminal)
-        if generation.record is None:  # it never began, and so there is nothing to keep
-            self._conclude(generation, terminal)
-        else:
-            self._journal.end(
-                generation.record,
-                terminal,
-                lambda saved: self._conclude(
-                    generation,
-                    terminal if saved else terminal.model_copy(update={"saved": False}),
-                ),
-            )
+        assert generation.record is not None
+        self._journal.end(
+            generation.record,
+            terminal,
+            lambda saved: self._conclude(
+                generation,
+                terminal if saved else terminal.model_copy(update={"saved": False}),
+            ),
+            # The prompt was taken back before the model was asked: the history goes on without it.
+            unsaid=not generation.begun and how in TAKEN_BACK,
+        )
 
     def _note_upstream(self, generation: Generation, terminal: Terminal) -> None:
         """Learn from an end whether the model's API works, unless it says nothing of it."""

@@ -25,15 +25,16 @@ MOST_KEPT = 1000  # ended generations that wait to be saved after all
 class Record:
     """How far one generation is saved. A follower of its log."""
 
-    __slots__ = ("_journal", "_new", "_saved", "header", "log", "on_saved", "terminal")
+    __slots__ = ("_journal", "_saved", "header", "log", "new", "on_saved", "terminal", "unsaid")
 
     def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
         self._journal = journal
-        self._new = True
+        self.new = True  # the store has to make the generation
         self._saved = 0  # the seq up to which it is saved
         self.header = header
         self.log = log
         self.terminal: Terminal | None = None
+        self.unsaid = False
         self.on_saved: Callable[[bool], None] = _nobody
 
     def wake(self) -> None:
@@ -44,11 +45,13 @@ class Record:
         """Return what is not saved yet."""
         pieces = self.log.pieces[self._saved :]
         text = None if self.terminal is None else self.log.text
-        return Entry(self.header, self._new, self._saved, pieces, self.terminal, text)
+        return Entry(
+            self.header, self.new, self._saved, pieces, self.terminal, text, unsaid=self.unsaid
+        )
 
     def saved(self, entry: Entry) -> None:
         """What :meth:`entry` returned has been saved."""
-        self._new = False
+        self.new = False
         self._saved = entry.after + len(entry.pieces)
 
 
@@ -86,10 +89,24 @@ class Journal:
         self.note(record)
         return record
 
-    def end(self, record: Record, terminal: Terminal, on_saved: Callable[[bool], None]) -> None:
-        """Save the end of a generation at once, and say whether that went well."""
+    def end(
+        self,
+        record: Record,
+        terminal: Terminal,
+        on_saved: Callable[[bool], None],
+        *,
+        unsaid: bool = False,
+    ) -> None:
+        """Save the end of a generation at once.
+
+        Args:
+            record: which generation.
+            terminal: its end.
+            on_saved: called with whether the end was saved.
+            unsaid: the prompt was taken back before the model was asked.
+        """
         record.log.followers.remove(record)
-        record.terminal, record.on_saved = terminal, on_saved
+        record.terminal, record.on_saved, record.unsaid = terminal, on_saved, unsaid
         self._urgent.set()
         self.note(record)
 
@@ -98,6 +115,12 @@ class Journal:
         self._unsaved[record] = None
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write())
+
+    def deleted(self, owner: str, conversation: str) -> None:
+        """Let what could not be saved before the conversation was deleted not bring it back."""
+        for record in self._unsaved:
+            if (record.header.owner, record.header.conversation) == (owner, conversation):
+                record.new = False
 
     async def flush(self) -> None:
         """Wait until all that was said before now is saved, or could not be."""

@@ -34,20 +34,29 @@ Outcome = End | StoppedBy | BaseException
 
 
 class Watcher(Protocol):
-    """Whoever wants to follow all that runs in a conversation."""
+    """Whoever has a conversation open. No method may raise or wait."""
 
     def attach(self, generation: "Generation") -> None:
-        """Follow a generation that has just been accepted. Must neither raise nor wait."""
+        """Follow a generation that has just been accepted."""
+        ...
+
+    def renamed(self, conversation: "Conversation", title: str) -> None:
+        """Tell the new title of the conversation."""
         ...
 
     def drop(self, conversation: "Conversation") -> None:
-        """Follow a conversation no more, as it was deleted. Must neither raise nor wait."""
+        """Follow the conversation no more: it was deleted."""
         ...
 
 
 @dataclass(eq=False, slots=True)
 class Conversation:
-    """What has been said, what is being said now, the prompts that wait, and who watches."""
+    """The turns so far, the running generation, the queued ones, and the watchers.
+
+    ``exists``: it has a turn, or a generation was accepted in it. ``loaded``: ``exists`` and
+    ``turns`` are known. ``holders`` counts the requests that decide something about the
+    conversation: while there is one, the process has no second object for the conversation.
+    """
 
     id: str
     owner: str
@@ -56,7 +65,11 @@ class Conversation:
     queue: "deque[Generation]" = field(default_factory=deque)
     watchers: set[Watcher] = field(default_factory=set)
     version: int = 0  # grows with each reply that ends
+    exists: bool = False
+    loaded: bool = False
     deleted: bool = False
+    holders: int = 0
+    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def busy(self) -> bool:
@@ -66,8 +79,20 @@ class Conversation:
 
     @property
     def live(self) -> "list[Generation]":
-        """What runs and what waits, in order."""
+        """The running generation and the queued ones, in order."""
         return ([] if self.running is None else [self.running]) + list(self.queue)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the conversation can be dropped from memory."""
+        return not (self.holders or self.live or self.watchers)
+
+    @property
+    def last(self) -> str | None:
+        """The id of the newest turn, which may still run or wait; None where there is none."""
+        if live := self.live:
+            return live[-1].id
+        return self.turns[-1].id if self.turns else None
 
 
 @dataclass(eq=False, slots=True)
@@ -84,7 +109,7 @@ class Generation:
     reserved: int = 0  # tokens of its owner's day, until it is known what it has used
     conversation: Conversation | None = None  # None too for one that comes from the store
     log: Log[Terminal] = field(default_factory=Log)
-    record: Record | None = None  # how far it is saved, once it has begun
+    record: Record | None = None  # how far the generation is saved
     usage: Usage | None = None
     # Why it was cut short, once it was: what ends the log whatever its task still says.
     cut: StoppedBy | ModelError | None = None
@@ -94,7 +119,7 @@ class Generation:
     span: Span | None = None  # its part of a trace, once it has begun
     # When, by the event loop's clock.
     accepted: float = 0.0
-    began: float = 0.0
+    began: float | None = None  # None: the model was not asked
     heard: float = 0.0  # when the model last gave a sign of life
     spoke: float | None = None  # when its first piece came
     stopped: float | None = None  # when it was asked to stop
@@ -123,12 +148,12 @@ class Generation:
     @property
     def begun(self) -> bool:
         """Whether the model was asked."""
-        return self.record is not None
+        return self.began is not None
 
     @property
     def seconds(self) -> float:
-        """How long the model took, 0 where it was never asked."""
-        return self.ended - self.began if self.begun else 0.0
+        """Seconds that the model took; 0 where the model was not asked."""
+        return 0.0 if self.began is None else self.ended - self.began
 
     @property
     def first_token(self) -> float | None:

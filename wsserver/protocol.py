@@ -31,14 +31,18 @@ __all__ = [
     "Authenticated",
     "ClientFrame",
     "Close",
+    "CloseConversation",
+    "Closed",
     "ConversationItem",
     "Conversations",
     "Delete",
     "Deleted",
     "Done",
     "Error",
+    "Hello",
     "History",
     "HistoryMessage",
+    "Limits",
     "List",
     "Open",
     "Ping",
@@ -49,6 +53,7 @@ __all__ = [
     "Resume",
     "Start",
     "Stop",
+    "Stopped",
     "StoppedBy",
     "Terminal",
     "Turn",
@@ -60,7 +65,7 @@ __all__ = [
 
 SUBPROTOCOL = "wsserver.v1"
 
-StoppedBy = Literal["client", "disconnect", "replaced", "timeout", "shutdown"]
+StoppedBy = Literal["client", "deleted", "disconnect", "replaced", "timeout", "shutdown"]
 
 
 def _whole(value: str) -> str:
@@ -79,7 +84,10 @@ def _not_blank(value: str) -> str:
 
 ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
 
+REQUEST_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
+RequestId = Annotated[str, Field(pattern=REQUEST_PATTERN)]
 Text = Annotated[str, AfterValidator(_whole)]
 NonBlank = Annotated[Text, AfterValidator(_not_blank)]
 
@@ -104,6 +112,12 @@ class _Frame(BaseModel):
 # Client to server.
 
 
+class _Request(_Frame):
+    """A frame of a client. Its answer and its error carry the same ``request``."""
+
+    request: RequestId | None = None
+
+
 class Turn(_Frame):
     """One message of a history that the client keeps itself."""
 
@@ -111,7 +125,7 @@ class Turn(_Frame):
     content: NonBlank
 
 
-class Prompt(_Frame):
+class Prompt(_Request):
     """Ask for a reply: ``prompt`` in a conversation, or ``messages`` that stand for themselves."""
 
     type: Literal["prompt"] = "prompt"
@@ -120,6 +134,7 @@ class Prompt(_Frame):
     id: Id | None = None
     conversation: Id | None = None
     on_busy: Literal["reject", "queue", "interrupt"] = "reject"
+    retry_of: Id | None = None
     model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     system: NonBlank | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -138,6 +153,8 @@ class Prompt(_Frame):
             raise ValueError("give either `prompt` or `messages`")
         if self.messages is not None and self.conversation is not None:
             raise ValueError("`messages` is a history of its own and goes with no `conversation`")
+        if self.messages is not None and self.retry_of is not None:
+            raise ValueError("`retry_of` names a turn of a conversation and needs `prompt`")
         return self
 
     @property
@@ -148,27 +165,27 @@ class Prompt(_Frame):
         return sum(len(text.encode()) for text in texts)
 
 
-class Stop(_Frame):
+class Stop(_Request):
     """Stop the generation ``id``; without it, all that this socket follows."""
 
     type: Literal["stop"] = "stop"
     id: Annotated[str, Field(max_length=64)] | None = None
 
 
-class Auth(_Frame):
+class Auth(_Request):
     """Say who the client acts for, for those that can set no headers; again before it expires."""
 
     type: Literal["auth"] = "auth"
     token: Annotated[Text, Field(min_length=1, max_length=8192, repr=False)]
 
 
-class Ping(_Frame):
+class Ping(_Request):
     """A heartbeat that JavaScript can send; answered by ``pong``."""
 
     type: Literal["ping"] = "ping"
 
 
-class Resume(_Frame):
+class Resume(_Request):
     """Follow the generation ``id`` again: all after piece ``after``, then what comes."""
 
     type: Literal["resume"] = "resume"
@@ -176,7 +193,7 @@ class Resume(_Frame):
     after: Annotated[int, Field(ge=0)] = 0
 
 
-class Open(_Frame):
+class Open(_Request):
     """Get the history of a conversation, and follow what runs in it, now and later.
 
     With ``before``, only get the part of the history that ends there.
@@ -187,7 +204,7 @@ class Open(_Frame):
     before: Annotated[int, Field(ge=1)] | None = None
 
 
-class List(_Frame):
+class List(_Request):
     """Get the client's conversations, newest first; ``before`` is the ``next`` of the last page."""
 
     type: Literal["list"] = "list"
@@ -195,7 +212,7 @@ class List(_Frame):
     before: Annotated[Text, Field(max_length=128)] | None = None
 
 
-class Rename(_Frame):
+class Rename(_Request):
     """Give a conversation another title."""
 
     type: Literal["rename"] = "rename"
@@ -203,14 +220,25 @@ class Rename(_Frame):
     title: Annotated[NonBlank, Field(max_length=200)]
 
 
-class Delete(_Frame):
+class Delete(_Request):
     """Stop what runs in a conversation, and delete it."""
 
     type: Literal["delete"] = "delete"
     conversation: Id
 
 
-ClientFrame = Prompt | Stop | Resume | Open | List | Rename | Delete | Auth | Ping
+class CloseConversation(_Request):
+    """Undo ``open``: follow nothing more in a conversation but what this socket asked for."""
+
+    model_config = ConfigDict(title="Close")
+
+    type: Literal["close"] = "close"
+    conversation: Id
+
+
+ClientFrame = (
+    Prompt | Stop | Resume | Open | List | Rename | Delete | CloseConversation | Auth | Ping
+)
 
 _CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
     "prompt": Prompt,
@@ -220,6 +248,7 @@ _CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
     "list": List,
     "rename": Rename,
     "delete": Delete,
+    "close": CloseConversation,
     "auth": Auth,
     "ping": Ping,
 }
@@ -228,10 +257,49 @@ _CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
 # Server to client.
 
 
-class Start(_Frame):
+class _Answer(_Frame):
+    """A frame that can answer a client's; ``request`` is then the one of that frame."""
+
+    request: str | None = None
+
+
+class Limits(_Frame):
+    """What the server accepts on one socket. Sizes are in bytes of UTF-8.
+
+    ``answer_size`` is the largest frame that the server sends. ``requests`` is the number of
+    frames that may wait for an answer.
+    """
+
+    message_size: int
+    prompt_size: int
+    answer_size: int
+    frame_rate: float
+    frame_burst: int
+    bad_frames: int
+    requests: int
+    generations_per_socket: int
+    queue_size: int
+
+
+class Hello(_Frame):
+    """The first frame of a socket whose client offered the subprotocol.
+
+    ``auth``: the client has to send ``auth`` first. ``principal``: who the client acts for
+    already.
+    """
+
+    type: Literal["hello"] = "hello"
+    protocol: Literal["wsserver.v1"] = "wsserver.v1"
+    auth: Literal[True] | None = None
+    principal: str | None = None
+    limits: Limits
+
+
+class Start(_Answer):
     """The prompt was accepted, or found again. ``queued``: its place, where it must wait.
 
-    ``prompt`` is the user's text, for those who follow what another socket has asked.
+    The frames that follow begin after piece ``after``, 0 where it is left out. ``prompt`` is the
+    user's text, for those who follow what another socket has asked.
     """
 
     type: Literal["start"] = "start"
@@ -239,6 +307,7 @@ class Start(_Frame):
     conversation: str | None = None
     model: str
     queued: int | None = None
+    after: int | None = None
     prompt: str | None = None
 
 
@@ -297,10 +366,10 @@ class Done(_Frame):
     saved: Literal[False] | None = None
 
 
-class Error(_Frame):
+class Error(_Answer):
     """With ``id``: terminal for that generation. Without: a client frame was refused.
 
-    ``about`` is then the ``id`` which that frame carried, if any.
+    ``about`` is then the ``id`` of that frame, or its ``conversation``, if the frame had one.
     """
 
     type: Literal["error"] = "error"
@@ -316,15 +385,20 @@ class Error(_Frame):
     ref: str
 
 
-class Authenticated(_Frame):
-    """The answer to ``auth``: for whom, and until when, in seconds since 1970, if it ends."""
+class Authenticated(_Answer):
+    """The answer to ``auth``: the principal, and when the token expires, if it does.
+
+    ``expires`` is in seconds since 1970, ``expires_in`` in seconds from now: the clock of the
+    client may be wrong.
+    """
 
     type: Literal["authenticated"] = "authenticated"
     principal: str
     expires: float | None = None
+    expires_in: float | None = None
 
 
-class Pong(_Frame):
+class Pong(_Answer):
     """The answer to ``ping``."""
 
     type: Literal["pong"] = "pong"
@@ -342,7 +416,7 @@ class HistoryMessage(_Frame):
     partial: str | None = None
 
 
-class History(_Frame):
+class History(_Answer):
     """The messages of a conversation, oldest first, without what still runs.
 
     ``before`` is what gets the older ones; it is left out where there are none.
@@ -365,7 +439,7 @@ class ConversationItem(_Frame):
     updated: float
 
 
-class Conversations(_Frame):
+class Conversations(_Answer):
     """A page of the client's conversations; ``next`` gets the one after it, if there is one."""
 
     type: Literal["conversations"] = "conversations"
@@ -373,7 +447,7 @@ class Conversations(_Frame):
     next: str | None = None
 
 
-class Renamed(_Frame):
+class Renamed(_Answer):
     """The conversation has another title."""
 
     type: Literal["renamed"] = "renamed"
@@ -381,16 +455,31 @@ class Renamed(_Frame):
     title: str
 
 
-class Deleted(_Frame):
+class Deleted(_Answer):
     """The conversation is gone."""
 
     type: Literal["deleted"] = "deleted"
     conversation: str
 
 
+class Closed(_Answer):
+    """The socket follows the conversation no more."""
+
+    type: Literal["closed"] = "closed"
+    conversation: str
+
+
+class Stopped(_Answer):
+    """The answer to a ``stop`` with a ``request``: these generations have ended."""
+
+    type: Literal["stopped"] = "stopped"
+    ids: list[str]
+
+
 Terminal = Done | Error
 ServerFrame = (
-    Start
+    Hello
+    | Start
     | Token
     | ThinkingFrame
     | Done
@@ -399,11 +488,14 @@ ServerFrame = (
     | Conversations
     | Renamed
     | Deleted
+    | Closed
+    | Stopped
     | Authenticated
     | Pong
 )
 
 _SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
+    Hello,
     Start,
     Token,
     ThinkingFrame,
@@ -413,6 +505,8 @@ _SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
     Conversations,
     Renamed,
     Deleted,
+    Closed,
+    Stopped,
     Authenticated,
     Pong,
 )
@@ -446,7 +540,8 @@ def parse(text: str) -> ClientFrame:
     try:
         return _validate(value)
     except Refused as refused:
-        refused.about = _id_of(value)
+        refused.about = _match(value, ID_PATTERN, "id", "conversation")
+        refused.request = _match(value, REQUEST_PATTERN, "request")
         raise
 
 
@@ -516,10 +611,10 @@ def _no_constant(name: str) -> NoReturn:
     raise Refused(Code.INVALID_JSON, f"{name} is not JSON.")
 
 
-def _id_of(value: dict[str, Any]) -> str | None:
-    """Return the ``id`` of a frame that is unusable otherwise, if at least that is one."""
-    found = value.get("id")
-    return found if isinstance(found, str) and re.fullmatch(ID_PATTERN, found) else None
+def _match(value: dict[str, Any], pattern: str, *keys: str) -> str | None:
+    """Return the first of the keys whose value fits, of a frame that is not usable as a whole."""
+    found = (value.get(key) for key in keys)
+    return next((v for v in found if isinstance(v, str) and re.fullmatch(pattern, v)), None)
 
 
 def _first(error: ValidationError) -> str:

@@ -369,6 +369,8 @@ class Server:
         connection = Connection(socket, self._hub, self.settings, socket.visitor)
         self._connections[socket] = connection
         self.metrics.connection_opened()
+        if socket.subprotocol is not None:
+            connection.greet()
         return connection
 
     def _forget(self, socket: Socket) -> None:

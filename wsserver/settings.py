@@ -34,6 +34,7 @@ PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
 PREFIX = "WSSERVER_"
 CHAT_TOKEN = f"{PREFIX}CHAT_TOKEN"  # is no setting of a server's, but of `wsserver chat`
+ANSWER_ROOM = 8192  # bytes of an answer besides the text in it
 ESCAPED = 6  # bytes that JSON makes of one character at most
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
 
@@ -322,9 +323,19 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"max_unsent must be at least write_buffer and {2 * ESCAPED} times frame_size"
             )
+        if ESCAPED * self.prompt_size + ANSWER_ROOM > self.answer_size:
+            raise ValueError(
+                f"max_unsent must be at least write_buffer and {ESCAPED} times prompt_size and "
+                f"{ANSWER_ROOM}: else a prompt could not be shown again"
+            )
         if self.drain_timeout > self.shutdown_timeout:
             raise ValueError("drain_timeout must not be over shutdown_timeout")
         return self
+
+    @property
+    def answer_size(self) -> int:
+        """Bytes of the largest frame that the server sends: one that an idle socket may hold."""
+        return self.max_unsent - self.write_buffer
 
     @classmethod
     def unit(cls, name: str) -> str:

@@ -330,7 +330,9 @@ class Exchange(_Wire):
         assert self.visitor is not None
         assert self._timer is not None
         self._timer.cancel()
-        opened = Socket(self._endpoint, self.transport, self._below, self.visitor)
+        opened = Socket(
+            self._endpoint, self.transport, self._below, self.visitor, self._http.subprotocol
+        )
         self._endpoint.connections.remove(self)
         self._endpoint.connections.add(opened)
         self.transport.set_protocol(opened)
@@ -347,6 +349,7 @@ class Socket(_Wire):
         transport: what it is to write to.
         below: what TLS writes to, if there is TLS.
         visitor: what is known of the client.
+        subprotocol: the one that the handshake agreed on; None where the client offered none.
 
     Attributes:
         began: when it was opened, by the event loop's clock.
@@ -367,6 +370,7 @@ class Socket(_Wire):
         "_unread",
         "_unsent",
         "began",
+        "subprotocol",
     )
 
     visitor: Visitor
@@ -377,11 +381,13 @@ class Socket(_Wire):
         transport: asyncio.Transport,
         below: asyncio.Transport | None,
         visitor: Visitor,
+        subprotocol: str | None = None,
     ) -> None:
         super().__init__(endpoint)
         settings = endpoint.settings
         self.transport = transport
         self.visitor = visitor
+        self.subprotocol = subprotocol
         self.began = endpoint.loop.time()
         # A new one, as the one that made the handshake would keep the request.
         self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=_SILENT)

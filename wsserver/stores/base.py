@@ -37,13 +37,15 @@ class Header:
     prompt: Prompt
     model: str
     began: float = field(default_factory=time.time)
+    retry_of: str | None = None  # the id of the turn in whose place this one stands
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """What is new of one generation: its header, the pieces after a number, its terminal.
 
-    ``text`` is all of its text, joined, and comes with the terminal.
+    ``text`` is all of its text, joined, and comes with the terminal. So does ``unsaid``: the
+    prompt was taken back before the model was asked, and is no turn of the conversation.
     """
 
     header: Header
@@ -52,6 +54,7 @@ class Entry:
     pieces: Sequence[str] = ()
     terminal: Terminal | None = None
     text: str | None = None
+    unsaid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
