@@ -69,11 +69,56 @@ async def server(
 
 
 @pytest.mark.parametrize("status", [307, 308])
-async def test_a_redirect_is_followed(chat: Client, upstream: Upstream, status: int) -> None:
-    to = {"location": f"{upstream.url}/v1/messages"}
-    upstream.play(Answer(status, "text/plain", "There", to), reply("Hello"))
+@pytest.mark.parametrize("location", ["{}/v1/messages", "/v1/messages?again", "?again"])
+async def test_a_redirect_within_the_host_is_followed_with_the_same_body(
+    chat: Client, upstream: Upstream, status: int, location: str
+) -> None:
+    to = {"location": location.format(upstream.url)}
+    redirect = Answer(status, "text/plain", "There", to)
+    upstream.play(redirect, redirect, reply("Hello"))
     text, done = await chat.text((await chat.prompt())["id"])
     assert (text, done["reason"]) == ("Hello", "end_turn")
+    first, *others = [(received.raw, received.headers) for received in upstream.requests]
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(
+    ("status", "location"),
+    [
+        (307, "{elsewhere}/v1/messages"),
+        (308, "{elsewhere}/v1/messages"),
+        (307, "//localhost:{port}/v1/messages"),
+        (307, "https://127.0.0.1:{port}/v1/messages"),
+        (307, "http://[/v1/messages"),
+        (301, "/v1/messages"),
+        (302, "/v1/messages"),
+        (303, "/v1/messages"),
+    ],
+)
+async def test_a_redirect_elsewhere_is_refused_by_name_and_gets_no_prompt(
+    chat: Client,
+    upstream: Upstream,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+    location: str,
+) -> None:
+    async with Upstream() as other:
+        port = upstream.url.rpartition(":")[2]
+        to = {"location": location.format(elsewhere=other.url, port=port)}
+        upstream.play(Answer(status, "text/plain", "There", to))
+        await chat.prompt()
+        failed = await chat.next("error")
+        assert (failed["code"], failed["retryable"]) == ("redirected", False)
+        assert (len(upstream.requests), other.requests) == (1, [])
+    assert "redirected" in caplog.text
+
+
+async def test_redirects_without_end_are_given_up(chat: Client, upstream: Upstream) -> None:
+    to = {"location": f"{upstream.url}/v1/messages"}
+    upstream.default = Script((Answer(307, "text/plain", "There", to),))
+    await chat.prompt()
+    assert (await chat.next("error"))["code"] == "redirected"
+    assert len(upstream.requests) < 30
 
 
 @pytest.mark.parametrize(
@@ -191,6 +236,56 @@ async def test_thinking_is_asked_for_as_set(
     budget = given.get("thinking", "").isdigit()
     small = (await upstream.request(1)).body
     assert small.get("thinking") == (None if budget else sent), "a budget must be below max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "max_tokens", "sent"),
+    [("adaptive", 2000, None), ("1500", 2000, None), ("1500", 1500, 0.2), ("disabled", 2000, 0.2)],
+)
+async def test_temperature_is_left_out_while_the_model_thinks(
+    monkeypatch: pytest.MonkeyPatch,
+    upstream: Upstream,
+    thinking: str,
+    max_tokens: int,
+    sent: float | None,
+) -> None:
+    async with claude(monkeypatch, upstream.url, thinking=thinking) as server:
+        async with client(server) as chat:
+            await chat.prompt(temperature=0.2, max_tokens=max_tokens)
+            await chat.next("done")
+    assert (await upstream.request()).body.get("temperature") == sent
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "`temperature` is deprecated for this model.",
+        "`temperature` may only be set to 1 when thinking is enabled or in adaptive mode.",
+    ],
+)
+async def test_a_model_that_refuses_temperature_is_asked_without_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, message: str
+) -> None:
+    upstream.play(error(400, "invalid_request_error", message))
+    async with claude(monkeypatch, upstream.url, models="claude-opus-4-1", retries=0) as server:
+        async with client(server) as chat:
+            for model in (MODEL, MODEL, "claude-opus-4-1"):
+                await chat.prompt(temperature=0.2, model=model)
+                await chat.next("done")
+    sent = [received.body.get("temperature") for received in upstream.requests]
+    assert sent == [0.2, None, None, 0.2]
+
+
+async def test_a_temperature_over_the_apis_range_is_refused_by_name(
+    chat: Client, upstream: Upstream
+) -> None:
+    message = "temperature: Input should be less than or equal to 1"
+    upstream.play(error(400, "invalid_request_error", message))
+    await chat.prompt(temperature=1.5)
+    failed = await chat.next("error")
+    assert failed["code"] == "bad_request"
+    assert "temperature" in failed["message"]
+    assert len(upstream.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -476,7 +571,8 @@ async def test_a_refused_request_is_one_error_with_a_stable_code(
     assert failed["retryable"] is wsserver.Code[code.upper()].retryable
     assert len(upstream.requests) == attempts
     assert "planted-secret" not in str(chat.frames)
-    assert any(failed["ref"] in record.getMessage() for record in caplog.records)
+    (line,) = [r.getMessage() for r in caplog.records if failed["ref"] in r.getMessage()]
+    assert kind in line
     assert "planted-secret" not in caplog.text
     upstream.default = reply("Hello world")
     await goes_on(chat)
@@ -583,6 +679,59 @@ async def test_an_api_that_never_answers(
             failed = await chat.next("error")
             assert (failed["code"], failed["retryable"]) == ("timeout", True)
         assert await upstream.requests[1].closed() == "closed"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        stream(END),
+        stream(event("ping"), END),
+        reply(END),
+        stream(event("message_stop"), END),
+        reply(Cut()),
+    ],
+    ids=["nothing", "a ping", "a start", "an end of nothing", "cut"],
+)
+async def test_an_end_before_the_first_text_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream, fault: Script
+) -> None:
+    monkeypatch.setattr("wsserver.models.anthropic.random.uniform", lambda low, high: 0.0)
+    upstream.play(fault, reply("at last"))
+    start = await chat.prompt()
+    assert (await chat.text(start["id"]))[0] == "at last"
+    assert len(upstream.requests) == 2
+
+
+def escaped(text: str, kind: str = "text") -> bytes:
+    return event(
+        "content_block_delta", index=0, delta={"type": f"{kind}_delta", kind: "@"}
+    ).replace(b"@", text.encode())
+
+
+@pytest.mark.parametrize(
+    ("deltas", "said"),
+    [
+        ([r"Hi \ud83d\ude00!"], "Hi 😀!"),
+        ([r"Hi \ud83d", r"\ude00!"], "Hi 😀!"),
+        ([r"Hi \uD83D", "", r"\uDE00!"], "Hi 😀!"),
+        ([r"Hi \ud83d", "!"], "Hi \ufffd!"),
+        ([r"Hi \ud83d there"], "Hi \ufffd there"),
+        ([r"Hi \ude00"], "Hi \ufffd"),
+        ([r"Hi \ud83d"], "Hi \ufffd"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["text", "thinking"])
+@pytest.mark.parametrize("chop", [0, 7], ids=["one read", "many reads"])
+async def test_halves_of_a_surrogate_pair_are_joined(
+    chat: Client, upstream: Upstream, deltas: list[str], said: str, kind: str, chop: int
+) -> None:
+    end = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 1})
+    parts = [escaped(text, kind) for text in deltas]
+    upstream.play(stream(*parts, end, event("message_stop"), chop=chop))
+    start = await chat.prompt()
+    _, done = await chat.text(start["id"])
+    assert chat.said(start["id"], "token" if kind == "text" else "thinking") == said
+    assert done["reason"] == "end_turn"
 
 
 # Faults mid-stream

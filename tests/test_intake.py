@@ -93,6 +93,41 @@ async def test_a_reply_ends_where_there_is_no_more_room(chat: Client, puppet: Pu
     assert reply.closed.is_set()
 
 
+@pytest.mark.parametrize(
+    ("pieces", "text", "thinking"),
+    [
+        (["a\ud83d", "\ude00b"], "a😀b", ""),
+        (["\ud83d", "", "\ude00"], "😀", ""),
+        (["\ud83d", Usage(1, 1), "\ude00"], "😀", ""),
+        (["a\ud83d", "\ud83d", "\ude00"], "a\ufffd😀", ""),
+        (["a\ud83d", "b"], "a\ufffdb", ""),
+        (["a", "\ude00b"], "a\ufffdb", ""),
+        (["a\ud83d"], "a\ufffd", ""),
+        ([Thinking("a\ud83d"), Thinking("\ude00b")], "", "a😀b"),
+        ([Thinking("a\ud83d"), "\ude00b"], "\ufffdb", "a\ufffd"),
+        ([Thinking("a\ud83d"), "", Thinking("\ude00b")], "", "a😀b"),
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("fails", [False, True])
+async def test_half_a_surrogate_pair_waits_for_its_other_half(
+    chat: Client,
+    puppet: Puppet,
+    pieces: list[str | Usage],
+    text: str,
+    thinking: str,
+    fails: bool,
+) -> None:
+    generation, reply = await asked(chat, puppet)
+    reply.say(*pieces)
+    if fails:
+        reply.fail(ModelError(Code.OVERLOADED))
+    else:
+        reply.end()
+    said, _ = await chat.text(generation)
+    assert (said, chat.said(generation, "thinking")) == (text, thinking)
+
+
 async def test_followers_in_the_same_place_share_one_frame(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

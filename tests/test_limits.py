@@ -85,6 +85,19 @@ def test_what_is_reserved_over_midnight_still_counts() -> None:
     assert budget.left("ada") == 75
 
 
+def test_a_clock_that_steps_back_over_midnight_gives_nothing_back() -> None:
+    budget = Budget(100)
+    budget.learn("ada", 2, 60)
+    budget.reserve("ada", 10)
+    assert budget.knows("ada", 1)
+    assert budget.left("ada") == 30
+    budget.settle("ada", 10, 40)
+    assert budget.knows("ada", 1)
+    assert budget.left("ada") == 0
+    assert budget.knows("ada", 2)
+    assert budget.left("ada") == 0
+
+
 def test_no_budget_counts_nothing() -> None:
     budget = Budget(0)
     assert budget.knows("ada", 1)

@@ -73,6 +73,7 @@ class Code(StrEnum):
     UPSTREAM_ERROR = "upstream_error", True, "The model's API failed."
     OVERLOADED = "overloaded", True, "The model's API is overloaded."
     UNREACHABLE = "unreachable", True, "The model's API cannot be reached."
+    REDIRECTED = "redirected", False, "The model's API redirects to another place."
     UNTRUSTED = "untrusted", False, "The model's API has a certificate that is not trusted."
     TIMEOUT = "timeout", True, "The model's API was silent for too long."
     INCOMPLETE = "incomplete", True, "The reply broke off before its end."
@@ -90,6 +91,7 @@ UPSTREAM = frozenset(
         Code.MODEL_NOT_FOUND,
         Code.OVERLOADED,
         Code.RATE_LIMITED,
+        Code.REDIRECTED,
         Code.SPEND_LIMIT,
         Code.TIMEOUT,
         Code.UNREACHABLE,
@@ -155,4 +157,9 @@ class ModelError(_Coded):
 
     A model of your own raises this to tell the client what happened. Any other exception becomes
     :attr:`Code.INTERNAL`, whose text stays in the log. The arguments are those of :class:`Refused`.
+
+    ``kind`` is the model's own name of the error, for the log: a fixed word, and never a text that
+    may quote a prompt.
     """
+
+    kind: str | None = None

@@ -617,8 +617,10 @@ class Hub:
                 about["failure"] = failure
             elif terminal.code in UPSTREAM:
                 level = logging.WARNING
-            if isinstance(failure, ModelError) and failure.__cause__ is not None:
-                about["cause"] = type(failure.__cause__).__name__
+            if isinstance(failure, ModelError):
+                about["kind"] = failure.kind
+                if failure.__cause__ is not None:
+                    about["cause"] = type(failure.__cause__).__name__
         first_token, usage = generation.first_token, terminal.usage
         events.log(
             level,

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from wsserver.generation import CHARACTERS_PER_TOKEN, End, Usage, well_formed
+from wsserver.generation import CHARACTERS_PER_TOKEN, End, State, Usage, well_formed
 from wsserver.live import Generation
 from wsserver.models.base import Model, Piece, PushModel, Request
 from wsserver.settings import Settings
@@ -28,7 +28,16 @@ class Intake:
         stop: called when nobody reads and it has cost what it may.
     """
 
-    __slots__ = ("_end", "_generation", "_room", "_size", "_stop", "_time", "_unread_limit")
+    __slots__ = (
+        "_end",
+        "_generation",
+        "_half",
+        "_room",
+        "_size",
+        "_stop",
+        "_time",
+        "_unread_limit",
+    )
 
     def __init__(
         self,
@@ -43,15 +52,21 @@ class Intake:
         self._unread_limit = settings.grace_tokens * CHARACTERS_PER_TOKEN
         self._time = time
         self._stop = stop
+        self._half = ""  # a high surrogate that the next piece may complete
         self._end = End()
 
     async def run(self, model: Model | PushModel, request: Request) -> End:
         """Have the model answer; return its end of it."""
-        with contextlib.suppress(_Enough):
-            if isinstance(model, PushModel):
-                await model.push(request, self.take)
-            else:
-                await self._pull(model(request))
+        try:
+            with contextlib.suppress(_Enough):
+                if isinstance(model, PushModel):
+                    await model.push(request, self.take)
+                else:
+                    await self._pull(model(request))
+        except Exception:
+            self._flush()
+            raise
+        self._flush()
         return self._end
 
     async def _pull(self, given: AsyncIterator[Piece]) -> None:
@@ -72,29 +87,57 @@ class Intake:
             TypeError: it is nothing that a model may say.
         """
         generation = self._generation
-        if generation.cut is not None:  # the model kept the cancellation to itself
-            raise _Enough
-        if isinstance(piece, str):
-            generation.heard = self._time()
-            text = well_formed(piece)
-            if len(text) <= self._size and len(text) < self._room:
-                generation.log.append(text)
-                self._room -= len(text)
-            else:
-                self._append_in_parts(text)
-            if generation.unread is not None:
-                generation.unread += len(text)
-                if generation.unread > self._unread_limit:
-                    self._stop()
-            if self._room <= 0:
-                self._end = End("max_tokens")
-                raise _Enough
-        elif isinstance(piece, Usage):
+        if isinstance(piece, Usage):  # counts after a stop too
             generation.usage = piece
+        elif generation.cut is not None:  # the model kept the cancellation to itself
+            raise _Enough
+        elif isinstance(piece, str):
+            generation.heard = self._time()
+            self._append(piece if piece.isascii() and not self._half else self._joined(piece))
         elif isinstance(piece, End):
             self._end = piece
         else:
             raise TypeError(f"a model yielded {type(piece).__name__}")
+
+    def _joined(self, piece: str) -> str:
+        """Return a piece after the half of a surrogate pair that came before it.
+
+        A half at the end of the piece is kept for the next one. A half that is left alone becomes
+        U+FFFD.
+        """
+        if not piece:
+            return piece
+        half = self._half
+        if half and type(half) is not type(piece):
+            self._flush()
+            half = ""
+        self._half = ""
+        kind, text = type(piece), half + piece
+        if "\ud800" <= text[-1] <= "\udbff":
+            self._half = kind(text[-1])
+            text = text[:-1]
+        return well_formed(kind(text))
+
+    def _flush(self) -> None:
+        """Append the half of a surrogate pair that nothing completed, as U+FFFD."""
+        half, self._half = self._half, ""
+        if half and self._generation.log.state is State.RUNNING:
+            self._generation.log.append(well_formed(half))
+
+    def _append(self, text: str) -> None:
+        generation = self._generation
+        if len(text) <= self._size and len(text) < self._room:
+            generation.log.append(text)
+            self._room -= len(text)
+        else:
+            self._append_in_parts(text)
+        if generation.unread is not None:
+            generation.unread += len(text)
+            if generation.unread > self._unread_limit:
+                self._stop()
+        if self._room <= 0:
+            self._end = End("max_tokens")
+            raise _Enough
 
     def _append_in_parts(self, text: str) -> None:
         """Append what was said all at once, as far as it goes, in parts that a frame can hold."""

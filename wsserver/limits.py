@@ -152,8 +152,11 @@ class Budget:
             account.spent += spent
 
     def _turn(self, day: int) -> None:
-        """Begin a new day, on which only what is still reserved counts."""
-        if day == self._day:
+        """Begin a new day, on which only what is still reserved counts.
+
+        A clock that steps back begins no day: the later day goes on.
+        """
+        if day <= self._day:
             return
         self._day = day
         for owner, account in list(self._accounts.items()):

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import email.utils
 import itertools
+import json
 import random
 import re
 import ssl
@@ -26,7 +27,7 @@ from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage
 from wsserver.logs import log
 from wsserver.models.base import Request, Take
-from wsserver.models.http import Body, Transport
+from wsserver.models.http import Body, Redirected, Transport
 from wsserver.settings import Settings
 from wsserver.telemetry import recording
 
@@ -34,6 +35,7 @@ __all__ = ["Anthropic"]
 
 MAX_EVENT = 1 << 20  # bytes of one event; a longer one is no event of this API
 MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
+HIGHEST_TEMPERATURE = 1  # that the API takes
 LAST_READ = 1.0  # seconds for the end of the body, after which its connection is not used again
 
 _BY_STATUS = {
@@ -60,8 +62,11 @@ _BY_TYPE = {  # of an `error` event mid-stream, whose status is 200
     "request_too_large": Code.REQUEST_TOO_LARGE,
     "timeout_error": Code.TIMEOUT,
 }
+_BAD_REQUEST = 400
 _SERVER_ERROR = 500
 _SSE_FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Nearly all that a reply consists of looks like this. To know it by its looks takes a fifth of the
 # time that it takes to read it as an event and as JSON; what looks different goes the long way.
@@ -108,6 +113,7 @@ class Anthropic:
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
         self._settings = settings
+        self._without_temperature: set[str] = set()  # models that refused one
         # A pool wait counts as connecting: the pool is as large as what may run at once. Silence is
         # measured by who asks for the reply, and not at each read once more.
         timeout = httpx2.Timeout(
@@ -175,9 +181,6 @@ class Anthropic:
         }
         if request.system:
             arguments["system"] = request.system
-        if request.temperature is not None:
-            # No argument of the SDK's any more, but still a parameter of most models.
-            arguments["extra_body"] = {"temperature": request.temperature}
         if self._settings.prompt_caching:
             arguments["cache_control"] = {"type": "ephemeral"}
         thinking = self._settings.thinking
@@ -187,7 +190,29 @@ class Anthropic:
             arguments["thinking"] = {"type": "disabled"}
         elif thinking and int(thinking) < request.max_tokens:  # as the API demands
             arguments["thinking"] = {"type": "enabled", "budget_tokens": int(thinking)}
+        # While a model thinks, the API takes no other temperature than its default.
+        thinks = arguments.get("thinking", {}).get("type") in {"enabled", "adaptive"}
+        takes_one = not thinks and request.model not in self._without_temperature
+        if request.temperature is not None and takes_one:
+            arguments["extra_body"] = {"temperature": request.temperature}  # the SDK has none
         return arguments
+
+    def _without(self, error: anthropic.APIStatusError, arguments: dict[str, Any]) -> bool:
+        """Leave out a temperature that the model takes none of, and say whether that was it.
+
+        Raises:
+            ModelError: the model takes a temperature, but not so high a one.
+        """
+        temperature = arguments.get("extra_body", {}).get("temperature")
+        if temperature is None or not _is_about(error, "temperature"):
+            return False
+        if temperature > HIGHEST_TEMPERATURE:
+            failure = ModelError(Code.BAD_REQUEST, "temperature: the model's API refused it.")
+            failure.kind = _kind(error.type)
+            raise failure from error
+        self._without_temperature.add(arguments["model"])
+        del arguments["extra_body"]
+        return True
 
     async def _attempt(self, arguments: dict[str, Any], reply: "_Reply") -> None:
         create = self._client.messages.with_raw_response.create
@@ -212,7 +237,9 @@ class Anthropic:
                 await held.aclose()
             reply.take(end)
         except anthropic.APIStatusError as error:
-            raise _of_status(error) from error
+            if not self._without(error, arguments):
+                raise _of_status(error) from error
+            await self._attempt(arguments, reply)
         except anthropic.APIConnectionError as error:
             raise _of_connection(error) from error
         except anthropic.CredentialsError as error:
@@ -314,15 +341,15 @@ class _Reply:
         """Return how the reply ended.
 
         Raises:
-            ModelError: the body ended before the reply did.
+            _Transient: the body ended before the reply did, as one that is cut does.
         """
         if self._end is None:
-            raise ModelError(Code.INCOMPLETE)
+            raise _Transient(ModelError(Code.INCOMPLETE))
         return self._end
 
     def _receive(self, data: bytes) -> None:
         try:
-            event = from_json(data)
+            event = _json(data)
             match event["type"]:
                 case "content_block_delta":
                     self._delta(event["delta"])
@@ -339,7 +366,7 @@ class _Reply:
                     raise _of_event(event["error"])
                 case _:  # a `ping`, or an event of a later version, which the API says to ignore
                     pass
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ModelError(Code.MALFORMED) from error
 
     def _delta(self, delta: dict[str, Any]) -> None:
@@ -380,7 +407,7 @@ class _Reply:
 
     def _stop(self) -> None:
         if self._stop_reason is None:
-            raise ModelError(Code.INCOMPLETE)
+            raise _Transient(ModelError(Code.INCOMPLETE))
         if not isinstance(self._stop_reason, str):
             raise TypeError("a reason that is none")
         if self._stop_reason == "refusal":
@@ -388,10 +415,35 @@ class _Reply:
         self._end = End(self._stop_reason, self._usage)
 
 
+def _json(data: bytes) -> Any:
+    r"""Parse JSON, also where an escape such as ``\ud83d`` is half of a surrogate pair.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return from_json(data)
+    except ValueError:
+        if not _SURROGATE.search(data):
+            raise
+    try:
+        return json.loads(data.decode())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def _text(text: object) -> str:
     if not isinstance(text, str):
         raise TypeError("text that is none")
     return text
+
+
+def _is_about(error: anthropic.APIStatusError, subject: str) -> bool:
+    """Whether the API refused a request, and its message has certain words in it."""
+    body = error.body
+    cause = body.get("error") if isinstance(body, dict) else None
+    message = cause.get("message") if isinstance(cause, dict) else None
+    return error.status_code == _BAD_REQUEST and subject in str(message).lower()
 
 
 def _of_status(error: anthropic.APIStatusError) -> Exception:
@@ -403,6 +455,7 @@ def _of_status(error: anthropic.APIStatusError) -> Exception:
         code = Code.SPEND_LIMIT
     headers = error.response.headers
     model_error = ModelError(code, retry_after=_retry_after(headers) if code.retryable else None)
+    model_error.kind = _kind(error.type)
     if code.retryable and headers.get("x-should-retry") != "false":
         return _Transient(model_error)
     return model_error
@@ -415,6 +468,8 @@ def _of_connection(error: anthropic.APIConnectionError) -> Exception:
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ModelError(Code.UNTRUSTED)
+        if isinstance(cause, Redirected | httpx2.TooManyRedirects):
+            return ModelError(Code.REDIRECTED)
         if isinstance(cause, httpx2.RemoteProtocolError):
             return ModelError(Code.MALFORMED)
         cause = cause.__cause__ or cause.__context__
@@ -427,7 +482,13 @@ def _of_event(error: dict[str, Any]) -> Exception:
     if str(details.get("error_code")).endswith("spend_limit_reached"):
         code = Code.SPEND_LIMIT
     model_error = ModelError(code)
+    model_error.kind = _kind(error["type"])
     return _Transient(model_error) if code.retryable else model_error
+
+
+def _kind(kind: object) -> str | None:
+    """Return the type of an error where it is a word, as all of the API's are."""
+    return kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,64}", kind) else None
 
 
 def _retry_after(headers: httpx2.Headers) -> float | None:

@@ -13,13 +13,23 @@ from collections.abc import AsyncIterator, Callable
 import aiohttp
 import httpx2
 
-__all__ = ["Body", "Transport"]
+__all__ = ["Body", "Redirected", "Transport"]
 
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_SAME_REQUEST = frozenset({307, 308})  # method and body stay as they were
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+
+
+class Redirected(httpx2.TransportError):
+    """The API redirects to where a prompt must not be sent."""
 
 
 class Transport(httpx2.AsyncBaseTransport):
     """Sends an SDK's requests. Its responses have their :class:`Body` as an extension, ``body``.
+
+    The SDK's client follows redirects. It gets 307 and 308 (RFC 9110 sections 15.4.8 and 15.4.9)
+    within one origin only: others would send the key or the prompt to another host, or turn the
+    request into a GET without a body.
 
     Args:
         connections: at most, at once.
@@ -29,6 +39,7 @@ class Transport(httpx2.AsyncBaseTransport):
         httpx2.TimeoutException: it took too long to connect.
         httpx2.ConnectError: it failed before there was a response.
         httpx2.RemoteProtocolError: what came is no response.
+        Redirected: it is a redirect that must not be followed.
     """
 
     def __init__(self, connections: int, proxy: httpx2.Proxy | None = None) -> None:
@@ -49,12 +60,13 @@ class Transport(httpx2.AsyncBaseTransport):
         if self._session is None:
             self._session = self._open()
         timeout = request.extensions["timeout"]
+        content = await request.aread()  # a redirected request has only a stream
         try:
             response = await self._session.request(
                 request.method,
                 str(request.url),
                 headers=request.headers,
-                data=request.content or None,
+                data=content or None,
                 allow_redirects=False,
                 timeout=aiohttp.ClientTimeout(
                     connect=timeout["pool"],
@@ -72,6 +84,9 @@ class Transport(httpx2.AsyncBaseTransport):
             raise httpx2.RemoteProtocolError(message, request=request) from error
         except aiohttp.ClientError as error:
             raise httpx2.ConnectError("no response", request=request) from error
+        if "location" in response.headers and not _may_follow(request.url, response):
+            response.close()
+            raise Redirected("a redirect elsewhere", request=request)
         headers = [pair for pair in response.raw_headers if pair[0].lower() != b"content-encoding"]
         body = Body(response)
         return httpx2.Response(
@@ -86,6 +101,21 @@ class Transport(httpx2.AsyncBaseTransport):
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
+
+
+def _may_follow(url: httpx2.URL, response: aiohttp.ClientResponse) -> bool:
+    """Whether a response is no redirect, or one within its origin that keeps method and body."""
+    if response.status not in _REDIRECTS:
+        return True
+    try:
+        to = url.join(response.headers["location"])
+    except (httpx2.InvalidURL, ValueError):
+        return False
+    return response.status in _SAME_REQUEST and _origin(to) == _origin(url)
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
 
 
 def _with_credentials(proxy: httpx2.Proxy) -> str:
