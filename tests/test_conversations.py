@@ -10,7 +10,7 @@ import pytest
 
 import wsserver
 from tests.support.client import Client, client
-from tests.support.puppet import BOUND, Puppet
+from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Code, End, ModelError, Thinking, Usage
 from wsserver.models.demo import Demo
 
@@ -357,15 +357,19 @@ async def test_another_prompt_under_a_known_id_is_refused(chat: Client, puppet: 
     assert (await chat.text(ID))[0] == "on"
 
 
-async def test_an_ended_generation_is_forgotten_after_the_replay_time(puppet: Puppet) -> None:
+async def test_a_prompt_sent_again_after_the_replay_time_is_answered_from_the_store(
+    puppet: Puppet,
+) -> None:
     async with wsserver.serve(puppet, port=0, replay=0, drain_timeout=0) as server:
-        async with client(server) as chat:
-            for number in range(3):
+        for number in range(3):
+            async with client(server) as chat:
                 await chat.prompt("Hello", id=ID)
-                (await puppet.reply(number)).say("x").end()
-                await chat.text(ID)
-                await chat.quiet()
-            assert server._hub.known("anonymous", ID) is None
+                if not number:
+                    (await puppet.reply()).say("x").end()
+                text, done = await chat.text(ID)
+                assert (text, done["reason"]) == ("x", "end_turn")
+                await until(lambda: server._hub.known("anonymous", ID) is None)
+        assert len(puppet.replies) == 1
 
 
 # Disconnecting

@@ -15,7 +15,7 @@ from wsserver import Code, ModelError, Thinking
 from wsserver.errors import StoreError
 from wsserver.generation import Log
 from wsserver.stores import MemoryStore
-from wsserver.stores.base import Entry
+from wsserver.stores.base import Entry, StoredGeneration
 
 ID, OTHER = "chosen-by-the-client", "another-of-the-client"
 ONE, TWO = "conversation-one", "conversation-two"
@@ -538,9 +538,9 @@ class Broken(MemoryStore):
         self._check()
         await super().commit(entries)
 
-    async def load(self, *args: Any) -> Any:
+    async def load(self, *args: Any, **bounds: Any) -> Any:
         self._check()
-        return await super().load(*args)
+        return await super().load(*args, **bounds)
 
     def _check(self) -> None:
         if self.failing:
@@ -596,8 +596,8 @@ async def test_what_could_not_be_saved_is_saved_when_the_store_is_back(
         store.failing = False
         reply.say("after").end()
         assert "saved" not in (await chat.next("done"))
-        found = await store.find(ID, "anonymous", 0)
-        assert found is not None
+        found = await store.find(ID, "anonymous")
+        assert isinstance(found, StoredGeneration)
         assert found.pieces == ["during ", "after"]
 
 
@@ -680,9 +680,9 @@ async def test_a_stop_overtakes_a_prompt_that_waits_for_the_store(
     gate = asyncio.Event()
 
     class Slow(MemoryStore):
-        async def load(self, *args: Any) -> Any:
+        async def load(self, *args: Any, **bounds: Any) -> Any:
             await gate.wait()
-            return await super().load(*args)
+            return await super().load(*args, **bounds)
 
     monkeypatch.setattr("wsserver.stores.make", lambda settings: Slow())
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:

@@ -23,7 +23,9 @@ FLOORS = {
     "models.http": 2,
     "models": 2,
     "stores.base": 2,
+    "stores.fair": 2,
     "stores.memory": 2,
+    "stores.migrations": 2,
     "stores.sqlite": 2,
     "stores": 2,
     "auth.base": 2,
@@ -70,6 +72,8 @@ NEIGHBOURS = {
     ("stores", "stores.sqlite"),  # only inside a function, when it is asked for
     ("stores.memory", "stores.base"),
     ("stores.sqlite", "stores.base"),
+    ("stores.sqlite", "stores.fair"),
+    ("stores.sqlite", "stores.migrations"),
     ("auth", "auth.base"),
     ("auth", "auth.tokens"),
     ("auth", "auth.jwt"),  # only inside a function, when it is asked for
@@ -108,7 +112,7 @@ NEIGHBOURS = {
 LIBRARIES = {
     "websockets": {"responses", "routes", "transport", "server", "client.dial", "client.chat"},
     "anthropic": {"models.anthropic"},
-    "aiosqlite": {"stores.sqlite"},
+    "sqlite3": {"stores.sqlite"},
     "aiohttp": {"models.http"},
     "httpx2": {"models.anthropic", "models.http", "auth.jwks"},
     "jwt": {"auth.jwt"},

@@ -14,27 +14,30 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import aiosqlite
 import pytest
 
 from wsserver import Settings
-from wsserver.errors import Code, ConfigError, StoreError
+from wsserver.errors import Code, ConfigError, Refused, StoreError
 from wsserver.generation import Thinking, Usage
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.protocol import Turn as Message
-from wsserver.stores import MemoryStore, Store, make, sqlite
+from wsserver.stores import MemoryStore, Store, fair, make, sqlite
 from wsserver.stores.base import (
+    TRACE_KEPT,
     Entry,
     Header,
     StoredConversation,
+    StoredGeneration,
     Summary,
     day_of,
     title_of,
     tokens_of,
 )
+from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.sqlite import SqliteStore
 
 pytestmark = pytest.mark.slow
@@ -88,9 +91,9 @@ class Reopened(SqliteStore):
         async with self._again():
             return await super().find(*args)
 
-    async def load(self, *args: Any) -> Any:
+    async def load(self, *args: Any, **bounds: Any) -> Any:
         async with self._again():
-            return await super().load(*args)
+            return await super().load(*args, **bounds)
 
     async def list(self, *args: Any) -> Any:
         async with self._again():
@@ -181,7 +184,7 @@ async def file(path: Path) -> AsyncIterator[SqliteStore]:
 
 def workers() -> set[threading.Thread]:
     """Return the threads of connections; the event loop keeps others of its own."""
-    return {thread for thread in threading.enumerate() if "connection_worker" in thread.name}
+    return {thread for thread in threading.enumerate() if "wsserver-store" in thread.name}
 
 
 def check(path: Path) -> None:
@@ -233,14 +236,25 @@ def kinds(pieces: Sequence[str]) -> list[tuple[type[str], str]]:
 
 
 async def found(store: Store, name: str = "g", owner: str = "me") -> list[str] | None:
-    stored = await store.find(name, owner, 0.0)
-    return None if stored is None else stored.pieces
+    stored = await store.find(name, owner)
+    return stored.pieces if isinstance(stored, StoredGeneration) else None
+
+
+async def load(
+    store: Store, name: str, owner: str, limit: int, before: int | None = None
+) -> StoredConversation | None:
+    """Load turns however large they are."""
+    return await store.load(name, owner, limit=limit, size=10**9, before=before)
 
 
 async def loaded(store: Store, name: str = "c", owner: str = "me") -> StoredConversation:
-    stored = await store.load(name, owner, 1000)
+    stored = await load(store, name, owner, 1000)
     assert stored is not None
     return stored
+
+
+async def listed(store: Store, owner: str = "me") -> list[tuple[str, str, float, float]]:
+    return [(s.id, s.title, s.created, s.updated) for s in await store.list(owner, 100, None)]
 
 
 async def names(store: Store, owner: str = "me") -> list[str]:
@@ -253,8 +267,8 @@ async def names(store: Store, owner: str = "me") -> list[str]:
 async def test_what_was_committed_in_one_batch_is_found(store: Store) -> None:
     asked = header()
     await store.commit([whole(asked, "Hi", " there.")])
-    stored = await store.find("g", "me", 0.0)
-    assert stored is not None
+    stored = await store.find("g", "me")
+    assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     assert stored.pieces == ["Hi", " there."]
     assert stored.terminal == done()
@@ -272,8 +286,8 @@ async def test_what_was_committed_bit_by_bit_is_found_as_a_whole(store: Store) -
     expected = [[], ["a"], ["a"], ["a", Thinking("b"), "c"], ["a", Thinking("b"), "c", "d"]]
     for entry, pieces in zip(batches, expected, strict=True):
         await store.commit([entry])
-        stored = await store.find("g", "me", 0.0)
-        assert stored is not None
+        stored = await store.find("g", "me")
+        assert isinstance(stored, StoredGeneration)
         assert kinds(stored.pieces) == kinds(pieces)
         assert stored.terminal == entry.terminal
     (turn,) = (await loaded(store)).turns
@@ -339,8 +353,8 @@ async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
     )
     asked = Header("g", "me", "c", prompt, "claude-☃", 1234567890.123456)
     await store.commit([Entry(asked, new=True)])
-    stored = await store.find("g", "me", 0.0)
-    assert stored is not None
+    stored = await store.find("g", "me")
+    assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     (turn,) = (await loaded(store)).turns
     assert turn.prompt == prompt.prompt
@@ -383,8 +397,8 @@ async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
 )
 async def test_a_terminal_comes_back_as_it_was(store: Store, terminal: Terminal) -> None:
     await store.commit([whole(header(), terminal=terminal)])
-    stored = await store.find("g", "me", 0.0)
-    assert stored is not None
+    stored = await store.find("g", "me")
+    assert isinstance(stored, StoredGeneration)
     assert stored.terminal == terminal
 
 
@@ -435,9 +449,9 @@ async def test_an_older_generation_of_an_id_still_gets_its_end(store: Store) -> 
 
 async def test_a_generation_of_someone_else_looks_absent(store: Store) -> None:
     await store.commit([whole(header())])
-    assert await store.find("g", "you", 0.0) is None
-    assert await store.find("g", "", 0.0) is None
-    assert await store.find("unknown", "me", 0.0) is None
+    assert await store.find("g", "you") is None
+    assert await store.find("g", "") is None
+    assert await store.find("unknown", "me") is None
 
 
 async def test_an_id_belongs_to_each_owner_alone(store: Store) -> None:
@@ -447,41 +461,23 @@ async def test_an_id_belongs_to_each_owner_alone(store: Store) -> None:
     assert await found(store, owner="you") == ["yours"]
 
 
-async def test_a_generation_that_ended_before_a_time_is_not_found(
-    store: Store, clock: Clock
-) -> None:
-    await store.commit([Entry(header(), new=True)])
-    clock.now = 2000.0
-    await store.commit([Entry(header(), terminal=done())])
-    assert await store.find("g", "me", 2000.0) is not None
-    assert await store.find("g", "me", 2000.1) is None
-
-
-async def test_a_generation_that_has_not_ended_is_found_whenever_it_began(store: Store) -> None:
+async def test_a_generation_that_has_not_ended_is_found(store: Store) -> None:
     await store.commit([Entry(header(began=1.0), True, 0, ["a"])])
-    stored = await store.find("g", "me", time.time() - 60)
-    assert stored is not None
+    stored = await store.find("g", "me")
+    assert isinstance(stored, StoredGeneration)
     assert stored.pieces == ["a"]
     assert stored.terminal is None
-
-
-async def test_an_older_generation_of_an_id_does_not_stand_in_for_one_that_ended(
-    store: Store,
-) -> None:
-    await store.commit([Entry(header(began=1.0), True, 0, ["broken off"])])
-    await store.commit([whole(header(began=2.0), "whole")])
-    assert await store.find("g", "me", 1e12) is None
 
 
 async def test_a_generation_outside_of_conversations_is_only_found(store: Store) -> None:
     asked = header(conversation=None)
     await store.commit([whole(asked, "Hi.")])
-    stored = await store.find("g", "me", 0.0)
-    assert stored is not None
+    stored = await store.find("g", "me")
+    assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     assert stored.pieces == ["Hi."]
     assert await names(store) == []
-    assert await store.load("c", "me", 10) is None
+    assert await load(store, "c", "me", 10) is None
 
 
 async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
@@ -494,6 +490,180 @@ async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
     (await loaded(store)).turns.clear()
     assert await found(store) == ["a"]
     assert len((await loaded(store)).turns) == 1
+
+
+# Traces.
+
+
+async def trace_of(store: Store, name: str = "g", owner: str = "me") -> float | None:
+    """Return when a generation was deleted; None where the store never had it."""
+    stored = await store.find(name, owner)
+    assert not isinstance(stored, StoredGeneration)
+    return None if stored is None else stored.when
+
+
+async def test_a_generation_is_found_for_as_long_as_it_is_stored(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([whole(header(), "a", Thinking("b"), "c")])
+    clock.now += 365 * DAY
+    await store.purge(clock.now)
+    stored = await found(store)
+    assert stored is not None
+    assert kinds(stored) == kinds(["a", Thinking("b"), "c"])
+
+
+async def test_a_deleted_conversation_leaves_traces_of_its_generations(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([whole(header("1")), Entry(header("2"), True, 0, ["a"])])
+    await store.commit([whole(header("1", owner="you"))])
+    clock.now = 2000.0
+    assert await store.delete("c", "me")
+    assert [await trace_of(store, name) for name in "123"] == [2000.0, 2000.0, None]
+    assert await found(store, "1", "you") == ["Hi."]
+    assert await trace_of(store, "2", "you") is None
+
+
+async def test_a_purged_generation_leaves_a_trace_until_its_time_is_up(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([whole(header(conversation=None))])
+    clock.now = 2000.0
+    await store.purge(clock.now)
+    assert await trace_of(store) == 2000.0
+    clock.now += TRACE_KEPT
+    await store.purge(0.0)
+    assert await trace_of(store) == 2000.0
+    clock.now += 1
+    await store.purge(0.0)
+    assert await trace_of(store) is None
+
+
+async def test_an_owner_has_so_many_traces_and_the_oldest_are_dropped_first(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsserver.stores.memory.TRACES", 3)
+    monkeypatch.setattr("wsserver.stores.sqlite.TRACES", 3)
+    await store.commit([whole(header(f"y{n}", "c", owner="you")) for n in range(2)])
+    await store.delete("c", "you")
+    for number in range(4):
+        clock.now += 1
+        await store.commit([whole(header(f"o{number}", None))])
+        await store.purge(clock.now + 1)
+    assert [await trace_of(store, f"o{n}") is None for n in range(4)] == [True, False, False, False]
+    clock.now += 1
+    await store.commit([whole(header(f"g{number}")) for number in range(5)])
+    await store.delete("c", "me")
+    assert [await trace_of(store, f"o{number}") for number in range(4)] == [None] * 4
+    assert [await trace_of(store, f"g{number}") for number in range(5)] == [
+        None,
+        None,
+        *[clock.now] * 3,
+    ]
+    assert [await trace_of(store, f"y{number}", "you") for number in range(2)] == [1000.0] * 2
+
+
+async def test_an_id_that_was_forgotten_can_come_again(store: Store) -> None:
+    await store.commit([whole(header(conversation=None, began=1.0))])
+    await store.purge(1e12)
+    await store.commit([whole(header(began=2.0), "again")])
+    assert await found(store) == ["again"]
+
+
+# Turns that are not in the history.
+
+
+async def texts(store: Store) -> list[tuple[int, str]]:
+    return [(turn.number, turn.text) for turn in (await loaded(store)).turns]
+
+
+async def test_a_retry_replaces_the_attempt_in_the_history_and_both_are_found(
+    store: Store,
+) -> None:
+    await store.commit([whole(header("1"), "one")])
+    await store.commit([whole(header("2"), "half", terminal=failed(Code.OVERLOADED))])
+    retry = replace(header("3"), retry_of="2")
+    await store.commit([Entry(retry, new=True)])
+    assert [name for _, name in await texts(store)] == ["one", ""]
+    await store.commit([Entry(retry, True, 0, ["whole"], done())])  # as nobody knew of the first
+    assert await texts(store) == [(1, "one"), (3, "whole")]
+    assert [await found(store, name) for name in "123"] == [["one"], ["half"], ["whole"]]
+    stored = await store.find("3", "me")
+    assert isinstance(stored, StoredGeneration)
+    assert stored.header == retry
+    page = await load(store, "c", "me", 1)
+    assert page is not None
+    assert page.older
+    page = await load(store, "c", "me", 10, page.turns[0].number)
+    assert page is not None
+    assert ([turn.text for turn in page.turns], page.older) == (["one"], False)
+
+
+@pytest.mark.parametrize("retry_of", ["2", "unknown", "y", "o"])
+async def test_a_retry_replaces_its_owners_attempt_in_its_own_conversation_alone(
+    store: Store, retry_of: str
+) -> None:
+    await store.commit(
+        [
+            whole(header("1"), "one"),
+            whole(header("2", "d"), "two"),
+            whole(header("y", "c", owner="you"), "yours"),
+            whole(header("o", None), "outside"),
+        ]
+    )
+    await store.commit([whole(replace(header("3"), retry_of=retry_of), "three")])
+    assert await texts(store) == [(1, "one"), (2, "three")]
+    assert [turn.text for turn in (await loaded(store, "d")).turns] == ["two"]
+    assert [turn.text for turn in (await loaded(store, "c", "you")).turns] == ["yours"]
+
+
+async def test_a_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: Store) -> None:
+    queued = header("2")
+    await store.commit([whole(header("1"), "one"), Entry(queued, new=True)])
+    await store.commit([whole(header("3"), "three")])
+    assert await texts(store) == [(1, "one"), (2, ""), (3, "three")]
+    end = done("stopped", "client").model_copy(update={"seq": 0})
+    for _ in range(2):
+        await store.commit([Entry(queued, terminal=end, unsaid=True)])
+        assert await texts(store) == [(1, "one"), (3, "three")]
+    stored = await store.find("2", "me")
+    assert isinstance(stored, StoredGeneration)
+    assert (stored.pieces, stored.terminal) == ([], end)
+    page = await load(store, "c", "me", 10, 3)
+    assert page is not None
+    assert ([turn.number for turn in page.turns], page.older) == ([1], False)
+
+
+async def test_an_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
+    store: Store,
+) -> None:
+    await store.commit([whole(header("1"), "half", terminal=failed(Code.OVERLOADED))])
+    retry = replace(header("2"), retry_of="1")
+    await store.commit([Entry(retry, new=True)])
+    assert [number for number, _ in await texts(store)] == [2]
+    await store.commit([Entry(retry, terminal=done("stopped", "client"), unsaid=True)])
+    assert await texts(store) == [(1, "half")]
+
+
+async def test_a_queued_prompt_whose_process_died_is_interrupted_and_costs_nothing(
+    path: Path,
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([Entry(header("queued"), new=True), Entry(header("o", None), new=True)])
+    await store.close()
+    await store.open()
+    (turn,) = (await loaded(store)).turns
+    assert (turn.id, turn.prompt, turn.text, turn.partial) == (
+        "queued",
+        "Hello?",
+        "",
+        "interrupted",
+    )
+    assert await store.spent("me", day_of(time.time())) == 0
+    assert await found(store, "o") == []
+    await store.close()
 
 
 # Conversations.
@@ -512,14 +682,14 @@ async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store
 
 
 async def test_a_conversation_that_is_unknown_is_none(store: Store) -> None:
-    assert await store.load("c", "me", 10) is None
-    assert await store.load("c", "me", 10, 5) is None
+    assert await load(store, "c", "me", 10) is None
+    assert await load(store, "c", "me", 10, 5) is None
 
 
 async def test_the_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
     await store.commit([whole(header(f"g{number}")) for number in range(5)])
     for limit, expected in [(0, ""), (1, "4"), (3, "234"), (5, "01234"), (100, "01234")]:
-        stored = await store.load("c", "me", limit)
+        stored = await load(store, "c", "me", limit)
         assert stored is not None
         assert "".join(turn.id for turn in stored.turns) == "".join(f"g{n}" for n in expected)
 
@@ -543,7 +713,7 @@ async def test_the_whole_history_can_be_paged_through(store: Store, size: int) -
     pages: list[list[tuple[str, str]]] = []
     numbers: list[int] = []
     before: int | None = None
-    while (stored := await store.load("c", "me", size, before)) is not None and stored.turns:
+    while (stored := await load(store, "c", "me", size, before)) is not None and stored.turns:
         pages.insert(0, [(turn.id, turn.text) for turn in stored.turns])
         numbers = [turn.number for turn in stored.turns] + numbers
         before = stored.turns[0].number
@@ -552,10 +722,40 @@ async def test_the_whole_history_can_be_paged_through(store: Store, size: int) -
     assert numbers == [1, 2, 3, 4, 5, 6, 7]
 
 
+async def test_turns_are_read_newest_first_until_their_bytes_reach_a_bound(store: Store) -> None:
+    sizes = [10, 1000, 20, 30, 40]
+    for number, size in enumerate(sizes, start=1):
+        prompt = "é" * (size // 4)  # of two bytes each
+        await store.commit(
+            [whole(header(f"g{number}", prompt=prompt), Thinking("x" * 9999), "x" * (size // 2))]
+        )
+
+    async def read(size: int, before: int | None = None) -> tuple[list[int], bool]:
+        stored = await store.load("c", "me", limit=100, size=size, before=before)
+        assert stored is not None
+        return [turn.number for turn in stored.turns], stored.older
+
+    # A prompt counts with the keys of its record, which not every store has.
+    assert await read(1) == ([5], True)
+    assert await read(10, 3) == ([2], True)
+    assert await read(10, 2) == ([1], False)
+    assert await read(900) == ([3, 4, 5], True)
+    assert await read(100_000) == ([1, 2, 3, 4, 5], False)
+    assert await read(0, 1) == ([], False)
+
+
+async def test_a_history_tells_whether_there_are_older_turns(store: Store) -> None:
+    await store.commit([whole(header(f"g{number}")) for number in range(3)])
+    for limit, before, older in [(3, None, False), (2, None, True), (2, 3, False), (1, 2, False)]:
+        stored = await load(store, "c", "me", limit, before)
+        assert stored is not None
+        assert stored.older is older
+
+
 @pytest.mark.parametrize("before", [0, 1, -1, -(10**30)])
 async def test_before_the_first_turn_there_are_none(store: Store, before: int) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"))])
-    stored = await store.load("c", "me", 10, before)
+    stored = await load(store, "c", "me", 10, before)
     assert stored is not None
     assert stored.turns == []
     assert stored.title == "Hello?"
@@ -564,7 +764,7 @@ async def test_before_the_first_turn_there_are_none(store: Store, before: int) -
 @pytest.mark.parametrize("before", [1000, 2**63 - 1, 2**63, 10**30])
 async def test_before_any_later_number_there_are_all_turns(store: Store, before: int) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"))])
-    stored = await store.load("c", "me", 10, before)
+    stored = await load(store, "c", "me", 10, before)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == ["g1", "g2"]
 
@@ -598,8 +798,8 @@ async def test_a_turn_in_which_nothing_was_said_has_no_text(store: Store) -> Non
 
 async def test_a_conversation_of_someone_else_looks_absent(store: Store) -> None:
     await store.commit([whole(header())])
-    assert await store.load("c", "you", 10) is None
-    assert await store.load("c", "", 10, 5) is None
+    assert await load(store, "c", "you", 10) is None
+    assert await load(store, "c", "", 10, 5) is None
     assert await names(store, "you") == []
 
 
@@ -625,12 +825,12 @@ async def test_two_owners_may_have_a_conversation_of_the_same_id(
         (2, "2", "d"),
         (3, "3", "e"),
     ]
-    page = await store.load("c", "you", 10, 3)
+    page = await load(store, "c", "you", 10, 3)
     assert page is not None
     assert [turn.text for turn in page.turns] == ["b", "d"]
     assert (await found(store, "1"), await found(store, "1", "you")) == (["a"], ["b"])
-    assert await store.list("me", 10, None) == [Summary("c", "Mine?", 1000.0, 2000.0)]
-    assert await store.list("you", 10, None) == [Summary("c", "Yours?", 2000.0, 2000.0)]
+    assert await listed(store) == [("c", "Mine?", 1000.0, 2000.0)]
+    assert await listed(store, "you") == [("c", "Yours?", 2000.0, 2000.0)]
 
 
 async def test_what_one_owner_does_the_other_of_the_same_id_does_not_notice(
@@ -655,7 +855,7 @@ async def test_what_one_owner_does_the_other_of_the_same_id_does_not_notice(
     await store.purge(1e12)
     assert await unchanged()
     assert await store.delete("c", "me")
-    assert await store.load("c", "me", 10) is None
+    assert await load(store, "c", "me", 10) is None
     assert not await store.rename("c", "me", "Back")
     assert not await store.delete("c", "me")
     assert (await found(store, "1"), await found(store, "1", "you")) == (None, ["Hi."])
@@ -675,7 +875,7 @@ async def test_a_reply_goes_on_after_the_other_owner_of_the_same_id_deleted_thei
 ) -> None:
     await store.commit([whole(header(owner="you")), Entry(header(), True, 0, ["a"])])
     assert await store.delete("c", "you")
-    await store.commit([Entry(header(), False, 1, ["b"], done(), "ab")])
+    await store.commit([Entry(header(), False, 1, ["b"], done())])
     (turn,) = (await loaded(store)).turns
     assert (turn.number, turn.text, turn.partial) == (1, "ab", None)
     assert await found(store) == ["a", "b"]
@@ -686,10 +886,10 @@ async def test_conversations_are_listed_newest_first(store: Store, clock: Clock)
     for name in ("a", "b", "c"):
         clock.now += 1
         await store.commit([whole(header(name, name, prompt=f"About {name}"))])
-    assert await store.list("me", 10, None) == [
-        Summary("c", "About c", 1003.0, 1003.0),
-        Summary("b", "About b", 1002.0, 1002.0),
-        Summary("a", "About a", 1001.0, 1001.0),
+    assert await listed(store) == [
+        ("c", "About c", 1003.0, 1003.0),
+        ("b", "About b", 1002.0, 1002.0),
+        ("a", "About a", 1001.0, 1001.0),
     ]
 
 
@@ -699,13 +899,13 @@ async def test_a_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_bet
     await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
     clock.now = 1001.0
     await store.commit([Entry(header("3", "a"), new=True)])
-    assert await store.list("me", 1, None) == [Summary("a", "Hello?", 1000.0, 1001.0)]
+    assert (await listed(store))[0] == ("a", "Hello?", 1000.0, 1001.0)
     clock.now = 1002.0
     await store.commit([Entry(header("3", "a"), False, 0, ["x"])])
-    assert await store.list("me", 1, None) == [Summary("a", "Hello?", 1000.0, 1001.0)]
+    assert (await listed(store))[0] == ("a", "Hello?", 1000.0, 1001.0)
     clock.now = 1003.0
     await store.commit([Entry(header("3", "a"), False, 1, [], done())])
-    assert await store.list("me", 1, None) == [Summary("a", "Hello?", 1000.0, 1003.0)]
+    assert (await listed(store))[0] == ("a", "Hello?", 1000.0, 1003.0)
     clock.now = 1004.0
     assert await store.rename("b", "me", "New")
     await store.commit([whole(header("o", None))])
@@ -721,18 +921,18 @@ async def test_a_list_is_paged_without_gap_or_duplicate_where_times_are_equal(
         await store.commit([whole(header(f"g{number}", f"c{number}"))])
     await store.commit([whole(header("x", "not mine", owner="you"))])
     seen: list[Summary] = []
-    before: tuple[float, str] | None = None
+    before: int | None = None
     while page := await store.list("me", size, before):
         assert len(page) <= size
         seen += page
-        before = (page[-1].updated, page[-1].id)
+        before = page[-1].place
     assert [summary.id for summary in seen] == [f"c{number}" for number in range(8, -1, -1)]
     assert seen == await store.list("me", 100, None)
 
 
-async def test_conversations_of_one_batch_are_equally_new(store: Store) -> None:
+async def test_conversations_of_one_batch_are_listed_in_its_order(store: Store) -> None:
     await store.commit([whole(header(name, name)) for name in ("b", "c", "a")])
-    assert await names(store) == ["c", "b", "a"]
+    assert await names(store) == ["a", "c", "b"]
 
 
 async def test_a_list_has_the_owners_own_alone(store: Store) -> None:
@@ -749,7 +949,7 @@ async def test_a_conversation_is_renamed_by_its_owner(store: Store) -> None:
     assert await store.rename("c", "me", "Neuer\0 Titel 🎈")
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
     (summary,) = await store.list("me", 10, None)
-    assert summary == Summary("c", "Neuer\0 Titel 🎈", before[0].created, before[0].updated)
+    assert summary == replace(before[0], title="Neuer\0 Titel 🎈")
     assert await store.rename("c", "me", "Neuer\0 Titel 🎈")  # that it has already
     await store.commit([whole(header("h", prompt="Another?"))])
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
@@ -766,7 +966,7 @@ async def test_a_deleted_conversation_is_gone_with_all_in_it(store: Store) -> No
     await store.commit([whole(header("1")), Entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("3", "other")), whole(header("4", None))])
     assert await store.delete("c", "me")
-    assert await store.load("c", "me", 10) is None
+    assert await load(store, "c", "me", 10) is None
     assert await names(store) == ["other"]
     assert [await found(store, name) for name in "1234"] == [None, None, ["Hi."], ["Hi."]]
     assert not await store.delete("c", "me")
@@ -792,7 +992,7 @@ async def test_what_is_committed_after_a_delete_is_dropped(store: Store) -> None
             Entry(running, False, 2, ["c"], done()),
         ]
     )
-    assert await store.load("c", "me", 10) is None
+    assert await load(store, "c", "me", 10) is None
     assert await found(store, "running") is None
     assert await names(store) == ["other"]  # what else was in that batch is saved
 
@@ -805,7 +1005,7 @@ async def test_a_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock
     stored = await loaded(store)
     assert stored.title == "Anew?"
     assert [(turn.number, turn.id, turn.text) for turn in stored.turns] == [(1, "g2", "new")]
-    assert await store.list("me", 10, None) == [Summary("c", "Anew?", 2000.0, 2000.0)]
+    assert await listed(store) == [("c", "Anew?", 2000.0, 2000.0)]
 
 
 async def test_a_delete_uncovers_an_older_generation_of_the_id(store: Store) -> None:
@@ -817,28 +1017,25 @@ async def test_a_delete_uncovers_an_older_generation_of_the_id(store: Store) -> 
     assert await found(store) is None
 
 
-async def test_one_that_died_with_its_process_is_found_for_a_time_after_the_next_start(
-    path: Path, clock: Clock
+async def test_one_that_died_with_its_process_is_found_and_is_in_the_history(
+    file: SqliteStore, path: Path
 ) -> None:
-    store = SqliteStore(path)
-    await store.open()
-    await store.commit([Entry(header(), True, 0, ["a"])])
-    await store.close()
-    clock.now = 5000.0
-    store = SqliteStore(path)
-    await store.open()
-    stored = await store.find("g", "me", 5000.0)
-    assert stored is not None
-    assert stored.terminal is None
-    assert await store.find("g", "me", 5000.1) is None
-    (turn,) = (await loaded(store)).turns
-    assert (turn.text, turn.partial) == ("a", "interrupted")
-    await store.close()
+    pieces = ["a", Thinking("b"), "c"]
+    await file.commit([Entry(header(), True, 0, pieces)])
+    for _ in range(2):
+        await file.close()
+        await file.open()
+        stored = await file.find("g", "me")
+        assert isinstance(stored, StoredGeneration)
+        assert (kinds(stored.pieces), stored.terminal) == (kinds(pieces), None)
+        (turn,) = (await loaded(file)).turns
+        assert (turn.text, turn.partial) == ("ac", "interrupted")
+    assert query(path, "SELECT * FROM piece") == []
 
 
 async def test_the_text_that_comes_with_an_end_is_that_of_the_turn(store: Store) -> None:
     pieces = [Thinking("hm"), "a", "b"]
-    await store.commit([Entry(header(), True, 0, pieces, done(), "ab")])
+    await store.commit([Entry(header(), True, 0, pieces, done())])
     (turn,) = (await loaded(store)).turns
     assert turn.text == "ab"
     assert await found(store) == pieces
@@ -954,7 +1151,7 @@ async def test_a_reply_is_counted_when_it_ends_and_not_before(store: Store, cloc
     await store.commit([Entry(header(), False, 1, ["b"])])
     assert await store.spent("me", 0) == 0
     clock.now = DAY
-    await store.commit([Entry(header(), False, 2, ["c"], costing(10), "abc")])
+    await store.commit([Entry(header(), False, 2, ["c"], costing(10))])
     assert [await store.spent("me", day) for day in (0, 1)] == [0, 10]
 
 
@@ -993,7 +1190,7 @@ async def test_a_reply_that_ends_after_its_conversation_was_deleted_is_counted(
     await store.commit([Entry(header(), True, 0, ["a"])])
     assert await store.delete("c", "me")
     for _ in range(2):
-        await store.commit([Entry(header(), False, 1, ["b"], done(), "ab")])
+        await store.commit([Entry(header(), False, 1, ["b"], done())])
         assert await store.spent("me", 0) == 8
     assert await names(store) == []
 
@@ -1195,11 +1392,11 @@ async def test_the_file_is_set_up_for_readers_beside_a_writer(
     file: SqliteStore, path: Path
 ) -> None:
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
-    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
-    for database in (file._writer, file._reader):
-        assert list(await database.execute_fetchall("PRAGMA foreign_keys")) == [(1,)]
-        assert list(await database.execute_fetchall("PRAGMA synchronous")) == [(1,)]
-        assert list(await database.execute_fetchall("PRAGMA busy_timeout")) == [(10,)]
+    assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
+    for connection in (file._writer, file._reader):
+        assert await ask(connection, "PRAGMA foreign_keys") == [(1,)]
+        assert await ask(connection, "PRAGMA synchronous") == [(1,)]
+        assert await ask(connection, "PRAGMA busy_timeout") == [(10,)]
 
 
 async def test_one_file_remains_once_it_is_closed_beside_the_lock(path: Path) -> None:
@@ -1235,18 +1432,18 @@ async def test_a_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
     await store.commit([whole(header())])
     await store.close()
     script = "CREATE TABLE later (x); CREATE INDEX later_by_x ON later (x);"
-    monkeypatch.setattr(sqlite, "MIGRATIONS", [*sqlite.MIGRATIONS, script, "DROP TABLE later;"])
+    monkeypatch.setattr(sqlite, "MIGRATIONS", [*MIGRATIONS, script, "DROP TABLE later;"])
     await store.open()
     assert await found(store) == ["Hi."]
     await store.close()
-    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
+    assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS) + 2,)]
     assert query(path, "SELECT * FROM sqlite_master WHERE name LIKE 'later%'") == []
 
 
 async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, clock: Clock) -> None:
     prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
     for statement in [
-        *sqlite.MIGRATIONS[0].split(";"),
+        *MIGRATIONS[0].split(";"),
         "INSERT INTO conversation VALUES ('c', 'me', 'Hello?', 1.0, 2.0)",
         f"INSERT INTO generation VALUES (1, 'g', 1, 2, 'me', 'c', '{prompt}', 'm', '{end}', 'Hi.')",
         f"INSERT INTO generation VALUES (2, 'h', 2, NULL, 'me', 'c', '{prompt}', 'm', NULL, NULL)",
@@ -1264,7 +1461,7 @@ async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, cl
     await store.commit([whole(header("i"))])
     assert await store.spent("me", 0) == 10
     await store.close()
-    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
+    assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     check(path)
 
 
@@ -1273,7 +1470,7 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
 ) -> None:
     prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
     database = sqlite3.connect(path)
-    database.executescript("".join(sqlite.MIGRATIONS[:2]))
+    database.executescript("".join(MIGRATIONS[:2]))
     database.executemany(
         "INSERT INTO conversation (id, owner, title, created, updated) VALUES (?, ?, ?, ?, ?)",
         [("c", "me", "First", 1.0, 9.0), ("d", "you", "Second", 2.0, 4.0)],
@@ -1304,11 +1501,11 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
 
     store = SqliteStore(path)
     await store.open()
-    assert list(await store._writer.execute_fetchall("PRAGMA foreign_keys")) == [(1,)]
-    assert await store.list("me", 10, None) == [Summary("c", "First", 1.0, 9.0)]
-    assert await store.list("you", 10, None) == [
-        Summary("c", "…", 5.0, 7.0),
-        Summary("d", "Second", 2.0, 4.0),
+    assert await ask(store._writer, "PRAGMA foreign_keys") == [(1,)]
+    assert await listed(store) == [("c", "First", 1.0, 9.0)]
+    assert await listed(store, "you") == [
+        ("c", "…", 5.0, 7.0),
+        ("d", "Second", 2.0, 4.0),
     ]
     assert [
         [(t.number, t.id, t.prompt, t.text, t.partial) for t in stored.turns]
@@ -1322,8 +1519,8 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
         [(1, "g1", "Hello?", "22", None)],
         [(1, "g2", "Hello?", "55", None)],
     ]
-    outside = await store.find("o", "me", 5.0)
-    assert outside is not None
+    outside = await store.find("o", "me")
+    assert isinstance(outside, StoredGeneration)
     assert outside.header.conversation is None
     assert (outside.terminal, kinds(outside.pieces)) == (
         done(),
@@ -1338,7 +1535,7 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
     assert query(path, "SELECT DISTINCT generation FROM piece") == [(20,), (30,), (50,)]
     assert len((await loaded(store, "c", "you")).turns) == 1
     await store.close()
-    assert query(path, "PRAGMA user_version") == [(len(sqlite.MIGRATIONS),)]
+    assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     check(path)
 
     # It is as if it had always been of this version.
@@ -1351,13 +1548,12 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
 
 
 async def test_nothing_looks_at_all_that_there_is(file: SqliteStore, path: Path) -> None:
-    statements: list[str] = []
-    for database in (file._writer, file._reader):
-        await database.set_trace_callback(statements.append)
+    statements = await trace(file._writer)
+    await trace(file._reader, statements)
     await file.commit([whole(header()), whole(header("o", None))])
     await loaded(file)
     await found(file)
-    await file.list("me", 10, (1e12, "c"))
+    await file.list("me", 10, 9)
     await file.rename("c", "me", "New")
     await file.delete("c", "me")
     await file.purge(1e12)
@@ -1374,7 +1570,7 @@ async def test_a_migration_that_fails_changes_nothing(
 ) -> None:
     store = SqliteStore(path)
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "MIGRATIONS", [*sqlite.MIGRATIONS, "CREATE TABLE generation (x);"])
+        patch.setattr(sqlite, "MIGRATIONS", [*MIGRATIONS, "CREATE TABLE generation (x);"])
         assert "already exists" in await refused(store)
     assert query(path, "SELECT * FROM sqlite_master") == []
     await store.open()
@@ -1435,7 +1631,7 @@ async def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
 async def test_a_link_that_leads_to_itself_is_refused_before_any_thread_begins(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiosqlite, "connect", None)
+    monkeypatch.setattr(sqlite3, "connect", None)
     path.symlink_to(path)
     assert str(path) in await refused(SqliteStore(path))
 
@@ -1455,10 +1651,10 @@ async def test_a_file_that_cannot_be_written_is_refused(
         await store.open()
         await store.commit([whole(header())])
         await store.close()
-    connect = aiosqlite.connect
+    connect = sqlite3.connect
     with monkeypatch.context() as patch:
         patch.setattr(
-            aiosqlite,
+            sqlite3,
             "connect",
             lambda path, **options: connect(f"file:{path}?mode=ro", uri=True, **options),
         )
@@ -1536,6 +1732,7 @@ async def test_the_lock_of_a_process_that_was_killed_is_free_and_its_commits_are
 import asyncio, pathlib, sys
 from wsserver.protocol import Prompt
 from wsserver.stores.base import Entry, Header
+from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.sqlite import SqliteStore
 
 async def main():
@@ -1564,8 +1761,8 @@ asyncio.run(main())
             await process.communicate()
     store = SqliteStore(path)
     await store.open()
-    stored = await store.find("g", "me", 0.0)
-    assert stored is not None
+    stored = await store.find("g", "me")
+    assert isinstance(stored, StoredGeneration)
     assert stored.pieces == ["a", "b"]
     assert stored.terminal is None
     await store.close()
@@ -1616,9 +1813,9 @@ async def test_one_that_died_and_is_damaged_is_not_in_the_way_of_the_others(
 async def test_those_that_died_are_found_without_looking_at_all_others(
     file: SqliteStore, path: Path
 ) -> None:
-    plan = query(path, f"EXPLAIN QUERY PLAN {sqlite._BURY.replace('?', '0')}")
+    plan = query(path, f"EXPLAIN QUERY PLAN {sqlite._DEAD}")
     assert [step[-1] for step in plan] == [
-        "SEARCH generation USING INDEX generation_without_end (ended=?)"
+        "SEARCH generation USING INDEX generation_loose (ended=?)"
     ]
 
 
@@ -1670,11 +1867,11 @@ async def test_a_lock_of_another_program_is_waited_for(path: Path) -> None:
     await store.open()
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
-    begun = asyncio.Event()
-    watch(store._writer, lambda hop: begun.set())
+    begun = threading.Event()
+    await call_back(store._writer, lambda statement: begun.set())
     commit = asyncio.ensure_future(store.commit([whole(header())]))
     async with asyncio.timeout(SECONDS):
-        await begun.wait()
+        await asyncio.to_thread(begun.wait, SECONDS)
         assert not commit.done()
         other.execute("ROLLBACK")
         await commit
@@ -1701,9 +1898,9 @@ async def test_a_file_that_another_program_has_locked_is_refused_until_it_is_fre
 
 
 async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: SqliteStore) -> None:
-    await file.commit([whole(header())])
-    ((pages,),) = await file._writer.execute_fetchall("PRAGMA page_count")
-    await file._writer.execute_fetchall(f"PRAGMA max_page_count = {pages + 2}")
+    await file.commit([Entry(header(), True, 0, ["Hi."]), whole(header("o", None))])
+    ((pages,),) = await ask(file._writer, "PRAGMA page_count")
+    await ask(file._writer, f"PRAGMA max_page_count = {pages + 2}")
     batch = [
         Entry(header(), False, 1, ["more"]),
         *(whole(header(f"h{number}", f"d{number}"), "x" * 5000) for number in range(20)),
@@ -1717,7 +1914,7 @@ async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: Sqli
         assert query(file._path, "SELECT tokens FROM spent") == [(8,)]
     await file.commit([Entry(header(), False, 1, ["little"])])  # for which there is room
     assert await found(file) == ["Hi.", "little"]
-    await file._writer.execute_fetchall("PRAGMA max_page_count = 1000000")
+    await ask(file._writer, "PRAGMA max_page_count = 1000000")
     await file.commit(batch[1:])
     assert len(await names(file)) == 21
     assert await found(file, "h19") == ["x" * 5000]
@@ -1733,8 +1930,8 @@ async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: Sqlite
 
 async def test_no_text_that_cannot_be_asked_for_is_another_error(file: SqliteStore) -> None:
     for attempt in (
-        lambda: file.find("\ud800", "me", 0.0),
-        lambda: file.load("\ud800", "me", 1),
+        lambda: file.find("\ud800", "me"),
+        lambda: load(file, "\ud800", "me", 1),
         lambda: file.list("\ud800", 1, None),
         lambda: file.rename("\ud800", "me", "x"),
         lambda: file.delete("\ud800", "me"),
@@ -1749,10 +1946,10 @@ async def all_that_can_be_asked(store: SqliteStore) -> int:
     """Ask a store in a broken file for everything, and return how much of it failed."""
     failures = 0
     for attempt in (
-        lambda: store.find("g3", "me", 0.0),
-        lambda: store.find("g9", "me", 1e12),
-        lambda: store.load("c3", "me", 100),
-        lambda: store.load("c3", "me", 2, 50),
+        lambda: store.find("g3", "me"),
+        lambda: store.find("g9", "me"),
+        lambda: load(store, "c3", "me", 100),
+        lambda: load(store, "c3", "me", 2, 50),
         lambda: store.list("me", 100, None),
         lambda: store.rename("c3", "me", "New"),
         lambda: store.commit([whole(header(f"n{number}", f"c{number}")) for number in range(9)]),
@@ -1832,34 +2029,55 @@ async def test_a_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "fails"),
     [
-        'UPDATE generation SET prompt = \'{"prompt": "secret\'',
-        'UPDATE generation SET prompt = \'{"prompt": "", "system": "secret"}\'',
-        "UPDATE generation SET prompt = x'ff'",
-        "UPDATE generation SET prompt = 5",
-        'UPDATE generation SET terminal = \'{"type": "secret"}\'',
-        "UPDATE generation SET terminal = '[]'",
-        "UPDATE piece SET texts = '[\"secret'",
-        'UPDATE piece SET texts = \'[["secret", "secret"]]\'',
-        "UPDATE piece SET texts = '[\"secret\", []]'",
-        "UPDATE piece SET texts = '\"secret\"'",
-        "UPDATE piece SET texts = x'ff'",
-        "UPDATE piece SET texts = CAST(x'736563726574ff' AS TEXT)",
-        "UPDATE piece SET texts = 5",
-        "UPDATE piece SET after = 'secret'",
-        "UPDATE piece SET after = 0.5",
-        "DROP TABLE piece",
+        ('UPDATE generation SET prompt = \'{"prompt": "secret\'', "both"),
+        ('UPDATE generation SET prompt = \'{"prompt": ["secret"]}\'', "both"),
+        ('UPDATE generation SET prompt = \'{"prompt": "", "system": "secret"}\'', "find"),
+        ("UPDATE generation SET prompt = '[\"secret\"]'", "both"),
+        ("UPDATE generation SET prompt = x'ff'", "both"),
+        ("UPDATE generation SET prompt = 5", "both"),
+        ('UPDATE generation SET terminal = \'{"type": "secret"}\'', "both"),
+        ("UPDATE generation SET terminal = '[]'", "both"),
+        ("UPDATE generation SET text = 'secret'", "find"),
+        ("UPDATE generation SET text = CAST(x'736563726574ff' AS TEXT)", "both"),
+        ("UPDATE generation SET lengths = '[3, \"secret\"]'", "find"),
+        ("UPDATE generation SET lengths = '{\"secret\": 1}'", "find"),
+        ("UPDATE generation SET lengths = '[3'", "find"),
+        ("UPDATE generation SET lengths = '[1, 1]'", "find"),
+        ("UPDATE generation SET lengths = '[3, -5]'", "find"),
+        ("UPDATE generation SET lengths = x'ff'", "find"),
+        ("UPDATE generation SET thinking = 'secret'", "find"),
+        ("UPDATE generation SET thinking = 5", "find"),
+        ("DROP TABLE generation", "both"),
+        ("UPDATE piece SET texts = '[\"secret'", "both"),
+        ('UPDATE piece SET texts = \'[["secret", "secret"]]\'', "both"),
+        ("UPDATE piece SET texts = '[\"secret\", []]'", "both"),
+        ("UPDATE piece SET texts = '\"secret\"'", "both"),
+        ("UPDATE piece SET texts = x'ff'", "both"),
+        ("UPDATE piece SET texts = CAST(x'736563726574ff' AS TEXT)", "both"),
+        ("UPDATE piece SET texts = 5", "both"),
+        ("UPDATE piece SET after = 'secret'", "both"),
+        ("UPDATE piece SET after = 0.5", "both"),
+        ("DROP TABLE piece", "both"),
     ],
 )
-async def test_what_the_store_did_not_write_is_an_error_that_does_not_tell_what_was_said(
-    path: Path, damage: str
+async def test_damage_is_an_error_that_does_not_tell_what_was_said(
+    path: Path, damage: str, fails: str
 ) -> None:
     store = SqliteStore(path)
     await store.open()
-    await store.commit([whole(header())])
+    running = "piece" in damage
+    await store.commit([Entry(header(), True, 0, ["Hi."]) if running else whole(header())])
     query(path, damage)
-    for attempt in (lambda: store.find("g", "me", 0.0), lambda: store.load("c", "me", 10)):
+    attempts: dict[str, Callable[[], Awaitable[object]]] = {
+        "find": lambda: store.find("g", "me"),
+        "load": lambda: load(store, "c", "me", 10),
+    }
+    for name, attempt in attempts.items():
+        if fails not in {name, "both"}:
+            await attempt()
+            continue
         with pytest.raises(StoreError) as raised:
             await attempt()
         assert "secret" not in str(raised.value)
@@ -1878,26 +2096,69 @@ async def test_a_closed_store_fails(file: SqliteStore) -> None:
 # SQLite: threads and transactions.
 
 
-def watch(
-    database: aiosqlite.Connection,
-    before: Callable[[int], object] = lambda hop: None,
-    after: Callable[[int, Any], Awaitable[None]] | None = None,
+async def ask(connection: sqlite._Connection | None, statement: str) -> list[Any]:
+    """Run a statement in a connection's thread."""
+    assert connection is not None
+    return await connection.call(lambda database: database.execute(statement).fetchall())
+
+
+async def call_back(
+    connection: sqlite._Connection | None, callback: Callable[[str], object] | None
+) -> None:
+    """Have each statement of a connection told before it runs, in its thread."""
+    assert connection is not None
+    await connection.call(lambda database: database.set_trace_callback(callback))
+
+
+async def trace(
+    connection: sqlite._Connection | None, statements: list[str] | None = None
 ) -> list[str]:
-    """Call back around each hop to a connection's thread; return the list of what they do."""
-    hops: list[str] = []
-    execute: Callable[..., Awaitable[Any]] = database._execute
+    """Return the list to which each statement of a connection is added."""
+    statements = [] if statements is None else statements
+    await call_back(connection, statements.append)
+    return statements
 
-    async def watched(function: Any, *args: Any, **options: Any) -> Any:
-        hops.append(str(args[0]) if args else function.__name__)
-        hop = len(hops)
-        before(hop)
-        result = await execute(function, *args, **options)
-        if after is not None:
-            await after(hop, result)
-        return result
 
-    database._execute = watched  # type: ignore[assignment, method-assign]
-    return hops
+async def read_by(store: SqliteStore) -> list[tuple[Any, ...]]:
+    """Return the list to which each row that the store reads is added."""
+    rows: list[tuple[Any, ...]] = []
+
+    def note(cursor: sqlite3.Cursor, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        rows.append(row)
+        return row
+
+    def set_up(database: sqlite3.Connection) -> None:
+        database.row_factory = note
+
+    assert store._reader is not None
+    await store._reader.call(set_up)
+    return rows
+
+
+class Hold:
+    """Holds a connection's thread before a statement, counted from 1, until it is let go on."""
+
+    def __init__(self, connection: sqlite._Connection | None, at: int) -> None:
+        self._connection = connection
+        self._at = at
+        self._reached = threading.Event()
+        self._go_on = threading.Event()
+
+    async def __aenter__(self) -> Self:
+        await call_back(self._connection, self._called)
+        return self
+
+    def _called(self, statement: str) -> None:
+        self._at -= 1
+        if self._at == 0:
+            self._reached.set()
+            self._go_on.wait(SECONDS)
+
+    async def reached(self) -> None:
+        assert await asyncio.to_thread(self._reached.wait, SECONDS)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._go_on.set()
 
 
 def cancel() -> None:
@@ -1907,88 +2168,67 @@ def cancel() -> None:
     task.cancel()
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["once", "and again"])
-async def test_a_commit_that_is_cancelled_leaves_no_open_transaction(
-    file: SqliteStore, clock: Clock, again: bool
+async def test_a_commit_that_is_cancelled_is_made_as_a_whole_or_not_at_all(
+    file: SqliteStore, clock: Clock
 ) -> None:
-    at = 0
-
-    def cancel_then(hop: int) -> None:
-        if at and (hop == at or (again and hop > at)):
-            cancel()
-
-    hops = watch(file._writer, cancel_then)
-    await file.commit([whole(header("whole", "whole"))])
-    needed = len(hops)
-    assert hops[0].startswith("BEGIN")
-    assert hops[-1] == "COMMIT"
-    for number in range(1, needed + 1):
-        hops.clear()
-        at = number
-        asked = header(f"g{number}", f"c{number}")
-        commit = asyncio.ensure_future(
-            file.commit([whole(asked), whole(header(f"o{number}", None))])
-        )
-        async with asyncio.timeout(SECONDS):
-            with pytest.raises(asyncio.CancelledError):
-                await commit
-            at = 0
-            await file.commit([whole(header(f"after{number}", "whole"))])
+    statements = await trace(file._writer)
+    await file.commit([whole(header("whole", "whole")), whole(header("outside", None))])
+    assert statements[0].startswith("BEGIN")
+    assert statements[-1] == "COMMIT"
+    for number in range(1, len(statements) + 1):
+        batch = [whole(header(f"g{number}", f"c{number}")), whole(header(f"o{number}", None))]
+        async with Hold(file._writer, number) as hold:
+            commit = asyncio.ensure_future(file.commit(batch))
+            waits = asyncio.ensure_future(file.commit([whole(header(f"w{number}", "waits"))]))
+            await hold.reached()
+            commit.cancel()
+            waits.cancel()
+            await asyncio.wait({commit, waits})
+        assert commit.cancelled()
+        assert waits.cancelled()
+        await file.commit([whole(header(f"after{number}", "whole"))])
         assert await found(file, f"after{number}") == ["Hi."]
-        # All or nothing: only where the last step was cancelled may it have been done.
-        saved = [await found(file, f"g{number}"), await found(file, f"o{number}")]
-        assert saved == ([["Hi."]] * 2 if number == needed else [None] * 2)
-        spent = 8 * (1 + number + (2 if number == needed else 0))
-        assert await file.spent("me", 0) == spent
-        assert not file._writer.in_transaction
+        # It had begun, and went on in its thread.
+        assert [await found(file, name + str(number)) for name in "go"] == [["Hi."]] * 2
+        assert await found(file, f"w{number}") is None
+        assert await file.spent("me", 0) == 8 * (2 + 3 * number)
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["once", "and again"])
-async def test_a_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(
-    file: SqliteStore, again: bool
-) -> None:
+async def test_a_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: SqliteStore) -> None:
     await file.commit([whole(header())])
-    at = 0
-
-    def cancel_then(hop: int) -> None:
-        if at and (hop == at or (again and hop > at)):
-            cancel()
-
-    hops = watch(file._reader, cancel_then)
+    statements = await trace(file._reader)
     await loaded(file)
-    for number in range(1, len(hops) + 1):
-        hops.clear()
-        at = number
-        load = asyncio.ensure_future(file.load("c", "me", 10))
-        async with asyncio.timeout(SECONDS):
-            with pytest.raises(asyncio.CancelledError):
-                await load
-            at = 0
-            await file.commit([whole(header(f"g{number}"))])
-            assert await found(file, f"g{number}") == ["Hi."]
-        assert not file._reader.in_transaction
+    for number in range(1, len(statements) + 1):
+        async with Hold(file._reader, number) as hold:
+            reading = asyncio.ensure_future(load(file, "c", "me", 10))
+            await hold.reached()
+            reading.cancel()
+            await asyncio.wait({reading})
+        assert reading.cancelled()
+        await file.commit([whole(header(f"g{number}"))])
+        assert await found(file, f"g{number}") == ["Hi."]
 
 
 async def test_an_opening_that_is_cancelled_leaves_nothing_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    execute: Callable[..., Awaitable[Any]] = aiosqlite.Connection._execute
-    hops = at = 0
+    run = sqlite._Connection._run
+    trips = at = 0
 
-    async def watched(self: aiosqlite.Connection, *args: Any, **options: Any) -> Any:
-        nonlocal hops
-        hops += 1
-        if hops == at:
+    def watched(self: sqlite._Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
+        nonlocal trips
+        trips += 1
+        if trips == at:
             cancel()
-        return await execute(self, *args, **options)
+        return run(self, work)
 
-    monkeypatch.setattr(aiosqlite.Connection, "_execute", watched)
+    monkeypatch.setattr(sqlite._Connection, "_run", watched)
     store = SqliteStore(path)
     await store.open()
-    needed = hops
+    needed = trips
     await store.close()
     for number in range(1, needed + 1):
-        hops, at = 0, number
+        trips, at = 0, number
         opening = asyncio.ensure_future(store.open())
         async with asyncio.timeout(SECONDS):
             with pytest.raises(asyncio.CancelledError):
@@ -1999,7 +2239,7 @@ async def test_an_opening_that_is_cancelled_leaves_nothing_open(
 
 
 async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
-    hops = watch(file._writer)
+    statements = await trace(file._writer)
     async with asyncio.timeout(SECONDS):
         await asyncio.gather(
             *(file.commit([whole(header(f"g{number}"))]) for number in range(5)),
@@ -2007,7 +2247,8 @@ async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
             file.delete("unknown", "me"),
             file.purge(0.0),
         )
-    edges = [hop.split()[0] for hop in hops if hop.split()[0] in {"BEGIN", "COMMIT", "ROLLBACK"}]
+    first_words = [statement.split()[0] for statement in statements]
+    edges = [word for word in first_words if word in {"BEGIN", "COMMIT", "ROLLBACK"}]
     assert edges == ["BEGIN", "COMMIT"] * 8
     assert len((await loaded(file)).turns) == 5
 
@@ -2019,43 +2260,41 @@ async def test_reads_at_the_same_time_are_none_the_worse_for_each_other(
     async with asyncio.timeout(SECONDS):
         for _ in range(5):
             conversation, stored, summaries = await asyncio.gather(
-                file.load("c", "me", 10), file.find("g", "me", 0.0), file.list("me", 10, None)
+                load(file, "c", "me", 10), file.find("g", "me"), file.list("me", 10, None)
             )
             assert conversation is not None
-            assert stored is not None
+            assert isinstance(stored, StoredGeneration)
             assert len(conversation.turns) == len(stored.pieces) == len(summaries) == 1
 
 
 async def test_a_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
     await file.commit([Entry(header(), True, 0, ["a"])])
-    late: list[Callable[[], Awaitable[object]]] = []
-
-    async def meanwhile(hop: int, result: Any) -> None:
-        if late and hop == 2:  # after the first of its queries
-            await late.pop()()
-
-    hops = watch(file._reader, after=meanwhile)
-    late.append(lambda: file.commit([Entry(header(), False, 1, ["b"], done())]))
-    stored = await file.find("g", "me", 0.0)
-    assert stored is not None
+    async with Hold(file._reader, 3) as hold:
+        finding = asyncio.ensure_future(file.find("g", "me"))
+        await hold.reached()
+        await file.commit([Entry(header(), False, 1, ["b"], done())])
+    stored = await finding
+    assert isinstance(stored, StoredGeneration)
     assert (stored.pieces, stored.terminal) == (["a"], None)
     assert await found(file) == ["a", "b"]
 
-    hops.clear()
-    late.append(lambda: file.delete("c", "me"))
-    assert [turn.text for turn in (await loaded(file)).turns] == ["ab"]
-    assert await file.load("c", "me", 10) is None
-    assert not late
+    async with Hold(file._reader, 3) as hold:
+        loading = asyncio.ensure_future(loaded(file))
+        await hold.reached()
+        await file.delete("c", "me")
+    assert [turn.text for turn in (await loading).turns] == ["ab"]
+    assert await load(file, "c", "me", 10) is None
 
 
 async def test_a_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
-    begun = asyncio.Event()
-    hops = watch(file._writer, lambda hop: begun.set())
-    commit = asyncio.ensure_future(file.commit([whole(header())]))
+    async with Hold(file._writer, 1) as hold:
+        commit = asyncio.ensure_future(file.commit([whole(header())]))
+        await hold.reached()
+        closing = asyncio.gather(file.close(), file.close())
+        await asyncio.wait({closing}, timeout=0)
+        assert not closing.done()
     async with asyncio.timeout(SECONDS):
-        await begun.wait()
-        assert len(hops) == 1
-        await asyncio.gather(file.close(), file.close())
+        await closing
         assert commit.done()
         await commit
     await file.open()
@@ -2063,15 +2302,14 @@ async def test_a_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
 
 
 async def test_a_close_that_is_cancelled_can_be_made_again(file: SqliteStore) -> None:
-    begun = asyncio.Event()
-    watch(file._writer, lambda hop: begun.set())
-    commit = asyncio.ensure_future(file.commit([whole(header())]))
-    async with asyncio.timeout(SECONDS):
-        await begun.wait()
+    async with Hold(file._writer, 1) as hold:
+        commit = asyncio.ensure_future(file.commit([whole(header())]))
+        await hold.reached()
         close = asyncio.ensure_future(file.close())
         await asyncio.wait({close}, timeout=0)
         close.cancel()
         await asyncio.wait({close})
+    async with asyncio.timeout(SECONDS):
         await commit
         assert await found(file) == ["Hi."]
         await file.close()
@@ -2101,66 +2339,169 @@ async def test_a_store_that_was_never_opened_can_be_closed(path: Path) -> None:
 # SQLite: how much work it is.
 
 
-async def test_a_batch_takes_as_many_hops_to_the_thread_however_large_it_is(
-    file: SqliteStore,
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[sqlite._Connection]:
+    """The list to which a connection is added each time that it is asked for something."""
+    trips: list[sqlite._Connection] = []
+    run = sqlite._Connection._run
+
+    def watched(self: sqlite._Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
+        trips.append(self)
+        return run(self, work)
+
+    monkeypatch.setattr(sqlite._Connection, "_run", watched)
+    return trips
+
+
+async def test_a_batch_takes_one_trip_to_the_thread_however_large_it_is(
+    file: SqliteStore, trips: list[sqlite._Connection]
 ) -> None:
-    hops = watch(file._writer)
-    await file.commit([whole(header())])
-    needed = len(hops)
-    assert needed <= 8
-    hops.clear()
     await file.commit([whole(header(f"g{number}", f"c{number}")) for number in range(800)])
-    assert len(hops) == needed
-    assert len(await names(file)) == 801
+    assert len(trips) == 1
+    assert len(await names(file)) == 800
 
 
-async def test_a_history_takes_as_many_hops_to_the_thread_however_long_it_is(
-    file: SqliteStore,
+async def test_a_history_takes_one_trip_to_the_thread_however_long_it_is(
+    file: SqliteStore, trips: list[sqlite._Connection]
 ) -> None:
-    hops = watch(file._reader)
-    await file.commit([whole(header())])
-    await loaded(file)
-    needed = len(hops)
-    assert needed <= 6
     await file.commit([whole(header(f"g{number}")) for number in range(200)])
-    hops.clear()
-    assert len((await loaded(file)).turns) == 201
-    assert len(hops) == needed
-    hops.clear()
+    trips.clear()
+    assert len((await loaded(file)).turns) == 200
+    assert len(trips) == 1
     await found(file, "g7")
-    assert len(hops) <= needed
+    assert len(trips) == 2
 
 
 async def test_a_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteStore) -> None:
     asked = header(prompt="x" * 30_000)
     await file.commit([Entry(asked, new=True)])
-    await file.commit([Entry(asked, after=number, pieces=["y"]) for number in range(100)])
-    characters = 0
-
-    async def count(hop: int, result: Any) -> None:
-        nonlocal characters
-        for row in result if isinstance(result, list) else ():
-            characters += sum(len(value) for value in row if isinstance(value, str))
-
-    watch(file._reader, after=count)
+    for number in range(100):
+        await file.commit([Entry(asked, after=number, pieces=["y"])])
+    rows = await read_by(file)
     assert (await loaded(file)).turns[0].text == "y" * 100
     assert await found(file) == ["y"] * 100
+    characters = sum(len(value) for row in rows for value in row if isinstance(value, str))
     assert 60_000 < characters < 62_000
 
 
 async def test_a_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
     file: SqliteStore,
 ) -> None:
-    await file.commit([Entry(header("g1"), True, 0, ["y"] * 100, done(), "y" * 100)])
+    await file.commit([Entry(header("g1"), True, 0, ["y"] * 100, done())])
     await file.commit([Entry(header("g2"), True, 0, ["z"])])
-    rows: list[object] = []
-
-    async def note(hop: int, result: Any) -> None:
-        rows.extend(result if isinstance(result, list) else ())
-
-    watch(file._reader, after=note)
+    rows = await read_by(file)
     assert [turn.text for turn in (await loaded(file)).turns] == ["y" * 100, "z"]
     assert len(rows) == 1 + 2 + 1  # the conversation, its turns, and one row of pieces
+
+
+async def test_no_more_is_read_than_the_answer_has_room_for(file: SqliteStore) -> None:
+    await file.commit(
+        [
+            whole(header(f"g{number}", prompt="p" * 5_000), Thinking("t" * 50_000), "x" * 5_000)
+            for number in range(201)
+        ]
+    )
+    rows = await read_by(file)
+    stored = await file.load("c", "me", limit=200, size=100_000)
+    assert stored is not None
+    assert len(stored.turns) == 9
+    assert len(rows) == 1 + 9 + 1  # the title, the turns, whether there are older ones
+    read = sum(len(value) for row in rows for value in row if isinstance(value, str))
+    assert read < 100_000
+
+
+async def test_an_ended_reply_is_one_row_however_many_pieces_it_has(
+    file: SqliteStore, path: Path
+) -> None:
+    asked = header()
+    for number in range(200):
+        await file.commit([Entry(asked, not number, number, [f"piece {number} "])])
+    assert query(path, "SELECT count(*) FROM piece") == [(200,)]
+    await file.commit([Entry(asked, False, 200, [Thinking("hm")], done())])
+    assert query(path, "SELECT count(*) FROM piece") == [(0,)]
+    assert await found(file) == [*(f"piece {number} " for number in range(200)), "hm"]
+    ((row,),) = query(
+        path, "SELECT quote(text) || quote(thinking) || quote(lengths) FROM generation"
+    )
+    assert row.count("piece 17 ") == 1
+
+
+async def test_pieces_of_an_older_version_are_packed_by_and_by(
+    file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
+    pieces = ["a", Thinking("b"), "c"]
+    await file.commit([whole(header(f"g{number}"), *pieces) for number in range(5)])
+    query(path, "UPDATE generation SET lengths = NULL, thinking = NULL")
+    query(
+        path,
+        'INSERT INTO piece SELECT number, 0, \'["a", ["b"]]\' FROM generation '
+        "UNION ALL SELECT number, 2, '[\"c\"]' FROM generation",
+    )
+    query(path, "UPDATE piece SET texts = '[' WHERE generation = 2")
+    before = await loaded(file)
+    for left in (8, 4, 2, 2):
+        await file.purge(0.0)
+        assert query(path, "SELECT count(*) FROM piece") == [(left,)]
+        assert await found(file, "g0") == pieces
+        assert await found(file, "g4") == pieces
+    assert await loaded(file) == before
+
+
+async def test_owners_take_turns_at_the_store(file: SqliteStore) -> None:
+    await file.commit([whole(header()), whole(header(owner="you"))])
+    order: list[str] = []
+
+    async def ask_as(owner: str) -> None:
+        await load(file, "c", owner, 10)
+        order.append(owner)
+
+    async with asyncio.timeout(SECONDS), Hold(file._reader, 1) as hold:
+        first = asyncio.ensure_future(ask_as("me"))
+        await hold.reached()
+        tasks = [asyncio.ensure_future(ask_as("me")) for _ in range(50)]
+        tasks += [asyncio.ensure_future(ask_as(owner)) for owner in ("you", "they", "you")]
+        await asyncio.wait(tasks, timeout=0)
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(first, *tasks)
+    assert order[:6] == ["me", "me", "you", "they", "me", "you"]
+    assert order[6:] == ["me"] * 48
+
+
+async def test_one_owner_has_so_many_requests_wait_for_the_store(
+    file: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair, "MOST_WAITING", 2)
+    async with asyncio.timeout(SECONDS), Hold(file._reader, 1) as hold:
+        tasks = [asyncio.ensure_future(file.list("me", 1, None)) for _ in range(3)]
+        await hold.reached()
+        with pytest.raises(Refused) as raised:
+            await file.list("me", 1, None)
+        assert raised.value.code is Code.LIMIT
+        tasks.append(asyncio.ensure_future(file.list("you", 1, None)))
+        tasks[1].cancel()
+        await asyncio.wait({tasks[1]})
+        tasks.append(asyncio.ensure_future(file.list("me", 1, None)))
+    async with asyncio.timeout(SECONDS):
+        await asyncio.wait(tasks)
+    assert [task.cancelled() for task in tasks] == [False, True, False, False, False]
+    assert await file.list("me", 1, None) == []
+
+
+async def test_a_turn_that_comes_to_whoever_is_cancelled_is_passed_on() -> None:
+    lock = fair.FairLock()
+    await lock.acquire("a")
+    second = asyncio.ensure_future(lock.acquire("b"))
+    third = asyncio.ensure_future(lock.acquire("c"))
+    await asyncio.wait({second, third}, timeout=0)
+    lock.release()
+    second.cancel()  # before it knows that its turn has come
+    async with asyncio.timeout(SECONDS):
+        await asyncio.wait({second})
+        await third
+        lock.release()
+        await lock.acquire("a")
+    lock.release()
 
 
 async def test_a_new_file_is_for_its_owner_only(path: Path) -> None:

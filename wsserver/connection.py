@@ -7,6 +7,7 @@ obeyed in the call that brings it; what needs the store waits for it in a queue 
 
 import asyncio
 import functools
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -578,9 +579,10 @@ class Connection:
             if follow and full:
                 message = f"This socket has {OPEN_CONVERSATIONS} conversations open; close one."
                 raise Refused(Code.LIMIT, message)
-            stored, older = await self._hub.conversations.history(conversation, request.before)
-            turns = self._fitting(stored.turns)
-            older = older or len(turns) < len(stored.turns)
+            room = self.settings.answer_size - FRAME_ROOM
+            stored = await self._hub.conversations.history(conversation, request.before, room)
+            turns = self._fitting(stored.turns, room)
+            older = stored.older or len(turns) < len(stored.turns)
             self.transport.write(
                 encode(
                     History(
@@ -613,9 +615,8 @@ class Connection:
             self._own = None
         self.transport.write(encode(Closed(conversation=name, request=request.request)))
 
-    def _fitting(self, turns: list[Turn]) -> list[Turn]:
-        """Return the newest turns that one frame can hold; one alone is cut to what it can."""
-        room = self.settings.answer_size - FRAME_ROOM
+    def _fitting(self, turns: list[Turn], room: int) -> list[Turn]:
+        """Return the newest turns that fit into a number of bytes; one alone is cut to fit."""
         kept: list[Turn] = []
         for turn in reversed(turns):
             size = TURN_ROOM + _size(turn.prompt) + _size(turn.text)
@@ -629,11 +630,9 @@ class Connection:
     async def _list(self, request: List) -> None:
         before = None
         if request.before is not None:
-            updated, _, name = request.before.partition(":")
-            try:
-                before = (float(updated), name)
-            except ValueError:
-                raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.") from None
+            if not re.fullmatch("[0-9]{1,18}", request.before, re.ASCII):
+                raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.")
+            before = int(request.before)
         found = await self._hub.conversations.recent(self._owner, request.limit + 1, before)
         room = self.settings.answer_size - FRAME_ROOM
         page: list[ConversationItem] = []
@@ -654,7 +653,7 @@ class Connection:
             encode(
                 Conversations(
                     items=page,
-                    next=f"{page[-1].updated!r}:{page[-1].id}" if more else None,
+                    next=str(found[len(page) - 1].place) if more else None,
                     request=request.request,
                 )
             )

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
@@ -12,6 +13,8 @@ from wsserver.settings import Settings
 from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 
 __all__ = ["Conversations"]
+
+UTF8 = 4  # bytes that UTF-8 makes of one character at most
 
 
 class Conversations:
@@ -70,8 +73,12 @@ class Conversations:
     async def _load(self, conversation: Conversation) -> None:
         if conversation.loaded:
             return
-        limit = self._settings.history_messages
-        stored = await self._store.load(conversation.id, conversation.owner, limit)
+        stored = await self._store.load(
+            conversation.id,
+            conversation.owner,
+            limit=self._settings.history_messages,
+            size=UTF8 * self._settings.history_size,
+        )
         conversation.loaded = True
         if stored is not None:
             conversation.exists = True
@@ -100,16 +107,14 @@ class Conversations:
             del self._known[key]
 
     async def history(
-        self, conversation: Conversation, before: int | None
-    ) -> tuple[StoredConversation, bool]:
+        self, conversation: Conversation, before: int | None, size: int
+    ) -> StoredConversation:
         """Return the newest turns that have ended, or those before a number.
 
         Args:
             conversation: which; the caller holds it.
             before: the number of the turn before which the part ends; None for the newest.
-
-        Returns:
-            the title with the turns, and whether there are older turns.
+            size: bytes of turns that the answer has room for, as UTF-8.
 
         Raises:
             Refused: the owner has no such conversation.
@@ -120,8 +125,9 @@ class Conversations:
                 raise Refused(Code.NOT_FOUND)
             name, owner, version = conversation.id, conversation.owner, conversation.version
             await self._journal.flush()
-            limit = self._settings.history_messages
-            stored = await self._store.load(name, owner, limit + 1, before)
+            stored = await self._store.load(
+                name, owner, limit=self._settings.history_messages, size=size, before=before
+            )
             if conversation.version != version or conversation.deleted:
                 continue  # a reply has ended meanwhile, or the conversation was deleted
             if stored is None and not conversation.exists:
@@ -129,13 +135,10 @@ class Conversations:
             if stored is None:  # nothing of the conversation has been saved
                 stored = StoredConversation(name, owner, "", [])
             live = {generation.id for generation in conversation.live}
-            turns = [turn for turn in stored.turns[-limit:] if turn.id not in live]
-            told = StoredConversation(name, owner, stored.title, turns)
-            return told, len(stored.turns) > limit
+            turns = [turn for turn in stored.turns if turn.id not in live]
+            return replace(stored, turns=turns)
 
-    async def recent(
-        self, owner: str, limit: int, before: tuple[float, str] | None
-    ) -> Sequence[Summary]:
+    async def recent(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
         """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
         await self._journal.flush()
         return await self._store.list(owner, limit, before)

@@ -34,6 +34,7 @@ from wsserver.settings import Settings
 from wsserver.stores.base import (
     Header,
     Store,
+    StoredGeneration,
     day_of,
     tokens_of,
 )
@@ -113,7 +114,7 @@ class Hub:
         return None if generation_id is None else self._generations.get((owner, generation_id))
 
     async def find(self, owner: str, generation_id: str) -> Generation | None:
-        """Return the generation of that id, if it runs or ended within the replay time.
+        """Return the generation of that id, for as long as it is stored.
 
         Raises:
             StoreError: the store cannot tell.
@@ -121,10 +122,9 @@ class Hub:
         known = self.known(owner, generation_id)
         if known is not None:
             return known
-        since = time.time() - self._settings.replay
-        stored = await self._store.find(generation_id, owner, since)
+        stored = await self._store.find(generation_id, owner)
         known = self.known(owner, generation_id)  # somebody else may have been quicker
-        if known is None and stored is not None:
+        if known is None and isinstance(stored, StoredGeneration):
             known = restored(stored)
             self._generations[owner, generation_id] = known
             self._retain(known)

@@ -44,10 +44,7 @@ class Record:
     def entry(self) -> Entry:
         """Return what is not saved yet."""
         pieces = self.log.pieces[self._saved :]
-        text = None if self.terminal is None else self.log.text
-        return Entry(
-            self.header, self.new, self._saved, pieces, self.terminal, text, unsaid=self.unsaid
-        )
+        return Entry(self.header, self.new, self._saved, pieces, self.terminal, self.unsaid)
 
     def saved(self, entry: Entry) -> None:
         """What :meth:`entry` returned has been saved."""

@@ -16,6 +16,7 @@ import wsserver
 from tests.support.line import Line
 from tests.support.puppet import BOUND
 from wsserver import Code, End, Handshake, ModelError, Principal, Request, Thinking
+from wsserver.stores.base import StoredGeneration
 
 __all__ = ["Stage", "Troupe"]
 
@@ -119,8 +120,9 @@ class Stage:
         """Wait until so much of a reply is in the store."""
         store = self._servers[server][0]._store
         async with asyncio.timeout(BOUND):
-            while (found := await store.find(reply, "anonymous", 0)) is None or (
-                len(found.pieces) < pieces
+            while not (
+                isinstance(found := await store.find(reply, "anonymous"), StoredGeneration)
+                and len(found.pieces) >= pieces
             ):
                 pass
 

@@ -1,16 +1,21 @@
 """What a store is: where conversations and logs last."""
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 from wsserver.generation import Thinking
 from wsserver.protocol import Error, Prompt, Terminal
 
 __all__ = [
+    "TRACES",
+    "TRACE_KEPT",
     "Entry",
+    "Forgotten",
     "Header",
+    "Packed",
     "Store",
     "StoredConversation",
     "StoredGeneration",
@@ -24,12 +29,17 @@ __all__ = [
 ]
 
 TITLE_LENGTH = 60  # characters of a title that is made from a prompt
+TRACE_KEPT = 30 * 86_400.0  # seconds that the trace of a deleted generation is kept
+TRACES = 1000  # of one owner that are kept; the oldest are dropped first
 MOST_TOKENS = 10**12  # that one reply is counted as, so that no model's mistake is too large
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is known of a generation when it begins. ``began`` is in seconds since the epoch."""
+    """A generation as it was accepted. ``began`` is the time of it, in seconds since the epoch.
+
+    ``retry_of`` is the id of the generation that this one replaces in the history.
+    """
 
     id: str
     owner: str
@@ -37,15 +47,15 @@ class Header:
     prompt: Prompt
     model: str
     began: float = field(default_factory=time.time)
-    retry_of: str | None = None  # the id of the turn in whose place this one stands
+    retry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is new of one generation: its header, the pieces after a number, its terminal.
+    """The unsaved part of one generation: its header, the pieces after a number, its terminal.
 
-    ``text`` is all of its text, joined, and comes with the terminal. So does ``unsaid``: the
-    prompt was taken back before the model was asked, and is no turn of the conversation.
+    ``unsaid`` comes with the terminal of a prompt that never reached the model. Such a
+    generation is in no history, and the generation that it was to replace is back in it.
     """
 
     header: Header
@@ -53,17 +63,71 @@ class Entry:
     after: int = 0
     pieces: Sequence[str] = ()
     terminal: Terminal | None = None
-    text: str | None = None
     unsaid: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StoredGeneration:
-    """A generation as it was saved. No ``terminal``: its process died, or it still runs."""
+    """A saved generation. Without a ``terminal`` it still runs, or its process died."""
 
     header: Header
     pieces: list[str]
     terminal: Terminal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The trace of a generation that was deleted. ``when`` is in seconds since the epoch."""
+
+    when: float
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The pieces of an ended generation, in the form that stores keep.
+
+    ``lengths`` is a JSON list with the number of characters of each piece; a piece of thinking
+    has the bitwise complement (-1 for 0, -2 for 1, …).
+    """
+
+    text: str
+    thinking: str
+    lengths: str
+
+    @classmethod
+    def of(cls, pieces: Sequence[str]) -> Self:
+        """Pack pieces."""
+        text, thinking, lengths = [], [], []
+        for piece in pieces:
+            if type(piece) is Thinking:
+                thinking.append(piece)
+                lengths.append(~len(piece))
+            else:
+                text.append(piece)
+                lengths.append(len(piece))
+        return cls("".join(text), "".join(thinking), json.dumps(lengths, separators=(",", ":")))
+
+    def pieces(self) -> list[str]:
+        """Unpack the pieces.
+
+        Raises:
+            ValueError: the parts do not belong together.
+        """
+        pieces: list[str] = []
+        said = thought = 0
+        lengths = json.loads(self.lengths)
+        if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+            raise ValueError("lengths that are no list of numbers")
+        for length in lengths:
+            if length >= 0:
+                pieces.append(self.text[said : said + length])
+                said += length
+            else:
+                pieces.append(Thinking(self.thinking[thought : thought + ~length]))
+                thought += ~length
+        if (said, thought) != (len(self.text), len(self.thinking)):
+            raise ValueError("lengths that do not fit the text")
+        return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +143,31 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class StoredConversation:
-    """A conversation as it was saved, with some of its turns, oldest first."""
+    """A saved conversation with some of its turns, oldest first.
+
+    ``older`` tells whether the history has turns before them.
+    """
 
     id: str
     owner: str
     title: str
     turns: list[Turn]
+    older: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation in a list. Times are in seconds since the epoch."""
+    """A conversation in a list. Times are in seconds since the epoch.
+
+    ``place`` is its place in the order of use: the one used last has its owner's largest. The
+    wall clock, which can be set back, has no part in it.
+    """
 
     id: str
     title: str
     created: float
     updated: float
+    place: int
 
 
 class Store(Protocol):
@@ -127,32 +200,40 @@ class Store(Protocol):
         """
         ...
 
-    async def find(self, generation: str, owner: str, since: float) -> StoredGeneration | None:
-        """Return an owner's latest generation of that id, unless it ended before a time."""
+    async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
+        """Return an owner's latest generation of that id.
+
+        Returns:
+            The generation, for as long as it is stored. After it was deleted or purged, its
+            trace, for :data:`TRACE_KEPT` seconds and for the :data:`TRACES` of an owner that
+            were left last. None where the store never had it.
+        """
         ...
 
     async def load(
-        self, conversation: str, owner: str, limit: int, before: int | None = None
+        self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number.
+
+        Turns are read newest first until either bound is reached. The first one is returned
+        however large it is. Replaced turns and those never said are left out.
 
         Args:
             conversation: its id.
             owner: whose.
             limit: how many turns at most.
+            size: bytes of prompts and texts at most, as UTF-8.
             before: the number of the turn before which they end; None for the end.
         """
         ...
 
-    async def list(
-        self, owner: str, limit: int, before: tuple[float, str] | None
-    ) -> Sequence[Summary]:
-        """Return an owner's conversations, newest first, those after ``before`` in that order.
+    async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
+        """Return an owner's conversations, the one used last first.
 
         Args:
             owner: whose.
             limit: how many at most.
-            before: ``(updated, id)`` of the last one that is known already.
+            before: the place of the last one that is known already.
         """
         ...
 

@@ -1,6 +1,10 @@
-"""The store in a SQLite file, off the event loop, with one writer.
+"""The store in a SQLite file, off the event loop, with one writer and one reader.
 
-Written in WAL mode with ``synchronous = NORMAL``: what was committed survives the death of the
+Each of the two is a connection with a thread of its own. What is asked of the store is one
+function that runs there in one transaction, so that a request that is cancelled on its way cannot
+leave a transaction open.
+
+The file is in WAL mode with ``synchronous = NORMAL``: what was committed survives the death of the
 process at any moment, and a power failure leaves the file whole, though perhaps a little older.
 https://www.sqlite.org/wal.html
 """
@@ -12,19 +16,23 @@ import json
 import os
 import sqlite3
 import time
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, TypeVar
 
-import aiosqlite
 from pydantic import Json, TypeAdapter, ValidationError
 
 from wsserver.errors import ConfigError, StoreError
 from wsserver.generation import Thinking, tokens_in
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
+    TRACE_KEPT,
+    TRACES,
     Entry,
+    Forgotten,
     Header,
+    Packed,
     StoredConversation,
     StoredGeneration,
     Summary,
@@ -35,116 +43,32 @@ from wsserver.stores.base import (
     title_of,
     tokens_of,
 )
+from wsserver.stores.fair import FairLock
+from wsserver.stores.migrations import MIGRATIONS
 
 __all__ = ["SqliteStore"]
 
+T = TypeVar("T")
+
 PURGED_AT_ONCE = 200  # rows of each kind, so that no other write waits for long
 DAYS_KEPT = 90  # that there are accounts of
+ROW = 256  # bytes of a generation besides what was said in it, about
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
-# Each brings the file from the version that is its place in this list to the next.
-MIGRATIONS = [
-    """
-    CREATE TABLE conversation (
-        id TEXT PRIMARY KEY,
-        owner TEXT NOT NULL,
-        title TEXT NOT NULL,
-        created REAL NOT NULL,
-        updated REAL NOT NULL
-    ) WITHOUT ROWID;
-    CREATE INDEX conversation_by_owner ON conversation (owner, updated, id);
-    CREATE TABLE generation (
-        number INTEGER PRIMARY KEY,
-        id TEXT NOT NULL,
-        began REAL NOT NULL,
-        ended REAL,
-        owner TEXT NOT NULL,
-        conversation TEXT REFERENCES conversation (id) ON DELETE CASCADE,
-        prompt TEXT NOT NULL,
-        model TEXT NOT NULL,
-        terminal TEXT,
-        text TEXT, -- all of its text, once it has ended
-        UNIQUE (owner, id, began)
-    );
-    CREATE INDEX generation_by_conversation ON generation (conversation, number);
-    CREATE TABLE piece (
-        generation INTEGER NOT NULL REFERENCES generation (number) ON DELETE CASCADE,
-        after INTEGER NOT NULL,
-        texts TEXT NOT NULL,
-        PRIMARY KEY (generation, after)
-    ) WITHOUT ROWID;
-    """,
-    """
-    CREATE TABLE spent (
-        owner TEXT NOT NULL,
-        day INTEGER NOT NULL,
-        tokens INTEGER NOT NULL,
-        PRIMARY KEY (owner, day)
-    ) WITHOUT ROWID;
-    CREATE INDEX spent_by_day ON spent (day);
-    -- What is in the accounts, deleted or not, for as long as its end may be saved again.
-    CREATE TABLE counted (
-        owner TEXT NOT NULL,
-        id TEXT NOT NULL,
-        began REAL NOT NULL,
-        day INTEGER NOT NULL,
-        tokens INTEGER NOT NULL,
-        PRIMARY KEY (owner, id, began)
-    ) WITHOUT ROWID;
-    CREATE INDEX counted_by_day ON counted (day);
-    CREATE TRIGGER spend AFTER INSERT ON counted BEGIN
-        INSERT INTO spent VALUES (new.owner, new.day, new.tokens)
-        ON CONFLICT (owner, day) DO UPDATE SET tokens = tokens + excluded.tokens;
-    END;
-    CREATE INDEX generation_without_end ON generation (ended) WHERE ended IS NULL;
-    """,
-    """
-    CREATE TABLE new_conversation (
-        owner TEXT NOT NULL,
-        id TEXT NOT NULL,
-        title TEXT NOT NULL,
-        created REAL NOT NULL,
-        updated REAL NOT NULL,
-        PRIMARY KEY (owner, id)
-    ) WITHOUT ROWID;
-    INSERT INTO new_conversation SELECT owner, id, title, created, updated FROM conversation;
-    -- What somebody else may have said in one is theirs from now on.
-    INSERT INTO new_conversation
-        SELECT owner, conversation, '…', min(began), max(coalesce(ended, began)) FROM generation
-        WHERE conversation IS NOT NULL GROUP BY owner, conversation
-        ON CONFLICT (owner, id) DO NOTHING;
-    CREATE TABLE new_generation (
-        number INTEGER PRIMARY KEY,
-        id TEXT NOT NULL,
-        began REAL NOT NULL,
-        ended REAL,
-        owner TEXT NOT NULL,
-        conversation TEXT,
-        turn INTEGER, -- its number in the conversation, from 1
-        prompt TEXT NOT NULL,
-        model TEXT NOT NULL,
-        terminal TEXT,
-        text TEXT, -- all of its text, once it has ended
-        UNIQUE (owner, id, began),
-        UNIQUE (owner, conversation, turn),
-        FOREIGN KEY (owner, conversation) REFERENCES conversation (owner, id) ON DELETE CASCADE
-    );
-    INSERT INTO new_generation
-        SELECT number, id, began, ended, owner, conversation, CASE WHEN conversation IS NOT NULL
-        THEN row_number() OVER (PARTITION BY owner, conversation ORDER BY number) END,
-        prompt, model, terminal, text FROM generation;
-    DROP TABLE generation;
-    DROP TABLE conversation;
-    ALTER TABLE new_conversation RENAME TO conversation;
-    ALTER TABLE new_generation RENAME TO generation;
-    CREATE INDEX conversation_by_owner ON conversation (owner, updated, id);
-    CREATE INDEX generation_without_end ON generation (ended) WHERE ended IS NULL;
-    CREATE INDEX generation_outside ON generation (ended) WHERE conversation IS NULL;
-    """,
-]
-
 _COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
-_BURY = "UPDATE generation SET ended = ? WHERE ended IS NULL"
+_DEAD = "SELECT number, owner, id, began FROM generation WHERE lengths IS NULL AND ended IS NULL"
+# The turns of a history, newest first, until either bound is reached.
+_TURNS = """
+    SELECT number, turn, id, terminal, prompt, text FROM generation WHERE number IN (
+        SELECT number FROM (
+            SELECT number, row_number() OVER w AS place, sum(size) OVER w AS total FROM (
+                SELECT number, turn, size FROM generation
+                WHERE owner = ? AND conversation = ? AND turn < ? AND hidden IS NULL
+                ORDER BY turn DESC LIMIT ?
+            ) WINDOW w AS (ORDER BY turn DESC ROWS UNBOUNDED PRECEDING)
+        ) WHERE place = 1 OR total <= ?
+    ) ORDER BY turn
+"""
 
 _TERMINAL: TypeAdapter[Terminal] = TypeAdapter(Terminal)
 # Pieces are rows of the number that they come after and JSON: text as it is, thinking in a list.
@@ -163,14 +87,14 @@ class SqliteStore:
 
     def __init__(self, path: Path, timeout: float = 5.0) -> None:
         self._path = path.absolute()
-        self._lock = Path(os.path.realpath(path) + ".lock")  # the same by whatever name or link
+        self._lock_path = Path(os.path.realpath(path) + ".lock")  # by whatever name or link
         self._timeout = timeout
-        self._writer: aiosqlite.Connection
-        self._reader: aiosqlite.Connection
-        # Of the transaction that each of the two is in.
-        self._writing = asyncio.Lock()
-        self._reading = asyncio.Lock()
-        self._stack = contextlib.AsyncExitStack()
+        self._lock: IO[str] | None = None
+        self._writer: _Connection | None = None
+        self._reader: _Connection | None = None
+        self._writing = FairLock()
+        self._reading = FairLock()
+        self._compacted = 0  # the number up to which older files' pieces are packed
 
     async def open(self) -> None:
         """Open the file, and bring it to the version that this program writes.
@@ -179,244 +103,208 @@ class SqliteStore:
             ConfigError: it cannot be opened or written, is no database, is of a later version or
                 another program, or belongs to another server that runs.
         """
-        async with contextlib.AsyncExitStack() as stack:
-            try:
-                if self._path.is_dir():
-                    raise ConfigError(f"store: {self._path} is a folder")
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._take(stack)
-                # For its owner's eyes only, as are the files that SQLite puts beside it.
-                self._path.touch(mode=0o600)
-                # Where that fails, aiosqlite would leave its thread behind.
-                sqlite3.connect(self._path).close()
-                self._writer = await self._connect(stack)
-                await self._migrate()
-                await self._bury()
-                self._reader = await self._connect(stack)
-            except (OSError, ValueError, sqlite3.Error) as error:
+        writer = _Connection(self._path, self._timeout)
+        reader = _Connection(self._path, self._timeout)
+        lock = None
+        try:
+            if self._path.is_dir():
+                raise ConfigError(f"store: {self._path} is a folder")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = self._take()
+            # For its owner's eyes only, as are the files that SQLite puts beside it.
+            self._path.touch(mode=0o600)
+            await writer.open()
+            await writer.call(self._migrate)
+            await writer.transact(self._bury)
+            await reader.open()
+        except BaseException as error:
+            reader.close()
+            writer.close()
+            if lock is not None:
+                lock.close()
+            if isinstance(error, OSError | ValueError | sqlite3.Error | StoreError):
                 raise ConfigError(f"store: cannot use {self._path}: {error}") from error
-            self._stack = stack.pop_all()
+            raise
+        self._writer, self._reader, self._lock = writer, reader, lock
 
-    def _take(self, stack: contextlib.AsyncExitStack) -> None:
+    def _take(self) -> IO[str]:
         # Two servers on one file would each take the other's generations for dead ones. The lock
         # is on a file of its own, as closing the database's would drop SQLite's own locks. It is
         # left behind, as another server may be about to take it.
-        lock = stack.enter_context(self._lock.open("w"))
+        lock = self._lock_path.open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise ConfigError(f"store: another server uses {self._path}") from None
+        return lock
 
-    async def _connect(self, stack: contextlib.AsyncExitStack) -> aiosqlite.Connection:
-        database = await stack.enter_async_context(
-            aiosqlite.connect(self._path, isolation_level=None, timeout=self._timeout)
-        )
-        await database.execute("PRAGMA synchronous = NORMAL")
-        await database.execute("PRAGMA foreign_keys = ON")
-        return database
-
-    async def _migrate(self) -> None:
-        ((version, tables),) = await self._writer.execute_fetchall(
+    def _migrate(self, database: sqlite3.Connection) -> None:
+        ((version, tables),) = database.execute(
             "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
         )
         if version > len(MIGRATIONS):
             raise ConfigError(f"store: {self._path} is of a later version of this program")
         if version < 0 or (version == 0 and tables):
             raise ConfigError(f"store: {self._path} is of another program")
-        await self._writer.execute_fetchall("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA journal_mode = WAL")
         # Where there is nothing to migrate too, to know now whether the file can be written.
         script = "".join(MIGRATIONS[version:])
         # With foreign keys, to replace a table would be to delete all that refers to it.
-        await self._writer.executescript(
+        database.executescript(
             f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {script} "
             f"PRAGMA user_version = {len(MIGRATIONS)}; COMMIT; PRAGMA foreign_keys = ON;"
         )
 
-    async def _bury(self) -> None:
+    @staticmethod
+    def _bury(database: sqlite3.Connection) -> None:
         """End what died with its process: its replay time begins now, and what it said counts."""
         now = time.time()
-        counts = []
-        for number, *key in await self._writer.execute_fetchall(
-            "SELECT number, owner, id, began FROM generation WHERE ended IS NULL"
-        ):
+        for number, owner, name, began in database.execute(_DEAD).fetchall():
+            said = 0
             # One that is damaged is not in the way of all others.
             with contextlib.suppress(StoreError), _errors():
-                parts = await self._writer.execute_fetchall(
-                    "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
-                )
-                counts.append((*key, day_of(now), tokens_in(sum(map(len, _pieces(parts))))))
-        # Should this process die in between, the next one counts none of them twice.
-        await self._writer.executemany(_COUNT, counts)
-        await self._writer.execute(_BURY, (now,))
+                pieces = _loose(database, number)
+                _pack(database, number, pieces)
+                said = sum(map(len, pieces))
+            database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
+            database.execute(_COUNT, (owner, name, began, day_of(now), tokens_in(said)))
 
     async def close(self) -> None:
-        """Close the file, once what is under way is done."""
-        async with self._writing, self._reading:
-            with _errors():
-                await self._stack.aclose()
+        """Close the file, once what is under way is done. Idempotent."""
+        async with self._writing.of(""), self._reading.of(""):
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    await asyncio.shield(connection.close())
+            if self._lock is not None:
+                self._lock.close()
+            self._reader = self._writer = self._lock = None
 
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all of it or nothing, in one transaction."""
         now = time.time()
-        new = [entry.header for entry in entries if entry.new]
-        in_conversations = [header for header in new if header.conversation is not None]
-        async with self._write() as database:
-            await database.executemany(
-                "INSERT INTO conversation VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                [
-                    (header.owner, header.conversation, title_of(header.prompt), now, now)
-                    for header in in_conversations
-                ],
-            )
-            await database.executemany(
-                "INSERT INTO generation (owner, id, began, prompt, model, conversation, turn) "
-                "VALUES (?, ?, ?, ?, ?, ?, CASE WHEN ? THEN (SELECT coalesce(max(turn), 0) + 1 "
-                "FROM generation WHERE owner = ? AND conversation = ?) END) "
-                "ON CONFLICT (owner, id, began) DO NOTHING",
-                [
-                    (
-                        *_key(header),
-                        header.prompt.model_dump_json(exclude_none=True),
-                        header.model,
-                        header.conversation,
-                        header.conversation is not None,
-                        header.owner,
-                        header.conversation,
-                    )
-                    for header in new
-                ],
-            )
-            # Where a conversation was deleted meanwhile there is no number, and nothing to add to.
-            await database.executemany(
-                "INSERT INTO piece SELECT number, ?, ? FROM generation "
-                "WHERE owner = ? AND id = ? AND began = ? ON CONFLICT (generation, after) "
-                "DO UPDATE SET texts = excluded.texts WHERE length(excluded.texts) > length(texts)",
-                [
-                    (entry.after, _dump(entry.pieces), *_key(entry.header))
-                    for entry in entries
-                    if entry.pieces
-                ],
-            )
-            await database.executemany(
-                "UPDATE generation SET terminal = ?, text = ?, ended = ? "
-                "WHERE owner = ? AND id = ? AND began = ?",
-                [
-                    (
-                        entry.terminal.model_dump_json(exclude_none=True),
-                        entry.text,
-                        now,
-                        *_key(entry.header),
-                    )
-                    for entry in entries
-                    if entry.terminal is not None
-                ],
-            )
-            await database.executemany(
-                _COUNT,
-                [
-                    (*_key(entry.header), day_of(now), tokens_of(entry.terminal))
-                    for entry in entries
-                    if entry.terminal is not None
-                ],
-            )
-            await database.executemany(
-                "UPDATE conversation SET updated = ? WHERE owner = ? AND id = ?",
-                {
-                    (now, entry.header.owner, entry.header.conversation)
-                    for entry in entries
-                    if entry.new or entry.terminal is not None
-                },
-            )
 
-    async def find(self, generation: str, owner: str, since: float) -> StoredGeneration | None:
-        """Return an owner's latest generation of that id, unless it ended before a time."""
-        async with self._read() as database:
-            rows = await database.execute_fetchall(
-                "SELECT * FROM (SELECT number, conversation, prompt, model, began, terminal, ended "
-                "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1) "
-                "WHERE ended IS NULL OR ended >= ?",
-                (owner, generation, since),
-            )
-            for number, conversation, prompt, model, began, terminal, _ in rows:
-                parts = await database.execute_fetchall(
-                    "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
-                )
+        def commit(database: sqlite3.Connection) -> None:
+            for entry in entries:
+                if entry.new:
+                    _begin(database, entry.header, now)
+                _add(database, entry, now)
+                if entry.header.conversation is not None and (entry.new or entry.terminal):
+                    database.execute(
+                        "UPDATE conversation SET updated = max(updated, ?), place = (SELECT "
+                        "max(place) + 1 FROM conversation WHERE owner = ?) "
+                        "WHERE owner = ? AND id = ?",
+                        (now, entry.header.owner, entry.header.owner, entry.header.conversation),
+                    )
+
+        await self._write("", commit)
+
+    async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
+        """Return an owner's latest generation of that id, or its trace."""
+
+        def find(database: sqlite3.Connection) -> StoredGeneration | Forgotten | None:
+            for number, conversation, model, began, retry_of, terminal, prompt in database.execute(
+                "SELECT number, conversation, model, began, retry_of, terminal, prompt "
+                "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1",
+                (owner, generation),
+            ):
                 parsed = Prompt.model_validate_json(prompt)
-                header = Header(generation, owner, conversation, parsed, model, began)
-                return StoredGeneration(header, _pieces(parts), _terminal(terminal))
-        return None
+                header = Header(generation, owner, conversation, parsed, model, began, retry_of)
+                return StoredGeneration(header, _said(database, number), _terminal(terminal))
+            for (when,) in database.execute(
+                "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
+            ):
+                return Forgotten(when)
+            return None
+
+        return await self._read(owner, find)
 
     async def load(
-        self, conversation: str, owner: str, limit: int, before: int | None = None
+        self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
         end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
-        async with self._read() as database:
-            rows = await database.execute_fetchall(
+
+        def load(database: sqlite3.Connection) -> StoredConversation | None:
+            for (title,) in database.execute(
                 "SELECT title FROM conversation WHERE owner = ? AND id = ?", (owner, conversation)
-            )
-            for (title,) in rows:
-                generations = await database.execute_fetchall(
-                    "SELECT number, turn, id, prompt, terminal, text FROM generation "
-                    "WHERE number IN (SELECT number FROM generation WHERE owner = ? "
-                    "AND conversation = ? AND turn < ? ORDER BY turn DESC LIMIT ?) ORDER BY turn",
-                    (owner, conversation, end, limit),
-                )
-                # By themselves, as in one row each a long prompt would be read with every piece.
-                parts: dict[int, list[object]] = defaultdict(list)
-                for number, *part in await database.execute_fetchall(
-                    "SELECT generation, after, texts FROM piece WHERE generation IN ("
-                    "SELECT number FROM generation WHERE owner = ? AND conversation = ? "
-                    "AND turn < ? AND text IS NULL ORDER BY turn DESC LIMIT ?) "
-                    "ORDER BY generation, after",
-                    (owner, conversation, end, limit),
-                ):
-                    parts[number].append(part)
+            ):
                 turns = [
                     Turn(
                         turn,
                         name,
-                        Prompt.model_validate_json(prompt).prompt or "",
-                        text_of(_pieces(parts[number])) if text is None else text,
+                        _asked(prompt),
+                        text_of(_loose(database, number)) if text is None else text,
                         partial(_terminal(terminal)),
                     )
-                    for number, turn, name, prompt, terminal, text in generations
+                    for number, turn, name, terminal, prompt, text in database.execute(
+                        _TURNS, (owner, conversation, end, limit, size)
+                    )
                 ]
-                return StoredConversation(conversation, owner, title, turns)
-        return None
+                first = turns[0].number if turns else end
+                older = database.execute(
+                    "SELECT 1 FROM generation WHERE owner = ? AND conversation = ? AND turn < ? "
+                    "AND hidden IS NULL LIMIT 1",
+                    (owner, conversation, first),
+                ).fetchone()
+                return StoredConversation(conversation, owner, title, turns, older is not None)
+            return None
 
-    async def list(
-        self, owner: str, limit: int, before: tuple[float, str] | None
-    ) -> Sequence[Summary]:
-        """Return an owner's conversations, newest first."""
-        async with self._read() as database:
-            rows = await database.execute_fetchall(
-                "SELECT id, title, created, updated FROM conversation "
-                "WHERE owner = ? AND (updated, id) < (?, ?) ORDER BY updated DESC, id DESC LIMIT ?",
-                (owner, *(before or (float("inf"), "")), limit),
-            )
+        return await self._read(owner, load)
+
+    async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
+        """Return an owner's conversations, the one used last first."""
+        end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
+        rows = await self._read(
+            owner,
+            lambda database: database.execute(
+                "SELECT id, title, created, updated, place FROM conversation "
+                "WHERE owner = ? AND place < ? ORDER BY place DESC LIMIT ?",
+                (owner, end, limit),
+            ).fetchall(),
+        )
         return [Summary(*row) for row in rows]
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
         """Give a conversation another title."""
-        return await self._change(
-            "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?",
-            (title, owner, conversation),
+        return await self._write(
+            owner,
+            lambda database: (
+                database.execute(
+                    "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?",
+                    (title, owner, conversation),
+                ).rowcount
+                > 0
+            ),
         )
 
     async def delete(self, conversation: str, owner: str) -> bool:
         """Delete a conversation and all in it."""
-        return await self._change(
-            "DELETE FROM conversation WHERE owner = ? AND id = ?", (owner, conversation)
-        )
+        now = time.time()
+
+        def delete(database: sqlite3.Connection) -> bool:
+            key = owner, conversation
+            database.execute(
+                "INSERT INTO forgotten SELECT owner, id, ? FROM generation WHERE owner = ? "
+                "AND conversation = ? ORDER BY turn DESC LIMIT ? "
+                "ON CONFLICT (owner, id) DO UPDATE SET at = excluded.at",
+                (now, *key, TRACES),
+            )
+            _drop_traces(database, owner)
+            deleted = database.execute("DELETE FROM conversation WHERE owner = ? AND id = ?", key)
+            return deleted.rowcount > 0
+
+        return await self._write(owner, delete)
 
     async def spent(self, owner: str, day: int) -> int:
         """Return the tokens of an owner's replies that ended on a day."""
-        async with self._read() as database:
-            ((tokens,),) = await database.execute_fetchall(
+        ((tokens,),) = await self._read(
+            owner,
+            lambda database: database.execute(
                 "SELECT CAST(total(tokens) AS INTEGER) FROM spent WHERE owner = ? AND day = ?",
                 (owner, day),
-            )
+            ).fetchall(),
+        )
         return int(tokens)
 
     async def purge(self, until: float) -> None:
@@ -424,52 +312,269 @@ class SqliteStore:
 
         Accounts are kept for 90 days; which replies are in them, for today and yesterday.
         """
-        today = day_of(time.time())
-        async with self._write() as database:
-            await database.execute(
-                "DELETE FROM generation WHERE number IN (SELECT number FROM generation "
-                "WHERE conversation IS NULL AND ended < ? LIMIT ?)",
+        now = time.time()
+        today = day_of(now)
+
+        def purge(database: sqlite3.Connection) -> None:
+            ended = database.execute(
+                "SELECT number, owner, id FROM generation WHERE conversation IS NULL "
+                "AND ended < ? LIMIT ?",
                 (until, PURGED_AT_ONCE),
+            ).fetchall()
+            for number, owner, name in ended:
+                database.execute(
+                    "INSERT INTO forgotten VALUES (?, ?, ?) "
+                    "ON CONFLICT (owner, id) DO UPDATE SET at = excluded.at",
+                    (owner, name, now),
+                )
+                database.execute("DELETE FROM generation WHERE number = ?", (number,))
+            for owner in {owner for _, owner, _ in ended}:
+                _drop_traces(database, owner)
+            database.execute(
+                "DELETE FROM forgotten WHERE (owner, id) IN (SELECT owner, id FROM forgotten "
+                "WHERE at < ? LIMIT ?)",
+                (now - TRACE_KEPT, PURGED_AT_ONCE),
             )
-            await database.execute(
+            database.execute(
                 "DELETE FROM counted WHERE (owner, id, began) IN (SELECT owner, id, began "
                 "FROM counted WHERE day < ? LIMIT ?)",
                 (today - 1, PURGED_AT_ONCE),
             )
-            await database.execute(
+            database.execute(
                 "DELETE FROM spent WHERE (owner, day) IN (SELECT owner, day "
                 "FROM spent WHERE day < ? LIMIT ?)",
                 (today - DAYS_KEPT, PURGED_AT_ONCE),
             )
+            self._compact(database)
 
-    async def _change(self, statement: str, values: Sequence[object]) -> bool:
-        async with self._write() as database:
-            cursor = await database.execute(statement, values)
-            return cursor.rowcount > 0
+        await self._write("", purge)
 
-    @contextlib.asynccontextmanager
-    async def _read(self) -> AsyncIterator[aiosqlite.Connection]:
-        async with self._reading, _transaction(self._reader, "BEGIN"):
-            yield self._reader
+    def _compact(self, database: sqlite3.Connection) -> None:
+        """Pack some of the replies whose pieces an older version of this program left in rows."""
+        for (number,) in database.execute(
+            "SELECT number FROM generation WHERE lengths IS NULL AND ended IS NOT NULL "
+            "AND number > ? ORDER BY number LIMIT ?",
+            (self._compacted, PURGED_AT_ONCE),
+        ).fetchall():
+            self._compacted = number
+            with contextlib.suppress(StoreError), _errors():  # one that is damaged stays so
+                _pack(database, number, _loose(database, number))
 
-    @contextlib.asynccontextmanager
-    async def _write(self) -> AsyncIterator[aiosqlite.Connection]:
-        async with self._writing, _transaction(self._writer, "BEGIN IMMEDIATE"):
-            yield self._writer
+    async def _read(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
+        async with self._reading.of(owner):
+            return await _opened(self._reader).transact(work, "BEGIN")
+
+    async def _write(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
+        async with self._writing.of(owner):
+            return await _opened(self._writer).transact(work)
 
 
-@contextlib.asynccontextmanager
-async def _transaction(database: aiosqlite.Connection, begin: str) -> AsyncIterator[None]:
-    with _errors():
+class _Connection:
+    """A connection to the file, in a thread that does one thing after another."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wsserver-store")
+        self._closing: asyncio.Future[None] | None = None
+        self.database: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        await self._run(self._open)
+
+    def close(self) -> "asyncio.Future[None]":
+        """Close it behind all that was asked for before, whether or not anyone waits for it."""
+        if self._closing is None:
+            self._closing = self._run(self._close)
+            self._thread.shutdown(wait=False)
+        return self._closing
+
+    async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do something outside of a transaction."""
+
+        def call() -> T:
+            assert self.database is not None
+            return work(self.database)
+
+        return await self._run(call)
+
+    async def transact(
+        self, work: Callable[[sqlite3.Connection], T], begin: str = "BEGIN IMMEDIATE"
+    ) -> T:
+        """Do something in a transaction, of which all happens or nothing.
+
+        Raises:
+            StoreError: it failed.
+        """
+
+        def transact(database: sqlite3.Connection) -> T:
+            with _errors():
+                try:
+                    database.execute(begin)
+                    done = work(database)
+                    database.execute("COMMIT")
+                except BaseException:
+                    if database.in_transaction:
+                        with contextlib.suppress(sqlite3.Error):
+                            database.execute("ROLLBACK")
+                    raise
+                return done
+
+        return await self.call(transact)
+
+    def _run(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         try:
-            await database.execute(begin)
-            yield
-            await database.execute("COMMIT")
-        except BaseException:
-            # Even where it was cancelled before it began, as the thread does not know of that.
-            with contextlib.suppress(sqlite3.Error, ValueError):
-                await database.execute("ROLLBACK")
-            raise
+            return asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError:  # its thread takes no more work
+            raise StoreError("the store is closed") from None
+
+    def _open(self) -> None:
+        self.database = database = sqlite3.connect(
+            self._path, isolation_level=None, timeout=self._timeout
+        )
+        database.execute("PRAGMA synchronous = NORMAL")
+        database.execute("PRAGMA foreign_keys = ON")
+
+    def _close(self) -> None:
+        if self.database is not None:
+            self.database.close()
+            self.database = None
+
+
+def _opened(connection: _Connection | None) -> _Connection:
+    if connection is None:
+        raise StoreError("the store is closed")
+    return connection
+
+
+def _begin(database: sqlite3.Connection, header: Header, now: float) -> None:
+    """Save the header of a generation, unless it is there."""
+    owner, conversation = header.owner, header.conversation
+    if conversation is not None:
+        database.execute(
+            "INSERT INTO conversation VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(place), 0) + 1 "
+            "FROM conversation WHERE owner = ?)) ON CONFLICT (owner, id) DO NOTHING",
+            (owner, conversation, title_of(header.prompt), now, now, owner),
+        )
+    prompt = header.prompt.model_dump_json(exclude_none=True)
+    added = database.execute(
+        "INSERT INTO generation (owner, id, began, prompt, model, retry_of, size, rest, "
+        "conversation, turn) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, CASE WHEN ? THEN (SELECT "
+        "coalesce(max(turn), 0) + 1 FROM generation WHERE owner = ? AND conversation = ?) END) "
+        "ON CONFLICT (owner, id, began) DO NOTHING",
+        (
+            *_key(header),
+            prompt,
+            header.model,
+            header.retry_of,
+            len(prompt.encode()),
+            ROW,
+            conversation,
+            conversation is not None,
+            owner,
+            conversation,
+        ),
+    )
+    if added.rowcount and header.retry_of is not None and conversation is not None:
+        database.execute(
+            "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
+            "AND conversation = ? AND number <> ? AND hidden IS NULL",
+            (owner, header.retry_of, conversation, added.lastrowid),
+        )
+
+
+def _add(database: sqlite3.Connection, entry: Entry, now: float) -> None:
+    """Save the pieces of a generation and its terminal, unless it was deleted or has ended."""
+    header, terminal = entry.header, entry.terminal
+    if terminal is not None:
+        database.execute(_COUNT, (*_key(header), day_of(now), tokens_of(terminal)))
+    row = database.execute(
+        "SELECT number, terminal IS NOT NULL, lengths IS NOT NULL FROM generation "
+        "WHERE owner = ? AND id = ? AND began = ?",
+        _key(header),
+    ).fetchone()
+    if row is None or row[1]:
+        return
+    number, _, packed = row
+    if terminal is None and not packed:
+        if entry.pieces:
+            database.execute(
+                "INSERT INTO piece VALUES (?, ?, ?) ON CONFLICT (generation, after) "
+                "DO UPDATE SET texts = excluded.texts WHERE length(excluded.texts) > length(texts)",
+                (number, entry.after, _dump(entry.pieces)),
+            )
+        return
+    pieces = _said(database, number)
+    pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
+    _pack(database, number, pieces)
+    if terminal is None:
+        return
+    database.execute(
+        "UPDATE generation SET terminal = ?, ended = ?, hidden = coalesce(?, hidden) "
+        "WHERE number = ?",
+        (
+            terminal.model_dump_json(exclude_none=True),
+            now,
+            "unsaid" if entry.unsaid else None,
+            number,
+        ),
+    )
+    if entry.unsaid and header.retry_of is not None:
+        database.execute(
+            "UPDATE generation SET hidden = NULL WHERE owner = ? AND id = ? "
+            "AND conversation = ? AND hidden = 'replaced'",
+            (header.owner, header.retry_of, header.conversation),
+        )
+
+
+def _said(database: sqlite3.Connection, number: int) -> list[str]:
+    """Return the pieces of a generation, packed or not."""
+    ((text, lengths, thinking),) = database.execute(
+        "SELECT text, lengths, thinking FROM generation WHERE number = ?", (number,)
+    )
+    if lengths is None:
+        return _loose(database, number)
+    return Packed(text, thinking, lengths).pieces()
+
+
+def _loose(database: sqlite3.Connection, number: int) -> list[str]:
+    """Return the pieces of a generation that are in rows."""
+    parts = database.execute(
+        "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
+    ).fetchall()
+    pieces: list[str] = []
+    for after, part in _PARTS.validate_python(parts):
+        pieces[after : after + len(part)] = [
+            piece if isinstance(piece, str) else Thinking(piece[0]) for piece in part
+        ]
+    return pieces
+
+
+def _pack(database: sqlite3.Connection, number: int, pieces: Sequence[str]) -> None:
+    """Put the pieces of a generation into its row."""
+    packed = Packed.of(pieces)
+    database.execute(
+        "UPDATE generation SET text = ?, lengths = ?, thinking = ?, "
+        "size = length(CAST(prompt AS BLOB)) + ?, rest = ? WHERE number = ?",
+        (
+            packed.text,
+            packed.lengths,
+            packed.thinking,
+            len(packed.text.encode()),
+            ROW + len(packed.lengths) + len(packed.thinking.encode()),
+            number,
+        ),
+    )
+    database.execute("DELETE FROM piece WHERE generation = ?", (number,))
+
+
+def _drop_traces(database: sqlite3.Connection, owner: str) -> None:
+    """Drop the oldest traces of an owner's deleted generations, beyond those that are kept."""
+    database.execute(
+        "DELETE FROM forgotten WHERE owner = ? AND id IN (SELECT id FROM forgotten "
+        "WHERE owner = ? ORDER BY at DESC LIMIT -1 OFFSET ?)",
+        (owner, owner, TRACES),
+    )
 
 
 def _key(header: Header) -> tuple[str, str, float]:
@@ -478,30 +583,32 @@ def _key(header: Header) -> tuple[str, str, float]:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
+    """Have what SQLite and the records' types raise be a :class:`StoreError` that tells no text."""
     try:
         yield
-    # No message may quote what was said, as it goes to the log.
     except ValidationError as error:
         kind = error.errors(include_context=False, include_input=False)[0]["type"]
         raise StoreError(f"what was saved is damaged: {kind}") from None
-    except (sqlite3.Error, ValueError) as error:  # a ValueError too where it is closed
+    except (sqlite3.Error, ValueError) as error:
         message = str(error).partition(" with text ")[0]
         raise StoreError(f"{type(error).__name__}: {message}") from None
+
+
+def _asked(prompt: str) -> str:
+    """Return the user's text in a prompt's JSON."""
+    try:
+        text = json.loads(prompt).get("prompt", "")
+    except (AttributeError, TypeError, ValueError):
+        text = None
+    if not isinstance(text, str):
+        raise StoreError("what was saved is damaged: prompt") from None
+    return text
 
 
 def _dump(pieces: Sequence[str]) -> str:
     return json.dumps(
         [[piece] if type(piece) is Thinking else piece for piece in pieces], ensure_ascii=False
     )
-
-
-def _pieces(parts: object) -> list[str]:
-    pieces: list[str] = []
-    for after, part in _PARTS.validate_python(parts):
-        pieces[after : after + len(part)] = [
-            piece if isinstance(piece, str) else Thinking(piece[0]) for piece in part
-        ]
-    return pieces
 
 
 def _terminal(json_text: str | None) -> Terminal | None:
