@@ -139,6 +139,20 @@ def test_without_uvloop_it_is_pythons_own_unless_uvloop_is_asked_for(
     assert "uvloop is not installed" in fails(capsys, "serve", "--event-loop", "uvloop")
 
 
+async def test_a_second_server_says_how_to_run_beside_the_first(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async with run(*SERVE) as process:
+        first = await url(process)
+        # As where the same command is given twice: the port is taken too.
+        line = await asyncio.to_thread(fails, capsys, "serve", "--port", first.split(":")[-1][:-1])
+        assert "conversations.sqlite" in line
+        assert "--store sqlite:///PATH" in line
+        assert "--store memory:" in line
+        async with run(*SERVE, "--store", "memory:") as second:
+            await url(second)
+
+
 def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -154,7 +168,8 @@ def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> 
         (["serve", "--colour", "red"], "--colour"),
         (["serve", "--grace", "-1"], "grace: "),
         (["serve", "--model", "gpt"], "model: 'gpt' is none of"),
-        (["serve", "--model", "no.such:model"], "cannot import"),
+        (["serve", "--model", "no.such:model"], "no module and no provider 'no'"),
+        (["serve", "--model", "openai:gpt-4o"], "no provider 'openai'; give demo, anthropic:MODEL"),
         (["serve", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["sing"], "sing"),
         ([], "COMMAND"),

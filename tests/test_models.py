@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import wsserver
-from wsserver import ConfigError, End, Message, Model, Request, Settings, Usage
+from tests.support.client import client
+from wsserver import Code, ConfigError, End, Message, Model, ModelError, Request, Settings, Usage
 from wsserver.models import load, name_of
 from wsserver.models.demo import Demo
 
@@ -77,6 +78,58 @@ def test_a_model_that_could_not_push_is_told_at_once(kind: str) -> None:
     wsserver.serve(Whole())
 
 
+class Named:
+    name = "its-own"
+
+    async def __call__(self, request: Request, /) -> AsyncIterator[str]:
+        yield str(request.model)
+
+
+async def nameless(request: Request, /) -> AsyncIterator[str]:
+    yield str(request.model)
+
+
+@pytest.mark.parametrize(
+    ("model", "chosen", "shown", "asked"),
+    [
+        (nameless, None, "nameless", "None"),
+        (nameless, "nameless", "nameless", "None"),
+        (nameless, "listed", "listed", "listed"),
+        (Named(), None, "its-own", "its-own"),
+        (Named(), "its-own", "its-own", "its-own"),
+        (Named(), "listed", "listed", "listed"),
+    ],
+)
+async def test_a_model_is_asked_for_the_clients_choice_or_its_own_name_alone(
+    model: Model, chosen: str | None, shown: str, asked: str
+) -> None:
+    async with wsserver.serve(model, port=0, models="listed") as server, client(server) as chat:
+        start = await chat.prompt(model=chosen) if chosen else await chat.prompt()
+        assert start["model"] == shown
+        assert (await chat.text(start["id"]))[0] == asked
+
+
+def test_an_error_takes_its_code_as_a_string_and_no_other_string() -> None:
+    error = ModelError("overloaded", retry_after=3)
+    assert error.code is Code.OVERLOADED
+    assert (error.message, error.retryable) == (Code.OVERLOADED.meaning, True)
+    for wrong in ("the service is down", "OVERLOADED", None, 5):
+        with pytest.raises(ValueError, match=r"is no error code; give one of wsserver\.Code"):
+            ModelError(wrong)  # type: ignore[arg-type]
+
+
+async def test_an_error_with_a_string_as_its_code_reaches_the_client() -> None:
+    async def failing(request: Request, /) -> AsyncIterator[str]:
+        yield "Half"
+        raise ModelError("overloaded", "It is busy.")
+
+    async with wsserver.serve(failing, port=0) as server, client(server) as chat:
+        await chat.prompt()
+        failed = await chat.next("error")
+        assert (failed["code"], failed["message"]) == ("overloaded", "It is busy.")
+        assert failed["retryable"] is True
+
+
 def test_without_credentials_it_is_the_demo() -> None:
     assert name_of(load(Settings())) == "demo"
 
@@ -112,6 +165,7 @@ def test_a_model_of_ones_own_is_imported_from_the_current_folder(
         "number = 5\n"
     )
     (tmp_path / "broken_model.py").write_text("import no_such_library")
+    (tmp_path / "wordy_model.py").write_text("raise ValueError('two\\nlines')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert name_of(load(Settings(model="my_models:echo"))) == "echo"
@@ -120,8 +174,14 @@ def test_a_model_of_ones_own_is_imported_from_the_current_folder(
         "my_models:number": "not callable",
         "my_models:whole": "must be an async generator",
         "my_models:nothing": "cannot import",
-        "no_such_module:x": "cannot import",
-        "broken_model:x": "no_such_library",
+        "no_such_module:x": "no module and no provider 'no_such_module'; give demo, anthropic:",
+        "my_models.deeper:x": "no module and no provider 'my_models.deeper'",
+        "openai:gpt-4o": "no provider 'openai'; give demo, anthropic:",
+        "json:gpt-4o": "no provider 'json'; give demo, anthropic:",
+        "ollama:llama3.1:8b": "no provider 'ollama'",
+        "openai:gpt4": "no module and no provider 'openai'",
+        "wordy_model:x": "ValueError: two lines",
+        "broken_model:x": "'broken_model:x': the module 'no_such_library' is not installed",
         "gpt": "none of demo",
         "my_models:": "none of demo",
     }.items():

@@ -120,18 +120,22 @@ class StoreError(WsserverError):
 class _Coded(WsserverError):
     def __init__(
         self,
-        code: Code,
+        code: Code | str,
         message: str = "",
         *,
         retryable: bool | None = None,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message or code.meaning)
-        if not isinstance(code, Code):
-            raise TypeError("the code must be one of wsserver.Code")
-        self.code = code
-        self.message = str(message or code.meaning)
-        self.retryable = code.retryable if retryable is None else bool(retryable)
+        known = next((known for known in Code if known == code), None)
+        if known is None:
+            raise ValueError(
+                f"{code!r} is no error code; give one of wsserver.Code, such as "
+                'Code.OVERLOADED or "overloaded", and the message after it'
+            )
+        super().__init__(message or known.meaning)
+        self.code = known
+        self.message = str(message or known.meaning)
+        self.retryable = known.retryable if retryable is None else bool(retryable)
         self.retry_after = None if retry_after is None else float(retry_after)
 
 
@@ -142,10 +146,13 @@ class Refused(_Coded):
     once they are known.
 
     Args:
-        code: one of :class:`Code`.
+        code: one of :class:`Code`, or its string value.
         message: for people; sent to the client. Default: the code's meaning.
         retryable: whether the same frame can succeed later. Default: the code's.
         retry_after: seconds, where known.
+
+    Raises:
+        ValueError: there is no such code.
     """
 
     about: str | None = None

@@ -28,7 +28,15 @@ from wsserver.live import (
     restored,
 )
 from wsserver.logs import log as events
-from wsserver.models.base import Message, Model, PushModel, Request, name_of, provider_of
+from wsserver.models.base import (
+    Message,
+    Model,
+    PushModel,
+    Request,
+    declared_name,
+    name_of,
+    provider_of,
+)
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
 from wsserver.stores.base import (
@@ -65,6 +73,7 @@ class Hub:
         self, model: Model | PushModel, store: Store, settings: Settings, metrics: Metrics
     ) -> None:
         self.model_name = name_of(model)
+        self._declared_name = declared_name(model)
         self.metrics = metrics
         self._provider = provider_of(model)
         self._model = model
@@ -478,7 +487,7 @@ class Hub:
             )
         return Request(
             messages=tuple(messages),
-            model=generation.model,
+            model=self._declared_name if prompt.model in {None, self.model_name} else prompt.model,
             max_tokens=generation.allowance,
             system=prompt.system or settings.system or None,
             temperature=prompt.temperature,

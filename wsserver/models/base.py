@@ -22,6 +22,7 @@ __all__ = [
     "Take",
     "check",
     "close",
+    "declared_name",
     "load",
     "name_of",
     "provider_of",
@@ -31,6 +32,7 @@ Piece = str | Usage | End
 Take = Callable[[Piece], None]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
+CHOICES = "demo, anthropic:MODEL, claude-… and package.module:attribute for a model of your own"
 
 # Any of these means that Anthropic's SDK will find credentials in the environment.
 _CREDENTIALS = (
@@ -53,10 +55,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a model is asked: the conversation, whose last message is the user's, and how."""
+    """What a model is asked: the conversation, whose last message is the user's, and how.
+
+    ``model`` is the id that the client chose of the setting ``models``, else the model's own
+    ``name``. It is None where the client chose none and the model has no ``name``: the name of a
+    function is for people, and no API knows it.
+    """
 
     messages: tuple[Message, ...]
-    model: str
+    model: str | None
     max_tokens: int
     system: str | None = None
     temperature: float | None = None
@@ -121,9 +128,15 @@ def check(model: object) -> None:
         raise ConfigError(f"model: {name} must be an async generator: let it yield its pieces")
 
 
+def declared_name(model: Model | PushModel) -> str | None:
+    """Return the ``name`` that a model has given itself."""
+    name = getattr(model, "name", None)
+    return str(name) if name else None
+
+
 def name_of(model: Model | PushModel) -> str:
-    """Return the name that clients see."""
-    return str(getattr(model, "name", None) or getattr(model, "__name__", type(model).__name__))
+    """Return the name that clients see: the model's own, else that of its function or class."""
+    return declared_name(model) or str(getattr(model, "__name__", type(model).__name__))
 
 
 def provider_of(model: Model | PushModel) -> str:
@@ -167,11 +180,16 @@ def load(settings: Settings) -> Model | PushModel:
 
 
 def _import(spec: str) -> Model | PushModel:
+    """Import a model of the operator's own.
+
+    Raises:
+        ConfigError: the spec names no attribute of a module, or the module cannot be imported.
+    """
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute):
-        raise ConfigError(
-            f"model: {spec!r} is none of demo, anthropic:MODEL, claude-… and module:attribute"
-        )
+        raise ConfigError(f"model: {spec!r} is none of {CHOICES}")
+    if not all(part.isidentifier() for part in attribute.split(".")):
+        raise ConfigError(f"model: there is no provider {module_name!r}; give {CHOICES}")
     # A program started from a folder expects to find that folder's modules.
     if (cwd := str(os.getcwd())) not in sys.path:  # noqa: PTH109
         sys.path.insert(0, cwd)
@@ -179,9 +197,15 @@ def _import(spec: str) -> Model | PushModel:
         model = importlib.import_module(module_name)
         for part in attribute.split("."):
             model = getattr(model, part)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if f"{module_name}.".startswith(f"{missing}."):
+            reason = f"there is no module and no provider {missing!r}; give {CHOICES}"
+        else:
+            reason = f"cannot import {spec!r}: the module {missing!r} is not installed"
+        raise ConfigError(f"model: {reason}") from error
     except Exception as error:
-        raise ConfigError(
-            f"model: cannot import {spec!r}: {type(error).__name__}: {error}"
-        ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"model: cannot import {spec!r}: {reason}") from error
     check(model)
     return cast("Model | PushModel", model)

@@ -136,7 +136,10 @@ class SqliteStore:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise ConfigError(f"store: another server uses {self._path}") from None
+            raise ConfigError(
+                f"store: another server uses {self._path}; stop that server, or start this one "
+                "with another file (--store sqlite:///PATH) or none (--store memory:)"
+            ) from None
         return lock
 
     def _migrate(self, database: sqlite3.Connection) -> None:
