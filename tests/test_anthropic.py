@@ -1,5 +1,6 @@
 """Claude through the real SDK, against a server that speaks the Messages API and all its faults."""
 
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -377,6 +378,12 @@ async def test_the_client_is_closed_with_the_server(
 # Stop
 
 
+def escaped(text: str, kind: str = "text") -> bytes:
+    return event(
+        "content_block_delta", index=0, delta={"type": f"{kind}_delta", kind: "@"}
+    ).replace(b"@", text.encode())
+
+
 async def stop(chat: Client, start: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     await chat.send({"type": "stop", "id": start["id"]})
     text, done = await chat.text(start["id"])
@@ -500,6 +507,69 @@ async def test_usage_of_a_stopped_reply_has_the_exact_input(
     await chat.next("token")
     _, done = await stop(chat, start)
     assert done["usage"] == {"input_tokens": 321, "output_tokens": 3, "estimated": True}
+
+
+async def test_usage_of_a_stopped_reply_in_chinese_is_a_token_a_character_or_more(
+    chat: Client, upstream: Upstream
+) -> None:
+    upstream.play(reply(["漢字仮名交じり文"] * 250, Hang()))
+    start = await chat.prompt()
+    while len(chat.said(start["id"])) < 2000:
+        await chat.receive()
+    _, done = await stop(chat, start)
+    assert 2000 <= done["usage"]["output_tokens"] <= 3000
+    assert done["usage"]["estimated"] is True
+
+
+@pytest.mark.parametrize("summary", ["A short one", ""])
+@pytest.mark.parametrize("later", ["stopped", "text, then stopped", "text, then cut"])
+async def test_thinking_that_is_only_summarised_counts_by_its_time(
+    monkeypatch: pytest.MonkeyPatch,
+    server: wsserver.Server,
+    chat: Client,
+    upstream: Upstream,
+    summary: str,
+    later: str,
+) -> None:
+    clock = itertools.chain([100.0], itertools.repeat(110.0))
+    monkeypatch.setattr("wsserver.models.anthropic.monotonic", lambda: next(clock))
+    events = event("message_start", message={"usage": {"input_tokens": 9}})
+    events += event("content_block_start", index=0, content_block={"type": "thinking"})
+    events += escaped(summary, "thinking") if summary else b""
+    if later != "stopped":
+        events += event("content_block_stop", index=0) + escaped("An answer of many letters")
+    upstream.play(stream(events, Cut() if later.endswith("cut") else Hang()))
+    start = await chat.prompt()
+    if later.endswith("cut"):
+        terminal = await chat.next("error")
+    else:
+        (generation,) = server._hub._live
+        await until(lambda: generation.usage)
+        terminal = (await stop(chat, start))[1]
+    used = {"input_tokens": 9, "output_tokens": 600 + 7 * (later != "stopped"), "estimated": True}
+    assert terminal["usage"] == used
+
+
+async def test_thinking_costs_no_more_than_what_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
+) -> None:
+    clock = itertools.chain([100.0], itertools.repeat(110.0))
+    monkeypatch.setattr("wsserver.models.anthropic.monotonic", lambda: next(clock))
+    begin = event("content_block_start", index=0, content_block={"type": "thinking"})
+    upstream.play(stream(begin, escaped("hm", "thinking"), Hang()))
+    start = await chat.prompt(max_tokens=300)
+    await chat.next("thinking")
+    assert (await stop(chat, start))[1]["usage"]["output_tokens"] == 300
+
+
+async def test_the_apis_own_count_of_thinking_wins(
+    monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
+) -> None:
+    clock = itertools.chain([100.0], itertools.repeat(110.0))
+    monkeypatch.setattr("wsserver.models.anthropic.monotonic", lambda: next(clock))
+    upstream.play(reply("Yes", thinking="hm", output_tokens=77))
+    done = (await chat.text((await chat.prompt())["id"]))[1]
+    assert done["usage"] == {"input_tokens": 25, "output_tokens": 77}
 
 
 async def test_a_client_that_is_gone_costs_nothing_after_the_grace_time(
@@ -700,12 +770,6 @@ async def test_an_end_before_the_first_text_is_tried_again(
     start = await chat.prompt()
     assert (await chat.text(start["id"]))[0] == "at last"
     assert len(upstream.requests) == 2
-
-
-def escaped(text: str, kind: str = "text") -> bytes:
-    return event(
-        "content_block_delta", index=0, delta={"type": f"{kind}_delta", kind: "@"}
-    ).replace(b"@", text.encode())
 
 
 @pytest.mark.parametrize(

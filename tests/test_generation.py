@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsserver.generation import IllegalTransition, Log, State, Thinking, well_formed
+from wsserver.generation import IllegalTransition, Log, State, Thinking, tokens_in, well_formed
 
 EVENTS = {
     "begin": lambda log: log.begin(),
@@ -144,3 +144,23 @@ def test_text_becomes_what_utf8_can_carry(broken: str, whole: str) -> None:
     kept = well_formed(Thinking(broken))
     assert type(kept) is Thinking
     assert kept == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
+    [
+        ("", 0, 0),
+        ("a", 1, 1),
+        ("some words here and there " * 100, 600, 700),
+        ("0123456789" * 100, 300, 400),
+        ("if (x[i] != 0) { y += f(x[i]); }\n" * 100, 850, 1300),
+        ("Пример текста " * 100, 600, 800),
+        ("漢字仮名交じり文" * 250, 2000, 3000),
+        ("한국어 문장 " * 100, 500, 800),
+        ("😀" * 100, 100, 300),
+        ("\ud83d", 1, 3),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_tokens_are_estimated_by_script(text: str, least: int, most: int) -> None:
+    assert least <= tokens_in(text) <= most

@@ -6,9 +6,10 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
+from wsserver.context import newest
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
-from wsserver.live import Conversation, newest
+from wsserver.live import Conversation
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 

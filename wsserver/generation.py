@@ -14,7 +14,6 @@ from enum import Enum, auto
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 __all__ = [
-    "CHARACTERS_PER_TOKEN",
     "End",
     "Follower",
     "IllegalTransition",
@@ -29,9 +28,18 @@ __all__ = [
 
 T = TypeVar("T")
 
-CHARACTERS_PER_TOKEN = 4  # of English text, for usage that the model never told
+_LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ "
+_FIRST_OF_TWO, _FIRST_OF_THREE, _FIRST_OF_FOUR = (  # the first byte of a character in UTF-8
+    bytes(range(first, end)) for first, end in ((0xC0, 0xE0), (0xE0, 0xF0), (0xF0, 0xF8))
+)
 
-_CACHE_COUNTS = ("cache_creation_input_tokens", "cache_read_input_tokens")
+_COUNTS = (
+    "input_tokens",
+    "output_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+    "thinking_tokens",
+)
 
 
 class Thinking(str):
@@ -45,7 +53,9 @@ class Usage:
     """Tokens spent on a reply, in all so far.
 
     ``input_tokens`` counts what was neither read from nor written to a prompt cache; the whole
-    input is the sum of the three. ``estimated``: the model never said, this is our guess.
+    input is the sum of the three. ``thinking_tokens`` are those of ``output_tokens`` that were
+    spent on thinking, where the model shows less of it than it is. ``estimated``: the model never
+    said, this is our guess.
     """
 
     input_tokens: int = 0
@@ -53,10 +63,11 @@ class Usage:
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     estimated: bool = False
+    thinking_tokens: int = 0
 
     def __post_init__(self) -> None:
         # A count that is no whole number is told to the author of the model at once.
-        for name in ("input_tokens", "output_tokens", *_CACHE_COUNTS):
+        for name in _COUNTS:
             object.__setattr__(self, name, max(0, operator.index(getattr(self, name))))
 
     def but(self, **counts: int | bool) -> "Usage":
@@ -64,9 +75,24 @@ class Usage:
         return replace(self, **counts)  # type: ignore[arg-type]
 
 
-def tokens_in(characters: int) -> int:
-    """Return what so many characters likely are in tokens."""
-    return -(-characters // CHARACTERS_PER_TOKEN)
+def tokens_in(text: str) -> int:
+    """Return what a text likely is in tokens, rounded up, for what the model does not count itself.
+
+    A token is taken for 4 English letters or spaces, for 3 digits or signs, for 2 letters of Greek,
+    Cyrillic, Hebrew or Arabic, for 4/5 of a Chinese, Japanese or Korean character, or for half an
+    emoji.
+    """
+    data = text.encode(errors="surrogatepass")
+
+    def count(kind: bytes) -> int:
+        return len(data) - len(data.translate(None, kind))
+
+    letters = count(_LETTERS)
+    if text.isascii():
+        return -(-(3 * letters + 4 * (len(data) - letters)) // 12)
+    two, three, four = map(count, (_FIRST_OF_TWO, _FIRST_OF_THREE, _FIRST_OF_FOUR))
+    signs = len(data) - letters - 2 * two - 3 * three - 4 * four
+    return -(-(3 * letters + 4 * signs + 6 * two + 15 * three + 24 * four) // 12)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import deque
 
+from wsserver.context import messages_of
 from wsserver.conversations import Conversations
 from wsserver.errors import OUTAGE, UPSTREAM, Code, ModelError, Refused
 from wsserver.generation import End, Follower, State, tokens_in
@@ -24,7 +25,6 @@ from wsserver.live import (
     Generation,
     Outcome,
     Watcher,
-    messages_of,
     restored,
 )
 from wsserver.logs import log as events
@@ -377,12 +377,13 @@ class Hub:
             account=account,
             prompt=prompt,
             allowance=allowance,
-            reserved=allowance + tokens_in(_asked(prompt, conversation)),
             model=prompt.model or self.model_name,
             conversation_id=None if conversation is None else conversation.id,
             conversation=conversation,
             accepted=self._loop.time(),
         )
+        generation.asked = _tokens_of(self._request(generation))
+        generation.reserved = allowance + generation.asked
         self._shares.take(account)
         self._budget.reserve(owner, generation.reserved)
         self._generations[owner, generation.id] = generation
@@ -458,7 +459,6 @@ class Hub:
         request = self._request(generation)
         generation.log.begin()
         generation.log.followers.append(FirstPiece(generation, self._loop.time))
-        generation.asked = sum(len(message.content) for message in request.messages)
         generation.began = generation.heard = self._loop.time()
         generation.span = span(
             generation=generation.id,
@@ -587,7 +587,8 @@ class Hub:
         generation.shared = None
         if conversation is not None and generation.begun:
             conversation.version += 1
-            conversation.turns = self.conversations.fit([*conversation.turns, generation.turn()])
+            turn = generation.turn(conversation.turns[-1].number + 1 if conversation.turns else 1)
+            conversation.turns = self.conversations.fit([*conversation.turns, turn])
         if conversation is not None and conversation.running is generation:
             conversation.running = None
         self._live.discard(generation)
@@ -676,10 +677,10 @@ def _new_id() -> str:
     return secrets.token_urlsafe(16)
 
 
-def _asked(prompt: Prompt, conversation: Conversation | None) -> int:
-    """Return how many characters a prompt is about to send to the model, about."""
-    turns = () if conversation is None else conversation.turns
-    return prompt.size + sum(len(turn.prompt) + len(turn.text) for turn in turns)
+def _tokens_of(request: Request) -> int:
+    """Return what a request is in tokens, about."""
+    texts = [request.system or "", *(message.content for message in request.messages)]
+    return sum(map(tokens_in, texts))
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from wsserver.generation import CHARACTERS_PER_TOKEN, End, State, Usage, well_formed
+from wsserver.generation import End, State, Usage, tokens_in, well_formed
 from wsserver.live import Generation
 from wsserver.models.base import Model, Piece, PushModel, Request
 from wsserver.settings import Settings
@@ -49,7 +49,7 @@ class Intake:
         self._generation = generation
         self._room = settings.reply_size
         self._size = settings.frame_size
-        self._unread_limit = settings.grace_tokens * CHARACTERS_PER_TOKEN
+        self._unread_limit = settings.grace_tokens
         self._time = time
         self._stop = stop
         self._half = ""  # a high surrogate that the next piece may complete
@@ -132,7 +132,7 @@ class Intake:
         else:
             self._append_in_parts(text)
         if generation.unread is not None:
-            generation.unread += len(text)
+            generation.unread += tokens_in(text)
             if generation.unread > self._unread_limit:
                 self._stop()
         if self._room <= 0:

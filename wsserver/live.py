@@ -3,15 +3,14 @@
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.errors import Code, ModelError
-from wsserver.generation import End, Log, Run, State, Usage, tokens_in, well_formed
+from wsserver.generation import End, Log, Run, State, Thinking, Usage, tokens_in, well_formed
 from wsserver.journal import Record
 from wsserver.logs import log as events
-from wsserver.models.base import Message
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
 from wsserver.stores.base import StoredGeneration, Turn, partial
 from wsserver.telemetry import Span
@@ -22,12 +21,8 @@ __all__ = [
     "Generation",
     "Outcome",
     "Watcher",
-    "messages_of",
-    "newest",
     "restored",
 ]
-
-_REFUSED = frozenset(code.value for code in Code if not code.retryable)
 
 Outcome = End | StoppedBy | BaseException
 """How a generation came to its end: by itself, by someone, or by a failure."""
@@ -124,10 +119,10 @@ class Generation:
     spoke: float | None = None  # when its first piece came
     stopped: float | None = None  # when it was asked to stop
     ended: float = 0.0
-    asked: int = 0  # characters sent to the model
+    asked: int = 0  # tokens that the model is asked with, about
     size: int = 0  # of what is kept once it has ended
     readers: int = 0
-    unread: int | None = None  # characters said since the last reader went
+    unread: int | None = None  # tokens said since the last reader went
     watch: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None
     # What a follower got last, until the end: where it was, the log's seq, the run and its frame.
@@ -195,13 +190,15 @@ class Generation:
         if (usage := self.usage) is not None and not usage.estimated:
             return usage
         if usage is None:
-            usage = Usage(input_tokens=tokens_in(self.asked), estimated=True)
-        said = tokens_in(sum(map(len, self.log.pieces)))
+            usage = Usage(input_tokens=self.asked, estimated=True)
+        thought = tokens_in("".join(p for p in self.log.pieces if type(p) is Thinking))
+        said = tokens_in(self.log.text) + max(thought, usage.thinking_tokens)
         return usage.but(output_tokens=max(usage.output_tokens, said))
 
-    def turn(self) -> Turn:
-        """Return it as a turn of its conversation."""
-        return Turn(0, self.id, self.prompt.prompt or "", self.log.text, partial(self.log.terminal))
+    def turn(self, number: int) -> Turn:
+        """Return it as a turn of its conversation, with its number in there, from 1."""
+        text, how = self.log.text, partial(self.log.terminal)
+        return Turn(number, self.id, self.prompt.prompt or "", text, how)
 
 
 class FirstPiece:
@@ -248,55 +245,6 @@ def restored(stored: StoredGeneration) -> Generation:
         )
     log.end(terminal)
     return generation
-
-
-def messages_of(turns: Iterable[Turn], prompt: str, *, count: int, size: int) -> list[Message]:
-    """Make the messages that a model is asked with.
-
-    Args:
-        turns: what was said before.
-        prompt: what the user says now.
-        count: messages at most.
-        size: characters at most. The oldest turns are dropped first; the prompt never is.
-    """
-    messages: list[Message] = []
-
-    def say(text: str) -> None:
-        # A prompt that is sent again after it failed without a word is not said twice.
-        if not messages or messages[-1] != Message("user", text):
-            messages.append(Message("user", text))
-
-    for turn in turns:
-        if not _poisonous(turn):
-            say(turn.prompt)
-            if turn.text.strip():  # an empty message is one that models refuse
-                messages.append(Message("assistant", turn.text, turn.partial))
-    say(prompt)
-    total = sum(len(message.content) for message in messages)
-    first = 0
-    while first < len(messages) - 1 and (
-        total > size or len(messages) - first > count or messages[first].role != "user"
-    ):
-        total -= len(messages[first].content)
-        first += 1
-    return messages[first:]
-
-
-def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
-    """Return the newest turns that a model may be asked with; the store has the others."""
-    kept = list(turns[-count:])
-    total = sum(len(turn.prompt) + len(turn.text) for turn in kept)
-    while len(kept) > 1 and total > size:
-        oldest = kept.pop(0)
-        total -= len(oldest.prompt) + len(oldest.text)
-    return kept
-
-
-def _poisonous(turn: Turn) -> bool:
-    """Whether the model would refuse, for this turn, all that come after it."""
-    if turn.partial == Code.REFUSAL:
-        return True
-    return turn.partial in _REFUSED and not turn.text.strip()
 
 
 def _new_ref() -> str:

@@ -202,10 +202,11 @@ class Settings(BaseSettings):
     conversations: PositiveCount = 10_000
     """Conversations kept in memory; the one idle for longest is dropped first."""
     history_messages: PositiveCount = 200
-    """Messages of a conversation that are sent to the model; the oldest turns are dropped first."""
+    """Messages of a conversation that are sent to the model. Where there are more, the oldest turns
+    are dropped, many at once: the prompt cache then matches until the next time."""
     history_size: Characters = 400_000
-    """Characters of a conversation that are kept and sent to the model, about 100,000 tokens; the
-    oldest turns are dropped first."""
+    """Characters of a conversation that are kept and sent to the model, about 100,000 tokens of
+    English; the oldest turns are dropped in the same way."""
     reply_size: Characters = 4_000_000
     """Characters of one reply, after which it ends as `max_tokens`: a model of one's own may know
     no end."""
@@ -227,7 +228,7 @@ class Settings(BaseSettings):
     grace: Seconds = 30.0
     """That a reply runs on when its last reader is gone; 0 stops it at once."""
     grace_tokens: Count = 2000
-    """The same in output tokens, about: no more is spent on a reply that nobody reads."""
+    """The same in output tokens, estimated: no more is spent on a reply that nobody reads."""
     replay: Seconds = 300.0
     """That an ended reply is kept, so that a prompt sent again gets it and not a second one."""
     replay_size: Bytes = 67_108_864

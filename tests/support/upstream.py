@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -288,6 +288,7 @@ def reply(
     stop_details: Mapping[str, object] | None = None,
     input_tokens: int = 25,
     output_tokens: int | None = None,
+    cache_creation_input_tokens: int = 0,
     cache_read_input_tokens: int = 0,
     interval: float = 0.0,
     chop: int = 0,
@@ -317,8 +318,9 @@ def reply(
                 message.open("text", text="")
             message.add("text_delta", "text", pieces)
     message.close()
-    usage = {"input_tokens": input_tokens, "cache_creation_input_tokens": 0}
-    usage |= {"cache_read_input_tokens": cache_read_input_tokens, "output_tokens": 1}
+    usage = {"input_tokens": input_tokens, "output_tokens": 1}
+    usage |= {"cache_creation_input_tokens": cache_creation_input_tokens}
+    usage |= {"cache_read_input_tokens": cache_read_input_tokens}
     total = message.pieces or 1 if output_tokens is None else output_tokens
     stop = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
     last = {**stop, "stop_details": stop_details}
@@ -553,7 +555,7 @@ class Connection(asyncio.Protocol):
 class Upstream:
     """The server: requests get the scripts given to `play`, in order, and then the default one.
 
-    `timeout` bounds every wait.
+    A function from a request's body to a script may be the default. `timeout` bounds every wait.
     """
 
     url: str
@@ -562,7 +564,7 @@ class Upstream:
     def __init__(self, *, tls: bool = False, timeout: float = 5.0) -> None:
         self.tls = _self_signed() if tls else None
         self.timeout = timeout
-        self.default = reply("Hello world")
+        self.default: Script | Callable[[Any], Script] = reply("Hello world")
         self.gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
         self.requests: list[Received] = []
         self.closes: list[float] = []
@@ -623,8 +625,12 @@ class Upstream:
             self._arrival = asyncio.Event()
             if (method, path) != ("POST", "/v1/messages"):
                 script = Script((error(404, "not_found_error"),))
+            elif self._scripts:
+                script = self._scripts.popleft()
+            elif isinstance(self.default, Script):
+                script = self.default
             else:
-                script = self._scripts.popleft() if self._scripts else self.default
+                script = self.default(received.body)
         self.open += 1
         return script
 

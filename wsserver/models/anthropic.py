@@ -17,6 +17,7 @@ import random
 import re
 import ssl
 import time
+from time import monotonic
 from typing import Any
 
 import anthropic
@@ -24,7 +25,7 @@ import httpx2
 from pydantic_core import from_json
 
 from wsserver.errors import Code, ConfigError, ModelError
-from wsserver.generation import End, Thinking, Usage
+from wsserver.generation import End, Thinking, Usage, tokens_in
 from wsserver.logs import log
 from wsserver.models.base import Request, Take
 from wsserver.models.http import Body, Redirected, Transport
@@ -35,6 +36,9 @@ __all__ = ["Anthropic"]
 
 MAX_EVENT = 1 << 20  # bytes of one event; a longer one is no event of this API
 MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
+BETWEEN_BREAKPOINTS = 16  # messages, less than the 20 blocks that the API looks back
+THINKING_RATE = 60  # tokens a second, about what the API's models say
+LEAST_CACHED = 1024  # tokens; the API caches nothing shorter
 HIGHEST_TEMPERATURE = 1  # that the API takes
 LAST_READ = 1.0  # seconds for the end of the body, after which its connection is not used again
 
@@ -62,8 +66,10 @@ _BY_TYPE = {  # of an `error` event mid-stream, whose status is 200
     "request_too_large": Code.REQUEST_TOO_LARGE,
     "timeout_error": Code.TIMEOUT,
 }
+_CACHED = {"type": "ephemeral"}
 _BAD_REQUEST = 400
 _SERVER_ERROR = 500
+_THINKING_BLOCKS = ("thinking", "redacted_thinking")
 _SSE_FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -151,7 +157,7 @@ class Anthropic:
         arguments = self._arguments(request)
         budget = self._settings.retry_budget
         for attempt in range(self._settings.retries + 1):
-            reply = _Reply(take)
+            reply = _Reply(take, request.max_tokens)
             try:
                 await self._attempt(arguments, reply)
             except _Transient as failure:
@@ -172,17 +178,18 @@ class Anthropic:
                 return
 
     def _arguments(self, request: Request) -> dict[str, Any]:
+        messages: list[dict[str, Any]] = [
+            {"role": message.role, "content": message.content} for message in request.messages
+        ]
         arguments: dict[str, Any] = {
             "model": request.model,
             "max_tokens": request.max_tokens,
-            "messages": [
-                {"role": message.role, "content": message.content} for message in request.messages
-            ],
+            "messages": messages,
         }
         if request.system:
             arguments["system"] = request.system
         if self._settings.prompt_caching:
-            arguments["cache_control"] = {"type": "ephemeral"}
+            _mark(arguments)
         thinking = self._settings.thinking
         if thinking == "adaptive":
             arguments["thinking"] = {"type": "adaptive", "display": "summarized"}
@@ -234,6 +241,7 @@ class Anthropic:
                     async with asyncio.timeout(LAST_READ):
                         await body.pour(_ignore)
             finally:
+                reply.close()
                 await held.aclose()
             reply.take(end)
         except anthropic.APIStatusError as error:
@@ -248,6 +256,26 @@ class Anthropic:
             raise ModelError(Code.MALFORMED) from error
         except httpx2.TransportError as error:
             raise _Transient(ModelError(Code.INCOMPLETE)) from error
+
+
+def _mark(arguments: dict[str, Any]) -> None:
+    """Place the breakpoints of the prompt cache, of which the API allows four.
+
+    The API writes the cache at each breakpoint, and reads it at a breakpoint or at one of the 20
+    blocks up to it. One breakpoint is at the end, and two are before it, at places that stay the
+    same while messages are added: a later request finds one of the three, also when many messages
+    were added at once. The system prompt has its own, for other conversations.
+    """
+    arguments["cache_control"] = _CACHED
+    if tokens_in(system := arguments.get("system", "")) >= LEAST_CACHED:
+        arguments["system"] = [{"type": "text", "text": system, "cache_control": _CACHED}]
+    messages = arguments["messages"]
+    last = (len(messages) - 1) // BETWEEN_BREAKPOINTS * BETWEEN_BREAKPOINTS
+    for place in (last, last - BETWEEN_BREAKPOINTS):
+        if place > 0:
+            text = messages[place]["content"]
+            block = {"type": "text", "text": text, "cache_control": _CACHED}
+            messages[place]["content"] = [block]
 
 
 def _ignore(_: bytes) -> bool:
@@ -303,14 +331,21 @@ class _Events:
 class _Reply:
     """Follows the events of one reply; text that arrives in one read becomes one piece.
 
+    Args:
+        take: what is given the pieces.
+        limit: output tokens at most.
+
     Attributes:
         take: what is given the pieces.
         begun: whether there was any text.
     """
 
-    def __init__(self, take: Take) -> None:
+    def __init__(self, take: Take, limit: int) -> None:
         self.take = take
         self.begun = False
+        self._limit = limit
+        self._thinking_since: float | None = None
+        self._thought = 0.0  # seconds
         self._events = _Events()
         self._end: End | None = None
         self._usage = Usage(estimated=True)
@@ -347,6 +382,22 @@ class _Reply:
             raise _Transient(ModelError(Code.INCOMPLETE))
         return self._end
 
+    def close(self) -> None:
+        """Say what a reply has likely used so far, if it ends before the API counts.
+
+        The API shows a summary of the thinking, or nothing of it, and bills all of it: until it
+        tells the count, the time is what there is to go by.
+        """
+        self._think_no_more()
+        if self._thought and self._usage.estimated:
+            tokens = min(round(self._thought * THINKING_RATE), self._limit)
+            self.take(self._usage.but(thinking_tokens=tokens))
+
+    def _think_no_more(self) -> None:
+        if self._thinking_since is not None:
+            self._thought += monotonic() - self._thinking_since
+            self._thinking_since = None
+
     def _receive(self, data: bytes) -> None:
         try:
             event = _json(data)
@@ -354,7 +405,12 @@ class _Reply:
                 case "content_block_delta":
                     self._delta(event["delta"])
                 case "content_block_start":
-                    self._found.append(_text(event["content_block"].get("text") or ""))
+                    block = event["content_block"]
+                    if block.get("type") in _THINKING_BLOCKS:
+                        self._thinking_since = monotonic()
+                    self._found.append(_text(block.get("text") or ""))
+                case "content_block_stop":
+                    self._think_no_more()
                 case "message_start":
                     self._count(event["message"].get("usage") or {}, estimated=True)
                 case "message_delta":

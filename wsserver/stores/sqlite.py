@@ -164,12 +164,12 @@ class SqliteStore:
         """End what died with its process: its replay time begins now, and what it said counts."""
         now = time.time()
         for number, owner, name, began in database.execute(_DEAD).fetchall():
-            said = 0
+            said = ""
             # One that is damaged is not in the way of all others.
             with contextlib.suppress(StoreError), _errors():
                 pieces = _loose(database, number)
                 _pack(database, number, pieces)
-                said = sum(map(len, pieces))
+                said = "".join(pieces)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
             database.execute(_COUNT, (owner, name, began, day_of(now), tokens_in(said)))
 

@@ -1,0 +1,102 @@
+"""What a model is shown of a conversation: which turns, and from where on.
+
+Anthropic's prompt cache reads what a request has in common with an earlier one from its beginning
+(https://platform.claude.com/docs/en/build-with-claude/prompt-caching). Were the oldest turn dropped
+with each prompt of a long conversation, no two requests would begin alike. So the beginning moves
+rarely and far. It depends on the numbers and sizes of the turns alone: a server that has just
+started finds the same one.
+"""
+
+from collections.abc import Sequence
+
+from wsserver.errors import Code
+from wsserver.models.base import Message
+from wsserver.stores.base import Turn
+
+__all__ = ["messages_of", "newest"]
+
+_WHOLE_OR_STOPPED = frozenset({None, "client", "replaced"})
+
+
+def messages_of(turns: Sequence[Turn], prompt: str, *, count: int, size: int) -> list[Message]:
+    """Make the messages that a model is asked with.
+
+    Args:
+        turns: the newest turns of the conversation, oldest first, numbered from 1 in it.
+        prompt: what the user says now; it is never dropped.
+        count: messages at most.
+        size: characters at most. Where not all turns fit, a third of it is used, or more.
+    """
+    shown = [turn for turn in turns if _shown(turn)]
+    complete = not turns or turns[0].number <= 1
+    messages: list[Message] = []
+
+    def say(text: str) -> None:
+        # A prompt that was stopped before the first word and is sent again is said once.
+        if not messages or messages[-1] != Message("user", text):
+            messages.append(Message("user", text))
+
+    for turn in shown[_first(shown, len(prompt), count, size, complete=complete) :]:
+        say(turn.prompt)
+        if turn.text.strip():  # an empty message is one that models refuse
+            messages.append(Message("assistant", turn.text, turn.partial))
+    say(prompt)
+    return messages
+
+
+def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
+    """Return the newest turns that a model may be asked with; the store has the others."""
+    kept = list(turns[-count:])
+    total = _size(kept)
+    while len(kept) > 1 and total > size:
+        total -= _size([kept.pop(0)])
+    return kept
+
+
+def _first(turns: Sequence[Turn], prompt: int, count: int, size: int, *, complete: bool) -> int:
+    """Return the place of the first turn to show; the end where none fits.
+
+    Where not all turns fit, those shown take between a third of the room and all of it. Of the
+    turns that can then be the first, it is the one whose number has the most factors of two. That
+    one stays the same while many turns are added, and the next one is far from it.
+    """
+    most = _fitting(turns, count - 1, size - prompt)
+    if most == 0 and complete:
+        return 0
+    least = _fitting(turns, (count - 1) // 3, size // 3)
+    places = range(most, min(max(most, least) + 1, len(turns)))
+    return max(places, key=lambda place: _factors(turns[place].number), default=len(turns))
+
+
+def _fitting(turns: Sequence[Turn], count: int, size: int) -> int:
+    """Return the place from which on the turns fit a number of messages and characters."""
+    place = len(turns)
+    while place:
+        turn = turns[place - 1]
+        count -= 2 if turn.text.strip() else 1
+        size -= _size([turn])
+        if count < 0 or size < 0:
+            break
+        place -= 1
+    return place
+
+
+def _size(turns: Sequence[Turn]) -> int:
+    """Return the characters of turns."""
+    return sum(len(turn.prompt) + len(turn.text) for turn in turns)
+
+
+def _factors(number: int) -> int:
+    """Return the largest power of two that divides a number of a turn."""
+    return number & -number
+
+
+def _shown(turn: Turn) -> bool:
+    """Whether a turn belongs to what the model is shown later.
+
+    A turn that the model declined would have it decline all that follow. A prompt that failed
+    without a word was not heard; one that the user stopped was said.
+    """
+    if turn.partial == Code.REFUSAL:
+        return False
+    return turn.partial in _WHOLE_OR_STOPPED or bool(turn.text.strip())
