@@ -1527,7 +1527,7 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
         kinds(["3", Thinking("t"), "3", Thinking("t")]),
     )
     assert await found(store, "g1", "you") == ["2", "t", "2", "t"]
-    assert await store.spent("me", 0) == 8 + 1  # and what was said by the one that died
+    assert await store.spent("me", 0) == 8 + 2  # and what was said by the one that died
 
     await store.commit([whole(header("g3"), "new")])
     assert [turn.number for turn in (await loaded(store)).turns] == [1, 2, 3]
@@ -1795,7 +1795,7 @@ async def test_one_that_died_with_its_process_is_counted_as_what_it_said(
         clock.now = day * DAY
         await file.open()
         assert [await file.spent("me", day) for day in range(3)] == [8, 3 + 1, 0]
-        assert [await file.spent("you", day) for day in range(3)] == [0, 2, 0]
+        assert [await file.spent("you", day) for day in range(3)] == [0, 3, 0]
 
 
 @pytest.mark.parametrize("texts", ["'[\"secret'", "x'ff'", "CAST(x'ff' AS TEXT)", "'{}'", "5"])
