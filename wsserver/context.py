@@ -13,7 +13,7 @@ from wsserver.errors import Code
 from wsserver.models.base import Message
 from wsserver.stores.base import Turn
 
-__all__ = ["messages_of", "newest"]
+__all__ = ["less_than", "messages_of", "newest"]
 
 _WHOLE_OR_STOPPED = frozenset({None, "client", "replaced"})
 
@@ -51,6 +51,11 @@ def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
     while len(kept) > 1 and total > size:
         total -= _size([kept.pop(0)])
     return kept
+
+
+def less_than(size: int) -> int:
+    """Return how many characters to send where so many were too long for the model."""
+    return size * 3 // 4
 
 
 def _first(turns: Sequence[Turn], prompt: int, count: int, size: int, *, complete: bool) -> int:

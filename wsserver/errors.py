@@ -16,6 +16,7 @@ from typing import Self
 
 __all__ = [
     "OUTAGE",
+    "TOO_LONG",
     "UPSTREAM",
     "Code",
     "ConfigError",
@@ -69,6 +70,7 @@ class Code(StrEnum):
     MODEL_NOT_FOUND = "model_not_found", False, "The model's API knows no such model."
     REQUEST_TOO_LARGE = "request_too_large", False, "The model's API found the request too large."
     RATE_LIMITED = "rate_limited", True, "The model's API limits the rate; see `retry_after`."
+    PROMPT_TOO_LONG = "prompt_too_long", False, "The prompt alone is too long for the model."
     SPEND_LIMIT = "spend_limit", False, "The server's account with the model's API is used up."
     UPSTREAM_ERROR = "upstream_error", True, "The model's API failed."
     OVERLOADED = "overloaded", True, "The model's API is overloaded."
@@ -103,6 +105,10 @@ UPSTREAM = frozenset(
 
 OUTAGE = UPSTREAM - {Code.MODEL_NOT_FOUND, Code.RATE_LIMITED}
 """What says that it does not serve us now, whatever it is asked."""
+
+
+TOO_LONG = frozenset({Code.PROMPT_TOO_LONG, Code.REQUEST_TOO_LARGE})
+"""Failures that less of the conversation may mend."""
 
 
 class WsserverError(Exception):
@@ -164,6 +170,8 @@ class ModelError(_Coded):
 
     A model of your own raises this to tell the client what happened. Any other exception becomes
     :attr:`Code.INTERNAL`, whose text stays in the log. The arguments are those of :class:`Refused`.
+    After :attr:`Code.PROMPT_TOO_LONG` before any text, the model is asked again with less of the
+    conversation, while there is any.
 
     ``kind`` is the model's own name of the error, for the log: a fixed word, and never a text that
     may quote a prompt.

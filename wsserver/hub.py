@@ -7,14 +7,15 @@ been read from the store. Only the models run in tasks, one per generation.
 import asyncio
 import contextlib
 import functools
+import itertools
 import logging
 import secrets
 import time
 from collections import deque
 
-from wsserver.context import messages_of
+from wsserver.context import less_than, messages_of
 from wsserver.conversations import Conversations
-from wsserver.errors import OUTAGE, UPSTREAM, Code, ModelError, Refused
+from wsserver.errors import OUTAGE, TOO_LONG, UPSTREAM, Code, ModelError, Refused
 from wsserver.generation import End, Follower, State, tokens_in
 from wsserver.intake import Intake
 from wsserver.journal import Journal
@@ -51,6 +52,7 @@ from wsserver.telemetry import Metrics, span
 __all__ = ["Hub"]
 
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
+SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
 LEAST_REPLY = 64  # tokens of a day's rest that are worth a reply
 TAKEN_BACK = frozenset({"client", "deleted", "disconnect", "replaced"})  # who stopped the prompt
 FAILURES = 5  # of the model's API in a row, after which it is said to fail
@@ -474,16 +476,25 @@ class Hub:
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._finished(generation, task))
 
-    def _request(self, generation: Generation) -> Request:
-        prompt, settings = generation.prompt, self._settings
-        if generation.conversation is None:
+    def _request(self, generation: Generation, size: int | None = None) -> Request:
+        """Make what the model is asked.
+
+        Args:
+            generation: for which reply.
+            size: characters of the messages at most; None for the limit of the settings, or for
+                less where the model has refused less in this conversation.
+        """
+        prompt, settings, conversation = generation.prompt, self._settings, generation.conversation
+        if conversation is None:
             messages = [Message(turn.role, turn.content) for turn in prompt.messages or ()]
         else:
+            if size is None and (refused := conversation.refused.get(generation.model)) is not None:
+                size = less_than(refused)
             messages = messages_of(
-                generation.conversation.turns,
+                conversation.turns,
                 prompt.prompt or "",
                 count=settings.history_messages,
-                size=settings.history_size,
+                size=settings.history_size if size is None else min(settings.history_size, size),
             )
         return Request(
             messages=tuple(messages),
@@ -496,13 +507,31 @@ class Hub:
     async def _guarded(self, generation: Generation, request: Request) -> End:
         """Run it, and let no model end the whole program."""
         assert generation.span is not None
-        stop = functools.partial(self.stop, generation, "disconnect")
-        intake = Intake(generation, self._settings, self._loop.time, stop)
         try:
             with generation.span.current():
-                return await intake.run(self._model, request)
+                return await self._answer(generation, request)
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("a model tried to exit") from error
+
+    async def _answer(self, generation: Generation, request: Request) -> End:
+        """Have the model answer, with less of the conversation where it finds it too long."""
+        stop = functools.partial(self.stop, generation, "disconnect")
+        for attempt in itertools.count(1):
+            intake = Intake(generation, self._settings, self._loop.time, stop)
+            try:
+                return await intake.run(self._model, request)
+            except ModelError as error:
+                conversation = generation.conversation
+                alone = conversation is None or len(request.messages) == 1
+                if error.code not in TOO_LONG or alone or generation.log.seq:
+                    raise
+                assert conversation is not None
+                size = sum(len(message.content) for message in request.messages)
+                conversation.refused[generation.model] = size
+                events.info("prompt too long", id=generation.id, messages=len(request.messages))
+                request = self._request(generation, None if attempt < SHORTER else 0)
+                generation.heard = self._loop.time()
+        raise AssertionError
 
     def _watch(self, generation: Generation) -> None:
         """Cut a generation that is silent for too long; stop one that takes too long.

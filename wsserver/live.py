@@ -60,6 +60,7 @@ class Conversation:
     queue: "deque[Generation]" = field(default_factory=deque)
     watchers: set[Watcher] = field(default_factory=set)
     version: int = 0  # grows with each reply that ends
+    refused: dict[str, int] = field(default_factory=dict)  # by model: characters too long for it
     exists: bool = False
     loaded: bool = False
     deleted: bool = False

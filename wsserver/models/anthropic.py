@@ -72,6 +72,8 @@ _SERVER_ERROR = 500
 _THINKING_BLOCKS = ("thinking", "redacted_thinking")
 _SSE_FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
 
+# What the API says of more than a model takes: of messages alone, or of them and `max_tokens`.
+_TOO_LONG = re.compile(r"(prompt|input) is too long|exceeds? (the )?context", re.IGNORECASE)
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Nearly all that a reply consists of looks like this. To know it by its looks takes a fifth of the
@@ -211,7 +213,7 @@ class Anthropic:
             ModelError: the model takes a temperature, but not so high a one.
         """
         temperature = arguments.get("extra_body", {}).get("temperature")
-        if temperature is None or not _is_about(error, "temperature"):
+        if temperature is None or "temperature" not in _message(error):
             return False
         if temperature > HIGHEST_TEMPERATURE:
             failure = ModelError(Code.BAD_REQUEST, "temperature: the model's API refused it.")
@@ -494,16 +496,18 @@ def _text(text: object) -> str:
     return text
 
 
-def _is_about(error: anthropic.APIStatusError, subject: str) -> bool:
-    """Whether the API refused a request, and its message has certain words in it."""
+def _message(error: anthropic.APIStatusError) -> str:
+    """Return what the API says of a bad request. It may quote the prompt and is not for the log."""
     body = error.body
     cause = body.get("error") if isinstance(body, dict) else None
     message = cause.get("message") if isinstance(cause, dict) else None
-    return error.status_code == _BAD_REQUEST and subject in str(message).lower()
+    return str(message) if error.status_code == _BAD_REQUEST else ""
 
 
 def _of_status(error: anthropic.APIStatusError) -> Exception:
     code = _BY_STATUS.get(error.status_code)
+    if _TOO_LONG.search(_message(error)):
+        code = Code.PROMPT_TOO_LONG
     if code is None:
         server = error.status_code >= _SERVER_ERROR
         code = Code.UPSTREAM_ERROR if server else Code.BAD_REQUEST
@@ -534,6 +538,8 @@ def _of_connection(error: anthropic.APIConnectionError) -> Exception:
 
 def _of_event(error: dict[str, Any]) -> Exception:
     code = _BY_TYPE.get(error["type"], Code.UPSTREAM_ERROR)
+    if code is Code.BAD_REQUEST and _TOO_LONG.search(str(error.get("message"))):
+        code = Code.PROMPT_TOO_LONG
     details = error.get("details") or {}
     if str(details.get("error_code")).endswith("spend_limit_reached"):
         code = Code.SPEND_LIMIT

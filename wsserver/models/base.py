@@ -88,7 +88,8 @@ class Model(Protocol):
     ``async def aclose()``, which is called when the server that made it is closed.
 
     Raises:
-        ModelError: to tell the client what happened; any other exception is not told.
+        ModelError: to tell the client what happened; any other exception is not told. Where the
+            messages are too long, ``Code.PROMPT_TOO_LONG`` has it called again with fewer.
     """
 
     def __call__(self, request: Request, /) -> AsyncIterator[Piece]:
