@@ -27,9 +27,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_logging() -> Iterator[None]:
-    """Take back what :func:`wsserver.logs.set_up` has done to this process."""
+    """Take back what :func:`wsserver.logs.set_up` has done, and forget the lines counted."""
     root, own = logging.getLogger(), logging.getLogger("wsserver")
     before, levels = set(root.handlers), (root.level, own.level)
+    logs._limit.clear()
     yield
     for handler in set(root.handlers) - before:
         if isinstance(handler.formatter, logs._Formatter):

@@ -34,6 +34,7 @@ from tests.support.client import Client, client
 from tests.support.puppet import BOUND, until
 from tests.support.upstream import Answer, Hang, Received, Script, Upstream, reply
 from wsserver.limits import SWEEP, Budget, Rates, Shares
+from wsserver.logs import MOST, WINDOW
 
 pytestmark = pytest.mark.slow
 
@@ -669,6 +670,40 @@ async def test_guessing_tokens_costs_a_connection_each(token_file: Path) -> None
         await meanwhile(server, each(100, abuse, server), **BEARER)
         await server.said("connection", code=1008)
         await server.said("connection refused", why="unauthenticated")
+
+
+def of_strangers(server: Served, name: str) -> list[dict[str, Any]]:
+    return [event for event in server.events(name) if "principal" not in event]
+
+
+def left_out(server: Served, name: str) -> int:
+    return sum(event.get(name, 0) for event in server.events("lines left out"))
+
+
+async def test_strangers_cannot_fill_the_log(token_file: Path) -> None:
+    async def come_and_go(server: Served) -> None:
+        for _ in range(MOST):
+            async with Peer.websocket(server):
+                pass
+            async with Peer.open(server) as peer:
+                answer = await peer.upgrade(b"Origin: http://" + 200 * b"\x9b")
+                assert answer.startswith(b"HTTP/1.1 403 ")
+
+    async with served("--token-file", str(token_file), bearer="token") as server, flat(server):
+        lines, began = len(server.log), time.monotonic()
+        await meanwhile(server, each(10, come_and_go, server), most=15, **BEARER)
+        await server.reaches(connections_open=0)
+        windows = 2 + (time.monotonic() - began) // WINDOW
+        for name in ("connection", "connection refused"):
+            written = len(of_strangers(server, name))
+            assert MOST <= written <= windows * MOST, name
+            async with asyncio.timeout(2 * BOUND):
+                while written + left_out(server, name.replace(" ", "_")) < 10 * MOST:
+                    await server.metrics()
+        assert len(server.log) - lines <= 2 * windows * MOST + 50
+        assert max(map(len, server.log[lines:])) < 1500
+        # A flood of strangers takes no line of those who say who they are.
+        assert any(event.get("principal") == "alice" for event in server.events("connection"))
 
 
 async def test_one_that_never_says_who_it_is_is_cut(token_file: Path) -> None:

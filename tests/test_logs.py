@@ -17,8 +17,8 @@ from tests.support.client import Client, client
 from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet
 from tests.support.upstream import Script, Upstream, error
-from wsserver import Code, ModelError
-from wsserver.logs import log, printable, set_up
+from wsserver import Code, ModelError, logs
+from wsserver.logs import MOST, NAMES, WINDOW, log, printable, set_up, tell_left_out
 
 NASTY = "a\nb\x1b[31m\x00\r\x85\u2028\u202e\u200bé\ud800 end"
 SECRET = "hunter2-planted"
@@ -166,6 +166,117 @@ def test_libraries_do_not_tell_of_each_client_that_went_away() -> None:
     assert stream.getvalue() == ""
     logging.getLogger("websockets.server").error("connection handler failed")
     assert len(objects(stream.getvalue())) == 1
+
+
+def counted(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the limit of lines go by a clock in the test's hands."""
+    monkeypatch.setattr(logs, "_limit", logs._Limit(lambda: clock[0]))
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+def test_an_event_has_so_many_lines_in_a_window_and_one_that_counts_the_rest(
+    stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    counted(clock, monkeypatch)
+    set_up("info", stream)
+    for _ in range(MOST + 900):
+        log.info("connection refused", why="origin")
+    for _ in range(MOST + 5):
+        log.info("connection", principal=None)
+        log.debug("too small to count")
+    log.error("another severity of the same event")
+    assert stream.getvalue().count("\n") == 2 * MOST + 1
+    clock[0] += WINDOW
+    log.info("connection refused", why="origin")
+    *_, summary, line = stream.getvalue().splitlines()
+    assert "connection refused" in line
+    if stream.isatty():
+        assert summary[9:] == "info    lines left out connection_refused=900 connection=5"
+    else:
+        told = json.loads(summary)
+        del told["timestamp"]
+        assert told == {
+            "level": "info",
+            "event": "lines left out",
+            "connection_refused": 900,
+            "connection": 5,
+        }
+
+
+def test_errors_left_out_are_told_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, stream = [0.0], io.StringIO()
+    counted(clock, monkeypatch)
+    set_up("error", stream)
+    for _ in range(MOST + 1):
+        log.error("it failed", failure=ValueError())
+        logging.getLogger("asyncio").error("socket.accept() out of system resource")
+    assert len(objects(stream.getvalue())) == 2 * MOST
+    tell_left_out()
+    tell_left_out()
+    *_, summary = objects(stream.getvalue())
+    assert len(objects(stream.getvalue())) == 2 * MOST + 1
+    assert (summary["level"], summary["it_failed"], summary["asyncio"]) == ("error", 1, 1)
+
+
+def test_a_flood_of_strangers_takes_no_line_of_a_principal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted([0.0], monkeypatch)
+    stream = io.StringIO()
+    set_up("info", stream)
+    for _ in range(10 * MOST):
+        log.info("connection", address="192.0.2.1")
+        log.info("connection", principal="mallory")
+    log.info("connection", principal="alice")
+    assert objects(stream.getvalue())[-1]["principal"] == "alice"
+    for number in range(10 * NAMES):  # principals whom the count has no room for are one
+        log.info("connection", principal=f"user {number}")
+    assert len(logs._limit._written) <= NAMES + 1
+    assert len(objects(stream.getvalue())) <= NAMES + 4 * MOST
+
+
+async def test_lines_left_out_are_told_when_all_is_quiet_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = asyncio.Event()
+
+    class Watched(io.StringIO):
+        def write(self, text: str) -> int:
+            if "lines left out" in text:
+                told.set()
+            return super().write(text)
+
+    clock = [0.0]
+    counted(clock, monkeypatch)
+    monkeypatch.setattr(logs, "WINDOW", 0.01)
+    set_up("info", Watched())
+    for _ in range(MOST + 1):
+        log.info("connection")
+    clock[0] += WINDOW
+    async with asyncio.timeout(BOUND):
+        await told.wait()
+
+
+async def test_a_library_that_logs_prompts_is_not_heard(tmp_path: Path) -> None:
+    async with Upstream() as upstream:
+        for level in ("debug", "info"):
+            arguments = ("-m", "wsserver", "serve", "--port", "0", "--log-level", level)
+            async with run(
+                *arguments,
+                ANTHROPIC_LOG="debug",
+                ANTHROPIC_BASE_URL=upstream.url,
+                ANTHROPIC_API_KEY=f"sk-{SECRET}",
+            ) as process:
+                async with connect(await serve(process), proxy=None) as socket:
+                    chat = Client(socket)
+                    await chat.prompt("private", system="private")
+                    await chat.next("done")
+                process.process.terminate()
+                assert await process.end() == 0
+            assert "private" not in process.output
+            assert SECRET not in process.output
+            assert '"event": "generation"' in process.output
 
 
 def test_a_program_that_embeds_us_gets_readable_records(caplog: pytest.LogCaptureFixture) -> None:

@@ -19,7 +19,7 @@ import wsserver
 from wsserver import listening
 from wsserver.auth import tokens
 from wsserver.errors import ConfigError
-from wsserver.logs import log, set_up
+from wsserver.logs import log, set_up, tell_left_out
 from wsserver.protocol import json_schema
 from wsserver.server import Server, serve
 from wsserver.settings import SECTIONS, Settings
@@ -241,6 +241,7 @@ async def _serve(settings: Settings) -> None:
         listening.notify("STOPPING=1")
         _say("stopping; once more to stop at once")
         await server.close()
+        tell_left_out()
         # A model that holds on to a thread or to its task would keep the program from ending.
         last = threading.Timer(LAST_MOMENT, os._exit, [0])
         last.daemon = True

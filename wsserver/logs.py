@@ -8,23 +8,35 @@ dict. :func:`set_up` is for ``wsserver serve``, which owns its process.
 Nobody can say what an exception's text holds: a key, a prompt, what an API answered. So an event
 has the types of the exceptions and the places they came through, and their text at level ``debug``
 only.
+
+No client can fill a disk: in each :data:`WINDOW` an event gets :data:`MOST` lines for each
+principal, and as many for all strangers together. The event ``lines left out`` counts the rest.
 """
 
+import asyncio
+import contextlib
 import json
 import logging
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 import structlog
 
-__all__ = ["log", "printable", "set_up"]
+__all__ = ["log", "printable", "set_up", "tell_left_out"]
 
 MOST_PLACES = 20  # of one traceback, the innermost; a recursion has a thousand
 CALLER = 4  # frames of structlog's between whoever logs and the standard library
+WINDOW = 10.0  # seconds
+MOST = 100  # lines: more than anybody reads, and 220 MB a day at most for each event
+LEVELS = logging.getLevelNamesMapping()
+NAMES = 1000  # counts kept in a window; who comes later shares the strangers' count
 
 logger = logging.getLogger("wsserver")
 
@@ -48,13 +60,14 @@ def set_up(level: str, stream: TextIO | None = None) -> None:
     """Send all records of this process to a stream: lines on a terminal, else JSON objects.
 
     Args:
-        level: the least severe one of our own: debug, info, warning or error. Of other
-            libraries' records, which may hold what is said, there are warnings and errors only.
+        level: the least severe one of our own: debug, info, warning or error. Other libraries'
+            records are shown from warnings on, whatever level those libraries set for themselves:
+            below, the Anthropic SDK logs prompts.
         stream: where to; the default is stderr.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Formatter(as_json=not handler.stream.isatty(), full=level == "debug"))
-    handler.addFilter(_at_no_strangers_will)
+    handler.addFilter(_from_libraries)
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old.formatter, _Formatter)]:
         root.removeHandler(old)
@@ -93,11 +106,79 @@ class _Formatter(logging.Formatter):
         return f"{when.astimezone():%H:%M:%S} {level:7} {_line(event)}"
 
 
-def _at_no_strangers_will(record: logging.LogRecord) -> bool:
-    """Keep out what libraries say, once per frame or socket, of clients that went away."""
-    if record.name.startswith("websockets"):
-        return record.levelno >= logging.ERROR
-    return record.name != "asyncio" or record.msg != "socket.send() raised exception."
+class _Limit:
+    """Decides which lines are written, and counts the lines that are not.
+
+    Args:
+        clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()  # libraries log from their threads
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a window."""
+        self._began = self._clock()
+        self._written: Counter[Hashable] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._level = logging.NOTSET  # the most severe one of the lines that were left out
+
+    def allows(self, event: str, level: int, name: object = None) -> bool:
+        """Count a line; return whether it is to be written.
+
+        Args:
+            event: what it tells of; a bounded set of texts.
+            level: its severity.
+            name: who is counted apart from others.
+        """
+        key: Hashable = event, level, name
+        self._tell_if_over()
+        with self._lock:
+            if key not in self._written and len(self._written) >= NAMES:
+                key = event, level, None
+            self._written[key] += 1
+            if self._written[key] <= MOST:
+                return True
+            first = not self._left_out
+            self._left_out[event] += 1
+            self._level = max(self._level, level)
+        if first:
+            with contextlib.suppress(RuntimeError):  # no event loop: the next line tells
+                asyncio.get_running_loop().call_later(WINDOW, self._tell_if_over)
+        return False
+
+    def _tell_if_over(self) -> None:
+        if self._clock() - self._began >= WINDOW:
+            self.tell()
+
+    def tell(self) -> None:
+        """Write how many lines were left out, if any, and begin a new window."""
+        with self._lock:
+            left_out, level = self._left_out, self._level
+            self.clear()
+        if left_out:
+            counts = {event.replace(" ", "_"): count for event, count in left_out.items()}
+            log.log(level, "lines left out", **counts)
+
+
+_limit = _Limit()
+
+
+def tell_left_out() -> None:
+    """Write now how many lines were left out: for a program that is about to end."""
+    _limit.tell()
+
+
+def _from_libraries(record: logging.LogRecord) -> bool:
+    """Keep out what libraries log of prompts, and of each client that went away."""
+    if isinstance(getattr(record, "event", None), _Event):
+        return True
+    if record.name == "asyncio" and record.msg == "socket.send() raised exception.":
+        return False
+    least = logging.ERROR if record.name.startswith("websockets") else logging.WARNING
+    return record.levelno >= least and _limit.allows(record.name, record.levelno)
 
 
 def _foreign(record: logging.LogRecord, *, full: bool) -> _Event:
@@ -157,6 +238,12 @@ def _shown(value: object) -> str:
     return '"{}"'.format(text.replace('"', '\\"'))
 
 
+def _limited(_: object, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if not _limit.allows(event["event"], LEVELS[level.upper()], event.get("principal")):
+        raise structlog.DropEvent
+    return event
+
+
 def _as_record(
     _: object, __: str, event: MutableMapping[str, Any]
 ) -> tuple[tuple[str], dict[str, Any]]:
@@ -179,7 +266,7 @@ def _as_record(
 
 log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     logger,
-    processors=[structlog.stdlib.filter_by_level, _as_record],
+    processors=[structlog.stdlib.filter_by_level, _limited, _as_record],
     wrapper_class=structlog.stdlib.BoundLogger,
     context_class=dict,
     cache_logger_on_first_use=True,

@@ -17,7 +17,6 @@ from wsserver.auth import Authenticator
 from wsserver.connection import Connection
 from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
-from wsserver.limits import Bucket
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.protocol import Close
@@ -36,7 +35,6 @@ CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all co
 CLOSE_PAUSE = 0.1  # seconds between batches, on average
 SHOWN = 256  # characters of a header in the log
 RECHECKS = 100  # clients at once that are asked about again on a reload
-REFUSALS = 10.0  # refused connections a second in the log; the metrics count them all
 LOOKS_PER_IDLE_TIME = 10  # at who has been idle for too long
 
 
@@ -120,7 +118,6 @@ class Server:
         self._endpoint: Endpoint
         self._operators: Endpoint | None = None
         self._sweep: asyncio.TimerHandle | None = None
-        self._refusals = Bucket(REFUSALS, 10 * REFUSALS, 0.0)
         self._connections: dict[Socket, Connection] = {}
         self._hub: Hub
         self._store: Store
@@ -496,8 +493,6 @@ class Server:
 
     def _denied(self, denied: Denied, address: str, headers: Mapping[str, str]) -> None:
         self.metrics.connection_refused(denied.why)
-        if self._refusals.take(asyncio.get_running_loop().time()):
-            return
         log.info(
             "connection refused",
             why=denied.why,
