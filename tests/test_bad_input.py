@@ -224,3 +224,26 @@ async def test_a_client_that_leaves_in_the_middle_of_a_frame_is_forgotten(
     async with client(server) as two:
         await two.quiet()
         await until(lambda: len(server._connections) == 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        json.dumps({"request": "R", "prompt": "x" * 300}),
+        '{ "request" : "R" , "messages": ' + "[" * 2000 + "]" * 2000 + "}",
+    ],
+    ids=["over the frame rate", "nested too deeply"],
+)
+async def test_a_frame_that_is_not_parsed_is_named_by_its_first_key(
+    puppet: Puppet, message: str
+) -> None:
+    async with wsserver.serve(puppet, port=0, frame_burst=2, frame_rate=0.001) as server:
+        async with client(server) as chat:
+            if "prompt" in message:
+                await chat.quiet()
+                await chat.quiet()
+            await chat.send(message)
+            error = await chat.next("error")
+            assert (error["request"], error["code"]) == (
+                ("R", "limit") if "prompt" in message else ("R", "invalid_json")
+            )

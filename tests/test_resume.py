@@ -1,14 +1,18 @@
 """Replies that outlive their socket: resume, open, grace; conversations as people use them."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
 
 import wsserver
 from tests.support.client import Client, client
+from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import BOUND, Puppet, until
 from tests.test_slow_reader import sluggard
 from wsserver import Code, ModelError, Thinking
@@ -39,6 +43,67 @@ async def exchange(chat: Client, puppet: Puppet, prompt: str, answer: str, **key
 
 
 # Resume
+
+
+async def test_a_client_that_is_cut_in_each_frame_gets_smaller_ones_and_gets_on(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    said = [f"{number:09} " for number in range(4000)]  # in frames of 16 KB
+    await chat.prompt(id=ID)
+    (await puppet.reply()).say(*said)
+    await chat.next("token", seq=len(said))
+    heard, last, sizes = "", 0, []
+    async with Proxy(server.port, *[Cut(after=4000)] * 60) as proxy:
+        while last < len(said):
+            assert proxy.cuts, "the client never gets on"
+            async with connect(proxy.url, proxy=None) as socket:
+                other = Client(socket)
+                await other.send({"type": "resume", "id": ID, "after": last})
+                with contextlib.suppress(ConnectionClosed):
+                    while last < len(said):
+                        frame = await other.next("token")
+                        heard, last = heard + frame["text"], frame["seq"]
+                        sizes.append(len(frame["text"]))
+    assert heard == "".join(said)
+    assert max(sizes) < 4000
+    assert min(sizes[:-1]) >= 1024, "no smaller than needed"
+
+
+async def test_frames_are_no_smaller_for_clients_that_get_on(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt(id=ID)
+    (await puppet.reply()).say(*["x"] * 1000)
+    await chat.next("token", seq=1000)
+    for after in range(0, 500, 10):
+        async with client(server) as other:
+            await resume(other, after=after)
+            assert (await other.next("token"))["seq"] == 1000
+
+
+async def test_a_conversation_that_is_opened_does_not_restart_what_the_socket_follows(
+    chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt(id=ID, conversation=ONE)
+    reply = (await puppet.reply()).say("a", "b")
+    await chat.next("token", seq=2)
+    assert (await opened(chat))["running"] == [ID]
+    reply.say("c").end()
+    frames = [await chat.receive(), await chat.receive()]
+    assert [(frame["type"], frame["seq"]) for frame in frames] == [("token", 3), ("done", 3)]
+
+
+async def test_a_second_tab_is_told_which_turn_a_retry_replaces(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt(id=ID, conversation=ONE)
+    (await puppet.reply()).fail(ModelError(Code.OVERLOADED))
+    await chat.next("error")
+    async with client(server) as tab:
+        await opened(tab)
+        await chat.prompt(id=OTHER, conversation=ONE, retry_of=ID)
+        start = await tab.next("start")
+        assert (start["id"], start["retry_of"], start["prompt"]) == (OTHER, ID, "Hello")
 
 
 async def test_what_was_missed_comes_first_and_then_what_is_said_live(

@@ -51,6 +51,7 @@ from wsserver.protocol import (
     Stopped,
     Terminal,
     encode,
+    first_request,
     parse,
 )
 from wsserver.settings import ANSWER_ROOM, ESCAPED, Settings
@@ -147,9 +148,10 @@ class _Cursor:
             it when it closes the conversation.
         start: makes the ``start`` frame, which is written before all else.
         seq: the seq of the last piece that was written.
+        limit: characters that a frame may merge.
     """
 
-    __slots__ = ("_connection", "asked", "generation", "own", "seq", "start")
+    __slots__ = ("_connection", "asked", "generation", "limit", "own", "seq", "start")
 
     def __init__(self, connection: "Connection", generation: Generation) -> None:
         self._connection = connection
@@ -158,6 +160,7 @@ class _Cursor:
         self.asked = False
         self.start: Callable[[], bytes] | None = None
         self.seq = 0
+        self.limit = connection.settings.frame_size
 
     def wake(self) -> None:
         """Write all that is new, for as long as the client takes it."""
@@ -168,7 +171,7 @@ class _Cursor:
                 start, self.start = self.start, None
                 transport.write(start())
             elif self.seq < log.seq:
-                run, frame = generation.frame(self.seq, connection.settings.frame_size)
+                run, frame = generation.frame(self.seq, self.limit)
                 if run.seq - self.seq > 1:
                     connection.metrics.pieces_merged(run.seq - self.seq)
                 self.seq = run.seq
@@ -293,6 +296,8 @@ class Connection:
         except Refused as refused:
             if frame is not None:
                 _name(refused, frame)
+            elif isinstance(message, str):
+                refused.request = refused.request or first_request(message)
             if frame is None or wait:
                 self._wasted += 1
             # In order: an error does not overtake the answers to the frames before.
@@ -570,7 +575,10 @@ class Connection:
             raise Refused(Code.NOT_FOUND)
         if resume.after > generation.log.seq:
             raise Refused(Code.GAP)
-        self._follow(generation, after=resume.after, asked=True, request=resume.request)
+        limit = generation.resume(resume.after, self.settings.frame_size)
+        self._follow(
+            generation, after=resume.after, limit=limit, asked=True, request=resume.request
+        )
 
     async def _open(self, request: Open) -> None:
         follow = request.before is None
@@ -600,7 +608,8 @@ class Connection:
                 self._watched[conversation] = None
                 conversation.watchers.add(self)
                 for generation in conversation.live:
-                    self._follow(generation, shown=True)
+                    if generation not in self._cursors:
+                        self._follow(generation, shown=True)
 
     def _close(self, request: CloseConversation) -> None:
         """Undo `open`. Closing a conversation that is not open does nothing."""
@@ -666,6 +675,7 @@ class Connection:
         generation: Generation,
         after: int = 0,
         *,
+        limit: int | None = None,
         own: bool = False,
         asked: bool = False,
         shown: bool = False,
@@ -676,6 +686,7 @@ class Connection:
         Args:
             generation: which.
             after: the seq of the last piece that the client has.
+            limit: characters that a frame may merge; None for those of the settings.
             own: this socket sent the prompt, which counts as one of its generations.
             asked: this socket asked for the generation by its id.
             shown: the client does not know the prompt yet.
@@ -693,6 +704,7 @@ class Connection:
             _start, generation, after=after, shown=shown, request=request
         )
         cursor.seq = after
+        cursor.limit = limit or self.settings.frame_size
         cursor.wake()
 
     def _stop(self, stop: Stop, wait: float) -> None:
@@ -791,6 +803,7 @@ def _start(
             queued=queued,
             after=after or None,
             prompt=generation.prompt.prompt if shown else None,
+            retry_of=generation.prompt.retry_of if shown else None,
             request=request,
         )
     )

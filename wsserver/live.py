@@ -24,6 +24,9 @@ __all__ = [
     "restored",
 ]
 
+SMALLEST_FRAME = 256  # characters: frames are not made smaller than this for a client that is cut
+RESUMED = 16  # places of a generation from which clients went on, that are remembered
+
 Outcome = End | StoppedBy | BaseException
 """How a generation came to its end: by itself, by someone, or by a failure."""
 
@@ -126,8 +129,28 @@ class Generation:
     unread: int | None = None  # tokens said since the last reader went
     watch: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None
-    # What a follower got last, until the end: where it was, the log's seq, the run and its frame.
-    shared: tuple[int, int, Run, bytes] | None = None
+    # What a follower got last, until the end: where it was, the log's seq and the size that frames
+    # may have, the run and its frame.
+    shared: tuple[int, int, int, Run, bytes] | None = None
+    resumed: tuple[int, ...] = ()  # seqs after which clients went on
+    merged: int | None = None  # characters of a frame for clients that were cut; None: as set
+
+    def resume(self, after: int, limit: int) -> int:
+        """Return how many characters a frame may merge for a client that goes on after a piece.
+
+        A client that goes on twice after the same piece was cut twice before the next frame was
+        whole. From then on the frames for clients that go on are half as large.
+
+        Args:
+            after: the seq of the piece.
+            limit: the characters where nobody was cut.
+        """
+        if after in self.resumed:
+            smallest = min(limit, SMALLEST_FRAME)
+            self.merged = max(smallest, (self.merged or limit) // 2)
+        else:
+            self.resumed = (*self.resumed[1 - RESUMED :], after)
+        return self.merged or limit
 
     def frame(self, after: int, limit: int) -> tuple[Run, bytes]:
         """Return what comes after a cursor, as a run and as its frame; see :meth:`Log.read`.
@@ -135,11 +158,11 @@ class Generation:
         Followers in the same place get the same frame, which is made once.
         """
         shared, seq = self.shared, self.log.seq
-        if shared is None or shared[0] != after or shared[1] != seq:
+        if shared is None or shared[0] != after or shared[1] != seq or shared[2] != limit:
             run = self.log.read(after, limit)
-            shared = after, seq, run, encode_run(self.id, run)
+            shared = after, seq, limit, run, encode_run(self.id, run)
             self.shared = None if self.log.state is State.ENDED else shared
-        return shared[2], shared[3]
+        return shared[3], shared[4]
 
     @property
     def begun(self) -> bool:

@@ -59,6 +59,7 @@ __all__ = [
     "Turn",
     "encode",
     "encode_run",
+    "first_request",
     "json_schema",
     "parse",
 ]
@@ -85,6 +86,8 @@ def _not_blank(value: str) -> str:
 ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
 
 REQUEST_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+
+_FIRST_REQUEST = re.compile(r'\s*{\s*"request"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*[,}]')
 
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 RequestId = Annotated[str, Field(pattern=REQUEST_PATTERN)]
@@ -299,7 +302,8 @@ class Start(_Answer):
     """The prompt was accepted, or found again. ``queued``: its place, where it must wait.
 
     The frames that follow begin after piece ``after``, 0 where it is left out. ``prompt`` is the
-    user's text, for those who follow what another socket has asked.
+    user's text and ``retry_of`` the turn that is replaced, for those who follow what another
+    socket has asked.
     """
 
     type: Literal["start"] = "start"
@@ -309,6 +313,7 @@ class Start(_Answer):
     queued: int | None = None
     after: int | None = None
     prompt: str | None = None
+    retry_of: str | None = None
 
 
 class Token(_Frame):
@@ -543,6 +548,12 @@ def parse(text: str) -> ClientFrame:
         refused.about = _match(value, ID_PATTERN, "id", "conversation")
         refused.request = _match(value, REQUEST_PATTERN, "request")
         raise
+
+
+def first_request(message: str) -> str | None:
+    """Return the ``request`` of a frame that is not parsed, if that is the frame's first key."""
+    found = _FIRST_REQUEST.match(message)
+    return None if found is None else found[1]
 
 
 def _validate(value: dict[str, Any]) -> ClientFrame:
