@@ -90,7 +90,7 @@ export class Stage {
     const client = join(t, url, options)
     return {
       ...client, url, port, server,
-      line: (how) => this.tell('line', { server, how }),
+      line: (how, given) => this.tell('line', { server, how, ...given }),
       close: () => this.tell('close', { server }),
       dismiss: (code, reason = '') => this.tell('dismiss', { server, code, reason }),
       connections: () => this.tell('connections', { server }),

@@ -29,6 +29,11 @@ test('a page that slept gives its connection another chance', async (t) => {
   let socket
   class Fake {
     constructor() { socket = this; this.pings = 0 }
+    open() {
+      this.onopen()
+      this.onmessage({ data: '{"type":"hello"}' })
+      this.pings = 1
+    }
     send() { this.pings++ }
     close() {}
     answer() { this.onmessage({ data: '{"type":"pong"}' }) }
@@ -37,7 +42,7 @@ test('a page that slept gives its connection another chance', async (t) => {
     const chat = connect('ws://localhost:1/', { WebSocket: Fake })
     await Promise.resolve()
     await Promise.resolve()
-    socket.onopen()
+    socket.open()
     return chat
   }
   const wake = (asleep) => { clock += 15_000 + asleep; t.mock.timers.tick(15_000) }
@@ -57,4 +62,257 @@ test('a page that slept gives its connection another chance', async (t) => {
   wake(45_000)
   assert.equal(other.state, 'waiting') // twice in a row
   other.close()
+})
+
+// A server of fakes: each socket answers by `answer`, and notes what it gets.
+function world(t, answer = () => {}) {
+  t.mock.timers.enable({ apis: ['setTimeout', 'Date'] })
+  const sockets = []
+  class Fake {
+    sent = []
+    terminated = false
+    constructor() {
+      sockets.push(this)
+      queueMicrotask(() => {
+        this.onopen()
+        this.say({ type: 'hello' })
+      })
+    }
+    say(frame) { this.onmessage({ data: JSON.stringify(frame) }) }
+    send(data) {
+      const frame = JSON.parse(data)
+      this.sent.push(frame)
+      answer(this, frame, sockets.length)
+    }
+    close() {}
+    terminate() { this.terminated = true }
+  }
+  const chat = connect('ws://localhost:1/', { WebSocket: Fake, firstPause: 1, longestPause: 1 })
+  t.after(() => chat.close())
+  return { chat, sockets }
+}
+
+const turn = () => new Promise((resolve) => { setImmediate(resolve) })
+
+/** Let time pass until something is so; how much passed, in milliseconds. */
+async function passes(t, so, most = 120_000) {
+  let passed = 0
+  for (; !so() && passed < most; passed += 100) {
+    t.mock.timers.tick(100)
+    await turn()
+  }
+  return passed
+}
+
+const pong = (socket, { type }) => { if (type === 'ping') socket.say({ type: 'pong' }) }
+
+for (const [when, before] of [['the link falls silent after the prompt', false], ['it was silent before', true]]) {
+  test(`a silent link is given up within 10 s while a reply is expected: ${when}`, async (t) => {
+    let silent = false
+    const { chat, sockets } = world(t, (socket, frame) => {
+      if (silent) return
+      pong(socket, frame)
+      if (frame.type === 'prompt') socket.say({ type: 'start', id: frame.id, request: frame.request })
+    })
+    await turn()
+    t.mock.timers.tick(100)
+    silent = before
+    const reply = chat.prompt('Hi')
+    await passes(t, () => false, 5_000 * !before)
+    silent = true
+    const [socket] = sockets
+    assert.ok(await passes(t, () => sockets.length > 1) <= 10_000)
+    assert.ok(socket.terminated) // and not waited for
+    assert.equal(reply.ended, false)
+  })
+}
+
+test('a silent link is looked at less often while nothing is expected', async (t) => {
+  const { chat, sockets } = world(t, pong)
+  await turn()
+  await passes(t, () => false, 60_000)
+  assert.ok(sockets[0].sent.filter(({ type }) => type === 'ping').length <= 6)
+  assert.equal(chat.state, 'open')
+})
+
+test('a large answer may take longer than a sign of life', async (t) => {
+  const { chat, sockets } = world(t, (socket, { type, id, request }) => {
+    if (type === 'prompt') socket.say({ type: 'start', id, request })
+  })
+  await turn()
+  chat.prompt('Hi')
+  const opened = chat.open('c'.repeat(16))
+  await passes(t, () => false, 9_000)
+  assert.equal(sockets.length, 1)
+  const { request } = sockets[0].sent.find(({ type }) => type === 'open')
+  sockets[0].say({ type: 'history', conversation: 'c'.repeat(16), messages: [], running: [], request })
+  await opened
+})
+
+for (const [how, answer] of Object.entries({
+  'by nothing but life': pong,
+  'by nothing': () => {},
+  'by what nobody asked for': (socket, frame) => { pong(socket, frame); socket.say({ type: 'conversations', items: [], request: 'other' }) },
+  'by an error about nothing': (socket, frame) => {
+    pong(socket, frame)
+    if (frame.type !== 'ping') socket.say({ type: 'error', code: 'invalid_frame', message: 'What?', retryable: false })
+  },
+  'by limits without end': (socket, { type, request }) => {
+    if (type !== 'ping') socket.say({ type: 'error', code: 'limit', message: 'Later.', retryable: true, retry_after: 1, request })
+  },
+  'by a shutdown that does not come': (socket, { type, request }) => {
+    if (type === 'ping') socket.say({ type: 'pong' })
+    else socket.say({ type: 'error', code: 'shutting_down', message: 'Later.', retryable: true, request })
+  },
+})) {
+  test(`every call settles where it is answered ${how}`, async (t) => {
+    const { chat, sockets } = world(t, answer)
+    await turn()
+    const settled = new Set()
+    const conversation = 'c'.repeat(16)
+    const calls = {
+      list: chat.list(), open: chat.open(conversation), rename: chat.rename(conversation, 'x'), delete: chat.delete(conversation),
+      prompt: chat.prompt('Hi').done, resume: chat.resume('r'.repeat(16)).done, stop: chat.prompt('Ho').stop(),
+    }
+    for (const [name, call] of Object.entries(calls)) call.catch(() => {}).then(() => settled.add(name))
+    const passed = await passes(t, () => settled.size === 7)
+    assert.deepEqual([...settled].sort(), Object.keys(calls).sort())
+    assert.ok(passed <= 60_000, `${passed} ms`)
+    assert.equal(chat.replies.size, 0)
+    assert.ok(sockets.length < 10)
+  })
+}
+
+test('a reply that nobody waits for any more is stopped', async (t) => {
+  const { chat, sockets } = world(t, pong)
+  await turn()
+  const reply = chat.prompt('Hi')
+  await passes(t, () => reply.ended)
+  await assert.rejects(reply.done, { code: 'no_answer', retryable: true })
+  assert.equal(sockets[0].sent.at(-1).id, reply.id)
+  assert.equal(sockets[0].sent.at(-1).type, 'stop')
+})
+
+for (const [skew, name] of [[0, 'right'], [3_600_000, 'an hour ahead'], [-3_600_000, 'an hour behind']]) {
+  test(`a token is renewed once in its life where the clock is ${name}`, async (t) => {
+    t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
+    const start = Date.now()
+    let asked = 0, socket
+    class Fake {
+      constructor() { socket = this; queueMicrotask(() => { this.onopen(); this.onmessage({ data: '{"type":"hello","auth":true}' }) }) }
+      send(data) {
+        const { type, request } = JSON.parse(data)
+        if (type === 'ping') this.onmessage({ data: '{"type":"pong"}' })
+        else {
+          const expires = (Date.now() - skew) / 1000 + 600
+          this.onmessage({ data: JSON.stringify({ type: 'authenticated', principal: 'ada', expires, expires_in: 600, request }) })
+        }
+      }
+      close() {}
+    }
+    const chat = connect('ws://localhost:1/', { WebSocket: Fake, token: async () => `t${++asked}` })
+    t.after(() => chat.close())
+    await turn()
+    assert.deepEqual([chat.state, asked], ['open', 1])
+    await passes(t, () => asked > 1, 700_000)
+    const after = (Date.now() - start) / 1000
+    assert.ok(after > 300 && after < 600, `${after} s`)
+    await passes(t, () => asked > 2, 100_000)
+    assert.equal(asked, 2)
+    assert.ok(socket)
+  })
+}
+
+test('a server that tells a time alone is not asked without end where the clock is ahead', async (t) => {
+  t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
+  let asked = 0
+  class Former {
+    constructor() { queueMicrotask(() => this.onopen()) }
+    send(data) {
+      const { type } = JSON.parse(data)
+      this.onmessage({ data: type === 'ping' ? '{"type":"pong"}' : JSON.stringify({ type: 'authenticated', principal: 'ada', expires: 600 }) })
+    }
+    close() {}
+  }
+  const chat = connect('ws://localhost:1/', { WebSocket: Former, token: async () => `t${++asked}` })
+  t.after(() => chat.close())
+  await turn()
+  await passes(t, () => false, 60_000)
+  assert.deepEqual([chat.state, asked], ['open', 1])
+})
+
+test('a renewal that fails for a while is tried again, and blamed on nothing else', async (t) => {
+  t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
+  let auths = 0, socket
+  class Fake {
+    constructor() { socket = this; queueMicrotask(() => { this.onopen(); this.say({ type: 'hello', auth: true }) }) }
+    say(frame) { this.onmessage({ data: JSON.stringify(frame) }) }
+    send(data) {
+      const { type, request } = JSON.parse(data)
+      if (type === 'list') this.list = request
+      if (type !== 'auth') return type === 'ping' && this.say({ type: 'pong' })
+      if (++auths === 2) this.say({ type: 'error', code: 'auth_unavailable', message: 'Later.', retryable: true, request })
+      else this.say({ type: 'authenticated', principal: 'ada', expires: 0, expires_in: 20, request })
+    }
+    close() {}
+  }
+  const chat = connect('ws://localhost:1/', { WebSocket: Fake, token: async () => 'token' })
+  t.after(() => chat.close())
+  const errors = []
+  chat.on('error', ({ code }) => errors.push(code))
+  await turn()
+  await passes(t, () => false, 9_000)
+  const list = chat.list()
+  await passes(t, () => auths === 3, 60_000)
+  assert.deepEqual([auths, errors], [3, ['auth_unavailable']])
+  socket.say({ type: 'conversations', items: [], request: socket.list })
+  assert.deepEqual(await list, { items: [], next: undefined })
+})
+
+for (const [why, Class, reason] of [
+  ['there is no WebSocket', undefined, /no WebSocket/],
+  ['the address is one that WebSocket refuses', class { constructor() { throw new DOMException('mixed content', 'SecurityError') } }, /mixed content/],
+]) {
+  test(`all ends at once where ${why}`, async (t) => {
+    const global = Object.getOwnPropertyDescriptor(globalThis, 'WebSocket')
+    t.after(() => { if (global) Object.defineProperty(globalThis, 'WebSocket', global) })
+    delete globalThis.WebSocket
+    const chat = connect('ws://localhost:1/', { WebSocket: Class, token: () => { assert.ok(Class, 'it is not asked for in vain'); return 't' } })
+    const states = []
+    chat.on('state', (state) => states.push(state))
+    const early = [chat.prompt('Hi').done, chat.list(), chat.open('c'.repeat(16))]
+    for (const call of early) await assert.rejects(call, { code: 'closed', message: reason })
+    assert.equal(chat.state, 'closed')
+    assert.match(states.at(-1).reason, reason)
+    await assert.rejects(chat.prompt('Hi').done, { code: 'closed', message: reason })
+    await assert.rejects(chat.list(), { code: 'closed', message: reason })
+  })
+}
+
+test('a server that turns everybody away is not asked in a row', async (t) => {
+  t.mock.timers.enable({ apis: ['setTimeout'] })
+  let tried = 0
+  class Busy {
+    constructor() {
+      tried++
+      queueMicrotask(() => { this.onopen(); this.say({ type: 'hello', auth: true }) })
+    }
+    say(frame) { this.onmessage({ data: JSON.stringify(frame) }) }
+    send(data) {
+      if (JSON.parse(data).type !== 'auth') return
+      queueMicrotask(() => {
+        this.say({ type: 'error', code: 'auth_unavailable', message: 'Later.', retryable: true })
+        this.onclose({ code: 1013, reason: 'auth_unavailable' })
+      })
+    }
+    close() {}
+  }
+  const { random } = Math
+  Math.random = () => 1
+  t.after(() => { Math.random = random })
+  const chat = connect('ws://localhost:1/', { WebSocket: Busy, token: 'token' })
+  t.after(() => chat.close())
+  await turn()
+  await passes(t, () => false, 60_000)
+  assert.ok(tried <= 9, `${tried} attempts in a minute`)
 })

@@ -25,6 +25,7 @@ class Line:
         self._whole = asyncio.Event()
         self._whole.set()
         self._deaf = False
+        self._width: int | None = None
         self._ends: set[StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -60,6 +61,10 @@ class Line:
         """Pass on nothing of the server's any more, until the next cut."""
         self._deaf = True
 
+    def narrow(self, width: int | None) -> None:
+        """Cut each new connection after so many bytes of the server's; None: do not."""
+        self._width = width
+
     def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
         self.tried += 1
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
@@ -85,10 +90,18 @@ class Line:
                 reset(end.transport)
 
     async def _pass(self, source: StreamReader, to: StreamWriter, *, answering: bool) -> None:
+        left = self._width if answering else None
         with contextlib.suppress(OSError):
             while data := await source.read(65536):
-                if not (answering and self._deaf):
-                    to.write(data)
-                    await to.drain()
+                if answering and self._deaf:
+                    continue
+                to.write(data[:left])
+                await to.drain()
+                if left is not None:
+                    left -= len(data)
+                    if left <= 0:
+                        to.close()  # which delivers what was written
+                        await to.wait_closed()
+                        return
         with contextlib.suppress(OSError):
             to.write_eof()

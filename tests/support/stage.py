@@ -51,6 +51,9 @@ class Troupe:
                 match word:
                     case "say":
                         yield rest
+                    case "count":  # in many pieces
+                        for number in range(int(rest)):
+                            yield f"{number} "
                     case "think":
                         yield Thinking(rest)
                     case "recall":  # what has been said before
@@ -97,8 +100,8 @@ class Stage:
     async def do_close(self, server: int) -> None:
         await self._servers[server][0].close()
 
-    async def do_line(self, server: int, how: str) -> None:
-        getattr(self._servers[server][2], how)()
+    async def do_line(self, server: int, how: str, **given: int | None) -> None:
+        getattr(self._servers[server][2], how)(**given)
 
     async def do_dismiss(self, server: int, code: int, reason: str) -> None:
         """Close all sockets."""
