@@ -9,6 +9,7 @@ import json
 import secrets
 from typing import Any
 
+import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,24 +23,41 @@ from hypothesis.stateful import (
 )
 
 from tests.support.puppet import Puppet, Reply, Thinking
+from tests.support.yielding import YieldingStore
 from wsserver import Code, End, ModelError, Settings, Usage
 from wsserver.admission import Admission
 from wsserver.auth import ANONYMOUS
 from wsserver.connection import Connection
-from wsserver.generation import State, well_formed
+from wsserver.generation import Log, State, well_formed
 from wsserver.hub import Hub
 from wsserver.live import Generation
-from wsserver.stores import MemoryStore
+from wsserver.protocol import Terminal
 from wsserver.telemetry import Metrics
 
 METRICS = Metrics()
 TERMINAL = {"done", "error"}
+ANSWERS = {"pong", "error", "history", "renamed", "deleted", "closed", "stopped"}
+CONVERSATIONS = ["conversation-one", "conversation-two"]
 
 pieces = st.builds(
     lambda kind, text: kind(text),
     st.sampled_from([str, str, Thinking]),
     st.text(st.characters(categories=["L", "Zs", "Cs", "So"]), max_size=5),
 )
+
+
+def joined(said: list[str]) -> list[str]:
+    """Join the halves of surrogate pairs that neighbouring pieces of one kind have."""
+    whole: list[str] = []
+    half = ""
+    for piece in filter(None, said):
+        if half and type(half) is not type(piece):
+            whole.append(well_formed(half))
+            half = ""
+        kind, text = type(piece), half + piece
+        half = kind(text[-1]) if "\ud800" <= text[-1] <= "\udbff" else ""
+        whole.append(well_formed(kind(text[:-1] if half else text)))
+    return [*whole, well_formed(half)]
 
 
 class FakePort:
@@ -53,6 +71,7 @@ class FakePort:
         self.following: dict[str, int | None] = {}
         self.afters: dict[str, set[int]] = {}  # from where it may go on after a `start`
         self.ended: set[str] = set()
+        self.asked: set[str] = set()  # by a prompt or a resume
         self.accepted: set[str] = set()
 
     def write(self, data: bytes) -> None:
@@ -67,7 +86,19 @@ class FakePort:
         elif kind in TERMINAL and name is not None:
             self.check_terminal(frame)
         else:
-            assert kind in {"pong", "error", "history", "deleted"}
+            assert kind in ANSWERS
+        if kind == "deleted":
+            self.machine.note_deleted(frame["conversation"])
+        elif kind == "closed":
+            self.leave(frame["conversation"])
+
+    def leave(self, conversation: str) -> None:
+        """Of a closed conversation only what this client asked for goes on."""
+        for name in set(self.accepted) - self.asked:
+            if self.machine.within(name) == conversation:
+                self.following.pop(name, None)
+                self.accepted.discard(name)
+                self.ended.discard(name)
 
     def check_text(self, frame: dict[str, Any]) -> None:
         """Rules 1 to 3: between start and terminal, growing, and as the model said it."""
@@ -109,15 +140,27 @@ class Rules(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.ports: dict[Connection, FakePort] = {}
         self.sent: dict[str, dict[str, Any]] = {}
-        self.stopped_at: dict[str, int] = {}
+        self.stopped_at: dict[Log[Terminal], int] = {}
+        self.deleted: list[tuple[int, set[str]]] = []  # by how many replies there were before
 
-    @initialize(grace=st.sampled_from([0.0, 1000.0]), frame_size=st.sampled_from([1, 4, 1000]))
-    def start(self, grace: float, frame_size: int) -> None:
+    @initialize(
+        grace=st.sampled_from([0.0, 1000.0]),
+        frame_size=st.sampled_from([1, 4, 1000]),
+        turns=st.integers(0, 3),
+        kept=st.sampled_from([1, 1000]),
+    )
+    def start(self, grace: float, frame_size: int, turns: int, kept: int) -> None:
         self.puppet = Puppet()
-        self.settings = Settings(grace=grace, frame_size=frame_size, queue_size=2)
+        self.settings = Settings(
+            grace=grace,
+            frame_size=frame_size,
+            queue_size=2,
+            conversations=kept,
+            save_interval=1e-9,  # so that the clock decides nothing
+        )
 
         async def make() -> Hub:
-            return Hub(self.puppet, MemoryStore(), self.settings, METRICS)
+            return Hub(self.puppet, YieldingStore(turns), self.settings, METRICS)
 
         self.hub = self.loop.run_until_complete(make())
 
@@ -148,13 +191,13 @@ class Rules(RuleBasedStateMachine):
         return None
 
     def said(self, name: str) -> list[str]:
+        """Return the pieces of a reply as its log has them, or will have them at its end."""
         reply = self.reply_of(name)
         size = self.settings.frame_size  # by which larger pieces are cut
         return [
-            type(piece)(whole[start : start + size])
-            for piece in (reply.said if reply else [])
-            for whole in (well_formed(piece),)
-            for start in range(0, len(whole), size)
+            type(piece)(piece[start : start + size])
+            for piece in joined(reply.said if reply else [])
+            for start in range(0, len(piece), size)
         ]
 
     # What clients do.
@@ -172,10 +215,18 @@ class Rules(RuleBasedStateMachine):
         target=prompts,
         client=clients,
         on_busy=st.sampled_from(["reject", "queue", "interrupt"]),
-        conversation=st.sampled_from([None, "conversation-one", "conversation-two"]),
+        conversation=st.sampled_from([None, *CONVERSATIONS]),
         alone=st.booleans(),
+        retry_of=st.one_of(st.none(), prompts),
     )
-    def prompt(self, client: Connection, on_busy: str, conversation: str, alone: bool) -> str:
+    def prompt(
+        self,
+        client: Connection,
+        on_busy: str,
+        conversation: str,
+        alone: bool,
+        retry_of: str | None,
+    ) -> str:
         name = secrets.token_urlsafe(16)
         frame: dict[str, Any] = {"id": name, "on_busy": on_busy}
         if alone:
@@ -183,6 +234,7 @@ class Rules(RuleBasedStateMachine):
         else:
             frame |= {"prompt": f"prompt {name}"}
             frame |= {"conversation": conversation} if conversation else {}
+            frame |= {"retry_of": retry_of} if retry_of else {}
         self.sent[name] = frame
         self.send(client, frame)
         return name
@@ -193,20 +245,44 @@ class Rules(RuleBasedStateMachine):
 
     @rule(client=clients, name=st.one_of(st.none(), prompts))
     def stop(self, client: Connection, name: str | None) -> None:
+        known = self.generations.get(name or "")
         self.send(client, {"type": "stop"} | ({"id": name} if name else {}))
-        if name is not None and name in self.generations:
-            log = self.generations[name].log
-            assert log.state in {State.STOPPING, State.ENDED}, "stop is read at once"
-            self.stopped_at.setdefault(name, log.seq)
+        if known is not None:
+            assert known.log.state in {State.STOPPING, State.ENDED}, "stop is read at once"
+            self.stopped_at.setdefault(known.log, known.log.seq)
 
     @rule(client=clients, name=prompts, after=st.integers(0, 12))
     def resume(self, client: Connection, name: str, after: int) -> None:
         self.ports[client].afters.setdefault(name, set()).add(after)
         self.send(client, {"type": "resume", "id": name, "after": after})
 
-    @rule(client=clients, conversation=st.sampled_from(["conversation-one", "conversation-two"]))
-    def open(self, client: Connection, conversation: str) -> None:
-        self.send(client, {"type": "open", "conversation": conversation})
+    @rule(
+        client=clients,
+        kind=st.sampled_from(["open", "close", "delete", "rename"]),
+        conversation=st.sampled_from(CONVERSATIONS),
+    )
+    def request(self, client: Connection, kind: str, conversation: str) -> None:
+        frame = {"type": kind, "conversation": conversation}
+        self.send(client, frame | ({"title": "New"} if kind == "rename" else {}))
+
+    @rule(
+        conversation=st.sampled_from([*CONVERSATIONS, "new"]),
+        kinds=st.lists(st.sampled_from(["prompt", "prompt", "delete", "open"]), min_size=2),
+        turns=st.integers(1, 12),
+    )
+    def all_at_once(self, conversation: str, kinds: list[str], turns: int) -> None:
+        """Several clients ask something of one conversation at the same moment."""
+        if conversation == "new":
+            conversation = secrets.token_urlsafe(16)
+        for kind in kinds[:4]:
+            client = self.connect()
+            if kind == "prompt":
+                self.prompt(client, "reject", conversation, alone=False, retry_of=None)
+            else:
+                self.request(client, kind, conversation)
+        for _ in range(turns):
+            self.turn(1)
+            self.a_conversation_runs_one_generation_at_a_time()
 
     @rule(client=clients)
     def lag(self, client: Connection) -> None:
@@ -225,6 +301,8 @@ class Rules(RuleBasedStateMachine):
         self.call(client.detach)
 
     def send(self, client: Connection, frame: dict[str, Any]) -> None:
+        if frame.get("type", "prompt") in {"prompt", "resume"}:
+            self.ports[client].asked.add(frame["id"])
         self.call(client.receive, json.dumps(frame))
 
     # What the model does.
@@ -268,8 +346,8 @@ class Rules(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_said_after_a_stop(self) -> None:
-        for name, seq in self.stopped_at.items():
-            assert self.generations[name].log.seq == seq
+        for log, seq in self.stopped_at.items():
+            assert log.seq == seq
 
     @invariant()
     def a_prompt_sent_again_costs_nothing(self) -> None:
@@ -278,12 +356,27 @@ class Rules(RuleBasedStateMachine):
 
     @invariant()
     def a_conversation_runs_one_generation_at_a_time(self) -> None:
-        running: dict[int, str] = {}
-        for name, generation in self.generations.items():
-            live = generation.log.state in {State.RUNNING, State.STOPPING}
-            if live and generation.conversation is not None and generation.task is not None:
-                assert id(generation.conversation) not in running
-                running[id(generation.conversation)] = name
+        if not hasattr(self, "hub"):
+            return
+        tasks = [g for g in self.hub.running if g.conversation_id is not None]
+        names = [(g.owner, g.conversation_id) for g in tasks]
+        assert len(names) == len(set(names))
+
+    @invariant()
+    def a_deleted_turn_is_not_shown_to_the_model(self) -> None:
+        for before, gone in self.deleted:
+            for reply in self.puppet.replies[before:]:
+                assert gone.isdisjoint(m.content for m in reply.request.messages)
+
+    def note_deleted(self, conversation: str) -> None:
+        """All that was accepted in a conversation before it was deleted is gone."""
+        accepted = set().union(*(port.accepted for port in self.ports.values()))
+        gone = {f"prompt {name}" for name in accepted if self.within(name) == conversation}
+        self.deleted.append((len(self.puppet.replies), gone))
+
+    def within(self, name: str) -> str | None:
+        """Return the conversation that a prompt named."""
+        return self.sent[name].get("conversation")
 
     def teardown(self) -> None:
         if not hasattr(self, "hub"):
@@ -311,5 +404,15 @@ class Rules(RuleBasedStateMachine):
         self.loop.close()
 
 
+class RulesAtLength(Rules):
+    """The same, many times as often."""
+
+
 TestRules = Rules.TestCase
 TestRules.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+class TestRulesAtLength(RulesAtLength.TestCase):  # type: ignore[misc, valid-type]
+    settings = hypothesis_settings(max_examples=2000, stateful_step_count=50, deadline=None)

@@ -1,0 +1,38 @@
+"""A store that lets others run in the midst of each call, as one on a disk does."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from wsserver.stores import MemoryStore
+
+__all__ = ["YieldingStore"]
+
+
+class YieldingStore(MemoryStore):
+    """A memory store whose calls take some turns of the event loop, before and after the work.
+
+    Args:
+        turns: of the event loop, for each part.
+    """
+
+    def __init__(self, turns: int = 1) -> None:
+        super().__init__()
+        self.turns = turns
+        for name in ("commit", "find", "load", "list", "rename", "delete", "spent", "purge"):
+            setattr(self, name, self._slowly(getattr(self, name)))
+
+    def _slowly(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        @functools.wraps(method)
+        async def slow(*arguments: Any, **named: Any) -> Any:
+            await self._pause()
+            result = await method(*arguments, **named)
+            await self._pause()
+            return result
+
+        return slow
+
+    async def _pause(self) -> None:
+        for _ in range(self.turns):
+            await asyncio.sleep(0)
