@@ -299,6 +299,35 @@ async def test_kill_9_while_the_file_is_being_made_leaves_one_that_works(
         assert (await chat.text(start["id"]))[0] == text_of(list(pieces_of("3 words")))
 
 
+async def test_kill_9_takes_no_queued_prompt_away(tmp_path: Path) -> None:
+    conversation, running, queued = "conversation-one", "the-running-reply", "the-queued-reply-"
+    async with life(tmp_path) as (process, chat):
+        await chat.prompt("4000 words", id=running, conversation=conversation)
+        await chat.next("token", id=running)
+        start = await chat.prompt("5 more", id=queued, conversation=conversation, on_busy="queue")
+        assert start["queued"] == 1
+        await chat.send({"type": "open", "conversation": conversation})
+        await chat.next("history")  # for which all that was accepted before is saved
+        process.signal(signal.SIGKILL)
+        assert await process.end() == -signal.SIGKILL
+    check_file(tmp_path)
+    async with life(tmp_path) as (_, again):
+        await again.send({"type": "open", "conversation": conversation})
+        told = (await again.next("history"))["messages"]
+        assert [(m["role"], m["id"], m.get("partial")) for m in told] == [
+            ("user", running, None),
+            ("assistant", running, "interrupted"),
+            ("user", queued, None),
+            ("assistant", queued, "interrupted"),
+        ]
+        for name in (running, queued):
+            await again.send({"type": "resume", "id": name})
+            text, error = await again.text(name)
+            assert (error["code"], error["retryable"]) == ("interrupted", True)
+            assert error["usage"].get("estimated", False) == (name == running)
+            assert bool(text) == bool(error["usage"]["output_tokens"]) == (name == running)
+
+
 async def test_sigterm_without_time_to_drain_loses_nothing_at_all(tmp_path: Path) -> None:
     prompts = {f"a-reply-of-a-name-{letter}": f"400 {letter}" for letter in "ab"}
     async with life(tmp_path, "--drain-timeout", "0") as (process, chat):

@@ -441,19 +441,15 @@ async def test_a_deletion_is_carried_out_though_its_client_has_gone(
     assert (await opened(chat))["code"] == "not_found"
 
 
-async def test_an_id_that_was_deleted_is_free_and_is_forgotten_when_its_own_time_is_up(
-    puppet: Puppet,
+async def test_id_of_a_deleted_reply_is_forgotten_and_costs_nothing(
+    chat: Client, puppet: Puppet
 ) -> None:
-    async with wsserver.serve(puppet, port=0, replay=0.05, drain_timeout=0) as server:
-        async with client(server) as chat:
-            await exchange(chat, puppet, "One", "x", conversation=ONE, id=ID)
-            await chat.send({"type": "delete", "conversation": ONE})
-            await chat.next("deleted")
-            assert (await resume(chat))["code"] == "not_found"
-            await chat.prompt("Two", conversation=ONE, id=ID)
-            await until(lambda: not server._hub._ended)
-            await chat.send({"type": "stop", "id": ID})
-            assert (await chat.next("done"))["by"] == "client"
+    await exchange(chat, puppet, "One", "x", conversation=ONE, id=ID)
+    await chat.send({"type": "delete", "conversation": ONE})
+    await chat.next("deleted")
+    assert (await resume(chat))["code"] == "forgotten"
+    assert (await chat.prompt("One", conversation=ONE, id=ID))["code"] == "forgotten"
+    assert len(puppet.replies) == 1
 
 
 async def test_one_that_asks_for_much_and_reads_little_gets_the_next_answer_when_it_has(
@@ -533,7 +529,8 @@ async def test_what_is_somebody_elses_looks_exactly_like_what_is_not_there(
         await other.send({"type": "delete", "conversation": ONE})
         assert (await other.next("done"))["id"] == start["id"]
         await other.next("deleted")
-        assert (await resume(other))["code"] == (await opened(other))["code"] == "not_found"
+        assert (await resume(other))["code"] == "forgotten"
+        assert (await opened(other))["code"] == "not_found"
         assert "somebody else" not in {owner for owner, _ in server._hub.conversations._known}
         assert await chat.quiet() == []
         assert (await resume(chat))["type"] == "start"

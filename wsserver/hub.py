@@ -40,13 +40,7 @@ from wsserver.models.base import (
 )
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.settings import Settings
-from wsserver.stores.base import (
-    Header,
-    Store,
-    StoredGeneration,
-    day_of,
-    tokens_of,
-)
+from wsserver.stores.base import Forgotten, Header, Store, day_of, tokens_of
 from wsserver.telemetry import Metrics, span
 
 __all__ = ["Hub"]
@@ -112,6 +106,11 @@ class Hub:
         return len(self._live)
 
     @property
+    def running(self) -> list[Generation]:
+        """The generations whose model has been asked and has not closed its request."""
+        return [generation for generation in self._live if generation.task is not None]
+
+    @property
     def upstream_failing(self) -> bool:
         """Whether the model's API has failed just now, and several times in a row.
 
@@ -128,6 +127,7 @@ class Hub:
         """Return the generation of that id, for as long as it is stored.
 
         Raises:
+            Refused: the generation was deleted, or its time is over.
             StoreError: the store cannot tell.
         """
         known = self.known(owner, generation_id)
@@ -135,10 +135,12 @@ class Hub:
             return known
         stored = await self._store.find(generation_id, owner)
         known = self.known(owner, generation_id)  # somebody else may have been quicker
-        if known is None and isinstance(stored, StoredGeneration):
-            known = restored(stored)
-            self._generations[owner, generation_id] = known
-            self._retain(known)
+        if known is not None or stored is None:
+            return known
+        if isinstance(stored, Forgotten):
+            raise Refused(Code.FORGOTTEN)
+        known = self._generations[owner, generation_id] = restored(stored)
+        self._retain(known)
         return known
 
     async def prompt(

@@ -189,10 +189,10 @@ class Generation:
     def terminal(self, how: Outcome) -> Terminal:
         """Make the terminal frame for how it ended."""
         if isinstance(how, End):
-            usage = UsageCounts.of(how.usage or self._usage())
+            usage = UsageCounts.of(how.usage or self.used())
             reason = well_formed(how.reason)
             return Done(id=self.id, seq=self.log.seq, reason=reason, usage=usage)
-        usage = UsageCounts.of(self._usage())
+        usage = UsageCounts.of(self.used())
         if isinstance(how, str):
             return Done(id=self.id, seq=self.log.seq, reason="stopped", by=how, usage=usage)
         error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
@@ -207,7 +207,7 @@ class Generation:
             ref=_new_ref(),
         )
 
-    def _usage(self) -> Usage:
+    def used(self) -> Usage:
         """Return what the model said that it used; where it never said, what it likely was."""
         if not self.begun:
             return Usage()
@@ -257,6 +257,9 @@ def restored(stored: StoredGeneration) -> Generation:
         log.append(piece)
     terminal = stored.terminal
     if terminal is None:
+        if stored.pieces:  # else the model was perhaps not asked
+            generation.began = 0.0
+            generation.asked = tokens_in(header.prompt.text)
         code, ref = Code.INTERRUPTED, _new_ref()
         events.info("interrupted", id=header.id, conversation=header.conversation, ref=ref)
         terminal = Error(
@@ -265,6 +268,7 @@ def restored(stored: StoredGeneration) -> Generation:
             id=header.id,
             seq=log.seq,
             retryable=code.retryable,
+            usage=UsageCounts.of(generation.used()),
             ref=ref,
         )
     log.end(terminal)

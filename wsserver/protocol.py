@@ -161,11 +161,15 @@ class Prompt(_Request):
         return self
 
     @property
+    def text(self) -> str:
+        """All text in it, joined."""
+        said = (turn.content for turn in self.messages or ())
+        return "".join((self.system or "", self.prompt or "", *said))
+
+    @property
     def size(self) -> int:
         """Bytes of all text in it, as UTF-8."""
-        texts = [self.prompt or "", self.system or ""]
-        texts += [turn.content for turn in self.messages or ()]
-        return sum(len(text.encode()) for text in texts)
+        return len(self.text.encode())
 
 
 class Stop(_Request):

@@ -1,0 +1,545 @@
+"""Requests and their answers: names, order, stops that are answered, retries, closing."""
+
+import asyncio
+import gc
+import json
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, Frame, client
+from tests.support.puppet import BOUND, Puppet, until
+from tests.support.yielding import YieldingStore
+from tests.test_slow_reader import sluggard
+from wsserver import Code, ModelError
+from wsserver.stores import MemoryStore
+
+ONE, TWO = "conversation-one", "conversation-two"
+ID, OTHER = "chosen-by-the-client", "another-client-chose-it"
+
+
+class GatedStore(MemoryStore):
+    """A memory store whose answers wait until the test opens the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    async def list(self, *arguments: Any) -> Any:
+        await self.gate.wait()
+        return await super().list(*arguments)
+
+    async def rename(self, *arguments: Any) -> Any:
+        await self.gate.wait()
+        return await super().rename(*arguments)
+
+
+@pytest.fixture
+async def gated(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
+) -> AsyncIterator[tuple[GatedStore, wsserver.Server]]:
+    store = GatedStore()
+    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        yield store, server
+
+
+async def exchange(chat: Client, puppet: Puppet, prompt: str, answer: str, **keys: Any) -> str:
+    """Prompt, have the model answer, and return the id."""
+    number = len(puppet.replies)
+    start = await chat.prompt(prompt, **keys)
+    assert start["type"] == "start", start
+    (await puppet.reply(number)).say(answer).end()
+    await chat.text(start["id"])
+    return str(start["id"])
+
+
+async def turns(chat: Client, conversation: str = ONE) -> list[tuple[str, str, str | None]]:
+    await chat.send({"type": "open", "conversation": conversation, "before": 2**53 - 1})
+    history = await chat.next("history")
+    return [(m["role"], m["content"], m.get("partial")) for m in history["messages"]]
+
+
+# The name of a request.
+
+
+@pytest.mark.parametrize(
+    ("frame", "kind"),
+    [
+        ({"type": "ping"}, "pong"),
+        ({"type": "auth", "token": "any"}, "authenticated"),
+        ({"prompt": "Hello"}, "start"),
+        ({"type": "resume", "id": ID}, "start"),
+        ({"type": "open", "conversation": ONE}, "history"),
+        ({"type": "list"}, "conversations"),
+        ({"type": "rename", "conversation": ONE, "title": "New"}, "renamed"),
+        ({"type": "close", "conversation": ONE}, "closed"),
+        ({"type": "delete", "conversation": ONE}, "deleted"),
+    ],
+)
+async def test_answer_names_its_request(
+    chat: Client, puppet: Puppet, frame: Frame, kind: str
+) -> None:
+    await exchange(chat, puppet, "First", "x", conversation=ONE, id=ID)
+    await chat.send(frame | {"request": "r1"})
+    assert (await chat.next(kind))["request"] == "r1"
+    await chat.send(frame)
+    assert "request" not in await chat.next(kind, "error")
+
+
+@pytest.mark.parametrize(
+    ("frame", "code", "about"),
+    [
+        ({"type": "stop", "id": ID}, "not_running", ID),
+        ({"type": "resume", "id": ID}, "not_found", ID),
+        ({"type": "resume", "id": "42"}, "invalid_frame", None),
+        ({"prompt": "Hello", "id": "42"}, "invalid_frame", None),
+        ({"prompt": "x" * 40_000, "id": ID}, "too_long", ID),
+        ({"type": "open", "conversation": ONE}, "not_found", ONE),
+        ({"type": "open", "conversation": ONE, "before": 0}, "invalid_frame", ONE),
+        ({"type": "open", "conversation": "team/42"}, "invalid_frame", None),
+        ({"type": "rename", "conversation": ONE, "title": ""}, "invalid_frame", ONE),
+        ({"type": "rename", "conversation": ONE, "title": "x" * 201}, "invalid_frame", ONE),
+        ({"type": "delete", "conversation": ONE}, "not_found", ONE),
+        ({"type": "list", "before": "nonsense"}, "invalid_frame", None),
+        ({"type": "sing", "conversation": ONE}, "unknown_type", ONE),
+    ],
+)
+async def test_error_names_its_request_and_what_it_is_about(
+    chat: Client, frame: Frame, code: str, about: str | None
+) -> None:
+    await chat.send(frame | {"request": "r-1"})
+    error = await chat.next("error")
+    assert (error["code"], error.get("about"), error["request"]) == (code, about, "r-1")
+
+
+@pytest.mark.parametrize("name", ["", "x" * 65, "a b", "é", 5])
+async def test_unusable_name_of_a_request_is_refused(chat: Client, name: object) -> None:
+    await chat.send({"type": "list", "request": name})
+    error = await chat.next("error")
+    assert (error["code"], error["message"][:8]) == ("invalid_frame", "request:")
+    assert "request" not in error
+
+
+async def test_same_prompt_attaches_under_another_request(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("Hello", id=ID, request="one")
+    assert (await chat.prompt("Hello", id=ID, request="two"))["request"] == "two"
+    await puppet.reply()
+    assert len(puppet.replies) == 1
+
+
+async def test_each_of_two_resumes_is_answered(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("Hello", id=ID)
+    (await puppet.reply()).say("a", "b", "c")
+    await chat.next("token", seq=3)
+    await chat.send({"type": "resume", "id": ID, "after": 2, "request": "one"})
+    await chat.send({"type": "resume", "id": ID, "after": 1, "request": "two"})
+    starts = [await chat.next("start"), await chat.next("start")]
+    assert [(f["request"], f["after"]) for f in starts] == [("one", 2), ("two", 1)]
+
+
+async def test_start_of_a_whole_reply_has_no_after(chat: Client) -> None:
+    assert "after" not in await chat.prompt()
+
+
+# What the server says of itself.
+
+
+async def test_hello_comes_first_where_the_subprotocol_was_offered(
+    server: wsserver.Server,
+) -> None:
+    async with client(server, subprotocols=["wsserver.v1"]) as chat:
+        hello = await chat.receive()
+        assert (hello["type"], hello["protocol"]) == ("hello", "wsserver.v1")
+        assert hello["principal"] == "anonymous"
+        assert "auth" not in hello
+        settings = server.settings
+        assert hello["limits"] == {
+            "message_size": settings.message_size,
+            "prompt_size": settings.prompt_size,
+            "answer_size": settings.max_unsent - settings.write_buffer,
+            "frame_rate": settings.frame_rate,
+            "frame_burst": settings.frame_burst,
+            "bad_frames": settings.bad_frames,
+            "requests": 32,
+            "generations_per_socket": settings.generations_per_socket,
+            "queue_size": settings.queue_size,
+        }
+
+
+async def test_client_without_the_subprotocol_is_not_greeted(chat: Client) -> None:
+    assert await chat.quiet() == []
+
+
+# Order.
+
+
+async def test_error_of_an_unusable_frame_waits_for_the_answers_before_it(
+    gated: tuple[GatedStore, wsserver.Server],
+) -> None:
+    store, server = gated
+    async with client(server) as chat:
+        await chat.send({"type": "list"})
+        await chat.send("nonsense")
+        await chat.send(b"binary")
+        await chat.send({"type": "list", "limit": 0})
+        await chat.send({"type": "list"})
+        assert await chat.quiet() == []
+        store.gate.set()
+        answers = [await chat.receive() for _ in range(5)]
+    assert [f.get("code", f["type"]) for f in answers] == [
+        "conversations",
+        "invalid_json",
+        "invalid_frame",
+        "invalid_frame",
+        "conversations",
+    ]
+
+
+async def test_more_waiting_requests_than_allowed_are_refused_at_once(
+    gated: tuple[GatedStore, wsserver.Server],
+) -> None:
+    store, server = gated
+    async with client(server) as chat:
+        for _ in range(32):
+            await chat.send({"type": "list"})
+        await chat.send({"type": "list", "request": "last"})
+        error = await chat.next("error")
+        assert (error["code"], error["request"]) == ("limit", "last")
+        store.gate.set()
+        for _ in range(32):
+            await chat.next("conversations")
+
+
+# A stop and its answer.
+
+
+async def test_stop_with_a_request_is_answered_when_the_upstream_is_closed(
+    chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt("Hello", id=ID)
+    reply = await puppet.reply()
+    reply.hold = asyncio.Event()
+    await chat.send({"type": "stop", "id": ID, "request": "s"})
+    assert await chat.quiet() == []
+    reply.hold.set()
+    stopped = await chat.next("stopped")
+    assert stopped == {"type": "stopped", "ids": [ID], "request": "s"}
+    assert reply.closed.is_set()
+
+
+async def test_stop_of_what_another_socket_follows_is_answered(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt("Hello", id=ID)
+    await puppet.reply()
+    async with client(server) as other:
+        await other.send({"type": "stop", "id": ID, "request": "s"})
+        assert (await other.next("stopped"))["ids"] == [ID]
+        assert [f["type"] for f in other.frames] == ["stopped"]
+
+
+async def test_stop_of_everything_names_all_that_it_stopped(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("One", id=ID, conversation=ONE)
+    await chat.prompt("Two", id=OTHER, conversation=ONE, on_busy="queue")
+    await chat.send({"type": "stop", "request": "s"})
+    assert set((await chat.next("stopped"))["ids"]) == {ID, OTHER}
+    assert {f["id"] for f in chat.frames if f["type"] == "done"} == {ID, OTHER}
+    assert len(puppet.replies) <= 1
+
+
+async def test_stop_of_nothing_is_not_running_and_names_the_request(chat: Client) -> None:
+    await chat.send({"type": "stop", "request": "s"})
+    error = await chat.next("error")
+    assert (error["code"], error["request"]) == ("not_running", "s")
+
+
+async def test_stop_of_a_waiting_prompt_that_is_refused_is_answered(
+    gated: tuple[GatedStore, wsserver.Server],
+) -> None:
+    store, server = gated
+    async with client(server) as chat:
+        await chat.send({"type": "list"})
+        await chat.send({"prompt": "x", "id": ID, "model": "unknown"})
+        await chat.send({"type": "stop", "id": ID})
+        assert await chat.quiet() == []
+        store.gate.set()
+        errors = [await chat.next("error"), await chat.next("error")]
+    assert [e["code"] for e in errors] == ["model_not_allowed", "not_running"]
+    assert [e["about"] for e in errors] == [ID, ID]
+
+
+# Retry.
+
+
+async def test_retry_replaces_the_failed_turn(chat: Client, puppet: Puppet) -> None:
+    await exchange(chat, puppet, "Before", "said", conversation=ONE)
+    failed = await chat.prompt("Question", conversation=ONE)
+    (await puppet.reply(1)).say("half").fail(ModelError(Code.OVERLOADED))
+    await chat.text(failed["id"])
+    await exchange(chat, puppet, "Question", "whole", conversation=ONE, retry_of=failed["id"])
+    assert [m.content for m in puppet.replies[2].request.messages] == [
+        "Before", "said", "Question",
+    ]  # fmt: skip
+    assert await turns(chat) == [
+        ("user", "Before", None),
+        ("assistant", "said", None),
+        ("user", "Question", None),
+        ("assistant", "whole", None),
+    ]
+    await exchange(chat, puppet, "After", "x", conversation=ONE)
+    assert [m.content for m in puppet.replies[3].request.messages] == [
+        "Before", "said", "Question", "whole", "After",
+    ]  # fmt: skip
+
+
+async def test_retry_may_change_the_prompt_of_a_whole_turn(chat: Client, puppet: Puppet) -> None:
+    first = await exchange(chat, puppet, "Quesion", "What?", conversation=ONE)
+    await exchange(chat, puppet, "Question", "Answer", conversation=ONE, retry_of=first)
+    assert await turns(chat) == [("user", "Question", None), ("assistant", "Answer", None)]
+    await chat.send({"type": "resume", "id": first})
+    assert (await chat.next("token", id=first))["text"] == "What?"
+
+
+async def test_retry_of_what_runs_interrupts_and_replaces_it(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("Slow", id=ID, conversation=ONE)
+    (await puppet.reply()).say("half")
+    await chat.next("token")
+    await exchange(
+        chat, puppet, "Quick", "done", conversation=ONE, retry_of=ID, on_busy="interrupt"
+    )
+    assert [m.content for m in puppet.replies[1].request.messages] == ["Quick"]
+    assert await turns(chat) == [("user", "Quick", None), ("assistant", "done", None)]
+
+
+async def test_retry_of_any_but_the_last_turn_is_refused(chat: Client, puppet: Puppet) -> None:
+    first = await exchange(chat, puppet, "One", "x", conversation=ONE)
+    last = await exchange(chat, puppet, "Two", "x", conversation=ONE)
+    for wrong in (first, "never-heard-of-this-id"):
+        refused = await chat.prompt("Again", conversation=ONE, retry_of=wrong)
+        assert refused["code"] == "not_last"
+    assert (await chat.prompt("Again", conversation=TWO, retry_of=last))["code"] == "not_last"
+    assert len(await turns(chat)) == 4
+
+
+async def test_retry_that_is_taken_back_leaves_the_turn(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("Question", id=ID, conversation=ONE)
+    reply = (await puppet.reply()).say("half")
+    reply.hold = asyncio.Event()
+    await chat.next("token")
+    await chat.send({"type": "stop", "id": ID})
+    retried = await chat.prompt("Question", conversation=ONE, retry_of=ID)
+    await chat.send({"type": "stop", "id": retried["id"]})
+    await chat.next("done", id=retried["id"])
+    reply.hold.set()
+    await chat.next("done", id=ID)
+    assert await turns(chat) == [("user", "Question", None), ("assistant", "half", "client")]
+
+
+async def test_retry_lasts_in_the_store(puppet: Puppet, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/conversations.sqlite"
+    async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
+        async with client(server) as chat:
+            first = await exchange(chat, puppet, "Quesion", "What?", conversation=ONE)
+            await exchange(chat, puppet, "Question", "Answer", conversation=ONE, retry_of=first)
+    async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
+        async with client(server) as chat:
+            assert await turns(chat) == [("user", "Question", None), ("assistant", "Answer", None)]
+            await exchange(chat, puppet, "More", "x", conversation=ONE)
+    assert [m.content for m in puppet.replies[2].request.messages] == [
+        "Question", "Answer", "More",
+    ]  # fmt: skip
+
+
+# Conversations that are open.
+
+
+async def test_closed_conversation_is_followed_no_more(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await exchange(chat, puppet, "First", "x", conversation=ONE)
+    async with client(server) as other:
+        await other.send({"type": "open", "conversation": ONE})
+        await other.next("history")
+        await chat.prompt("Running", id=ID, conversation=ONE)
+        await other.next("start", id=ID)
+        await other.send({"type": "close", "conversation": ONE})
+        await other.next("closed")
+        (await puppet.reply(1)).say("unheard").end()
+        await chat.text(ID)
+        await exchange(chat, puppet, "Unheard too", "x", conversation=ONE)
+        assert await other.quiet() == []
+
+
+async def test_closing_keeps_what_the_socket_asked_for(chat: Client, puppet: Puppet) -> None:
+    await exchange(chat, puppet, "First", "x", conversation=ONE)
+    await chat.send({"type": "open", "conversation": ONE})
+    await chat.next("history")
+    await chat.prompt("Mine", id=ID, conversation=ONE)
+    await chat.send({"type": "close", "conversation": ONE})
+    await chat.next("closed")
+    (await puppet.reply(1)).say("heard").end()
+    assert (await chat.text(ID))[0] == "heard"
+
+
+async def test_closing_what_is_not_open_is_harmless(chat: Client) -> None:
+    await chat.send({"type": "close", "conversation": ONE, "request": "c"})
+    assert await chat.next() == {"type": "closed", "conversation": ONE, "request": "c"}
+
+
+async def test_socket_opens_a_bounded_number_of_conversations(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, drain_timeout=0, frame_burst=1000) as server,
+        client(server) as chat,
+    ):
+        names = [f"conversation-{number:04}" for number in range(65)]
+        for name in names:
+            await exchange(chat, puppet, name, "x", conversation=name)
+            await chat.send({"type": "open", "conversation": name})
+        refused = await chat.next("error")
+        assert (refused["code"], refused["about"]) == ("limit", names[64])
+        await chat.send({"type": "close", "conversation": names[0]})
+        await chat.send({"type": "open", "conversation": names[64]})
+        assert (await chat.next("history", "error"))["type"] == "history"
+
+
+async def test_new_title_reaches_others_who_have_the_conversation_open(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await exchange(chat, puppet, "First", "x", conversation=ONE)
+    async with client(server) as other:
+        await other.send({"type": "open", "conversation": ONE})
+        await other.next("history")
+        await chat.send({"type": "rename", "conversation": ONE, "title": "New", "request": "r"})
+        assert await chat.next("renamed") == {
+            "type": "renamed", "conversation": ONE, "title": "New", "request": "r",
+        }  # fmt: skip
+        assert await other.next() == {"type": "renamed", "conversation": ONE, "title": "New"}
+    assert [f["type"] for f in chat.frames].count("renamed") == 1
+
+
+async def test_deleting_stops_replies_by_deleted(chat: Client, puppet: Puppet) -> None:
+    await chat.prompt("Hello", id=ID, conversation=ONE)
+    (await puppet.reply()).say("x")
+    await chat.next("token")
+    await chat.send({"type": "delete", "conversation": ONE})
+    assert (await chat.next("done"))["by"] == "deleted"
+
+
+# Decisions and awaits.
+
+
+@pytest.mark.parametrize("store", ["memory:", "sqlite"])
+async def test_one_of_four_prompts_at_once_runs_in_a_new_conversation(
+    puppet: Puppet, tmp_path: Path, store: str
+) -> None:
+    if store == "sqlite":
+        store = f"sqlite:///{tmp_path}/conversations.sqlite"
+    async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
+        async with AsyncExitStack() as stack:
+            chats = [await stack.enter_async_context(client(server)) for _ in range(4)]
+            prompt = {"prompt": "x", "conversation": ONE}
+            await asyncio.gather(*(chat.send(prompt) for chat in chats))
+            answers = await asyncio.gather(*(chat.next("start", "error") for chat in chats))
+            assert sorted(str(f.get("code", f["type"])) for f in answers) == ["busy"] * 3 + [
+                "start"
+            ]
+            await puppet.reply()
+            assert len(puppet.replies) == 1
+
+
+@pytest.mark.parametrize("turns_before", range(8))
+async def test_prompt_that_races_a_delete_sees_nothing_deleted(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet, turns_before: int
+) -> None:
+    monkeypatch.setattr("wsserver.stores.make", lambda settings: YieldingStore(2))
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, conversations=1) as server:
+        async with client(server) as chat, client(server) as other:
+            await exchange(chat, puppet, "Secret", "x", conversation=ONE)
+            await exchange(chat, puppet, "Drops the other from memory", "x", conversation=TWO)
+            connection, racing = server._connections.values()
+            racing.receive(json.dumps({"prompt": "New", "conversation": ONE}))
+            for _ in range(turns_before):
+                await asyncio.sleep(0)
+            connection.receive(json.dumps({"type": "delete", "conversation": ONE}))
+            await chat.next("deleted")
+            await other.next("start", "error")
+            await chat.send({"type": "open", "conversation": ONE})
+            seen = await chat.next("history", "error")
+            if seen["type"] == "error":  # the delete came last
+                assert seen["code"] == "not_found"
+            else:  # the prompt came last, and began anew
+                await until(lambda: len(puppet.replies) == 3)
+                assert [m.content for m in puppet.replies[2].request.messages] == ["New"]
+                assert seen["messages"] == []
+
+
+# Requests of clients that do not stay.
+
+
+@pytest.mark.parametrize("kind", ["rename", "delete"])
+async def test_change_asked_by_one_who_does_not_read_and_goes_is_made(
+    puppet: Puppet, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, write_buffer=4096) as server:
+        async with client(server) as chat, sluggard(server) as lazy:
+            await exchange(chat, puppet, "First", "x" * 60_000, conversation=ONE)
+            socket, connection = list(server._connections.items())[1]
+            sent = 0
+            while socket.writable:
+                await lazy.send(json.dumps({"type": "open", "conversation": ONE, "before": 9}))
+                sent += 1
+                await until(lambda n=sent: connection.frames == n and connection.idle_since)  # type: ignore[misc]
+            frame = {"type": kind, "conversation": ONE}
+            await lazy.send(json.dumps(frame | ({"title": "New"} if kind == "rename" else {})))
+            await until(lambda: connection.idle_since is None)
+            lazy.sock.close()
+            await until(lambda: len(server._connections) == 1)
+            async with asyncio.timeout(BOUND):
+                while True:
+                    await chat.send({"type": "open", "conversation": ONE})
+                    answer = await chat.next("history", "error")
+                    if answer.get("title") == "New" or answer.get("code") == "not_found":
+                        break
+            gc.collect()
+            await asyncio.sleep(0)
+    assert not [r for r in caplog.records if "destroyed" in r.getMessage()]
+
+
+async def test_change_that_waits_for_the_store_is_made_before_the_server_closes(
+    gated: tuple[GatedStore, wsserver.Server], puppet: Puppet
+) -> None:
+    store, server = gated
+    async with client(server) as chat:
+        await exchange(chat, puppet, "First", "x", conversation=ONE)
+        await chat.send({"type": "rename", "conversation": ONE, "title": "New"})
+        assert await chat.quiet() == []
+    await until(lambda: not server._connections)
+    closing = asyncio.ensure_future(server.close())
+    store.gate.set()
+    await closing
+    stored = await store.load(ONE, "anonymous", limit=1, size=1000)
+    assert stored is not None
+    assert stored.title == "New"
+
+
+# While the server drains.
+
+
+async def test_prompt_sent_again_while_draining_attaches(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=BOUND) as server:
+        async with client(server) as chat, client(server) as other:
+            await chat.prompt("Hello", id=ID)
+            reply = (await puppet.reply()).say("half")
+            await chat.next("token")
+            closing = asyncio.ensure_future(server.close())
+            await until(lambda: server._hub._draining)
+            assert (await other.prompt("Hello", id=ID))["type"] == "start"
+            assert (await other.prompt("Another"))["code"] == "shutting_down"
+            reply.say(" whole").end()
+            assert (await other.text(ID))[0] == "half whole"
+            await closing
