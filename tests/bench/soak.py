@@ -174,6 +174,7 @@ class Person:
         self.chance = chance
         self.tally = tally
         self.said: dict[str, list[Reply]] = {}  # by conversation
+        self.titles: dict[str, str] = {}
         self.deleted: deque[str] = deque(maxlen=20)
         self.tab: Tab
 
@@ -191,6 +192,11 @@ class Person:
             self.deletes_amid: 1,
             self.lists: 1,
             self.moves: 1,
+            self.retries: 2,
+            self.renames: 1,
+            self.asks_again: 1,
+            self.asks_at_once: 1,
+            self.takes_back_what_waits: 1,
         }
         self.tab = await Tab.open(self.url)
         while time.monotonic() < until:
@@ -226,6 +232,7 @@ class Person:
         self.tally["pieces"] += reply.seq
         if reply.conversation is not None:
             self.said.setdefault(reply.conversation, []).append(reply)
+            self.titles.setdefault(reply.conversation, " ".join(reply.prompt.split()))
 
     # What clients do.
 
@@ -365,11 +372,12 @@ class Person:
                 deleted = True
             else:
                 reply.take(frame)
-        check(reply.terminal.get("by") in {None, "client"}, reply.terminal)
+        check(reply.terminal.get("by") in {None, "deleted"}, reply.terminal)
         await self._is_gone(reply.conversation)
 
     async def _is_gone(self, conversation: str) -> None:
         self.said.pop(conversation, None)
+        self.titles.pop(conversation, None)
         self.deleted.append(conversation)
         answer = await self.tab.ask(type="open", conversation=conversation)
         check(answer.get("code") == "not_found", answer)
@@ -386,10 +394,85 @@ class Person:
         check(updated == sorted(updated, reverse=True), "not in order", updated)
         titles = {item["id"]: item["title"] for item in items}
         check(len(titles) == len(items), "one is there twice", items)
-        for name, said in self.said.items():
-            title = " ".join(said[0].prompt.split())
+        for name in self.said:
+            title = self.titles[name]
             check(titles.get(name, "?").rstrip("…") in title, name, titles.get(name), title)
         check(not titles.keys() & set(self.deleted), "deleted ones are there")
+
+    async def retries(self) -> None:
+        """Put another turn in the place of the last one."""
+        if not self.said:
+            return
+        name = self.chance.choice([*self.said])
+        reply = self._reply()
+        reply.conversation = name
+        await self.tab.send(
+            prompt=reply.prompt, id=reply.id, conversation=name, retry_of=self.said[name][-1].id
+        )
+        await self.tab.hear(reply, self.chance.randint(0, 50))
+        if reply.terminal is None and self.chance.random() < 0.5:
+            await self.tab.send(type="stop", id=reply.id)
+        await self.tab.hear(reply)
+        while (await self.tab.ask(type="ping"))["type"] != "pong":
+            pass  # a stop that came too late
+        self.said[name].pop()
+        self._keep(reply)
+
+    async def renames(self) -> None:
+        if self.said:
+            name, title = self.chance.choice([*self.said]), self._name()
+            answer = await self.tab.ask(type="rename", conversation=name, title=title)
+            check(answer == {"type": "renamed", "conversation": name, "title": title}, answer)
+            self.titles[name] = title
+
+    async def asks_again(self) -> None:
+        """Send a prompt once more that was answered long ago: the same reply comes again."""
+        if not self.said:
+            return
+        told = self.chance.choice(self.chance.choice([*self.said.values()]))
+        again = Reply(told.id, told.conversation, told.prompt)
+        await self.tab.send(prompt=told.prompt, id=told.id, conversation=told.conversation)
+        await self.tab.hear(again)
+        check(again.terminal == told.terminal, again.terminal, told.terminal)
+
+    async def asks_at_once(self) -> None:
+        """Ask from several tabs at the same moment: one prompt runs, all others are busy."""
+        name = self._name()
+        tabs = [self.tab, *[await Tab.open(self.url) for _ in range(3)]]
+        replies = []
+        for tab in tabs:
+            reply = self._reply(pieces=30)
+            reply.conversation = name
+            replies.append(reply)
+            await tab.send(prompt=reply.prompt, id=reply.id, conversation=name)
+        answers = [await tab.receive() for tab in tabs]
+        kinds = sorted(str(answer.get("code", answer["type"])) for answer in answers)
+        check(kinds == ["busy", "busy", "busy", "start"], answers)
+        for tab, reply, answer in zip(tabs, replies, answers, strict=True):
+            if answer["type"] == "start":
+                reply.take(answer)
+                await tab.hear(reply)
+                self._keep(reply)
+            if tab is not self.tab:
+                await tab.close()
+
+    async def takes_back_what_waits(self) -> None:
+        """Queue a prompt behind another, and stop it before it begins."""
+        runs, waits = self._reply(pieces=100), self._reply()
+        waits.conversation = runs.conversation
+        await self._prompt(runs)
+        await self.tab.hear(runs, 2)
+        await self.tab.send(
+            prompt=waits.prompt, id=waits.id, conversation=waits.conversation, on_busy="queue"
+        )
+        await self.tab.send(type="stop", id=waits.id)
+        while runs.terminal is None or waits.terminal is None:
+            frame = await self.tab.receive()
+            (waits if frame["id"] == waits.id else runs).take(frame)
+        check(waits.terminal.get("by") == "client", waits.terminal)
+        self._keep(runs)
+        if waits.seq:  # it had begun
+            self._keep(waits)
 
     async def moves(self) -> None:
         await self.tab.close()
