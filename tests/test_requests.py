@@ -478,6 +478,39 @@ async def test_prompt_that_races_a_delete_sees_nothing_deleted(
                 assert seen["messages"] == []
 
 
+# What reading costs.
+
+
+async def test_account_that_reads_too_much_waits_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
+) -> None:
+    monkeypatch.setattr("wsserver.hub.READ_BURST", 100_000)
+    monkeypatch.setattr("wsserver.hub.READ_RATE", 0.001)
+
+    async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal:
+        return wsserver.Principal(token or "nobody")
+
+    async with wsserver.serve(puppet, port=0, authenticate=named, drain_timeout=0) as server:
+        ann, bob = ({"Authorization": f"Bearer {name}"} for name in ("ann", "bob"))
+        async with (
+            client(server, additional_headers=ann) as chat,
+            client(server, additional_headers=ann) as second,
+            client(server, additional_headers=bob) as other,
+        ):
+            for one in (chat, other):
+                await exchange(one, puppet, "Long", "x" * 60_000, conversation=ONE)
+            for _ in range(2):
+                await chat.send({"type": "open", "conversation": ONE})
+                await chat.next("history")
+            for frame in ({"type": "open", "conversation": ONE}, {"type": "list"}):
+                await second.send(frame)
+                error = await second.next("error", "history", "conversations")
+                assert error["code"] == "limit"
+                assert error["retry_after"] > 0
+            await other.send({"type": "open", "conversation": ONE})
+            await other.next("history")
+
+
 # Requests of clients that do not stay.
 
 

@@ -540,10 +540,12 @@ class Connection:
             case Resume() as resume:
                 await self._resume(resume)
             case Open() as request:
+                self._check_reads()
                 await self._open(request)
             case CloseConversation() as request:
                 self._close(request)
             case List() as request:
+                self._check_reads()
                 await self._list(request)
             case Rename(conversation=name, title=title, request=request):
                 await self._hub.rename(name, self._owner, title, self)
@@ -580,6 +582,19 @@ class Connection:
             generation, after=resume.after, limit=limit, asked=True, request=resume.request
         )
 
+    def _check_reads(self) -> None:
+        """Refuse to read for an account that has read more than it may."""
+        account = self._visitor.account
+        if wait := self._hub.reads.owed(account, self._loop.time()):
+            message = "You read more history than you may in so short a time."
+            raise Refused(Code.LIMIT, message, retry_after=wait)
+
+    def _write_read(self, answer: History | Conversations) -> None:
+        """Write an answer from the store, which the account pays for by its size."""
+        frame = encode(answer)
+        self._hub.reads.charge(self._visitor.account, len(frame), self._loop.time())
+        self.transport.write(frame)
+
     async def _open(self, request: Open) -> None:
         follow = request.before is None
         async with self._hub.conversations.hold(request.conversation, self._owner) as conversation:
@@ -591,16 +606,14 @@ class Connection:
             stored = await self._hub.conversations.history(conversation, request.before, room)
             turns = self._fitting(stored.turns, room)
             older = stored.older or len(turns) < len(stored.turns)
-            self.transport.write(
-                encode(
-                    History(
-                        conversation=conversation.id,
-                        title=stored.title,
-                        messages=[message for turn in turns for message in _messages(turn)],
-                        running=[generation.id for generation in conversation.live],
-                        before=turns[0].number if turns and older else None,
-                        request=request.request,
-                    )
+            self._write_read(
+                History(
+                    conversation=conversation.id,
+                    title=stored.title,
+                    messages=[message for turn in turns for message in _messages(turn)],
+                    running=[generation.id for generation in conversation.live],
+                    before=turns[0].number if turns and older else None,
+                    request=request.request,
                 )
             )
             if follow and not self._gone:
@@ -658,13 +671,11 @@ class Connection:
                 )
             )
         more = len(found) > len(page)
-        self.transport.write(
-            encode(
-                Conversations(
-                    items=page,
-                    next=str(found[len(page) - 1].place) if more else None,
-                    request=request.request,
-                )
+        self._write_read(
+            Conversations(
+                items=page,
+                next=str(found[len(page) - 1].place) if more else None,
+                request=request.request,
             )
         )
 

@@ -45,6 +45,8 @@ from wsserver.telemetry import Metrics, span
 
 __all__ = ["Hub"]
 
+READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
+READ_BURST = 2**24  # bytes of them at once: more than a window full of tabs asks for
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
 LEAST_REPLY = 64  # tokens of a day's rest that are worth a reply
@@ -84,6 +86,7 @@ class Hub:
         )
         self.conversations = Conversations(store, self._journal, settings)
         self._loop = asyncio.get_running_loop()
+        self.reads = Rates(READ_RATE, READ_BURST)  # bytes of histories and lists, by account
         self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
         self._shares = Shares(settings.generations_per_principal)
         self._budget = Budget(settings.tokens_per_day)

@@ -30,6 +30,15 @@ class Bucket:
             return 0.0
         return (1 - self._left) / self.rate
 
+    def charge(self, amount: float, now: float) -> None:
+        """Take an amount that is known only afterwards; the bucket may then owe some."""
+        self._left = min(self.burst, self._left + (now - self._at) * self.rate) - amount
+        self._at = now
+
+    def owed(self, now: float) -> float:
+        """Return the seconds until the bucket owes nothing."""
+        return max(0.0, -(self._left + (now - self._at) * self.rate) / self.rate)
+
     def full(self, now: float) -> bool:
         """Whether it is as good as new."""
         return self._left + (now - self._at) * self.rate >= self.burst
@@ -49,12 +58,24 @@ class Rates:
 
     def take(self, key: str, now: float) -> float:
         """Take one of the key's; see :meth:`Bucket.take`."""
+        return self._of(key, now).take(now)
+
+    def charge(self, key: str, amount: float, now: float) -> None:
+        """Take an amount of the key's; see :meth:`Bucket.charge`."""
+        self._of(key, now).charge(amount, now)
+
+    def owed(self, key: str, now: float) -> float:
+        """Return the seconds until the key owes nothing."""
+        bucket = self._buckets.get(key)
+        return 0.0 if bucket is None else bucket.owed(now)
+
+    def _of(self, key: str, now: float) -> Bucket:
         bucket = self._buckets.get(key)
         if bucket is None:
             if len(self._buckets) >= self._sweep_at:
                 self._sweep(now)
             bucket = self._buckets[key] = Bucket(self._rate, self._burst, now)
-        return bucket.take(now)
+        return bucket
 
     def _sweep(self, now: float) -> None:
         self._buckets = {key: b for key, b in self._buckets.items() if not b.full(now)}
