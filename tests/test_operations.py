@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from websockets.exceptions import InvalidStatus
 
 import wsserver
 from tests.support.client import client
-from tests.support.puppet import Puppet
+from tests.support.puppet import Puppet, until
 from tests.test_http import ask
-from wsserver import Code, ConfigError, ModelError
+from wsserver import Code, ConfigError, ModelError, journal
 from wsserver.errors import StoreError
 from wsserver.stores import MemoryStore
 from wsserver.transport import Endpoint
@@ -40,7 +41,7 @@ async def test_a_fault_of_ours_is_in_the_log(
     async def broken(*_: object) -> None:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(MemoryStore, "list", broken)
+    monkeypatch.setattr(MemoryStore, "probe", broken)
     status, _, body = await ask(server, "GET /readyz HTTP/1.1\nHost: x\n\n")
     assert (status, body) == (500, b"A fault of the server's own\n")
     assert "RuntimeError" in caplog.text
@@ -69,17 +70,72 @@ async def test_a_port_of_their_own_honours_the_token_and_knows_two_methods(
 async def test_it_is_not_ready_without_its_store(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
 ) -> None:
-    async with wsserver.serve(puppet, port=0) as server:
+    monkeypatch.setattr(journal, "PROBE_EVERY", 0.0)
+    gate = asyncio.Event()
+    async with wsserver.serve(puppet, port=0, open_timeout=0.2) as server:
 
         async def broken(*_: object) -> None:
             if failure is not None:
                 raise failure
-            await asyncio.Event().wait()
+            await gate.wait()
 
-        monkeypatch.setattr(MemoryStore, "list", broken)
+        monkeypatch.setattr(MemoryStore, "probe", broken)
         assert await ready(server) == (503, READY | {"ready": False, "store": False})
         assert (await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n"))[0] == 200
-        monkeypatch.undo()
+        gate.set()
+        failure = None
+        assert await ready(server) == (200, READY)
+
+
+async def test_it_is_not_ready_while_replies_cannot_be_saved(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = True
+    commit = MemoryStore.commit
+
+    async def broken(self: MemoryStore, entries: Any) -> None:
+        if failing:
+            raise StoreError("disk full")
+        await commit(self, entries)
+
+    monkeypatch.setattr(MemoryStore, "commit", broken)
+    async with (
+        wsserver.serve(puppet, port=0, save_interval=0.001) as server,
+        client(server) as chat,
+    ):
+        assert await ready(server) == (200, READY)
+        start = await chat.prompt()
+        (await puppet.reply()).say("x").end()
+        assert (await chat.text(start["id"]))[1]["saved"] is False
+        assert await ready(server) == (503, READY | {"ready": False, "store": False})
+        failing = False
+        await until(lambda: not server._hub._journal._unsaved)
+        await server._hub._journal.flush()
+        assert await ready(server) == (200, READY)
+
+
+async def test_it_is_not_ready_once_its_database_was_deleted(
+    puppet: Puppet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(journal, "PROBE_EVERY", 0.0)
+    path = tmp_path / "chat.db"
+    async with (
+        wsserver.serve(puppet, port=0, store=f"sqlite:///{path}") as server,
+        client(server) as chat,
+    ):
+        assert await ready(server) == (200, READY)
+        path.rename(tmp_path / "elsewhere")
+        assert await ready(server) == (503, READY | {"ready": False, "store": False})
+        start = await chat.prompt()
+        (await puppet.reply()).say("x").end()
+        assert (await chat.text(start["id"]))[1]["saved"] is False
+        assert "was deleted or replaced" in caplog.text
+        (tmp_path / "elsewhere").rename(path)
+        await until(lambda: not server._hub._journal._unsaved)
+        await server._hub._journal.flush()
         assert await ready(server) == (200, READY)
 
 

@@ -13,6 +13,7 @@ import sqlite3
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Self
 
 import pytest
 
+from tests.support.puppet import until
 from wsserver import Settings
 from wsserver.errors import Code, ConfigError, Refused, StoreError
 from wsserver.generation import Thinking, Usage
@@ -29,7 +31,9 @@ from wsserver.stores import MemoryStore, Store, fair, make, sqlite
 from wsserver.stores.base import (
     TRACE_KEPT,
     Entry,
+    Forgotten,
     Header,
+    Held,
     StoredConversation,
     StoredGeneration,
     Summary,
@@ -37,6 +41,7 @@ from wsserver.stores.base import (
     title_of,
     tokens_of,
 )
+from wsserver.stores.database import Connection
 from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.sqlite import SqliteStore
 
@@ -111,9 +116,21 @@ class Reopened(SqliteStore):
         async with self._again():
             return await super().spent(*args)
 
-    async def purge(self, until: float) -> None:
+    async def purge(self, until: float) -> bool:
         async with self._again():
-            await super().purge(until)
+            return await super().purge(until)
+
+    async def held(self, owner: str) -> Held:
+        async with self._again():
+            return await super().held(owner)
+
+    async def idle(self, *args: Any) -> Any:
+        async with self._again():
+            return await super().idle(*args)
+
+    async def probe(self) -> None:
+        async with self._again():
+            await super().probe()
 
 
 class Clock:
@@ -1094,6 +1111,73 @@ async def test_many_generations_are_purged_by_and_by(store: Store) -> None:
     assert [await found(store, f"g{number}") for number in (0, count // 2, count - 1)] == [None] * 3
 
 
+# How much there is, and the clock.
+
+
+async def test_an_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
+    assert await store.held("me") == Held(0, 0)
+    await store.commit([whole(header("1"), "x" * 10_000), whole(header("2"), Thinking("é" * 1000))])
+    first = await store.held("me")
+    assert 12_000 < first.bytes < 17_000
+    assert first.conversations == 1
+    await store.commit(
+        [
+            whole(header("3", "d"), "x" * 1000),
+            whole(header("4", None), "x" * 5000),
+            whole(header("1", owner="you"), "x"),
+        ]
+    )
+    held = await store.held("me")
+    assert first.bytes + 6000 < held.bytes < first.bytes + 11_000
+    assert held.conversations == 2
+    assert (await store.held("you")).conversations == 1
+    await store.commit([whole(header("1"), "x" * 10_000)])  # once more
+    assert await store.held("me") == held
+    await store.delete("c", "me")
+    await store.purge(1e12)
+    left = await store.held("me")
+    assert 1000 < left.bytes < 4000
+    assert left.conversations == 1
+    await store.delete("d", "me")
+    assert await store.held("me") == Held(0, 0)
+
+
+async def test_the_conversation_used_last_is_first_though_the_clock_was_set_back(
+    store: Store, clock: Clock
+) -> None:
+    for name in "abc":
+        clock.now += 1
+        await store.commit([whole(header(name, name))])
+    clock.now -= 3600
+    await store.commit([whole(header("b2", "b"))])
+    await store.commit([whole(header("d", "d"))])
+    assert await names(store) == ["d", "b", "c", "a"]
+    summaries = {summary.id: summary for summary in await store.list("me", 10, None)}
+    assert (summaries["b"].created, summaries["b"].updated) == (1002.0, 1002.0)
+    assert summaries["d"].updated == clock.now
+    page = await store.list("me", 1, summaries["d"].place)
+    assert [summary.id for summary in page] == ["b"]
+
+
+async def test_conversations_that_were_not_used_for_long_are_told(
+    store: Store, clock: Clock
+) -> None:
+    for name in "abc":
+        await store.commit([whole(header(name, name, owner=f"of {name}"))])
+        clock.now += 10
+    await store.commit([whole(header("a2", "a", owner="of a"))])
+    assert await store.idle(1000.0, 10) == []
+    assert await store.idle(1025.0, 10) == [("of b", "b"), ("of c", "c")]
+    assert await store.idle(1025.0, 1) == [("of b", "b")]
+    assert {owner for owner, _ in await store.idle(1e9, 10)} == {"of a", "of b", "of c"}
+
+
+async def test_a_probe_changes_nothing(store: Store) -> None:
+    await store.commit([whole(header())])
+    await store.probe()
+    assert await found(store) == ["Hi."]
+
+
 # Tokens.
 
 
@@ -1325,7 +1409,95 @@ async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
         await store.purge(0.0)
         assert await store.spent("me", day) == 16
     assert [await store.spent("me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
-    assert sorted(store._days) == [3, 4]
+    assert sorted(store._spent) == [3, 4]
+
+
+async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
+    store = MemoryStore(size=100_000)
+    for name in "abc":
+        await store.commit([whole(header(name, name), "x" * 20_000)])
+    await store.commit([whole(header("o", None), "x" * 20_000)])
+    assert await names(store) == ["c", "b", "a"]
+    await store.commit([whole(header("a2", "a"), "x" * 12_000)])
+    assert await found(store, "o") is None
+    assert await names(store) == ["a", "c", "b"]
+    await store.commit([whole(header("a3", "a"), "x" * 30_000)])
+    assert await names(store) == ["a", "c"]
+    await store.commit([whole(header("a4", "a"), "x" * 90_000)])
+    assert [turn.id for turn in (await loaded(store, "a")).turns] == ["a4"]
+    assert (await loaded(store, "a")).turns[0].number == 4
+    assert isinstance(await store.find("a", "me"), Forgotten)
+    assert store._size < 100_000
+    await store.delete("a", "me")
+    assert (store._size, store._sizes) == (0, {})
+
+
+async def test_memory_counts_what_it_holds_as_it_is() -> None:
+    store = MemoryStore()
+    chance = random.Random(3)
+    for text in ("plain " * 200, "é" * 800, "漢" * 700, "🎈" * 600, "x🎈" * 500):
+        await store.commit([whole(header("warm", "warm"), "x")])
+        tracemalloc.start()
+        before, counted = tracemalloc.get_traced_memory()[0], store._size
+        for number in range(300):
+            name = f"{text[0]}{number}"
+            pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
+            entry = whole(header(name, f"c{chance.randrange(20)}", prompt=text), *pieces)
+            await store.commit([entry])
+            del entry, pieces
+        held = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert 0.8 < (store._size - counted) / held < 1.3, (text[:2], store._size - counted, held)
+
+
+async def test_memory_lists_a_page_without_looking_at_the_other_conversations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    await store.commit([whole(header(f"g{n}", f"c{n}")) for n in range(5000)])
+    looked_at = 0
+
+    class Place:
+        def __call__(self, conversation: Any) -> int:
+            nonlocal looked_at
+            looked_at += 1
+            place: int = conversation.place
+            return place
+
+    monkeypatch.setattr("wsserver.stores.memory._place", Place())
+    page = await store.list("me", 20, None)
+    assert [summary.id for summary in page] == [f"c{n}" for n in range(4999, 4979, -1)]
+    page = await store.list("me", 20, page[-1].place)
+    assert page[0].id == "c4979"
+    await store.commit([whole(header("again", "c7"))])
+    assert looked_at < 50
+
+
+async def test_memory_purges_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsserver.stores.memory.PURGED_AT_ONCE", 2)
+    store = MemoryStore()
+    await store.commit([whole(header(f"g{n}", None)) for n in range(5)])
+    await store.commit([whole(header(f"h{n}")) for n in range(5)])
+    left = []
+    while await store.purge(1e12):
+        left.append(len(store._generations))
+    assert (left, len(store._generations)) == ([8, 6], 5)
+
+
+async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsserver.stores.memory.ALL_TRACES", 3)
+    store = MemoryStore()
+    for number in range(5):
+        await store.commit([whole(header("g", None, owner=f"o{number}"))])
+        await store.purge(1e12)
+    assert [await trace_of(store, "g", f"o{n}") is None for n in range(5)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert len(store._traced) == 3
 
 
 # Which store.
@@ -1732,6 +1904,7 @@ async def test_the_lock_of_a_process_that_was_killed_is_free_and_its_commits_are
 import asyncio, pathlib, sys
 from wsserver.protocol import Prompt
 from wsserver.stores.base import Entry, Header
+from wsserver.stores.database import Connection
 from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.sqlite import SqliteStore
 
@@ -2093,26 +2266,234 @@ async def test_a_closed_store_fails(file: SqliteStore) -> None:
     assert await all_that_can_be_asked(file) == 10
 
 
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+async def test_a_file_that_is_gone_fails_what_would_be_written_to_it(
+    path: Path, suffix: str, how: str
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    file, aside = Path(f"{path}{suffix}"), path.with_name("aside")
+    file.rename(aside)
+    if how == "replaced":
+        file.write_bytes(aside.read_bytes())
+    for attempt in (
+        store.probe,
+        lambda: store.commit([whole(header("h"))]),
+        lambda: store.rename("c", "me", "New"),
+        lambda: store.delete("c", "me"),
+        lambda: store.purge(1e12),
+    ):
+        with pytest.raises(StoreError, match="was deleted or replaced"):
+            await attempt()
+    assert await found(store) == ["Hi."]
+    aside.rename(file)
+    await store.probe()
+    await store.commit([whole(header("h"))])
+    await store.close()
+    assert len(query(path, "SELECT * FROM generation")) == 2
+
+
+async def test_a_damaged_file_is_refused_at_the_start(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}"), "x" * 10_000) for n in range(100)])
+    await store.close()
+    content = bytearray(path.read_bytes())
+    for start in range(30 * 4096, len(content) - 4096, 3 * 4096):
+        content[start : start + 4096] = b"\xa5" * 4096
+    path.write_bytes(content)
+    message = await refused(store)
+    assert "is damaged" in message
+    assert ".recover" in message
+
+
+async def test_a_large_file_is_checked_while_it_is_used(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}"), "x" * 10_000) for n in range(100)])
+    await store.close()
+    monkeypatch.setattr(sqlite, "CHECKED_AT_ONCE", 100_000)
+    await store.open()
+    await store.probe()
+    await store.close()
+    content = bytearray(path.read_bytes())
+    for start in range(30 * 4096, len(content) - 4096, 3 * 4096):
+        content[start : start + 4096] = b"\xa5" * 4096
+    path.write_bytes(content)
+    try:
+        await store.open()
+        await until(lambda: "the store is damaged" in caplog.text)
+        with pytest.raises(StoreError, match="damaged"):
+            await store.probe()
+    finally:
+        await store.close()
+
+
+async def test_damage_that_a_read_meets_is_told_by_the_probe(file: SqliteStore) -> None:
+    await file.probe()
+
+    def meet(database: sqlite3.Connection) -> None:
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT_VTAB
+        raise error
+
+    assert file._reader is not None
+    with pytest.raises(StoreError, match="malformed"):
+        await file._reader.transact(meet, "BEGIN")
+    with pytest.raises(StoreError, match="damaged"):
+        await file.probe()
+
+
+# SQLite: what is deleted.
+
+
+def traces_in(path: Path, word: bytes) -> list[str]:
+    """Return the files beside a database in which a word is."""
+    return [file.name for file in path.parent.glob("chat.db*") if word in file.read_bytes()]
+
+
+@pytest.mark.parametrize("size", [1, 300, 3000, 100_000])
+async def test_deleted_text_is_in_none_of_the_files(
+    file: SqliteStore, path: Path, size: int
+) -> None:
+    def said(number: int, word: str) -> str:
+        return f"{word}{number} ".rjust(size, "x")
+
+    for number in range(60):
+        conversation = "secret" if number % 3 else "kept"
+        word = "Geheimnis" if number % 3 else "Bekanntes"
+        asked = header(f"g{number}", conversation, prompt=said(number, word))
+        await file.commit([Entry(asked, True, 0, [said(number, word)])])
+        await file.commit(
+            [Entry(asked, False, 1, [Thinking(said(number, word)), said(number, word)], done())]
+        )
+    await file.rename("secret", "me", "Geheimnis")
+    await file.commit([whole(header("o", None, prompt="Geheimnis?"), "Geheimnis.")])
+    assert traces_in(path, b"Geheimnis")
+    assert await file.delete("secret", "me")
+    await file.purge(1e12)
+    assert traces_in(path, b"Geheimnis") == []
+    assert traces_in(path, b"Bekanntes")
+    assert len((await loaded(file, "kept")).turns) == 20
+
+
+async def test_deleted_text_goes_from_the_wal_when_nobody_reads_it_any_more(
+    file: SqliteStore, path: Path
+) -> None:
+    await file.commit([whole(header(), "Geheimnis")])
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT * FROM generation").fetchall()
+    assert await file.delete("c", "me")
+    assert traces_in(path, b"Geheimnis")  # the other program still may ask for it
+    other.execute("COMMIT")
+    other.close()
+    await file.purge(0.0)
+    assert traces_in(path, b"Geheimnis") == []
+
+
+async def test_a_large_conversation_is_deleted_in_steps_between_which_others_write(
+    file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "DELETED_AT_ONCE", 50_000)
+    monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 7)
+    await file.commit([whole(header(f"g{n}"), "x" * 1000) for n in range(20)])
+    await file.commit([whole(header(f"h{n}"), "x" * 30_000) for n in range(6)])
+    statements = await trace(file._writer)
+    deleting = asyncio.ensure_future(file.delete("c", "me"))
+    writing = [asyncio.ensure_future(file.commit([whole(header(f"o{n}", "o"))])) for n in range(3)]
+    assert await deleting
+    await asyncio.gather(*writing)
+    kinds = {"DELETE FROM generation": "step", "INSERT INTO counted": "commit"}
+    found = [kind for said in statements for word, kind in kinds.items() if said.startswith(word)]
+    order = [kind for kind, _ in itertools.groupby(found)]
+    assert order[:3] == ["step", "commit", "step"]
+    assert await names(file) == ["o"]
+
+
+async def test_a_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}")) for n in range(5)])
+    await store.commit([whole(header("h", "d"))])
+    monkeypatch.setattr(store, "_erase", None)
+    steps = 0
+    delete_some = sqlite._delete_some
+
+    def dies(database: sqlite3.Connection, owner: str, conversation: str) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise sqlite3.OperationalError("the process dies here")
+        return delete_some(database, owner, conversation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "_delete_some", dies)
+        with pytest.raises(StoreError):
+            await store.delete("c", "me")
+    assert await names(store) == ["d"]
+    assert await load(store, "c", "me", 10) is None
+    await store.close()
+    await store.open()
+    assert await names(store) == ["d"]
+    assert len(query(path, "SELECT * FROM generation")) == 1
+    assert isinstance(await store.find("g4", "me"), Forgotten)
+    await store.close()
+
+
+async def test_a_turn_that_is_accepted_after_half_a_delete_is_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header("1"), "one")])
+    query(path, "INSERT INTO deleting VALUES ('me', 'c')")
+    await store.commit([whole(header("2"), "two")])
+    await store.close()
+    await store.open()
+    assert [turn.text for turn in (await loaded(store)).turns] == ["one", "two"]
+    await store.close()
+
+
+@pytest.mark.parametrize("size", [1, 100, 2000, 50_000])
+async def test_what_an_owner_has_is_about_what_it_takes_on_the_disk(
+    file: SqliteStore, path: Path, size: int
+) -> None:
+    count = max(40, 400_000 // size // 10)
+    for number in range(count):
+        pieces = [f"{word} " for word in ("x" * size).replace("xxxxx", "xxxx ").split()]
+        name = f"generation-{number:012}"
+        await file.commit([whole(header(name, f"conversation-{number % 20:010}"), *pieces)])
+    await file._erase()
+    held, taken = (await file.held("me")).bytes, path.stat().st_size
+    assert 0.6 < held / (taken - 90_000) < 1.6, (held, taken)
+
+
 # SQLite: threads and transactions.
 
 
-async def ask(connection: sqlite._Connection | None, statement: str) -> list[Any]:
+async def ask(connection: Connection | None, statement: str) -> list[Any]:
     """Run a statement in a connection's thread."""
     assert connection is not None
     return await connection.call(lambda database: database.execute(statement).fetchall())
 
 
 async def call_back(
-    connection: sqlite._Connection | None, callback: Callable[[str], object] | None
+    connection: Connection | None, callback: Callable[[str], object] | None
 ) -> None:
     """Have each statement of a connection told before it runs, in its thread."""
     assert connection is not None
     await connection.call(lambda database: database.set_trace_callback(callback))
 
 
-async def trace(
-    connection: sqlite._Connection | None, statements: list[str] | None = None
-) -> list[str]:
+async def trace(connection: Connection | None, statements: list[str] | None = None) -> list[str]:
     """Return the list to which each statement of a connection is added."""
     statements = [] if statements is None else statements
     await call_back(connection, statements.append)
@@ -2138,7 +2519,7 @@ async def read_by(store: SqliteStore) -> list[tuple[Any, ...]]:
 class Hold:
     """Holds a connection's thread before a statement, counted from 1, until it is let go on."""
 
-    def __init__(self, connection: sqlite._Connection | None, at: int) -> None:
+    def __init__(self, connection: Connection | None, at: int) -> None:
         self._connection = connection
         self._at = at
         self._reached = threading.Event()
@@ -2212,17 +2593,17 @@ async def test_a_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: Sq
 async def test_an_opening_that_is_cancelled_leaves_nothing_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = sqlite._Connection._run
+    run = Connection._run
     trips = at = 0
 
-    def watched(self: sqlite._Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
+    def watched(self: Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
         nonlocal trips
         trips += 1
         if trips == at:
             cancel()
         return run(self, work)
 
-    monkeypatch.setattr(sqlite._Connection, "_run", watched)
+    monkeypatch.setattr(Connection, "_run", watched)
     store = SqliteStore(path)
     await store.open()
     needed = trips
@@ -2340,21 +2721,21 @@ async def test_a_store_that_was_never_opened_can_be_closed(path: Path) -> None:
 
 
 @pytest.fixture
-def trips(monkeypatch: pytest.MonkeyPatch) -> list[sqlite._Connection]:
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
     """The list to which a connection is added each time that it is asked for something."""
-    trips: list[sqlite._Connection] = []
-    run = sqlite._Connection._run
+    trips: list[Connection] = []
+    run = Connection._run
 
-    def watched(self: sqlite._Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
+    def watched(self: Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
         trips.append(self)
         return run(self, work)
 
-    monkeypatch.setattr(sqlite._Connection, "_run", watched)
+    monkeypatch.setattr(Connection, "_run", watched)
     return trips
 
 
 async def test_a_batch_takes_one_trip_to_the_thread_however_large_it_is(
-    file: SqliteStore, trips: list[sqlite._Connection]
+    file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}", f"c{number}")) for number in range(800)])
     assert len(trips) == 1
@@ -2362,7 +2743,7 @@ async def test_a_batch_takes_one_trip_to_the_thread_however_large_it_is(
 
 
 async def test_a_history_takes_one_trip_to_the_thread_however_long_it_is(
-    file: SqliteStore, trips: list[sqlite._Connection]
+    file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}")) for number in range(200)])
     trips.clear()

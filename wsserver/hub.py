@@ -39,9 +39,11 @@ from wsserver.models.base import (
     provider_of,
 )
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
+from wsserver.quota import Quota
 from wsserver.settings import Settings
 from wsserver.stores.base import Forgotten, Header, Store, day_of, tokens_of
 from wsserver.telemetry import Metrics, span
+from wsserver.upkeep import Upkeep
 
 __all__ = ["Hub"]
 
@@ -81,8 +83,13 @@ class Hub:
             store,
             settings.save_interval,
             settings.store_timeout,
-            keep=settings.replay,
             metrics=metrics,
+        )
+        self._upkeep = Upkeep(
+            store,
+            self.delete,
+            replay=settings.replay,
+            retention=settings.retention_days * SECONDS_PER_DAY,
         )
         self.conversations = Conversations(store, self._journal, settings)
         self._loop = asyncio.get_running_loop()
@@ -90,6 +97,7 @@ class Hub:
         self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
         self._shares = Shares(settings.generations_per_principal)
         self._budget = Budget(settings.tokens_per_day)
+        self._quota = Quota(store, settings)
         self._generations: dict[tuple[str, str], Generation] = {}  # by owner and id
         self._live: set[Generation] = set()
         self._tasks: set[asyncio.Task[End]] = set()
@@ -121,6 +129,14 @@ class Hub:
         """
         recently = self._loop.time() - self._upstream_failed < FAILING
         return self._upstream_failures >= FAILURES and recently
+
+    async def probe(self) -> None:
+        """Find out whether what is said here is saved.
+
+        Raises:
+            StoreError: it is not.
+        """
+        await self._journal.probe()
 
     def known(self, owner: str, generation_id: str | None) -> Generation | None:
         """Return the generation of that id, if it is in memory."""
@@ -176,6 +192,8 @@ class Hub:
                 conversation = await stack.enter_async_context(
                     self.conversations.hold(name or _new_id(), owner, load=name is not None)
                 )
+            new = conversation is not None and not conversation.exists
+            await self._quota.check(owner, new=new)
             while not self._budget.knows(owner, day := day_of(time.time())):
                 self._budget.learn(owner, day, await self._store.spent(owner, day))
             # Nothing is awaited from here on. What the awaits above may have changed is checked
@@ -248,7 +266,7 @@ class Hub:
                 self._settings.grace, self.stop, generation, "disconnect"
             )
 
-    async def delete(self, conversation_id: str, owner: str, sender: Watcher) -> None:
+    async def delete(self, conversation_id: str, owner: str, sender: Watcher | None = None) -> None:
         """Stop what runs in a conversation, delete it, and tell those who watch it.
 
         Args:
@@ -352,6 +370,7 @@ class Hub:
             _cancel(generation.watch)
             _cancel(generation.grace)
         _cancel(self._sweep)
+        await self._upkeep.close()
         await self._journal.close(within)
 
     # Accepting a prompt.
@@ -695,7 +714,6 @@ class Hub:
         self._sweep = None
         while self._ended and self._ended[0][0] <= self._loop.time():
             self._forget_oldest()
-        self._journal.purge()
         if self._ended:
             self._sweep = self._loop.call_at(self._ended[0][0], self._forget)
 

@@ -6,8 +6,9 @@ client knows of an end that a crash could undo.
 
 import asyncio
 import contextlib
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from wsserver.errors import StoreError
 from wsserver.generation import Log
@@ -19,18 +20,32 @@ from wsserver.telemetry import Metrics
 __all__ = ["Journal", "Record"]
 
 LONGEST_PAUSE = 5.0  # seconds between two tries to save what could not be saved
+MOST_DOUBLINGS = 16  # of the pause between two tries
 MOST_KEPT = 1000  # ended generations that wait to be saved after all
+MOST_KEPT_SIZE = 67_108_864  # bytes of their pieces
+PROBE_EVERY = 1.0  # seconds between two probes at most, as anyone may ask for one
 
 
 class Record:
     """How far one generation is saved. A follower of its log."""
 
-    __slots__ = ("_journal", "_saved", "header", "log", "new", "on_saved", "terminal", "unsaid")
+    __slots__ = (
+        "_journal",
+        "_saved",
+        "_size",
+        "header",
+        "log",
+        "new",
+        "on_saved",
+        "terminal",
+        "unsaid",
+    )
 
     def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
         self._journal = journal
         self.new = True  # the store has to make the generation
         self._saved = 0  # the seq up to which it is saved
+        self._size = -1  # bytes of its pieces, once it has ended and they have been counted
         self.header = header
         self.log = log
         self.terminal: Terminal | None = None
@@ -51,6 +66,13 @@ class Record:
         self.new = False
         self._saved = entry.after + len(entry.pieces)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the pieces of an ended generation in memory."""
+        if self._size < 0:
+            self._size = sum(map(sys.getsizeof, self.log.pieces))
+        return self._size
+
 
 class Journal:
     """The one writer of a store.
@@ -59,22 +81,19 @@ class Journal:
         store: where to.
         interval: seconds between two batches, unless a terminal is waiting.
         timeout: seconds for a batch, after which its terminals go out as not saved.
-        keep: seconds that ended generations outside of conversations are kept.
         metrics: what learns how long the store takes.
     """
 
-    def __init__(
-        self, store: Store, interval: float, timeout: float, keep: float, metrics: Metrics
-    ) -> None:
+    def __init__(self, store: Store, interval: float, timeout: float, metrics: Metrics) -> None:
         self._store = store
         self._interval = interval
         self._timeout = timeout
-        self._keep = keep
         self._metrics = metrics
         self._unsaved: dict[Record, None] = {}  # in the order in which it came
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
-        self._purger: asyncio.Task[None] | None = None
+        self._probe: asyncio.Task[None] | None = None
+        self._probed = 0.0  # when the last probe began, by the event loop's clock
         self._batch: asyncio.Future[None] | None = None  # done when the batch under way is
         self._failures = 0  # in a row
         self._closed = False
@@ -130,10 +149,22 @@ class Journal:
                 self._batch = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._batch)
 
-    def purge(self) -> None:
-        """Have deleted what nobody can ask for any more, by and by."""
-        if self._purger is None and not self._closed:
-            self._purger = asyncio.get_running_loop().create_task(self._purge())
+    async def probe(self) -> None:
+        """Find out whether the store saves, by trying, once a second at most.
+
+        While the journal itself cannot save, that is the answer: it tries again all the time.
+
+        Raises:
+            StoreError: the store does not save.
+        """
+        if self._failures:
+            raise StoreError("the last batch could not be saved")
+        now = asyncio.get_running_loop().time()
+        if self._probe is None or (self._probe.done() and now - self._probed >= PROBE_EVERY):
+            self._probed = now
+            self._probe = asyncio.get_running_loop().create_task(self._store.probe())
+            self._probe.add_done_callback(_retrieve)
+        await asyncio.shield(self._probe)
 
     async def close(self, within: float) -> None:
         """Save what is left, if it can be done in so many seconds, and write no more."""
@@ -141,19 +172,26 @@ class Journal:
             async with asyncio.timeout(within):
                 await self.flush()
         self._closed = True
-        tasks = {task for task in (self._writer, self._purger) if task is not None}
+        tasks = {task for task in (self._writer, self._probe) if task is not None}
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=within)
 
     async def _write(self) -> None:
-        """Write batch after batch until nothing is left."""
+        """Write batch after batch until nothing is left.
+
+        Here is the one firewall: no exception in the store, in a follower or in the journal ends
+        the writer, without which no generation would ever get its terminal.
+        """
         try:
             while self._unsaved:
                 await self._pause()
                 records, self._unsaved = list(self._unsaved), {}
-                await self._save(records)
+                try:
+                    await self._save(records)
+                except Exception as error:  # noqa: BLE001
+                    self._fail(records, error)
                 self._tell_batch()
         finally:
             self._writer = None
@@ -161,9 +199,10 @@ class Journal:
 
     async def _pause(self) -> None:
         # Ever longer while nothing can be saved, as all of it is tried again each time.
-        pause = min(LONGEST_PAUSE, self._interval * 2**self._failures)
+        doublings = min(self._failures, MOST_DOUBLINGS)
+        pause = max(self._interval, min(LONGEST_PAUSE, self._interval * 2**doublings))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(pause, self._interval)):
+            async with asyncio.timeout(pause):
                 await self._urgent.wait()
         self._urgent.clear()
 
@@ -174,60 +213,74 @@ class Journal:
         began = time.monotonic()
         commit = asyncio.ensure_future(self._store.commit(entries))
         while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
-            self._report(reason="it takes too long")
-            late = list(self._unsaved)
-            self._tell(records + late, entries + [record.entry() for record in late], saved=False)
+            self._report(StoreError("it takes too long"))
+            self._tell([*records, *self._unsaved], saved=False)
             self._tell_batch()
-        saved = not commit.cancelled() and commit.exception() is None
-        self._metrics.commit_took(time.monotonic() - began, saved=saved)
-        try:
-            commit.result()
-        except Exception as error:  # noqa: BLE001
-            if isinstance(error, StoreError):
-                self._report(reason=str(error))
-            else:
-                self._report(failure=error)
-            self._tell(records, entries, saved=False)
-            self._keep_for_later(records)
-        else:
-            self._failures = 0
-            for record, entry in zip(records, entries, strict=True):
-                record.saved(entry)
-            self._tell(records, entries, saved=True)
+        error = asyncio.CancelledError() if commit.cancelled() else commit.exception()
+        self._metrics.commit_took(time.monotonic() - began, saved=error is None)
+        if error is not None:
+            self._fail(records, error)
+            return
+        if self._failures:
+            log.warning("conversations are saved again")
+        self._failures = 0
+        for record, entry in zip(records, entries, strict=True):
+            record.saved(entry)
+        ended = [
+            record
+            for record, entry in zip(records, entries, strict=True)
+            if entry.terminal is not None  # and not only since the batch was taken
+        ]
+        self._tell(ended, saved=True)
+
+    def _fail(self, records: list[Record], error: BaseException) -> None:
+        """Tell that a batch was not saved, and try again with the next one."""
+        self._report(error)
+        self._tell(records, saved=False)
+        self._keep_for_later(records)
 
     def _keep_for_later(self, records: list[Record]) -> None:
-        """Try again with the next batch, ended ones too, of which only so many are kept."""
+        """Put a batch before what has come since. Of the ended only so many are kept."""
         self._unsaved = dict.fromkeys(records) | self._unsaved
-        ended = [record for record in self._unsaved if record.terminal is not None]
-        for record in ended[:-MOST_KEPT]:
-            del self._unsaved[record]
+        kept = size = 0
+        for record in reversed(list(self._unsaved)):
+            if record.terminal is not None:
+                kept += 1
+                size += record.size
+                if kept > MOST_KEPT or size > MOST_KEPT_SIZE:
+                    del self._unsaved[record]
 
     @staticmethod
-    def _tell(records: list[Record], entries: list[Entry], *, saved: bool) -> None:
-        for record, entry in zip(records, entries, strict=True):
-            if entry.terminal is not None:  # and not only since the batch was taken
+    def _tell(records: Iterable[Record], *, saved: bool) -> None:
+        for record in records:
+            if record.terminal is not None:
                 tell, record.on_saved = record.on_saved, _nobody
-                tell(saved)
+                try:
+                    tell(saved)
+                except Exception as error:  # noqa: BLE001
+                    log.error("the end of a reply was not told", failure=error)
 
     def _tell_batch(self) -> None:
         if self._batch is not None:
             self._batch.set_result(None)
             self._batch = None
 
-    async def _purge(self) -> None:
-        try:
-            await self._store.purge(time.time() - self._keep)
-        except Exception as error:  # noqa: BLE001
-            if not isinstance(error, StoreError):
-                log.error("store not purged", failure=error)
-        finally:
-            self._purger = None
-
-    def _report(self, **why: object) -> None:
+    def _report(self, error: BaseException) -> None:
         if not self._failures:  # once per outage, and not once per batch
-            log.error("conversations cannot be saved", **why)
+            expected = isinstance(error, StoreError)
+            log.error(
+                "conversations cannot be saved",
+                reason=str(error) if expected else None,
+                failure=None if expected else error,
+            )
         self._failures += 1
 
 
 def _nobody(_: bool) -> None:  # noqa: FBT001
     """Tell nobody, once it has been told."""
+
+
+def _retrieve(probe: "asyncio.Task[None]") -> None:
+    """Have a failed probe be no exception that nobody asked for, where whoever asked has gone."""
+    if not probe.cancelled():
+        probe.exception()

@@ -482,7 +482,7 @@ class Server:
         try:
             # Before the time for a request is up, so that there is an answer.
             async with asyncio.timeout(self.settings.open_timeout / 2):
-                await self._store.list("", 1, None)
+                await self._hub.probe()
         except (StoreError, TimeoutError):
             store = False
         return {

@@ -162,6 +162,13 @@ class Settings(BaseSettings):
     what is said while it is written."""
     store_timeout: PositiveSeconds = 5.0
     """For the store to save; a reply then ends as not saved."""
+    bytes_per_principal: Bytes = 268_435_456
+    """What one principal's conversations may take in the store; more prompts are then refused until
+    some are deleted. All the anonymous are one."""
+    conversations_per_principal: PositiveCount = 10_000
+    """Conversations that one principal may have in the store."""
+    retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("days")] = 0.0
+    """That a conversation is kept after its last use, and then deleted; 0 keeps it for ever."""
 
     # What a client may send.
     message_size: Bytes = 65_536

@@ -15,12 +15,14 @@ __all__ = [
     "Entry",
     "Forgotten",
     "Header",
+    "Held",
     "Packed",
     "Store",
     "StoredConversation",
     "StoredGeneration",
     "Summary",
     "Turn",
+    "asked_in",
     "day_of",
     "partial",
     "text_of",
@@ -170,6 +172,14 @@ class Summary:
     place: int
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How much an owner has in a store. Generations outside of conversations count too."""
+
+    bytes: int
+    conversations: int
+
+
 class Store(Protocol):
     """Keeps conversations and generations.
 
@@ -252,11 +262,27 @@ class Store(Protocol):
         """
         ...
 
-    async def purge(self, until: float) -> None:
-        """Delete generations outside of conversations that ended before a time, or some of them.
+    async def held(self, owner: str) -> Held:
+        """Return how much an owner has here."""
+        ...
 
-        Accounts of days that nobody asks for any more are deleted too.
+    async def purge(self, until: float) -> bool:
+        """Delete some generations outside of conversations that ended before a time.
+
+        With them go some of the traces and accounts that nobody asks for any more. One call
+        takes so little that it holds up nothing else.
+
+        Returns:
+            Whether there may be more to delete.
         """
+        ...
+
+    async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
+        """Return the owners and ids of some conversations that were last used before a time."""
+        ...
+
+    async def probe(self) -> None:
+        """Try whether the store saves: write something that changes nothing."""
         ...
 
 
@@ -284,6 +310,21 @@ def partial(terminal: Terminal | None) -> str | None:
     if terminal is None:
         return "interrupted"
     return str(terminal.code) if isinstance(terminal, Error) else terminal.by
+
+
+def asked_in(prompt: str | bytes) -> str:
+    """Return the user's text in a prompt's JSON, without checking the rest of it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        text = json.loads(prompt).get("prompt", "")
+    except (AttributeError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError("a prompt without its text")  # noqa: TRY004 - it is about a saved value
+    return text
 
 
 def title_of(prompt: Prompt) -> str:

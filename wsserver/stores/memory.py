@@ -1,24 +1,28 @@
 """The store that lasts as long as its process."""
 
 import bisect
+import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 from operator import attrgetter
 
-from wsserver.protocol import Terminal
+from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
     TRACE_KEPT,
     TRACES,
     Entry,
     Forgotten,
     Header,
+    Held,
     Packed,
     StoredConversation,
     StoredGeneration,
     Summary,
     Turn,
+    asked_in,
     day_of,
     partial,
     text_of,
@@ -28,33 +32,79 @@ from wsserver.stores.base import (
 
 __all__ = ["MemoryStore"]
 
+PURGED_AT_ONCE = 1000  # so that the event loop goes on
+ALL_TRACES = 100_000  # of all owners together
+OBJECTS = 1600  # bytes of a generation besides its texts: objects, and places in dictionaries
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Generation:
-    header: Header
+    """A generation, whose texts are UTF-8, as Python's own strings can take four times that."""
+
+    id: str
+    owner: str
+    conversation: str | None
+    began: float
+    model: str
+    retry_of: str | None
+    prompt: bytes  # as JSON
     number: int = 0  # of its turn, from 1; 0 outside of conversations
     pieces: list[str] = field(default_factory=list)  # until it has ended
-    packed: Packed | None = None  # from then on
+    # From then on.
+    text: bytes = b""
+    thinking: bytes = b""
+    lengths: bytes | None = None
     terminal: Terminal | None = None
     ended: float | None = None
     hidden: str | None = None  # why it is not in the history: replaced, unsaid
 
-    def said(self) -> list[str]:
-        """Return its pieces."""
-        return list(self.pieces) if self.packed is None else self.packed.pieces()
+    @classmethod
+    def of(cls, header: Header) -> "_Generation":
+        return cls(
+            header.id,
+            header.owner,
+            header.conversation,
+            header.began,
+            header.model,
+            header.retry_of,
+            header.prompt.model_dump_json(exclude_none=True).encode(),
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes in memory. Pieces that are still coming are those of the live log."""
+        texts = (self.prompt, self.text, self.thinking, self.lengths or b"")
+        return OBJECTS + sum(map(sys.getsizeof, texts))
+
+    def pack(self) -> None:
+        """Put its pieces into the form in which they are kept."""
+        packed = Packed.of(self.pieces)
+        self.text = packed.text.encode(errors="surrogatepass")
+        self.thinking = packed.thinking.encode(errors="surrogatepass")
+        self.lengths, self.pieces = packed.lengths.encode(), []
+
+    def stored(self) -> StoredGeneration:
+        """Return it whole."""
+        prompt = Prompt.model_validate_json(self.prompt)
+        header = Header(
+            self.id, self.owner, self.conversation, prompt, self.model, self.began, self.retry_of
+        )
+        if self.lengths is None:
+            return StoredGeneration(header, list(self.pieces), self.terminal)
+        thinking = self.thinking.decode(errors="surrogatepass")
+        packed = Packed(self._text(), thinking, self.lengths.decode())
+        return StoredGeneration(header, packed.pieces(), self.terminal)
+
+    def _text(self) -> str:
+        return self.text.decode(errors="surrogatepass")
 
     def turn(self) -> Turn:
         """Return it as a turn."""
-        return Turn(
-            self.number,
-            self.header.id,
-            self.header.prompt.prompt or "",
-            text_of(self.pieces) if self.packed is None else self.packed.text,
-            partial(self.terminal),
-        )
+        text = text_of(self.pieces) if self.lengths is None else self._text()
+        return Turn(self.number, self.id, asked_in(self.prompt), text, partial(self.terminal))
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Conversation:
     id: str
     owner: str
@@ -63,6 +113,7 @@ class _Conversation:
     updated: float
     place: int = 0
     generations: list[_Generation] = field(default_factory=list)  # by number
+    turns: int = 0  # the number of the last one
 
     def summary(self) -> Summary:
         """Return it as an item of a list."""
@@ -70,29 +121,36 @@ class _Conversation:
 
 
 @dataclass(slots=True)
-class _Day:
-    spent: Counter[str] = field(default_factory=Counter)  # by owner
-    counted: set[tuple[str, str, float]] = field(default_factory=set)  # owner, id, and when begun
+class _Trace:
+    """What is left of a deleted generation."""
+
+    when: float
+    began: float
+    counted: bool  # its tokens are in its owner's account
 
 
 class MemoryStore:
-    """Keeps everything in dictionaries.
+    """Keeps everything in dictionaries, for as long as there is room.
 
     Args:
         conversations: how many are kept; the one idle for longest is dropped first.
+        size: bytes of memory, after which the conversation idle for longest is dropped too.
     """
 
-    def __init__(self, conversations: int = 10_000) -> None:
+    def __init__(self, conversations: int = 10_000, size: int = 268_435_456) -> None:
         self._limit = conversations
+        self._most = size
+        self._size = 0
+        self._sizes: Counter[str] = Counter()  # by owner
         # By owner and id, the least recently used first.
         self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()
         self._places: dict[str, list[_Conversation]] = {}  # by owner, in the order of use
         # By owner and id, which may come again, then by when they began; the latest is the last.
         self._generations: dict[tuple[str, str], dict[float, _Generation]] = {}
-        # Those outside of conversations that have ended, the first to end first.
-        self._outside: OrderedDict[tuple[str, str, float], float] = OrderedDict()
-        self._traces: dict[str, OrderedDict[str, float]] = {}  # by owner, the oldest first
-        self._days: dict[int, _Day] = {}
+        self._outside: OrderedDict[_Generation, None] = OrderedDict()  # in the order of their ends
+        self._traces: OrderedDict[tuple[str, str], _Trace] = OrderedDict()  # the oldest first
+        self._traced: dict[str, OrderedDict[str, None]] = {}  # their ids by owner, likewise
+        self._spent: dict[int, Counter[str]] = {}  # by day and owner
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -100,17 +158,19 @@ class MemoryStore:
     async def close(self) -> None:
         """Nothing to do."""
 
+    async def probe(self) -> None:
+        """Nothing to do."""
+
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all of it."""
         now = time.time()
         for entry in entries:
             header, terminal = entry.header, entry.terminal
-            if terminal is not None:
-                self._count(header, terminal, day_of(now))
             generation = self._generations.get((header.owner, header.id), {}).get(header.began)
             if generation is None:
-                if not entry.new:
-                    continue  # it was deleted meanwhile
+                if not entry.new:  # it was deleted meanwhile
+                    self._count_deleted(header, terminal, now)
+                    continue
                 generation = self._begin(header, now)
             if generation.terminal is None:
                 generation.pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
@@ -121,47 +181,59 @@ class MemoryStore:
                 self._conversations.move_to_end(key)
                 if entry.new or terminal is not None:
                     self._use(self._conversations[key], now)
+        while self._size > self._most and self._drop_one():
+            pass
 
-    def _count(self, header: Header, terminal: Terminal, today: int) -> None:
-        key = header.owner, header.id, header.began
-        if not any(key in day.counted for day in self._days.values()):
-            day = self._days.setdefault(today, _Day())
-            day.counted.add(key)
-            day.spent[header.owner] += tokens_of(terminal)
+    def _count(self, owner: str, terminal: Terminal, now: float) -> None:
+        self._spent.setdefault(day_of(now), Counter())[owner] += tokens_of(terminal)
+
+    def _count_deleted(self, header: Header, terminal: Terminal | None, now: float) -> None:
+        """Count what a reply has cost that ended after it was deleted."""
+        trace = self._traces.get((header.owner, header.id))
+        if terminal is None or trace is None or trace.began != header.began or trace.counted:
+            return
+        trace.counted = True
+        self._count(header.owner, terminal, now)
 
     def _begin(self, header: Header, now: float) -> _Generation:
-        generation = _Generation(header)
+        generation = _Generation.of(header)
         if header.conversation is not None:
             conversation = self._conversations.get((header.owner, header.conversation))
             if conversation is None:
                 conversation = self._add(header.conversation, header, now)
             if header.retry_of is not None:
                 self._hide(conversation, header.retry_of, None, "replaced")
+            conversation.turns += 1
+            generation.number = conversation.turns
             conversation.generations.append(generation)
-            generation.number = len(conversation.generations)
         self._generations.setdefault((header.owner, header.id), {})[header.began] = generation
+        self._grow(generation.owner, generation.size)
         return generation
 
     def _end(
         self, generation: _Generation, terminal: Terminal, now: float, *, unsaid: bool
     ) -> None:
-        header = generation.header
+        trace = self._traces.get((generation.owner, generation.id))
+        if trace is None or trace.began != generation.began or not trace.counted:
+            self._count(generation.owner, terminal, now)
+        before = generation.size
         generation.terminal, generation.ended = terminal, now
-        generation.packed, generation.pieces = Packed.of(generation.pieces), []
-        if header.conversation is None:
-            self._outside[header.owner, header.id, header.began] = now
+        generation.pack()
+        self._grow(generation.owner, generation.size - before)
+        if generation.conversation is None:
+            self._outside[generation] = None
         elif unsaid:
             generation.hidden = "unsaid"
-            if header.retry_of is not None:
-                conversation = self._conversations[header.owner, header.conversation]
-                self._hide(conversation, header.retry_of, "replaced", None)
+            if generation.retry_of is not None:
+                conversation = self._conversations[generation.owner, generation.conversation]
+                self._hide(conversation, generation.retry_of, "replaced", None)
 
     def _hide(
         self, conversation: _Conversation, name: str, was: str | None, now: str | None
     ) -> None:
         """Change why the generations of an id are hidden in a conversation."""
         for generation in self._generations.get((conversation.owner, name), {}).values():
-            if generation.header.conversation == conversation.id and generation.hidden == was:
+            if generation.conversation == conversation.id and generation.hidden == was:
                 generation.hidden = now
 
     def _add(self, name: str, header: Header, now: float) -> _Conversation:
@@ -182,6 +254,31 @@ class MemoryStore:
             conversation.place = places[-1].place + 1 if places else max(1, conversation.place)
             places.append(conversation)
 
+    def _grow(self, owner: str, size: int) -> None:
+        self._size += size
+        self._sizes[owner] += size
+        if not self._sizes[owner]:
+            del self._sizes[owner]
+
+    def _drop_one(self) -> bool:
+        """Make room; False where there is nothing left to drop.
+
+        Replies outside of conversations go first, as they are kept for a few minutes only. Then
+        goes the conversation idle for longest, and at last the oldest turn of the only one.
+        """
+        if self._outside:
+            generation, _ = self._outside.popitem(last=False)
+            self._forget(generation)
+            return True
+        if len(self._conversations) > 1:
+            self._drop(next(iter(self._conversations.values())))
+            return True
+        for conversation in self._conversations.values():
+            if len(conversation.generations) > 1:
+                self._forget(conversation.generations.pop(0))
+                return True
+        return False
+
     def _drop(self, conversation: _Conversation) -> None:
         """Delete a conversation and all in it."""
         owner = conversation.owner
@@ -191,29 +288,40 @@ class MemoryStore:
         if not places:
             del self._places[owner]
         for generation in conversation.generations:
-            self._forget(generation.header)
+            self._forget(generation)
 
-    def _forget(self, header: Header) -> None:
+    def _forget(self, generation: _Generation) -> None:
         """Delete a generation, and leave a trace."""
-        same = self._generations[header.owner, header.id]
-        del same[header.began]
+        owner, name = key = generation.owner, generation.id
+        same = self._generations[key]
+        del same[generation.began]
         if not same:
-            del self._generations[header.owner, header.id]
-        traces = self._traces.setdefault(header.owner, OrderedDict())
-        traces[header.id] = time.time()
-        traces.move_to_end(header.id)
-        if len(traces) > TRACES:
-            traces.popitem(last=False)
+            del self._generations[key]
+        self._grow(owner, -generation.size)
+        self._drop_trace(key)
+        counted = generation.terminal is not None
+        self._traces[key] = _Trace(time.time(), generation.began, counted)
+        mine = self._traced.setdefault(owner, OrderedDict())
+        mine[name] = None
+        if len(mine) > TRACES:
+            self._drop_trace((owner, next(iter(mine))))
+        if len(self._traces) > ALL_TRACES:
+            self._drop_trace(next(iter(self._traces)))
+
+    def _drop_trace(self, key: tuple[str, str]) -> None:
+        if self._traces.pop(key, None) is not None:
+            owner, name = key
+            del self._traced[owner][name]
+            if not self._traced[owner]:
+                del self._traced[owner]
 
     async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
         same = self._generations.get((owner, generation))
         if same is not None:
-            latest = same[next(reversed(same))]
-            return StoredGeneration(latest.header, latest.said(), latest.terminal)
-        traces = self._traces.get(owner)
-        when = None if traces is None else traces.get(generation)
-        return None if when is None else Forgotten(when)
+            return same[next(reversed(same))].stored()
+        trace = self._traces.get((owner, generation))
+        return None if trace is None else Forgotten(trace.when)
 
     async def load(
         self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
@@ -222,21 +330,14 @@ class MemoryStore:
         found = self._conversations.get((owner, conversation))
         if found is None:
             return None
-        end = len(found.generations) if before is None else max(0, before - 1)
         turns: list[Turn] = []
         older = False
-        for generation in reversed(found.generations[:end]):
-            if generation.hidden is not None:
-                continue
-            if len(turns) == limit:
-                older = True
+        for generation in _newest(found.generations, before):
+            size -= len(generation.prompt) + len(generation.text)
+            older = len(turns) == limit or (size < 0 and bool(turns))
+            if older:
                 break
-            turn = generation.turn()
-            size -= len(turn.prompt.encode()) + len(turn.text.encode())
-            if size < 0 and turns:
-                older = True
-                break
-            turns.append(turn)
+            turns.append(generation.turn())
         return StoredConversation(conversation, owner, found.title, turns[::-1], older)
 
     async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
@@ -265,25 +366,43 @@ class MemoryStore:
 
     async def spent(self, owner: str, day: int) -> int:
         """Return the tokens of an owner's replies that ended on a day."""
-        found = self._days.get(day)
-        return 0 if found is None else found.spent[owner]
+        found = self._spent.get(day)
+        return 0 if found is None else found[owner]
 
-    async def purge(self, until: float) -> None:
-        """Delete generations outside of conversations that ended before a time.
+    async def held(self, owner: str) -> Held:
+        """Return how much an owner has here."""
+        return Held(self._sizes[owner], len(self._places.get(owner, ())))
 
-        Accounts are kept for today and yesterday.
-        """
+    async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
+        """Return the owners and ids of some conversations that were last used before a time."""
+        old = takewhile(lambda item: item[1].updated < before, self._conversations.items())
+        return [key for key, _ in islice(old, limit)]
+
+    async def purge(self, until: float) -> bool:
+        """Delete some of what nobody asks for any more. Accounts are kept for two days."""
         now = time.time()
         yesterday = day_of(now) - 1
-        self._days = {day: account for day, account in self._days.items() if day >= yesterday}
-        while self._outside and next(iter(self._outside.values())) < until:
-            (owner, name, began), _ = self._outside.popitem(last=False)
-            self._forget(self._generations[owner, name][began].header)
-        for owner, traces in list(self._traces.items()):
-            while traces and next(iter(traces.values())) < now - TRACE_KEPT:
-                traces.popitem(last=False)
-            if not traces:
-                del self._traces[owner]
+        self._spent = {day: spent for day, spent in self._spent.items() if day >= yesterday}
+        ended = takewhile(lambda g: g.ended is not None and g.ended < until, self._outside)
+        purged = list(islice(ended, PURGED_AT_ONCE))
+        for generation in purged:
+            del self._outside[generation]
+            self._forget(generation)
+        old = takewhile(lambda item: item[1].when < now - TRACE_KEPT, self._traces.items())
+        dropped = [key for key, _ in islice(old, PURGED_AT_ONCE)]
+        for key in dropped:
+            self._drop_trace(key)
+        return PURGED_AT_ONCE in {len(purged), len(dropped)}
+
+
+def _newest(generations: Sequence[_Generation], before: int | None) -> Iterator[_Generation]:
+    """Give the generations that are in the history, the newest first."""
+    end = len(generations)
+    if before is not None:
+        end = bisect.bisect_left(generations, before, key=attrgetter("number"))
+    for index in range(end - 1, -1, -1):
+        if generations[index].hidden is None:
+            yield generations[index]
 
 
 _place = attrgetter("place")

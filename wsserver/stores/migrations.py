@@ -178,6 +178,14 @@ MIGRATIONS = [
     CREATE TRIGGER conversation_deleted AFTER DELETE ON conversation BEGIN
         UPDATE held SET conversations = conversations - 1 WHERE owner = old.owner;
     END;
+    CREATE INDEX conversation_by_time ON conversation (updated);
+    -- Conversations whose generations are being deleted, step by step.
+    CREATE TABLE deleting (
+        owner TEXT NOT NULL,
+        id TEXT NOT NULL,
+        PRIMARY KEY (owner, id),
+        FOREIGN KEY (owner, id) REFERENCES conversation (owner, id) ON DELETE CASCADE
+    ) WITHOUT ROWID;
     CREATE TABLE forgotten (
         owner TEXT NOT NULL,
         id TEXT NOT NULL,

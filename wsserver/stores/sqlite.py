@@ -7,6 +7,9 @@ leave a transaction open.
 The file is in WAL mode with ``synchronous = NORMAL``: what was committed survives the death of the
 process at any moment, and a power failure leaves the file whole, though perhaps a little older.
 https://www.sqlite.org/wal.html
+
+What is deleted is overwritten with zeros (``secure_delete``), and the WAL, which may still have it,
+is emptied: neither file has it any more. What the file system keeps of old blocks is its own.
 """
 
 import asyncio
@@ -15,16 +18,17 @@ import fcntl
 import json
 import os
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
-from pydantic import Json, TypeAdapter, ValidationError
+from pydantic import Json, TypeAdapter
 
 from wsserver.errors import ConfigError, StoreError
 from wsserver.generation import Thinking, tokens_in
+from wsserver.logs import log
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
     TRACE_KEPT,
@@ -32,17 +36,20 @@ from wsserver.stores.base import (
     Entry,
     Forgotten,
     Header,
+    Held,
     Packed,
     StoredConversation,
     StoredGeneration,
     Summary,
     Turn,
+    asked_in,
     day_of,
     partial,
     text_of,
     title_of,
     tokens_of,
 )
+from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
 
@@ -51,11 +58,25 @@ __all__ = ["SqliteStore"]
 T = TypeVar("T")
 
 PURGED_AT_ONCE = 200  # rows of each kind, so that no other write waits for long
+DELETED_AT_ONCE = 4_194_304  # bytes of generations, for the same reason
+CHECKED_AT_ONCE = 134_217_728  # bytes of a file that is checked before it is used
 DAYS_KEPT = 90  # that there are accounts of
-ROW = 256  # bytes of a generation besides what was said in it, about
+ROW = 256  # bytes of a generation besides its ids and what was said in it, about
+KEYS = 3  # times that the ids of a generation are in tables and indexes
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
 _COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
+_OLD_TRACES = """
+    DELETE FROM forgotten WHERE (owner, id) IN
+    (SELECT owner, id FROM forgotten WHERE at < ? LIMIT ?)
+"""
+_OLD_COUNTED = """
+    DELETE FROM counted WHERE (owner, id, began) IN
+    (SELECT owner, id, began FROM counted WHERE day < ? LIMIT ?)
+"""
+_OLD_SPENT = """
+    DELETE FROM spent WHERE (owner, day) IN (SELECT owner, day FROM spent WHERE day < ? LIMIT ?)
+"""
 _DEAD = "SELECT number, owner, id, began FROM generation WHERE lengths IS NULL AND ended IS NULL"
 # The turns of a history, newest first, until either bound is reached.
 _TURNS = """
@@ -90,21 +111,26 @@ class SqliteStore:
         self._lock_path = Path(os.path.realpath(path) + ".lock")  # by whatever name or link
         self._timeout = timeout
         self._lock: IO[str] | None = None
-        self._writer: _Connection | None = None
-        self._reader: _Connection | None = None
+        self._writer: Connection | None = None
+        self._reader: Connection | None = None
         self._writing = FairLock()
         self._reading = FairLock()
+        self._files: dict[str, tuple[int, int]] = {}  # the device and inode of each, by path
+        self._damage: str | None = None  # what the check of a large file found
+        self._remains = False  # the WAL may have text that was deleted
         self._compacted = 0  # the number up to which older files' pieces are packed
 
     async def open(self) -> None:
-        """Open the file, and bring it to the version that this program writes.
+        """Open the file, check it, and bring it to the version that this program writes.
+
+        A file of more than 128 MiB is checked by and by while it is used already.
 
         Raises:
-            ConfigError: it cannot be opened or written, is no database, is of a later version or
-                another program, or belongs to another server that runs.
+            ConfigError: it cannot be opened or written, is no database, is damaged, is of a later
+                version or another program, or belongs to another server that runs.
         """
-        writer = _Connection(self._path, self._timeout)
-        reader = _Connection(self._path, self._timeout)
+        writer = Connection(self._path, self._timeout)
+        reader = Connection(self._path, self._timeout)
         lock = None
         try:
             if self._path.is_dir():
@@ -114,9 +140,16 @@ class SqliteStore:
             # For its owner's eyes only, as are the files that SQLite puts beside it.
             self._path.touch(mode=0o600)
             await writer.open()
+            large = self._path.stat().st_size > CHECKED_AT_ONCE
+            if not large and (damage := await writer.call(check)) is not None:
+                raise ConfigError(
+                    f"store: {self._path} is damaged ({damage}); restore a copy of it, or save "
+                    "what can be saved with sqlite3's .recover"
+                )
             await writer.call(self._migrate)
             await writer.transact(self._bury)
             await reader.open()
+            files = await reader.call(files_of)
         except BaseException as error:
             reader.close()
             writer.close()
@@ -126,6 +159,27 @@ class SqliteStore:
                 raise ConfigError(f"store: cannot use {self._path}: {error}") from error
             raise
         self._writer, self._reader, self._lock = writer, reader, lock
+        self._files, self._damage = files, None
+        if large:
+            loop = asyncio.get_running_loop()
+            # No part of the pool of threads that the interpreter waits for at its end.
+            threading.Thread(
+                target=self._check_large, args=(loop,), name="wsserver-store-check", daemon=True
+            ).start()
+
+    def _check_large(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            with contextlib.closing(sqlite3.connect(self._path)) as database:
+                damage = check(database)
+        except sqlite3.Error as error:
+            damage = str(error)
+        if damage is not None:
+            self._damage = damage
+            with contextlib.suppress(RuntimeError):  # the event loop is gone by now
+                loop.call_soon_threadsafe(self._tell_damage)
+
+    def _tell_damage(self) -> None:
+        log.error("the store is damaged", path=str(self._path), reason=self._damage)
 
     def _take(self) -> IO[str]:
         # Two servers on one file would each take the other's generations for dead ones. The lock
@@ -159,6 +213,17 @@ class SqliteStore:
             f"PRAGMA user_version = {len(MIGRATIONS)}; COMMIT; PRAGMA foreign_keys = ON;"
         )
 
+    async def probe(self) -> None:
+        """Write the version that the file has already, if all its files are still the same."""
+        await self._write(
+            "", lambda database: database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        )
+        for connection in (self._writer, self._reader):
+            if connection is not None and connection.damage is not None:
+                raise StoreError(f"the file is damaged: {connection.damage}")
+        if self._damage is not None:
+            raise StoreError(f"the file is damaged: {self._damage}")
+
     @staticmethod
     def _bury(database: sqlite3.Connection) -> None:
         """End what died with its process: its replay time begins now, and what it said counts."""
@@ -166,12 +231,15 @@ class SqliteStore:
         for number, owner, name, began in database.execute(_DEAD).fetchall():
             said = ""
             # One that is damaged is not in the way of all others.
-            with contextlib.suppress(StoreError), _errors():
+            with contextlib.suppress(StoreError), errors():
                 pieces = _loose(database, number)
                 _pack(database, number, pieces)
                 said = "".join(pieces)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
             database.execute(_COUNT, (owner, name, began, day_of(now), tokens_in(said)))
+        for owner, name in database.execute("SELECT owner, id FROM deleting").fetchall():
+            while _delete_some(database, owner, name):
+                pass
 
     async def close(self) -> None:
         """Close the file, once what is under way is done. Idempotent."""
@@ -230,13 +298,15 @@ class SqliteStore:
 
         def load(database: sqlite3.Connection) -> StoredConversation | None:
             for (title,) in database.execute(
-                "SELECT title FROM conversation WHERE owner = ? AND id = ?", (owner, conversation)
+                "SELECT title FROM conversation WHERE owner = ? AND id = ? "
+                "AND (owner, id) NOT IN deleting",
+                (owner, conversation),
             ):
                 turns = [
                     Turn(
                         turn,
                         name,
-                        _asked(prompt),
+                        asked_in(prompt),
                         text_of(_loose(database, number)) if text is None else text,
                         partial(_terminal(terminal)),
                     )
@@ -262,7 +332,8 @@ class SqliteStore:
             owner,
             lambda database: database.execute(
                 "SELECT id, title, created, updated, place FROM conversation "
-                "WHERE owner = ? AND place < ? ORDER BY place DESC LIMIT ?",
+                "WHERE owner = ? AND place < ? AND (owner, id) NOT IN deleting "
+                "ORDER BY place DESC LIMIT ?",
                 (owner, end, limit),
             ).fetchall(),
         )
@@ -284,9 +355,12 @@ class SqliteStore:
     async def delete(self, conversation: str, owner: str) -> bool:
         """Delete a conversation and all in it."""
         now = time.time()
+        key = owner, conversation
 
-        def delete(database: sqlite3.Connection) -> bool:
-            key = owner, conversation
+        def begin(database: sqlite3.Connection) -> bool | None:
+            known = "SELECT 1 FROM conversation WHERE owner = ? AND id = ?"
+            if database.execute(known, key).fetchone() is None:
+                return None
             database.execute(
                 "INSERT INTO forgotten SELECT owner, id, ? FROM generation WHERE owner = ? "
                 "AND conversation = ? ORDER BY turn DESC LIMIT ? "
@@ -294,10 +368,32 @@ class SqliteStore:
                 (now, *key, TRACES),
             )
             _drop_traces(database, owner)
-            deleted = database.execute("DELETE FROM conversation WHERE owner = ? AND id = ?", key)
-            return deleted.rowcount > 0
+            # Should the process die before the last step, the next one goes on.
+            database.execute("INSERT INTO deleting VALUES (?, ?) ON CONFLICT DO NOTHING", key)
+            return _delete_some(database, *key)
 
-        return await self._write(owner, delete)
+        more = await self._write(owner, begin)
+        if more is None:
+            return False
+        while more:
+            more = await self._write(owner, lambda database: _delete_some(database, *key))
+        await self._erase()
+        return True
+
+    async def _erase(self) -> None:
+        """Empty the WAL, which may have text that was deleted from the tables."""
+        self._remains = True
+
+        def erase(database: sqlite3.Connection) -> bool:
+            with contextlib.suppress(sqlite3.Error):  # it is tried again with the next purge
+                ((busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                return not busy
+            return False
+
+        # Not beside a read, as what it sees must stay in the WAL for so long.
+        async with self._writing.of(""), self._reading.of(""):
+            if await _opened(self._writer).call(erase):
+                self._remains = False
 
     async def spent(self, owner: str, day: int) -> int:
         """Return the tokens of an owner's replies that ended on a day."""
@@ -310,15 +406,35 @@ class SqliteStore:
         )
         return int(tokens)
 
-    async def purge(self, until: float) -> None:
-        """Delete generations outside of conversations that ended before a time, or some of them.
+    async def held(self, owner: str) -> Held:
+        """Return how much an owner has here."""
+        rows = await self._read(
+            owner,
+            lambda database: database.execute(
+                "SELECT bytes, conversations FROM held WHERE owner = ?", (owner,)
+            ).fetchall(),
+        )
+        return Held(*rows[0]) if rows else Held(0, 0)
+
+    async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
+        """Return the owners and ids of some conversations that were last used before a time."""
+        return await self._read(
+            "",
+            lambda database: database.execute(
+                "SELECT owner, id FROM conversation WHERE updated < ? ORDER BY updated LIMIT ?",
+                (before, limit),
+            ).fetchall(),
+        )
+
+    async def purge(self, until: float) -> bool:
+        """Delete some of what nobody asks for any more.
 
         Accounts are kept for 90 days; which replies are in them, for today and yesterday.
         """
         now = time.time()
         today = day_of(now)
 
-        def purge(database: sqlite3.Connection) -> None:
+        def purge(database: sqlite3.Connection) -> tuple[bool, bool]:
             ended = database.execute(
                 "SELECT number, owner, id FROM generation WHERE conversation IS NULL "
                 "AND ended < ? LIMIT ?",
@@ -333,118 +449,74 @@ class SqliteStore:
                 database.execute("DELETE FROM generation WHERE number = ?", (number,))
             for owner in {owner for _, owner, _ in ended}:
                 _drop_traces(database, owner)
-            database.execute(
-                "DELETE FROM forgotten WHERE (owner, id) IN (SELECT owner, id FROM forgotten "
-                "WHERE at < ? LIMIT ?)",
-                (now - TRACE_KEPT, PURGED_AT_ONCE),
-            )
-            database.execute(
-                "DELETE FROM counted WHERE (owner, id, began) IN (SELECT owner, id, began "
-                "FROM counted WHERE day < ? LIMIT ?)",
-                (today - 1, PURGED_AT_ONCE),
-            )
-            database.execute(
-                "DELETE FROM spent WHERE (owner, day) IN (SELECT owner, day "
-                "FROM spent WHERE day < ? LIMIT ?)",
-                (today - DAYS_KEPT, PURGED_AT_ONCE),
-            )
-            self._compact(database)
+            counts = [len(ended), self._compact(database)]
+            for statement, end in (
+                (_OLD_TRACES, now - TRACE_KEPT),
+                (_OLD_COUNTED, today - 1),
+                (_OLD_SPENT, today - DAYS_KEPT),
+            ):
+                counts.append(database.execute(statement, (end, PURGED_AT_ONCE)).rowcount)
+            return PURGED_AT_ONCE in counts, bool(ended)
 
-        await self._write("", purge)
+        more, deleted = await self._write("", purge)
+        self._remains = self._remains or deleted
+        if self._remains and not more:
+            await self._erase()
+        return more
 
-    def _compact(self, database: sqlite3.Connection) -> None:
-        """Pack some of the replies whose pieces an older version of this program left in rows."""
-        for (number,) in database.execute(
+    def _compact(self, database: sqlite3.Connection) -> int:
+        """Pack some of the replies whose pieces an older version of this program left in rows.
+
+        Returns:
+            How many were looked at.
+        """
+        loose = database.execute(
             "SELECT number FROM generation WHERE lengths IS NULL AND ended IS NOT NULL "
             "AND number > ? ORDER BY number LIMIT ?",
             (self._compacted, PURGED_AT_ONCE),
-        ).fetchall():
+        ).fetchall()
+        for (number,) in loose:
             self._compacted = number
-            with contextlib.suppress(StoreError), _errors():  # one that is damaged stays so
+            with contextlib.suppress(StoreError), errors():  # one that is damaged stays so
                 _pack(database, number, _loose(database, number))
+        return len(loose)
 
     async def _read(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         async with self._reading.of(owner):
             return await _opened(self._reader).transact(work, "BEGIN")
 
     async def _write(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
+        def write(database: sqlite3.Connection) -> T:
+            # What is written to a file without a name is gone with the process.
+            for path, known in self._files.items():
+                if identity(path) != known:
+                    raise StoreError(f"{path} was deleted or replaced while it was in use")
+            return work(database)
+
         async with self._writing.of(owner):
-            return await _opened(self._writer).transact(work)
+            return await _opened(self._writer).transact(write)
 
 
-class _Connection:
-    """A connection to the file, in a thread that does one thing after another."""
-
-    def __init__(self, path: Path, timeout: float) -> None:
-        self._path = path
-        self._timeout = timeout
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="wsserver-store")
-        self._closing: asyncio.Future[None] | None = None
-        self.database: sqlite3.Connection | None = None
-
-    async def open(self) -> None:
-        await self._run(self._open)
-
-    def close(self) -> "asyncio.Future[None]":
-        """Close it behind all that was asked for before, whether or not anyone waits for it."""
-        if self._closing is None:
-            self._closing = self._run(self._close)
-            self._thread.shutdown(wait=False)
-        return self._closing
-
-    async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something outside of a transaction."""
-
-        def call() -> T:
-            assert self.database is not None
-            return work(self.database)
-
-        return await self._run(call)
-
-    async def transact(
-        self, work: Callable[[sqlite3.Connection], T], begin: str = "BEGIN IMMEDIATE"
-    ) -> T:
-        """Do something in a transaction, of which all happens or nothing.
-
-        Raises:
-            StoreError: it failed.
-        """
-
-        def transact(database: sqlite3.Connection) -> T:
-            with _errors():
-                try:
-                    database.execute(begin)
-                    done = work(database)
-                    database.execute("COMMIT")
-                except BaseException:
-                    if database.in_transaction:
-                        with contextlib.suppress(sqlite3.Error):
-                            database.execute("ROLLBACK")
-                    raise
-                return done
-
-        return await self.call(transact)
-
-    def _run(self, work: Callable[[], T]) -> "asyncio.Future[T]":
-        try:
-            return asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except RuntimeError:  # its thread takes no more work
-            raise StoreError("the store is closed") from None
-
-    def _open(self) -> None:
-        self.database = database = sqlite3.connect(
-            self._path, isolation_level=None, timeout=self._timeout
-        )
-        database.execute("PRAGMA synchronous = NORMAL")
-        database.execute("PRAGMA foreign_keys = ON")
-
-    def _close(self) -> None:
-        if self.database is not None:
-            self.database.close()
-            self.database = None
+def _delete_some(database: sqlite3.Connection, owner: str, conversation: str) -> bool:
+    """Delete the oldest turns of a conversation, and itself with the last; True if more is left."""
+    size = 0
+    for number, bytes_ in database.execute(
+        "SELECT number, size + rest FROM generation WHERE owner = ? AND conversation = ? "
+        "ORDER BY turn LIMIT ?",
+        (owner, conversation, PURGED_AT_ONCE),
+    ).fetchall():
+        database.execute("DELETE FROM generation WHERE number = ?", (number,))
+        size += bytes_
+        if size >= DELETED_AT_ONCE:
+            break
+    left = "SELECT 1 FROM generation WHERE owner = ? AND conversation = ? LIMIT 1"
+    if database.execute(left, (owner, conversation)).fetchone() is not None:
+        return True
+    database.execute("DELETE FROM conversation WHERE owner = ? AND id = ?", (owner, conversation))
+    return False
 
 
-def _opened(connection: _Connection | None) -> _Connection:
+def _opened(connection: Connection | None) -> Connection:
     if connection is None:
         raise StoreError("the store is closed")
     return connection
@@ -471,13 +543,16 @@ def _begin(database: sqlite3.Connection, header: Header, now: float) -> None:
             header.model,
             header.retry_of,
             len(prompt.encode()),
-            ROW,
+            ROW + KEYS * len("".join((owner, header.id, conversation or "")).encode()),
             conversation,
             conversation is not None,
             owner,
             conversation,
         ),
     )
+    if added.rowcount and conversation is not None:
+        # A turn that is accepted after a delete has failed half-way is not to be deleted.
+        database.execute("DELETE FROM deleting WHERE owner = ? AND id = ?", (owner, conversation))
     if added.rowcount and header.retry_of is not None and conversation is not None:
         database.execute(
             "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
@@ -513,12 +588,13 @@ def _add(database: sqlite3.Connection, entry: Entry, now: float) -> None:
     if terminal is None:
         return
     database.execute(
-        "UPDATE generation SET terminal = ?, ended = ?, hidden = coalesce(?, hidden) "
-        "WHERE number = ?",
+        "UPDATE generation SET terminal = ?, ended = ?, hidden = coalesce(?, hidden), "
+        "rest = rest + ? WHERE number = ?",
         (
-            terminal.model_dump_json(exclude_none=True),
+            end := terminal.model_dump_json(exclude_none=True),
             now,
             "unsaid" if entry.unsaid else None,
+            len(end.encode()),
             number,
         ),
     )
@@ -558,13 +634,14 @@ def _pack(database: sqlite3.Connection, number: int, pieces: Sequence[str]) -> N
     packed = Packed.of(pieces)
     database.execute(
         "UPDATE generation SET text = ?, lengths = ?, thinking = ?, "
-        "size = length(CAST(prompt AS BLOB)) + ?, rest = ? WHERE number = ?",
+        "size = length(CAST(prompt AS BLOB)) + ?, rest = rest + ? "
+        "- coalesce(length(lengths) + length(CAST(thinking AS BLOB)), 0) WHERE number = ?",
         (
             packed.text,
             packed.lengths,
             packed.thinking,
             len(packed.text.encode()),
-            ROW + len(packed.lengths) + len(packed.thinking.encode()),
+            len(packed.lengths) + len(packed.thinking.encode()),
             number,
         ),
     )
@@ -582,30 +659,6 @@ def _drop_traces(database: sqlite3.Connection, owner: str) -> None:
 
 def _key(header: Header) -> tuple[str, str, float]:
     return header.owner, header.id, header.began
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """Have what SQLite and the records' types raise be a :class:`StoreError` that tells no text."""
-    try:
-        yield
-    except ValidationError as error:
-        kind = error.errors(include_context=False, include_input=False)[0]["type"]
-        raise StoreError(f"what was saved is damaged: {kind}") from None
-    except (sqlite3.Error, ValueError) as error:
-        message = str(error).partition(" with text ")[0]
-        raise StoreError(f"{type(error).__name__}: {message}") from None
-
-
-def _asked(prompt: str) -> str:
-    """Return the user's text in a prompt's JSON."""
-    try:
-        text = json.loads(prompt).get("prompt", "")
-    except (AttributeError, TypeError, ValueError):
-        text = None
-    if not isinstance(text, str):
-        raise StoreError("what was saved is damaged: prompt") from None
-    return text
 
 
 def _dump(pieces: Sequence[str]) -> str:

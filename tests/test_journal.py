@@ -1,0 +1,254 @@
+"""The journal's writer, with stores that fail in every way."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from tests.support.puppet import BOUND, until
+from wsserver import Thinking, journal
+from wsserver.errors import StoreError
+from wsserver.generation import Log, Usage
+from wsserver.journal import Journal, Record
+from wsserver.protocol import Done, Prompt, Terminal, UsageCounts
+from wsserver.stores import MemoryStore
+from wsserver.stores.base import Entry, Header, StoredGeneration
+from wsserver.telemetry import Metrics
+
+FAILURES: dict[str, BaseException] = {
+    "the store's": StoreError("disk"),
+    "a fault": ZeroDivisionError("secret"),
+    "out of memory": MemoryError(),
+    "cancelled": asyncio.CancelledError(),
+}
+
+
+class Scripted(MemoryStore):
+    """A store that fails as often as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failure: BaseException | None = None
+        self.gate: asyncio.Event | None = None
+        self.commits = 0
+        self.probes = 0
+
+    async def commit(self, entries: Sequence[Entry]) -> None:
+        self.commits += 1
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+        await super().commit(entries)
+
+    async def probe(self) -> None:
+        self.probes += 1
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.failure is not None:
+            raise self.failure
+
+
+class Stand:
+    """A journal with its store, and what it told of each end."""
+
+    def __init__(self, **options: float) -> None:
+        self.store = Scripted()
+        options = {"interval": 0.0001, "timeout": BOUND} | options
+        self.journal = Journal(self.store, metrics=Metrics(), **options)
+        self.told: dict[str, bool] = {}
+
+    def begin(self, name: str = "g") -> Record:
+        log: Log[Terminal] = Log()
+        log.begin()
+        header = Header(name, "me", "c", Prompt(prompt="Hello?"), "m", 1.0)
+        return self.journal.begin(header, log)
+
+    def end(self, record: Record) -> None:
+        name = record.header.id
+        end = Done(id=name, seq=1, reason="end_turn", usage=UsageCounts.of(Usage()))
+        self.journal.end(record, end, lambda saved: self.told.update({name: saved}))
+
+    async def stored(self, name: str = "g") -> list[str] | None:
+        found = await self.store.find(name, "me")
+        return found.pieces if isinstance(found, StoredGeneration) else None
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    stand = Stand()
+    yield stand
+    await stand.journal.close(BOUND)
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+async def test_no_failure_ends_the_writer_and_all_is_saved_in_the_end(
+    stand: Stand, failure: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    stand.store.failure = failure
+    record = stand.begin()
+    record.log.append("x")
+    stand.end(record)
+    await until(lambda: stand.told)
+    assert stand.told == {"g": False}
+    stand.store.failure = None
+    stand.end(stand.begin("h"))
+    await until(lambda: len(stand.told) == 2)
+    assert stand.told == {"g": False, "h": True}
+    assert (await stand.stored("g"), await stand.stored("h")) == (["x"], [])
+    assert caplog.text.count("conversations cannot be saved") == 1
+    assert caplog.text.count("conversations are saved again") == 1
+    assert "secret" not in caplog.text
+
+
+async def test_the_writer_goes_on_after_any_number_of_failures(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "LONGEST_PAUSE", 0.0)
+    stand.store.failure = StoreError("disk")
+    stand.journal._failures = 5000
+    stand.begin()
+    await until(lambda: stand.store.commits > 3)
+    assert stand.journal._failures > 5002
+    stand.store.failure = None
+    stand.end(stand.begin("h"))
+    await until(lambda: stand.told)
+    assert stand.told == {"h": True}
+    assert stand.journal._failures == 0
+
+
+@pytest.mark.parametrize("where", ["entry", "saved", "wake"])
+async def test_a_fault_in_the_journal_leaves_no_generation_without_its_end(
+    stand: Stand, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = stand.begin()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, where, broken)
+        stand.end(record)
+        stand.end(stand.begin("h"))
+        await until(lambda: len(stand.told) == 2)
+    stand.end(stand.begin("i"))
+    await until(lambda: len(stand.told) == 3)
+    assert stand.told["i"]
+    assert "secret" not in caplog.text
+    assert await stand.stored("g") == []
+
+
+async def test_a_fault_in_telling_one_end_keeps_no_other_from_being_told(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(saved: bool) -> None:
+        raise ZeroDivisionError("secret")
+
+    first, second = stand.begin("g"), stand.begin("h")
+    end = Done(id="g", seq=0, reason="end_turn", usage=UsageCounts.of(Usage()))
+    stand.journal.end(first, end, broken)
+    stand.end(second)
+    await until(lambda: stand.told)
+    assert stand.told == {"h": True}
+    assert "the end of a reply was not told" in caplog.text
+    assert "secret" not in caplog.text
+    assert await stand.stored("g") == []
+
+
+async def test_what_could_not_be_saved_is_kept_up_to_a_number_and_a_size(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "MOST_KEPT", 4)
+    monkeypatch.setattr(journal, "MOST_KEPT_SIZE", 100_000)
+    stand.store.failure = StoreError("disk")
+    running = stand.begin("running")
+    for number in range(6):
+        record = stand.begin(f"g{number}")
+        record.log.append("x")
+        stand.end(record)
+    await until(lambda: len(stand.told) == 6)
+    kept = [record.header.id for record in stand.journal._unsaved]
+    assert sorted(kept) == ["g2", "g3", "g4", "g5", "running"]
+    for number in range(6, 8):
+        record = stand.begin(f"g{number}")
+        record.log.append("🎈" * 20_000)  # four bytes each, as Python has them
+        stand.end(record)
+    await until(lambda: len(stand.told) == 8)
+    await until(lambda: len(stand.journal._unsaved) == 2)
+    stand.store.failure = None
+    stand.end(running)
+    await until(lambda: len(stand.told) == 9)
+    assert await stand.stored("g7") == ["🎈" * 20_000]
+    assert await stand.stored("g6") is None
+
+
+async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
+    stand: Stand,
+) -> None:
+    stand.store.failure = StoreError("disk")
+    names = ["one", "two", "three"]
+    for number, name in enumerate(names):
+        record = stand.begin(name)
+        await until(lambda number=number: stand.store.commits > number)  # type: ignore[misc]
+        stand.end(record)
+    stand.store.failure = None
+    await stand.journal.flush()
+    await until(lambda: not stand.journal._unsaved)
+    stored = await stand.store.load("c", "me", limit=10, size=10_000)
+    assert stored is not None
+    assert [turn.id for turn in stored.turns] == names
+
+
+async def test_a_probe_writes_to_the_store_once_a_second_at_most(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PROBE_EVERY", 1000.0)
+    await asyncio.gather(*(stand.journal.probe() for _ in range(50)))
+    await stand.journal.probe()
+    assert stand.store.probes == 1
+    monkeypatch.setattr(journal, "PROBE_EVERY", 0.0)
+    stand.store.failure = StoreError("disk")
+    for probes in (2, 3):
+        with pytest.raises(StoreError):
+            await stand.journal.probe()
+        assert stand.store.probes == probes
+    stand.store.failure = None
+    await stand.journal.probe()
+
+
+async def test_a_probe_that_hangs_is_waited_for_and_not_repeated(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "PROBE_EVERY", 0.0)
+    stand.store.gate = asyncio.Event()
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await stand.journal.probe()
+    assert stand.store.probes == 1
+    stand.store.gate.set()
+    await stand.journal.probe()
+
+
+async def test_a_probe_fails_without_a_write_while_the_journal_cannot_save(stand: Stand) -> None:
+    stand.store.failure = StoreError("disk")
+    stand.end(stand.begin())
+    await until(lambda: stand.told)
+    with pytest.raises(StoreError):
+        await stand.journal.probe()
+    assert stand.store.probes == 0
+    stand.store.failure = None
+    await until(lambda: not stand.journal._unsaved)
+    await stand.journal.flush()
+    await stand.journal.probe()
+    assert stand.store.probes == 1
+
+
+def test_pieces_of_an_ended_generation_are_counted_as_they_are_in_memory() -> None:
+    log: Log[Terminal] = Log()
+    log.begin()
+    for piece in ("x" * 1000, "🎈" * 1000, Thinking("é" * 1000)):
+        log.append(piece)
+    record = Record.__new__(Record)
+    record.log, record._size = log, -1
+    assert 1000 + 4000 + 1000 < record.size < 1000 + 4000 + 1000 + 500

@@ -1,0 +1,169 @@
+"""How much of the store an owner may fill, and for how long conversations are kept."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import Puppet, until
+from wsserver import quota, upkeep
+from wsserver.errors import StoreError
+from wsserver.stores import MemoryStore
+from wsserver.stores.base import Forgotten
+from wsserver.upkeep import Upkeep
+
+DAY = 86_400.0
+
+
+async def say(chat: Client, puppet: Puppet, text: str, **keys: Any) -> dict[str, Any]:
+    """Have a prompt answered with a text; return its `start`, or the error that refuses it."""
+    number = len(puppet.replies)
+    answer = await chat.prompt("Hello", **keys)
+    if answer["type"] == "start":
+        (await puppet.reply(number)).say(text).end()
+        await chat.text(answer["id"])
+    return answer
+
+
+@pytest.fixture(params=["memory:", "sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/chat.db" if request.param == "sqlite" else str(request.param)
+
+
+async def test_an_owner_has_so_many_conversations_and_goes_on_in_them(
+    store: str, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "FRESH", 0.0)
+    async with (
+        wsserver.serve(puppet, port=0, store=store, conversations_per_principal=2) as server,
+        client(server) as chat,
+    ):
+        for name in ("conversation-0001", "conversation-0002"):
+            await say(chat, puppet, "x", conversation=name)
+        refused = await say(chat, puppet, "x", conversation="conversation-0003")
+        assert (refused["code"], refused["retryable"]) == ("limit", False)
+        assert "conversations_per_principal" in refused["message"]
+        assert (await say(chat, puppet, "x", conversation="conversation-0001"))["type"] == "start"
+        await chat.send({"type": "delete", "conversation": "conversation-0002"})
+        await chat.next("deleted")
+        answer = await say(chat, puppet, "x", conversation="conversation-0003")
+        assert answer["type"] == "start"
+        assert len(puppet.replies) == 4
+
+
+async def test_an_owners_conversations_take_so_many_bytes(
+    store: str, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "FRESH", 0.0)
+    async with (
+        wsserver.serve(puppet, port=0, store=store, bytes_per_principal=50_000) as server,
+        client(server) as chat,
+    ):
+        first = {"id": "chosen-by-client", "conversation": "conversation-0001"}
+        await say(chat, puppet, "x" * 30_000, **first)
+        await say(chat, puppet, "x" * 30_000, conversation="conversation-0002")
+        for keys in ({}, {"conversation": "conversation-0001"}):
+            refused = await say(chat, puppet, "x", **keys)
+            assert (refused["code"], refused["retryable"]) == ("limit", False)
+            assert "bytes_per_principal" in refused["message"]
+        assert len(puppet.replies) == 2
+        again = await chat.prompt("Hello", **first)
+        assert again["type"] == "start", "nothing is stored for a prompt that is sent again"
+        await chat.send({"type": "delete", "conversation": "conversation-0002"})
+        await chat.next("deleted")
+        assert (await say(chat, puppet, "x", conversation="conversation-0001"))["type"] == "start"
+
+
+async def test_the_store_is_asked_for_a_quota_once_in_a_while_until_it_is_reached(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quota, "FRESH", 1000.0)
+    asked = 0
+    held = MemoryStore.held
+
+    async def counted(self: MemoryStore, owner: str) -> Any:
+        nonlocal asked
+        asked += 1
+        return await held(self, owner)
+
+    monkeypatch.setattr(MemoryStore, "held", counted)
+    async with (
+        wsserver.serve(puppet, port=0, conversations_per_principal=5) as server,
+        client(server) as chat,
+    ):
+        for _ in range(5):
+            await say(chat, puppet, "x")
+        assert asked == 1
+
+
+async def test_conversations_are_deleted_so_long_after_their_last_use(
+    puppet: Puppet, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "PAUSE", 0.0)
+    monkeypatch.setattr(upkeep, "STEP", 2)
+    now = time.time()
+    async with (
+        wsserver.serve(puppet, port=0, store=store, retention_days=30.0) as server,
+        client(server) as chat,
+        client(server) as watcher,
+    ):
+        monkeypatch.setattr(time, "time", lambda: now)
+        names = [f"conversation-000{number}" for number in range(5)]
+        for name in names:
+            start = await say(chat, puppet, "x", conversation=name)
+        await watcher.send({"type": "open", "conversation": names[0]})
+        await watcher.next("history")
+        now += 20 * DAY
+        await say(chat, puppet, "x", conversation=names[2])
+        now += 10 * DAY - 1
+        await server._hub._upkeep.round()
+        now += 2
+        await server._hub._upkeep.round()
+        await watcher.next("deleted", conversation=names[0])
+        listed = await server._store.list("anonymous", 10, None)
+        assert [summary.id for summary in listed] == [names[2]]
+        assert isinstance(await server._store.find(start["id"], "anonymous"), Forgotten)
+        assert server._hub.conversations._known.keys() == {("anonymous", names[2])}
+        answer = await say(chat, puppet, "x", conversation=names[0])
+        assert answer["type"] == "start"
+        assert [m.content for m in puppet.replies[-1].request.messages] == ["Hello"]
+
+
+async def test_conversations_are_kept_for_ever_by_default(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
+        await say(chat, puppet, "x")
+        now = time.time() + 10_000 * DAY
+        monkeypatch.setattr(time, "time", lambda: now)
+        await server._hub._upkeep.round()
+        assert len(await server._store.list("anonymous", 10, None)) == 1
+
+
+async def test_the_upkeep_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upkeep, "EVERY", 0.0)
+    failures: list[Exception] = [StoreError("disk"), ZeroDivisionError("secret")]
+    rounds = 0
+
+    class Failing(MemoryStore):
+        async def purge(self, until: float) -> bool:
+            nonlocal rounds
+            rounds += 1
+            if failures:
+                raise failures.pop(0)
+            return False
+
+    async def delete(name: str, owner: str) -> None:
+        raise AssertionError
+
+    tended = Upkeep(Failing(), delete, replay=0.0, retention=0.0)
+    await until(lambda: rounds > 3)
+    await tended.close()
+    await tended.close()
+    assert caplog.text.count("store not purged") == 1
+    assert "secret" not in caplog.text

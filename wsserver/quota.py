@@ -1,0 +1,68 @@
+"""How much of the store each owner may fill."""
+
+import asyncio
+
+from wsserver.errors import Code, Refused
+from wsserver.settings import Settings
+from wsserver.stores.base import Held, Store
+
+__all__ = ["Quota"]
+
+FRESH = 10.0  # seconds that an answer of the store is relied on; a rate limits what comes meanwhile
+SWEEP = 1024  # answers, after which the old ones are dropped
+
+
+class Quota:
+    """Refuses prompts of owners whose conversations take all the room that they may.
+
+    Args:
+        store: where the conversations are.
+        settings: the limits.
+    """
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._known: dict[str, tuple[float, Held]] = {}  # by owner, with when it was asked for
+
+    async def check(self, owner: str, *, new: bool) -> None:
+        """Pass where an owner may store one more prompt.
+
+        Args:
+            owner: whose prompt.
+            new: the prompt begins a conversation.
+
+        Raises:
+            Refused: the owner has to delete something first.
+            StoreError: the store cannot tell.
+        """
+        settings, now = self._settings, self._loop.time()
+        asked, held = self._known.get(owner, (now - FRESH, Held(0, 0)))
+        if now - asked >= FRESH or self._over(held, new=new) is not None:
+            held = await self._store.held(owner)
+            if len(self._known) >= SWEEP:
+                self._known = {k: v for k, v in self._known.items() if now - v[0] < FRESH}
+            self._known[owner] = now, held
+        over = self._over(held, new=new)
+        if over == "bytes":
+            message = (
+                f"Your conversations take {held.bytes} bytes; {settings.bytes_per_principal} are "
+                "allowed (bytes_per_principal). Delete some."
+            )
+            raise Refused(Code.LIMIT, message, retryable=False)
+        if over == "conversations":
+            message = (
+                f"You have {held.conversations} conversations; "
+                f"{settings.conversations_per_principal} are allowed "
+                "(conversations_per_principal). Delete some."
+            )
+            raise Refused(Code.LIMIT, message, retryable=False)
+
+    def _over(self, held: Held, *, new: bool) -> str | None:
+        """Return which limit an owner has reached."""
+        if held.bytes >= self._settings.bytes_per_principal:
+            return "bytes"
+        if new and held.conversations >= self._settings.conversations_per_principal:
+            return "conversations"
+        return None
