@@ -276,15 +276,23 @@ async def test_a_server_that_was_killed_is_found_again_at_its_port(
 
 @pytest.fixture(scope="module")
 def app() -> str:
-    """The example as a script; it begins with ``start(properties)``."""
+    """The example as a script: ``start(properties)``, and ``pick(conversation)`` later.
+
+    ``conversation`` is the one that the app is told to keep.
+    """
     packages = require_npm_package("react-dom").parent
     entry = """
         import { StrictMode } from 'react'
         import { createRoot } from 'react-dom/client'
         import { App } from './examples/react/App.jsx'
+        const onConversation = (id) => { globalThis.conversation = id }
         globalThis.start = (properties) => {
-          const place = document.body.appendChild(document.createElement('div'))
-          createRoot(place).render(<StrictMode><App {...properties} /></StrictMode>)
+          const root = createRoot(document.body.appendChild(document.createElement('div')))
+          globalThis.pick = (conversation) => {
+            const given = { ...properties, conversation, onConversation }
+            root.render(<StrictMode><App {...given} /></StrictMode>)
+          }
+          pick(properties.conversation)
         }
     """
     built = subprocess.run(
@@ -342,7 +350,7 @@ async def test_the_hook_shows_a_reply_as_it_comes_and_stops_it(
     await type_in(page, "Fail")
     (await puppet.reply(2)).fail(wsserver.ModelError(wsserver.Code.OVERLOADED))
     await expect(page.get_by_role("alert")).to_contain_text("overloaded")
-    await expect(button).to_have_text("Send")
+    await expect(button).to_have_text(["Send", "Retry"])
 
 
 async def test_the_hook_goes_on_where_another_page_is(
@@ -369,3 +377,166 @@ async def test_the_hook_goes_on_where_another_page_is(
     line.mend()
     await expect(messages).to_have_text(["First", "done", "Second", "one two", "Third", "missed"])
     await expect(page.get_by_role("alert")).to_have_count(0)
+
+
+A, B, UNKNOWN = "conversation-of-a", "conversation-of-b", "conversation-unknown"
+
+
+async def pick(page: Page, conversation: str | None) -> None:
+    await page.evaluate("id => pick(id ?? undefined)", conversation)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def two(page: Page, puppet: Puppet) -> None:
+    """Two conversations, of one turn each."""
+    await connect(page)
+    for number, (prompt, conversation) in enumerate([("in A", A), ("in B", B)]):
+        await ask(page, prompt, conversation)
+        (await puppet.reply(number)).say(f"said {prompt}").end()
+        await end(page, number)
+
+
+@pytest.mark.usefixtures("two")
+async def test_the_hook_clears_the_messages_where_another_conversation_is_picked(
+    page: Page, server: wsserver.Server, puppet: Puppet, app: str
+) -> None:
+    await start(page, app, url=server.url, conversation=A)
+    messages, alert = page.get_by_role("listitem"), page.get_by_role("alert")
+    await expect(messages).to_have_text(["in A", "said in A"])
+    await pick(page, B)
+    await expect(messages).to_have_text(["in B", "said in B"])
+    await pick(page, UNKNOWN)
+    await expect(alert).to_be_visible()
+    await expect(messages).to_have_count(0)
+    await expect(page.get_by_role("button")).to_have_text(["Send"])
+    await pick(page, B)
+    await expect(messages).to_have_text(["in B", "said in B"])
+    await expect(alert).to_have_count(0)
+    await pick(page, None)
+    await expect(messages).to_have_count(0)
+    await type_in(page, "new")
+    (await puppet.reply(2)).say("begun").end()
+    await expect(messages).to_have_text(["new", "begun"])
+    assert [message.content for message in puppet.replies[2].request.messages] == ["new"]
+    await pick(page, A)
+    await expect(messages).to_have_text(["in A", "said in A"])
+
+
+@pytest.mark.usefixtures("two")
+@pytest.mark.parametrize("other", [B, UNKNOWN, None])
+async def test_the_hook_shows_no_reply_of_a_conversation_that_is_left_and_the_reply_goes_on(
+    page: Page, server: wsserver.Server, puppet: Puppet, app: str, other: str | None
+) -> None:
+    await start(page, app, url=server.url, conversation=A)
+    messages, button = page.get_by_role("listitem"), page.get_by_role("button")
+    await expect(messages).to_have_count(2)
+    await type_in(page, "long")
+    model = (await puppet.reply(2)).say("one ")
+    await expect(messages).to_have_text(["in A", "said in A", "long", "one"])
+    await expect(button).to_have_text(["Stop"])
+    await pick(page, other)
+    await expect(button).to_have_text(["Send"])
+    await expect(messages).to_have_text(["in B", "said in B"] if other == B else [])
+    await expect(page.get_by_role("list")).to_have_attribute("aria-busy", "false")
+    model.say("two ")
+    await pick(page, A)
+    await expect(messages).to_have_text(["in A", "said in A", "long", "one two"])
+    await expect(button).to_have_text(["Stop"])
+    await pick(page, other)
+    await expect(button).to_have_text(["Send"])
+    model.say("three").end()
+    await until_ended(page, server)
+    await expect(button).to_have_text(["Send"])
+    await pick(page, A)
+    await expect(messages).to_have_text(["in A", "said in A", "long", "one two three"])
+    await expect(button).to_have_text(["Send"])
+
+
+async def until_ended(page: Page, server: wsserver.Server) -> None:
+    """Wait until no reply runs in A."""
+    await page.evaluate(
+        """async ([url, conversation]) => {
+            const { connect } = await import('/client.js');
+            const chat = connect(url);
+            const { replies } = await chat.open(conversation);
+            await Promise.all(replies.map(({ done }) => done));
+            chat.close();
+        }""",
+        [server.url, A],
+    )
+
+
+async def test_the_hook_tells_the_conversation_that_a_reload_goes_on_with(
+    page: Page, server: wsserver.Server, puppet: Puppet, app: str
+) -> None:
+    await start(page, app, url=server.url)
+    messages = page.get_by_role("listitem")
+    await type_in(page, "first")
+    model = (await puppet.reply()).say("one ")
+    await expect(messages).to_have_text(["first", "one"])
+    conversation = await page.evaluate("conversation")
+    await pick(page, conversation)  # as an app does that keeps it in its state
+    model.say("two ")
+    await expect(messages).to_have_text(["first", "one two"])
+    await expect(page.get_by_role("button")).to_have_text(["Stop"])
+    await page.reload()
+    await start(page, app, url=server.url, conversation=conversation)
+    model.say("three").end()
+    await expect(messages).to_have_text(["first", "one two three"])
+    await type_in(page, "second")
+    said = (await puppet.reply(1)).request.messages
+    assert [message.content for message in said] == ["first", "one two three", "second"]
+    await page.evaluate("pick()")
+    await expect(messages).to_have_count(0)
+
+
+async def test_the_hook_asks_again_in_place_of_what_failed(
+    page: Page, server: wsserver.Server, puppet: Puppet, app: str
+) -> None:
+    await start(page, app, url=server.url)
+    messages, retry = page.get_by_role("listitem"), page.get_by_role("button", name="Retry")
+    await type_in(page, "Hello")
+    (await puppet.reply()).say("half").fail(wsserver.ModelError(wsserver.Code.OVERLOADED))
+    await retry.click()
+    (await puppet.reply(1)).fail(wsserver.ModelError(wsserver.Code.OVERLOADED))
+    await expect(messages).to_have_text(["Hello", "(not whole: overloaded)"])
+    await retry.click()
+    (await puppet.reply(2)).say("whole").end()
+    await expect(messages).to_have_text(["Hello", "whole"])
+    await expect(retry).to_have_count(0)
+    await expect(page.get_by_role("alert")).to_have_count(0)
+    said = [[m.content for m in reply.request.messages] for reply in puppet.replies]
+    assert said == [["Hello"]] * 3
+    conversation = await page.evaluate("conversation")
+    await page.reload()
+    await start(page, app, url=server.url, conversation=conversation)
+    await expect(messages).to_have_text(["Hello", "whole"])
+
+
+async def test_the_hook_asks_again_what_was_refused(
+    page: Page, server: wsserver.Server, puppet: Puppet, app: str
+) -> None:
+    await start(page, app, url=server.url)
+    messages, retry = page.get_by_role("listitem"), page.get_by_role("button", name="Retry")
+    long = "x" * 40_000
+    await type_in(page, long)
+    await expect(messages).to_have_text([long, "(not whole: too_long)"])
+    await retry.click()
+    await expect(messages).to_have_text([long, "(not whole: too_long)"])
+    await type_in(page, "short")
+    (await puppet.reply()).say("whole").end()
+    await expect(messages).to_have_text([long, "(not whole: too_long)", "short", "whole"])
+
+
+async def test_the_hook_has_no_reply_under_way_where_the_server_closed_for_good(
+    page: Page, server: wsserver.Server, puppet: Puppet, app: str
+) -> None:
+    await start(page, app, url=server.url)
+    await type_in(page, "Hello")
+    (await puppet.reply()).say("half")
+    await expect(page.get_by_role("listitem")).to_have_text(["Hello", "half"])
+    for connection in tuple(server._connections):
+        connection.end(1008, "enough")
+    await expect(page.get_by_role("alert")).to_contain_text("closed")
+    await expect(page.get_by_role("button")).to_have_text(["Send", "Retry"])
+    await expect(page.get_by_role("status")).to_have_text("Not connected: closed")

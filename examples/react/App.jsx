@@ -1,11 +1,16 @@
-import { useState } from 'react'
+import { useEffect, useState } from 'react'
 import { useChat } from './useChat.js'
 
-/** @param {Parameters<typeof useChat>[0]} props */
-export function App(props) {
-  const { messages, status, send, stop, error, connection } = useChat(props)
+/** @param {Parameters<typeof useChat>[0] & {onConversation?: (id: string) => void}} props */
+export function App({ onConversation, ...options }) {
+  const { conversation, messages, status, send, retry, stop, error, connection } = useChat(options)
   const [text, setText] = useState('')
   const busy = status === 'submitted' || status === 'streaming'
+  const begun = messages.length > 0
+
+  useEffect(() => {
+    if (begun) onConversation?.(conversation) // keep it, for a page that is loaded again
+  }, [begun, conversation, onConversation])
 
   function submit(/** @type {import('react').FormEvent} */ event) {
     event.preventDefault()
@@ -29,6 +34,7 @@ export function App(props) {
       <form onSubmit={submit}>
         <input aria-label="Your message" value={text} onChange={(event) => setText(event.target.value)} />
         {busy ? <button type="button" onClick={stop}>Stop</button> : <button>Send</button>}
+        {status === 'error' && <button type="button" onClick={retry}>Retry</button>}
       </form>
       <footer role="status">{connection === 'open' ? 'Connected' : `Not connected: ${connection}`}</footer>
     </main>
