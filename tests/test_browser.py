@@ -425,12 +425,62 @@ async def test_a_failed_reply_keeps_its_text_says_why_and_can_be_retried_in_time
     await again.click()
     (await puppet.reply(1)).say("Whole").end()
     await expect(text(timed)).to_have_text("Whole")
-    assert [model.request.prompt for model in puppet.replies] == ["Count", "Count"]
-    await expect(again).to_have_count(0)
-    await timed.reload()  # and the history tells of both
-    await expect(text(timed)).to_have_text("Whole")
-    await expect(timed.locator(".note").first).to_have_text("Broken off by an error (overloaded).")
-    await expect(again).to_have_count(0)
+    said = [[m.content for m in model.request.messages] for model in puppet.replies]
+    assert said == [["Count"], ["Count"]]
+    for _ in range(2):  # also where the history tells of it
+        await expect(timed.locator("article")).to_have_count(1)
+        await expect(again).to_have_count(0)
+        await timed.reload()
+        await expect(text(timed)).to_have_text("Whole")
+
+
+async def test_a_retry_takes_the_place_of_what_failed_on_every_page(
+    page: Page, puppet: Puppet
+) -> None:
+    await converse(page, puppet, "First")
+    await ask(page, "Second")
+    (await puppet.reply(1)).say("Half").fail(ModelError(Code.OVERLOADED))
+    again = page.get_by_role("button", name="Retry")
+    await expect(again).to_be_visible()
+    tab = await second_tab(page)
+    await expect(text(tab)).to_have_text("Half")
+    await page.reload()
+    await again.click()
+    model = (await puppet.reply(2)).say("More")
+    for shown in (page, tab):
+        await expect(shown.locator(".text")).to_have_text(["Reply", "More"])
+    await tab.reload()  # while the retry is under way
+    await expect(tab.locator(".text")).to_have_text(["Reply", "More"])
+    model.say(" and all").end()
+    for shown in (page, tab):
+        await expect(shown.locator(".text")).to_have_text(["Reply", "More and all"])
+        await expect(shown.locator(".you p")).to_have_text(["First", "Second"])
+    await page.reload()
+    await expect(page.locator(".text")).to_have_text(["Reply", "More and all"])
+    assert [m.content for m in model.request.messages] == ["First", "Reply", "Second"]
+
+
+async def test_a_retry_that_is_refused_can_be_tried_again_in_the_place_of_what_failed(
+    blank: Page, puppet: Puppet
+) -> None:
+    await blank.clock.install()
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, generations=1) as server:
+        await visit(blank, server)
+        await ask(blank, "Count")
+        (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
+        again = blank.get_by_role("button", name="Retry")
+        await expect(again).to_be_visible()
+        async with client(server) as other:
+            await other.prompt("Something else")
+            await again.click()
+            await expect(blank.locator(".text")).to_have_text(["Half", ""])
+            await expect(note(blank)).to_contain_text("as many generations as it may")
+            await other.send({"type": "stop"})
+            await other.next("done")
+        await again.click()
+        (await puppet.reply(2)).say("Whole").end()
+        await expect(blank.locator(".text")).to_have_text(["Whole"])
+        assert [m.content for m in puppet.replies[2].request.messages] == ["Count"]
 
 
 async def test_what_was_refused_for_now_is_asked_again_in_its_place(

@@ -234,6 +234,8 @@ function follow(reply) {
   const changed = () => {
     if (!reply.started && !reply.ended) return
     reply.removeEventListener('change', changed)
+    const replaced = reply.started && reply.retryOf !== undefined && turns.get(reply.retryOf)
+    if (replaced) remove(replaced)
     // From here on also what others ask in it comes here.
     if (current !== undefined && reply.started && reply.conversation === current && followed !== current) {
       followed = current
@@ -249,8 +251,8 @@ function follow(reply) {
 
 // A turn.
 
-/** @param {string} text */
-function ask(text) {
+/** @param {string} text @param {string} [retryOf] The id of the turn whose place the new one takes. */
+function ask(text, retryOf) {
   if (current === undefined) {
     current = chat.conversation
     history.replaceState(null, '', `#${current}`)
@@ -261,16 +263,16 @@ function ask(text) {
   say('')
   for (const turn of turns.values()) turn.settle()
   heard.textContent = 'Sent.'
-  follow(chat.prompt(text, { conversation: current }))
+  follow(chat.prompt(text, { conversation: current, retryOf }))
   toEnd()
 }
 
 /** @param {Turn} turn */
 function retry(turn) {
-  const { prompt } = turn
+  const { prompt, refused } = turn
   if (running()) return
-  if (turn.refused) remove(turn) // the server knows nothing of it
-  ask(prompt)
+  if (refused) remove(turn) // the server knows nothing of it
+  ask(prompt, refused ? turn.retryOf : turn.id)
   box.focus()
 }
 

@@ -30,6 +30,7 @@ export class Sidebar {
     this.chat = chat
     this.told = told
     more.addEventListener('click', () => this.#loadMore())
+    chat.on('renamed', () => this.refresh()) // by another browser
     chat.on('deleted', ({ conversation }) => this.#forget(conversation)) // by another browser
     others.addEventListener('message', ({ data }) => {
       if (typeof data === 'string') this.#forget(data)

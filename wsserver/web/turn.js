@@ -30,6 +30,7 @@ const count = new Intl.NumberFormat('en')
 
 export class Turn {
   /** @type {Reply | undefined} What it shows, while that is not over. */ reply
+  /** @type {string | undefined} The id of the turn whose place this one takes, once it has started. */ retryOf
   element = copyOf('turn')
   #prompt = find(this.element, '.you p', HTMLElement)
   #shown = find(this.element, '.reply', HTMLElement)
@@ -114,6 +115,7 @@ export class Turn {
   /** Show what is under way. @param {Reply} reply */
   follow(reply) {
     this.reply = reply
+    this.retryOf = reply.retryOf
     if (reply.prompt !== undefined) this.#prompt.textContent = reply.prompt
     const soon = () => { this.#frame ??= requestAnimationFrame(() => this.#draw()) }
     reply.addEventListener('change', () => {
