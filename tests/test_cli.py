@@ -16,6 +16,7 @@ from tests.support.client import Client
 from tests.support.process import Process, run
 from wsserver import Settings
 from wsserver.cli import _loop_factory, main
+from wsserver.settings import SECRETS
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +152,20 @@ async def test_a_second_server_says_how_to_run_beside_the_first(
         assert "--store memory:" in line
         async with run(*SERVE, "--store", "memory:") as second:
             await url(second)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize("form", ["two words", "one word"])
+def test_a_secret_as_a_flag_is_refused_and_not_repeated(
+    capsys: pytest.CaptureFixture[str], name: str, form: str
+) -> None:
+    flag = "--" + name.replace("_", "-")
+    secret = "hunter2-hunter2-hunter2-hunter2-hunter2"
+    arguments = [flag, secret] if form == "two words" else [f"{flag}={secret}"]
+    line = fails(capsys, "serve", *arguments)
+    assert f"{flag}-file FILE" in line
+    assert f"WSSERVER_{name.upper()}" in line
+    assert "hunter2" not in line
 
 
 def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:

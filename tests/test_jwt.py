@@ -22,7 +22,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 from pydantic import SecretStr, ValidationError
+from websockets.exceptions import InvalidStatus
 
+import wsserver
+from tests.support.client import client
 from tests.support.upstream import _self_signed, refused_url
 from wsserver import ConfigError, Settings
 from wsserver.auth import jwks
@@ -185,6 +188,13 @@ async def fetching(url: str) -> AsyncIterator[JwtAuthenticator]:
         yield check
     finally:
         await check.aclose()
+
+
+async def fetched(check: JwtAuthenticator) -> None:
+    """Wait for the fetch that is under way in the background."""
+    assert isinstance(check._source, jwks.FetchedKeys)
+    assert check._source._fetching is not None
+    await check._source._fetching
 
 
 # What is taken.
@@ -512,6 +522,28 @@ def test_the_secret_is_shown_nowhere(
     assert SECRET not in str(raised.value)
 
 
+async def test_the_secret_may_be_in_a_file_and_is_read_again_on_a_reload(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(SECRET + "\n")
+    check = authenticator(jwt_secret_file=str(file))
+    old = secretly()
+    new = forged({"alg": "HS256"}, claims(), SECRET[::-1].encode())
+    assert await check(old, HERE) is not None
+    assert await check(new, HERE) is None
+    file.write_text(SECRET[::-1])
+    assert await check.reload()
+    assert await check(old, HERE) is None
+    assert await check(new, HERE) is not None
+    file.write_text("short")
+    assert not await check.reload()
+    assert await check(new, HERE) is not None
+    assert "at least 32 bytes" in caplog.text
+    with pytest.raises(ConfigError, match="at least 32 bytes"):
+        authenticator(jwt_secret_file=str(file))
+
+
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "wsserver.auth.jwt")
@@ -610,9 +642,86 @@ async def test_keys_are_fetched_when_first_needed_and_when_they_are_old(
         issuer.body = key_set("rsa-2")
         assert await check(sign("rsa-1"), HERE) is not None
         clock.now += 1
+        assert await check(sign("rsa-1"), HERE) is not None  # which has it fetched
+        await fetched(check)
         assert await check(sign("rsa-1"), HERE) is None
         assert await check(sign("rsa-2"), HERE) is not None
         assert len(issuer.paths) == 2
+
+
+async def test_a_key_withdrawn_while_nobody_came_is_not_good(issuer: Issuer, clock: Clock) -> None:
+    async with fetching(issuer.url) as check:
+        assert await check(sign("rsa-1"), HERE) is not None
+        issuer.body = key_set("rsa-2")
+        clock.now += 7200
+        assert await check(sign("rsa-1"), HERE) is None
+
+
+async def test_known_tokens_do_not_wait_for_an_issuer_that_hangs(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jwks, "FETCH_TIMEOUT", 3600.0)
+    monkeypatch.setattr("wsserver.auth.jwt.PATIENCE", 0.05)
+    async with fetching(issuer.url) as check:
+        assert await check(sign("rsa-1"), HERE) is not None
+        issuer.open.clear()
+        for _ in range(3):
+            clock.now += 3600
+            known = check(sign("rsa-1"), HERE)
+            # Driven by hand: to wait for anything would need the event loop.
+            with pytest.raises(StopIteration) as returned:
+                known.send(None)
+            assert returned.value.value.name == "ada"
+            await issuer.asked(2)
+            with pytest.raises(Unavailable):  # but only for so long
+                await check(sign("rsa-2"), HERE)
+        assert len(issuer.paths) == 2
+        reloading = asyncio.create_task(check.reload())
+        await asyncio.sleep(0)
+        assert await check(sign("rsa-1"), HERE) is not None
+        assert not reloading.done()
+        issuer.body = key_set("rsa-1", "rsa-2")
+        issuer.open.set()
+        assert await reloading
+        assert await check(sign("rsa-2"), HERE) is not None
+
+
+async def test_a_reload_that_fails_says_so_each_time_and_changes_nothing(
+    issuer: Issuer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with fetching(issuer.url) as check:
+        assert await check(sign("rsa-1"), HERE) is not None
+        issuer.status = "500 Oh"
+        for times in (1, 2):
+            assert not await check.reload()
+            assert caplog.text.count("keys stay as they were") == times
+        assert await check(sign("rsa-1"), HERE) is not None
+
+
+async def test_unknown_keys_while_the_issuer_hangs_cost_known_logins_nothing(
+    issuer: Issuer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with wsserver.serve(
+        "demo", port=0, jwt_jwks=issuer.url, jwt_audience="chat", open_timeout=1
+    ) as server:
+
+        async def status(key: str) -> int:
+            headers = {"Authorization": f"Bearer {sign(key)}"}
+            try:
+                async with client(server, additional_headers=headers):
+                    return 101
+            except InvalidStatus as refused:
+                return refused.response.status_code
+
+        assert await status("rsa-1") == 101
+        clock.now += 30
+        issuer.open.clear()
+        strangers = [asyncio.create_task(status("rsa-9")) for _ in range(20)]
+        await issuer.asked(2)
+        assert await status("rsa-1") == 101
+        assert set(await asyncio.gather(*strangers)) == {503}
+        assert len(issuer.paths) == 2
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 @pytest.mark.parametrize("kid", ["", None])
@@ -768,7 +877,8 @@ async def test_keys_that_cannot_be_renewed_go_on_to_serve(
             clock.now += 3600
             for _ in range(2):
                 assert await check(sign("rsa-1"), HERE) is not None
-                assert await check(sign("rsa-2"), HERE) is None
+                with pytest.raises(Unavailable):  # it may be signed by a newer key
+                    await check(sign("rsa-2"), HERE)
         assert len(issuer.paths) == 3
         assert len(caplog.records) == 1  # for all of the outage
         assert says in caplog.text

@@ -220,6 +220,27 @@ async def test_with_a_token_they_are_for_who_has_it(
             assert b"wsserver_connections" not in body
 
 
+async def test_their_token_may_be_in_a_file_and_is_read_again_on_a_reload(
+    puppet: Puppet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("sesame\n")
+
+    async def status(token: str) -> int:
+        head = f"Host: localhost\nAuthorization: Bearer {token}\n\n"
+        return (await ask(server, f"GET /metrics HTTP/1.1\n{head}"))[0]
+
+    async with wsserver.serve(puppet, port=0, metrics_token_file=str(file)) as server:
+        assert (await status("sesame"), await status("other")) == (200, 401)
+        file.write_text("other")
+        assert await server.reload()
+        assert (await status("sesame"), await status("other")) == (401, 200)
+        file.unlink()
+        assert not await server.reload()
+        assert await status("other") == 200
+        assert "token for metrics stays as it was" in caplog.text
+
+
 async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, operations_port=0) as server:
         assert server.operations_port not in {None, server.port}

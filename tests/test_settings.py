@@ -1,6 +1,10 @@
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from wsserver import ConfigError, Settings
+from wsserver.settings import SECRETS
 
 
 def test_every_setting_says_what_it_is_for() -> None:
@@ -47,6 +51,31 @@ def test_a_bad_setting_is_one_clear_line(name: str, value: object, says: str) ->
         Settings.load(**{name: value})
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_may_be_in_a_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "secret"
+    file.write_text(" with spaces \n")
+    assert Settings.load().secret(name) == ""
+    assert Settings.load(**{name: "given"}).secret(name) == "given"
+    monkeypatch.setenv(f"WSSERVER_{name.upper()}_FILE", str(file))
+    settings = Settings.load()
+    assert settings.secret(name) == " with spaces "
+    with pytest.raises(ConfigError, match=f"give one of {name} and {name}_file"):
+        Settings.load(**{name: "given"})
+    spoils: dict[Callable[[], object], str] = {
+        lambda: file.write_bytes(b"\xff"): "not text",
+        lambda: file.write_text("\n"): "is empty",
+        file.unlink: "No such file",
+        file.mkdir: "Is a directory",
+    }
+    for spoil, says in spoils.items():
+        spoil()
+        with pytest.raises(ConfigError, match=rf"^{name}_file: .*{says}"):
+            settings.secret(name)
 
 
 def test_the_environment_is_told_of_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:

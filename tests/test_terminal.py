@@ -468,7 +468,9 @@ async def test_the_token_comes_from_the_environment_or_a_flag(puppet: Puppet) ->
         ):
             async with once(server.url, "--once", "Hi", *arguments, **env) as process:
                 (await puppet.reply(number)).say("Ada").end()
-                assert await outcome(process) == (0, "Ada", "")
+                code, said, noted = await outcome(process)
+                assert (code, said) == (0, "Ada")
+                assert ("can see --token" in noted) is bool(arguments)
         async with once(server.url, "--once", "Hi", WSSERVER_CHAT_TOKEN="bad") as process:
             code, out, err = await outcome(process)
         assert (code, out) == (1, "")

@@ -22,7 +22,7 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log, set_up, tell_left_out
 from wsserver.protocol import json_schema
 from wsserver.server import Server, serve
-from wsserver.settings import SECTIONS, Settings
+from wsserver.settings import SECRETS, SECTIONS, Settings
 
 __all__ = ["main"]
 
@@ -36,6 +36,18 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"wsserver: {message}; see {self.prog} --help\n")
+
+
+class _Secret(argparse.Action):
+    """Refuses a secret as a flag, which every user of the machine can see (``ps``)."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        name = self.dest
+        flag = "--" + name.replace("_", "-")
+        parser.error(
+            f"{flag}: every user of this machine can see a flag; put a new secret into a file "
+            f"({flag}-file FILE) or into the environment (WSSERVER_{name.upper()})"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -144,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"help": text}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif name in SECRETS:
+            options |= {"action": _Secret, "metavar": ""}
         else:
             options["metavar"] = Settings.unit(name).upper()
         section.add_argument("--" + name.replace("_", "-"), **options)
@@ -173,6 +187,8 @@ def _add_chat(commands: Any) -> None:
 
 
 def _chat(**options: str | None) -> int:
+    if options["token"]:
+        _note("every user of this machine can see --token; WSSERVER_CHAT_TOKEN hides the token")
     # Imported here, as a server needs nothing of it.
     from wsserver import terminal  # noqa: PLC0415
 

@@ -83,6 +83,9 @@ class Operations:
         metrics: what has been counted.
         ready: tells what it takes to serve clients, part by part, and whether it is there.
         token: lets programs read the metrics; "" lets those that are trusted.
+
+    Attributes:
+        token: the same; it may be replaced.
     """
 
     PATHS = ("/healthz", "/readyz", "/metrics")
@@ -95,7 +98,7 @@ class Operations:
     ) -> None:
         self._metrics = metrics
         self._ready = ready
-        self._token = token
+        self.token = token
         self._looking: asyncio.Task[Mapping[str, bool]] | None = None
 
     async def respond(self, path: str, headers: Mapping[str, str], *, trusted: bool) -> Response:
@@ -111,8 +114,8 @@ class Operations:
         if path == "/readyz":
             return await self._readiness()
         given = bearer(headers) or ""
-        known = bool(self._token) and hmac.compare_digest(given.encode(), self._token.encode())
-        if not (known or (trusted and not self._token)):
+        known = bool(self.token) and hmac.compare_digest(given.encode(), self.token.encode())
+        if not (known or (trusted and not self.token)):
             return respond(
                 HTTPStatus.UNAUTHORIZED,
                 "Metrics are for the token of the setting `metrics_token` "

@@ -163,7 +163,7 @@ class Server:
             await self._store.open()
             self._hub = Hub(model, self._store, settings, self.metrics)
             self._operations = Operations(
-                self.metrics, self._readiness, settings.metrics_token.get_secret_value()
+                self.metrics, self._readiness, settings.secret("metrics_token")
             )
             await self._listen()
             self._check_exposure()
@@ -205,7 +205,7 @@ class Server:
             )
 
     async def reload(self) -> bool:
-        """Read anew the certificate and what lets clients in.
+        """Read anew the certificate, the token for metrics, and what lets clients in.
 
         Open sockets go on, but for those of clients who would not be let in any more.
 
@@ -213,6 +213,11 @@ class Server:
             Whether all could be read. What could not stays as it was, and the log says why.
         """
         done = self._certificate is None or self._certificate.reload()
+        try:
+            self._operations.token = self.settings.secret("metrics_token")
+        except ConfigError as error:
+            log.error("the token for metrics stays as it was", reason=str(error))
+            done = False
         if self._authenticate is not None:
             done = await auth.reload(self._authenticate) and done
             self._admission.reloads += 1

@@ -7,6 +7,7 @@ A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, 
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -14,7 +15,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from wsserver.errors import ConfigError
 
-__all__ = ["SECTIONS", "Settings"]
+__all__ = ["SECRETS", "SECTIONS", "Settings"]
 
 
 class Unit(str):
@@ -38,6 +39,9 @@ ANSWER_ROOM = 8192  # bytes of an answer besides the text in it
 ESCAPED = 6  # bytes that JSON makes of one character at most
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
 
+
+SECRETS = ("jwt_secret", "metrics_token")
+"""Settings that nobody else may see. Each may be in a file, which ``NAME_file`` names."""
 
 SECTIONS = {
     "host": "where it listens",
@@ -119,8 +123,11 @@ class Settings(BaseSettings):
     token_file: str = ""
     """A file of such lines, read again on SIGHUP; sockets whose token is gone are then closed."""
     jwt_secret: SecretStr = SecretStr("")
-    """Secret of 32 bytes or more that JSON Web Tokens are signed with (HS256). Better in the
-    environment than as a flag, which other users of the machine can see."""
+    """Secret of 32 bytes or more that JSON Web Tokens are signed with (HS256). Not as a flag: other
+    users of the machine can see flags."""
+    jwt_secret_file: str = ""
+    """A file that has the secret in place of `jwt_secret`, read again on SIGHUP. One line end
+    after the secret is not a part of it."""
     jwt_jwks: str = ""
     """Keys that JSON Web Tokens are signed with (RS256, PS256, ES256, EdDSA), instead of a secret:
     the path of a JSON Web Key Set, or the `https://` address where their issuer has it."""
@@ -265,7 +272,11 @@ class Settings(BaseSettings):
     # What its operator sees.
     metrics_token: SecretStr = SecretStr("")
     """Bearer token for `/metrics`. Without one they are at `operations_port`, or on a server that
-    is for this machine alone, as they tell how much is going on."""
+    is for this machine alone, as they tell how much is going on. Not as a flag: other users of the
+    machine can see flags."""
+    metrics_token_file: str = ""
+    """A file that has the token in place of `metrics_token`, read again on SIGHUP. One line end
+    after the token is not a part of it."""
     operations_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address of the port for operators."""
     operations_port: Annotated[int, Field(ge=0, le=65535), Unit("port")] | None = None
@@ -318,9 +329,12 @@ class Settings(BaseSettings):
         if self.key and not self.cert:
             raise ValueError("key needs cert, the certificate that it belongs to")
         # Else what was meant to keep strangers out would let everybody in.
-        keys = self.jwt_secret.get_secret_value() or self.jwt_jwks
+        keys = self.jwt_secret.get_secret_value() or self.jwt_secret_file or self.jwt_jwks
         if (self.jwt_audience or self.jwt_issuer) and not keys:
             raise ValueError("jwt_audience and jwt_issuer need jwt_secret or jwt_jwks")
+        for name in SECRETS:
+            if getattr(self, name).get_secret_value() and getattr(self, f"{name}_file"):
+                raise ValueError(f"give one of {name} and {name}_file, and not both")
         if self.prompt_size > self.message_size:
             raise ValueError("prompt_size must not be over message_size")
         if self.max_tokens > self.max_tokens_limit:
@@ -344,6 +358,30 @@ class Settings(BaseSettings):
     def answer_size(self) -> int:
         """Bytes of the largest frame that the server sends: one that an idle socket may hold."""
         return self.max_unsent - self.write_buffer
+
+    def secret(self, name: str) -> str:
+        """Return a secret, from its file where it has one; empty where there is none.
+
+        Args:
+            name: one of :data:`SECRETS`.
+
+        Raises:
+            ConfigError: the file cannot be read, or is empty.
+        """
+        setting = f"{name}_file"
+        path = getattr(self, setting)
+        if not path:
+            value = getattr(self, name).get_secret_value()
+            assert isinstance(value, str)
+            return value
+        try:
+            text = Path(path).expanduser().read_text()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text, or not a path"
+            raise ConfigError(f"{setting}: cannot read {path}: {reason}") from None
+        if not (value := text.removesuffix("\n").removesuffix("\r")):
+            raise ConfigError(f"{setting}: {path} is empty")
+        return value
 
     @classmethod
     def unit(cls, name: str) -> str:

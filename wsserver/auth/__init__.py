@@ -35,7 +35,7 @@ def make(settings: Settings) -> Authenticator | None:
     ways: list[Authenticator] = []
     if settings.tokens or settings.token_file:
         ways.append(Tokens(settings.tokens, _path(settings.token_file)))
-    if settings.jwt_secret.get_secret_value() or settings.jwt_jwks:
+    if settings.jwt_secret.get_secret_value() or settings.jwt_secret_file or settings.jwt_jwks:
         from wsserver.auth.jwt import JwtAuthenticator  # noqa: PLC0415
 
         ways.append(JwtAuthenticator(settings))

@@ -1,6 +1,6 @@
-"""Where the keys of JSON Web Tokens come from: a file, or the issuer's address.
+"""When the keys of JSON Web Tokens are read, and which keys hold when they cannot be.
 
-What a key set says is read elsewhere; here is when it is read, and what holds when it cannot be.
+What a file or a key set says is read elsewhere.
 The rules about an address all have one reason: whoever sends a token must not be able to make
 this server ask the issuer more often than it would by itself.
 """
@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -20,9 +19,10 @@ from wsserver.auth.base import Unavailable
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-__all__ = ["FetchedKeys", "FileKeys", "FixedKeys", "Key", "Keys", "Parse"]
+__all__ = ["FetchedKeys", "FixedKeys", "Key", "Keys", "Parse", "ReadKeys"]
 
 FETCH_TIMEOUT = 5.0  # seconds for the whole of one fetch
+PATIENCE = 2.0  # seconds that a token waits for a fetch; the fetch goes on without the token
 MAX_DOCUMENT = 256 * 1024  # bytes; the key sets of large issuers have a few thousand
 FRESH = 3600.0  # seconds after which keys are fetched anew, so that a withdrawn one ends
 COOLDOWN = 30.0  # seconds between two fetches while there are keys
@@ -57,7 +57,11 @@ class FixedKeys:
         return self._keys
 
     async def newer(self) -> Keys:
-        """Return the keys for a token that none of those from :meth:`get` fits."""
+        """Return the keys for a token that none of those from :meth:`get` fits.
+
+        Raises:
+            Unavailable: there may be newer ones, and they cannot be had now.
+        """
         return self._keys
 
     async def reload(self) -> bool:
@@ -68,28 +72,22 @@ class FixedKeys:
         """Release what is held."""
 
 
-class FileKeys(FixedKeys):
-    """The keys in a file, read at once and then when asked to.
+class ReadKeys(FixedKeys):
+    """Keys that are read at once, and again when asked to.
+
+    Args:
+        read: reads the keys; raises ConfigError where it cannot.
 
     Raises:
-        ConfigError: it cannot be read, or is not a key set.
+        ConfigError: as ``read``.
     """
 
-    def __init__(self, path: Path, parse: Parse) -> None:
-        self._path = path
-        self._parse = parse
-        super().__init__(self._read())
-
-    def _read(self) -> Keys:
-        try:
-            return self._parse(self._path.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"jwt_jwks: {self._path}: {error.strerror}") from None
-        except ValueError as error:
-            raise ConfigError(f"jwt_jwks: {self._path}: {error}") from None
+    def __init__(self, read: Callable[[], Keys]) -> None:
+        self._read = read
+        super().__init__(read())
 
     async def reload(self) -> bool:
-        """Read the file again. One that is not good changes nothing, and is logged."""
+        """Read the keys again. Such as cannot be used change nothing, and are logged."""
         try:
             self._keys = await asyncio.to_thread(self._read)
         except ConfigError as error:
@@ -101,11 +99,14 @@ class FileKeys(FixedKeys):
 class FetchedKeys(FixedKeys):
     """The keys at an address: fetched when first needed, and again when they are old or unknown.
 
-    All who wait share one fetch. Where it fails, the keys that there are go on to serve.
+    All tokens share one fetch. While the issuer fails or hangs, the keys that there are go on to
+    serve: old keys are renewed in the background. A token waits only where no keys are there, where
+    none of them fits it, or where nobody has asked for keys in two hours.
 
     Args:
         address: ``https://…``, or ``http://…`` of this machine.
         parse: makes keys of the document.
+        patience: the longest wait of a token, in seconds.
         clock: seconds that never go back.
 
     Raises:
@@ -113,11 +114,16 @@ class FetchedKeys(FixedKeys):
     """
 
     def __init__(
-        self, address: str, parse: Parse, clock: Callable[[], float] = time.monotonic
+        self,
+        address: str,
+        parse: Parse,
+        patience: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(())
         self._url = _checked(address)
         self._parse = parse
+        self._patience = patience
         self._clock = clock
         self._fetched = self._tried = float("-inf")
         self._fetching: asyncio.Task[None] | None = None
@@ -133,26 +139,41 @@ class FetchedKeys(FixedKeys):
         )
 
     async def get(self) -> Keys:
-        """Return the keys, and fetch them first where they are missing or old.
+        """Return the keys; fetch them first where there are none.
 
         Raises:
             Unavailable: there never were any, and none can be had now.
         """
-        if self._clock() - self._fetched >= FRESH:
-            await self._fetch(COOLDOWN if self._keys else RETRY)
+        now = self._clock()
+        if not self._keys:
+            await self._wait_for(self._fetch(RETRY))
+        elif now - self._fetched >= FRESH:
+            # A key may have been withdrawn long ago, and nobody has looked since.
+            idle = self._fetching is None and now - self._tried >= 2 * FRESH
+            fetching = self._fetch(COOLDOWN)
+            if idle:
+                await self._wait_for(fetching)
         if not self._keys:
             raise Unavailable("the issuer's keys cannot be had")
         return self._keys
 
     async def newer(self) -> Keys:
-        """Return the keys, fetched anew unless that was just done."""
-        await self._fetch(COOLDOWN)
+        """Return the keys, fetched anew unless that was just done.
+
+        Raises:
+            Unavailable: the issuer fails or hangs, and may have newer ones.
+        """
+        await self._wait_for(self._fetch(COOLDOWN))
+        if self._down or self._fetching is not None:
+            raise Unavailable("the issuer's newer keys cannot be had")
         return self._keys
 
     async def reload(self) -> bool:
-        """Let the next token have the keys fetched anew."""
-        self._fetched = self._tried = float("-inf")
-        return True
+        """Fetch the keys anew; tell whether that worked. If it did not, the log says why."""
+        self._down, self._tried = False, float("-inf")
+        if (fetching := self._fetch(0)) is not None:
+            await asyncio.wait({fetching})
+        return not self._down
 
     async def aclose(self) -> None:
         """End a fetch that is under way, and close the HTTP client."""
@@ -161,14 +182,18 @@ class FetchedKeys(FixedKeys):
             await asyncio.wait({self._fetching})
         await self._client.aclose()
 
-    async def _fetch(self, cooldown: float) -> None:
-        if self._fetching is None:
-            if self._clock() - self._tried < cooldown:
-                return
-            self._tried = self._clock()
+    def _fetch(self, cooldown: float) -> asyncio.Task[None] | None:
+        """Return the fetch that is under way, begun here unless the last one was just now."""
+        now = self._clock()
+        if self._fetching is None and now - self._tried >= cooldown:
+            self._tried = now
             self._fetching = asyncio.create_task(self._refresh())
-        # Not awaited itself: who waits may be cancelled, and the others still want the keys.
-        await asyncio.wait({self._fetching})
+        return self._fetching
+
+    async def _wait_for(self, fetching: asyncio.Task[None] | None) -> None:
+        if fetching is not None:
+            # Not awaited itself: the token may be cancelled, and other tokens want the keys.
+            await asyncio.wait({fetching}, timeout=self._patience)
 
     async def _refresh(self) -> None:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from wsserver.auth.base import Handshake, Principal
-from wsserver.auth.jwks import FetchedKeys, FileKeys, FixedKeys, Key, Keys
+from wsserver.auth.jwks import PATIENCE, FetchedKeys, FixedKeys, Key, Keys, ReadKeys
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.settings import Settings
@@ -58,12 +58,12 @@ class JwtAuthenticator:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        secret = settings.jwt_secret.get_secret_value()
-        self._has_kids = not secret  # one secret needs no name, whatever a token calls it
-        self._algorithms = _SYMMETRIC if secret else _ASYMMETRIC
-        if bool(secret) == bool(settings.jwt_jwks):
+        shared = bool(settings.jwt_secret.get_secret_value() or settings.jwt_secret_file)
+        self._has_kids = not shared  # one secret needs no name, whatever a token calls it
+        self._algorithms = _SYMMETRIC if shared else _ASYMMETRIC
+        if shared == bool(settings.jwt_jwks):
             raise ConfigError("JSON Web Tokens need one of jwt_secret and jwt_jwks, and not both")
-        self._source = _of_secret(secret) if secret else _of_issuer(settings)
+        self._source = ReadKeys(lambda: _of_secret(settings)) if shared else _of_issuer(settings)
 
     async def __call__(self, token: str | None, _handshake: Handshake, /) -> Principal | None:
         """Return whom the token names, or None where it is not good.
@@ -140,29 +140,45 @@ class JwtAuthenticator:
         return Principal(name, claims["exp"] + self._settings.jwt_leeway)
 
 
-def _of_secret(secret: str) -> FixedKeys:
-    material = secret.encode()
+def _of_secret(settings: Settings) -> Keys:
+    """Read the shared secret.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    material = settings.secret("jwt_secret").encode()
     if len(material) < MIN_SECRET:
         raise ConfigError(f"jwt_secret: must have at least {MIN_SECRET} bytes")
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(material)
     except jwt.InvalidKeyError:  # what everybody may know is no secret
         raise ConfigError("jwt_secret: that is a key of another kind; see jwt_jwks") from None
-    return FixedKeys((Key(None, _SYMMETRIC, material),))
+    return (Key(None, _SYMMETRIC, material),)
 
 
 def _of_issuer(settings: Settings) -> FixedKeys:
     place = settings.jwt_jwks
     if "://" not in place:
-        try:
-            return FileKeys(Path(place).expanduser(), _parse)
-        except RuntimeError as error:  # there is no such user
-            raise ConfigError(f"jwt_jwks: {place!r}: {error}") from error
+        return ReadKeys(lambda: _of_file(place))
     if not settings.jwt_audience:
         raise ConfigError(
             "jwt_jwks: an address needs jwt_audience, as its keys sign tokens for others too"
         )
-    return FetchedKeys(place, _parse)
+    # Admission gives an authenticator half of the time for a handshake.
+    return FetchedKeys(place, _parse, min(PATIENCE, settings.open_timeout / 4))
+
+
+def _of_file(place: str) -> Keys:
+    """Read a file with a JWK Set.
+
+    Raises:
+        ConfigError: it cannot be read, or is none.
+    """
+    try:
+        return _parse(Path(place).expanduser().read_bytes())
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no such user
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"jwt_jwks: {place}: {reason}") from None
 
 
 def _parse(document: bytes) -> Keys:
