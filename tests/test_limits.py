@@ -14,7 +14,17 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
 from wsserver import End, Principal, Usage
-from wsserver.limits import SECONDS_PER_DAY, Bucket, Budget, Rates, Shares
+from wsserver.limits import (
+    CACHE,
+    SECONDS_PER_DAY,
+    Bucket,
+    Budget,
+    Memory,
+    Rates,
+    Shares,
+    account_of,
+    held,
+)
 
 # Plain data.
 
@@ -38,25 +48,119 @@ def test_what_was_refused_takes_nothing() -> None:
 
 def test_rates_are_apart_by_key_and_forgotten_once_full() -> None:
     rates = Rates(rate=1, burst=1)
-    assert rates.take("a", 0) == 0
-    assert rates.take("a", 0) == 1
-    assert rates.take("b", 0) == 0
+    assert rates.take(("a",), 0) == 0
+    assert rates.take(("a",), 0) == 1
+    assert rates.take(("b",), 0) == 0
     for number in range(100_000):
-        rates.take(f"stranger {number}", number / 100)
+        rates.take((f"stranger {number}",), number / 100)
     assert len(rates) < 3000
+
+
+def test_a_rate_of_a_wider_network_grows_and_a_refusal_takes_nothing_of_any() -> None:
+    rates = Rates(rate=1, burst=2)
+    assert [rates.take((name, "wide"), 0) for name in ("a", "a", "b", "b")] == [0, 0, 0, 0]
+    assert rates.take(("c", "wide"), 0) == 0.5
+    assert [rates.take(("c",), 0) for _ in range(3)] == [0, 0, 1]
 
 
 def test_a_share_is_given_back_and_its_key_forgotten() -> None:
     shares = Shares(2)
-    assert shares.take("a")
-    assert shares.take("a")
-    assert not shares.take("a")
-    assert shares.take("b")
-    shares.give("a")
-    assert shares.take("a")
-    for key in ("a", "a", "b"):
-        shares.give(key)
+    a, b = ("a",), ("b",)
+    assert shares.take(a)
+    assert shares.take(a)
+    assert not shares.take(a)
+    assert shares.take(b)
+    shares.give(a)
+    assert shares.take(a)
+    for account in (a, a, b):
+        shares.give(account)
     assert len(shares) == 0
+
+
+def test_a_share_of_a_wider_network_grows_and_a_refusal_takes_nothing_of_any() -> None:
+    shares = Shares(2)
+    accounts = [(f"64 {n}", f"56 {n // 10}", f"48 {n // 100}") for n in range(1000)]
+    taken = [account for account in accounts for _ in range(3) if shares.take(account)]
+    assert len(taken) == 10 * 8  # of each /48, and of each /56 no more than 4
+    assert sum(account[1] == "56 0" for account in taken) == 4
+    assert not shares.take(accounts[99])
+    for account in taken:
+        shares.give(account)
+    assert len(shares) == 0
+
+
+# The bytes in memory.
+
+
+def test_memory_is_refused_over_the_share_of_an_account_and_nothing_is_taken() -> None:
+    memory = Memory(900, share=1 / 8)
+    a, b = ("a",), ("b",)
+    assert memory.take(a, 100)
+    assert not memory.take(a, 1)
+    assert memory.take(b, 100)
+    assert memory.used == 200
+    memory.give(a, 100)
+    assert not memory.take(a, 101)
+    assert memory.take(a, 100)
+    for account in (a, b):
+        memory.give(account, 100)
+    assert (memory.used, len(memory)) == (0, 0)
+
+
+def test_however_many_accounts_take_memory_a_newcomer_gets_some() -> None:
+    memory = Memory(2**20)
+    for number in range(1000):
+        while memory.take((str(number),), 64):
+            pass
+    assert memory.used < memory.limit
+    assert memory.take(("newcomer",), 64) or memory.limit - memory.used < 64 * 8
+
+
+def test_a_wider_network_has_a_few_shares_of_memory_and_not_all() -> None:
+    memory = Memory(10_000, share=1 / 8)
+    for number in range(256):
+        while memory.take((f"64 {number}", "56", "48"), 10):
+            pass
+    assert memory.used <= 10_000 * (2 / 8) / (1 + 2 / 8)
+
+
+def test_caches_are_shed_before_anything_in_use_is_refused() -> None:
+    memory = Memory(1000, share=1)
+    cached = [100] * 9
+
+    def shed(size: int) -> None:
+        asked.append(size)
+        while size > 0 and cached:
+            size -= cached[0]
+            memory.give(CACHE, cached.pop(0))
+
+    asked: list[int] = []
+    memory.shed_by(asked.append)  # one that has nothing
+    memory.shed_by(shed)
+    for size in cached:
+        assert memory.take(CACHE, size)
+    assert memory.take(("a",), 250)
+    assert (len(cached), asked) == (7, [150, 150])
+    assert memory.used == 950
+    assert memory.take(("a",), 120)
+    assert memory.take(CACHE, 100)  # in the place of an older one
+    assert memory.used == 970 == memory.cached + 370
+    assert not memory.take(CACHE, 631)  # which would not fit beside what is in use
+    assert memory.cached == 600, "and so nothing was dropped for it"
+
+
+def test_a_cache_that_cannot_shed_enough_refuses_and_takes_nothing() -> None:
+    memory = Memory(1000, share=1)
+    memory.shed_by(lambda size: None)
+    assert memory.take(CACHE, 900)
+    assert not memory.take(("a",), 200)
+    assert (memory.used, len(memory)) == (900, 0)
+
+
+def test_texts_are_counted_as_python_holds_them() -> None:
+    assert held("x" * 1000) < 1100
+    assert held("x" * 999 + "\U0001f600") > 4000
+    assert held(b"x" * 1000) < 1100
 
 
 def test_a_budget_reserves_settles_and_begins_anew_each_day() -> None:
@@ -380,7 +484,7 @@ async def test_sockets_of_a_principal_are_limited_however_it_says_who_it_is(
             await chat.send({"type": "auth", "token": "ada"})
             assert (await chat.next("error"))["code"] == "limit"
             assert (await chat.closed()).rcvd.code == 1013  # type: ignore[union-attr]
-        assert server._admission.principals.full("ada")
+        assert server._admission.principals.full(account_of("ada"))
 
 
 async def test_who_wants_nothing_for_long_is_closed_on(puppet: Puppet) -> None:

@@ -30,6 +30,7 @@ from wsserver.auth import ANONYMOUS
 from wsserver.connection import Connection
 from wsserver.generation import Log, State, well_formed
 from wsserver.hub import Hub
+from wsserver.limits import Memory
 from wsserver.live import Generation
 from wsserver.protocol import Terminal
 from wsserver.telemetry import Metrics
@@ -160,7 +161,13 @@ class Rules(RuleBasedStateMachine):
         )
 
         async def make() -> Hub:
-            return Hub(self.puppet, YieldingStore(turns), self.settings, METRICS)
+            return Hub(
+                self.puppet,
+                YieldingStore(turns),
+                self.settings,
+                METRICS,
+                Memory(self.settings.memory),
+            )
 
         self.hub = self.loop.run_until_complete(make())
 

@@ -42,6 +42,8 @@ def test_the_environment_is_read_and_what_is_given_wins(monkeypatch: pytest.Monk
         ("thinking", "8192", "thinking must be less than max_tokens"),
         ("jwt_audience", "chat", "jwt_audience and jwt_issuer need jwt_secret or jwt_jwks"),
         ("jwt_issuer", "https://x", "jwt_audience and jwt_issuer need jwt_secret or jwt_jwks"),
+        ("memory", 1_000_000, "memory must be at least 128 times history_size"),
+        ("message_size", 2**26, "memory must be at least 32 times message_size"),
         ("drain_timeout", 100, "drain_timeout must not be over shutdown_timeout"),
         ("colour", "red", "colour: "),
     ],

@@ -16,16 +16,17 @@ from http import HTTPStatus
 
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
 from wsserver.errors import Code, ConfigError, Refused
-from wsserver.limits import Shares
+from wsserver.limits import Account, Shares, account_of
 from wsserver.logs import log
 from wsserver.settings import Settings
 from wsserver.telemetry import Refusal
 
-__all__ = ["Admission", "Denied", "Visitor"]
+__all__ = ["Admission", "Denied", "Visitor", "networks"]
 
 SPARE = 16  # connections beyond the limit, for probes: a full server is not a dead one
 RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
-IPV6_NETWORK = 64  # bits that one customer commonly gets
+# Bits of an IPv6 address that one customer commonly gets: one network, a home, a site (RFC 6177).
+IPV6_NETWORKS = (64, 56, 48)
 
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
@@ -119,16 +120,16 @@ class Admission:
             self.principals.give(visitor.shared)
             visitor.shared = None
 
-    def count(self, address: str) -> str:
-        """Count a connection as one of an address's; return the key that it is counted under.
+    def count(self, address: str) -> Account:
+        """Count a connection as one of an address; return the account that it is counted under.
 
         Raises:
-            Denied: the address has as many as it may.
+            Denied: the address, or a network around it, has as many as it may.
         """
-        key = _unit(address)
-        if not self._addresses.take(key):
+        account = networks(address)
+        if not self._addresses.take(account):
             raise _too_many("address")
-        return key
+        return account
 
     def trusted(self, peer: str) -> bool:
         """Whether what a peer says of others is believed."""
@@ -216,8 +217,8 @@ class Visitor:
     Attributes:
         address: of the client; until its request is there, of the peer.
         principal: who it acts for; None as long as it has not said so.
-        counted: under which address it is counted.
-        shared: under which principal it is counted.
+        counted: the address, with its networks, that it is counted under.
+        shared: the principal's account that it is counted under.
         spare: it has one of the places that are kept for probes.
         gone: it has ended, perhaps while it was being found out who it is.
     """
@@ -235,7 +236,7 @@ class Visitor:
         "spare",
     )
 
-    def __init__(self, admission: Admission, peer: str, counted: str | None) -> None:
+    def __init__(self, admission: Admission, peer: str, counted: Account | None) -> None:
         self._admission = admission
         self._peer = peer
         self._handshake: Handshake | None = None
@@ -243,16 +244,16 @@ class Visitor:
         self.address = peer
         self.principal: Principal | None = None
         self.counted = counted
-        self.shared: str | None = None
+        self.shared: Account | None = None
         self.gone = False
         self.spare = False
 
     @property
-    def account(self) -> str:
+    def account(self) -> Account:
         """Whose limits count: the principal's, or the address's where nobody says who they are."""
         if self.principal is None or self.principal is ANONYMOUS:
-            return f"anonymous {_unit(self.address)}"
-        return f"principal {self.principal.name}"
+            return networks(self.address)
+        return account_of(self.principal.name)
 
     def introduce(self, headers: Mapping[str, str]) -> None:
         """Take the client's address from what a listed proxy says of it.
@@ -408,9 +409,10 @@ class Visitor:
     def _become(self, principal: Principal, token: str | None) -> bool:
         """Act for a principal from now on; False if that one has as many sockets as it may."""
         if self.shared is None and not self.gone and principal is not ANONYMOUS:
-            if not self._admission.principals.take(principal.name):
+            account = account_of(principal.name)
+            if not self._admission.principals.take(account):
                 return False
-            self.shared = principal.name
+            self.shared = account
         self.principal = principal
         self._token = token
         return True
@@ -449,12 +451,19 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def _unit(address: str) -> str:
-    """Return what one customer has: an IPv4 address, or a network of IPv6 addresses."""
+@functools.lru_cache(1024)
+def networks(address: str) -> Account:
+    """Return whose limits an address counts for: its own, or those of the IPv6 networks around it.
+
+    One customer has one IPv4 address, or a whole IPv6 network, whose size nobody tells.
+    """
     known = _address(address)
-    if isinstance(known, ipaddress.IPv6Address):
-        return str(ipaddress.IPv6Network((int(known), IPV6_NETWORK), strict=False))
-    return address if known is None else str(known)
+    if not isinstance(known, ipaddress.IPv6Address):
+        return (f"address {address if known is None else known}",)
+    return tuple(
+        f"address {ipaddress.IPv6Network((int(known), bits), strict=False)}"
+        for bits in IPV6_NETWORKS
+    )
 
 
 def _local(name: str) -> bool:

@@ -19,7 +19,7 @@ from wsserver.errors import OUTAGE, TOO_LONG, UPSTREAM, Code, ModelError, Refuse
 from wsserver.generation import End, Follower, State, tokens_in
 from wsserver.intake import Intake
 from wsserver.journal import Journal
-from wsserver.limits import SECONDS_PER_DAY, Budget, Rates, Shares
+from wsserver.limits import SECONDS_PER_DAY, Account, Budget, Memory, Rates, Shares
 from wsserver.live import (
     Conversation,
     FirstPiece,
@@ -67,11 +67,18 @@ class Hub:
         store: where conversations last.
         settings: the limits and times that hold here.
         metrics: what learns what happens here.
+        memory: what counts the bytes that are held here for clients.
     """
 
     def __init__(
-        self, model: Model | PushModel, store: Store, settings: Settings, metrics: Metrics
+        self,
+        model: Model | PushModel,
+        store: Store,
+        settings: Settings,
+        metrics: Metrics,
+        memory: Memory,
     ) -> None:
+        self.memory = memory
         self.model_name = name_of(model)
         self._declared_name = declared_name(model)
         self.metrics = metrics
@@ -163,7 +170,7 @@ class Hub:
         return known
 
     async def prompt(
-        self, prompt: Prompt, owner: str, account: str, own: str | None, sender: Watcher
+        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
     ) -> Generation:
         """Accept a prompt: start a generation, queue it, or return the one that it already has.
 
@@ -388,7 +395,7 @@ class Hub:
         self,
         prompt: Prompt,
         owner: str,
-        account: str,
+        account: Account,
         conversation: Conversation | None,
         sender: Watcher,
     ) -> Generation:
@@ -451,7 +458,7 @@ class Hub:
         if conversation.busy and prompt.on_busy == "queue" and full:
             raise Refused(Code.LIMIT, "The conversation's queue is full.")
 
-    def _allow(self, prompt: Prompt, owner: str, account: str) -> int:
+    def _allow(self, prompt: Prompt, owner: str, account: Account) -> int:
         """Return how many output tokens a prompt gets.
 
         Raises:

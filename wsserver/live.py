@@ -10,6 +10,7 @@ from typing import Protocol
 from wsserver.errors import Code, ModelError
 from wsserver.generation import End, Log, Run, State, Thinking, Usage, tokens_in, well_formed
 from wsserver.journal import Record
+from wsserver.limits import Account
 from wsserver.logs import log as events
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
 from wsserver.stores.base import StoredGeneration, Turn, partial
@@ -103,7 +104,7 @@ class Generation:
     prompt: Prompt
     model: str
     conversation_id: str | None
-    account: str = ""  # whose limits count
+    account: Account = ()  # whose limits count
     allowance: int = 0  # output tokens that it may use
     reserved: int = 0  # tokens of its owner's day, until it is known what it has used
     conversation: Conversation | None = None  # None too for one that comes from the store

@@ -17,6 +17,7 @@ from wsserver.auth import Authenticator
 from wsserver.connection import Connection
 from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
+from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.protocol import Close
@@ -94,6 +95,7 @@ class Server:
         bound: all addresses that it listens on, as people write them.
         operations_port: the port for operators, where there is one.
         metrics: what it counts and measures.
+        memory: the bytes that it holds for its clients.
     """
 
     model_name: str
@@ -110,6 +112,7 @@ class Server:
     ) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self.memory = Memory(settings.memory)
         self._model = model
         self._authenticate = authenticate
         self._page = Page()
@@ -161,7 +164,7 @@ class Server:
             self._admission = Admission(settings, self._authenticate)
             self._admission.secure = self._certificate is not None
             await self._store.open()
-            self._hub = Hub(model, self._store, settings, self.metrics)
+            self._hub = Hub(model, self._store, settings, self.metrics, self.memory)
             self._operations = Operations(
                 self.metrics, self._readiness, settings.secret("metrics_token")
             )

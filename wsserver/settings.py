@@ -37,6 +37,7 @@ PREFIX = "WSSERVER_"
 CHAT_TOKEN = f"{PREFIX}CHAT_TOKEN"  # is no setting of a server's, but of `wsserver chat`
 ANSWER_ROOM = 8192  # bytes of an answer besides the text in it
 ESCAPED = 6  # bytes that JSON makes of one character at most
+LEAST_SHARES = 32  # conversations or messages in memory: fewer, and a few clients take all of it
 MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
 
 
@@ -210,7 +211,7 @@ class Settings(BaseSettings):
     """Open sockets of one principal: tabs, devices and scripts."""
     connections_per_address: PositiveCount = 100
     """Open connections of one address, or of one /64 network of IPv6, handshakes included; more
-    get 429. Many people may share an address."""
+    get 429. Many people may share an address. A /56 gets twice as many, a /48 four times."""
     queue_size: Count = 8
     """Prompts that may wait in one conversation with `on_busy: queue`."""
     conversations: PositiveCount = 10_000
@@ -221,6 +222,10 @@ class Settings(BaseSettings):
     history_size: Characters = 400_000
     """Characters of a conversation that are kept and sent to the model, about 100,000 tokens of
     English; the oldest turns are dropped in the same way."""
+    memory: Bytes = 536_870_912
+    """Bytes in memory for all that clients send, ask for and are kept for; the program itself takes
+    about 120 MiB more, so that all fits into 1 GiB. Conversations and replies that nobody needs are
+    dropped first. One principal or address may hold an eighth of what is free."""
     reply_size: Characters = 4_000_000
     """Characters of one reply, after which it ends as `max_tokens`: a model of one's own may know
     no end."""
@@ -350,6 +355,10 @@ class Settings(BaseSettings):
                 f"max_unsent must be at least write_buffer and {ESCAPED} times prompt_size and "
                 f"{ANSWER_ROOM}: else a prompt could not be shown again"
             )
+        if 4 * self.history_size * LEAST_SHARES > self.memory:  # Python's 4 bytes a character
+            raise ValueError(f"memory must be at least {4 * LEAST_SHARES} times history_size")
+        if self.message_size * LEAST_SHARES > self.memory:
+            raise ValueError(f"memory must be at least {LEAST_SHARES} times message_size")
         if self.drain_timeout > self.shutdown_timeout:
             raise ValueError("drain_timeout must not be over shutdown_timeout")
         return self
