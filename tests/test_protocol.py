@@ -20,7 +20,6 @@ from wsserver.protocol import (
     UsageCounts,
     encode,
     encode_run,
-    json_schema,
     parse,
 )
 
@@ -86,25 +85,6 @@ def test_keys_without_a_value_are_left_out() -> None:
     assert encode(Error(code=Code.BUSY, message="m", retryable=True, ref="r")) == (
         b'{"type":"error","code":"busy","message":"m","retryable":true,"ref":"r"}'
     )
-
-
-def test_the_schema_names_every_frame_by_side() -> None:
-    schema = json_schema()
-    definitions = schema["$defs"]
-
-    def types(side: str) -> set[str]:
-        names = [entry["$ref"].rpartition("/")[2] for entry in definitions[side]["anyOf"]]
-        return {definitions[name]["properties"]["type"]["const"] for name in names}
-
-    assert types("client") == {
-        "prompt", "stop", "resume", "open", "list", "rename", "delete", "close", "auth", "ping",
-    }  # fmt: skip
-    assert types("server") == {
-        "hello", "start", "token", "thinking", "done", "error", "history", "conversations",
-        "renamed", "deleted", "closed", "stopped", "authenticated", "pong",
-    }  # fmt: skip
-    assert set(definitions["Code"]["enum"]) == {code.value for code in Code}
-    assert json.loads(json.dumps(schema)) == schema
 
 
 def test_a_key_given_twice_among_thousands_is_found_quickly() -> None:

@@ -16,6 +16,7 @@ FLOORS = {
     "limits": 1,
     "generation": 1,
     "protocol": 1,
+    "schema": 2,
     "telemetry": 2,
     "models.base": 2,
     "models.demo": 2,

@@ -20,7 +20,7 @@ from wsserver import listening
 from wsserver.auth import tokens
 from wsserver.errors import ConfigError
 from wsserver.logs import log, set_up, tell_left_out
-from wsserver.protocol import json_schema
+from wsserver.schema import asyncapi, json_schema
 from wsserver.server import Server, serve
 from wsserver.settings import SECRETS, SECTIONS, Settings
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = arguments.pop("command")
     try:
         if command == "schema":
-            print(json.dumps(json_schema(), indent=2))
+            print(json.dumps(asyncapi() if arguments["asyncapi"] else json_schema(), indent=2))
         elif command == "chat":
             sys.exit(_chat(**arguments))
         elif command == "token":
@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="wsserver", description=wsserver.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("schema", help="print the JSON Schema of all frames")
+    schema = commands.add_parser("schema", help="print the JSON Schema of all frames")
+    schema.add_argument("--asyncapi", action="store_true", help="the protocol as AsyncAPI instead")
     _add_chat(commands)
     token = commands.add_parser("token", help="make tokens that let clients in")
     making = token.add_subparsers(required=True, metavar="new").add_parser(

@@ -1,7 +1,7 @@
 """The wire: every frame as a model, parsing what clients send, encoding what they get.
 
-``PROTOCOL.md`` beside this file is the reference; this module is its other half, and
-:func:`json_schema` its machine-readable form. Nothing here does I/O.
+``PROTOCOL.md`` beside this file is the reference, and :mod:`wsserver.schema` its machine-readable
+form. Nothing here does I/O.
 """
 
 import json
@@ -19,13 +19,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import models_json_schema
 
 from wsserver.errors import Code, Refused
 from wsserver.generation import Run, Usage
 from wsserver.logs import printable
 
 __all__ = [
+    "CLIENT_FRAMES",
+    "SERVER_FRAMES",
     "SUBPROTOCOL",
     "Auth",
     "Authenticated",
@@ -60,7 +61,6 @@ __all__ = [
     "encode",
     "encode_run",
     "first_request",
-    "json_schema",
     "parse",
 ]
 
@@ -92,7 +92,7 @@ _FIRST_REQUEST = re.compile(r'\s*{\s*"request"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*[
 Id = Annotated[str, Field(pattern=ID_PATTERN)]
 RequestId = Annotated[str, Field(pattern=REQUEST_PATTERN)]
 Text = Annotated[str, AfterValidator(_whole)]
-NonBlank = Annotated[Text, AfterValidator(_not_blank)]
+NonBlank = Annotated[Text, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
 
 
 class Close(IntEnum):
@@ -133,7 +133,7 @@ class Prompt(_Request):
 
     type: Literal["prompt"] = "prompt"
     prompt: NonBlank | None = None
-    messages: list[Turn] | None = None
+    messages: Annotated[list[Turn], Field(json_schema_extra={"minItems": 1})] | None = None
     id: Id | None = None
     conversation: Id | None = None
     on_busy: Literal["reject", "queue", "interrupt"] = "reject"
@@ -247,7 +247,7 @@ ClientFrame = (
     Prompt | Stop | Resume | Open | List | Rename | Delete | CloseConversation | Auth | Ping
 )
 
-_CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
+CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
     "prompt": Prompt,
     "stop": Stop,
     "resume": Resume,
@@ -503,7 +503,7 @@ ServerFrame = (
     | Pong
 )
 
-_SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
+SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
     Hello,
     Start,
     Token,
@@ -567,33 +567,14 @@ def _validate(value: dict[str, Any]) -> ClientFrame:
             Code.INVALID_FRAME,
             'type: missing. The shortest frame is {"prompt": "Hello"}.',
         )
-    model = _CLIENT_FRAMES.get(name) if isinstance(name, str) else None
+    model = CLIENT_FRAMES.get(name) if isinstance(name, str) else None
     if model is None:
-        known = ", ".join(_CLIENT_FRAMES)
+        known = ", ".join(CLIENT_FRAMES)
         raise Refused(Code.UNKNOWN_TYPE, f"type: {_shown(name)} is not one of {known}.")
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise Refused(Code.INVALID_FRAME, _first(error)) from None
-
-
-def json_schema() -> dict[str, Any]:
-    """Return a JSON Schema (2020-12) of all frames, those of each side under its own name."""
-    models = [(model, "validation") for model in (*_CLIENT_FRAMES.values(), *_SERVER_FRAMES)]
-    references, schema = models_json_schema(
-        models,  # type: ignore[arg-type]
-        title=SUBPROTOCOL,
-        ref_template="#/$defs/{model}",
-    )
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["$defs"]["client"] = {
-        "anyOf": [references[model, "validation"] for model in _CLIENT_FRAMES.values()]
-    }
-    schema["$defs"]["server"] = {
-        "anyOf": [references[model, "validation"] for model in _SERVER_FRAMES]
-    }
-    schema["anyOf"] = [{"$ref": "#/$defs/client"}, {"$ref": "#/$defs/server"}]
-    return schema
 
 
 def _load(text: str) -> object:
