@@ -464,7 +464,8 @@ async def stopped_within(upstream: Upstream, settings: wsserver.Settings) -> Non
                 await stop_at_once(chat, 100)
             await until(lambda: not server._connections)
             assert hub.live == len(hub._tasks) == len(hub._shares) == 0
-            assert hub._budget._accounts["anonymous"].reserved == 0
+            for budget in (hub._spending._tokens, hub._spending._microdollars):
+                assert budget.reserved("anonymous") == 0
         await until(lambda: upstream.open == 0)
         await until(lambda: len(asyncio.all_tasks() - tasks) == 0)
 

@@ -25,6 +25,7 @@ from tests.support.puppet import until
 from wsserver import Settings
 from wsserver.errors import Code, ConfigError, Refused, StoreError
 from wsserver.generation import Thinking, Usage
+from wsserver.prices import Prices, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.protocol import Turn as Message
 from wsserver.stores import MemoryStore, Store, fair, make, sqlite
@@ -39,7 +40,6 @@ from wsserver.stores.base import (
     Summary,
     day_of,
     title_of,
-    tokens_of,
 )
 from wsserver.stores.database import Connection
 from wsserver.stores.migrations import MIGRATIONS
@@ -112,7 +112,7 @@ class Reopened(SqliteStore):
         async with self._again():
             return await super().delete(*args)
 
-    async def spent(self, *args: Any) -> int:
+    async def spent(self, *args: Any) -> Spent:
         async with self._again():
             return await super().spent(*args)
 
@@ -250,6 +250,10 @@ def whole(header: Header, *pieces: str, terminal: Terminal | None = None) -> Ent
 
 def kinds(pieces: Sequence[str]) -> list[tuple[type[str], str]]:
     return [(type(piece), piece) for piece in pieces]
+
+
+async def tokens_spent(store: Store, owner: str, day: int) -> int:
+    return (await store.spent(owner, day)).tokens
 
 
 async def found(store: Store, name: str = "g", owner: str = "me") -> list[str] | None:
@@ -678,7 +682,7 @@ async def test_a_queued_prompt_whose_process_died_is_interrupted_and_costs_nothi
         "",
         "interrupted",
     )
-    assert await store.spent("me", day_of(time.time())) == 0
+    assert await tokens_spent(store, "me", day_of(time.time())) == 0
     assert await found(store, "o") == []
     await store.close()
 
@@ -1088,6 +1092,18 @@ async def test_a_purge_takes_generations_outside_of_conversations_that_ended_bef
     assert await found(store, "running") is None
 
 
+@pytest.mark.usefixtures("clock")
+async def test_money_is_counted_by_the_price_of_the_model(store: Store) -> None:
+    usage = UsageCounts.of(Usage(100, 10, 1000, 10_000))
+    for name, model in (("1", "claude-sonnet-4-6"), ("2", "claude-opus-5"), ("3", "demo")):
+        terminal = done().model_copy(update={"usage": usage})
+        await store.commit([whole(replace(header(name), model=model), terminal=terminal)])
+    tokens = 100 + 10 + 1250 + 1000
+    sonnet = 100 * 3 + 10 * 15 + 1000 * 3.75 + 10_000 * 0.3
+    opus = 100 * 5 + 10 * 25 + 1000 * 6.25 + 10_000 * 0.5
+    assert await store.spent("me", 0) == Spent(3 * tokens, int(sonnet + opus))
+
+
 async def test_a_purge_takes_nothing_from_a_conversation(store: Store) -> None:
     await store.commit(
         [
@@ -1182,22 +1198,6 @@ async def test_a_probe_changes_nothing(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("usage", "tokens"),
-    [
-        (Usage(), 0),
-        (Usage(input_tokens=3, output_tokens=5), 8),
-        (Usage(3, 5, cache_creation_input_tokens=7, cache_read_input_tokens=1000), 15),
-        (Usage(input_tokens=3, output_tokens=5, estimated=True), 8),
-    ],
-)
-def test_a_reply_costs_all_but_what_was_read_from_the_cache(usage: Usage, tokens: int) -> None:
-    counts = UsageCounts.of(usage)
-    assert tokens_of(done().model_copy(update={"usage": counts})) == tokens
-    assert tokens_of(failed(Code.OVERLOADED).model_copy(update={"usage": counts})) == tokens
-    assert tokens_of(failed(Code.OVERLOADED)) == 0
-
-
-@pytest.mark.parametrize(
     ("seconds", "day"),
     [(0.0, 0), (DAY - 0.1, 0), (DAY, 1), (-0.1, -1), (1_700_000_000.5, 19675)],
 )
@@ -1209,7 +1209,7 @@ def test_a_day_is_one_in_utc(seconds: float, day: int) -> None:
 async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
     store: Store, clock: Clock
 ) -> None:
-    assert await store.spent("me", 0) == 0
+    assert await tokens_spent(store, "me", 0) == 0
     await store.commit(
         [
             whole(header("1"), terminal=costing(10)),
@@ -1223,9 +1223,9 @@ async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
     await store.commit([whole(header("4"), terminal=costing(500_000))])
     clock.now = DAY
     await store.commit([whole(header("5"), terminal=costing(7))])
-    assert [await store.spent("me", day) for day in (-1, 0, 1, 2)] == [0, 540_210, 7, 0]
-    assert [await store.spent("you", day) for day in (0, 1)] == [3000, 0]
-    assert await store.spent("nobody", 0) == 0
+    assert [await tokens_spent(store, "me", day) for day in (-1, 0, 1, 2)] == [0, 540_210, 7, 0]
+    assert [await tokens_spent(store, "you", day) for day in (0, 1)] == [3000, 0]
+    assert await tokens_spent(store, "nobody", 0) == 0
 
 
 # Opened again, a store takes what has not ended for dead; see below.
@@ -1233,10 +1233,10 @@ async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
 async def test_a_reply_is_counted_when_it_ends_and_not_before(store: Store, clock: Clock) -> None:
     await store.commit([Entry(header(), True, 0, ["a"])])
     await store.commit([Entry(header(), False, 1, ["b"])])
-    assert await store.spent("me", 0) == 0
+    assert await tokens_spent(store, "me", 0) == 0
     clock.now = DAY
     await store.commit([Entry(header(), False, 2, ["c"], costing(10))])
-    assert [await store.spent("me", day) for day in (0, 1)] == [0, 10]
+    assert [await tokens_spent(store, "me", day) for day in (0, 1)] == [0, 10]
 
 
 @pytest.mark.parametrize("conversation", ["c", None])
@@ -1248,11 +1248,11 @@ async def test_what_is_committed_again_is_counted_once(
     end = Entry(asked, False, 1, [], costing(10))
     for batch in ([first], [first, first], [end], [first, end]):
         await store.commit(batch)
-        assert await store.spent("me", 0) == 10
+        assert await tokens_spent(store, "me", 0) == 10
     clock.now = DAY
     await store.purge(0.0)
     await store.commit([end])
-    assert [await store.spent("me", day) for day in (0, 1)] == [10, 0]
+    assert [await tokens_spent(store, "me", day) for day in (0, 1)] == [10, 0]
 
 
 @pytest.mark.parametrize("repeated", [Entry(header(), False, 1, [], done()), whole(header())])
@@ -1260,11 +1260,11 @@ async def test_to_delete_a_conversation_gives_no_tokens_back(
     store: Store, clock: Clock, repeated: Entry
 ) -> None:
     await store.commit([whole(header()), whole(header("h"))])
-    assert await store.spent("me", 0) == 16
+    assert await tokens_spent(store, "me", 0) == 16
     assert await store.delete("c", "me")
-    assert await store.spent("me", 0) == 16
+    assert await tokens_spent(store, "me", 0) == 16
     await store.commit([repeated])  # as nobody knew that it was saved
-    assert await store.spent("me", 0) == 16
+    assert await tokens_spent(store, "me", 0) == 16
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
@@ -1275,7 +1275,7 @@ async def test_a_reply_that_ends_after_its_conversation_was_deleted_is_counted(
     assert await store.delete("c", "me")
     for _ in range(2):
         await store.commit([Entry(header(), False, 1, ["b"], done())])
-        assert await store.spent("me", 0) == 8
+        assert await tokens_spent(store, "me", 0) == 8
     assert await names(store) == []
 
 
@@ -1285,18 +1285,18 @@ async def test_a_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
     await store.purge(1e12)
     assert await found(store) is None
     await store.commit([Entry(asked, False, 1, [], done())])
-    assert await store.spent("me", 0) == 16
+    assert await tokens_spent(store, "me", 0) == 16
 
 
 async def test_a_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1"))])
     clock.now = DAY
     await store.purge(1e12)
-    assert await store.spent("me", 0) == 8
+    assert await tokens_spent(store, "me", 0) == 8
     clock.now = 91 * DAY
     await store.commit([whole(header("2"))])
     await store.purge(0.0)
-    assert [await store.spent("me", day) for day in (0, 91)] == [0, 8]
+    assert [await tokens_spent(store, "me", day) for day in (0, 91)] == [0, 8]
 
 
 async def test_what_costs_more_than_can_be_is_counted_as_far_as_can_be(
@@ -1305,7 +1305,7 @@ async def test_what_costs_more_than_can_be_is_counted_as_far_as_can_be(
     huge = Usage(input_tokens=10**30, cache_read_input_tokens=10**30)
     terminal = done().model_copy(update={"usage": UsageCounts.of(huge)})
     await store.commit([whole(header(str(number)), terminal=terminal) for number in range(3)])
-    assert await store.spent("me", 0) == 3 * 10**12
+    assert await tokens_spent(store, "me", 0) == 3 * 10**12
 
 
 async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> None:
@@ -1407,8 +1407,8 @@ async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
         clock.now = day * DAY
         await store.commit([whole(header(f"{day} {name}", name)) for name in "ab"])
         await store.purge(0.0)
-        assert await store.spent("me", day) == 16
-    assert [await store.spent("me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
+        assert await tokens_spent(store, "me", day) == 16
+    assert [await tokens_spent(store, "me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
     assert sorted(store._spent) == [3, 4]
 
 
@@ -1629,9 +1629,9 @@ async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, cl
         ("Hi.", None),
         ("Hello", "interrupted"),
     ]
-    assert await store.spent("me", 0) == 2  # of the one that died
+    assert await tokens_spent(store, "me", 0) == 2  # of the one that died
     await store.commit([whole(header("i"))])
-    assert await store.spent("me", 0) == 10
+    assert await tokens_spent(store, "me", 0) == 10
     await store.close()
     assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     check(path)
@@ -1699,7 +1699,7 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
         kinds(["3", Thinking("t"), "3", Thinking("t")]),
     )
     assert await found(store, "g1", "you") == ["2", "t", "2", "t"]
-    assert await store.spent("me", 0) == 8 + 2  # and what was said by the one that died
+    assert await tokens_spent(store, "me", 0) == 8 + 2  # and what was said by the one that died
 
     await store.commit([whole(header("g3"), "new")])
     assert [turn.number for turn in (await loaded(store)).turns] == [1, 2, 3]
@@ -1955,6 +1955,19 @@ async def test_one_that_died_with_its_process_is_purged_in_time(
     assert await found(file) is None
 
 
+async def test_one_that_died_with_its_process_costs_what_its_model_does(
+    path: Path, clock: Clock
+) -> None:
+    file = SqliteStore(path, prices=Prices(["dear=1/100"]))
+    await file.open()
+    dear = replace(header("dear", None), model="dear")
+    await file.commit([Entry(dear, True, 0, ["five hundred letters " * 4])])
+    await file.close()
+    await file.open()
+    assert await file.spent("me", 0) == Spent(21, 2100)
+    await file.close()
+
+
 async def test_one_that_died_with_its_process_is_counted_as_what_it_said(
     file: SqliteStore, clock: Clock
 ) -> None:
@@ -1967,8 +1980,8 @@ async def test_one_that_died_with_its_process_is_counted_as_what_it_said(
         await file.close()
         clock.now = day * DAY
         await file.open()
-        assert [await file.spent("me", day) for day in range(3)] == [8, 3 + 1, 0]
-        assert [await file.spent("you", day) for day in range(3)] == [0, 3, 0]
+        assert [await tokens_spent(file, "me", day) for day in range(3)] == [8, 3 + 1, 0]
+        assert [await tokens_spent(file, "you", day) for day in range(3)] == [0, 3, 0]
 
 
 @pytest.mark.parametrize("texts", ["'[\"secret'", "x'ff'", "CAST(x'ff' AS TEXT)", "'{}'", "5"])
@@ -1979,7 +1992,7 @@ async def test_one_that_died_and_is_damaged_is_not_in_the_way_of_the_others(
     await file.close()
     query(path, f"UPDATE piece SET texts = {texts} WHERE generation = 1")
     await file.open()
-    assert await file.spent("me", 0) == 1
+    assert await tokens_spent(file, "me", 0) == 1
     assert await found(file, "h") == ["b"]
 
 
@@ -2003,12 +2016,12 @@ async def test_accounts_are_kept_for_ninety_days_and_purged_by_and_by(
     for left in (8, 6, 4, 2, 0, 0):
         await file.purge(0.0)
         assert query(path, "SELECT count(*) FROM counted") == [(left,)]
-    assert [await file.spent("4", day) for day in (0, 1)] == [8, 8]
+    assert [await tokens_spent(file, "4", day) for day in (0, 1)] == [8, 8]
     clock.now = 91 * DAY
     for left in (8, 6, 5, 5):
         await file.purge(0.0)
         assert query(path, "SELECT count(*) FROM spent") == [(left,)]
-    assert [await file.spent("4", day) for day in (0, 1)] == [0, 8]
+    assert [await tokens_spent(file, "4", day) for day in (0, 1)] == [0, 8]
 
 
 async def test_a_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
@@ -2572,7 +2585,7 @@ async def test_a_commit_that_is_cancelled_is_made_as_a_whole_or_not_at_all(
         # It had begun, and went on in its thread.
         assert [await found(file, name + str(number)) for name in "go"] == [["Hi."]] * 2
         assert await found(file, f"w{number}") is None
-        assert await file.spent("me", 0) == 8 * (2 + 3 * number)
+        assert await tokens_spent(file, "me", 0) == 8 * (2 + 3 * number)
 
 
 async def test_a_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: SqliteStore) -> None:

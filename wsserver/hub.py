@@ -10,7 +10,6 @@ import functools
 import itertools
 import logging
 import secrets
-import time
 from collections import deque
 
 from wsserver.context import less_than, messages_of
@@ -19,7 +18,7 @@ from wsserver.errors import OUTAGE, TOO_LONG, UPSTREAM, Code, ModelError, Refuse
 from wsserver.generation import End, Follower, State, tokens_in
 from wsserver.intake import Intake
 from wsserver.journal import Journal
-from wsserver.limits import SECONDS_PER_DAY, Account, Budget, Memory, Rates, Shares
+from wsserver.limits import SECONDS_PER_DAY, Account, Memory, Rates, Shares
 from wsserver.live import (
     Conversation,
     FirstPiece,
@@ -41,7 +40,8 @@ from wsserver.models.base import (
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.quota import Quota
 from wsserver.settings import Settings
-from wsserver.stores.base import Forgotten, Header, Store, day_of, tokens_of
+from wsserver.spending import Spending
+from wsserver.stores.base import Forgotten, Header, Store
 from wsserver.telemetry import Metrics, span
 from wsserver.upkeep import Upkeep
 
@@ -51,7 +51,6 @@ READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the
 READ_BURST = 2**24  # bytes of them at once: more than a window full of tabs asks for
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
-LEAST_REPLY = 64  # tokens of a day's rest that are worth a reply
 TAKEN_BACK = frozenset({"client", "deleted", "disconnect", "replaced"})  # who stopped the prompt
 FAILURES = 5  # of the model's API in a row, after which it is said to fail
 FAILING = 30.0  # seconds since the last of them, after which it may be asked again
@@ -103,7 +102,7 @@ class Hub:
         self.reads = Rates(READ_RATE, READ_BURST)  # bytes of histories and lists, by account
         self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
         self._shares = Shares(settings.generations_per_principal)
-        self._budget = Budget(settings.tokens_per_day)
+        self._spending = Spending(settings, store)
         self._quota = Quota(store, settings)
         self._generations: dict[tuple[str, str], Generation] = {}  # by owner and id
         self._live: set[Generation] = set()
@@ -201,8 +200,7 @@ class Hub:
                 )
             new = conversation is not None and not conversation.exists
             await self._quota.check(owner, new=new)
-            while not self._budget.knows(owner, day := day_of(time.time())):
-                self._budget.learn(owner, day, await self._store.spent(owner, day))
+            await self._spending.learn(owner)
             # Nothing is awaited from here on. What the awaits above may have changed is checked
             # again: the same prompt, a delete, a drain.
             known = self._same(prompt, self.known(owner, prompt.id))
@@ -416,9 +414,10 @@ class Hub:
             accepted=self._loop.time(),
         )
         generation.asked = _tokens_of(self._request(generation))
-        generation.reserved = allowance + generation.asked
+        price = self._spending.price(generation.model)
+        generation.reserved = price.likely(generation.asked, allowance)
         self._shares.take(account)
-        self._budget.reserve(owner, generation.reserved)
+        self._spending.reserve(owner, generation.reserved)
         self._generations[owner, generation.id] = generation
         self._live.add(generation)
         self._idle.clear()
@@ -469,17 +468,11 @@ class Hub:
             raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
         if self._shares.full(account):
             raise Refused(Code.LIMIT, "You run as many generations as you may.")
-        left = self._budget.left(owner)
-        if left is not None and left < LEAST_REPLY:
-            if self._budget.reserved(owner):
-                message = "What is left of today's tokens is set aside for replies that run."
-                raise Refused(Code.LIMIT, message)
-            tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
-            raise Refused(Code.QUOTA, retry_after=tomorrow)
+        wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
+        allowance = self._spending.allow(owner, prompt.model or self.model_name, wanted)
         if wait := self._rates.take(account, self._loop.time()):
             raise Refused(Code.LIMIT, "Too many prompts a minute.", retry_after=wait)
-        wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
-        return wanted if left is None else min(wanted, left)
+        return allowance
 
     # Running a model.
 
@@ -617,6 +610,7 @@ class Hub:
             how = error
             terminal = generation.terminal(how)
         generation.failure = how if isinstance(how, BaseException) else None
+        generation.spent = self._spending.price(generation.model).spent(terminal.usage)
         if generation.span is not None:
             generation.span.end(terminal, generation.first_token)
         self._note_upstream(generation, terminal)
@@ -653,7 +647,7 @@ class Hub:
             conversation.running = None
         self._live.discard(generation)
         self._shares.give(generation.account)
-        self._budget.settle(generation.owner, generation.reserved, tokens_of(terminal))
+        self._spending.settle(generation.owner, generation.reserved, generation.spent)
         self._retain(generation)
         self._report(generation, terminal)
         generation.task = None  # with the traceback of a failure, and all that holds on to
@@ -667,6 +661,7 @@ class Hub:
         self.metrics.generation_ended(
             terminal,
             model=generation.model,
+            dollars=generation.spent.dollars,
             seconds=generation.seconds if generation.begun else None,
             first_token=generation.first_token,
         )
@@ -701,6 +696,7 @@ class Hub:
             first_token=None if first_token is None else round(first_token, 3),
             input_tokens=None if usage is None else usage.input_tokens,
             output_tokens=None if usage is None else usage.output_tokens,
+            dollars=generation.spent.dollars,
             pieces=generation.log.seq,
         )
 

@@ -262,14 +262,14 @@ class _Spending:
 
 
 class Budget:
-    """Tokens that each owner may spend on one day.
+    """What each owner may spend on one day: tokens, or microdollars.
 
     What a reply may use is reserved as it begins and settled as it ends, so that many at once
     cannot spend what each of them was told is left. What was spent before this process ran comes
     from the store, see :meth:`learn`.
 
     Args:
-        per_day: tokens; 0 sets no limit, and nothing is counted.
+        per_day: how much; 0 sets no limit, and nothing is counted.
     """
 
     def __init__(self, per_day: int) -> None:
@@ -288,7 +288,8 @@ class Budget:
     def learn(self, owner: str, day: int, spent: int) -> None:
         """Take over what an owner has spent on a day, unless it is known by now."""
         self._turn(day)
-        self._accounts.setdefault(owner, _Spending(spent))
+        if self._per_day:
+            self._accounts.setdefault(owner, _Spending(spent))
 
     def left(self, owner: str) -> int | None:
         """Return what an owner who is known can still reserve; None without a limit."""
@@ -301,10 +302,10 @@ class Budget:
         """Return what is set aside for an owner's replies that run."""
         return self._accounts[owner].reserved if owner in self._accounts else 0
 
-    def reserve(self, owner: str, tokens: int) -> None:
-        """Set tokens aside for a reply that begins."""
+    def reserve(self, owner: str, amount: int) -> None:
+        """Set an amount aside for a reply that begins."""
         if self._per_day and owner in self._accounts:
-            self._accounts[owner].reserved += tokens
+            self._accounts[owner].reserved += amount
 
     def settle(self, owner: str, reserved: int, spent: int) -> None:
         """Put what a reply has really used in the place of what was reserved for it."""

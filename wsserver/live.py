@@ -12,6 +12,7 @@ from wsserver.generation import End, Log, Run, State, Thinking, Usage, tokens_in
 from wsserver.journal import Record
 from wsserver.limits import Account
 from wsserver.logs import log as events
+from wsserver.prices import NOTHING, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
 from wsserver.stores.base import StoredGeneration, Turn, partial
 from wsserver.telemetry import Span
@@ -106,7 +107,8 @@ class Generation:
     conversation_id: str | None
     account: Account = ()  # whose limits count
     allowance: int = 0  # output tokens that it may use
-    reserved: int = 0  # tokens of its owner's day, until it is known what it has used
+    reserved: Spent = NOTHING  # of its owner's day, until it is known what it has cost
+    spent: Spent = NOTHING  # what it has cost, once it has ended
     conversation: Conversation | None = None  # None too for one that comes from the store
     log: Log[Terminal] = field(default_factory=Log)
     record: Record | None = None  # how far the generation is saved

@@ -194,8 +194,16 @@ class Settings(BaseSettings):
     prompts_per_minute: PositiveCount = 60
     """Prompts of one principal, or of one address where nobody says who they are."""
     tokens_per_day: Count = 1_000_000
-    """Tokens of one principal per day (UTC), input and output, without what Anthropic's cache
-    had: at most about 15 dollars of claude-sonnet. All the anonymous are one. 0 sets no limit."""
+    """Tokens of one principal per day (UTC), input and output. What is read from Anthropic's cache
+    counts a tenth, what is written to it a quarter more. All the anonymous are one. 0 sets no
+    limit."""
+    dollars_per_day: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("US dollars")] = 15.0
+    """The same in money, by the prices of the models; a million tokens of claude-sonnet cost at
+    most that. 0 sets no limit."""
+    prices: Names = ()
+    """Prices of other models, or other prices, in US dollars for a million tokens:
+    `MODEL=INPUT/OUTPUT` or `MODEL=INPUT/OUTPUT/CACHE WRITE/CACHE READ`, separated by commas.
+    Claude's are known; a model of your own costs nothing until you say."""
 
     # How much runs at once.
     generations: PositiveCount = 800
@@ -299,11 +307,20 @@ class Settings(BaseSettings):
     """For the whole shutdown, within the 30 s that service managers commonly give; what is left
     is aborted."""
 
-    @field_validator("models", "hosts", "origins", "proxies", mode="before")
+    @field_validator("models", "prices", "hosts", "origins", "proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("prices")
+    @classmethod
+    def _check_prices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        number = r"\d{1,9}(\.\d{1,9})?"
+        for price in value:
+            if not re.fullmatch(rf".+={number}/{number}(/{number}/{number})?", price, re.ASCII):
+                raise ValueError(f"{price!r} is not MODEL=INPUT/OUTPUT, such as my-model=1/5")
         return value
 
     @field_validator("thinking")

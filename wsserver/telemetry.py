@@ -103,6 +103,9 @@ class Metrics:
         self._tokens = counter(
             "tokens_total", "Tokens that models said they used, or likely did.", "kind", "model"
         )
+        self._dollars = counter(
+            "dollars_total", "What replies have cost, by the prices in the settings.", "model"
+        )
         self._stop = histogram(
             "stop_latency", "From a stop to the model's request being closed.", _STOP
         )
@@ -197,13 +200,20 @@ class Metrics:
         self._running.inc()
 
     def generation_ended(
-        self, terminal: Terminal, *, model: str, seconds: float | None, first_token: float | None
+        self,
+        terminal: Terminal,
+        *,
+        model: str,
+        dollars: float,
+        seconds: float | None,
+        first_token: float | None,
     ) -> None:
         """A reply is over.
 
         Args:
             terminal: how.
             model: of all those that the settings allow.
+            dollars: what the reply has cost.
             seconds: since the model was asked; None if it never was.
             first_token: seconds from the prompt to the first piece; None if there was none.
         """
@@ -219,6 +229,8 @@ class Metrics:
         if seconds is not None:
             self._running.dec()
             self._duration.observe(seconds)
+        if dollars:
+            self._dollars.labels(model).inc(dollars)
         if first_token is not None:
             self._first_token.observe(first_token)
         if (usage := terminal.usage) is not None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from wsserver.errors import ConfigError
+from wsserver.prices import Prices
 from wsserver.settings import Settings
 from wsserver.stores.base import Store
 from wsserver.stores.memory import MemoryStore
@@ -16,16 +17,16 @@ def make(settings: Settings) -> Store:
     Raises:
         ConfigError: there is no such store.
     """
-    url = settings.store
+    url, prices = settings.store, Prices(settings.prices)
     if url == "memory:":
-        return MemoryStore(settings.conversations)
+        return MemoryStore(settings.conversations, prices=prices)
     path = url.removeprefix("sqlite:///")
     if path not in {url, "", ":memory:"}:
         from wsserver.stores.sqlite import SqliteStore  # noqa: PLC0415
 
         # As elsewhere: three slashes for a relative path, four for an absolute one.
         try:
-            return SqliteStore(Path(path).expanduser(), settings.store_timeout)
+            return SqliteStore(Path(path).expanduser(), settings.store_timeout, prices)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"store: {url!r}: {error}") from error
     raise ConfigError(f"store: {url!r} is neither memory: nor sqlite:///PATH")

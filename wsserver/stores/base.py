@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from wsserver.generation import Thinking
+from wsserver.prices import Spent
 from wsserver.protocol import Error, Prompt, Terminal
 
 __all__ = [
@@ -27,13 +28,11 @@ __all__ = [
     "partial",
     "text_of",
     "title_of",
-    "tokens_of",
 ]
 
 TITLE_LENGTH = 60  # characters of a title that is made from a prompt
 TRACE_KEPT = 30 * 86_400.0  # seconds that the trace of a deleted generation is kept
 TRACES = 1000  # of one owner that are kept; the oldest are dropped first
-MOST_TOKENS = 10**12  # that one reply is counted as, so that no model's mistake is too large
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +204,7 @@ class Store(Protocol):
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all of it or nothing. What was saved before is not an error to save again.
 
-        What is new of a generation that was deleted is dropped. Its tokens are not: they are
+        What is new of a generation that was deleted is dropped. What it cost is not: that is
         added to its owner's account once, with the first terminal that is saved of it.
         """
         ...
@@ -255,10 +254,10 @@ class Store(Protocol):
         """Delete a conversation and all in it; False if the owner has none of that id."""
         ...
 
-    async def spent(self, owner: str, day: int) -> int:
-        """Return the tokens of an owner's replies that ended on a day, deleted ones too.
+    async def spent(self, owner: str, day: int) -> Spent:
+        """Return what an owner's replies have cost that ended on a day, deleted ones too.
 
-        It is known of today and yesterday at least. See :func:`tokens_of` and :func:`day_of`.
+        It is known of today and yesterday at least. See :func:`day_of`.
         """
         ...
 
@@ -284,15 +283,6 @@ class Store(Protocol):
     async def probe(self) -> None:
         """Try whether the store saves: write something that changes nothing."""
         ...
-
-
-def tokens_of(terminal: Terminal) -> int:
-    """Return what a reply cost, but for what was read from the cache, which costs a tenth."""
-    usage = terminal.usage
-    if usage is None:
-        return 0
-    asked = usage.input_tokens + (usage.cache_creation_input_tokens or 0)
-    return min(asked + usage.output_tokens, MOST_TOKENS)
 
 
 def day_of(seconds: float) -> int:

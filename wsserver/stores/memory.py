@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from operator import attrgetter
 
+from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
     TRACE_KEPT,
@@ -27,7 +28,6 @@ from wsserver.stores.base import (
     partial,
     text_of,
     title_of,
-    tokens_of,
 )
 
 __all__ = ["MemoryStore"]
@@ -135,9 +135,16 @@ class MemoryStore:
     Args:
         conversations: how many are kept; the one idle for longest is dropped first.
         size: bytes of memory, after which the conversation idle for longest is dropped too.
+        prices: of the models; those of Claude where nobody gives them.
     """
 
-    def __init__(self, conversations: int = 10_000, size: int = 268_435_456) -> None:
+    def __init__(
+        self,
+        conversations: int = 10_000,
+        size: int = 268_435_456,
+        prices: Prices | None = None,
+    ) -> None:
+        self._prices = prices or Prices()
         self._limit = conversations
         self._most = size
         self._size = 0
@@ -150,7 +157,7 @@ class MemoryStore:
         self._outside: OrderedDict[_Generation, None] = OrderedDict()  # in the order of their ends
         self._traces: OrderedDict[tuple[str, str], _Trace] = OrderedDict()  # the oldest first
         self._traced: dict[str, OrderedDict[str, None]] = {}  # their ids by owner, likewise
-        self._spent: dict[int, Counter[str]] = {}  # by day and owner
+        self._spent: dict[int, dict[str, Spent]] = {}  # by day and owner
 
     async def open(self) -> None:
         """Nothing to do."""
@@ -184,8 +191,9 @@ class MemoryStore:
         while self._size > self._most and self._drop_one():
             pass
 
-    def _count(self, owner: str, terminal: Terminal, now: float) -> None:
-        self._spent.setdefault(day_of(now), Counter())[owner] += tokens_of(terminal)
+    def _count(self, owner: str, model: str, terminal: Terminal, now: float) -> None:
+        day = self._spent.setdefault(day_of(now), {})
+        day[owner] = self._prices.of(model).spent(terminal.usage).plus(day.get(owner, NOTHING))
 
     def _count_deleted(self, header: Header, terminal: Terminal | None, now: float) -> None:
         """Count what a reply has cost that ended after it was deleted."""
@@ -193,7 +201,7 @@ class MemoryStore:
         if terminal is None or trace is None or trace.began != header.began or trace.counted:
             return
         trace.counted = True
-        self._count(header.owner, terminal, now)
+        self._count(header.owner, header.model, terminal, now)
 
     def _begin(self, header: Header, now: float) -> _Generation:
         generation = _Generation.of(header)
@@ -215,7 +223,7 @@ class MemoryStore:
     ) -> None:
         trace = self._traces.get((generation.owner, generation.id))
         if trace is None or trace.began != generation.began or not trace.counted:
-            self._count(generation.owner, terminal, now)
+            self._count(generation.owner, generation.model, terminal, now)
         before = generation.size
         generation.terminal, generation.ended = terminal, now
         generation.pack()
@@ -364,10 +372,9 @@ class MemoryStore:
         self._drop(found)
         return True
 
-    async def spent(self, owner: str, day: int) -> int:
-        """Return the tokens of an owner's replies that ended on a day."""
-        found = self._spent.get(day)
-        return 0 if found is None else found[owner]
+    async def spent(self, owner: str, day: int) -> Spent:
+        """Return what an owner's replies have cost that ended on a day."""
+        return self._spent.get(day, {}).get(owner, NOTHING)
 
     async def held(self, owner: str) -> Held:
         """Return how much an owner has here."""

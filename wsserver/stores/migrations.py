@@ -195,4 +195,14 @@ MIGRATIONS = [
     CREATE INDEX forgotten_by_owner ON forgotten (owner, at);
     CREATE INDEX forgotten_by_time ON forgotten (at);
     """,
+    """
+    ALTER TABLE spent ADD COLUMN microdollars INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE counted ADD COLUMN microdollars INTEGER NOT NULL DEFAULT 0;
+    DROP TRIGGER spend;
+    CREATE TRIGGER spend AFTER INSERT ON counted BEGIN
+        INSERT INTO spent VALUES (new.owner, new.day, new.tokens, new.microdollars)
+        ON CONFLICT (owner, day) DO UPDATE SET
+            tokens = tokens + excluded.tokens, microdollars = microdollars + excluded.microdollars;
+    END;
+    """,
 ]

@@ -29,6 +29,7 @@ from pydantic import Json, TypeAdapter
 from wsserver.errors import ConfigError, StoreError
 from wsserver.generation import Thinking, tokens_in
 from wsserver.logs import log
+from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
     TRACE_KEPT,
@@ -47,7 +48,6 @@ from wsserver.stores.base import (
     partial,
     text_of,
     title_of,
-    tokens_of,
 )
 from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
@@ -65,7 +65,7 @@ ROW = 256  # bytes of a generation besides its ids and what was said in it, abou
 KEYS = 3  # times that the ids of a generation are in tables and indexes
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
-_COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
+_COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
 _OLD_TRACES = """
     DELETE FROM forgotten WHERE (owner, id) IN
     (SELECT owner, id FROM forgotten WHERE at < ? LIMIT ?)
@@ -77,7 +77,9 @@ _OLD_COUNTED = """
 _OLD_SPENT = """
     DELETE FROM spent WHERE (owner, day) IN (SELECT owner, day FROM spent WHERE day < ? LIMIT ?)
 """
-_DEAD = "SELECT number, owner, id, began FROM generation WHERE lengths IS NULL AND ended IS NULL"
+_DEAD = (
+    "SELECT number, owner, id, began, model FROM generation WHERE lengths IS NULL AND ended IS NULL"
+)
 # The turns of a history, newest first, until either bound is reached.
 _TURNS = """
     SELECT number, turn, id, terminal, prompt, text FROM generation WHERE number IN (
@@ -104,10 +106,12 @@ class SqliteStore:
     Args:
         path: the file.
         timeout: seconds to wait for a lock that another program has on the file.
+        prices: of the models; those of Claude where nobody gives them.
     """
 
-    def __init__(self, path: Path, timeout: float = 5.0) -> None:
+    def __init__(self, path: Path, timeout: float = 5.0, prices: Prices | None = None) -> None:
         self._path = path.absolute()
+        self._prices = prices or Prices()
         self._lock_path = Path(os.path.realpath(path) + ".lock")  # by whatever name or link
         self._timeout = timeout
         self._lock: IO[str] | None = None
@@ -224,11 +228,10 @@ class SqliteStore:
         if self._damage is not None:
             raise StoreError(f"the file is damaged: {self._damage}")
 
-    @staticmethod
-    def _bury(database: sqlite3.Connection) -> None:
+    def _bury(self, database: sqlite3.Connection) -> None:
         """End what died with its process: its replay time begins now, and what it said counts."""
         now = time.time()
-        for number, owner, name, began in database.execute(_DEAD).fetchall():
+        for number, owner, name, began, model in database.execute(_DEAD).fetchall():
             said = ""
             # One that is damaged is not in the way of all others.
             with contextlib.suppress(StoreError), errors():
@@ -236,7 +239,8 @@ class SqliteStore:
                 _pack(database, number, pieces)
                 said = "".join(pieces)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
-            database.execute(_COUNT, (owner, name, began, day_of(now), tokens_in(said)))
+            spent = self._prices.of(model).likely(0, tokens_in(said))
+            database.execute(_COUNT, (owner, name, began, day_of(now), *spent))
         for owner, name in database.execute("SELECT owner, id FROM deleting").fetchall():
             while _delete_some(database, owner, name):
                 pass
@@ -259,7 +263,7 @@ class SqliteStore:
             for entry in entries:
                 if entry.new:
                     _begin(database, entry.header, now)
-                _add(database, entry, now)
+                _add(database, entry, now, self._prices)
                 if entry.header.conversation is not None and (entry.new or entry.terminal):
                     database.execute(
                         "UPDATE conversation SET updated = max(updated, ?), place = (SELECT "
@@ -395,16 +399,15 @@ class SqliteStore:
             if await _opened(self._writer).call(erase):
                 self._remains = False
 
-    async def spent(self, owner: str, day: int) -> int:
-        """Return the tokens of an owner's replies that ended on a day."""
-        ((tokens,),) = await self._read(
+    async def spent(self, owner: str, day: int) -> Spent:
+        """Return what an owner's replies have cost that ended on a day."""
+        rows = await self._read(
             owner,
             lambda database: database.execute(
-                "SELECT CAST(total(tokens) AS INTEGER) FROM spent WHERE owner = ? AND day = ?",
-                (owner, day),
+                "SELECT tokens, microdollars FROM spent WHERE owner = ? AND day = ?", (owner, day)
             ).fetchall(),
         )
-        return int(tokens)
+        return Spent(*rows[0]) if rows else NOTHING
 
     async def held(self, owner: str) -> Held:
         """Return how much an owner has here."""
@@ -561,11 +564,12 @@ def _begin(database: sqlite3.Connection, header: Header, now: float) -> None:
         )
 
 
-def _add(database: sqlite3.Connection, entry: Entry, now: float) -> None:
+def _add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) -> None:
     """Save the pieces of a generation and its terminal, unless it was deleted or has ended."""
     header, terminal = entry.header, entry.terminal
     if terminal is not None:
-        database.execute(_COUNT, (*_key(header), day_of(now), tokens_of(terminal)))
+        spent = prices.of(header.model).spent(terminal.usage)
+        database.execute(_COUNT, (*_key(header), day_of(now), *spent))
     row = database.execute(
         "SELECT number, terminal IS NOT NULL, lengths IS NOT NULL FROM generation "
         "WHERE owner = ? AND id = ? AND began = ?",

@@ -1,0 +1,283 @@
+"""What replies cost, and the budget of a day in tokens and in money."""
+
+import itertools
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.prompt_cache import PromptCache
+from tests.support.puppet import Puppet
+from tests.support.upstream import Hang, Script, Upstream, reply
+from wsserver import ConfigError, End, Principal, Settings, Usage
+from wsserver.prices import CLAUDE, FREE, NOTHING, Price, Prices, Spent
+from wsserver.protocol import UsageCounts
+from wsserver.stores.base import day_of
+
+SONNET = Price(3, 15, 3.75, 0.3)
+
+
+def cost(price: Price, asked: int, said: int, written: int = 0, read: int = 0) -> Spent:
+    return price.spent(UsageCounts.of(Usage(asked, said, written, read)))
+
+
+# Prices
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "microdollars"),
+    [
+        ((0, 0), 0, 0),
+        ((3, 5), 8, 9 + 75),
+        ((0, 0, 100), 125, 375),
+        ((0, 0, 0, 30), 3, 9),
+        ((0, 0, 0, 1), 1, 1),
+        ((0, 0, 0, 98_000), 9800, 29_400),
+        ((10**400, 10**400), 10**12, 10**12),
+    ],
+)
+def test_each_kind_of_token_costs_its_share(
+    counts: tuple[int, ...], tokens: int, microdollars: int
+) -> None:
+    assert cost(SONNET, *counts) == Spent(tokens, microdollars)
+
+
+def test_a_reply_without_usage_costs_nothing() -> None:
+    assert SONNET.spent(None) == NOTHING
+
+
+def test_a_long_prompt_may_have_another_price() -> None:
+    price = Price(1, 2, 3, 4, over=Price(10, 20, 30, 40))
+    assert cost(price, 50_000, 1, 50_000).microdollars == 50_000 + 2 + 150_000
+    assert cost(price, 50_000, 1, 50_000, 1).microdollars == 500_000 + 20 + 1_500_000 + 40
+
+
+@pytest.mark.parametrize(
+    ("model", "price"),
+    [
+        ("claude-sonnet-4-6", SONNET),
+        ("claude-sonnet-4-5-20250929", SONNET),
+        ("claude-sonnet-4-20250514", SONNET),
+        ("claude-opus-4-20250514", CLAUDE["claude-opus-4"]),
+        ("claude-opus-4-1", CLAUDE["claude-opus-4"]),
+        ("claude-opus-4-5-20251101", CLAUDE["claude-opus-4-5"]),
+        ("claude-opus-5", CLAUDE["claude-opus-5"]),
+        ("claude-opus-5-5", CLAUDE["claude-opus-5-5"]),
+        ("us.anthropic.claude-opus-4-5-20251101-v1:0", CLAUDE["claude-opus-4-5"]),
+        ("claude-of-tomorrow", max(CLAUDE.values(), key=lambda price: price.output)),
+        ("demo", FREE),
+        ("my-model", Price(1, 5, 1.25, 0.1)),
+        ("claude-haiku-4-5", Price(2, 4, 8, 16)),
+    ],
+)
+def test_a_model_has_the_price_that_is_set_or_known(model: str, price: Price) -> None:
+    given = Settings(prices="my-model=1/5, claude-haiku-4-5=2/4/8/16").prices  # type: ignore[arg-type]
+    assert Prices(given).of(model) == price
+
+
+@pytest.mark.parametrize("given", ["x", "x=1", "=1/2", "x=1/2/3", "x=a/b", "x=-1/2", "x=1/2/3/4/5"])
+def test_a_price_that_is_none_is_refused_at_the_start(given: str) -> None:
+    with pytest.raises(ConfigError, match="prices"):
+        Settings.load(prices=given)
+
+
+# A day's money
+
+
+async def named(token: str | None, _: object) -> Principal | None:
+    return None if token is None else Principal(token)
+
+
+@asynccontextmanager
+async def ada(server: wsserver.Server) -> AsyncIterator[Client]:
+    async with client(server, additional_headers={"Authorization": "Bearer ada"}) as chat:
+        yield chat
+
+
+def serve(model: Any = None, **given: Any) -> wsserver.Server:
+    return wsserver.serve(
+        model,
+        port=0,
+        drain_timeout=0,
+        authenticate=named,
+        prompts_per_minute=100_000,
+        frame_rate=100_000,
+        frame_burst=100_000,
+        **given,
+    )
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+async def test_the_dollars_of_a_day_last_over_a_restart(
+    puppet: Puppet, tmp_path: Any, kind: str
+) -> None:
+    store = "memory:" if kind == "memory" else f"sqlite:///{tmp_path}/s.sqlite"
+    given: dict[str, Any] = {"dollars_per_day": 0.01, "prices": "puppet=1/10", "store": store}
+    async with serve(puppet, **given) as server, ada(server) as chat:
+        await chat.prompt()
+        (await puppet.reply()).say("x", End(usage=Usage(1000, 900))).end()
+        await chat.next("done")
+        refused = await chat.prompt()
+        assert (refused["code"], refused["retryable"]) == ("quota", True)
+        assert "dollars" in refused["message"]
+        assert "tokens" not in refused["message"]
+    if kind == "sqlite":
+        async with serve(puppet, **given) as server, ada(server) as chat:
+            assert (await chat.prompt())["code"] == "quota"
+
+
+async def test_a_refusal_says_that_the_tokens_are_used_up(puppet: Puppet) -> None:
+    async with serve(puppet, tokens_per_day=1000, prices="puppet=1/1") as server:
+        async with ada(server) as chat:
+            await chat.prompt()
+            (await puppet.reply()).say("x", End(usage=Usage(1000))).end()
+            await chat.next("done")
+            refused = await chat.prompt()
+    assert refused["code"] == "quota"
+    assert "tokens" in refused["message"]
+
+
+async def test_what_is_left_of_the_dollars_bounds_the_reply(puppet: Puppet) -> None:
+    async with serve(puppet, dollars_per_day=0.01, prices="puppet=1/10") as server:
+        async with ada(server) as chat:
+            await chat.prompt(conversation="conversation-one", max_tokens=700)
+            await chat.prompt(conversation="conversation-two", max_tokens=700)
+            replies = [await puppet.reply(number) for number in range(2)]
+            assert [reply.request.max_tokens for reply in replies] == [700, 299]
+            refused = await chat.prompt(conversation="conversation-three")
+    assert (refused["code"], refused["message"].count("dollars")) == ("limit", 1)
+
+
+async def test_another_model_of_the_same_server_has_a_price_of_its_own(puppet: Puppet) -> None:
+    given = {"models": "dear", "prices": "puppet=1/1,dear=1000/1000", "dollars_per_day": 1}
+    async with serve(puppet, **given) as server, ada(server) as chat:
+        await chat.prompt(model="dear", max_tokens=2000)
+        reply = await puppet.reply()
+        assert reply.request.max_tokens == 1000
+        reply.say("x", End(usage=Usage(output_tokens=999))).end()
+        await chat.next("done")
+        assert (await chat.prompt(model="dear"))["code"] == "quota"
+        assert (await chat.prompt(model="puppet"))["type"] == "start"
+
+
+async def test_a_limit_of_zero_is_no_limit(puppet: Puppet) -> None:
+    async with serve(puppet, dollars_per_day=0, prices="puppet=1000/1000") as server:
+        async with ada(server) as chat:
+            await chat.prompt()
+            (await puppet.reply()).say("x", End(usage=Usage(output_tokens=500_000))).end()
+            await chat.next("done")
+            assert (await chat.prompt())["type"] == "start"
+
+
+async def test_the_cost_is_in_the_log_and_in_the_metrics(
+    puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wsserver")
+    async with serve(puppet, prices="puppet=1/10") as server, ada(server) as chat:
+        await chat.prompt()
+        (await puppet.reply()).say("x", End(usage=Usage(1000, 100))).end()
+        await chat.next("done")
+        assert (
+            'wsserver_dollars_total{model="puppet"} 0.002' in server.metrics.exposition().decode()
+        )
+    assert "0.002" in caplog.text
+
+
+# Against what the API bills
+
+
+class Bill:
+    """What the stand-in for the API bills, at the prices of the model that is asked."""
+
+    def __init__(self) -> None:
+        self.cache = PromptCache()
+        self.tokens = 0.0
+        self.dollars = 0.0
+
+    def __call__(self, body: Any) -> Script:
+        usage = self.cache.usage(body)
+        output = 1
+        self.tokens += usage["input_tokens"] + usage["cache_creation_input_tokens"] * 1.25
+        self.tokens += usage["cache_read_input_tokens"] * 0.1 + output
+        self.dollars += (
+            usage["input_tokens"] * 3e-6 + usage["cache_creation_input_tokens"] * 3.75e-6
+        )
+        self.dollars += usage["cache_read_input_tokens"] * 0.3e-6 + output * 15e-6
+        return reply(["!"], output_tokens=output, **usage)
+
+
+@pytest.fixture
+async def upstream(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Upstream]:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    async with Upstream() as running:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", running.url)
+        yield running
+
+
+async def use_up(chat: Client) -> dict[str, Any]:
+    """Send long prompts, then tiny ones that read them from the cache, until one is refused."""
+    for number in itertools.count():
+        conversation, turn = divmod(number, 60)
+        text = f"{turn:02}".ljust(32_700, "x") if turn < 12 else "x"
+        start = await chat.prompt(
+            text, conversation=f"conversation-{conversation:04}", max_tokens=1
+        )
+        if start["type"] == "error":
+            break
+        await chat.next("done", "error", id=start["id"])
+        chat.frames.clear()
+    return start
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [({"tokens_per_day": 300_000}, "tokens"), ({"dollars_per_day": 1.0}, "dollars")],
+)
+async def test_what_is_read_from_the_prompt_cache_uses_up_the_day(
+    upstream: Upstream, limits: dict[str, Any], name: str
+) -> None:
+    bill = Bill()
+    upstream.default = bill
+    async with serve(**limits) as server, ada(server) as chat:
+        refused = await use_up(chat)
+        assert (refused["code"], name in refused["message"]) == ("quota", True)
+        spent = await server._store.spent("ada", day_of(time.time()))
+    assert spent.dollars == pytest.approx(bill.dollars, rel=1e-3)
+    assert spent.tokens == pytest.approx(bill.tokens, rel=1e-3)
+    used, limit = (bill.tokens, 300_000) if name == "tokens" else (bill.dollars, 1.0)
+    most = 98_000 * (1.25 if name == "tokens" else 3.75e-6)  # of one more prompt
+    assert 0.95 * limit < used < limit + most
+
+
+async def test_at_the_defaults_the_same_abuse_costs_less_than_four_dollars(
+    upstream: Upstream,
+) -> None:
+    bill = Bill()
+    upstream.default = bill
+    limits = {
+        name: Settings.model_fields[name].default for name in ("tokens_per_day", "dollars_per_day")
+    }
+    async with serve(**limits) as server, ada(server) as chat:
+        assert (await use_up(chat))["code"] == "quota"
+    assert bill.tokens < 1_000_000 + 98_000
+    assert bill.dollars < 4
+
+
+async def test_replies_that_are_stopped_before_the_api_counts_use_up_the_day(
+    upstream: Upstream,
+) -> None:
+    upstream.default = reply(["漢字仮名交じり文"] * 100, Hang())
+    async with serve(tokens_per_day=5000) as server, ada(server) as chat:
+        replies = 0
+        while (start := await chat.prompt())["type"] == "start":
+            while len(chat.said(start["id"])) < 800:
+                await chat.receive()
+            await chat.send({"type": "stop", "id": start["id"]})
+            await chat.next("done")
+            replies += 1
+    assert start["code"] == "quota"
+    assert replies * 800 <= 5000 + 800

@@ -1,0 +1,142 @@
+"""What a reply costs: tokens counted at their share, and dollars by the price of the model.
+
+The prices of Claude are those of https://platform.claude.com/docs/en/about-claude/pricing, for the
+cache of five minutes. Plain data; nothing here does I/O.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from wsserver.protocol import UsageCounts
+
+__all__ = ["CACHE_READ", "CACHE_WRITE", "NOTHING", "Price", "Prices", "Spent"]
+
+CACHE_WRITE = 1.25  # tokens that a token counts as, where it is written to a prompt cache
+CACHE_READ = 0.1  # the same, where it is read
+LONG = 100_000  # input tokens up to which the lower of two prices holds
+MOST = 10**12  # of one reply, so that no model's mistake is too large for a store
+
+
+class Spent(NamedTuple):
+    """What replies have cost."""
+
+    tokens: int = 0
+    microdollars: int = 0
+
+    def plus(self, other: "Spent") -> "Spent":
+        """Return both together."""
+        return Spent(self.tokens + other.tokens, self.microdollars + other.microdollars)
+
+    @property
+    def dollars(self) -> float:
+        """The same money in US dollars."""
+        return self.microdollars / 1e6
+
+
+NOTHING = Spent()
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """US dollars for a million tokens, which are microdollars for one.
+
+    ``over`` is the price where the whole input is longer than 100,000 tokens, if that is another.
+    """
+
+    input: float
+    output: float
+    cache_write: float
+    cache_read: float
+    over: "Price | None" = None
+
+    def spent(self, usage: UsageCounts | None) -> Spent:
+        """Return what a reply has cost, rounded up."""
+        if usage is None:
+            return NOTHING
+        fresh, output, written, read = (
+            min(count or 0, MOST)
+            for count in (
+                usage.input_tokens,
+                usage.output_tokens,
+                usage.cache_creation_input_tokens,
+                usage.cache_read_input_tokens,
+            )
+        )
+        price = self.at(fresh + written + read)
+        tokens = fresh + written * CACHE_WRITE + read * CACHE_READ + output
+        money = (
+            fresh * price.input
+            + written * price.cache_write
+            + read * price.cache_read
+            + output * price.output
+        )
+        return Spent(_up(tokens), _up(money))
+
+    def likely(self, asked: int, output: int) -> Spent:
+        """Return what a reply may cost: none of its input is read from a cache."""
+        price = self.at(asked)
+        return Spent(asked + output, _up(asked * price.cache_write + output * price.output))
+
+    def at(self, asked: int) -> "Price":
+        """Return the price that holds for so many input tokens."""
+        return self.over if self.over is not None and asked > LONG else self
+
+
+def _up(amount: float) -> int:
+    # Rounded first, as 0.1 * 30 is a little more than 3.
+    return min(math.ceil(round(amount, 6)), MOST)
+
+
+FREE = Price(0, 0, 0, 0)
+"""The price of a model that nobody has set one for: its tokens alone are counted."""
+
+# By what the model's name begins with; the longest beginning counts.
+CLAUDE = {
+    "claude-fable-5": Price(10, 50, 12.5, 1),
+    "claude-fable-5-1": Price(10, 50, 12.5, 0.25),
+    "claude-mythos-5": Price(10, 50, 12.5, 1),
+    "claude-mythos-5-1": Price(10, 50, 12.5, 0.25),
+    "claude-opus-5-5": Price(4, 20, 5, 0.2),
+    "claude-opus-5": Price(5, 25, 6.25, 0.5),
+    "claude-opus-4-8": Price(5, 25, 6.25, 0.5),
+    "claude-opus-4-7": Price(5, 25, 6.25, 0.5),
+    "claude-opus-4-6": Price(5, 25, 6.25, 0.5),
+    "claude-opus-4-5": Price(5, 25, 6.25, 0.5),
+    "claude-opus-4": Price(15, 75, 18.75, 1.5),
+    "claude-sonnet-5-5": Price(2, 10, 2.5, 0.2),
+    "claude-sonnet-5": Price(2, 10, 2.5, 0.2),
+    "claude-sonnet-4": Price(3, 15, 3.75, 0.3),
+    "claude-haiku-5-5": Price(0.1, 0.5, 0.125, 0.01, over=Price(0.5, 2.5, 0.625, 0.05)),
+    "claude-haiku-4-5": Price(1, 5, 1.25, 0.1),
+    # Another Claude is taken for the dearest of these, so that a new one does not go uncounted.
+    "claude-": Price(15, 75, 18.75, 1.5),
+}
+
+
+class Prices:
+    """The price of each model.
+
+    Args:
+        given: ``MODEL=INPUT/OUTPUT`` or ``MODEL=INPUT/OUTPUT/WRITE/READ``, in US dollars for a
+            million tokens. They win over the known ones.
+    """
+
+    def __init__(self, given: Iterable[str] = ()) -> None:
+        self._given = dict(map(_parsed, given))
+
+    def of(self, model: str) -> Price:
+        """Return the price of a model; nothing is due for one that is not known."""
+        if (price := self._given.get(model)) is not None:
+            return price
+        _, claude, rest = model.partition("claude-")  # clouds put a name of their own before it
+        fitting = [name for name in CLAUDE if (claude + rest).startswith(name)]
+        return CLAUDE[max(fitting, key=len)] if fitting else FREE
+
+
+def _parsed(given: str) -> tuple[str, Price]:
+    model, _, amounts = given.rpartition("=")
+    asked, output, *cache = map(float, amounts.split("/"))
+    write, read = cache or (asked * CACHE_WRITE, asked * CACHE_READ)
+    return model, Price(asked, output, write, read)
