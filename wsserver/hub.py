@@ -696,7 +696,7 @@ class Hub:
             first_token=None if first_token is None else round(first_token, 3),
             input_tokens=None if usage is None else usage.input_tokens,
             output_tokens=None if usage is None else usage.output_tokens,
-            dollars=generation.spent.dollars,
+            dollars=generation.spent.dollars or None,
             pieces=generation.log.seq,
         )
 
