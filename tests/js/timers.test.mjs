@@ -65,7 +65,7 @@ test('a page that slept gives its connection another chance', async (t) => {
 })
 
 // A server of fakes: each socket answers by `answer`, and notes what it gets.
-function world(t, answer = () => {}) {
+function world(t, answer = () => {}, options = { firstPause: 1, longestPause: 1 }) {
   t.mock.timers.enable({ apis: ['setTimeout', 'Date'] })
   const sockets = []
   class Fake {
@@ -87,7 +87,7 @@ function world(t, answer = () => {}) {
     close() {}
     terminate() { this.terminated = true }
   }
-  const chat = connect('ws://localhost:1/', { WebSocket: Fake, firstPause: 1, longestPause: 1 })
+  const chat = connect('ws://localhost:1/', { WebSocket: Fake, ...options })
   t.after(() => chat.close())
   return { chat, sockets }
 }
@@ -315,4 +315,27 @@ test('a server that turns everybody away is not asked in a row', async (t) => {
   await turn()
   await passes(t, () => false, 60_000)
   assert.ok(tried <= 9, `${tried} attempts in a minute`)
+})
+
+test('a line that ends each connection before anything gets on is not tried in a row', async (t) => {
+  const { random } = Math
+  Math.random = () => 1
+  t.after(() => { Math.random = random })
+  const { chat, sockets } = world(t, (socket, { type }) => {
+    if (type === 'ping') socket.say({ type: 'pong' })
+    else queueMicrotask(() => socket.onclose({ code: 1006, reason: '' })) // in the midst of the answer
+  }, { firstPause: 500, longestPause: 15_000 })
+  chat.list().catch(() => {})
+  await passes(t, () => false, 60_000)
+  assert.ok(sockets.length > 3 && sockets.length <= 10, `${sockets.length} attempts in a minute`)
+})
+
+test('a server that resumes elsewhere than it was asked to is not asked for ever', async (t) => {
+  const { chat, sockets } = world(t, (socket, { type, id, request }) => {
+    if (type === 'resume') socket.say({ type: 'start', id, after: 3, request })
+  })
+  await turn()
+  const reply = chat.resume('r'.repeat(16), { after: 2 })
+  await assert.rejects(reply.done, { code: 'closed', message: /no server of this protocol/ })
+  assert.equal(sockets[0].sent.filter(({ type }) => type === 'resume').length, 1)
 })
