@@ -8,7 +8,9 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import os
 import secrets
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -43,6 +45,7 @@ GROWTH = 20 * MEBIBYTE  # that the server may take of memory for any abuse
 # are about to be closed, and a few others.
 AT_THE_DOOR = 350
 FRAMES = ("--frame-rate", "5", "--frame-burst", "40")
+NOBODY = 65534  # a user who can be another
 PING = '{"type": "ping"}'
 SECRET = "hunter2-planted"
 NASTY = "a\x1b[2Jb\r\nc\x00\x85\u2028\u2029\u202e\u200bé\x9b31m end"
@@ -671,6 +674,42 @@ async def test_guessing_tokens_costs_a_connection_each(token_file: Path) -> None
         await meanwhile(server, each(100, abuse, server), **BEARER)
         await server.said("connection", code=1008)
         await server.said("connection refused", why="unauthenticated")
+
+
+def socket_of_another_user(server: Served) -> socket.socket:
+    os.seteuid(NOBODY)  # a socket belongs to the user who makes it
+    try:
+        sock = socket.socket()
+    finally:
+        os.seteuid(0)
+    sock.connect((HERE, server.port))
+    return sock
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+async def test_another_user_of_the_machine_is_refused() -> None:
+    served_ones = 'wsserver_connections_total{outcome="served"}'
+
+    async def abuse(server: Served) -> None:
+        before = (await server.metrics())[served_ones]
+        async with contextlib.AsyncExitStack() as stack:
+            statuses = Counter[bytes]()
+            for _ in range(60):
+                peer = Peer(*await asyncio.open_connection(sock=socket_of_another_user(server)))
+                stack.callback(peer.drop)
+                statuses[(await peer.upgrade())[9:12]] += 1
+                assert b"list" not in await peer.rest()
+            assert set(statuses) <= {b"403", b"429"}
+            async with Peer.websocket(server):  # of the server's own user, from the same address
+                pass
+        for _ in range(20):  # who leaves at once is nobody to the kernel
+            with socket_of_another_user(server) as sock:
+                sock.send(Peer.HANDSHAKE + b"\r\n" + frame('{"prompt": "hang"}'))
+        assert (await server.metrics())[served_ones] == before + 1
+
+    async with served("--connections-per-address", "50") as server, flat(server):
+        await meanwhile(server, abuse(server))
+        await server.said("connection refused", why="unauthenticated", address=HERE)
 
 
 def of_strangers(server: Served, name: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import hashlib
 import logging
 import os
 import shutil
@@ -26,9 +27,10 @@ from tests.support.abuse import Peer, frame
 from tests.support.client import Client, client
 from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet, until
+from tests.test_http import ask
 from tests.test_leak import Here
 from wsserver import ConfigError, listening
-from wsserver.cli import main
+from wsserver.cli import _announce, main
 from wsserver.connection import Connection
 from wsserver.transport import READ_SIZE, Exchange, Socket
 
@@ -738,3 +740,57 @@ async def test_all_addresses_are_known(puppet: Puppet) -> None:
             for name in server.bound:
                 async with connect(f"ws://{name}/", proxy=None) as socket_:
                     await Client(socket_).quiet()
+
+
+# Whose a connection is.
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_the_kernel_tells_whose_the_other_end_of_a_connection_is(host: str) -> None:
+    with socket.create_server((host, 0), family=listening.IP[":" in host]) as listener:
+        with socket.create_connection(listener.getsockname()[:2]) as own:
+            end, peer = listener.accept()
+            with end:
+                assert listening.user_at(peer, end.getsockname()) == os.geteuid()
+                own.shutdown(socket.SHUT_WR)
+                assert listening.user_at(peer, end.getsockname()) == os.geteuid()
+                own.close()
+                assert listening.user_at(peer, end.getsockname()) == listening.NOBODY
+
+
+def test_who_started_the_server_through_sudo_is_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUDO_UID", "1234")
+    assert listening.own_users() == frozenset({0, 1234, os.getuid()})
+
+
+async def test_where_the_kernel_does_not_tell_the_server_says_so(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with wsserver.serve(puppet, port=0) as server:
+        assert not server.open_to_users
+    monkeypatch.delattr(socket, "AF_NETLINK")
+    async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
+        assert (await chat.prompt())["type"] == "start"
+        assert server.open_to_users
+        _announce(server)
+        assert "EVERY USER of this machine" in capsys.readouterr().out
+    tokens = f"ada sha256:{'0' * 64}"
+    async with wsserver.serve(puppet, port=0, tokens=tokens) as server:
+        assert not server.open_to_users
+
+
+async def test_a_program_of_another_user_is_refused_but_for_healthz(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with wsserver.serve(puppet, port=0) as server:
+        monkeypatch.setattr("wsserver.transport.user_at", lambda *_: 4321)
+        for path, status in {"/": 403, "/metrics": 401, "/healthz": 200, "/readyz": 200}.items():
+            assert (await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n"))[0] == status
+        with pytest.raises(InvalidStatus):
+            async with client(server):
+                raise AssertionError
+    tokens = f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
+    async with wsserver.serve(puppet, port=0, tokens=tokens) as server:
+        bearer = {"Authorization": "Bearer good"}
+        async with client(server, additional_headers=bearer) as chat:
+            assert (await chat.prompt())["type"] == "start"

@@ -116,6 +116,7 @@ NEIGHBOURS = {
     ("hub", "upkeep"),
     ("connection", "admission"),
     ("transport", "admission"),
+    ("transport", "listening"),
     ("connection", "live"),
     ("connection", "hub"),
     ("server", "routes"),

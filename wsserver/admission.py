@@ -70,6 +70,8 @@ class Admission:
 
     Attributes:
         loopback: whether only this machine's programs can reach the server. Set when it listens.
+        users: the ids of the users whose programs are served where nobody is asked who they are;
+            None for all of this machine. Set when it listens.
         secure: whether the server speaks TLS itself.
         reloads: how often that by which principals are told was read anew.
 
@@ -81,6 +83,7 @@ class Admission:
         self.settings = settings
         self.authenticate = authenticate
         self.loopback = True
+        self.users: frozenset[int] | None = None
         self.secure = False
         self.reloads = 0
         self.principals = Shares(settings.connections_per_principal)  # their connections
@@ -91,21 +94,25 @@ class Admission:
         self._proxies = [_network(name) for name in settings.proxies if name != "unix"]
         self._unix_proxy = "unix" in settings.proxies
 
-    def arrive(self, peer: str) -> "Visitor":
+    def arrive(self, peer: str, user: int | None = None) -> "Visitor":
         """Let a connection in for so long as its request takes.
 
         Args:
             peer: the address at its other end; ``unix`` at a unix socket.
+            user: the id of the user whose program is there, where :attr:`users` matter.
 
         Raises:
             Denied: there are as many as there may be.
         """
         if self._open >= self.settings.connections + SPARE:
             raise _full()
-        # Of a proxy's client the address is still to come.
-        counted = None if self.trusted(peer) else self.count(peer)
+        foreign = self.users is not None and user not in self.users
+        # Of a proxy's client the address is still to come. Another user of this machine has the
+        # same address, and takes no place from its own user.
+        counted = None if self.trusted(peer) else self.count(f"user {user}" if foreign else peer)
         visitor = Visitor(self, peer, counted)
         visitor.spare = self._open >= self.settings.connections
+        visitor.foreign = foreign
         self._open += 1
         return visitor
 
@@ -220,6 +227,7 @@ class Visitor:
         counted: the address, with its networks, that it is counted under.
         shared: the principal's account that it is counted under.
         spare: it has one of the places that are kept for probes.
+        foreign: a program of another user of this machine, where users matter.
         gone: it has ended, perhaps while it was being found out who it is.
     """
 
@@ -230,6 +238,7 @@ class Visitor:
         "_token",
         "address",
         "counted",
+        "foreign",
         "gone",
         "principal",
         "shared",
@@ -247,6 +256,7 @@ class Visitor:
         self.shared: Account | None = None
         self.gone = False
         self.spare = False
+        self.foreign = False
 
     @property
     def account(self) -> Account:
@@ -287,12 +297,15 @@ class Visitor:
             raise Denied(
                 HTTPStatus.FORBIDDEN,
                 "unauthenticated",
-                "This server is for its own machine alone, and this came through a proxy. Its "
-                "operator can give out tokens, or set allow_anonymous.",
+                "This server is for its own user on its own machine alone; this came from another "
+                "user, or through a proxy. Its operator can give out tokens, or set "
+                "allow_anonymous.",
             )
 
     def local(self, headers: Mapping[str, str]) -> bool:
         """Whether it is a program of this machine itself, and not somebody behind a proxy on it.
+
+        Nor a program of another user, where users matter.
 
         A proxy that adds no header cannot be told from a program: no right to money or to what
         others say should hang on this alone where there may be one.
@@ -300,6 +313,7 @@ class Visitor:
         address = _address(self.address)
         return (
             self._admission.loopback
+            and not self.foreign
             and address is not None
             and address.is_loopback
             and not any(map(_FORWARDED.fullmatch, headers))

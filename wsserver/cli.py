@@ -309,6 +309,8 @@ def _announce(server: Server) -> None:
         lines.append(
             f"  operations http://{server.settings.operations_host}:{server.operations_port}/"
         )
+    if server.open_to_users and not server.settings.allow_anonymous:
+        lines.append("  EVERY USER of this machine can use it; a --token-file keeps the others out")
     if server.settings.allow_anonymous:
         lines.append("  ANYONE who reaches it can spend your money and read all conversations")
     _say("\n".join([*lines, "  Ctrl-C stops"]))

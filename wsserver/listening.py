@@ -11,6 +11,7 @@ import re
 import socket
 import ssl
 import stat
+import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,9 @@ __all__ = [
     "loopback",
     "name_of",
     "notify",
+    "own_users",
     "tcp_address",
+    "user_at",
 ]
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
@@ -37,8 +40,19 @@ BACKLOG = 100  # connections that wait to be accepted; asyncio's own default
 # What OpenSSL calls a key of another certificate, by whether it is of the same kind.
 MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 IP = (socket.AF_INET, socket.AF_INET6)
+NOBODY = -1  # the user of a connection that no program holds
+
+# Of linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h and netinet/tcp.h.
+NETLINK_SOCK_DIAG = 4
+SOCK_DIAG_BY_FAMILY = 20
+NLM_F_REQUEST = 1
+HEADER = 16  # bytes of a struct nlmsghdr
+OWNER = 80  # where a struct inet_diag_msg after that has idiag_uid and idiag_inode
+ANY = (0xFFFFFFFF, 0xFFFFFFFF)  # INET_DIAG_NOCOOKIE
+ESTABLISHED = 1 << 1  # state 1 of a connection, as one of a set
 
 StreamSocket = socket.socket
+Address = tuple[Any, ...]  # a host, a port, and of IPv6 more
 
 
 class Listening(Protocol):
@@ -279,6 +293,49 @@ def _is_loopback(address: str) -> bool:
     return parsed is not None and parsed in (
         ipaddress.ip_network("127.0.0.0/8" if parsed.version == 4 else "::1/128")  # noqa: PLR2004
     )
+
+
+def own_users() -> frozenset[int] | None:
+    """Return the ids of the users that this process serves as itself; None if it cannot know.
+
+    They are its own user, root, and whoever started it through sudo. It cannot know other users'
+    connections where the kernel does not tell whose they are; see :func:`user_at`.
+    """
+    if user_at(("127.0.0.1", 1), ("127.0.0.1", 1)) is None:
+        return None
+    sudo = os.environ.get("SUDO_UID", "")
+    return frozenset({0, os.getuid(), int(sudo) if sudo.isdecimal() else 0})
+
+
+def user_at(peer: Address, here: Address) -> int | None:
+    """Return whose program is at the other end of a TCP connection within this machine.
+
+    Args:
+        peer: the address of the other end.
+        here: the address of this end.
+
+    Returns:
+        The id of the user, or :data:`NOBODY` where no program holds that end any more. None where
+        the kernel does not tell, as none but Linux does (sock_diag(7)).
+    """
+    family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
+    ends = (socket.inet_pton(family, end[0].partition("%")[0]) for end in (peer, here))
+    connection = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, *ANY)
+    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, ESTABLISHED) + connection
+    header = struct.pack("=IHHII", HEADER + len(query), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0)
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as kernel:
+            kernel.settimeout(0)  # the kernel has answered when it has taken the query
+            kernel.send(header + query)
+            answer = kernel.recv(4096)
+    except (AttributeError, OSError):
+        return None
+    kind = struct.unpack_from("=IH", answer)[1]
+    if kind == SOCK_DIAG_BY_FAMILY:
+        user, inode = struct.unpack_from("=II", answer, OWNER)
+        return int(user) if inode else NOBODY  # without an inode the kernel says that it is root's
+    (error,) = struct.unpack_from("=i", answer, HEADER)
+    return NOBODY if error == -errno.ENOENT else None
 
 
 def tcp_address(sockets: Iterable[Listening]) -> tuple[str, int]:

@@ -206,6 +206,14 @@ class Server:
                 "token with `wsserver token new NAME --file FILE`, and start with --token-file "
                 "FILE), or serve them all with --allow-anonymous"
             )
+        else:
+            self._admission.users = listening.own_users()
+
+    @property
+    def open_to_users(self) -> bool:
+        """Whether every user of this machine is served without saying who they are."""
+        admission = self._admission
+        return admission.authenticate is None and admission.loopback and admission.users is None
 
     async def reload(self) -> bool:
         """Read anew the certificate, the token for metrics, and what lets clients in.

@@ -26,6 +26,7 @@ from websockets.typing import Subprotocol
 
 from wsserver.admission import Admission, Denied, Visitor
 from wsserver.limits import Bucket
+from wsserver.listening import user_at
 from wsserver.logs import log
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import method_not_allowed, respond
@@ -229,7 +230,10 @@ class Exchange(_Wire):
         peer = name[0] if isinstance(name, tuple) else "unix"  # whose clients may have names
         try:
             if endpoint.admission is not None:
-                self.visitor = endpoint.admission.arrive(peer)
+                here = transport.get_extra_info("sockname")
+                asks = endpoint.admission.users is not None and isinstance(name, tuple)
+                user = user_at(name, here) if asks else None
+                self.visitor = endpoint.admission.arrive(peer, user)
         except Denied as denied:
             self._denied = denied
             self._timer = endpoint.loop.call_later(LINGER, self.abort)
