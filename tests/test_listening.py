@@ -399,7 +399,7 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
                 else:
                     await until(lambda: server._admission._open == len(statuses) + 1)
                 statuses.append(dict(server._admission._addresses._held))
-        assert statuses == [{"unix": 1}, {"unix": 2}, {"unix": 2}]
+        assert statuses == [{"address unix": 1}, {"address unix": 2}, {"address unix": 2}]
         await until(lambda: not server._endpoint.connections)
         assert server._admission._open == 0
 
