@@ -576,3 +576,62 @@ async def test_prompt_sent_again_while_draining_attaches(puppet: Puppet) -> None
             reply.say(" whole").end()
             assert (await other.text(ID))[0] == "half whole"
             await closing
+
+
+# What waits is counted.
+
+
+async def test_bytes_that_wait_are_counted_and_given_back(
+    gated: tuple[GatedStore, wsserver.Server],
+) -> None:
+    store, server = gated
+    async with client(server) as chat, client(server) as gone:
+        used = server.memory.used
+        for one in (chat, gone):
+            await one.send({"type": "list"})
+            for number in range(8):
+                await one.send({"prompt": "x" * 30_000, "model": f"unknown-{number}"})
+            await one.quiet()
+        assert server.memory.used - used > 16 * 30_000
+        await gone.socket.close()
+        await until(lambda: len(server._connections) == 1)
+        assert 8 * 30_000 < server.memory.used - used < 9 * 31_000
+        store.gate.set()
+        for _ in range(8):
+            assert (await chat.next("error"))["code"] == "model_not_allowed"
+        assert await chat.quiet() == []
+        assert server.memory.used == used
+
+
+async def test_request_that_the_account_has_no_memory_for_is_refused(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
+) -> None:
+    store = GatedStore()
+    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        server.memory.limit = 600_000
+        async with client(server) as chat:
+            await chat.send({"type": "list"})
+            for number in range(4):
+                await chat.send({"prompt": "x" * 30_000, "request": f"r{number}"})
+            await chat.quiet()
+            store.gate.set()
+            error = await chat.next("error", request="r3")
+            assert (error["code"], error["retryable"]) == ("limit", True)
+            assert "bytes" in error["message"]
+
+
+async def test_reply_ends_when_its_account_has_no_memory(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        async with client(server) as chat:
+            used = server.memory.used
+            start = await chat.prompt("Talk")
+            reply = await puppet.reply()
+            reply.say(*["🙂" * 10_000] * 3)
+            await chat.next("token", seq=3)
+            assert server.memory.used - used >= 3 * 40_000
+            server.memory.limit = 600_000
+            reply.say(*["🙂" * 10_000] * 50)
+            _, done = await chat.text(start["id"])
+            assert done["reason"] == "max_tokens"
+            assert 3 <= done["seq"] < 53

@@ -19,7 +19,7 @@ from wsserver.admission import Visitor
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.generation import Log, State, well_formed
 from wsserver.hub import Hub
-from wsserver.limits import Bucket
+from wsserver.limits import Account, Bucket, held
 from wsserver.live import Conversation, Generation
 from wsserver.logs import log
 from wsserver.protocol import (
@@ -132,10 +132,13 @@ class _Stopping:
 class _Waiting:
     """What waits for its answer: a request, or the refusal of a frame that is unusable.
 
-    ``stops``: the client has sent them after the prompt, before the server accepted it.
+    ``stops``: the client has sent them after the prompt, before the server accepted it. ``size`` is
+    what the message takes in memory, and ``account`` whose memory that is.
     """
 
     request: Request | Refused
+    account: Account = ()
+    size: int = 0
     stops: list[_Stopping] = field(default_factory=list)
 
 
@@ -290,7 +293,7 @@ class Connection:
             if isinstance(message, bytes):
                 raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
             frame = parse(message)
-            self._take(frame, wait)
+            self._take(frame, wait, held(message))
             if not isinstance(frame, Ping):  # a ping between unusable frames excuses none of them
                 self._wasted = 0
         except Refused as refused:
@@ -310,8 +313,14 @@ class Connection:
         if self._wasted >= self.settings.bad_frames:
             self._end(Close.POLICY_VIOLATION, "too many unusable frames")
 
-    def _take(self, frame: ClientFrame, wait: float) -> None:
-        """Answer a frame, or queue it; ``wait``: the seconds by which it is over the frame rate."""
+    def _take(self, frame: ClientFrame, wait: float, size: int) -> None:
+        """Answer a frame, or queue it.
+
+        Args:
+            frame: which.
+            wait: the seconds by which it is over the frame rate.
+            size: bytes that its message takes in memory.
+        """
         if isinstance(frame, Stop):
             if self.principal is None and not self._authenticating:
                 self._owner  # noqa: B018  # which refuses
@@ -321,7 +330,7 @@ class Connection:
         elif isinstance(frame, Ping):
             self.transport.write(encode(Pong(request=frame.request)))
         else:
-            self._queue(frame)
+            self._queue(frame, size)
 
     def _end(self, code: Close, reason: str) -> None:
         """Hear no more of the client, and close the connection."""
@@ -461,6 +470,9 @@ class Connection:
         if self._worker is not None and not (lasting and lasting[0] is self._waiting[0]):
             self._worker.cancel()
             self._worker = self._loop.create_task(self._work()) if lasting else None
+        for waiting in self._waiting:
+            if waiting not in lasting:
+                self._hub.memory.give(waiting.account, waiting.size)
         self._waiting = lasting
 
     async def delivered(self) -> None:
@@ -476,10 +488,13 @@ class Connection:
 
     # What needs the store.
 
-    def _queue(self, request: Request) -> None:
+    def _queue(self, request: Request, size: int) -> None:
         if len(self._waiting) >= REQUESTS:
             raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
-        self._waiting.append(_Waiting(request))
+        account = self._visitor.account
+        if not self._hub.memory.take(account, size):
+            raise Refused(Code.LIMIT, "Too many bytes of requests wait.")
+        self._waiting.append(_Waiting(request, account, size))
         if self._worker is None:
             self._worker = self._loop.create_task(self._work())
 
@@ -503,6 +518,7 @@ class Connection:
                     for stop in waiting.stops:
                         stop.settle()
                 self._waiting.pop(0)
+                self._hub.memory.give(waiting.account, waiting.size)
         finally:
             if self._worker is asyncio.current_task():  # and not dropped for another
                 self._worker = None

@@ -541,7 +541,7 @@ class Hub:
         """Have the model answer, with less of the conversation where it finds it too long."""
         stop = functools.partial(self.stop, generation, "disconnect")
         for attempt in itertools.count(1):
-            intake = Intake(generation, self._settings, self._loop.time, stop)
+            intake = Intake(generation, self._settings, self.memory, self._loop.time, stop)
             try:
                 return await intake.run(self._model, request)
             except ModelError as error:
@@ -647,6 +647,7 @@ class Hub:
             conversation.running = None
         self._live.discard(generation)
         self._shares.give(generation.account)
+        self.memory.give(generation.account, generation.memory)
         self._spending.settle(generation.owner, generation.reserved, generation.spent)
         self._retain(generation)
         self._report(generation, terminal)

@@ -5,12 +5,14 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from wsserver.generation import End, State, Usage, tokens_in, well_formed
+from wsserver.limits import Memory, held
 from wsserver.live import Generation
 from wsserver.models.base import Model, Piece, PushModel, Request
 from wsserver.settings import Settings
 
 __all__ = ["Intake"]
 
+CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces ask for any
 PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
 
 
@@ -24,6 +26,7 @@ class Intake:
     Args:
         generation: whose log.
         settings: the sizes that hold here.
+        memory: what counts the bytes of the log.
         time: the clock.
         stop: called when nobody reads and it has cost what it may.
     """
@@ -32,6 +35,8 @@ class Intake:
         "_end",
         "_generation",
         "_half",
+        "_left",
+        "_memory",
         "_room",
         "_size",
         "_stop",
@@ -43,12 +48,15 @@ class Intake:
         self,
         generation: Generation,
         settings: Settings,
+        memory: Memory,
         time: Callable[[], float],
         stop: Callable[[], None],
     ) -> None:
         self._generation = generation
         self._room = settings.reply_size
         self._size = settings.frame_size
+        self._memory = memory
+        self._left = 0  # bytes that are taken and not used
         self._unread_limit = settings.grace_tokens
         self._time = time
         self._stop = stop
@@ -126,6 +134,9 @@ class Intake:
 
     def _append(self, text: str) -> None:
         generation = self._generation
+        self._left -= held(text)
+        if self._left < 0:
+            self._take_memory()
         if len(text) <= self._size and len(text) < self._room:
             generation.log.append(text)
             self._room -= len(text)
@@ -138,6 +149,20 @@ class Intake:
         if self._room <= 0:
             self._end = End("max_tokens")
             raise _Enough
+
+    def _take_memory(self) -> None:
+        """Take memory for what the log has grown by, and some in advance.
+
+        Raises:
+            _Enough: the account or the process holds as much as it may. The reply ends as one that
+                is longer than the server allows.
+        """
+        size = CHUNK - self._left
+        if not self._memory.take(self._generation.account, size):
+            self._end = End("max_tokens")
+            raise _Enough
+        self._generation.memory += size
+        self._left = CHUNK
 
     def _append_in_parts(self, text: str) -> None:
         """Append what was said all at once, as far as it goes, in parts that a frame can hold."""

@@ -127,6 +127,7 @@ class Generation:
     stopped: float | None = None  # when it was asked to stop
     ended: float = 0.0
     asked: int = 0  # tokens that the model is asked with, about
+    memory: int = 0  # bytes that the log has taken of the account's memory
     size: int = 0  # of what is kept once it has ended
     readers: int = 0
     unread: int | None = None  # tokens said since the last reader went
