@@ -29,7 +29,7 @@ BAD = {
     ),
     "empty prompt": ('{"prompt": ""}', "invalid_frame", "prompt: empty"),
     "blank prompt": ('{"prompt": " \\n\\t"}', "invalid_frame", "prompt: empty"),
-    "null prompt": ('{"prompt": null}', "invalid_frame", "either"),
+    "null prompt": ('{"prompt": null}', "invalid_frame", "type: missing"),
     "both": (
         '{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
         "invalid_frame",

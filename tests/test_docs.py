@@ -19,6 +19,7 @@ from websockets.exceptions import InvalidStatus
 import wsserver
 from tests.support.client import Client, client
 from tests.support.process import run
+from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.test_terminal import terminal
 from wsserver import Code, Settings
 from wsserver.protocol import Close, ServerFrame, StoppedBy, parse
@@ -127,6 +128,7 @@ FRAMES = re.findall(r"^([→←]) (\{.*\})$", PROTOCOL, re.MULTILINE)
 @pytest.mark.parametrize(("direction", "text"), FRAMES)
 def test_every_frame_in_the_protocol_document_is_one(direction: str, text: str) -> None:
     text = re.sub(r'"(ID\d?|C)"', r'"\1-0123456789abcdef"', text)
+    (OF_CLIENT if direction == "→" else OF_SERVER).validate(json.loads(text))
     if direction == "→":
         parse(text)
     else:

@@ -118,6 +118,11 @@ def test_an_error_takes_its_code_as_a_string_and_no_other_string() -> None:
             ModelError(wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan")])
+def test_a_retry_after_that_json_cannot_say_is_left_out(seconds: float) -> None:
+    assert ModelError("overloaded", retry_after=seconds).retry_after is None
+
+
 async def test_an_error_with_a_string_as_its_code_reaches_the_client() -> None:
     async def failing(request: Request, /) -> AsyncIterator[str]:
         yield "Half"

@@ -1,102 +1,50 @@
-"""The JSON Schema and the AsyncAPI document say what the server does."""
-
 import json
-import re
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator, Draft202012Validator
+from pydantic import BaseModel
 
-import wsserver
+from tests.support.schemas import OF_CLIENT, OF_SERVER, of
 from tests.support.tools import require_npm_package
-from wsserver import Code, Settings
-from wsserver.errors import Refused
-from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, parse
-from wsserver.schema import asyncapi, json_schema
+from wsserver.errors import Code, Refused
+from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, ServerFrame, encode, parse
+from wsserver.schema import ANSWERS, asyncapi, json_schema
 
-SCHEMA = json_schema()
-PROTOCOL = (Path(wsserver.__file__).parent / "PROTOCOL.md").read_text()
-FRAMES = re.findall(r"^([→←]) (\{.*\})$", PROTOCOL, re.MULTILINE)
 ID = "0123456789abcdef"
 
-CLIENT = Draft202012Validator({"$ref": "#/$defs/client", "$defs": SCHEMA["$defs"]})
-SERVER = Draft202012Validator({"$ref": "#/$defs/server", "$defs": SCHEMA["$defs"]})
+
+def nodes(value: object) -> Iterator[dict[str, Any]]:
+    """Yield every object in a JSON value."""
+    if isinstance(value, dict):
+        yield value
+        for inner in value.values():
+            yield from nodes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from nodes(inner)
 
 
-def test_schema_is_valid_and_names_every_frame_by_side() -> None:
-    Draft202012Validator.check_schema(SCHEMA)
-    definitions = SCHEMA["$defs"]
-
-    def types(side: str) -> set[str]:
-        names = [entry["$ref"].rpartition("/")[2] for entry in definitions[side]["anyOf"]]
-        return {definitions[name]["properties"]["type"]["const"] for name in names}
-
-    assert types("client") == set(CLIENT_FRAMES)
-    assert types("server") == {model.model_fields["type"].default for model in SERVER_FRAMES}
-    assert set(definitions["Code"]["enum"]) == {code.value for code in Code}
-
-
-ids = st.sampled_from([ID, "another-valid-id", "short", "a/b" * 8, "", None, 5])
-texts = st.sampled_from(["Hello", "x" * 201, "", " ", None, 5, True])
-numbers = st.sampled_from([0, 1, 2, 100, 101, -1, 0.5, 2.5, True, None, "1"])
-turns = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "system", None])},
-    optional={"content": texts, "more": st.just(1)},
-)
-frames = st.fixed_dictionaries(
-    {},
-    optional={
-        "type": st.sampled_from([*CLIENT_FRAMES, "token", "", None, 5]),
-        "prompt": texts,
-        "messages": st.lists(turns, max_size=2) | st.none(),
-        "id": ids,
-        "conversation": ids,
-        "on_busy": st.sampled_from(["reject", "queue", "interrupt", "wait", None]),
-        "retry_of": ids,
-        "request": st.sampled_from(["r1", "", "a b", "x" * 65, None, 5]),
-        "model": texts,
-        "system": texts,
-        "max_tokens": numbers,
-        "temperature": numbers,
-        "after": numbers,
-        "before": numbers | texts,
-        "limit": numbers,
-        "title": texts,
-        "token": texts,
-        "unknown": st.just(1),
-    },
-)
-kinds = st.sampled_from([*CLIENT_FRAMES])
-# Frames of one type with the keys of that type, which are far more often valid.
-likely = kinds.flatmap(
-    lambda kind: frames.map(
-        lambda frame: (
-            {"type": kind}
-            | {
-                key: frame[key]
-                for key in CLIENT_FRAMES[kind].model_fields
-                if key in frame and key != "type"
-            }
-        )
-    )
-)
+def test_the_schema_is_json_schema_and_has_every_frame_of_each_side() -> None:
+    schema = json_schema()
+    Draft202012Validator.check_schema(schema)
+    assert json.loads(json.dumps(schema)) == schema
+    for side, frames in (("client", CLIENT_FRAMES), ("server", SERVER_FRAMES)):
+        names = [entry["$ref"].rpartition("/")[2] for entry in schema["$defs"][side]["anyOf"]]
+        types = {json.dumps(schema["$defs"][name]["properties"]["type"]) for name in names}
+        assert len(types) == len(frames)
+        assert all(any(f'"{name}"' in shown for shown in types) for name in frames)
+    codes = schema["$defs"]["Code"]["anyOf"]
+    assert {code.get("const") for code in codes} == {*Code, None}
 
 
-@hypothesis_settings(max_examples=500)
-@given(frames | likely)
-def test_schema_accepts_the_frames_that_the_server_accepts(frame: dict[str, Any]) -> None:
-    valid = CLIENT.is_valid(frame)
-    try:
-        parse(json.dumps(frame))
-    except Refused as refused:
-        # The order of a list is what the schema cannot tell.
-        assert not valid or "the last message must be the user's" in refused.message
-    else:
-        assert valid
+def test_every_frame_has_its_answers() -> None:
+    assert ANSWERS.keys() == CLIENT_FRAMES.keys()
+    for name in ANSWERS.values():
+        assert "request" in SERVER_FRAMES[name].model_fields
 
 
 @pytest.mark.parametrize(
@@ -104,50 +52,197 @@ def test_schema_accepts_the_frames_that_the_server_accepts(frame: dict[str, Any]
     [
         {},
         {"conversation": ID},
+        {"id": ID},
+        {"title": "T", "conversation": ID},
+        {"token": "t"},
         {"type": "prompt"},
-        {"type": "delete"},
-        {"prompt": "x", "messages": [{"role": "user", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "x"}], "conversation": ID},
+        {"prompt": None},
+        {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}]},
         {"messages": []},
+        {"messages": [{"role": "user", "content": "Hi"}], "conversation": ID},
+        {"messages": [{"role": "user", "content": "Hi"}], "retry_of": ID},
+        {"messages": [{"role": "user", "content": "Hi", "name": "x"}]},
+        {"prompt": " \n"},
+        {"type": "ping", "prompt": "Hi"},
+        {"type": "delete"},
+        {"type": "resume", "id": ID + "\n"},
+        {"type": None},
+        [],
+        "stop",
+        None,
     ],
 )
-def test_schema_refuses_incomplete_frames(frame: dict[str, Any]) -> None:
-    assert not CLIENT.is_valid(frame)
+def test_what_is_no_frame_of_a_client_is_invalid_and_refused(frame: Any) -> None:
+    assert not OF_CLIENT.is_valid(frame)
     with pytest.raises(Refused):
         parse(json.dumps(frame))
 
 
-@pytest.mark.parametrize(("direction", "text"), FRAMES)
-def test_schema_accepts_the_frames_of_the_document(direction: str, text: str) -> None:
-    frame = json.loads(re.sub(r'"(ID\d?|C)"', r'"\1-0123456789abcdef"', text))
-    (CLIENT if direction == "→" else SERVER).validate(frame)
+@pytest.mark.parametrize(
+    "frame",
+    [
+        {"prompt": "Hi"},
+        {"type": "prompt", "prompt": "Hi", "messages": None, "on_busy": None},
+        {"type": None, "prompt": "Hi"},
+        {"messages": [{"role": "user", "content": "Hi", "id": None}], "conversation": None},
+        {"type": "stop"},
+        {"type": "list", "limit": None, "prompt": None},
+    ],
+)
+def test_null_counts_as_left_out(frame: Any) -> None:
+    OF_CLIENT.validate(frame)
+    parse(json.dumps(frame))
 
 
-@pytest.mark.parametrize("text", [text for direction, text in FRAMES if direction == "←"])
-def test_schema_lets_servers_say_more_and_requires_what_they_always_say(text: str) -> None:
-    frame = json.loads(text)
-    assert SERVER.is_valid(frame | {"of_a_later_version": 1})
-    assert not SERVER.is_valid({key: value for key, value in frame.items() if key != "type"})
-    assert not any(SERVER.is_valid(frame | {key: None}) for key in frame)
+TEXTS = st.sampled_from(["Hi", "", " ", "\x1f\x85\u2029", "\ufeff", "🦆", "x" * 300, "é\n"])
+NAMES = st.sampled_from([ID, "short", ID + "\n", "-" * 64, "_" * 65, "ä" * 16, ""])
+WHOLE = st.sampled_from([0, 1, 2, 100, 101, -1, 10**30, True]) | st.integers()
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXTS},
+    optional={"id": st.none(), "name": st.none() | TEXTS},
+)
+KEYS: dict[str, st.SearchStrategy[object]] = {
+    "prompt": TEXTS,
+    "messages": st.lists(TURNS, max_size=3),
+    "id": NAMES,
+    "conversation": NAMES,
+    "on_busy": st.sampled_from(["reject", "queue", "interrupt", "wait"]),
+    "retry_of": NAMES,
+    "model": TEXTS,
+    "system": TEXTS,
+    "max_tokens": WHOLE,
+    "temperature": st.sampled_from([0, 0.5, 2, 2.1, -1, 1e300]) | st.floats(allow_nan=False),
+    "request": st.sampled_from(["R", "r" * 65, "", "r r"]),
+    "token": st.sampled_from(["t", "", "t" * 8193]),
+    "after": WHOLE,
+    "before": WHOLE | TEXTS,
+    "limit": WHOLE,
+    "title": TEXTS,
+    "unknown": TEXTS,
+}
+SCALARS: list[object] = [None, True, False, 0, 7, "x"]
+ANYTHING = st.sampled_from([*SCALARS, [], {}])
 
 
-def test_asyncapi_document_names_every_frame_and_its_answer() -> None:
-    document = asyncapi()
-    operations = document["operations"]
-    assert set(operations) == {"send", *(f"receive_{kind}" for kind in CLIENT_FRAMES)}
-    for message in document["components"]["messages"].values():
-        name = message["payload"]["$ref"].rpartition("/")[2]
-        assert name in document["components"]["schemas"]
-        assert message["summary"]
-    for operation in operations.values():
-        for reference in operation["messages"] + operation.get("reply", {}).get("messages", []):
-            assert reference["$ref"].rpartition("/")[2] in document["channels"]["chat"]["messages"]
-    assert (
-        document["servers"]["local"]["host"] == f"localhost:{Settings.model_fields['port'].default}"
+@st.composite
+def frames(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw frames of which about half are valid: the keys of a type, and at most two others."""
+    kind = draw(st.sampled_from([*CLIENT_FRAMES, "unknown", ""]))
+    frame: dict[str, Any] = {"type": kind} if kind and draw(st.integers(0, 3)) else {}
+    model = CLIENT_FRAMES.get(kind or "prompt")
+    known = [] if model is None else [name for name in model.model_fields if name != "type"]
+    for name in draw(st.lists(st.sampled_from([*known, "request"]), unique=True)):
+        frame[name] = draw(KEYS[name])
+    for name in draw(st.lists(st.sampled_from([*KEYS, "type"]), max_size=draw(st.integers(0, 2)))):
+        frame[name] = draw(st.none() | KEYS.get(name, TEXTS) | ANYTHING)
+    return frame
+
+
+def beyond_json_schema(frame: dict[str, object]) -> bool:
+    """Whether a frame breaks one of the rules that the schema's description names."""
+    messages = frame.get("messages")
+    if isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") != "user":
+            return True
+    whole = (frame.get(name) for name in ("max_tokens", "after", "before", "limit"))
+    return any(isinstance(value, float) and value.is_integer() for value in whole)
+
+
+@settings(max_examples=500)
+@given(frames())
+@example({"prompt": "Hi", "temperature": 1})
+@example({"messages": [{"role": "assistant", "content": "Hi"}]})
+@example({"type": "open", "conversation": ID, "before": 1.0})
+def test_what_is_accepted_is_valid_and_the_other_way_round(frame: dict[str, Any]) -> None:
+    try:
+        parse(json.dumps(frame))
+    except Refused:
+        accepted = False
+    else:
+        accepted = True
+    event(f"accepted: {accepted}")
+    valid = OF_CLIENT.is_valid(frame)
+    if beyond_json_schema(frame):
+        assert not accepted
+    else:
+        assert valid is accepted
+
+
+def models(kind: type[BaseModel]) -> st.SearchStrategy[BaseModel]:
+    """Make models with any values that their types allow, optional keys left out at times."""
+    keys = {name: st.from_type(field.annotation) for name, field in kind.model_fields.items()}  # type: ignore[arg-type]
+    return st.builds(kind, **keys)
+
+
+st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
+for nested in {
+    field
+    for frame in SERVER_FRAMES.values()
+    for annotation in frame.model_fields.values()
+    for field in (annotation.annotation, *getattr(annotation.annotation, "__args__", ()))
+    if isinstance(field, type) and issubclass(field, BaseModel)
+}:
+    st.register_type_strategy(nested, models(nested))
+
+
+@given(st.one_of([models(kind) for kind in SERVER_FRAMES.values()]))
+def test_what_the_server_encodes_is_valid_and_has_no_null(frame: ServerFrame) -> None:
+    encoded = json.loads(encode(frame))
+    OF_SERVER.validate(encoded)
+    of(type(frame).__name__).validate(encoded)
+    assert None not in {value for node in nodes(encoded) for value in map(repr, node.values())}
+
+
+@pytest.mark.parametrize("name", SERVER_FRAMES)
+def test_a_server_frame_needs_its_keys_and_may_have_more(name: str) -> None:
+    definition = json_schema()["$defs"][SERVER_FRAMES[name].__name__]
+    required = {k for k, field in SERVER_FRAMES[name].model_fields.items() if field.is_required()}
+    always = required | ({"protocol"} if name == "hello" else set())
+    assert set(definition["required"]) == {"type", *always}
+    assert "additionalProperties" not in definition
+    assert not any(node.get("type") == "null" for node in nodes(definition))
+    later = {"type": name, **dict.fromkeys(required), "from_later": {"x": None}}
+    problems = list(of(SERVER_FRAMES[name].__name__).iter_errors(later))
+    assert {error.path[0] for error in problems if error.path} == required
+    del later["type"]
+    assert any(
+        error.validator == "required"
+        for error in of(SERVER_FRAMES[name].__name__).iter_errors(later)
     )
 
 
-@pytest.mark.slow
-def test_asyncapi_document_is_valid() -> None:
-    folder = require_npm_package("@asyncapi/specs")
-    Draft7Validator(json.loads((folder / "schemas/3.0.0.json").read_text())).validate(asyncapi())
+def test_words_of_later_servers_are_valid() -> None:
+    OF_SERVER.validate(
+        {"type": "error", "code": "new", "message": "m", "retryable": True, "ref": "r"}
+    )
+    usage = {"input_tokens": 1, "output_tokens": 1, "seconds": 2}
+    OF_SERVER.validate(
+        {"type": "done", "id": ID, "seq": 0, "reason": "stopped", "by": "moon", "usage": usage}
+    )
+
+
+def test_the_asyncapi_document_follows_its_specification() -> None:
+    document = asyncapi()
+    package = require_npm_package("@asyncapi/specs")
+    specification = json.loads((package / "schemas/3.0.0.json").read_text())
+    Draft7Validator(specification).validate(document)
+    assert list(Draft7Validator(specification).iter_errors({**document, "servers": []}))
+
+
+def test_the_asyncapi_document_has_every_frame_and_leads_nowhere_else() -> None:
+    document = asyncapi()
+    assert document["components"]["messages"].keys() == {**CLIENT_FRAMES, **SERVER_FRAMES}.keys()
+    for node in nodes(document):
+        if (reference := node.get("$ref")) is not None:
+            found: Any = document
+            for part in reference.removeprefix("#/").split("/"):
+                found = found[part]
+    received = {
+        o["messages"][0]["$ref"].rpartition("/")[2]
+        for o in document["operations"].values()
+        if o["action"] == "receive"
+    }
+    assert received == CLIENT_FRAMES.keys()
+    for schema in document["components"]["schemas"].values():
+        Draft7Validator.check_schema(schema)

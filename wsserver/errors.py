@@ -11,6 +11,7 @@
 Clients see codes and messages of these alone; the text of any other exception stays in the log.
 """
 
+import math
 from enum import StrEnum
 from typing import Self
 
@@ -60,7 +61,7 @@ class Code(StrEnum):
     # What the server cannot do now.
     BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
     LIMIT = "limit", True, "This client, conversation or server does as much as it may."
-    QUOTA = "quota", True, "What may be spent on this day is used up; see `retry_after`."
+    QUOTA = "quota", True, "The tokens of this day are used up; see `retry_after`."
     AUTH_UNAVAILABLE = "auth_unavailable", True, "The server cannot check tokens now."
     STORE = "store", True, "The server cannot read or save conversations now."
     SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."
@@ -142,7 +143,8 @@ class _Coded(WsserverError):
         self.code = known
         self.message = str(message or known.meaning)
         self.retryable = known.retryable if retryable is None else bool(retryable)
-        self.retry_after = None if retry_after is None else float(retry_after)
+        seconds = None if retry_after is None else float(retry_after)
+        self.retry_after = seconds if seconds is not None and math.isfinite(seconds) else None
 
 
 class Refused(_Coded):
@@ -155,7 +157,7 @@ class Refused(_Coded):
         code: one of :class:`Code`, or its string value.
         message: for people; sent to the client. Default: the code's meaning.
         retryable: whether the same frame can succeed later. Default: the code's.
-        retry_after: seconds, where known.
+        retry_after: seconds, where known; one that is not finite counts as unknown.
 
     Raises:
         ValueError: there is no such code.

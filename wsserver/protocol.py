@@ -133,7 +133,7 @@ class Prompt(_Request):
 
     type: Literal["prompt"] = "prompt"
     prompt: NonBlank | None = None
-    messages: Annotated[list[Turn], Field(json_schema_extra={"minItems": 1})] | None = None
+    messages: list[Turn] | None = None
     id: Id | None = None
     conversation: Id | None = None
     on_busy: Literal["reject", "queue", "interrupt"] = "reject"
@@ -503,22 +503,22 @@ ServerFrame = (
     | Pong
 )
 
-SERVER_FRAMES: tuple[type[ServerFrame], ...] = (
-    Hello,
-    Start,
-    Token,
-    ThinkingFrame,
-    Done,
-    Error,
-    History,
-    Conversations,
-    Renamed,
-    Deleted,
-    Closed,
-    Stopped,
-    Authenticated,
-    Pong,
-)
+SERVER_FRAMES: dict[str, type[ServerFrame]] = {
+    "hello": Hello,
+    "start": Start,
+    "token": Token,
+    "thinking": ThinkingFrame,
+    "done": Done,
+    "error": Error,
+    "history": History,
+    "conversations": Conversations,
+    "renamed": Renamed,
+    "deleted": Deleted,
+    "closed": Closed,
+    "stopped": Stopped,
+    "authenticated": Authenticated,
+    "pong": Pong,
+}
 
 
 def encode(frame: ServerFrame) -> bytes:
@@ -595,12 +595,13 @@ def _load(text: str) -> object:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of its keys. A key whose value is ``null`` counts as left out."""
     value = dict(pairs)
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise Refused(Code.INVALID_FRAME, f"{_shown(twice, quote=False)}: given twice.")
-    return value
+    return {key: given for key, given in value.items() if given is not None}
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -1,155 +1,217 @@
-"""The frames for machines: as JSON Schema 2020-12, and the protocol as AsyncAPI 3.0.
+"""The frames of the protocol as JSON Schema, and the protocol as AsyncAPI.
 
-https://json-schema.org/draft/2020-12/schema, https://www.asyncapi.com/docs/reference/specification/v3.0.0
+Both are made of the models in :mod:`wsserver.protocol`. The schema of a client's frame accepts what
+:func:`wsserver.protocol.parse` accepts, as far as JSON Schema can tell. The schema of a server's
+frame asks for the keys that are always there and allows others, since a later server may add keys.
 """
 
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
 
-from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, SUBPROTOCOL, Prompt
+from wsserver.errors import Code
+from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, SUBPROTOCOL
 
-__all__ = ["asyncapi", "json_schema"]
+__all__ = ["ANSWERS", "asyncapi", "json_schema"]
 
-# What a `prompt` has besides what its keys alone say. A key that is null counts as left out.
-_PROMPT_RULES = {
-    "oneOf": [
-        {"required": [key], "properties": {key: {"not": {"type": "null"}}}}
-        for key in ("prompt", "messages")
-    ],
-    "if": {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
-    "then": {"properties": {"conversation": {"type": "null"}, "retry_of": {"type": "null"}}},
+ANSWERS = {
+    "prompt": "start",
+    "stop": "stopped",
+    "resume": "start",
+    "open": "history",
+    "list": "conversations",
+    "rename": "renamed",
+    "delete": "deleted",
+    "close": "closed",
+    "auth": "authenticated",
+    "ping": "pong",
 }
+"""What answers each frame of a client, where no ``error`` does."""
 
-# The frames that answer a frame of the client, or `error`.
-_ANSWERS = {
-    "prompt": ("start",),
-    "stop": ("stopped",),
-    "resume": ("start",),
-    "open": ("history",),
-    "list": ("conversations",),
-    "rename": ("renamed",),
-    "delete": ("deleted",),
-    "close": ("closed",),
-    "auth": ("authenticated",),
-    "ping": ("pong",),
-}
+CLIENT = (
+    "A frame that a client may send. JSON Schema cannot tell four rules: the last of `messages` is "
+    "the user's, no text has half of a surrogate pair, no key is given twice, and a whole number "
+    "has no fraction, not even `.0`."
+)
+SERVER = (
+    "A frame that the server may send. A client ignores the types and keys that it does not know, "
+    "as a later server may send more of them."
+)
+PROMPT_OR_MESSAGES = [
+    {
+        "required": ["prompt"],
+        "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}},
+    },
+    {
+        "required": ["messages"],
+        "properties": {
+            "messages": {"type": "array", "minItems": 1},
+            "prompt": {"type": "null"},
+            "conversation": {"type": "null"},
+            "retry_of": {"type": "null"},
+        },
+    },
+]
+
+
+class _Generator(GenerateJsonSchema):
+    def nullable_schema(self, schema: core_schema.NullableSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False  # "On Busy" tells no more than "on_busy"
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        value = super().model_schema(schema)
+        value["description"] = value["description"].replace("``", "`")
+        return value
+
+
+class _Client(_Generator):
+    """``null`` counts as left out, also of a key that is unknown and would be refused."""
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        value = {"anyOf": [self.generate_inner(schema["schema"]), {"type": "null"}]}
+        default = schema["default"]
+        return value if default is None else {**value, "default": default}
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        value = super().model_schema(schema)
+        value["additionalProperties"] = {"type": "null"}
+        frame_type = value["properties"].get("type")
+        if frame_type is not None and frame_type["default"] == "prompt":
+            value["oneOf"] = PROMPT_OR_MESSAGES
+        elif frame_type is not None:
+            value["properties"]["type"] = {"const": frame_type["default"]}
+            value["required"] = ["type", *value.get("required", ())]
+        return value
+
+
+class _Server(_Generator):
+    """A key without a value is left out. Later servers may send more keys, and more words."""
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        return self.generate_inner(schema["schema"])
+
+    def field_is_required(self, field: Any, total: bool) -> bool:  # noqa: ARG002, FBT001
+        schema = field["schema"]
+        return bool(schema["type"] != "default" or schema["default"] is not None)
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        value = super().model_schema(schema)
+        del value["additionalProperties"]
+        return value
+
+    def literal_schema(self, schema: core_schema.LiteralSchema) -> JsonSchemaValue:
+        value = super().literal_schema(schema)
+        return {"anyOf": [value, {"type": "string"}]} if "enum" in value else value
+
+    def enum_schema(self, schema: core_schema.EnumSchema) -> JsonSchemaValue:
+        assert schema["cls"] is Code
+        known = [{"const": code.value, "description": code.meaning} for code in Code]
+        return {"anyOf": [*known, {"type": "string", "description": "A code of a later server."}]}
+
+
+def _definitions(reference: str) -> dict[str, Any]:
+    """Return the schemas of all frames, and of what is in them, by the name of the model."""
+    found: dict[str, Any] = {}
+    for models, generator in ((CLIENT_FRAMES.values(), _Client), (SERVER_FRAMES.values(), _Server)):
+        _, schema = models_json_schema(
+            [(model, "validation") for model in models],
+            schema_generator=generator,
+            ref_template=reference,
+        )
+        assert found.keys().isdisjoint(schema["$defs"])
+        found |= schema["$defs"]
+    return found
 
 
 def json_schema() -> dict[str, Any]:
-    """Return a JSON Schema of all frames, those of each side under ``client`` and ``server``."""
-    definitions, client, server = _definitions("#/$defs/")
-    definitions["client"] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in client.values()]}
-    definitions["server"] = {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in server.values()]}
+    """Return a JSON Schema (2020-12) of all frames; ``client`` and ``server`` are of one side."""
+    reference = "#/$defs/{model}"
+    sides = {
+        "client": {"description": CLIENT, "anyOf": _references(CLIENT_FRAMES, reference)},
+        "server": {"description": SERVER, "anyOf": _references(SERVER_FRAMES, reference)},
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": SUBPROTOCOL,
-        "anyOf": [{"$ref": "#/$defs/client"}, {"$ref": "#/$defs/server"}],
-        "$defs": definitions,
+        "anyOf": [{"$ref": f"#/$defs/{side}"} for side in sides],
+        "$defs": _definitions(reference) | sides,
     }
+
+
+def _references(frames: dict[str, Any], reference: str) -> list[dict[str, str]]:
+    return [{"$ref": reference.format(model=model.__name__)} for model in frames.values()]
 
 
 def asyncapi() -> dict[str, Any]:
-    """Return the protocol as an AsyncAPI document, from the server's point of view."""
-    definitions, client, server = _definitions("#/components/schemas/")
-    frames = {
-        model.model_fields["type"].default: model
-        for model in (*CLIENT_FRAMES.values(), *SERVER_FRAMES)
-    }
+    """Return an AsyncAPI 3.0 document: what the server receives, answers and sends by itself.
+
+    Schema Objects of AsyncAPI are JSON Schema draft 7, of which the frames' schemas use no more.
+    """
+    reference = "#/components/schemas/{model}"
+    frames = {**CLIENT_FRAMES, **SERVER_FRAMES}
+    channel = {"$ref": "#/channels/socket"}
     messages = {
-        kind: {
-            "name": kind,
-            "summary": inspect.cleandoc(frames[kind].__doc__ or "").partition("\n")[0],
-            "payload": {"$ref": f"#/components/schemas/{name}"},
+        name: {
+            "name": name,
+            "title": model.__name__,
+            "summary": (model.__doc__ or "").partition("\n")[0].replace("``", "`"),
+            "contentType": "application/json",
+            "payload": {"$ref": reference.format(model=model.__name__)},
         }
-        for kind, name in (client | server).items()
+        | (
+            {"correlationId": {"location": "$message.payload#/request"}}
+            if "request" in model.model_fields
+            else {}
+        )
+        for name, model in frames.items()
     }
-    channel = {"$ref": "#/channels/chat"}
-    operations: dict[str, Any] = {
-        f"receive_{kind}": {
+
+    def of_channel(*names: str) -> list[dict[str, str]]:
+        return [{"$ref": f"#/channels/socket/messages/{name}"} for name in names]
+
+    received = {
+        f"receive{name.title()}": {
             "action": "receive",
             "channel": channel,
-            "messages": list(_messages(kind)),
-            "reply": {"channel": channel, "messages": list(_messages(*_ANSWERS[kind], "error"))},
+            "messages": of_channel(name),
+            "reply": {"channel": channel, "messages": of_channel(ANSWERS[name], "error")},
         }
-        for kind in client
-    }
-    operations["send"] = {
-        "action": "send",
-        "channel": channel,
-        "messages": list(_messages(*server)),
+        for name in CLIENT_FRAMES
     }
     return {
         "asyncapi": "3.0.0",
         "info": {
-            "title": SUBPROTOCOL,
-            "version": "1.0.0",
-            "description": "Chat with a language model: see PROTOCOL.md of wsserver.",
-            "license": {"name": "MIT"},
+            "title": "wsserver",
+            "version": SUBPROTOCOL.rpartition("v")[2],
+            "description": f"{CLIENT}\n\n{SERVER}\n\nPROTOCOL.md tells what the frames mean.",
         },
         "defaultContentType": "application/json",
-        "servers": {"local": {"host": "localhost:3001", "protocol": "ws"}},
+        "servers": {
+            "local": {
+                "host": "localhost:3001",
+                "protocol": "ws",
+                "description": "Where `wsserver serve` listens if it is not told otherwise.",
+            }
+        },
         "channels": {
-            "chat": {
+            "socket": {
                 "address": "/ws",
-                "messages": {kind: {"$ref": f"#/components/messages/{kind}"} for kind in messages},
+                "description": f"One WebSocket; its subprotocol is {SUBPROTOCOL}.",
+                "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in messages},
                 "bindings": {"ws": {"method": "GET", "bindingVersion": "0.1.0"}},
             }
         },
-        "operations": operations,
-        "components": {"messages": messages, "schemas": definitions},
+        "operations": received
+        | {
+            "send": {
+                "action": "send",
+                "channel": channel,
+                "messages": of_channel(*SERVER_FRAMES),
+            }
+        },
+        "components": {"messages": messages, "schemas": _definitions(reference)},
     }
-
-
-def _messages(*kinds: str) -> Iterator[dict[str, str]]:
-    for kind in kinds:
-        yield {"$ref": f"#/channels/chat/messages/{kind}"}
-
-
-def _definitions(at: str) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """Return the definitions of all frames, and by type the names of each side's."""
-    client = _side(list(CLIENT_FRAMES.values()), at)
-    server = _side(list(SERVER_FRAMES), at)
-    for name, definition in client[0].items():
-        if "type" in definition.get("properties", {}) and name != Prompt.__name__:
-            definition["required"] = ["type", *definition.get("required", ())]
-    client[0][Prompt.__name__] |= _PROMPT_RULES
-    for definition in server[0].values():
-        _as_sent(definition)
-    return client[0] | server[0], client[1], server[1]
-
-
-def _side(models: list[type[Any]], at: str) -> tuple[dict[str, Any], dict[str, str]]:
-    references, schema = models_json_schema(
-        [(model, "validation") for model in models], ref_template=at + "{model}"
-    )
-    names = {
-        model.model_fields["type"].default: references[model, "validation"]["$ref"].rpartition("/")[
-            2
-        ]
-        for model in models
-        if issubclass(model, BaseModel)
-    }
-    definitions: dict[str, Any] = schema["$defs"]
-    return definitions, names
-
-
-def _as_sent(definition: dict[str, Any]) -> None:
-    """Have a schema of what the server accepts from itself describe what clients may get.
-
-    A later server may send more keys. A key without a value is left out and never null.
-    """
-    definition.pop("additionalProperties", None)
-    properties = definition.get("properties", {})
-    for key, schema in properties.items():
-        if "anyOf" in schema:
-            kinds = [kind for kind in schema.pop("anyOf") if kind != {"type": "null"}]
-            properties[key] = (
-                {**schema, **kinds[0]} if len(kinds) == 1 else {**schema, "anyOf": kinds}
-            )
-            properties[key].pop("default", None)
-    if "type" in properties:
-        definition["required"] = ["type", *definition.get("required", ())]
