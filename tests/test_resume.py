@@ -12,10 +12,11 @@ from websockets.exceptions import ConnectionClosed
 
 import wsserver
 from tests.support.client import Client, client
+from tests.support.line import Line
 from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import BOUND, Puppet, until
 from tests.test_slow_reader import sluggard
-from wsserver import Code, ModelError, Thinking
+from wsserver import Code, ModelError, Thinking, hub
 from wsserver.errors import StoreError
 from wsserver.generation import Log
 from wsserver.stores import MemoryStore
@@ -188,6 +189,55 @@ async def test_nobody_reading_costs_only_so_many_tokens(puppet: Puppet) -> None:
             text, done = await other.text(ID)
             assert done["by"] == "disconnect"
             assert text == "read " + "unread " * 6, "the piece that crosses the limit is the last"
+
+
+async def test_a_client_has_time_to_notice_a_dead_link_before_unread_tokens_count(
+    puppet: Puppet,
+) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, grace=1000, grace_tokens=10, drain_timeout=0) as server,
+        Line(server.port) as line,
+    ):
+        async with connect(line.url, proxy=None) as socket:
+            chat = Client(socket)
+            await chat.prompt(id=ID)
+            reply = (await puppet.reply()).say("read ")
+            await chat.next("token")
+            line.reset()
+            await until(lambda: all(not g.readers for g in server._hub._live))
+        reply.say(*["unread "] * 200)
+        await until(reply.heard_out)
+        (generation,) = server._hub._live
+        assert generation.log.seq == 201
+        async with client(server) as other:
+            await resume(other, after=1)
+            await other.next("token", seq=201)
+        # The next client closes. It knows that it does.
+        await until(lambda: not generation.readers)
+        reply.say(*["unread "] * 20)
+        async with asyncio.timeout(BOUND):
+            await reply.closed.wait()
+        async with client(server) as other:
+            await resume(other)
+            assert (await other.text(ID))[1]["by"] == "disconnect"
+
+
+async def test_unread_tokens_count_when_the_time_to_notice_a_dead_link_is_over(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "UNAWARE", 0.0)
+    async with (
+        wsserver.serve(puppet, port=0, grace=1000, grace_tokens=10) as server,
+        Line(server.port) as line,
+    ):
+        async with connect(line.url, proxy=None) as socket:
+            await Client(socket).prompt(id=ID)
+            reply = await puppet.reply()
+            line.reset()
+            await until(lambda: all(not g.readers for g in server._hub._live))
+        reply.say(*["unread "] * 20)
+        async with asyncio.timeout(BOUND):
+            await reply.closed.wait()
 
 
 async def test_resuming_at_the_end_of_a_long_reply_costs_no_more_than_of_a_short_one(

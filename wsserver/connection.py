@@ -439,16 +439,19 @@ class Connection:
             self._own = None
         self.transport.write(encode(Deleted(conversation=conversation.id)))
 
-    def leave(self, cursor: _Cursor) -> None:
-        """Follow a generation no more."""
+    def leave(self, cursor: _Cursor, *, lost: bool = False) -> None:
+        """Follow a generation no more; ``lost``: the connection died."""
         del self._cursors[cursor.generation]
-        self._hub.unfollow(cursor.generation, cursor)
+        self._hub.unfollow(cursor.generation, cursor, lost=lost)
         self._check_idle()
 
-    def detach(self) -> None:
+    def detach(self, *, lost: bool = False) -> None:
         """The client is gone: leave all that it followed, and drop what it still asked for.
 
         A rename or delete is seen through: the client has asked for a change, not for an answer.
+
+        Args:
+            lost: the connection died, and the client may not know yet.
         """
         self._gone = True
         if self._expiry is not None:
@@ -461,7 +464,7 @@ class Connection:
             conversation.watchers.discard(self)
         self._watched.clear()
         for cursor in tuple(self._cursors.values()):
-            self.leave(cursor)
+            self.leave(cursor, lost=lost)
         self._check_idle()
 
     def _drop_requests(self) -> None:

@@ -52,6 +52,7 @@ READ_BURST = 2**24  # bytes of them at once: more than a window full of tabs ask
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
 SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
 TAKEN_BACK = frozenset({"client", "deleted", "disconnect", "replaced"})  # who stopped the prompt
+UNAWARE = 15.0  # seconds in which a client notices that its connection is dead, and connects again
 FAILURES = 5  # of the model's API in a row, after which it is said to fail
 FAILING = 30.0  # seconds since the last of them, after which it may be asked again
 
@@ -260,13 +261,20 @@ class Hub:
         _cancel(generation.grace)
         generation.grace = None
 
-    def unfollow(self, generation: Generation, follower: Follower) -> None:
-        """Wake the follower no more. If it was the last one, the grace time begins."""
+    def unfollow(self, generation: Generation, follower: Follower, *, lost: bool = False) -> None:
+        """Wake the follower no more. If it was the last one, the grace time begins.
+
+        Args:
+            generation: which.
+            follower: who.
+            lost: the connection of the follower is dead, and the client may not know yet.
+        """
         log = generation.log
         log.followers.remove(follower)
         generation.readers -= 1
         if not generation.readers and log.state is not State.ENDED:
             generation.unread = 0
+            generation.unaware_until = self._loop.time() + UNAWARE if lost else 0.0
             generation.grace = self._loop.call_later(
                 self._settings.grace, self.stop, generation, "disconnect"
             )

@@ -144,7 +144,8 @@ class Intake:
             self._append_in_parts(text)
         if generation.unread is not None:
             generation.unread += tokens_in(text)
-            if generation.unread > self._unread_limit:
+            aware = generation.heard >= generation.unaware_until
+            if aware and generation.unread > self._unread_limit:
                 self._stop()
         if self._room <= 0:
             self._end = End("max_tokens")

@@ -131,6 +131,7 @@ class Generation:
     size: int = 0  # of what is kept once it has ended
     readers: int = 0
     unread: int | None = None  # tokens said since the last reader went
+    unaware_until: float = 0.0  # until when the client may not know that it is not connected
     watch: asyncio.TimerHandle | None = None
     grace: asyncio.TimerHandle | None = None
     # What a follower got last, until the end: where it was, the log's seq and the size that frames

@@ -389,7 +389,7 @@ class Server:
     def _forget(self, socket: Socket) -> None:
         """A WebSocket has closed."""
         connection = self._connections.pop(socket)
-        connection.detach()
+        connection.detach(lost=not socket.closed_by_client)
         self.metrics.connection_closed()
         log.info(
             "connection",

@@ -255,7 +255,9 @@ class Settings(BaseSettings):
     grace: Seconds = 30.0
     """That a reply runs on when its last reader is gone; 0 stops it at once."""
     grace_tokens: Count = 2000
-    """The same in output tokens, estimated: no more is spent on a reply that nobody reads."""
+    """The same in output tokens, estimated: no more is spent on a reply that nobody reads. Where
+    the connection died without a close frame, the reply runs on for 15 s regardless: the client
+    has to notice first."""
     replay: Seconds = 300.0
     """That an ended reply is kept, so that a prompt sent again gets it and not a second one."""
     replay_size: Bytes = 67_108_864

@@ -430,6 +430,14 @@ class Socket(_Wire):
         return self._deadline is None and not self.transport.is_closing()
 
     @property
+    def closed_by_client(self) -> bool:
+        """Whether a close frame of the client has come: the client knows that it is not connected.
+
+        A TCP connection that ends without one may have been ended by anybody on the way.
+        """
+        return self._protocol.close_rcvd is not None
+
+    @property
     def ended_with(self) -> int:
         """The close code of whoever closed first, once it is closed; 1006 where nobody did.
 
