@@ -12,7 +12,7 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.prompt_cache import PromptCache
 from tests.support.puppet import Puppet
-from tests.support.upstream import Script, Upstream, reply
+from tests.support.upstream import Hang, Script, Upstream, reply
 from wsserver import Code, Message, ModelError
 from wsserver.context import messages_of, newest
 from wsserver.stores.base import Turn
@@ -179,17 +179,26 @@ async def test_nine_tenths_of_300_turns_are_read_from_the_prompt_cache(cache: Pr
     assert cache.share > 0.9
 
 
-@pytest.mark.usefixtures("upstream")
-@pytest.mark.parametrize("more", [1, 19, 20, 25, 35])
-async def test_the_prompt_cache_is_found_behind_many_messages_that_are_added_at_once(
-    cache: PromptCache, more: int
+@pytest.mark.parametrize("stopped", [1, 18, 19, 20, 21, 60])
+async def test_the_prompt_cache_is_found_behind_prompts_that_were_stopped_without_a_word(
+    upstream: Upstream, cache: PromptCache, stopped: int
 ) -> None:
-    prompts = [{"role": "user", "content": f"{number}".ljust(400)} for number in range(80)]
+    def answer(body: Any) -> Script:
+        if body["messages"][-1]["content"].startswith("Stop"):
+            return Script((Hang(),))  # and nothing is written to the cache
+        return reply(["!" * 2000], **cache.usage(body))
+
+    upstream.default = answer
     async with serve() as server, client(server) as chat:
-        for messages in (prompts[:40], prompts[: 40 + more]):
-            await chat.send({"messages": messages})
+        for number in range(30):
+            await ask(chat, f"{number}".ljust(2000))
+        for number in range(stopped):
+            start = await chat.prompt(f"Stop {number}")
+            await upstream.request(30 + number)
+            await chat.send({"type": "stop", "id": start["id"]})
             await chat.next("done")
-    assert cache.read == 40 * 100
+        usage = await ask(chat, "And on")
+    assert usage["cache_read_input_tokens"] == 29 * 1000 + 500
 
 
 @pytest.mark.usefixtures("upstream")

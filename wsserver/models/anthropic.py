@@ -36,7 +36,7 @@ __all__ = ["Anthropic"]
 
 MAX_EVENT = 1 << 20  # bytes of one event; a longer one is no event of this API
 MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
-BETWEEN_BREAKPOINTS = 16  # messages, less than the 20 blocks that the API looks back
+LOOK_BACK = 20  # blocks at which the API looks for what is cached, the breakpoint's included
 THINKING_RATE = 60  # tokens a second, about what the API's models say
 LEAST_CACHED = 1024  # tokens; the API caches nothing shorter
 HIGHEST_TEMPERATURE = 1  # that the API takes
@@ -261,23 +261,23 @@ class Anthropic:
 
 
 def _mark(arguments: dict[str, Any]) -> None:
-    """Place the breakpoints of the prompt cache, of which the API allows four.
+    """Place the breakpoints of the prompt cache.
 
     The API writes the cache at each breakpoint, and reads it at a breakpoint or at one of the 20
-    blocks up to it. One breakpoint is at the end, and two are before it, at places that stay the
-    same while messages are added: a later request finds one of the three, also when many messages
-    were added at once. The system prompt has its own, for other conversations.
+    blocks up to it. The breakpoint at the end finds what the request before wrote, unless many
+    prompts without a reply are between: their requests may have ended before they wrote anything.
+    Then there is one where the last request ended that had a reply. A long system prompt has its
+    own, for other conversations.
     """
     arguments["cache_control"] = _CACHED
     if tokens_in(system := arguments.get("system", "")) >= LEAST_CACHED:
         arguments["system"] = [{"type": "text", "text": system, "cache_control": _CACHED}]
     messages = arguments["messages"]
-    last = (len(messages) - 1) // BETWEEN_BREAKPOINTS * BETWEEN_BREAKPOINTS
-    for place in (last, last - BETWEEN_BREAKPOINTS):
-        if place > 0:
-            text = messages[place]["content"]
-            block = {"type": "text", "text": text, "cache_control": _CACHED}
-            messages[place]["content"] = [block]
+    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = replies[-1] - 1 if replies else -1
+    if 0 <= asked < len(messages) - LOOK_BACK:
+        text = messages[asked]["content"]
+        messages[asked]["content"] = [{"type": "text", "text": text, "cache_control": _CACHED}]
 
 
 def _ignore(_: bytes) -> bool:
