@@ -756,16 +756,21 @@ for (const code of [1011, 1012, 1013]) {
   })
 }
 
-test('a message that is too long fails alone', async (t) => {
-  const { chat } = await stage.serve(t)
-  const other = chat.prompt('say a; wait long; say b')
-  await says(other, 'a')
-  const long = chat.prompt('x'.repeat(100_000), { conversation: newId() })
-  await rejects(long, { code: 'too_long' })
-  await stage.release('long')
-  await soon(other.done)
-  assert.equal(other.text, 'ab')
-})
+for (const Class of [WebSocket, Former]) {
+  test(`a message that is too long fails alone, with a ${Class.name}`, async (t) => {
+    const { chat, sockets } = await stage.serve(t, { WebSocket: Class })
+    const other = chat.prompt(`say a; wait long ${Class.name}; say b`)
+    await says(other, 'a')
+    const long = chat.prompt('x'.repeat(100_000), { conversation: newId() })
+    const title = assert.rejects(soon(chat.rename(newId(), 'é'.repeat(90_000))), { code: 'too_long' })
+    await rejects(long, { code: 'too_long' })
+    await title
+    await stage.release(`long ${Class.name}`)
+    await soon(other.done)
+    assert.equal(other.text, 'ab')
+    if (Class !== Former) assert.equal(sockets.length, 1) // it is told before it is sent
+  })
+}
 
 test('what is closed is closed', async (t) => {
   const { chat, sockets } = await stage.serve(t)

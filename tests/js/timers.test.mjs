@@ -70,11 +70,13 @@ function world(t, answer = () => {}, options = { firstPause: 1, longestPause: 1 
   const sockets = []
   class Fake {
     sent = []
+    greeted = false // no server answers before its `hello`
     terminated = false
     constructor() {
       sockets.push(this)
       queueMicrotask(() => {
         this.onopen()
+        this.greeted = true
         this.say({ type: 'hello' })
       })
     }
@@ -82,7 +84,7 @@ function world(t, answer = () => {}, options = { firstPause: 1, longestPause: 1 
     send(data) {
       const frame = JSON.parse(data)
       this.sent.push(frame)
-      answer(this, frame, sockets.length)
+      if (this.greeted) answer(this, frame, sockets.length)
     }
     close() {}
     terminate() { this.terminated = true }
@@ -338,4 +340,23 @@ test('a server that resumes elsewhere than it was asked to is not asked for ever
   const reply = chat.resume('r'.repeat(16), { after: 2 })
   await assert.rejects(reply.done, { code: 'closed', message: /no server of this protocol/ })
   assert.equal(sockets[0].sent.filter(({ type }) => type === 'resume').length, 1)
+})
+
+test('a conversation that is opened again waits where the server asks for it', async (t) => {
+  let limits = 0
+  const { chat, sockets } = world(t, (socket, frame, number) => {
+    const { type, request, conversation } = frame
+    pong(socket, frame)
+    if (type !== 'open') return
+    if (number > 1 && ++limits < 4) socket.say({ type: 'error', code: 'limit', message: 'Later.', retryable: true, retry_after: 2, request })
+    else socket.say({ type: 'history', conversation, messages: [], running: [], request })
+  })
+  const histories = [], errors = []
+  chat.on('history', (history) => histories.push(history))
+  chat.on('error', (error) => errors.push(error))
+  await turn()
+  await chat.open('c'.repeat(16))
+  sockets[0].onclose({ code: 1006, reason: '' })
+  await passes(t, () => histories.length > 1)
+  assert.deepEqual([histories.length, limits, sockets.length, errors], [2, 4, 2, []])
 })

@@ -3,7 +3,7 @@
 import { connect, newId } from './client.js'
 import { copy, find } from './dom.js'
 import { Sidebar } from './sidebar.js'
-import { Turn } from './turn.js'
+import { GONE, Turn } from './turn.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').History} History */
@@ -284,8 +284,7 @@ function ended(turn, note) {
     box.value ||= turn.prompt
     grow()
   }
-  // It ended so long ago that only the conversation knows it.
-  if (error?.code === 'not_found' && !turn.refused && current) chat.open(current).catch(() => {})
+  if (error && GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})
   update()
   sidebar.share()
 }

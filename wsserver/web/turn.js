@@ -26,6 +26,8 @@ const WHY = /** @type {Record<string, string>} */ ({
 const PASSING = [
   'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted',
 ]
+// Codes of errors after which only the conversation's history knows the reply.
+export const GONE = ['not_found', 'forgotten']
 const count = new Intl.NumberFormat('en')
 
 export class Turn {
@@ -96,7 +98,7 @@ export class Turn {
   /** Whether a history tells less than is here, or the same. @param {Told} told */
   has({ text, partial }) {
     if (!this.#over) return this.reply !== undefined
-    return partial === 'cut' || (this.#said === text && this.error?.code !== 'not_found')
+    return partial === 'cut' || (this.#said === text && !GONE.includes(this.error?.code ?? ''))
   }
 
   /** Show what is over. @param {Told} told */
