@@ -8,6 +8,8 @@ from websockets.frames import Frame, Opcode
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, until
+from wsserver import connection, protocol
+from wsserver.protocol import ClientFrame
 
 ID = "0123456789abcdef"
 
@@ -153,6 +155,47 @@ async def test_a_ping_in_between_does_not_forgive_the_bad_ones(
         await chat.send("nonsense")
         await chat.send({"type": "ping"})
     assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
+
+
+async def test_unusable_frames_count_against_the_frame_rate(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, frame_rate=0.001, frame_burst=3) as server:
+        async with client(server) as chat:
+            for _ in range(server.settings.bad_frames):
+                await chat.send("nonsense" * 100)
+            assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
+    codes = [frame["code"] for frame in chat.frames]
+    assert codes == ["invalid_json"] * 3 + ["limit"] * (server.settings.bad_frames - 3)
+
+
+async def test_frame_of_many_parts_before_auth_is_not_parsed(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+
+    def parse(text: str) -> ClientFrame:
+        parsed.append(text)
+        return protocol.parse(text)
+
+    async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
+        return None if token is None else wsserver.Principal(token)
+
+    monkeypatch.setattr(connection, "parse", parse)
+    origin = {"origin": "http://localhost"}
+    async with wsserver.serve(puppet, authenticate=named, port=0, drain_timeout=0) as server:
+        async with client(server, **origin) as chat:
+            messages = [{"role": "user", "content": "x"}] * 100
+            await chat.send({"request": "early", "messages": messages})
+            error = await chat.next("error")
+            assert (error["code"], error["request"]) == ("unauthenticated", "early")
+            assert not parsed
+            await chat.send({"type": "auth", "token": "ada"})
+            await chat.send({"messages": messages})  # without waiting for the answer
+            await chat.next("start")
+        async with client(server, **origin) as chat:
+            for _ in range(server.settings.bad_frames):
+                await chat.send("nonsense")
+                await chat.send({"type": "list"})
+            assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
 
 
 async def test_what_is_refused_for_other_reasons_is_no_abuse(

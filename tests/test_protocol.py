@@ -1,12 +1,17 @@
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from wsserver import protocol
 from wsserver.errors import Code, Refused
 from wsserver.generation import Run, Usage
 from wsserver.protocol import (
+    KEYS,
+    MESSAGES,
     ClientFrame,
     Done,
     Error,
@@ -21,6 +26,7 @@ from wsserver.protocol import (
     encode,
     encode_run,
     parse,
+    parts,
 )
 
 
@@ -87,7 +93,103 @@ def test_keys_without_a_value_are_left_out() -> None:
     )
 
 
-def test_a_key_given_twice_among_thousands_is_found_quickly() -> None:
-    keys = ", ".join(f'"k{number}": 0' for number in range(5000))
-    with pytest.raises(Refused, match="k4999: given twice"):
-        parse(f'{{{keys}, "k4999": 1}}')
+def test_a_key_given_twice_among_as_many_as_there_may_be_is_named() -> None:
+    keys = ", ".join(f'"k{number}": 0' for number in range(KEYS - 1))
+    with pytest.raises(Refused, match="k7: given twice"):
+        parse(f'{{{keys}, "k7": 1}}')
+
+
+@pytest.mark.parametrize(
+    ("frame", "meant"),
+    [
+        ('{"prompt": "x", "id": null, "colour": null}', '{"prompt": "x"}'),
+        ('{"type": null, "prompt": "x"}', '{"prompt": "x"}'),
+        ('{"type": "list", "limit": null}', '{"type": "list"}'),
+        (
+            '{"messages": [{"role": "user", "content": "x", "name": null}], "prompt": null}',
+            '{"messages": [{"role": "user", "content": "x"}]}',
+        ),
+    ],
+)
+def test_a_key_whose_value_is_null_is_as_one_left_out(frame: str, meant: str) -> None:
+    assert parse(frame) == parse(meant)
+
+
+def test_a_null_in_the_place_of_a_needed_value_is_refused() -> None:
+    for frame in ('{"type": "resume", "id": null}', '{"messages": [null]}', '{"prompt": null}'):
+        with pytest.raises(Refused) as raised:
+            parse(frame)
+        assert raised.value.code is Code.INVALID_FRAME
+
+
+# What parsing costs.
+
+MESSAGE = '{"role": "user", "content": "a"}'
+COSTLY = {
+    "empty messages": '{"messages": [' + ",".join(["{}"] * 21_000) + "]}",
+    "as many empty messages as pass": '{"messages": [' + ",".join(["{}"] * 2950) + "]}",
+    "numbers for messages": '{"messages": [' + ",".join(["0"] * 32_000) + "]}",
+    "messages": '{"messages": [' + ",".join([MESSAGE] * 1900) + "]}",
+    "one message too many": '{"messages": [' + ",".join([MESSAGE] * (MESSAGES + 1)) + "]}",
+    "keys": '{"prompt": "x",' + ",".join(f'"{n:x}":0' for n in range(7000)) + "}",
+    "keys of a message": '{"messages": [{' + ",".join(f'"{n:x}":0' for n in range(7000)) + "}]}",
+    "the same key": "{" + ",".join(['"a":0'] * 10_000) + "}",
+    "objects for a type": '{"type":[' + ",".join(f'{{"{n:x}":"{n}"}}' for n in range(3000)) + "]}",
+    "lists for a type": '{"type":[' + ",".join(f"[{n}]" for n in range(300, 3000)) + "]}",
+    "floats": '{"type": [' + ",".join(["1.234"] * 10_000) + "]}",
+    "long numbers": '{"type": [' + ",".join(["9" * 4300] * 15) + "]}",
+    "a long number": '{"max_tokens": ' + "9" * 64_000 + "}",
+    "a long type": '{"type": "' + "x" * 64_000 + '"}',
+    "a long key": '{"' + "x" * 64_000 + '": 1, "prompt": "x"}',
+    "a long title": '{"type": "rename", "conversation": "0123456789abcdef", "title": "'
+    + "x" * 64_000
+    + '"}',
+    "lists in lists": "[" * 64_000,
+    "lists in lists beside others": '{"type":' + "[[]," * 2000 + "0" + "]" * 2000 + "}",
+    "objects in objects": '{"a":' * 10_000,
+    "quotes": '"' * 65_000,
+    "escaped quotes": '"\\' * 32_000,
+    "escapes": '\\"' * 32_000,
+}
+
+
+@pytest.mark.parametrize("frame", COSTLY.values(), ids=COSTLY.keys())
+def test_an_unusable_frame_takes_little_memory_and_builds_few_errors(
+    frame: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[int] = []
+
+    def refusal(error: ValidationError) -> Refused:
+        built.append(error.error_count())
+        return refuse(error)
+
+    refuse = protocol._refusal
+    monkeypatch.setattr(protocol, "_refusal", refusal)
+    assert len(frame) <= 65_536
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused) as raised:
+            parse(frame)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
+    assert sum(built) <= 2
+    assert len(raised.value.message) < 200
+
+
+def test_parts_of_a_frame_are_those_outside_of_its_strings() -> None:
+    said = json.dumps({"prompt": '{"a": [1, 2]}, \\ " \\" [[[[' * 1000, "id": "\\"})
+    assert parts(said) == 4
+    assert parts('{"a": [1, 2], "b": "unfinished, [') == 6
+
+
+def test_a_prompt_of_much_code_is_no_unusable_frame() -> None:
+    text = '{"a": [[[{"b": "\\\\", "c": [1, 2, 3]}]]]},' * 700
+    assert parse(json.dumps({"prompt": text})) == Prompt(prompt=text)
+
+
+def test_as_many_messages_as_there_may_be_are_taken() -> None:
+    frame = parse('{"messages": [' + ",".join([MESSAGE] * MESSAGES) + "]}")
+    assert isinstance(frame, Prompt)
+    assert len(frame.messages or ()) == MESSAGES

@@ -53,6 +53,7 @@ from wsserver.protocol import (
     encode,
     first_request,
     parse,
+    parts,
 )
 from wsserver.settings import ANSWER_ROOM, ESCAPED, Settings
 from wsserver.stores.base import Turn
@@ -61,6 +62,7 @@ __all__ = ["Connection", "Transport"]
 
 REQUESTS = 32  # frames of one client that wait for an answer; the client gets `limit` for more
 OPEN_CONVERSATIONS = 64  # of one socket: more than a person has tabs, and each costs memory
+AUTH_PARTS = 64  # of a frame that is parsed before `auth`, see `parts`; an `auth` has about ten
 LONGEST_STOP = 256  # bytes: a longer frame is no `stop`, and is not parsed over the frame rate
 FRAME_ROOM = ANSWER_ROOM // 2  # bytes of a `history` or `conversations` frame besides its items
 TURN_ROOM = 512  # bytes of a turn or an item besides its text
@@ -287,14 +289,12 @@ class Connection:
         self.frames += 1
         now = self._loop.time()
         frame, wait = None, self._bucket.take(now)
+        stranger = self.principal is None and not self._authenticating
         try:
-            if wait and len(message) > LONGEST_STOP:
-                raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
-            if isinstance(message, bytes):
-                raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
-            frame = parse(message)
+            frame = self._parse(message, stranger, wait)
             self._take(frame, wait, held(message))
-            if not isinstance(frame, Ping):  # a ping between unusable frames excuses none of them
+            # A ping between unusable frames excuses none of them, nor does what a stranger sends.
+            if not (stranger or isinstance(frame, Ping)):
                 self._wasted = 0
         except Refused as refused:
             if frame is not None:
@@ -312,6 +312,16 @@ class Connection:
             self.heard = now
         if self._wasted >= self.settings.bad_frames:
             self._end(Close.POLICY_VIOLATION, "too many unusable frames")
+
+    def _parse(self, message: str | bytes, stranger: bool, wait: float) -> ClientFrame:  # noqa: FBT001
+        """Parse a frame, unless its size alone tells how it is answered."""
+        if wait and len(message) > LONGEST_STOP:
+            raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
+        if isinstance(message, bytes):
+            raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
+        if stranger and parts(message) > AUTH_PARTS:
+            self._owner  # noqa: B018  # which refuses
+        return parse(message)
 
     def _take(self, frame: ClientFrame, wait: float, size: int) -> None:
         """Answer a frame, or queue it.

@@ -6,6 +6,7 @@ form. Nothing here does I/O.
 
 import json
 import re
+import reprlib
 from enum import IntEnum
 from json.encoder import encode_basestring
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -62,6 +63,7 @@ __all__ = [
     "encode_run",
     "first_request",
     "parse",
+    "parts",
 ]
 
 SUBPROTOCOL = "wsserver.v1"
@@ -86,6 +88,17 @@ def _not_blank(value: str) -> str:
 ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
 
 REQUEST_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+
+MESSAGES = 1000  # of one prompt: 500 turns, beyond what people say in one conversation
+# Brackets, commas and colons of a frame outside of its strings, checked before anything is built of
+# it: a value takes up to a hundred times the memory of its text. A message has five of them.
+PARTS = 6 * MESSAGES
+DEPTH = 64  # brackets within each other; the frames of the protocol have three
+KEYS = 32  # of one object; a prompt has twelve
+DIGITS = 18  # of an integer: what SQLite and others can hold
+
+_STRINGS = re.compile(r'"[^"]*(?:"|\Z)')
+_NESTED = re.compile(rf"(?:[\[{{][^\[\]{{}}]*){{{DEPTH + 1}}}")
 
 _FIRST_REQUEST = re.compile(r'\s*{\s*"request"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*[,}]')
 
@@ -133,7 +146,7 @@ class Prompt(_Request):
 
     type: Literal["prompt"] = "prompt"
     prompt: NonBlank | None = None
-    messages: list[Turn] | None = None
+    messages: Annotated[list[Turn], Field(max_length=MESSAGES, fail_fast=True)] | None = None
     id: Id | None = None
     conversation: Id | None = None
     on_busy: Literal["reject", "queue", "interrupt"] = "reject"
@@ -565,7 +578,7 @@ def _validate(value: dict[str, Any]) -> ClientFrame:
     if name is None:
         raise Refused(
             Code.INVALID_FRAME,
-            'type: missing. The shortest frame is {"prompt": "Hello"}.',
+            'type: missing. Without it, give either `prompt` or `messages`: {"prompt": "Hello"}.',
         )
     model = CLIENT_FRAMES.get(name) if isinstance(name, str) else None
     if model is None:
@@ -574,34 +587,73 @@ def _validate(value: dict[str, Any]) -> ClientFrame:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise Refused(Code.INVALID_FRAME, _first(error)) from None
+        raise _refusal(error) from None
 
 
 def _load(text: str) -> object:
+    _check_shape(text)
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except Refused:
-        raise
-    except RecursionError:
-        raise Refused(Code.INVALID_JSON, "The frame is nested too deeply.") from None
+        return json.loads(
+            text, object_pairs_hook=_object, parse_int=_integer, parse_constant=_no_constant
+        )
     except json.JSONDecodeError as error:
         raise Refused(
             Code.INVALID_JSON,
             f"Not JSON at character {error.pos + 1}. "
             'Send an object such as {"prompt": "Hello"} or {"type": "stop"}.',
         ) from None
-    except ValueError:  # a number with more digits than Python reads
-        raise Refused(Code.INVALID_JSON, "The frame has a number that is too long.") from None
+    except RecursionError:
+        raise _too_deep() from None
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make an object of its keys. A key whose value is ``null`` counts as left out."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise Refused(Code.INVALID_FRAME, f"{_shown(twice, quote=False)}: given twice.")
-    return {key: given for key, given in value.items() if given is not None}
+def _check_shape(text: str) -> None:
+    """Refuse a frame of too many parts before anything is built of it.
+
+    Raises:
+        Refused: the frame has more parts, or brackets within each other, than it may.
+    """
+    bare = _without_strings(text)
+    if bare.count("[") + bare.count("{") > DEPTH and _NESTED.search(bare):
+        raise _too_deep()
+    if _count(bare) > PARTS:
+        raise Refused(
+            Code.TOO_LONG, f"The frame has too many values; `messages` may be {MESSAGES}."
+        )
+
+
+def parts(text: str) -> int:
+    """Count the brackets, commas and colons of a frame outside of its strings."""
+    return _count(_without_strings(text))
+
+
+def _count(bare: str) -> int:
+    return sum(map(bare.count, ",:[{"))
+
+
+def _without_strings(text: str) -> str:
+    return _STRINGS.sub("", text.replace("\\\\", "").replace('\\"', ""))
+
+
+def _too_deep() -> Refused:
+    return Refused(Code.INVALID_JSON, "The frame is nested too deeply.")
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of its keys and values. A key whose value is ``null`` is left out."""
+    if len(pairs) > KEYS:
+        raise Refused(Code.INVALID_FRAME, f"An object of the frame has more than {KEYS} keys.")
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise Refused(Code.INVALID_FRAME, f"{_shown(key, quote=False)}: given twice.")
+        seen.add(key)
+    return {key: value for key, value in pairs if value is not None}
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise Refused(Code.INVALID_JSON, "The frame has a number that is too long.")
+    return int(digits)
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -614,8 +666,11 @@ def _match(value: dict[str, Any], pattern: str, *keys: str) -> str | None:
     return next((v for v in found if isinstance(v, str) and re.fullmatch(pattern, v)), None)
 
 
-def _first(error: ValidationError) -> str:
+def _refusal(error: ValidationError) -> Refused:
+    """Make a refusal of the first thing that a model found wrong."""
     first = error.errors(include_url=False, include_input=False)[0]
+    if (first["type"], first["loc"]) == ("too_long", ("messages",)):
+        return Refused(Code.TOO_LONG, f"messages: at most {MESSAGES}.")
     where = ".".join(_shown(part, quote=False) for part in first["loc"])
     what = {
         "extra_forbidden": "no such key",
@@ -624,12 +679,12 @@ def _first(error: ValidationError) -> str:
     }.get(first["type"])
     if what is None:
         what = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{where}: {what}." if where else f"{what}."
+    return Refused(Code.INVALID_FRAME, f"{where}: {what}." if where else f"{what}.")
 
 
 def _shown(value: object, *, quote: bool = True) -> str:
     """Show what a client sent in a message: short, and whatever it is, safe to encode."""
-    text = value if isinstance(value, str) else str(value)
+    text = value if isinstance(value, str) else reprlib.repr(value)
     text = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
     text = printable(text)
     return f'"{text}"' if quote else text
