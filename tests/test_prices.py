@@ -14,6 +14,7 @@ from tests.support.prompt_cache import PromptCache
 from tests.support.puppet import Puppet
 from tests.support.upstream import Hang, Script, Upstream, reply
 from wsserver import ConfigError, End, Principal, Settings, Usage
+from wsserver.limits import SECONDS_PER_DAY
 from wsserver.prices import CLAUDE, FREE, NOTHING, Price, Prices, Spent
 from wsserver.protocol import UsageCounts
 from wsserver.stores.base import day_of
@@ -150,6 +151,27 @@ async def test_what_is_left_of_the_dollars_bounds_the_reply(puppet: Puppet) -> N
             assert [reply.request.max_tokens for reply in replies] == [700, 299]
             refused = await chat.prompt(conversation="conversation-three")
     assert (refused["code"], refused["message"].count("dollars")) == ("limit", 1)
+
+
+async def test_a_clock_that_steps_back_over_midnight_gives_nothing_back(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
+) -> None:
+    now = 10.0 * SECONDS_PER_DAY
+    monkeypatch.setattr("wsserver.spending.time.time", lambda: now)
+    limits = {"tokens_per_day": 1000, "dollars_per_day": 0.001, "prices": "puppet=1/1"}
+    async with serve(puppet, **limits) as server, ada(server) as chat:
+        for number in range(2):
+            start = await chat.prompt(conversation="conversation-one", max_tokens=100)
+            runs = await chat.prompt(conversation="conversation-two", max_tokens=100)
+            (await puppet.reply(2 * number)).say("x", End(usage=Usage(950))).end()
+            await chat.next("done", id=start["id"])
+            now -= SECONDS_PER_DAY
+            refused = await chat.prompt(conversation="conversation-three")
+            assert refused["code"] == "limit", "what is left is set aside for the one that runs"
+            (await puppet.reply(2 * number + 1)).say("x", End(usage=Usage(50))).end()
+            await chat.next("done", id=runs["id"])
+            assert (await chat.prompt(conversation="conversation-three"))["code"] == "quota"
+            now += 2 * SECONDS_PER_DAY
 
 
 async def test_another_model_of_the_same_server_has_a_price_of_its_own(puppet: Puppet) -> None:
