@@ -12,7 +12,7 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.prompt_cache import PromptCache
 from tests.support.puppet import Puppet
-from tests.support.upstream import Hang, Script, Upstream, reply
+from tests.support.upstream import Hang, Script, Upstream, error, reply
 from wsserver import ConfigError, End, Principal, Settings, Usage
 from wsserver.limits import SECONDS_PER_DAY
 from wsserver.prices import CLAUDE, FREE, NOTHING, Price, Prices, Spent
@@ -287,6 +287,21 @@ async def test_at_the_defaults_the_same_abuse_costs_less_than_four_dollars(
         assert (await use_up(chat))["code"] == "quota"
     assert bill.tokens < 1_000_000 + 98_000
     assert bill.dollars < 4
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, "invalid_request_error"), (413, "request_too_large"), (529, "overloaded_error")],
+)
+async def test_a_request_that_the_api_does_not_take_costs_nothing(
+    upstream: Upstream, status: int, kind: str
+) -> None:
+    upstream.default = Script((error(status, kind, headers={"retry-after": "0"}),))
+    async with serve(tokens_per_day=8200) as server, ada(server) as chat:
+        for _ in range(3):
+            start = await chat.prompt("x" * 32_000)
+            failed = await chat.next("error", id=start["id"])
+            assert failed["usage"] == {"input_tokens": 0, "output_tokens": 0}
 
 
 async def test_replies_that_are_stopped_before_the_api_counts_use_up_the_day(

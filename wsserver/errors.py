@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Self
 
 __all__ = [
+    "NOT_TAKEN",
     "OUTAGE",
     "TOO_LONG",
     "UPSTREAM",
@@ -110,6 +111,11 @@ OUTAGE = UPSTREAM - {Code.MODEL_NOT_FOUND, Code.RATE_LIMITED}
 
 TOO_LONG = frozenset({Code.PROMPT_TOO_LONG, Code.REQUEST_TOO_LARGE})
 """Failures that less of the conversation may mend."""
+
+NOT_TAKEN = (
+    TOO_LONG | UPSTREAM - {Code.INCOMPLETE, Code.MALFORMED, Code.TIMEOUT} | {Code.BAD_REQUEST}
+)
+"""Failures of requests that the model's API did not answer, and does not bill."""
 
 
 class WsserverError(Exception):

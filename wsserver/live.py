@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wsserver.errors import Code, ModelError
+from wsserver.errors import NOT_TAKEN, Code, ModelError
 from wsserver.generation import End, Log, Run, State, Thinking, Usage, tokens_in, well_formed
 from wsserver.journal import Record
 from wsserver.limits import Account
@@ -197,10 +197,13 @@ class Generation:
             usage = UsageCounts.of(how.usage or self.used())
             reason = well_formed(how.reason)
             return Done(id=self.id, seq=self.log.seq, reason=reason, usage=usage)
-        usage = UsageCounts.of(self.used())
         if isinstance(how, str):
+            usage = UsageCounts.of(self.used())
             return Done(id=self.id, seq=self.log.seq, reason="stopped", by=how, usage=usage)
         error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
+        unanswered = self.usage is None and not self.log.seq
+        free = unanswered and error.code in NOT_TAKEN
+        usage = UsageCounts.of(Usage() if free else self.used())
         return Error(
             code=error.code,
             message=well_formed(error.message),
