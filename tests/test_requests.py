@@ -43,7 +43,7 @@ async def gated(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> AsyncIterator[tuple[GatedStore, wsserver.Server]]:
     store = GatedStore()
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
         yield store, server
 
@@ -456,7 +456,7 @@ async def test_one_of_four_prompts_at_once_runs_in_a_new_conversation(
 async def test_prompt_that_races_a_delete_sees_nothing_deleted(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, turns_before: int
 ) -> None:
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: YieldingStore(2))
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: YieldingStore(2))
     async with wsserver.serve(puppet, port=0, drain_timeout=0, conversations=1) as server:
         async with client(server) as chat, client(server) as other:
             await exchange(chat, puppet, "Secret", "x", conversation=ONE)
@@ -607,7 +607,7 @@ async def test_request_that_the_account_has_no_memory_for_is_refused(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     store = GatedStore()
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
         server.memory.limit = 600_000
         async with client(server) as chat:

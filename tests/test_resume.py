@@ -664,7 +664,7 @@ async def broken(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> AsyncIterator[tuple[Broken, wsserver.Server]]:
     store = Broken()
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
     async with wsserver.serve(
         puppet, port=0, save_interval=0.001, store_timeout=0.05, drain_timeout=0
     ) as server:
@@ -741,7 +741,7 @@ async def test_a_store_that_hangs_does_not_hinder_the_shutdown(
 ) -> None:
     store = Broken()
     store.hanging = asyncio.Event()
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: store)
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
     before = asyncio.all_tasks()
     async with wsserver.serve(
         puppet, port=0, drain_timeout=0, shutdown_timeout=0.3, store_timeout=1000, stop_timeout=1000
@@ -796,7 +796,7 @@ async def test_a_stop_overtakes_a_prompt_that_waits_for_the_store(
             await gate.wait()
             return await super().load(*args, **bounds)
 
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: Slow())
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: Slow())
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
         await chat.send({"prompt": "x", "conversation": ONE, "id": ID})
         assert await chat.quiet() == []
@@ -818,7 +818,7 @@ async def test_too_many_requests_at_once_are_refused(
             await gate.wait()
             return await super().list(owner, limit, before)
 
-    monkeypatch.setattr("wsserver.stores.make", lambda settings: Slow())
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: Slow())
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
         for _ in range(40):
             await chat.send({"type": "list"})

@@ -25,6 +25,7 @@ from tests.support.puppet import until
 from wsserver import Settings
 from wsserver.errors import Code, ConfigError, Refused, StoreError
 from wsserver.generation import Thinking, Usage
+from wsserver.limits import Memory
 from wsserver.prices import Prices, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.protocol import Turn as Message
@@ -1413,7 +1414,7 @@ async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
 
 
 async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
-    store = MemoryStore(size=100_000)
+    store = MemoryStore(memory=Memory(100_000))
     for name in "abc":
         await store.commit([whole(header(name, name), "x" * 20_000)])
     await store.commit([whole(header("o", None), "x" * 20_000)])
@@ -1506,18 +1507,18 @@ async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.Monke
 async def test_the_settings_name_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    assert isinstance(make(Settings(store="memory:")), MemoryStore)
+    assert isinstance(make(Settings(store="memory:"), Memory(10**9)), MemoryStore)
     for url, path in [
         ("sqlite:///some/where.db", tmp_path / "some/where.db"),
         (f"sqlite:///{tmp_path}/absolute.db", tmp_path / "absolute.db"),
         ("sqlite:///~/chat.db", tmp_path / "home/chat.db"),
         ("sqlite:///what?mode=memory", tmp_path / "what?mode=memory"),
     ]:
-        store = make(Settings(store=url))
+        store = make(Settings(store=url), Memory(10**9))
         await store.open()
         await store.close()
         assert path.is_file(), url
-    limited = make(Settings(conversations=1))
+    limited = make(Settings(conversations=1), Memory(10**9))
     await limited.commit([whole(header("1", "a")), whole(header("2", "b"))])
     assert await names(limited) == ["b"]
 
@@ -1540,7 +1541,7 @@ async def test_the_settings_name_the_store(tmp_path: Path, monkeypatch: pytest.M
 )
 def test_a_store_that_is_unknown_is_one_clear_line(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^store: ") as raised:
-        make(Settings(store=url))
+        make(Settings(store=url), Memory(10**9))
     assert "\n" not in str(raised.value)
     assert repr(url) in str(raised.value)
 

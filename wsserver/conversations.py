@@ -9,12 +9,14 @@ from dataclasses import replace
 from wsserver.context import newest
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
+from wsserver.limits import CACHE, Memory, account_of, held
 from wsserver.live import Conversation
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 
 __all__ = ["Conversations"]
 
+TURN = 320  # bytes of a turn in memory besides its texts
 UTF8 = 4  # bytes that UTF-8 makes of one character at most
 
 
@@ -25,12 +27,16 @@ class Conversations:
         store: where they last.
         journal: what writes them there; it is let finish before the store is asked.
         settings: how many are kept, and how much of each.
+        memory: counts the bytes of their turns. Those of conversations in which nothing runs can
+            be read again, and are dropped first.
     """
 
-    def __init__(self, store: Store, journal: Journal, settings: Settings) -> None:
+    def __init__(self, store: Store, journal: Journal, settings: Settings, memory: Memory) -> None:
         self._store = store
         self._journal = journal
         self._settings = settings
+        self._memory = memory
+        memory.shed_by(self._shed)
         self._known: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
 
     @contextlib.asynccontextmanager
@@ -66,6 +72,7 @@ class Conversations:
             yield conversation
         finally:
             conversation.holders -= 1
+            self.settle(conversation)
             if conversation.loaded and conversation.exists and not conversation.deleted:
                 self._used(conversation)
             elif conversation.idle:
@@ -84,6 +91,10 @@ class Conversations:
         if stored is not None:
             conversation.exists = True
             conversation.turns = self.fit(stored.turns)
+        if not self.settle(conversation):
+            if not conversation.live:
+                self._unload(conversation)
+            raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
 
     def fit(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the newest turns, as many as are kept in memory and shown to the model."""
@@ -99,13 +110,57 @@ class Conversations:
         if excess > 0:
             idle = (key for key, known in self._known.items() if known.idle)
             for unused in tuple(itertools.islice(idle, excess)):
-                del self._known[unused]
+                self.forget(self._known[unused])
 
     def forget(self, conversation: Conversation) -> None:
         """Drop the conversation from memory, unless the name has another object by now."""
         key = conversation.owner, conversation.id
         if self._known.get(key) is conversation:
             del self._known[key]
+            self._memory.give(conversation.account, conversation.size)
+            conversation.size = 0
+
+    def settle(self, conversation: Conversation) -> bool:
+        """Count the bytes of a conversation's turns, which have changed, or what they are for.
+
+        Returns:
+            False where there is no room for them. The turns of a conversation in which something
+            runs are then there and not counted, the turns of any other are dropped.
+        """
+        if self._known.get((conversation.owner, conversation.id)) is not conversation:
+            return True
+        in_use = conversation.holders or conversation.live
+        account = account_of(conversation.owner) if in_use else CACHE
+        size = sum(TURN + held(turn.prompt) + held(turn.text) for turn in conversation.turns)
+        if (account, size) != (conversation.account, conversation.size):
+            self._memory.give(conversation.account, conversation.size)
+            conversation.account, conversation.size = account, 0
+            if not self._memory.take(account, size):
+                if not in_use:
+                    self._unload(conversation)
+                return False
+            conversation.size = size
+        return True
+
+    def _shed(self, size: int) -> None:
+        """Drop the turns of conversations in which nothing runs, those used longest ago first."""
+        for conversation in tuple(self._known.values()):
+            if size <= 0:
+                return
+            if conversation.size and not (conversation.holders or conversation.live):
+                size -= conversation.size
+                self._unload(conversation)
+
+    def _unload(self, conversation: Conversation) -> None:
+        """Forget the turns of a conversation, which the store has, and all of it where it is idle.
+
+        Whoever watches it goes on to do so.
+        """
+        self._memory.give(conversation.account, conversation.size)
+        conversation.size = 0
+        conversation.turns, conversation.loaded = [], False
+        if conversation.idle:
+            self.forget(conversation)
 
     async def history(
         self, conversation: Conversation, before: int | None, size: int

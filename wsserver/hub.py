@@ -18,7 +18,7 @@ from wsserver.errors import OUTAGE, TOO_LONG, UPSTREAM, Code, ModelError, Refuse
 from wsserver.generation import End, Follower, State, tokens_in
 from wsserver.intake import Intake
 from wsserver.journal import Journal
-from wsserver.limits import SECONDS_PER_DAY, Account, Memory, Rates, Shares
+from wsserver.limits import SECONDS_PER_DAY, Account, Memory, Rates, Shares, held
 from wsserver.live import (
     Conversation,
     FirstPiece,
@@ -50,6 +50,7 @@ __all__ = ["Hub"]
 READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
 READ_BURST = 2**24  # bytes of them at once: more than a window full of tabs asks for
 KEPT_PER_REPLY = 4096  # bytes of an ended reply besides its text
+POINTER = 8  # bytes of a place in a list
 SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
 TAKEN_BACK = frozenset({"client", "deleted", "disconnect", "replaced"})  # who stopped the prompt
 UNAWARE = 15.0  # seconds in which a client notices that its connection is dead, and connects again
@@ -98,7 +99,7 @@ class Hub:
             replay=settings.replay,
             retention=settings.retention_days * SECONDS_PER_DAY,
         )
-        self.conversations = Conversations(store, self._journal, settings)
+        self.conversations = Conversations(store, self._journal, settings, memory)
         self._loop = asyncio.get_running_loop()
         self.reads = Rates(READ_RATE, READ_BURST)  # bytes of histories and lists, by account
         self._rates = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
@@ -662,6 +663,8 @@ class Hub:
         generation.task = None  # with the traceback of a failure, and all that holds on to
         if conversation is not None and conversation.running is None and conversation.queue:
             self._begin(conversation.queue.popleft())
+        if conversation is not None:
+            self.conversations.settle(conversation)
         if not self._live:
             self._idle.set()
 
@@ -713,8 +716,11 @@ class Hub:
 
     def _retain(self, generation: Generation) -> None:
         """Keep an ended generation for the replay time, and within the replay size."""
-        said = sum(map(len, generation.log.pieces))
-        generation.size = KEPT_PER_REPLY + generation.prompt.size + said
+        pieces, prompt = generation.log.pieces, generation.prompt
+        asked = [prompt.prompt or "", prompt.system or ""]
+        asked += [message.content for message in prompt.messages or ()]
+        texts = sum(map(held, pieces)) + sum(map(held, asked))
+        generation.size = KEPT_PER_REPLY + POINTER * len(pieces) + texts
         self._ended.append((self._loop.time() + self._settings.replay, generation))
         self._ended_size += generation.size
         if self._sweep is None:

@@ -10,7 +10,7 @@ from typing import Protocol
 from wsserver.errors import NOT_TAKEN, Code, ModelError
 from wsserver.generation import End, Log, Run, State, Thinking, Usage, tokens_in, well_formed
 from wsserver.journal import Record
-from wsserver.limits import Account
+from wsserver.limits import CACHE, Account
 from wsserver.logs import log as events
 from wsserver.prices import NOTHING, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
@@ -71,6 +71,8 @@ class Conversation:
     deleted: bool = False
     holders: int = 0
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    account: Account = CACHE  # to which the bytes of the turns are counted
+    size: int = 0  # these bytes
 
     @property
     def busy(self) -> bool:

@@ -157,7 +157,7 @@ class Server:
         if model is None:
             model = self._own_model = models.load(settings)
         self.model_name = models.name_of(model)
-        self._store = stores.make(settings)
+        self._store = stores.make(settings, self.memory)
         try:
             if self._authenticate is None:
                 self._authenticate = auth.make(settings)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from wsserver.errors import ConfigError
+from wsserver.limits import Memory
 from wsserver.prices import Prices
 from wsserver.settings import Settings
 from wsserver.stores.base import Store
@@ -11,15 +12,19 @@ from wsserver.stores.memory import MemoryStore
 __all__ = ["MemoryStore", "Store", "make"]
 
 
-def make(settings: Settings) -> Store:
+def make(settings: Settings, memory: Memory) -> Store:
     """Make the store that the settings name: ``memory:`` or ``sqlite:///path``.
+
+    Args:
+        settings: which one, and its limits.
+        memory: counts the bytes of a store in memory.
 
     Raises:
         ConfigError: there is no such store.
     """
     url, prices = settings.store, Prices(settings.prices)
     if url == "memory:":
-        return MemoryStore(settings.conversations, prices=prices)
+        return MemoryStore(settings.conversations, memory, prices)
     path = url.removeprefix("sqlite:///")
     if path not in {url, "", ":memory:"}:
         from wsserver.stores.sqlite import SqliteStore  # noqa: PLC0415

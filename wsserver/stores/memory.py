@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from operator import attrgetter
 
+from wsserver.limits import CACHE, Memory
 from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
@@ -32,6 +33,7 @@ from wsserver.stores.base import (
 
 __all__ = ["MemoryStore"]
 
+ROOM = 268_435_456  # bytes, where nobody else counts them
 PURGED_AT_ONCE = 1000  # so that the event loop goes on
 ALL_TRACES = 100_000  # of all owners together
 OBJECTS = 1600  # bytes of a generation besides its texts: objects, and places in dictionaries
@@ -134,20 +136,23 @@ class MemoryStore:
 
     Args:
         conversations: how many are kept; the one idle for longest is dropped first.
-        size: bytes of memory, after which the conversation idle for longest is dropped too.
+        memory: counts the bytes. When they are needed elsewhere, the conversation idle for longest
+            is dropped too.
         prices: of the models; those of Claude where nobody gives them.
     """
 
     def __init__(
         self,
         conversations: int = 10_000,
-        size: int = 268_435_456,
+        memory: Memory | None = None,
         prices: Prices | None = None,
     ) -> None:
         self._prices = prices or Prices()
         self._limit = conversations
-        self._most = size
+        self._memory = Memory(ROOM) if memory is None else memory
+        self._memory.shed_by(self._shed)
         self._size = 0
+        self._taken = 0  # bytes of it that are counted
         self._sizes: Counter[str] = Counter()  # by owner
         # By owner and id, the least recently used first.
         self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()
@@ -188,8 +193,7 @@ class MemoryStore:
                 self._conversations.move_to_end(key)
                 if entry.new or terminal is not None:
                     self._use(self._conversations[key], now)
-        while self._size > self._most and self._drop_one():
-            pass
+        self._settle()
 
     def _count(self, owner: str, model: str, terminal: Terminal, now: float) -> None:
         day = self._spent.setdefault(day_of(now), {})
@@ -267,6 +271,25 @@ class MemoryStore:
         self._sizes[owner] += size
         if not self._sizes[owner]:
             del self._sizes[owner]
+
+    def _settle(self) -> None:
+        """Count what is here now, and drop what there is no room for."""
+        while (more := self._size - self._taken) > 0:
+            if self._memory.take(CACHE, more):  # which may have dropped something here too
+                self._taken += more
+            elif not self._drop_one():
+                return
+        self._memory.give(CACHE, -more)
+        self._taken += more
+
+    def _shed(self, size: int) -> None:
+        """Drop so many bytes, or all that there are."""
+        before = self._size
+        while before - self._size < size and self._drop_one():
+            pass
+        dropped = min(before - self._size, self._taken)
+        self._memory.give(CACHE, dropped)
+        self._taken -= dropped
 
     def _drop_one(self) -> bool:
         """Make room; False where there is nothing left to drop.
@@ -370,6 +393,7 @@ class MemoryStore:
         if found is None:
             return False
         self._drop(found)
+        self._settle()
         return True
 
     async def spent(self, owner: str, day: int) -> Spent:
@@ -395,6 +419,7 @@ class MemoryStore:
         for generation in purged:
             del self._outside[generation]
             self._forget(generation)
+        self._settle()
         old = takewhile(lambda item: item[1].when < now - TRACE_KEPT, self._traces.items())
         dropped = [key for key, _ in islice(old, PURGED_AT_ONCE)]
         for key in dropped:

@@ -1,0 +1,174 @@
+"""The turns of conversations in memory: counted as they are, and dropped when nobody needs them."""
+
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import wsserver
+from tests.support.client import Client, client
+from tests.support.puppet import Puppet, until
+from wsserver.limits import CACHE, Memory
+from wsserver.live import Conversation
+
+ONE, TWO = "conversation-one", "conversation-two"
+OWNER = "anonymous"
+
+
+@pytest.fixture
+async def server(puppet: Puppet, tmp_path: Path) -> AsyncIterator[wsserver.Server]:
+    store = f"sqlite:///{tmp_path}/chat.db"
+    async with wsserver.serve(puppet, port=0, store=store, replay=0, drain_timeout=0) as server:
+        yield server
+
+
+async def say(chat: Client, puppet: Puppet, prompt: str, text: str, conversation: str) -> None:
+    number = len(puppet.replies)
+    start = await chat.prompt(prompt, conversation=conversation)
+    (await puppet.reply(number)).say(text).end()
+    await chat.text(start["id"])
+
+
+def known(server: wsserver.Server, name: str) -> Conversation | None:
+    return server._hub.conversations._known.get((OWNER, name))
+
+
+def fill(memory: Memory) -> dict[str, int]:
+    """Take nearly all that is free, as many clients together can; return what each has."""
+    taken: dict[str, int] = {}
+    size = memory.limit // 10
+    while size > 100:
+        name = f"client {len(taken)}"
+        if memory.take((name,), size):
+            taken[name] = size
+        else:
+            size //= 2
+    return taken
+
+
+async def test_turns_are_counted_as_they_are_in_memory(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        await say(chat, puppet, "warm", "up", TWO)
+        before = server.memory.used
+        await say(chat, puppet, "Hello", "🎈" * 10_000, ONE)
+        await until(lambda: server._hub.known(OWNER, "x") is None)
+        conversation = known(server, ONE)
+        assert conversation is not None
+        (turn,) = conversation.turns
+        # Four bytes for each character, and four for its UTF-8 where Python keeps that too.
+        size = sys.getsizeof(turn.text) + sys.getsizeof(turn.prompt)
+        assert 40_000 < size < 81_000
+        assert size < server.memory.used - before < size + 1000
+        assert server.memory.used == server.memory.cached
+
+
+async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        await say(chat, puppet, "one", "x" * 10_000, ONE)
+        await say(chat, puppet, "two", "y" * 10_000, TWO)
+        server._hub.conversations._shed(1)  # those used longest ago first
+        assert known(server, ONE) is None
+        assert known(server, TWO) is not None
+        taken = fill(server.memory)
+        assert server.memory.cached == 0
+        assert known(server, TWO) is None
+        for name, size in taken.items():
+            server.memory.give((name,), size)
+        await say(chat, puppet, "again", "x", ONE)
+        said = [message.content for message in puppet.replies[-1].request.messages]
+        assert said == ["one", "x" * 10_000, "again"]
+
+
+async def test_turns_of_a_watched_conversation_are_dropped_and_its_watchers_stay(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat, client(server) as watcher:
+        await say(chat, puppet, "one", "x" * 10_000, ONE)
+        await watcher.send({"type": "open", "conversation": ONE})
+        await watcher.next("history")
+        server._hub.conversations._shed(10**9)
+        conversation = known(server, ONE)
+        assert conversation is not None
+        assert (conversation.turns, conversation.loaded, conversation.size) == ([], False, 0)
+        await say(chat, puppet, "two", "y", ONE)
+        assert len(puppet.replies[-1].request.messages) == 3
+        assert (await watcher.next("start"))["prompt"] == "two"
+        await watcher.next("done")
+
+
+async def test_turns_of_a_running_conversation_are_its_owners_and_are_not_dropped(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        await say(chat, puppet, "one", "x" * 10_000, ONE)
+        await chat.prompt("two", conversation=ONE)
+        running = await puppet.reply(1)
+        await chat.prompt("three", conversation=ONE, on_busy="queue")
+        conversation = known(server, ONE)
+        assert conversation is not None
+        assert conversation.account == (f"principal {OWNER}",)
+        taken = fill(server.memory)
+        assert conversation.turns
+        for name, size in taken.items():
+            server.memory.give((name,), size)
+        running.say("y").end()
+        last = await puppet.reply(2)
+        said = [message.content for message in last.request.messages]
+        assert said == ["one", "x" * 10_000, "two", "y", "three"]
+        last.say("z").end()
+        await until(lambda: not conversation.live)
+        assert conversation.account == CACHE
+        assert conversation.size > 10_000
+
+
+async def test_a_prompt_is_refused_where_there_is_no_room_for_its_conversation(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        await say(chat, puppet, "one", "x" * 10_000, ONE)
+        taken = fill(server.memory)
+        refused = await chat.prompt("two", conversation=ONE)
+        assert (refused["code"], refused["retryable"]) == ("limit", True)
+        assert known(server, ONE) is None
+        for name, size in taken.items():
+            server.memory.give((name,), size)
+        await say(chat, puppet, "two", "y", ONE)
+    assert len(puppet.replies) == 2
+
+
+async def test_nothing_is_counted_for_conversations_that_are_gone(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        for name in (ONE, TWO):
+            await say(chat, puppet, "Hello", "x" * 10_000, name)
+            await chat.send({"type": "delete", "conversation": name})
+            await chat.next("deleted")
+    await until(lambda: not server._hub.conversations._known)
+    assert server.memory.used == 0
+
+
+async def test_histories_that_were_only_shown_are_not_kept_in_memory(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with client(server) as chat:
+        for number in range(20):
+            await say(chat, puppet, "Hello", "🎈" * 20_000, f"conversation-{number:04}")
+    server._hub.conversations._shed(10**9)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    async with client(server) as chat:
+        for number in range(20):
+            await chat.send({"type": "open", "conversation": f"conversation-{number:04}"})
+            await chat.next("history")
+            chat.frames.clear()
+    await until(lambda: not server._connections)
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert held < 400_000, "twenty histories would be 1.6 MB"
