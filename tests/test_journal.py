@@ -200,7 +200,7 @@ async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
 
 
 async def test_a_probe_writes_to_the_store_once_a_second_at_most(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(journal, "PROBE_EVERY", 1000.0)
     await asyncio.gather(*(stand.journal.probe() for _ in range(50)))
@@ -212,6 +212,7 @@ async def test_a_probe_writes_to_the_store_once_a_second_at_most(
         with pytest.raises(StoreError):
             await stand.journal.probe()
         assert stand.store.probes == probes
+    assert caplog.text.count("the store cannot save reason=disk") == 1
     stand.store.failure = None
     await stand.journal.probe()
 

@@ -93,6 +93,7 @@ class Journal:
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._probe: asyncio.Task[None] | None = None
+        self._unwell = False  # the last probe failed
         self._probed = 0.0  # when the last probe began, by the event loop's clock
         self._batch: asyncio.Future[None] | None = None  # done when the batch under way is
         self._failures = 0  # in a row
@@ -163,7 +164,7 @@ class Journal:
         if self._probe is None or (self._probe.done() and now - self._probed >= PROBE_EVERY):
             self._probed = now
             self._probe = asyncio.get_running_loop().create_task(self._store.probe())
-            self._probe.add_done_callback(_retrieve)
+            self._probe.add_done_callback(self._note_probe)
         await asyncio.shield(self._probe)
 
     async def close(self, within: float) -> None:
@@ -265,6 +266,13 @@ class Journal:
             self._batch.set_result(None)
             self._batch = None
 
+    def _note_probe(self, probe: "asyncio.Task[None]") -> None:
+        """Log why the store does not save, once and not with each probe."""
+        error = None if probe.cancelled() else probe.exception()
+        if isinstance(error, StoreError) and not self._unwell:
+            log.error("the store cannot save", reason=str(error))
+        self._unwell = error is not None
+
     def _report(self, error: BaseException) -> None:
         if not self._failures:  # once per outage, and not once per batch
             expected = isinstance(error, StoreError)
@@ -278,9 +286,3 @@ class Journal:
 
 def _nobody(_: bool) -> None:  # noqa: FBT001
     """Tell nobody, once it has been told."""
-
-
-def _retrieve(probe: "asyncio.Task[None]") -> None:
-    """Have a failed probe be no exception that nobody asked for, where whoever asked has gone."""
-    if not probe.cancelled():
-        probe.exception()
