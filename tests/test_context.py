@@ -87,6 +87,11 @@ def test_where_the_history_begins_does_not_depend_on_what_is_in_memory() -> None
         everything.append(turn(number, prompt, f"{number}".ljust(2000, "!")))
 
 
+def test_all_is_shown_that_fits_where_the_first_turn_was_replaced() -> None:
+    turns = [turn(number, "?" * 1000, "!" * 1000) for number in range(2, 90)]
+    assert len(messages_of(turns, "p", count=COUNT, size=SIZE)) == 2 * len(turns) + 1
+
+
 # Turns that failed
 
 

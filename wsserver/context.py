@@ -28,7 +28,8 @@ def messages_of(turns: Sequence[Turn], prompt: str, *, count: int, size: int) ->
         size: characters at most. Where not all turns fit, a third of it is used, or more.
     """
     shown = [turn for turn in turns if _shown(turn)]
-    complete = not turns or turns[0].number <= 1
+    # The first turn may have been replaced, so that the second is the first of all.
+    complete = not turns or turns[0].number <= 1 or _size(turns) <= size * 2 // 3
     messages: list[Message] = []
 
     def say(text: str) -> None:
