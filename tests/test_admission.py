@@ -1,5 +1,7 @@
 """Who is let in: by which name, from which page, through which proxy."""
 
+import contextlib
+import ipaddress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tests.support.client import client
 from tests.support.puppet import Puppet, until
 from tests.test_http import ask
 from wsserver import ConfigError, Principal, Settings
-from wsserver.admission import Admission, Denied
+from wsserver.admission import Admission, Denied, networks
 
 HANDSHAKE = (
     "Upgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"
@@ -110,6 +112,53 @@ async def test_the_name_that_it_is_told_to_listen_on_is_its_own() -> None:
         ("http://192.168.1.7", 403),
         ("chrome-extension://abcdef", 403),
         ("http://localhost:3001, https://evil.example", 403),
+        ("HTTP://LocalHost:5173", 101),
+        ("http://localhost:80", 101),
+        ("http://[::ffff:7f00:1]:8000", 101),
+        ("https://localhost.", 403),  # and all else that no browser says of a page
+        ("http://localhost.:3001", 403),
+        ("http://.localhost", 403),
+        ("http://a..localhost", 403),
+        ("https://evil.com#.localhost", 403),
+        ("https://evil.com?.localhost", 403),
+        ("https://evil.com\\.localhost", 403),
+        ("https://evil.com/.localhost", 403),
+        ("https://evil.com%00.localhost", 403),
+        ("https://evil.com;.localhost", 403),
+        ("https://evil.com,.localhost", 403),
+        ("https://evil.com:80.localhost", 403),
+        ("https://evil.com@localhost", 403),
+        ("https://user:password@localhost", 403),
+        ("https://localhost:80@evil.com", 403),
+        ("http://localhost/", 403),
+        ("http://localhost?", 403),
+        ("http://localhost#", 403),
+        ("http://localhost:", 403),
+        ("http://localhost:0", 403),
+        ("http://localhost:080", 403),
+        ("http://localhost:99999", 403),
+        ("http://localhost:+80", 403),
+        ("http://localhost:\u00b2", 403),
+        ("http://localhost ", 403),
+        ("http://localhost\t", 403),
+        ("http://local\u00a0host", 403),
+        ("http://l\u00f6calhost", 403),
+        ("http://xn--lcalhost-n4a", 403),
+        ("http://[localhost]", 403),
+        ("http://[::1", 403),
+        ("http://[::1%25lo]", 403),
+        ("http://::1", 403),
+        ("http://127.1", 403),
+        ("http://0x7f000001", 403),
+        ("http:localhost", 403),
+        ("http:/localhost", 403),
+        ("http:///localhost", 403),
+        ("//localhost", 403),
+        ("localhost", 403),
+        ("ws://localhost", 403),
+        ("ftp://localhost", 403),
+        ("blob:http://localhost", 403),
+        ("NULL", 403),
     ],
 )
 async def test_on_loopback_pages_of_localhost_and_programs_come_in(
@@ -165,6 +214,46 @@ async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, stat
 async def test_listed_pages_come_in_from_anywhere(listed: str, origin: str, status: int) -> None:
     headers = {"host": "localhost", "origin": origin}
     assert await knock({"origins": (listed,)}, headers, loopback=False) == status
+
+
+@pytest.mark.parametrize(
+    ("listed", "origin"),
+    [
+        ("https://*.example.com", "https://evil.test#.example.com"),
+        ("https://*.example.com", "https://evil.test\\.example.com"),
+        ("https://*.example.com", "https://.example.com"),
+        ("https://*.example.com", "https://a..example.com"),
+        ("https://*.example.com", "https://a.example.com."),
+        ("https://*.example.com:*", "https://a.example.com:b"),
+        ("https://*.example.com:*", "https://a.example.com:80.evil.test"),
+        ("https://*", "https://evil.test#"),
+        ("null", "nullx"),
+    ],
+)
+async def test_what_is_no_origin_matches_no_star(listed: str, origin: str) -> None:
+    headers = {"host": "localhost", "origin": origin}
+    assert await knock({"origins": (listed,)}, headers, loopback=False) == 403
+
+
+@pytest.mark.parametrize(
+    ("site", "origins", "status"),
+    [
+        ("cross-site", (), 403),
+        ("same-site", (), 403),
+        ("same-origin, cross-site", (), 403),
+        ("", (), 403),
+        ("same-origin", (), 101),
+        ("none", (), 101),
+        ("cross-site", ("https://app.example.com",), 403),
+        ("cross-site", ("*",), 101),
+    ],
+)
+@pytest.mark.parametrize("loopback", [True, False])
+async def test_without_an_origin_it_is_the_browsers_word_that_counts(
+    site: str, origins: tuple[str, ...], status: int, loopback: bool
+) -> None:
+    headers = {"host": "localhost", "sec-fetch-site": site}
+    assert await knock({"origins": origins}, headers, loopback=loopback) == status
 
 
 async def test_a_page_without_tls_is_not_that_of_a_server_with_it() -> None:
@@ -256,12 +345,41 @@ async def test_only_listed_proxies_are_believed_who_the_client_is(
         {"origins": "https://example.*"},
         {"origins": "http://192.168.1.*"},
         {"origins": "https://*.*.example.com"},
+        {"origins": "https://example.com#"},
+        {"origins": "https://example.com."},
+        {"origins": "https://user@example.com"},
+        {"origins": "https://example.com:http"},
     ],
 )
 async def test_a_list_that_is_none_is_one_clear_line(puppet: Puppet, given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(given))}: "):
         async with wsserver.serve(puppet, port=0, **given):
             raise AssertionError
+
+
+@pytest.mark.parametrize("bits", [64, 56, 48])
+async def test_a_network_of_ipv6_takes_a_few_shares_and_not_all(bits: int) -> None:
+    admission = Admission(Settings.load(connections_per_address=8), None)
+    network = ipaddress.IPv6Network(f"2001:db8::/{bits}")
+    step = network.num_addresses // 256 or 1
+    taken = 0
+    for number in range(256):
+        for _ in range(8):
+            with contextlib.suppress(Denied):
+                admission.arrive(str(network[number * step]))
+                taken += 1
+    assert taken == {64: 8, 56: 16, 48: 32}[bits]
+    admission.arrive("2001:db9::1")
+
+
+def test_networks_of_an_address_are_those_that_one_customer_may_have() -> None:
+    assert networks("203.0.113.1") == networks("::ffff:203.0.113.1") == ("address 203.0.113.1",)
+    assert networks("unix") == ("address unix",)
+    assert networks("2001:db8:1:2:3::4") == (
+        "address 2001:db8:1:2::/64",
+        "address 2001:db8:1::/56",
+        "address 2001:db8:1::/48",
+    )
 
 
 # The server itself.

@@ -28,13 +28,23 @@ RETRY_AFTER = 10  # seconds after which a client that was one too many may try a
 # Bits of an IPv6 address that one customer commonly gets: one network, a home, a site (RFC 6177).
 IPV6_NETWORKS = (64, 56, 48)
 
+LAST_PORT = 65_535
+
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
 _FORWARDED = re.compile(
     r"forwarded|x-forwarded-.*|via|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip"
 )
-_HOST = re.compile(r"(?P<name>\[[0-9a-f:.%]+\]|[^\[\]:/@\s]+)(?::(?P<port>\d{1,5}))?", re.ASCII)
-_ORIGIN = re.compile(r"(?P<scheme>https?)://(?P<host>[^/]+)", re.ASCII)
+_LABELS = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"  # of a name; those of other alphabets are in Punycode
+_PORT = r"[0-9]{1,5}"
+_ADDRESS = r"\[[0-9a-f:.]+\]"  # of IPv6
+_HOST = re.compile(rf"(?P<name>{_ADDRESS}|{_LABELS})\.?(?::(?P<port>{_PORT}))?")
+# As browsers serialise it: RFC 6454 section 6.2, URL standard section 4.7. No user, no path, no dot
+# at the end of the host. Schemes other than these two have origins of their own kinds.
+_ORIGIN = re.compile(
+    rf"(?P<scheme>https?)://(?P<name>{_ADDRESS}|{_LABELS})(?::(?P<port>[1-9][0-9]{{0,4}}))?"
+)
+_OWN_SITE = (None, "same-origin", "none")  # of Sec-Fetch-Site, where there is no Origin
 
 
 class Denied(Exception):
@@ -90,6 +100,7 @@ class Admission:
         self._addresses = Shares(settings.connections_per_address)
         self._open = 0
         self._hosts = [_host_pattern(host) for host in settings.hosts]
+        self._any_origin = "*" in settings.origins
         self._origins = [_origin_pattern(origin) for origin in settings.origins]
         self._proxies = [_network(name) for name in settings.proxies if name != "unix"]
         self._unix_proxy = "unix" in settings.proxies
@@ -174,7 +185,7 @@ class Admission:
         """
         host = headers.get("host", "")
         match = _HOST.fullmatch(host.lower())
-        name = "" if match is None else match["name"].rstrip(".")
+        name = "" if match is None else match["name"]
         if name and (_local(name) or _address(name) or name == self.settings.host.lower()):
             return
         if name and any(pattern.fullmatch(name) for pattern in self._hosts):
@@ -190,31 +201,39 @@ class Admission:
         """Refuse pages that have no business here (cross-site WebSocket hijacking).
 
         Raises:
-            Denied: the page's origin is another one, and not listed.
+            Denied: the page's origin is another one and not listed, or is no origin, or the browser
+                says of a request without Origin that it comes from another site.
         """
         origin = headers.get("origin")
-        if origin is None or any(pattern.fullmatch(origin.lower()) for pattern in self._origins):
-            return
-        match = _ORIGIN.fullmatch(origin.lower())
-        page = None if match is None else _HOST.fullmatch(match["host"])
-        if match is not None and page is not None:
-            if local and _local(page["name"]):
-                return
-            # Where a proxy ends TLS without telling, only the browser knows which it was.
-            scheme_fits = match["scheme"] == "https" or not secure
-            own = _HOST.fullmatch(headers.get("host", "").lower())
-            default = _DEFAULT_PORTS[match["scheme"]]
-            if (
-                scheme_fits
-                and own is not None
-                and (own["name"], own["port"] or default) == (page["name"], page["port"] or default)
-            ):
-                return
-        raise Denied(
-            HTTPStatus.FORBIDDEN,
-            "origin",
-            "Pages of this origin may not connect. The server's operator can add it to the "
-            "setting `origins` (WSSERVER_ORIGINS).",
+        if origin is None:
+            welcome = self._any_origin or headers.get("sec-fetch-site") in _OWN_SITE
+        else:
+            welcome = self._welcome(origin.lower(), headers, local=local, secure=secure)
+        if not welcome:
+            raise Denied(
+                HTTPStatus.FORBIDDEN,
+                "origin",
+                "Pages of this origin may not connect. The server's operator can add it to the "
+                "setting `origins` (WSSERVER_ORIGINS).",
+            )
+
+    def _welcome(
+        self, origin: str, headers: Mapping[str, str], *, local: bool, secure: bool
+    ) -> bool:
+        if self._any_origin or any(pattern.fullmatch(origin) for pattern in self._origins):
+            return True
+        page = _ORIGIN.fullmatch(origin)
+        if page is None or int(page["port"] or 0) > LAST_PORT:
+            return False
+        if local and _local(page["name"]):
+            return True
+        if secure and page["scheme"] != "https":
+            return False  # where a proxy ends TLS without telling, only the browser knows
+        own = _HOST.fullmatch(headers.get("host", "").lower())
+        default = _DEFAULT_PORTS[page["scheme"]]
+        return own is not None and (own["name"], int(own["port"] or default)) == (
+            page["name"],
+            int(page["port"] or default),
         )
 
 
@@ -497,23 +516,28 @@ def _network(name: str) -> _Network:
 
 
 def _host_pattern(text: str) -> re.Pattern[str]:
-    if not re.fullmatch(r"\*|(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", text.lower(), re.ASCII):
+    if not re.fullmatch(rf"\*|(\*\.)?{_LABELS}", text.lower()):
         raise ConfigError(f"hosts: {text!r} is no host name, without a port, or `*.` and one")
-    return _wild(text)
+    return re.compile(_wild(text.lower()))
 
 
 def _origin_pattern(text: str) -> re.Pattern[str]:
     # A star elsewhere than before a whole name would let in names that anybody can register.
-    origin = r"\*|null|[a-z][a-z0-9+.-]*://(\*|(\*\.)?[^*/\s]+?)(:\*)?"
-    if not re.fullmatch(origin, text.lower(), re.ASCII):
+    name = rf"\*|(?:\*\.)?{_LABELS}|{_ADDRESS}"
+    found = re.fullmatch(
+        rf"\*|null|(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<name>{name})(?P<port>:(?:\*|{_PORT}))?",
+        text.lower(),
+    )
+    if found is None:
         raise ConfigError(
             f"origins: {text!r} is no origin, such as https://example.com or https://*.example.com"
         )
-    return _wild(text)
+    if found["name"] is None:
+        return re.compile(_wild(text.lower()))
+    port = ":" + _PORT if found["port"] == ":*" else re.escape(found["port"] or "")
+    return re.compile(re.escape(found["scheme"]) + "://" + _wild(found["name"]) + port)
 
 
-def _wild(text: str) -> re.Pattern[str]:
-    """Make a pattern of a text in which ``*`` stands for any labels of a name, or any port."""
-    if text == "*":
-        return re.compile(".*", re.DOTALL)
-    return re.compile("[a-z0-9_.-]+".join(map(re.escape, text.lower().split("*"))), re.ASCII)
+def _wild(name: str) -> str:
+    """Make a regular expression of a name in which ``*`` stands for any labels."""
+    return _LABELS.join(map(re.escape, name.split("*")))
