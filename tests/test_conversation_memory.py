@@ -142,6 +142,29 @@ async def test_a_prompt_is_refused_where_there_is_no_room_for_its_conversation(
     assert len(puppet.replies) == 2
 
 
+async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path}/chat.db"
+    async with wsserver.serve(puppet, port=0, store=store) as server, client(server) as chat:
+        pieces = [f"{number:04}" for number in range(1000)]
+        start = await chat.prompt("Hello", conversation=ONE)
+        reply = await puppet.reply()
+        reply.say(*pieces).end()
+        await chat.text(start["id"])
+        server._hub.conversations._shed(10**9)
+        # Each short piece is an object of its own, of a place in a list and 53 bytes.
+        assert 1000 * 61 < server.memory.cached < 1000 * 61 + 8000
+        assert server._hub._ended_size == server.memory.cached == server.memory.used
+        fill(server.memory)
+        assert server.memory.cached == server._hub._ended_size == 0
+        assert server._hub.known(OWNER, start["id"]) is None
+    async with wsserver.serve(puppet, port=0, store=store) as server, client(server) as chat:
+        await chat.send({"type": "resume", "id": start["id"], "after": 500})
+        text, done = await chat.text(start["id"])
+        assert (text, done["seq"]) == ("".join(pieces[500:]), 1000)
+
+
 async def test_nothing_is_counted_for_conversations_that_are_gone(
     server: wsserver.Server, puppet: Puppet
 ) -> None:

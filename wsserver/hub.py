@@ -18,7 +18,7 @@ from wsserver.errors import OUTAGE, TOO_LONG, UPSTREAM, Code, ModelError, Refuse
 from wsserver.generation import End, Follower, State, tokens_in
 from wsserver.intake import Intake
 from wsserver.journal import Journal
-from wsserver.limits import SECONDS_PER_DAY, Account, Memory, Rates, Shares, held
+from wsserver.limits import CACHE, SECONDS_PER_DAY, Account, Memory, Rates, Shares, held
 from wsserver.live import (
     Conversation,
     FirstPiece,
@@ -80,6 +80,7 @@ class Hub:
         memory: Memory,
     ) -> None:
         self.memory = memory
+        memory.shed_by(self._shed)
         self.model_name = name_of(model)
         self._declared_name = declared_name(model)
         self.metrics = metrics
@@ -715,12 +716,18 @@ class Hub:
     # Keeping the ended.
 
     def _retain(self, generation: Generation) -> None:
-        """Keep an ended generation for the replay time, and within the replay size."""
+        """Keep an ended generation for the replay time, within the replay size and the memory.
+
+        What is forgotten earlier is read from the store when somebody asks for it.
+        """
         pieces, prompt = generation.log.pieces, generation.prompt
         asked = [prompt.prompt or "", prompt.system or ""]
         asked += [message.content for message in prompt.messages or ()]
         texts = sum(map(held, pieces)) + sum(map(held, asked))
         generation.size = KEPT_PER_REPLY + POINTER * len(pieces) + texts
+        if not self.memory.take(CACHE, generation.size):
+            self._forget_one(generation)
+            return
         self._ended.append((self._loop.time() + self._settings.replay, generation))
         self._ended_size += generation.size
         if self._sweep is None:
@@ -738,6 +745,16 @@ class Hub:
     def _forget_oldest(self) -> None:
         _, generation = self._ended.popleft()
         self._ended_size -= generation.size
+        self.memory.give(CACHE, generation.size)
+        self._forget_one(generation)
+
+    def _shed(self, size: int) -> None:
+        """Forget so many bytes of ended generations, the oldest first."""
+        while size > 0 and self._ended:
+            size -= self._ended[0][1].size
+            self._forget_oldest()
+
+    def _forget_one(self, generation: Generation) -> None:
         key = generation.owner, generation.id
         if self._generations.get(key) is generation:  # and not a later one of the same id
             del self._generations[key]
