@@ -635,3 +635,23 @@ async def test_reply_ends_when_its_account_has_no_memory(puppet: Puppet) -> None
             _, done = await chat.text(start["id"])
             assert done["reason"] == "max_tokens"
             assert 3 <= done["seq"] < 53
+
+
+async def test_ended_replies_make_room_for_what_is_in_use(puppet: Puppet, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/conversations.sqlite"
+    async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
+        async with client(server) as chat:
+            for number in range(5):
+                messages = [{"role": "user", "content": "x"}]
+                await chat.send({"messages": messages, "id": f"{ID}-{number}"})
+                (await puppet.reply(number)).say("🙂" * 10_000).end()
+                await chat.text(f"{ID}-{number}")
+            memory = server.memory
+            before = memory.cached
+            assert before >= 5 * 40_000
+            memory.limit = memory.used
+            assert memory.take(("somebody",), 10_000)
+            assert before - 2 * 45_000 <= memory.cached <= before - 10_000
+            for number in range(5):  # the one that made room is still in the store
+                await chat.send({"type": "resume", "id": f"{ID}-{number}"})
+                assert (await chat.next("token"))["text"] == "🙂" * 10_000

@@ -62,7 +62,7 @@ class Code(StrEnum):
     # What the server cannot do now.
     BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
     LIMIT = "limit", True, "This client, conversation or server does as much as it may."
-    QUOTA = "quota", True, "The tokens of this day are used up; see `retry_after`."
+    QUOTA = "quota", True, "Too little of this day's tokens or dollars is left; see `retry_after`."
     AUTH_UNAVAILABLE = "auth_unavailable", True, "The server cannot check tokens now."
     STORE = "store", True, "The server cannot read or save conversations now."
     SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."

@@ -72,7 +72,8 @@ class Spending:
             message = f"What is left of today's {name} is set aside for replies that run."
             raise Refused(Code.LIMIT, message)
         tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
-        raise Refused(Code.QUOTA, f"Today's {name} are used up.", retry_after=tomorrow)
+        message = f"Too few of today's {name} are left for a reply."
+        raise Refused(Code.QUOTA, message, retry_after=tomorrow)
 
     def reserve(self, owner: str, likely: Spent) -> None:
         """Set aside what a reply may cost."""
