@@ -18,11 +18,14 @@ from websockets.exceptions import InvalidStatus
 
 import wsserver
 from tests.support.client import Client, client
+from tests.support.crowd import CROWD
 from tests.support.process import run
 from tests.support.schemas import OF_CLIENT, OF_SERVER
+from tests.support.sequences import VECTORS, load, written
 from tests.test_terminal import terminal
 from wsserver import Code, Settings
-from wsserver.protocol import Close, ServerFrame, StoppedBy, parse
+from wsserver.connection import REQUESTS
+from wsserver.protocol import Close, Limits, ServerFrame, StoppedBy, parse
 from wsserver.telemetry import Aborted, Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +39,7 @@ def rows(document: str, heading: str) -> list[list[str]]:
     table = re.search(r"(?:^\|.*\n)+", section, re.MULTILINE)
     assert table is not None, heading
     lines = table[0].strip().splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [[cell.strip() for cell in re.split(r" ?\| ", line[2:-2])] for line in lines]
 
 
 SAFETY = (Path(wsserver.__file__).parent / "SAFETY.md").read_text()
@@ -122,26 +125,62 @@ def test_what_the_table_of_abuse_quotes_exists() -> None:
                 assert (text or word) in values[key], line
 
 
-FRAMES = re.findall(r"^([→←]) (\{.*\})$", PROTOCOL, re.MULTILINE)
+def test_the_sequences_of_the_protocol_document_are_the_test_vectors() -> None:
+    """``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes them."""
+    text = "".join(f"{line}\n" for line in written())
+    if os.environ.get("UPDATE_DOCS"):
+        VECTORS.write_text(text)
+    assert VECTORS.read_text() == text
 
 
-@pytest.mark.parametrize(("direction", "text"), FRAMES)
-def test_every_frame_in_the_protocol_document_is_one(direction: str, text: str) -> None:
-    text = re.sub(r'"(ID\d?|C)"', r'"\1-0123456789abcdef"', text)
-    (OF_CLIENT if direction == "→" else OF_SERVER).validate(json.loads(text))
-    if direction == "→":
-        parse(text)
+FRAMES = [line for lines in load().values() for line in lines if "frame" in line]
+EXAMPLES = re.findall(r"^```json\n(.*?)\n```$", PROTOCOL, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("line", FRAMES, ids=lambda line: line["frame"].get("type", "prompt"))
+def test_every_frame_in_the_protocol_document_is_one(line: dict[str, Any]) -> None:
+    frame = line["frame"]
+    (OF_CLIENT if line["from"] == "client" else OF_SERVER).validate(frame)
+    if line["from"] == "client":
+        parse(json.dumps(frame))
     else:
-        frame: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
-        frame.validate_json(text)
-        if json.loads(text)["type"] == "error":
-            code = Code[json.loads(text)["code"].upper()]
-            assert json.loads(text)["retryable"] is code.retryable
+        model: TypeAdapter[ServerFrame] = TypeAdapter(ServerFrame)
+        model.validate_json(json.dumps(frame))
+        if frame["type"] == "error":
+            assert frame["retryable"] is Code[frame["code"].upper()].retryable
 
 
-def test_the_protocol_document_shows_both_directions() -> None:
-    assert {direction for direction, _ in FRAMES} == {"→", "←"}
-    assert len(FRAMES) > 30
+@pytest.fixture
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CROWD:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("_defaults")
+async def test_the_examples_in_the_protocol_document_are_frames_and_hello_is_the_server_s() -> None:
+    hello, *others = map(json.loads, EXAMPLES)
+
+    async def nobody(token: str | None, _: wsserver.Handshake) -> None:
+        return None
+
+    async with wsserver.serve("demo", port=0, authenticate=nobody) as server:
+        async with client(server, subprotocols=["wsserver.v1"]) as chat:
+            assert await chat.receive() == hello
+    for frame in others:
+        parse(json.dumps(frame))
+
+
+@pytest.mark.usefixtures("_defaults")
+def test_the_limits_in_the_protocol_document_are_the_defaults() -> None:
+    settings, told = Settings(), set()
+    for _, default, setting, hello, _ in rows(PROTOCOL, "## Limits"):
+        name = setting.strip("`")
+        if hello:
+            told.add(name)
+        if name and default[0].isdigit():
+            known = REQUESTS if name == "requests" else getattr(settings, name)
+            assert float(default.replace(",", "")) == known, name
+    assert told == set(Limits.model_fields)
 
 
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -405,6 +405,9 @@ async def test_socket_opens_a_bounded_number_of_conversations(puppet: Puppet) ->
         await chat.send({"type": "close", "conversation": names[0]})
         await chat.send({"type": "open", "conversation": names[64]})
         assert (await chat.next("history", "error"))["type"] == "history"
+        await chat.send({"type": "delete", "conversation": names[1]})
+        await chat.send({"type": "open", "conversation": names[0]})
+        assert (await chat.next("history", "error"))["conversation"] == names[0]
 
 
 async def test_new_title_reaches_others_who_have_the_conversation_open(

@@ -444,9 +444,7 @@ class Connection:
 
     def drop(self, conversation: Conversation) -> None:
         """Tell that somebody else has deleted a conversation which is open here."""
-        self._watched.pop(conversation, None)
-        if self._own == conversation.id:
-            self._own = None
+        self._forget(conversation.id)
         self.transport.write(encode(Deleted(conversation=conversation.id)))
 
     def leave(self, cursor: _Cursor, *, lost: bool = False) -> None:
@@ -582,8 +580,7 @@ class Connection:
                 self.transport.write(encode(answer))
             case Delete(conversation=name, request=request):
                 await self._hub.delete(name, self._owner, self)
-                if self._own == name:
-                    self._own = None
+                self._forget(name)
                 self.transport.write(encode(Deleted(conversation=name, request=request)))
 
     async def _prompt(self, prompt: Prompt) -> Generation:
@@ -655,16 +652,22 @@ class Connection:
 
     def _close(self, request: CloseConversation) -> None:
         """Undo `open`. Closing a conversation that is not open does nothing."""
-        name, owner = request.conversation, self._owner
-        for conversation in [c for c in self._watched if (c.id, c.owner) == (name, owner)]:
-            del self._watched[conversation]
+        name, _ = request.conversation, self._owner
+        for conversation in self._forget(name):
             conversation.watchers.discard(self)
             for cursor in tuple(self._cursors.values()):
                 if cursor.generation.conversation is conversation and not cursor.asked:
                     self.leave(cursor)
+        self.transport.write(encode(Closed(conversation=name, request=request.request)))
+
+    def _forget(self, name: str) -> list[Conversation]:
+        """Forget that a conversation is open; return it. Its terminals are still to be written."""
+        found = [conversation for conversation in self._watched if conversation.id == name]
+        for conversation in found:
+            del self._watched[conversation]
         if self._own == name:
             self._own = None
-        self.transport.write(encode(Closed(conversation=name, request=request.request)))
+        return found
 
     def _fitting(self, turns: list[Turn], room: int) -> list[Turn]:
         """Return the newest turns that fit into a number of bytes; one alone is cut to fit."""
