@@ -27,6 +27,7 @@ from tests.support.abuse import (
     MEBIBYTE,
     Peer,
     Served,
+    certificate,
     exchange,
     frame,
     meanwhile,
@@ -194,10 +195,7 @@ async def test_slow_handshakes_are_cut_and_no_more_than_the_limits_are_taken() -
 
 
 async def test_handshakes_of_tls_count_and_are_cut(tmp_path: Path) -> None:
-    file = tmp_path / "site.pem"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout - -out -"
-    made = await asyncio.create_subprocess_exec(*command.split(), stdout=-1, stderr=-3)
-    file.write_bytes((await made.communicate())[0])
+    file = await certificate(tmp_path)
 
     async def abuse(server: Served) -> None:
         async with contextlib.AsyncExitStack() as stack:

@@ -42,6 +42,8 @@ pytestmark = pytest.mark.slow
 
 DEPLOY = ROOT / "examples/deploy"
 NAME = "chat.example.com"
+PROGRAM = 160 * 2**20  # bytes in memory of a server that does nothing, with some to spare
+CONNECTION = 20_000  # bytes in memory of one that is idle
 SERVE = ("-m", "wsserver", "serve")
 CLIENT, OTHER, THIRD = "127.0.0.5", "127.0.0.6", "127.0.0.7"  # addresses of this machine's
 
@@ -501,6 +503,8 @@ def test_the_unit_gives_the_server_what_it_needs() -> None:
     assert int(service["TimeoutStopSec"][0]) > settings.shutdown_timeout + LAST_MOMENT
     needed = settings.connections + settings.generations + OTHER_FILES
     assert int(service["LimitNOFILE"][0]) >= needed
+    assert service["MemoryMax"] == ["1G"]
+    assert settings.memory + PROGRAM + CONNECTION * settings.connections <= 2**30
     assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 

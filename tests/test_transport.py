@@ -1,22 +1,37 @@
 """What a WebSocket is to the server: no task, frames of its own, pings, and its turn."""
 
 import asyncio
+import contextlib
+import gc
+import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from websockets.frames import Frame, Opcode
+from websockets.http11 import Request
+from websockets.server import ServerProtocol
 
 import wsserver
-from tests.support.abuse import Peer
+from tests.support.abuse import Peer, certificate, served
 from tests.support.abuse import frame as masked
 from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.test_leak import Here
 from wsserver.connection import Connection
-from wsserver.transport import BITE, FRAMES_PER_TURN, Socket, frame
+from wsserver.limits import account_of
+from wsserver.transport import (
+    BITE,
+    FRAMES_PER_TURN,
+    HEADER_COST,
+    READ_SIZE,
+    Exchange,
+    Socket,
+    frame,
+)
 
 PING = b'{"type":"ping"}'
 
@@ -53,6 +68,275 @@ async def test_a_message_in_fragments_is_one_with_a_ping_in_between(
         assert await one.frame() == (Opcode.PONG, b"here?")
         for _ in range(2):
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
+
+
+# What comes before the answer to the handshake.
+
+
+@asynccontextmanager
+async def knocking(
+    puppet: Puppet, **given: Any
+) -> AsyncIterator[tuple[wsserver.Server, Peer, asyncio.Event]]:
+    """A peer whose handshake is answered once the event is set."""
+    known = asyncio.Event()
+
+    async def slow(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
+        await known.wait()
+        return wsserver.Principal("ada") if token == "good" else None
+
+    async with (
+        wsserver.serve(puppet, authenticate=slow, port=0, **given) as server,
+        Peer.open(Here(server), "127.0.0.1") as one,
+    ):
+        yield server, one, known
+
+
+TOKEN = b"Authorization: Bearer good\r\n"
+
+
+@pytest.mark.parametrize("sent", [1, 3, 2000])
+async def test_frames_in_the_packet_of_the_handshake_are_served(puppet: Puppet, sent: int) -> None:
+    rates = {"frame_rate": 1e6, "frame_burst": 5000}
+    async with knocking(puppet, **rates) as (_, one, known):
+        one.write(Peer.HANDSHAKE + TOKEN + b"\r\n" + masked(PING.decode()) * sent)
+        known.set()
+        await one.reader.readuntil(b"\r\n\r\n")
+        for _ in range(sent):
+            assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
+
+
+async def test_frames_before_the_answer_are_bounded_and_none_is_lost(puppet: Puppet) -> None:
+    text = json.dumps({"type": "ping", "request": "x" * 40})
+    rates = {"frame_rate": 1e6, "frame_burst": 5000, "max_unsent": 2**20}
+    async with knocking(puppet, **rates) as (server, one, known):
+        one.write(Peer.HANDSHAKE + TOKEN + b"\r\n")
+        for _ in range(4000):
+            one.write(masked(text))
+        await until(lambda: bool(server._endpoint.connections))
+        (exchange,) = server._endpoint.connections
+        assert isinstance(exchange, Exchange)
+        await until(lambda: not exchange.transport.is_reading())
+        assert exchange._early is not None
+        assert READ_SIZE <= len(exchange._early) < 2 * READ_SIZE
+        known.set()
+        await one.reader.readuntil(b"\r\n\r\n")
+        for _ in range(4000):
+            assert (await one.frame())[0] == Opcode.TEXT
+
+
+async def test_after_a_refused_handshake_what_came_with_it_is_dropped(puppet: Puppet) -> None:
+    async with knocking(puppet) as (_, one, known):
+        one.write(Peer.HANDSHAKE + b"Authorization: Bearer bad\r\n\r\n" + b"x" * 50_000)
+        known.set()
+        answer = await one.rest()
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"Bearer" in answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_frames_in_the_packet_of_the_handshake_are_served_on_every_loop(
+    loop: str, tls: bool, tmp_path: Path
+) -> None:
+    options = ["--event-loop", loop]
+    if tls:
+        options += ["--cert", str(await certificate(tmp_path))]
+    async with served(*options) as server, Peer.open(server, tls=server.tls) as one:
+        one.write(Peer.HANDSHAKE + b"\r\n" + masked(PING.decode()) * 30)
+        assert b" 101 " in await one.reader.readuntil(b"\r\n\r\n")
+        one.write(masked(PING.decode()))
+        for _ in range(31):
+            assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
+
+
+# What a request's head may cost.
+
+OFFERS = b"Sec-WebSocket-Protocol: "
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ((OFFERS + b",".join([b"a"] * 64),), b"101"),
+        ((OFFERS + b",".join([b"a"] * 65),), b"400"),
+        ((OFFERS + b",".join([b"a"] * 33), OFFERS + b",".join([b"b"] * 40)), b"400"),
+        ((b"Connection: " + b",".join([b"a"] * 4000),), b"400"),
+        ((b"Upgrade: " + b",".join([b"a"] * 100),), b"400"),
+        ((b"Sec-WebSocket-Extensions: a" + b";b" * 100,), b"400"),
+        ((b"X-Forwarded-For: " + b",".join([b"192.0.2.1"] * 100),), b"400"),
+        ((b"If-None-Match: " + b",".join([b'"a"'] * 100),), b"400"),
+        ((OFFERS + b",".join([b"a"] * 4070),) * 118, b"431"),
+        ((b"Cookie: " + b"x" * 8000,) * 5, b"431"),
+        ((b"Cookie: " + b"x" * 8000,) * 3, b"101"),
+        ((b"A: b",) * 118, b"101"),
+        ((b"A: b",) * 1000, b"431"),
+    ],
+)
+async def test_the_head_of_a_handshake_has_bounds(
+    server: wsserver.Server,
+    lines: tuple[bytes, ...],
+    status: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[int] = []
+
+    def parse(self: ServerProtocol, request: Request) -> Any:
+        parsed.append(sum(len(value) for _, value in request.headers.raw_items()))
+        return process(self, request)
+
+    process = ServerProtocol.process_request
+    monkeypatch.setattr(ServerProtocol, "process_request", parse)
+    async with Peer.open(Here(server), "127.0.0.1") as one:
+        one.write(Peer.HANDSHAKE + b"".join(b"%b\r\n" % line for line in lines) + b"\r\n")
+        answer = await one.reader.readuntil(b"\r\n\r\n")
+        assert answer.split(b" ")[1] == status
+        assert len(parsed) == (status == b"101"), "what is refused is not taken apart"
+    await until(lambda: not server._endpoint.connections)
+    assert server.memory.used == 0
+
+
+async def test_a_head_without_an_end_is_counted_and_given_back(server: wsserver.Server) -> None:
+    async with Peer.open(Here(server), "127.0.0.1") as one:
+        one.write(Peer.HANDSHAKE + b"A: b\r\n" * 50)
+        await until(lambda: server.memory.used > 50 * HEADER_COST)
+    await until(lambda: not server._endpoint.connections)
+    assert server.memory.used == 0
+
+
+# What a connection may keep in memory.
+
+LITTLE: dict[str, Any] = {"memory": 2**21, "history_size": 1000}
+
+
+async def test_an_unfinished_message_is_counted_and_given_back(server: wsserver.Server) -> None:
+    memory = server.memory
+    async with peer(server) as one, peer(server) as other:
+        whole = masked("x" * 40_000)
+        one.write(whole[:-1])
+        await until(lambda: memory.used >= 40_000)
+        other.write(masked("y" * 20_000, fin=False))
+        await until(lambda: memory.used >= 60_000)
+        assert len(memory) == 1
+        one.write(whole[-1:])
+        assert (await one.frame())[0] == Opcode.TEXT
+        await until(lambda: memory.used < 30_000)
+    await until(lambda: not server._endpoint.connections)
+    assert (memory.used, len(memory)) == (0, 0)
+
+
+async def test_fragments_without_data_keep_no_objects(server: wsserver.Server) -> None:
+    async with peer(server) as one:
+        (socket,) = server._connections
+        one.write(masked("{", fin=False) + masked(b"", Opcode.CONT, fin=False) * 200)
+        await until(lambda: socket._parts == 201)
+        assert server.memory.used < 100
+        frames = [thing for thing in gc.get_objects() if type(thing) is Frame]
+        assert len(frames) < 20
+        one.write(masked(PING[1:], Opcode.CONT))
+        assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
+
+
+async def test_who_holds_its_share_of_memory_gets_1013_and_others_feel_nothing(
+    puppet: Puppet,
+) -> None:
+    whole = masked("x" * 60_000)
+    part, rest = whole[:-1], whole[-1:]
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, **LITTLE) as server:
+        async with contextlib.AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(peer(server)) for _ in range(20)]
+            for one in peers:
+                one.write(part)
+            refused = [await one.close_code() for one in peers[3:]]
+            assert set(refused) == {1013}
+            assert server.memory.used <= server.memory.limit / 8
+            async with Peer.websocket(Here(server), "127.0.0.2") as other:
+                other.write(whole)
+                assert (await other.frame())[0] == Opcode.TEXT
+            for one in peers[:3]:  # who came first
+                one.write(rest)
+                assert (await one.frame())[0] == Opcode.TEXT
+        await until(lambda: not server._endpoint.connections)
+        assert server.memory.used == 0
+
+
+async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
+    puppet: Puppet,
+) -> None:
+    async with wsserver.serve(puppet, port=0, **LITTLE) as server:
+        for number in range(2000):
+            while server.memory.take((f"somebody {number}",), 100):
+                pass
+        async with Peer.open(Here(server), "127.0.0.1") as one:
+            answer = await one.upgrade(*[b"A: b"] * 100)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert b"\r\nRetry-After: 10\r\n" in answer
+        assert 'outcome="limit"} 1.0' in server.metrics.exposition().decode()
+        for key, size in list(server.memory._held.items()):
+            server.memory.give((key,), size)
+        async with peer(server) as one:
+            one.write(masked(PING.decode()))
+            assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
+
+
+async def test_what_a_client_does_not_read_is_counted_and_given_back(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0) as server,
+        Peer.websocket(Here(server), "127.0.0.1", narrow=True) as one,
+    ):
+        one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        (socket,) = server._connections
+        written = 0
+        while socket._waiting() < 150_000:
+            socket.write(b"x" * 10_000)
+            written += 1
+        assert server.memory.used >= socket._waiting()
+        one.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        for _ in range(written):
+            await one.frame()
+        await until(lambda: server.memory.used == 0)
+
+
+async def test_what_a_client_does_not_read_cuts_it_when_memory_is_full(
+    puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, **LITTLE, max_unsent=2**20) as server,
+        Peer.websocket(Here(server), "127.0.0.1", narrow=True) as one,
+    ):
+        one.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        (socket,) = server._connections
+        with caplog.at_level("INFO"):
+            while not socket.transport.is_closing():
+                socket.write(b"x" * 10_000)
+        assert "too much unsent" in caplog.text
+        await until(lambda: not server._endpoint.connections)
+        assert server.memory.used == 0
+
+
+async def test_memory_is_given_back_to_the_account_that_it_was_taken_for(puppet: Puppet) -> None:
+    async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
+        return None if token is None else wsserver.Principal(token)
+
+    async with (
+        wsserver.serve(puppet, authenticate=named, port=0) as server,
+        Peer.open(Here(server), "127.0.0.1") as one,
+    ):
+        assert b" 101 " in await one.upgrade(b"Origin: http://localhost")
+        memory = server.memory
+        auth = masked('{"type": "auth", "token": "ada"}')
+        whole = masked("x" * 30_000)
+        one.write(auth + whole[:-1])
+        await until(lambda: memory.used > 30_000)
+        assert (await one.frame())[0] == Opcode.TEXT
+        one.write(whole[-1:])
+        assert (await one.frame())[0] == Opcode.TEXT
+        await until(lambda: memory.used == 0)
+        one.write(whole[:-1])
+        await until(lambda: memory.used > 30_000)
+        assert list(memory._held) == list(account_of("ada"))
+    await until(lambda: memory.used == 0)
+    assert len(memory) == 0
 
 
 async def test_after_a_violation_nothing_is_heard_any_more(

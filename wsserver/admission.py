@@ -21,7 +21,7 @@ from wsserver.logs import log
 from wsserver.settings import Settings
 from wsserver.telemetry import Refusal
 
-__all__ = ["Admission", "Denied", "Visitor", "networks"]
+__all__ = ["Admission", "Denied", "Visitor", "networks", "no_memory"]
 
 SPARE = 16  # connections beyond the limit, for probes: a full server is not a dead one
 RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
@@ -464,6 +464,11 @@ def _later(why: Refusal, message: str) -> Denied:
 
 def _full() -> Denied:
     return _later("limit", "This server has as many connections as it may.")
+
+
+def no_memory() -> Denied:
+    """Make the refusal of a request that there is no memory for."""
+    return _later("limit", "This server has no memory left for this request.")
 
 
 def _too_many(whose: str) -> Denied:

@@ -243,6 +243,7 @@ class Server:
         self._endpoint = Endpoint(
             settings,
             self._respond,
+            self.memory,
             admission=self._admission,
             on_denied=self._denied,
             on_open=self._open,
@@ -270,7 +271,7 @@ class Server:
             self._unix_socket.remove()
 
     async def _listen_for_operators(self, settings: Settings, port: int) -> None:
-        self._operators = Endpoint(settings, self._respond_to_operator)
+        self._operators = Endpoint(settings, self._respond_to_operator, self.memory)
         try:
             await self._operators.bind((settings.operations_host, port))
             await self._operators.serve()

@@ -24,8 +24,8 @@ from websockets.protocol import Protocol, Side, State
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
-from wsserver.admission import Admission, Denied, Visitor
-from wsserver.limits import Bucket
+from wsserver.admission import Admission, Denied, Visitor, no_memory
+from wsserver.limits import Account, Bucket, Memory, held
 from wsserver.listening import user_at
 from wsserver.logs import log
 from wsserver.protocol import SUBPROTOCOL, Close
@@ -45,10 +45,22 @@ UNSENT_IN_KERNEL = 16384
 READ_SIZE = 8192  # bytes taken from one socket before others get their turn
 BITE = 512  # of them that are parsed at once, and
 FRAMES_PER_TURN = 16  # frames after which the rest waits for a later turn
-FRAGMENTS = 4096  # of one message, as even those without data take memory
+FRAGMENTS = 256  # of one message, as even those without data take time
+HEAD_SIZE = 32_768  # bytes of a request's head, as nginx and others have it
+HEADER_COST = 512  # bytes in memory of each line of a head besides its text
+LIST_ITEMS = 64  # of a header that is a list, over all its lines
+LISTS = (  # which are taken apart here or by the library
+    "Connection",
+    "Upgrade",
+    "Sec-WebSocket-Extensions",
+    "Sec-WebSocket-Protocol",
+    "X-Forwarded-For",
+    "If-None-Match",
+)
 LINGER = 1.0  # seconds for one who is turned away at the door to read why
 LINGERING = 100  # such ones at once, as they take descriptors beyond all limits
 
+_OPERATORS: Account = ("operators",)  # who are asked for no address
 _OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
 
 
@@ -68,6 +80,7 @@ class Endpoint:
     Args:
         settings: the times and limits that hold here.
         answer: answers a request; None lets a WebSocket begin.
+        memory: what counts the bytes that are kept of what clients send and do not read.
         admission: who may connect at all; without it, everyone may.
         on_denied: told why, where one may not.
         on_open: makes what serves a WebSocket.
@@ -88,6 +101,7 @@ class Endpoint:
         self,
         settings: Settings,
         answer: Callable[[Visitor | None, Request], Awaitable[Response | None]],
+        memory: Memory,
         *,
         admission: Admission | None = None,
         on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None = None,
@@ -98,6 +112,7 @@ class Endpoint:
     ) -> None:
         self.settings = settings
         self.answer = answer
+        self.memory = memory
         self.admission = admission
         self.on_denied = on_denied
         self.on_open = on_open
@@ -174,7 +189,7 @@ class _Wire(asyncio.BufferedProtocol):
         visitor: what is known of the client; None where nobody asks.
     """
 
-    __slots__ = ("_closed", "_endpoint", "transport", "visitor")
+    __slots__ = ("_account", "_closed", "_endpoint", "_held", "transport", "visitor")
 
     transport: asyncio.Transport
     visitor: Visitor | None
@@ -182,10 +197,23 @@ class _Wire(asyncio.BufferedProtocol):
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._closed: asyncio.Future[None] | None = None
+        self._held = 0  # bytes that are counted for it,
+        self._account = _OPERATORS  # and for whom
 
     def get_buffer(self, _: int) -> memoryview:
         """Tell where to read to; see :attr:`Endpoint.buffer`."""
         return self._endpoint.buffer
+
+    def _hold(self, size: int) -> bool:
+        """Count the bytes that are kept of it now; False, and nothing changed, if it may not."""
+        memory, more = self._endpoint.memory, size - self._held
+        if not self._held and self.visitor is not None:
+            self._account = self.visitor.account
+        if more > 0 and not memory.take(self._account, more):
+            return False
+        memory.give(self._account, -more)
+        self._held = size
+        return True
 
     def abort(self) -> None:
         """Cut the connection. What is unsent is lost."""
@@ -193,6 +221,7 @@ class _Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         """Forget the connection."""
+        self._hold(0)
         self._endpoint.connections.discard(self)
         if self.visitor is not None and self._endpoint.admission is not None:
             self._endpoint.admission.depart(self.visitor)
@@ -209,7 +238,17 @@ class _Wire(asyncio.BufferedProtocol):
 class Exchange(_Wire):
     """A request and its answer. If it is for a WebSocket, that begins; all others end with it."""
 
-    __slots__ = ("_below", "_denied", "_head_ended", "_http", "_tail", "_timer")
+    __slots__ = (
+        "_below",
+        "_denied",
+        "_early",
+        "_head_ended",
+        "_http",
+        "_lines",
+        "_size",
+        "_tail",
+        "_timer",
+    )
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
@@ -219,7 +258,10 @@ class Exchange(_Wire):
         self._timer: asyncio.TimerHandle | None = None
         self._http = ServerProtocol(select_subprotocol=_select_subprotocol, logger=_SILENT)
         self._tail = b""  # the end of what came of the request so far
+        self._size = self._lines = 0  # of the request's head so far
         self._head_ended = False
+        # Frames that came before the answer, until that is there; None: what comes is dropped.
+        self._early: bytes | None = b""
 
     def arrive(self, transport: asyncio.Transport) -> None:
         """Count the connection. Those with TLS are counted before its handshake too."""
@@ -269,15 +311,41 @@ class Exchange(_Wire):
     def buffer_updated(self, size: int) -> None:
         """Feed the library, and have what it understands answered."""
         data = self._of_request(bytes(self._endpoint.buffer[:size]))
-        if not data:
+        if data:
+            self._http.receive_data(data)
+            _flush(self._http, self.transport)  # as where it is not understood
+            if self._http.handshake_exc is not None:
+                self._head_ended = True
+                self._drop()
+        if self._early is None:
             return
-        self._http.receive_data(data)
-        _flush(self._http, self.transport)  # as where it is not understood
-        for request in self._http.events_received():
-            assert isinstance(request, Request)
-            task = self._endpoint.loop.create_task(self._answer(request))
-            self._endpoint.answering.add(task)
-            task.add_done_callback(self._endpoint.answering.discard)
+        if not self._hold(self._size + HEADER_COST * self._lines + len(self._early)):
+            self._deny(no_memory())
+        elif self._size > HEAD_SIZE:
+            why = f"The head of the request has more than {HEAD_SIZE} bytes."
+            self._answer_and_drop(respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why))
+        else:
+            for request in self._http.events_received():
+                assert isinstance(request, Request)
+                self._take(request)
+
+    def _take(self, request: Request) -> None:
+        """Have a request answered, unless it costs too much to look into."""
+        for name in LISTS:
+            values = request.headers.get_all(name)
+            if sum(value.count(",") + value.count(";") for value in values) >= LIST_ITEMS:
+                why = f"The header {name} has more than {LIST_ITEMS} items."
+                self._answer_and_drop(respond(HTTPStatus.BAD_REQUEST, why))
+                return
+        task = self._endpoint.loop.create_task(self._answer(request))
+        self._endpoint.answering.add(task)
+        task.add_done_callback(self._endpoint.answering.discard)
+
+    def _deny(self, denied: Denied) -> None:
+        """Answer that this one may not be here."""
+        if self._endpoint.on_denied is not None and self.visitor is not None:
+            self._endpoint.on_denied(denied, self.visitor.address, {})
+        self._answer_and_drop(respond(denied.status, denied.message, headers=denied.headers))
 
     def eof_received(self) -> None:
         """Close, as who asks has gone."""
@@ -285,8 +353,12 @@ class Exchange(_Wire):
         _flush(self._http, self.transport)
 
     def _of_request(self, data: bytes) -> bytes:
-        """Return what belongs to the request: no body, nor anything sent before its answer."""
+        """Return what belongs to the head of the request, and keep what comes after it.
+
+        That may be frames of a WebSocket whose client does not wait for the answer.
+        """
         if self._head_ended:
+            self._keep(data)
             return b""
         if not self._tail and data.startswith(_OTHER_METHODS):
             # The library hangs up on requests with a body. So this one is answered here.
@@ -297,9 +369,26 @@ class Exchange(_Wire):
         end = head.find(b"\r\n\r\n")
         if end >= 0:
             self._head_ended = True
-            return head[known : end + 4]
+            data, early = head[known : end + 4], head[end + 4 :]
+            self._keep(early)
         self._tail = head[-3:]
+        self._size += len(data)
+        self._lines += data.count(b"\n")
         return data
+
+    def _keep(self, data: bytes) -> None:
+        """Keep what comes before the answer, and read no more of it than fits the buffer."""
+        if self._early is not None and data:
+            self._early += data
+            if len(self._early) >= READ_SIZE:
+                self.transport.pause_reading()
+
+    def _drop(self) -> None:
+        """Read and drop what still comes: there will be no WebSocket."""
+        early, self._early = self._early, None
+        self._hold(0)
+        if early and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def _answer_and_drop(self, response: Response) -> None:
         """Answer without the library.
@@ -311,6 +400,7 @@ class Exchange(_Wire):
         self.transport.write(response.serialize())
         if self.transport.can_write_eof():
             _half_close(self.transport)
+        self._drop()
 
     async def _answer(self, request: Request) -> None:
         try:
@@ -318,7 +408,7 @@ class Exchange(_Wire):
                 response = await self._endpoint.answer(self.visitor, request)
         except TimeoutError:
             return  # and nobody is there any more
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._early is None:  # gone, or answered already
             return
         if response is None:
             response = self._http.accept(request)
@@ -329,17 +419,22 @@ class Exchange(_Wire):
         _flush(self._http, self.transport)
         if self._http.state is State.OPEN:
             self._open()
+        else:
+            self._drop()
 
     def _open(self) -> None:
         assert self.visitor is not None
         assert self._timer is not None
+        assert self._early is not None
         self._timer.cancel()
+        self._hold(0)
         opened = Socket(
             self._endpoint, self.transport, self._below, self.visitor, self._http.subprotocol
         )
         self._endpoint.connections.remove(self)
         self._endpoint.connections.add(opened)
         self.transport.set_protocol(opened)
+        opened.begin(self._early)
 
 
 class Socket(_Wire):
@@ -366,10 +461,12 @@ class Socket(_Wire):
         "_deadline",
         "_failed",
         "_leaving",
+        "_message",
         "_parts",
         "_ping",
         "_pinged",
         "_protocol",
+        "_text",
         "_timer",
         "_unread",
         "_unsent",
@@ -397,7 +494,10 @@ class Socket(_Wire):
         self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=_SILENT)
         self._below = below
         self._unread = b""  # the rest of what came, for later turns
-        self._parts: list[Frame] = []  # of a message that is still to come
+        # Of a message in fragments: what came of it, in how many, and whether it is text.
+        self._message: bytearray | None = None
+        self._parts = 0
+        self._text = False
         self._control: Bucket | None = None  # of frames that nobody asked for and are no messages
         self._deadline: asyncio.TimerHandle | None = None  # for the peer to read something
         self._unsent = 0  # when the deadline was set, and what was written since
@@ -458,6 +558,7 @@ class Socket(_Wire):
         self.transport.write(frame(text))
         if self._deadline is not None:
             self._check_unsent()
+            self._count()
 
     def end(self, code: int, reason: str = "") -> None:
         """Begin to close, after all that was written before."""
@@ -483,12 +584,14 @@ class Socket(_Wire):
     def pause_writing(self) -> None:
         """The peer falls behind: from now on it has to read something within the deadline."""
         self._set_deadline()
+        self._count()
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+        self._count()
         if self.open:
             self._connection.wake()
 
@@ -524,12 +627,21 @@ class Socket(_Wire):
         """Take what came; of a flood of tiny frames some, and the rest in turn with others."""
         self._unread += self._endpoint.buffer[:size]
         self._read(FRAMES_PER_TURN)
+        self._count()
         if self._unread or size == READ_SIZE:  # uvloop would read on in the same turn
+            self.transport.pause_reading()
+            self._endpoint.loop.call_soon(self._read_on)
+
+    def begin(self, early: bytes) -> None:
+        """Read what came before the handshake was answered, and then go on."""
+        if early:
+            self._unread = early
             self.transport.pause_reading()
             self._endpoint.loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
         self._read(FRAMES_PER_TURN)
+        self._count()
         if self._unread:
             self._endpoint.loop.call_soon(self._read_on)
         elif not self.transport.is_closing():
@@ -552,6 +664,24 @@ class Socket(_Wire):
         if self.transport.is_closing():
             self._unread = b""  # as nobody is there any more to whom it could matter
 
+    def _count(self) -> None:
+        """Count what is kept of what the peer sent and did not read.
+
+        Where there is no memory for it, the connection ends: nothing of it can be given up.
+        """
+        unsent, unparsed = self._waiting(), self._protocol.reader.buffer
+        size = unsent
+        for kept in (self._unread, unparsed, self._message):
+            if kept:
+                size += held(kept)
+        if self._hold(size) or self.transport.is_closing():
+            return
+        self._unread, self._message = b"", None
+        if unsent > self._endpoint.settings.write_buffer:
+            self._abort_reader("too much unsent")
+        elif not self._failed:
+            self._fail(Close.TRY_AGAIN_LATER, "too little memory")
+
     def eof_received(self) -> None:
         """Close, after what came and what was written before."""
         self._read(len(self._unread))  # behind TLS the end can come with it, in one turn
@@ -573,19 +703,31 @@ class Socket(_Wire):
             self._take_control(part)
         elif part.opcode is Opcode.CLOSE:
             pass  # which the library has answered
-        elif part.fin:
-            parts, self._parts = (*self._parts, part), []
-            data = b"".join(part.data for part in parts)
-            try:
-                message = data.decode() if parts[0].opcode is Opcode.TEXT else data
-            except UnicodeDecodeError as error:
-                self._fail(Close.INVALID_DATA, f"{error.reason} at position {error.start}")
-            else:
-                self._receive(message)
-        elif len(self._parts) < FRAGMENTS:
-            self._parts.append(part)
+        elif part.fin and self._message is None:
+            self._take_message(part.data, text=part.opcode is Opcode.TEXT)
         else:
+            self._take_fragment(part)
+
+    def _take_fragment(self, part: Frame) -> None:
+        """Add a fragment to its message, and hand over the message that it ends."""
+        if self._message is None:
+            self._message, self._parts, self._text = bytearray(), 0, part.opcode is Opcode.TEXT
+        self._message += part.data
+        self._parts += 1
+        if part.fin:
+            message, self._message = bytes(self._message), None
+            self._take_message(message, text=self._text)
+        elif self._parts >= FRAGMENTS:
+            self._message = None
             self._fail(Close.MESSAGE_TOO_BIG, "too many fragments")
+
+    def _take_message(self, data: bytes | bytearray | memoryview, *, text: bool) -> None:
+        try:
+            message = str(data, "utf-8") if text else bytes(data)
+        except UnicodeDecodeError as error:
+            self._fail(Close.INVALID_DATA, f"{error.reason} at position {error.start}")
+        else:
+            self._receive(message)
 
     def _receive(self, message: str | bytes) -> None:
         try:

@@ -26,6 +26,7 @@ __all__ = [
     "OTHER",
     "Peer",
     "Served",
+    "certificate",
     "exchange",
     "frame",
     "meanwhile",
@@ -158,6 +159,15 @@ async def served(
         finally:
             reading.cancel()
             await asyncio.wait({reading})
+
+
+async def certificate(folder: Path) -> Path:
+    """Make a certificate of localhost with its key; return the file."""
+    file = folder / "site.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout - -out -"
+    made = await asyncio.create_subprocess_exec(*command.split(), stdout=-1, stderr=-3)
+    file.write_bytes((await made.communicate())[0])
+    return file
 
 
 def _anyone() -> ssl.SSLContext:
