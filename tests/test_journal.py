@@ -12,7 +12,7 @@ from wsserver.generation import Log, Usage
 from wsserver.journal import Journal, Record
 from wsserver.protocol import Done, Prompt, Terminal, UsageCounts
 from wsserver.stores import MemoryStore
-from wsserver.stores.base import Entry, Header, StoredGeneration
+from wsserver.stores.base import Entry, Header, StoredGeneration, Unsavable
 from wsserver.telemetry import Metrics
 
 FAILURES: dict[str, BaseException] = {
@@ -253,3 +253,31 @@ def test_pieces_of_an_ended_generation_are_counted_as_they_are_in_memory() -> No
     record = Record.__new__(Record)
     record.log, record._size = log, -1
     assert 1000 + 4000 + 1000 < record.size < 1000 + 4000 + 1000 + 500
+
+
+async def test_a_reply_that_cannot_be_saved_keeps_no_other_from_being_saved(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = MemoryStore.commit
+
+    async def picky(self: MemoryStore, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            if "bad" in entry.pieces:
+                raise Unsavable(entry, "OverflowError")
+        await commit(self, entries)
+
+    monkeypatch.setattr(MemoryStore, "commit", picky)
+    first, bad, last = (stand.begin(name) for name in ("first", "bad", "last"))
+    bad.log.append("bad")
+    await until(lambda: bad.lost)
+    bad.log.append("more")
+    for record in (first, bad, last):
+        stand.end(record)
+    await until(lambda: len(stand.told) == 3)
+    assert stand.told == {"first": True, "bad": False, "last": True}
+    assert not stand.journal._unsaved
+    assert stand.journal._failures == 0
+    assert caplog.text.count("a reply cannot be saved id=bad reason=OverflowError") == 1
+    stored = await stand.store.load("c", "me", limit=10, size=1000)
+    assert stored is not None
+    assert [turn.id for turn in stored.turns] == ["first", "last"]

@@ -39,6 +39,7 @@ from wsserver.stores.base import (
     StoredConversation,
     StoredGeneration,
     Summary,
+    Unsavable,
     day_of,
     title_of,
 )
@@ -2108,8 +2109,11 @@ async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: Sqli
 
 
 async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: SqliteStore) -> None:
-    with pytest.raises(StoreError):
-        await file.commit([whole(header()), whole(header("h"), "half a pair: \ud800")])
+    bad = whole(header("h"), "half a pair: \ud800")
+    with pytest.raises(Unsavable) as raised:
+        await file.commit([whole(header()), bad, whole(header("i"))])
+    assert raised.value.entry is bad
+    assert "half" not in str(raised.value)
     assert await names(file) == []
     await file.commit([whole(header())])
     assert await names(file) == ["c"]

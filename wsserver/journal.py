@@ -14,7 +14,7 @@ from wsserver.errors import StoreError
 from wsserver.generation import Log
 from wsserver.logs import log
 from wsserver.protocol import Terminal
-from wsserver.stores.base import Entry, Header, Store
+from wsserver.stores.base import Entry, Header, Store, Unsavable
 from wsserver.telemetry import Metrics
 
 __all__ = ["Journal", "Record"]
@@ -35,6 +35,7 @@ class Record:
         "_size",
         "header",
         "log",
+        "lost",
         "new",
         "on_saved",
         "terminal",
@@ -43,6 +44,7 @@ class Record:
 
     def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
         self._journal = journal
+        self.lost = False  # no attempt can save it
         self.new = True  # the store has to make the generation
         self._saved = 0  # the seq up to which it is saved
         self._size = -1  # bytes of its pieces, once it has ended and they have been counted
@@ -124,11 +126,16 @@ class Journal:
         """
         record.log.followers.remove(record)
         record.terminal, record.on_saved, record.unsaid = terminal, on_saved, unsaid
+        if record.lost:
+            asyncio.get_running_loop().call_soon(lambda: self._tell([record], saved=False))
+            return
         self._urgent.set()
         self.note(record)
 
     def note(self, record: Record) -> None:
         """Save what is new of a generation with the next batch."""
+        if record.lost:
+            return
         self._unsaved[record] = None
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write())
@@ -236,6 +243,14 @@ class Journal:
 
     def _fail(self, records: list[Record], error: BaseException) -> None:
         """Tell that a batch was not saved, and try again with the next one."""
+        if isinstance(error, Unsavable):
+            (bad,) = (record for record in records if record.header is error.entry.header)
+            log.error("a reply cannot be saved", id=bad.header.id, reason=str(error))
+            bad.lost = True
+            self._tell([bad], saved=False)
+            self._unsaved = dict.fromkeys(r for r in records if r is not bad) | self._unsaved
+            self._urgent.set()
+            return
         self._report(error)
         self._tell(records, saved=False)
         self._keep_for_later(records)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
+from wsserver.errors import StoreError
 from wsserver.generation import Thinking
 from wsserver.prices import Spent
 from wsserver.protocol import Error, Prompt, Terminal
@@ -23,6 +24,7 @@ __all__ = [
     "StoredGeneration",
     "Summary",
     "Turn",
+    "Unsavable",
     "asked_in",
     "day_of",
     "partial",
@@ -65,6 +67,19 @@ class Entry:
     pieces: Sequence[str] = ()
     terminal: Terminal | None = None
     unsaid: bool = False
+
+
+class Unsavable(StoreError):
+    """An entry that no attempt can save, and for which the rest of its batch was not saved.
+
+    Args:
+        entry: which.
+        message: why, for the log.
+    """
+
+    def __init__(self, entry: Entry, message: str) -> None:
+        super().__init__(message)
+        self.entry = entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +221,9 @@ class Store(Protocol):
 
         What is new of a generation that was deleted is dropped. What it cost is not: that is
         added to its owner's account once, with the first terminal that is saved of it.
+
+        Raises:
+            Unsavable: one entry is to blame; the others can be saved without it.
         """
         ...
 

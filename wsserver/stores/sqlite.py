@@ -43,6 +43,7 @@ from wsserver.stores.base import (
     StoredGeneration,
     Summary,
     Turn,
+    Unsavable,
     asked_in,
     day_of,
     partial,
@@ -66,6 +67,8 @@ KEYS = 3  # times that the ids of a generation are in tables and indexes
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
 _COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
+# What SQLite says of values, and not of the file or its state.
+_UNSAVABLE = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
 _OLD_TRACES = """
     DELETE FROM forgotten WHERE (owner, id) IN
     (SELECT owner, id FROM forgotten WHERE at < ? LIMIT ?)
@@ -261,18 +264,24 @@ class SqliteStore:
 
         def commit(database: sqlite3.Connection) -> None:
             for entry in entries:
-                if entry.new:
-                    _begin(database, entry.header, now)
-                _add(database, entry, now, self._prices)
-                if entry.header.conversation is not None and (entry.new or entry.terminal):
-                    database.execute(
-                        "UPDATE conversation SET updated = max(updated, ?), place = (SELECT "
-                        "max(place) + 1 FROM conversation WHERE owner = ?) "
-                        "WHERE owner = ? AND id = ?",
-                        (now, entry.header.owner, entry.header.owner, entry.header.conversation),
-                    )
+                try:
+                    self._save(database, entry, now)
+                except (ArithmeticError, ValueError, *_UNSAVABLE) as error:
+                    raise Unsavable(entry, type(error).__name__) from None
 
         await self._write("", commit)
+
+    def _save(self, database: sqlite3.Connection, entry: Entry, now: float) -> None:
+        header = entry.header
+        if entry.new:
+            _begin(database, header, now)
+        _add(database, entry, now, self._prices)
+        if header.conversation is not None and (entry.new or entry.terminal):
+            database.execute(
+                "UPDATE conversation SET updated = max(updated, ?), place = (SELECT "
+                "max(place) + 1 FROM conversation WHERE owner = ?) WHERE owner = ? AND id = ?",
+                (now, header.owner, header.owner, header.conversation),
+            )
 
     async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
