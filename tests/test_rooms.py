@@ -29,6 +29,7 @@ FLOORS = {
     "stores.fair": 2,
     "stores.memory": 2,
     "stores.migrations": 2,
+    "stores.rows": 2,
     "stores.sqlite": 2,
     "stores": 2,
     "auth.base": 2,
@@ -83,6 +84,8 @@ NEIGHBOURS = {
     ("stores.sqlite", "stores.database"),
     ("stores.sqlite", "stores.fair"),
     ("stores.sqlite", "stores.migrations"),
+    ("stores.sqlite", "stores.rows"),
+    ("stores.rows", "stores.base"),
     ("auth", "auth.base"),
     ("auth", "auth.tokens"),
     ("auth", "auth.jwt"),  # only inside a function, when it is asked for
@@ -127,7 +130,7 @@ NEIGHBOURS = {
 LIBRARIES = {
     "websockets": {"responses", "routes", "transport", "server", "client.dial", "client.chat"},
     "anthropic": {"models.anthropic"},
-    "sqlite3": {"stores.database", "stores.sqlite"},
+    "sqlite3": {"stores.database", "stores.rows", "stores.sqlite"},
     "aiohttp": {"models.http"},
     "httpx2": {"models.anthropic", "models.http", "auth.jwks"},
     "jwt": {"auth.jwt"},

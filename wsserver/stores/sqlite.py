@@ -15,7 +15,6 @@ is emptied: neither file has it any more. What the file system keeps of old bloc
 import asyncio
 import contextlib
 import fcntl
-import json
 import os
 import sqlite3
 import threading
@@ -24,13 +23,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TypeVar
 
-from pydantic import Json, TypeAdapter
-
 from wsserver.errors import ConfigError, StoreError
-from wsserver.generation import Thinking, tokens_in
+from wsserver.generation import tokens_in
 from wsserver.logs import log
 from wsserver.prices import NOTHING, Prices, Spent
-from wsserver.protocol import Prompt, Terminal
+from wsserver.protocol import Prompt
 from wsserver.stores.base import (
     TRACE_KEPT,
     TRACES,
@@ -38,7 +35,6 @@ from wsserver.stores.base import (
     Forgotten,
     Header,
     Held,
-    Packed,
     StoredConversation,
     StoredGeneration,
     Summary,
@@ -48,11 +44,11 @@ from wsserver.stores.base import (
     day_of,
     partial,
     text_of,
-    title_of,
 )
 from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
+from wsserver.stores.rows import COUNT, add, begin, loose, pack, said, terminal_in
 
 __all__ = ["SqliteStore"]
 
@@ -62,11 +58,8 @@ PURGED_AT_ONCE = 200  # rows of each kind, so that no other write waits for long
 DELETED_AT_ONCE = 4_194_304  # bytes of generations, for the same reason
 CHECKED_AT_ONCE = 134_217_728  # bytes of a file that is checked before it is used
 DAYS_KEPT = 90  # that there are accounts of
-ROW = 256  # bytes of a generation besides its ids and what was said in it, about
-KEYS = 3  # times that the ids of a generation are in tables and indexes
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
-_COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
 # What SQLite says of values, and not of the file or its state.
 _UNSAVABLE = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
 _OLD_TRACES = """
@@ -95,12 +88,6 @@ _TURNS = """
         ) WHERE place = 1 OR total <= ?
     ) ORDER BY turn
 """
-
-_TERMINAL: TypeAdapter[Terminal] = TypeAdapter(Terminal)
-# Pieces are rows of the number that they come after and JSON: text as it is, thinking in a list.
-_PARTS: TypeAdapter[Sequence[tuple[int, Json[Sequence[str | tuple[str]]]]]] = TypeAdapter(
-    list[tuple[int, Json[list[str | tuple[str]]]]]
-)
 
 
 class SqliteStore:
@@ -235,15 +222,15 @@ class SqliteStore:
         """End what died with its process: its replay time begins now, and what it said counts."""
         now = time.time()
         for number, owner, name, began, model in database.execute(_DEAD).fetchall():
-            said = ""
+            text = ""
             # One that is damaged is not in the way of all others.
             with contextlib.suppress(StoreError), errors():
-                pieces = _loose(database, number)
-                _pack(database, number, pieces)
-                said = "".join(pieces)
+                pieces = loose(database, number)
+                pack(database, number, pieces)
+                text = "".join(pieces)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
-            spent = self._prices.of(model).likely(0, tokens_in(said))
-            database.execute(_COUNT, (owner, name, began, day_of(now), *spent))
+            spent = self._prices.of(model).likely(0, tokens_in(text))
+            database.execute(COUNT, (owner, name, began, day_of(now), *spent))
         for owner, name in database.execute("SELECT owner, id FROM deleting").fetchall():
             while _delete_some(database, owner, name):
                 pass
@@ -274,8 +261,8 @@ class SqliteStore:
     def _save(self, database: sqlite3.Connection, entry: Entry, now: float) -> None:
         header = entry.header
         if entry.new:
-            _begin(database, header, now)
-        _add(database, entry, now, self._prices)
+            begin(database, header, now)
+        add(database, entry, now, self._prices)
         if header.conversation is not None and (entry.new or entry.terminal):
             database.execute(
                 "UPDATE conversation SET updated = max(updated, ?), place = (SELECT "
@@ -294,7 +281,7 @@ class SqliteStore:
             ):
                 parsed = Prompt.model_validate_json(prompt)
                 header = Header(generation, owner, conversation, parsed, model, began, retry_of)
-                return StoredGeneration(header, _said(database, number), _terminal(terminal))
+                return StoredGeneration(header, said(database, number), terminal_in(terminal))
             for (when,) in database.execute(
                 "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
             ):
@@ -320,8 +307,8 @@ class SqliteStore:
                         turn,
                         name,
                         asked_in(prompt),
-                        text_of(_loose(database, number)) if text is None else text,
-                        partial(_terminal(terminal)),
+                        text_of(loose(database, number)) if text is None else text,
+                        partial(terminal_in(terminal)),
                     )
                     for number, turn, name, terminal, prompt, text in database.execute(
                         _TURNS, (owner, conversation, end, limit, size)
@@ -370,7 +357,7 @@ class SqliteStore:
         now = time.time()
         key = owner, conversation
 
-        def begin(database: sqlite3.Connection) -> bool | None:
+        def start(database: sqlite3.Connection) -> bool | None:
             known = "SELECT 1 FROM conversation WHERE owner = ? AND id = ?"
             if database.execute(known, key).fetchone() is None:
                 return None
@@ -385,7 +372,7 @@ class SqliteStore:
             database.execute("INSERT INTO deleting VALUES (?, ?) ON CONFLICT DO NOTHING", key)
             return _delete_some(database, *key)
 
-        more = await self._write(owner, begin)
+        more = await self._write(owner, start)
         if more is None:
             return False
         while more:
@@ -482,16 +469,16 @@ class SqliteStore:
         Returns:
             How many were looked at.
         """
-        loose = database.execute(
+        older = database.execute(
             "SELECT number FROM generation WHERE lengths IS NULL AND ended IS NOT NULL "
             "AND number > ? ORDER BY number LIMIT ?",
             (self._compacted, PURGED_AT_ONCE),
         ).fetchall()
-        for (number,) in loose:
+        for (number,) in older:
             self._compacted = number
             with contextlib.suppress(StoreError), errors():  # one that is damaged stays so
-                _pack(database, number, _loose(database, number))
-        return len(loose)
+                pack(database, number, loose(database, number))
+        return len(older)
 
     async def _read(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         async with self._reading.of(owner):
@@ -534,133 +521,6 @@ def _opened(connection: Connection | None) -> Connection:
     return connection
 
 
-def _begin(database: sqlite3.Connection, header: Header, now: float) -> None:
-    """Save the header of a generation, unless it is there."""
-    owner, conversation = header.owner, header.conversation
-    if conversation is not None:
-        database.execute(
-            "INSERT INTO conversation VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(place), 0) + 1 "
-            "FROM conversation WHERE owner = ?)) ON CONFLICT (owner, id) DO NOTHING",
-            (owner, conversation, title_of(header.prompt), now, now, owner),
-        )
-    prompt = header.prompt.model_dump_json(exclude_none=True)
-    added = database.execute(
-        "INSERT INTO generation (owner, id, began, prompt, model, retry_of, size, rest, "
-        "conversation, turn) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, CASE WHEN ? THEN (SELECT "
-        "coalesce(max(turn), 0) + 1 FROM generation WHERE owner = ? AND conversation = ?) END) "
-        "ON CONFLICT (owner, id, began) DO NOTHING",
-        (
-            *_key(header),
-            prompt,
-            header.model,
-            header.retry_of,
-            len(prompt.encode()),
-            ROW + KEYS * len("".join((owner, header.id, conversation or "")).encode()),
-            conversation,
-            conversation is not None,
-            owner,
-            conversation,
-        ),
-    )
-    if added.rowcount and conversation is not None:
-        # A turn that is accepted after a delete has failed half-way is not to be deleted.
-        database.execute("DELETE FROM deleting WHERE owner = ? AND id = ?", (owner, conversation))
-    if added.rowcount and header.retry_of is not None and conversation is not None:
-        database.execute(
-            "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
-            "AND conversation = ? AND number <> ? AND hidden IS NULL",
-            (owner, header.retry_of, conversation, added.lastrowid),
-        )
-
-
-def _add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) -> None:
-    """Save the pieces of a generation and its terminal, unless it was deleted or has ended."""
-    header, terminal = entry.header, entry.terminal
-    if terminal is not None:
-        spent = prices.of(header.model).spent(terminal.usage)
-        database.execute(_COUNT, (*_key(header), day_of(now), *spent))
-    row = database.execute(
-        "SELECT number, terminal IS NOT NULL, lengths IS NOT NULL FROM generation "
-        "WHERE owner = ? AND id = ? AND began = ?",
-        _key(header),
-    ).fetchone()
-    if row is None or row[1]:
-        return
-    number, _, packed = row
-    if terminal is None and not packed:
-        if entry.pieces:
-            database.execute(
-                "INSERT INTO piece VALUES (?, ?, ?) ON CONFLICT (generation, after) "
-                "DO UPDATE SET texts = excluded.texts WHERE length(excluded.texts) > length(texts)",
-                (number, entry.after, _dump(entry.pieces)),
-            )
-        return
-    pieces = _said(database, number)
-    pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
-    _pack(database, number, pieces)
-    if terminal is None:
-        return
-    database.execute(
-        "UPDATE generation SET terminal = ?, ended = ?, hidden = coalesce(?, hidden), "
-        "rest = rest + ? WHERE number = ?",
-        (
-            end := terminal.model_dump_json(exclude_none=True),
-            now,
-            "unsaid" if entry.unsaid else None,
-            len(end.encode()),
-            number,
-        ),
-    )
-    if entry.unsaid and header.retry_of is not None:
-        database.execute(
-            "UPDATE generation SET hidden = NULL WHERE owner = ? AND id = ? "
-            "AND conversation = ? AND hidden = 'replaced'",
-            (header.owner, header.retry_of, header.conversation),
-        )
-
-
-def _said(database: sqlite3.Connection, number: int) -> list[str]:
-    """Return the pieces of a generation, packed or not."""
-    ((text, lengths, thinking),) = database.execute(
-        "SELECT text, lengths, thinking FROM generation WHERE number = ?", (number,)
-    )
-    if lengths is None:
-        return _loose(database, number)
-    return Packed(text, thinking, lengths).pieces()
-
-
-def _loose(database: sqlite3.Connection, number: int) -> list[str]:
-    """Return the pieces of a generation that are in rows."""
-    parts = database.execute(
-        "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
-    ).fetchall()
-    pieces: list[str] = []
-    for after, part in _PARTS.validate_python(parts):
-        pieces[after : after + len(part)] = [
-            piece if isinstance(piece, str) else Thinking(piece[0]) for piece in part
-        ]
-    return pieces
-
-
-def _pack(database: sqlite3.Connection, number: int, pieces: Sequence[str]) -> None:
-    """Put the pieces of a generation into its row."""
-    packed = Packed.of(pieces)
-    database.execute(
-        "UPDATE generation SET text = ?, lengths = ?, thinking = ?, "
-        "size = length(CAST(prompt AS BLOB)) + ?, rest = rest + ? "
-        "- coalesce(length(lengths) + length(CAST(thinking AS BLOB)), 0) WHERE number = ?",
-        (
-            packed.text,
-            packed.lengths,
-            packed.thinking,
-            len(packed.text.encode()),
-            len(packed.lengths) + len(packed.thinking.encode()),
-            number,
-        ),
-    )
-    database.execute("DELETE FROM piece WHERE generation = ?", (number,))
-
-
 def _drop_traces(database: sqlite3.Connection, owner: str) -> None:
     """Drop the oldest traces of an owner's deleted generations, beyond those that are kept."""
     database.execute(
@@ -668,17 +528,3 @@ def _drop_traces(database: sqlite3.Connection, owner: str) -> None:
         "WHERE owner = ? ORDER BY at DESC LIMIT -1 OFFSET ?)",
         (owner, owner, TRACES),
     )
-
-
-def _key(header: Header) -> tuple[str, str, float]:
-    return header.owner, header.id, header.began
-
-
-def _dump(pieces: Sequence[str]) -> str:
-    return json.dumps(
-        [[piece] if type(piece) is Thinking else piece for piece in pieces], ensure_ascii=False
-    )
-
-
-def _terminal(json_text: str | None) -> Terminal | None:
-    return None if json_text is None else _TERMINAL.validate_json(json_text)

@@ -1,0 +1,166 @@
+"""A generation as rows of a SQLite file: while it runs one for each batch of pieces, then one."""
+
+import json
+import sqlite3
+from collections.abc import Sequence
+
+from pydantic import Json, TypeAdapter
+
+from wsserver.generation import Thinking
+from wsserver.prices import Prices
+from wsserver.protocol import Terminal
+from wsserver.stores.base import Entry, Header, Packed, day_of, title_of
+
+__all__ = ["COUNT", "add", "begin", "loose", "pack", "said", "terminal_in"]
+
+ROW = 256  # bytes of a generation besides its ids and what was said in it, about
+KEYS = 3  # times that the ids of a generation are in tables and indexes
+
+COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
+_TERMINAL: TypeAdapter[Terminal] = TypeAdapter(Terminal)
+# Pieces are rows of the number that they come after and JSON: text as it is, thinking in a list.
+_PARTS: TypeAdapter[Sequence[tuple[int, Json[Sequence[str | tuple[str]]]]]] = TypeAdapter(
+    list[tuple[int, Json[list[str | tuple[str]]]]]
+)
+
+
+def begin(database: sqlite3.Connection, header: Header, now: float) -> None:
+    """Save the header of a generation, unless it is there."""
+    owner, conversation = header.owner, header.conversation
+    if conversation is not None:
+        database.execute(
+            "INSERT INTO conversation VALUES (?, ?, ?, ?, ?, (SELECT coalesce(max(place), 0) + 1 "
+            "FROM conversation WHERE owner = ?)) ON CONFLICT (owner, id) DO NOTHING",
+            (owner, conversation, title_of(header.prompt), now, now, owner),
+        )
+    prompt = header.prompt.model_dump_json(exclude_none=True)
+    added = database.execute(
+        "INSERT INTO generation (owner, id, began, prompt, model, retry_of, size, rest, "
+        "conversation, turn) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, CASE WHEN ? THEN (SELECT "
+        "coalesce(max(turn), 0) + 1 FROM generation WHERE owner = ? AND conversation = ?) END) "
+        "ON CONFLICT (owner, id, began) DO NOTHING",
+        (
+            *_key(header),
+            prompt,
+            header.model,
+            header.retry_of,
+            len(prompt.encode()),
+            ROW + KEYS * len("".join((owner, header.id, conversation or "")).encode()),
+            conversation,
+            conversation is not None,
+            owner,
+            conversation,
+        ),
+    )
+    if added.rowcount and conversation is not None:
+        # A turn that is accepted after a delete has failed half-way is not to be deleted.
+        database.execute("DELETE FROM deleting WHERE owner = ? AND id = ?", (owner, conversation))
+    if added.rowcount and header.retry_of is not None and conversation is not None:
+        database.execute(
+            "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
+            "AND conversation = ? AND number <> ? AND hidden IS NULL",
+            (owner, header.retry_of, conversation, added.lastrowid),
+        )
+
+
+def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) -> None:
+    """Save the pieces of a generation and its terminal, unless it was deleted or has ended."""
+    header, terminal = entry.header, entry.terminal
+    if terminal is not None:
+        spent = prices.of(header.model).spent(terminal.usage)
+        database.execute(COUNT, (*_key(header), day_of(now), *spent))
+    row = database.execute(
+        "SELECT number, terminal IS NOT NULL, lengths IS NOT NULL FROM generation "
+        "WHERE owner = ? AND id = ? AND began = ?",
+        _key(header),
+    ).fetchone()
+    if row is None or row[1]:
+        return
+    number, _, packed = row
+    if terminal is None and not packed:
+        if entry.pieces:
+            database.execute(
+                "INSERT INTO piece VALUES (?, ?, ?) ON CONFLICT (generation, after) "
+                "DO UPDATE SET texts = excluded.texts WHERE length(excluded.texts) > length(texts)",
+                (number, entry.after, _dump(entry.pieces)),
+            )
+        return
+    pieces = said(database, number)
+    pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
+    pack(database, number, pieces)
+    if terminal is None:
+        return
+    database.execute(
+        "UPDATE generation SET terminal = ?, ended = ?, hidden = coalesce(?, hidden), "
+        "rest = rest + ? WHERE number = ?",
+        (
+            end := terminal.model_dump_json(exclude_none=True),
+            now,
+            "unsaid" if entry.unsaid else None,
+            len(end.encode()),
+            number,
+        ),
+    )
+    if entry.unsaid and header.retry_of is not None:
+        database.execute(
+            "UPDATE generation SET hidden = NULL WHERE owner = ? AND id = ? "
+            "AND conversation = ? AND hidden = 'replaced'",
+            (header.owner, header.retry_of, header.conversation),
+        )
+
+
+def said(database: sqlite3.Connection, number: int) -> list[str]:
+    """Return the pieces of a generation, packed or not."""
+    ((text, lengths, thinking),) = database.execute(
+        "SELECT text, lengths, thinking FROM generation WHERE number = ?", (number,)
+    )
+    if lengths is None:
+        return loose(database, number)
+    return Packed(text, thinking, lengths).pieces()
+
+
+def loose(database: sqlite3.Connection, number: int) -> list[str]:
+    """Return the pieces of a generation that are in rows."""
+    parts = database.execute(
+        "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
+    ).fetchall()
+    pieces: list[str] = []
+    for after, part in _PARTS.validate_python(parts):
+        pieces[after : after + len(part)] = [
+            piece if isinstance(piece, str) else Thinking(piece[0]) for piece in part
+        ]
+    return pieces
+
+
+def pack(database: sqlite3.Connection, number: int, pieces: Sequence[str]) -> None:
+    """Put the pieces of a generation into its row."""
+    packed = Packed.of(pieces)
+    database.execute(
+        "UPDATE generation SET text = ?, lengths = ?, thinking = ?, "
+        "size = length(CAST(prompt AS BLOB)) + ?, rest = rest + ? "
+        "- coalesce(length(lengths) + length(CAST(thinking AS BLOB)), 0) WHERE number = ?",
+        (
+            packed.text,
+            packed.lengths,
+            packed.thinking,
+            len(packed.text.encode()),
+            len(packed.lengths) + len(packed.thinking.encode()),
+            number,
+        ),
+    )
+    database.execute("DELETE FROM piece WHERE generation = ?", (number,))
+
+
+def _key(header: Header) -> tuple[str, str, float]:
+    return header.owner, header.id, header.began
+
+
+def _dump(pieces: Sequence[str]) -> str:
+    return json.dumps(
+        [[piece] if type(piece) is Thinking else piece for piece in pieces], ensure_ascii=False
+    )
+
+
+def terminal_in(json_text: str | None) -> Terminal | None:
+    """Return the terminal in a row; None where the generation has none."""
+    return None if json_text is None else _TERMINAL.validate_json(json_text)
