@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -622,6 +623,34 @@ async def test_request_that_the_account_has_no_memory_for_is_refused(
             error = await chat.next("error", request="r3")
             assert (error["code"], error["retryable"]) == ("limit", True)
             assert "bytes" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "frame", ['{"prompt": "%s", "unknown": 1}', '{"prompt": "%s"', '{"prompt": "%s"}']
+)
+async def test_error_that_waits_keeps_no_message_in_memory(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet, frame: str
+) -> None:
+    store = GatedStore()
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, bad_frames=100) as server:
+        async with client(server) as chat:
+            await chat.send({"type": "list"})
+            await chat.quiet()
+            server.memory.limit = server.memory.used + 8 * 150_000
+            tracemalloc.start()
+            try:
+                before, _ = tracemalloc.get_traced_memory()
+                for _ in range(20):
+                    await chat.send(frame % ("🙂" * 15_000))
+                await chat.quiet()
+                after, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+            assert after - before < 6 * 60_000
+            store.gate.set()
+            for _ in range(20):
+                await chat.next("start", "error")
 
 
 async def test_reply_ends_when_its_account_has_no_memory(puppet: Puppet) -> None:

@@ -305,7 +305,7 @@ class Connection:
                 self._wasted += 1
             # In order: an error does not overtake the answers to the frames before.
             if self._waiting and len(self._waiting) < REQUESTS:
-                self._waiting.append(_Waiting(refused))
+                self._waiting.append(_Waiting(refused.bare()))
             else:
                 self._refuse(refused, frame)
         if not isinstance(frame, Ping):

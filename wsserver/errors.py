@@ -172,6 +172,14 @@ class Refused(_Coded):
     about: str | None = None
     request: str | None = None
 
+    def bare(self) -> Self:
+        """Return a copy without traceback and context, which would keep the message in memory."""
+        copy = type(self)(
+            self.code, self.message, retryable=self.retryable, retry_after=self.retry_after
+        )
+        copy.about, copy.request = self.about, self.request
+        return copy
+
 
 class ModelError(_Coded):
     """A model could not finish its reply; what it said so far is kept.
