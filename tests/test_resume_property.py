@@ -220,7 +220,8 @@ class Transcript:
         if kind == "start":
             assert not self.following
             self.following = True
-            start = {key: value for key, value in frame.items() if key != "prompt"}
+            assert frame.get("after", 0) in {0, self.last}
+            start = {k: value for k, value in frame.items() if k not in {"prompt", "after"}}
             assert self.start in (None, start), "it is found again as it was"
             self.start = start
             return
