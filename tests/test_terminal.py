@@ -1,6 +1,7 @@
 """``wsserver chat``, in a real pseudo-terminal and through pipes."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 import wsserver
 from tests.support.line import Line
+from tests.support.older import older
 from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Code, End, ModelError
 from wsserver.cli import main
@@ -177,6 +179,53 @@ async def test_ctrl_c_stops_the_reply_and_not_the_program(
             "one, two, ",
             "Go on",
         ]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["limit known", "limit not known"])
+async def test_a_long_paste_fails_alone(
+    server: wsserver.Server, puppet: Puppet, known: bool
+) -> None:
+    async with (
+        contextlib.nullcontext(server.url) if known else older(server.url, max_size=None) as url,
+        terminal(url) as person,
+    ):
+        await person.ready()
+        person.types("\x1b[200~" + "a line that is pasted\r" * 4000 + "\x1b[201~\r")
+        await person.sees("(too_long)]")
+        await person.ready()
+        person.types("Still there?\r")
+        (await puppet.reply()).say("Yes").end()
+        await person.sees("Yes")
+
+
+async def test_the_last_prompt_is_asked_again_and_takes_the_place_of_its_turn(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    arguments = (server.url, "--conversation", CONVERSATION)
+    async with terminal(*arguments) as person:
+        await person.ready()
+        person.types("\x1br")
+        await person.sees("[there is no prompt to ask again]")
+        await person.ready()
+        person.types("Tell me a story\r")
+        (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
+        await person.sees("overloaded")
+        await person.ready()
+        person.types("\x1br")
+        await person.sees("> Tell me a story")
+        (await puppet.reply(1)).say("Whole").end()
+        await person.sees("Whole")
+        await person.ready()
+    async with terminal(*arguments) as person:
+        await person.sees("Whole")
+        await person.ready()
+        person.types("\x1br")
+        (await puppet.reply(2)).say("Better").end()
+        await person.sees("Better")
+        await person.ready()
+        person.types("Go on\r")
+        said = [m.content for m in (await puppet.reply(3)).request.messages]
+        assert said == ["Tell me a story", "Better", "Go on"]
 
 
 async def test_a_lost_connection_is_seen_and_the_text_goes_on_exactly(

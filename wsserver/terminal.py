@@ -149,6 +149,10 @@ def _require_prompt_toolkit() -> None:
         ) from None
 
 
+class _Again(Exception):
+    """The user wants another answer to the last prompt."""
+
+
 class _Terminal:
     """One chat, and where it is shown."""
 
@@ -160,6 +164,7 @@ class _Terminal:
         self._chat: Chat
         self._new_line = True
         self._was_lost = False
+        self._last: tuple[str, str | None] | None = None  # prompt; id of the turn, if there is one
         self._interrupt: Callable[[], None] | None = None
 
     async def run(self, prompt: str | None) -> int:
@@ -221,7 +226,10 @@ class _Terminal:
 
     async def _talk(self) -> int:
         session = _session()
-        self._say("Ctrl-C stops a reply, Alt-Enter begins a new line, Ctrl-D leaves")
+        self._say(
+            "Ctrl-C stops a reply, Alt-Enter begins a new line, "
+            "Alt-R asks the last prompt again, Ctrl-D leaves"
+        )
         await self._show_past()
         self._interrupt = None
         while True:
@@ -232,14 +240,29 @@ class _Terminal:
                     text = await session.prompt_async("> ", handle_sigint=False)
             except EOFError:
                 return DONE
-            if not text.strip():
+            except _Again:
+                await self._ask_again()
                 continue
-            try:
-                reply = self._ask(text)
-            except ValueError:
-                self._say("[this is no text that can be sent]")
-                continue
-            await self._show(reply)
+            if text.strip():
+                await self._talk_about(text)
+
+    async def _ask_again(self) -> None:
+        if self._last is None:
+            self._say("[there is no prompt to ask again]")
+            return
+        prompt, turn = self._last
+        self._say(f"> {safe(prompt)}")
+        await self._talk_about(prompt, retry_of=turn)
+
+    async def _talk_about(self, prompt: str, retry_of: str | None = None) -> None:
+        try:
+            reply = self._ask(prompt, retry_of=retry_of)
+        except ValueError:
+            self._say("[this is no text that can be sent]")
+            return
+        await self._show(reply)
+        # What was refused is no turn: the one before it is still the last.
+        self._last = prompt, reply.id if reply.started else retry_of
 
     async def _show_past(self) -> None:
         if self._options.conversation is None:
@@ -257,6 +280,12 @@ class _Terminal:
             self._say(f"> {said}" if message.role == "user" else f"{said}{mark}")
         for name in history.running:
             await self._show(self._chat.resume(name))
+        if history.running:  # the prompts of those are known when they are over
+            with contextlib.suppress(ServerError):
+                history = await self._chat.history()
+        asked = [message for message in history.messages if message.role == "user"]
+        if asked:
+            self._last = asked[-1].content, asked[-1].id
 
     async def _show(self, reply: Reply) -> None:
         mark = ""
@@ -287,10 +316,11 @@ class _Terminal:
 
     # What both need.
 
-    def _ask(self, prompt: str) -> Reply:
+    def _ask(self, prompt: str, retry_of: str | None = None) -> Reply:
         # A private server answers by this very model, and is never asked for another one.
         model = self._options.model if self._options.url is not None else None
-        return self._chat.prompt(prompt, model=model, system=self._options.system)
+        system = self._options.system
+        return self._chat.prompt(prompt, retry_of=retry_of, model=model, system=system)
 
     async def _print(self, reply: Reply, *, raw: bool) -> bool:
         """Write a reply as it comes; return whether Ctrl-C stopped it."""
@@ -404,6 +434,11 @@ def _session() -> "PromptSession[str]":
     @keys.add("escape", "enter")
     def _(event: "KeyPressEvent") -> None:
         event.current_buffer.insert_text("\n")
+
+    @keys.add("escape", "r")
+    def _(event: "KeyPressEvent") -> None:
+        if not event.current_buffer.text:  # what is being typed is not thrown away
+            event.app.exit(exception=_Again)
 
     @keys.add("c-c")
     def _(event: "KeyPressEvent") -> None:

@@ -27,6 +27,7 @@ class Line:
         self._deaf = False
         self._width: int | None = None
         self._ends: set[StreamWriter] = set()
+        self._hushed: set[StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -61,6 +62,14 @@ class Line:
         """Pass on nothing of the server's any more, until the next cut."""
         self._deaf = True
 
+    def hush(self) -> None:
+        """Pass on nothing more of the connections that there are, in either direction.
+
+        No new connection gets through, until :meth:`mend`.
+        """
+        self._whole.clear()
+        self._hushed |= self._ends
+
     def narrow(self, width: int | None) -> None:
         """Cut each new connection after so many bytes of the server's; None: do not."""
         self._width = width
@@ -93,7 +102,7 @@ class Line:
         left = self._width if answering else None
         with contextlib.suppress(OSError):
             while data := await source.read(65536):
-                if answering and self._deaf:
+                if to in self._hushed or (answering and self._deaf):
                     continue
                 to.write(data[:left])
                 await to.drain()
@@ -103,5 +112,7 @@ class Line:
                         to.close()  # which delivers what was written
                         await to.wait_closed()
                         return
+        if to in self._hushed:  # the other side does not learn that this one has gone
+            await asyncio.Event().wait()
         with contextlib.suppress(OSError):
             to.write_eof()

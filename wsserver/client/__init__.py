@@ -9,8 +9,11 @@
 :func:`connect_sync` is the same for programs without an event loop.
 """
 
-from wsserver.client.chat import Chat, Conversation, History, Message, State, Token, connect, new_id
+from wsserver.client.chat import Chat, connect, new_id
 from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
+from wsserver.client.history import Conversation, History, Message
+from wsserver.client.keeper import State, Token
+from wsserver.client.link import Limits
 from wsserver.client.reply import Done, Reply, Usage
 from wsserver.client.sync import connect as connect_sync
 
@@ -21,6 +24,7 @@ __all__ = [
     "Conversation",
     "Done",
     "History",
+    "Limits",
     "Message",
     "Reply",
     "ReplyError",

@@ -1,103 +1,41 @@
 """A chat with a server: any number of replies at once, over one connection that mends itself.
 
-One task owns the connection: it dials, reads, and dials again. What has to be sent again on a new
-connection follows from what each reply has so far, so nothing else need be remembered. A second
-task writes, in this order: stops; prompts and resumes, as many unanswered at once as the server
-takes; then one request at a time, since the answers to those carry no id.
+What is sent again on a new connection follows from what each reply has so far, so that nothing else
+has to be remembered.
 """
 
 import asyncio
 import contextlib
 import functools
-import json
 import secrets
-import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from websockets.asyncio.client import ClientConnection
-from websockets.exceptions import ConnectionClosed
-
-from wsserver.client.dial import FINAL, Pause, Timeouts, Unreached, dial, shown
-from wsserver.client.failures import (
-    ChatError,
-    ConnectionFailed,
-    ReplyError,
-    ServerError,
-    seconds_of,
+from wsserver.client.dial import Timeouts
+from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
+from wsserver.client.history import (
+    Conversation,
+    History,
+    read_conversations,
+    read_history,
+    read_nothing,
 )
+from wsserver.client.keeper import Hooks, Keeper, State, Token
+from wsserver.client.link import MARGIN, Ask, Limits, Link, is_refusal
 from wsserver.client.reply import Reply, Usage
 from wsserver.errors import Code
-from wsserver.protocol import Auth, Close, Delete, List, Open, Prompt, Rename, Resume, Turn
+from wsserver.protocol import Delete, List, Open, Prompt, Rename, Resume, Stop, Turn
 
-__all__ = [
-    "Chat",
-    "Conversation",
-    "History",
-    "Message",
-    "State",
-    "Token",
-    "connect",
-    "new_id",
-]
+__all__ = ["Chat", "connect", "new_id"]
 
 T = TypeVar("T")
 
-Token = str | Callable[[], Awaitable[str]]
-"""What says who the client is: a token, or what gives a fresh one each time that it is called."""
-
-MOST_UNANSWERED = 8  # prompts and resumes; well below the unusable frames in a row that close it
 LEAST_WAIT = 0.05  # seconds, however soon the server would have it
 SOON = 1.0  # seconds until what was refused is sent again, where the server does not say
-MARGIN = 1.05  # of a time that the server asks to wait, as clocks and timers differ
-RENEW_AT = 0.8  # of the time for which a token is good
-MESSAGES_PER_TURN = 16  # taken before whoever reads the replies gets a turn
 PAGE = 100  # conversations in one answer
 NEWEST = 2**53 - 1  # a `before` that is after every message: the history, and nothing to follow
-
-
-class State(StrEnum):
-    """How a chat is connected."""
-
-    CONNECTING = "connecting"
-    OPEN = "open"
-    LOST = "lost"  # and it is tried again
-    IDLE = "idle"  # it is tried again when the chat is asked for something
-    CLOSED = "closed"  # and it is not tried again
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message of a conversation. ``partial``: why a reply is not whole, where it is not."""
-
-    role: str
-    content: str
-    id: str
-    partial: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """A conversation: its messages, oldest first, and the ids of replies that still run."""
-
-    conversation: str
-    title: str
-    messages: tuple[Message, ...]
-    running: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """A conversation in a list. Times are in seconds since 1970."""
-
-    id: str
-    title: str
-    created: float
-    updated: float
 
 
 def new_id() -> str:
@@ -111,7 +49,7 @@ def connect(
     token: Token | None = None,
     conversation: str | None = None,
     patience: float = 120.0,
-    open_timeout: float = 10.0,
+    open_timeout: float = 30.0,
     ping_timeout: float = 20.0,
     close_timeout: float = 5.0,
     on_state: Callable[[State], None] | None = None,
@@ -123,13 +61,13 @@ def connect(
         token: who the client is, where the server asks. What gives fresh tokens is called for each
             connection, and before a token expires.
         conversation: which goes on where a prompt names none. Default: a new one.
-        patience: seconds for which a lost connection is tried again, and for which a prompt is sent
-            again that the server has no room for now but tells when. Then what waits fails; the
-            next prompt tries anew.
-        open_timeout: seconds for the first connection, all attempts together, and for each later
-            attempt.
-        ping_timeout: seconds between pings, and for the answer to one; the connection is then
-            taken for lost.
+        patience: seconds for which a lost connection is tried again, for which a prompt is sent
+            again that the server has no room for now but tells when, and for which an answer is
+            waited for. Then what waits fails; the next prompt tries anew.
+        open_timeout: seconds for the first connection, all attempts together. The default is more
+            than a server takes to shut down and to start again.
+        ping_timeout: seconds in which nothing comes before a ping, and for the answer to it; the
+            connection is then taken for lost. At most 4 while a reply or an answer is expected.
         close_timeout: seconds to have replies stopped and the connection closed in the end.
         on_state: called with each new state. Must neither raise nor wait.
     """
@@ -141,41 +79,35 @@ def connect(
 class _Asked:
     """A reply that is not over, and how to ask for it.
 
-    ``sent``: the server may have the prompt. ``until``: when what it refuses has to succeed.
+    Attributes:
+        reply: which.
+        prompt: None for a reply to the prompt of somebody else.
+        until: when what the server refuses has to succeed, by the event loop's clock.
+        ask: what asks for it.
+        timer: ends the wait for an answer.
+        refused: the last error that was about the prompt or a resume.
+        gap: the error of a server that had less of the reply than is here.
     """
 
     reply: Reply
-    prompt: bytes | None  # None for what somebody else has asked
+    prompt: Prompt | None
     until: float
-    sent: bool = False
+    ask: Ask = field(init=False)
+    timer: asyncio.TimerHandle = field(init=False)
+    refused: ReplyError | None = None
+    gap: ReplyError | None = None
 
-    def frame(self) -> bytes:
+    @property
+    def resumes(self) -> bool:
+        """Whether the server has accepted the prompt, as far as is known."""
+        return self.prompt is None or self.reply.started
+
+    def frame(self) -> Prompt | Resume:
         # What was stopped before its start is asked for, lest it begin for nothing.
         reply = self.reply
-        if self.prompt is None or reply.started or (reply.stopping and self.sent):
-            return _dump(Resume(id=reply.id, after=reply.seq))
+        if self.prompt is None or reply.started or (reply.stopping and self.ask.sent):
+            return Resume(id=reply.id, after=reply.seq if self.gap is None else 0)
         return self.prompt
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    """A request that is no prompt, and its answer to come. ``again``: it was sent before.
-
-    ``read`` is given the answer as it comes: what it cannot read is not of the protocol.
-    """
-
-    frame: bytes
-    kind: str
-    read: Callable[[Mapping[str, Any]], Any]
-    answer: asyncio.Future[Any]
-    conversation: str | None
-    sent: bool = False
-    again: bool = False
-
-    def fits(self, frame: Mapping[str, Any]) -> bool:
-        """Whether a frame is the answer, and not news of what others did."""
-        news = frame.get("conversation") not in {None, self.conversation}
-        return frame.get("type") == self.kind and not (news and self.conversation is not None)
 
 
 class Chat:
@@ -187,8 +119,6 @@ class Chat:
 
     Attributes:
         conversation: which goes on where a prompt names none.
-        principal: whom the server takes the client for; None if it has not been asked.
-        failure: why there is no connection, if there is none.
     """
 
     def __init__(
@@ -200,46 +130,40 @@ class Chat:
         on_state: Callable[[State], None] | None,
     ) -> None:
         self.conversation = conversation
-        self.principal: str | None = None
-        self.failure: ConnectionFailed | None = None
-        self._url = url
-        self._token = token
         self._timeouts = timeouts
-        self._on_state = on_state
-        self._state = State.CONNECTING
         self._asked: dict[str, _Asked] = {}  # all that is not over, in the order of asking
-        self._request: _Request | None = None
-        self._requests = asyncio.Lock()
-        self._owner: asyncio.Task[None] | None = None
-        self._opened: asyncio.Future[None]
-        self._wanted = asyncio.Event()  # somebody asks for something
-        self._pause = Pause()
-        self._closing = False
-        # Of this connection.
-        self._wake = asyncio.Event()  # there is something to write
-        self._urgent: deque[bytes] = deque()
-        self._outbox: deque[_Asked] = deque()
-        self._unanswered: set[str] = set()
-        self._window = MOST_UNANSWERED
-        self._held_until = 0.0
-        self._stopped: set[str] = set()
-        self._authenticated = asyncio.Event()  # no `auth` waits for its answer
-        self._complaint = ""  # the last error that was about nothing else than the connection
-        self._renewal: asyncio.Task[None] | None = None
+        self._requests: dict[asyncio.Future[Any], Ask] = {}  # in the order of asking
+        self._stopped: set[str] = set()  # replies, on this connection
+        self._entered = self._closing = False
+        hooks = Hooks(self._waiting, self._begin, self._hear, self._drop)
+        self._keeper = Keeper(url, token, timeouts, hooks, on_state)
 
     @property
     def state(self) -> State:
         """How it is connected."""
-        return self._state
+        return self._keeper.state
+
+    @property
+    def principal(self) -> str | None:
+        """Whom the server takes the client for; None if it has not told."""
+        return self._keeper.principal
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the server accepts; None if it has not told."""
+        return self._keeper.limits
+
+    @property
+    def failure(self) -> ConnectionFailed | None:
+        """Why there is no connection, if there is none."""
+        return self._keeper.failure
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        if self._owner is not None:
+        if self._entered:
             raise RuntimeError("a chat runs once")
-        self._opened = loop.create_future()
-        self._owner = loop.create_task(self._run())
+        self._entered = True
         try:
-            await asyncio.shield(self._opened)
+            await self._keeper.open()
         except BaseException:
             await self.close()
             raise
@@ -255,23 +179,22 @@ class Chat:
 
     async def close(self) -> None:
         """Stop what was asked and still runs, and close the connection. Idempotent."""
-        if self._owner is None or self._closing:
+        if not self._entered or self._closing:
             return
         self._closing = True
+        loop = asyncio.get_running_loop()
+        by = loop.time() + self._timeouts.closing
         try:
             own = [asked.reply for asked in self._asked.values() if asked.prompt is not None]
             for reply in own:
                 self._stop(reply)
-            if own and self._state is State.OPEN:
+            if own and self._keeper.link is not None:
                 ends = [asyncio.ensure_future(_ended(reply)) for reply in own]
-                await asyncio.wait(ends, timeout=self._timeouts.closing)
+                await asyncio.wait(ends, timeout=by - loop.time())
                 for end in ends:
                     end.cancel()
         finally:
-            self._owner.cancel()
-            await asyncio.wait({self._owner})
-            self._opened.cancel()
-            self._fail(ConnectionFailed("the chat was closed"))
+            await self._keeper.close(by)
 
     # What it is asked for.
 
@@ -282,6 +205,7 @@ class Chat:
         messages: Sequence[tuple[Literal["user", "assistant"], str]] | None = None,
         conversation: str | None = None,
         on_busy: Literal["reject", "queue", "interrupt"] = "reject",
+        retry_of: str | None = None,
         model: str | None = None,
         system: str | None = None,
         max_tokens: int | None = None,
@@ -297,6 +221,9 @@ class Chat:
             messages: role and content of each, instead of ``text``: a history that is kept here.
             conversation: which goes on; one that is not known begins. Default: the chat's own.
             on_busy: what to do while it is generating: fail with ``busy``, wait, or stop that.
+            retry_of: the id of the conversation's last reply. The new turn takes the place of that
+                turn, which the model is not shown again; ``text`` may differ. A server that does
+                not know retries keeps both turns.
             model: one that the server allows.
             system: the system prompt.
             max_tokens: the most that the reply may have.
@@ -318,6 +245,7 @@ class Chat:
             id=new_id(),
             conversation=conversation,
             on_busy=on_busy,
+            retry_of=retry_of,
             model=model,
             system=system,
             max_tokens=max_tokens,
@@ -325,7 +253,7 @@ class Chat:
         )
         assert frame.id is not None
         reply = Reply(frame.id, conversation, 0, self._stop)
-        return self._ask(reply, _dump(frame))
+        return self._ask(reply, frame)
 
     def resume(self, reply_id: str, after: int = 0) -> Reply:
         """Follow a reply again, from this or another program, while the server still knows it.
@@ -333,6 +261,7 @@ class Chat:
         Args:
             reply_id: the :attr:`Reply.id`.
             after: the :attr:`Reply.seq` of the last piece that is known; the text begins after it.
+                Where the server died and has less, the reply ends as ``interrupted``.
 
         Raises:
             ValueError: it is no id of the protocol's.
@@ -355,10 +284,8 @@ class Chat:
         pages: list[tuple[History, int | None]] = []
         before: int | None = NEWEST
         while before is not None:
-            read = functools.partial(_read_history, name, before)
-            pages.append(
-                await self._ask_for(Open(conversation=name, before=before), "history", read)
-            )
+            read = functools.partial(read_history, name, before)
+            pages.append(await self._ask_for(Open(conversation=name, before=before), read))
             before = pages[-1][1]
         messages = tuple(message for page, _ in reversed(pages) for message in page.messages)
         return replace(pages[0][0], messages=messages)
@@ -374,7 +301,7 @@ class Chat:
         before: str | None = None
         while len(found) < limit:
             frame = List(limit=min(PAGE, limit - len(found)), before=before)
-            items, before = await self._ask_for(frame, "conversations", _read_conversations)
+            items, before = await self._ask_for(frame, read_conversations)
             found += items
             if before is None or not items:
                 break
@@ -387,7 +314,7 @@ class Chat:
             ServerError: there is none, or it cannot be saved now.
             ConnectionFailed: there is no connection.
         """
-        await self._ask_for(Rename(conversation=conversation, title=title), "renamed", _done)
+        await self._ask_for(Rename(conversation=conversation, title=title), read_nothing)
 
     async def delete(self, conversation: str) -> None:
         """Stop what runs in a conversation, and delete it.
@@ -396,399 +323,170 @@ class Chat:
             ServerError: there is none, or it cannot be deleted now.
             ConnectionFailed: there is no connection.
         """
-        await self._ask_for(Delete(conversation=conversation), "deleted", _done)
+        await self._ask_for(Delete(conversation=conversation), read_nothing)
 
     def _check(self) -> None:
-        if self._owner is None:
+        if not self._entered:
             raise RuntimeError("a chat is used inside its `async with`")
-        if self._state is State.CLOSED or self._closing:
+        if self.state is State.CLOSED or self._closing:
             raise self.failure or ConnectionFailed("the chat was closed")
 
-    def _ask(self, reply: Reply, prompt: bytes | None) -> Reply:
-        asked = _Asked(reply, prompt, asyncio.get_running_loop().time() + self._timeouts.patience)
-        self._asked[reply.id] = asked
-        self._outbox.append(asked)
-        self._want()
+    def _ask(self, reply: Reply, prompt: Prompt | None) -> Reply:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._timeouts.patience
+        asked = self._asked[reply.id] = _Asked(reply, prompt, until)
+        asked.ask = Ask(asked.frame, functools.partial(self._answered, asked))
+        asked.timer = loop.call_at(until, self._give_up, asked)
+        if self._keeper.link is not None:
+            self._keeper.link.prompt(asked.ask)
+        self._keeper.want()
         return reply
 
+    def _give_up(self, asked: _Asked) -> None:
+        """Have a reply fail that the server has neither accepted nor refused in time."""
+        if asked.reply.started:
+            return
+        if self._keeper.link is None:  # the time for a new connection is counted elsewhere
+            loop, patience = asyncio.get_running_loop(), self._timeouts.patience
+            asked.timer = loop.call_later(patience, self._give_up, asked)
+            return
+        if asked.ask.sent:
+            self._send_stop(asked.reply)  # nobody waits for it any more
+        silence = ConnectionFailed("the server did not answer in time", final=False)
+        self._forget(asked)
+        asked.reply.fail(asked.refused or silence)
+
+    def _forget(self, asked: _Asked) -> None:
+        """Ask for a reply no more: it is over, or is about to be."""
+        del self._asked[asked.reply.id]
+        asked.timer.cancel()
+        if self._keeper.link is not None:
+            self._keeper.link.withdraw(asked.ask)
+
     def _stop(self, reply: Reply) -> None:
-        asked = self._asked.get(reply.id)
+        asked, link = self._asked.get(reply.id), self._keeper.link
         if asked is None:
             return
         reply.stopping = True
-        if asked.prompt is not None and not asked.sent:
-            del self._asked[reply.id]
-            with contextlib.suppress(ValueError):
-                self._outbox.remove(asked)
+        if asked.prompt is not None and not asked.ask.sent:
+            self._forget(asked)
             reply.end("stopped", "client", Usage())
-        elif self._state is State.OPEN and asked not in self._outbox:
+        elif link is not None and not link.waits(asked.ask):
             self._send_stop(reply)
         # Else it is sent once the server has told on this connection that it has it.
 
     def _send_stop(self, reply: Reply) -> None:
-        if reply.id not in self._stopped:
+        if self._keeper.link is not None and reply.id not in self._stopped:
             self._stopped.add(reply.id)
-            self._urgent.append(json.dumps({"type": "stop", "id": reply.id}).encode())
-            self._wake.set()
+            self._keeper.link.send(Ask(lambda: Stop(id=reply.id), lambda _: None))
 
     async def _ask_for(
-        self,
-        frame: Open | List | Rename | Delete,
-        kind: str,
-        read: Callable[[Mapping[str, Any]], T],
+        self, frame: Open | List | Rename | Delete, read: Callable[[Mapping[str, Any]], T]
     ) -> T:
         """Send a request and return its answer, however often the connection is lost meanwhile."""
         self._check()
         loop = asyncio.get_running_loop()
         until = loop.time() + self._timeouts.patience
-        async with self._requests:
-            while True:
-                self._check()
-                answer: asyncio.Future[T] = loop.create_future()
-                request = self._request = _Request(
-                    _dump(frame), kind, read, answer, getattr(frame, "conversation", None)
-                )
-                self._want()
-                try:
-                    return await answer
-                except ServerError as error:
-                    # Of a request that was lost nobody knows whether it has been done.
-                    if isinstance(frame, Delete) and request.again and error.code == Code.NOT_FOUND:
-                        return read({})
-                    wait = error.retry_after
-                    if not error.retryable or wait is None or loop.time() + wait > until:
-                        raise
-                    await asyncio.sleep(max(LEAST_WAIT, wait * MARGIN))
-                finally:
-                    self._request = None
-
-    def _want(self) -> None:
-        self._wanted.set()
-        self._wake.set()
-
-    # The connection.
-
-    async def _run(self) -> None:
-        """Own the connection, for as long as there is to be one."""
-        loop = asyncio.get_running_loop()
-        try:
-            until = loop.time() + self._timeouts.opening
-            first = True
-            while True:
-                socket = await self._connect(until)
-                if socket is not None:
-                    began = loop.time()
-                    wanted = await self._talk(socket)
-                    if loop.time() - began > self._timeouts.ping:
-                        self._pause.reset()
-                    # One that says nothing before it closes is as good as none.
-                    if first or self._pause.is_shortest:
-                        until = loop.time() + self._timeouts.patience
-                    first = False
-                    if wanted and loop.time() < until:
-                        self._set_state(State.LOST)
-                        await asyncio.sleep(self._pause.next())
-                        continue
-                    if wanted and self.failure is not None:
-                        self._drop(self.failure)
-                self._wanted.clear()
-                self._set_state(State.IDLE)
-                await self._wanted.wait()
-                until = loop.time() + self._timeouts.patience
-                self._set_state(State.CONNECTING)
-        except ConnectionFailed as failure:
-            self._fail(failure)
-        except Exception as error:  # noqa: BLE001
-            broken = ConnectionFailed(f"{type(error).__name__}: {error}")
-            broken.__cause__ = error
-            self._fail(broken)
-
-    async def _connect(self, until: float) -> ClientConnection | None:
-        """Return a connection; None if it was given up for now, and what waited has failed.
-
-        Raises:
-            ConnectionFailed: there will be none.
-        """
-        loop = asyncio.get_running_loop()
         while True:
+            answer: asyncio.Future[T] = loop.create_future()
+            ask = Ask(lambda: frame, functools.partial(_settle, answer, read))
+            self._requests[answer] = ask
+            if self._keeper.link is not None:
+                self._keeper.link.request(ask)
+            self._keeper.want()
             try:
-                async with asyncio.timeout(self._timeouts.opening):
-                    token = await self._fresh_token()
-                    return await dial(self._url, token, self._timeouts)
-            except Unreached as error:
-                unreached = error
+                async with asyncio.timeout_at(until):
+                    return await answer
             except TimeoutError:
-                unreached = Unreached("no answer in time")
-            wait = self._pause.next() + unreached.after
-            left = until - loop.time()
-            if wait < left:
-                await asyncio.sleep(wait)
-                continue
-            failure = ConnectionFailed(
-                f"cannot connect to {shown(self._url)}: {unreached}",
-                status=unreached.status,
-                final=False,
-            )
-            if not self._opened.done():
-                raise failure
-            self._drop(failure)
-            return None
+                raise ConnectionFailed("the server did not answer in time", final=False) from None
+            except ServerError as error:
+                # Of a request that was lost nobody knows whether it has been done.
+                again = ask.sent > 1
+                if isinstance(frame, Delete) and again and error.code == Code.NOT_FOUND:
+                    return read({})
+                wait = error.retry_after
+                if not error.retryable or wait is None or loop.time() + wait > until:
+                    raise
+            finally:
+                del self._requests[answer]
+                if self._keeper.link is not None:
+                    self._keeper.link.withdraw(ask)
+            await asyncio.sleep(max(LEAST_WAIT, wait * MARGIN))
+            self._check()
 
-    async def _fresh_token(self) -> str | None:
-        if self._token is None or isinstance(self._token, str):
-            return self._token
-        try:
-            return await self._token()
-        except Exception as error:
-            raise Unreached(f"no token: {str(error) or type(error).__name__}") from error
+    # What the keeper of the connection does with it.
 
-    async def _talk(self, socket: ClientConnection) -> bool:
-        """Use a connection until it is lost; return whether to dial again at once.
+    def _waiting(self) -> bool:
+        """Whether anything has been asked for that is not over."""
+        return bool(self._asked or self._requests)
 
-        Raises:
-            ConnectionFailed: not at all.
-        """
-        loop = asyncio.get_running_loop()
-        self._urgent.clear()
+    def _begin(self, link: Link) -> None:
+        """Ask on a new connection for all that is not over."""
         self._stopped.clear()
-        self._unanswered.clear()
-        self._window, self._held_until, self._complaint = MOST_UNANSWERED, 0.0, ""
-        self._outbox = deque(self._asked.values())
-        if self._request is not None:
-            self._request.again = self._request.sent
-            self._request.sent = False
-        self._authenticated.set()
-        header = socket.request and socket.request.headers.get("Authorization")
-        if header:
-            self._send_auth(header.removeprefix("Bearer "))
-        self.failure = None
-        self._set_state(State.OPEN)
-        if not self._opened.done():
-            self._opened.set_result(None)
-        writer = loop.create_task(self._write(socket))
-        try:
-            await self._read(socket)
-        except ConnectionClosed:
-            pass
-        finally:
-            if self._renewal is not None:
-                self._renewal.cancel()
-            writer.cancel()
-            await asyncio.wait({writer})
-            await socket.close()
-        return self._ended(socket)
+        for asked in self._asked.values():
+            link.prompt(asked.ask)
+        for ask in self._requests.values():
+            link.request(ask)
 
-    def _ended(self, socket: ClientConnection) -> bool:
-        code, reason = socket.close_code, self._complaint or socket.close_reason
-        busy = bool(self._asked) or self._request is not None
-        if code == Close.NORMAL and not busy:
-            return False
-        failure = ConnectionFailed(
-            f"the server closed the connection: {reason or code}", close_code=code, final=False
-        )
-        # A token that has expired can be replaced, where one that was not good cannot.
-        replaceable = callable(self._token) and self.principal is not None
-        if code in FINAL and not (code == Close.POLICY_VIOLATION and replaceable):
-            failure.final = True
-            raise failure
-        self.principal = None
-        self.failure = failure
-        return True
+    def _drop(self, failure: ConnectionFailed) -> None:
+        """Have all fail that is not over."""
+        for asked in tuple(self._asked.values()):
+            self._forget(asked)
+            asked.reply.fail(failure)
+        for answer in self._requests:
+            if not answer.done():
+                answer.set_exception(failure)
 
-    async def _read(self, socket: ClientConnection) -> None:
-        turn = 0
-        async for message in socket:
-            try:
-                frame = json.loads(message)
-                if not isinstance(frame, dict):
-                    raise TypeError("a frame is an object")
-                self._take(frame)
-            except (ValueError, KeyError, TypeError) as error:
-                reason = f"this is no server of this protocol: {error!r}"
-                raise ConnectionFailed(reason) from error
-            turn = (turn + 1) % MESSAGES_PER_TURN
-            if not turn:
-                await asyncio.sleep(0)
-
-    async def _write(self, socket: ClientConnection) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            while True:
-                self._wake.clear()
-                frame = self._next_frame()
-                if frame is None:
-                    await self._wake.wait()
-                else:
-                    await socket.send(frame, text=True)
-
-    def _next_frame(self) -> bytes | None:
-        """Take the next frame to be sent, if there is one that may be sent now."""
-        loop = asyncio.get_running_loop()
-        if self._urgent:
-            return self._urgent.popleft()
-        if self._held_until > loop.time():
-            loop.call_at(self._held_until, self._wake.set)
-            return None
-        if self._outbox and len(self._unanswered) < self._window:
-            asked = self._outbox.popleft()
-            frame = asked.frame()
-            asked.sent = True
-            self._unanswered.add(asked.reply.id)
-            return frame
-        request = self._request
-        if request is not None and not request.sent and self._authenticated.is_set():
-            request.sent = True
-            return request.frame
-        return None
-
-    # What the server says.
-
-    def _take(self, frame: dict[str, Any]) -> None:
-        kind = frame.get("type")
-        name = frame.get("id")
-        if kind == "error" and name is None:
-            self._refused(frame)
-        elif name is not None:
-            self._pause.reset()
-            self._follow(name, frame)
-        elif kind == "authenticated":
-            self._pause.reset()
-            self._authenticated.set()
-            self.principal = frame["principal"]
-            self._renew_before(frame.get("expires"))
-            self._wake.set()
-        elif kind in {"history", "conversations", "renamed", "deleted"}:
-            self._pause.reset()
-            request = self._request
-            if request is not None and request.fits(frame) and not request.answer.done():
-                request.answer.set_result(request.read(frame))
-        # Anything else is of a later version.
-
-    def _follow(self, name: str, frame: Mapping[str, Any]) -> None:
-        asked = self._asked.get(name)
+    def _hear(self, frame: Mapping[str, Any]) -> None:
+        """Take a frame of a reply. Any other is news of what others did, or of a later version."""
+        asked = self._asked.get(frame.get("id", ""))
         if asked is None:
             return
         reply = asked.reply
+        if asked.gap is not None and _goes_on(frame, reply.seq):
+            self._forget(asked)
+            reply.fail(asked.gap)
+            return
         reply.take(frame)
-        if frame["type"] == "start":
-            self._answered(name)
-            self._window = min(MOST_UNANSWERED, self._window + 1)
-            if reply.stopping:
-                self._send_stop(reply)
+        if frame["type"] == "start" and reply.stopping:
+            self._send_stop(reply)
         if reply.over:
-            self._answered(name)
-            del self._asked[name]
+            self._forget(asked)
 
-    def _answered(self, name: str) -> None:
-        self._unanswered.discard(name)
-        self._wake.set()
-
-    def _refused(self, frame: Mapping[str, Any]) -> None:
-        """Take an error that is about a frame of the client's."""
-        asked = self._asked.get(frame.get("about", ""))
-        if frame["code"] == Code.NOT_RUNNING:
-            return
-        wait = seconds_of(frame.get("retry_after"))
-        if frame["code"] == Code.LIMIT and wait is not None:
-            self._hold(wait)
-        if asked is not None:
-            self._answered(asked.reply.id)
-            self._refused_reply(asked, ReplyError.of(frame))
-            return
-        self._complaint = str(frame.get("message", ""))
-        if not self._authenticated.is_set():
-            self._authenticated.set()
-            self._wake.set()
-        elif self._request is not None and not self._request.answer.done():
-            self._request.answer.set_exception(ServerError.of(frame))
-
-    def _hold(self, seconds: float) -> None:
-        """Send nothing but stops for a time, and then less at once."""
-        until = asyncio.get_running_loop().time() + seconds * MARGIN
-        self._held_until = max(self._held_until, until)
-        self._window = max(1, len(self._unanswered) // 2)
-
-    def _refused_reply(self, asked: _Asked, error: ReplyError) -> None:
-        """Try again, if that is known to help; else the reply has failed."""
-        loop = asyncio.get_running_loop()
+    def _answered(self, asked: _Asked, answer: Mapping[str, Any]) -> None:
+        """Take the answer to a prompt or a resume. A refusal is tried again, if that may help."""
         reply = asked.reply
-        resumed = reply.started or asked.prompt is None
+        if not is_refusal(answer) or self._asked.get(reply.id) is not asked:
+            return
+        loop, link = asyncio.get_running_loop(), self._keeper.link
+        error = asked.refused = ReplyError.of(answer)
         if error.code == Code.SHUTTING_DOWN:
             return  # another server will be asked, as soon as this one has closed
-        if error.code == Code.NOT_FOUND and reply.stopping and not resumed:
-            del self._asked[reply.id]
+        if error.code == Code.NOT_FOUND and reply.stopping and not asked.resumes:
+            self._forget(asked)
             reply.end("stopped", "client", Usage())
             return
+        if error.code == Code.NOT_FOUND and reply.started:  # the server died before it saved any
+            self._forget(asked)
+            reply.fail(ReplyError(Code.INTERRUPTED, "The server lost the reply.", retryable=True))
+            return
+        if error.code == Code.GAP and asked.gap is None and link is not None:
+            asked.gap = error  # the server died; how the reply ended is still to be told
+            link.prompt(asked.ask)
+            return
         wait = error.retry_after
-        if wait is None and error.retryable and resumed:
+        if wait is None and error.retryable and asked.resumes:
             wait = SOON  # it runs; it is only this connection that may not follow it now
         if error.retryable and wait is not None and loop.time() + wait < asked.until:
-            loop.call_later(max(LEAST_WAIT, wait * MARGIN), self._again, asked, self._outbox)
+            loop.call_later(max(LEAST_WAIT, wait * MARGIN), self._again, asked, link)
             return
-        del self._asked[reply.id]
+        self._forget(asked)
         reply.fail(error)
 
-    def _again(self, asked: _Asked, outbox: deque[_Asked]) -> None:
+    def _again(self, asked: _Asked, link: Link | None) -> None:
         # On another connection all is asked anew anyway.
-        if outbox is self._outbox and not asked.reply.over:
-            outbox.append(asked)
-            self._wake.set()
-
-    # Who the client is.
-
-    def _send_auth(self, token: str) -> None:
-        self._authenticated.clear()
-        self._urgent.append(_dump(Auth(token=token)))
-        self._wake.set()
-
-    def _renew_before(self, expires: float | None) -> None:
-        if expires is None or not callable(self._token):
-            return
-        delay = max(0.0, (expires - time.time()) * RENEW_AT)
-        if self._renewal is not None:
-            self._renewal.cancel()
-        self._renewal = asyncio.get_running_loop().create_task(self._renew(delay))
-
-    async def _renew(self, delay: float) -> None:
-        """Say again who the client is. If that fails, the server closes; then it is tried anew."""
-        await asyncio.sleep(delay)
-        with contextlib.suppress(Unreached):
-            token = await self._fresh_token()
-            async with self._requests:  # so that errors without an id are about one thing only
-                assert token is not None
-                self._send_auth(token)
-                await self._authenticated.wait()
-
-    # Its end.
-
-    def _set_state(self, state: State) -> None:
-        if state is not self._state:
-            self._state = state
-            if self._on_state is not None:
-                self._on_state(state)
-
-    def _drop(self, failure: ChatError) -> None:
-        """Have all that waits fail."""
-        asked, self._asked = self._asked, {}
-        self._outbox.clear()
-        for one in asked.values():
-            one.reply.fail(failure)
-        if self._request is not None and not self._request.answer.done():
-            self._request.answer.set_exception(failure)
-        if isinstance(failure, ConnectionFailed):
-            self.failure = failure
-
-    def _fail(self, failure: ConnectionFailed) -> None:
-        if self._state is State.CLOSED:
-            return
-        self._set_state(State.CLOSED)
-        self._drop(failure)
-        if not self._opened.done():
-            self._opened.set_exception(failure)
-            self._opened.exception()  # whoever entered may have left meanwhile
-
-
-def _dump(frame: Prompt | Resume | Open | List | Rename | Delete | Auth) -> bytes:
-    return frame.model_dump_json(exclude_none=True).encode()
+        if link is not None and link is self._keeper.link and not asked.reply.over:
+            link.prompt(asked.ask)
 
 
 async def _ended(reply: Reply) -> None:
@@ -796,39 +494,24 @@ async def _ended(reply: Reply) -> None:
         await reply.done()
 
 
-def _read_history(name: str, asked: int, frame: Mapping[str, Any]) -> tuple[History, int | None]:
-    """Return a part of a history, and where the one before it ends."""
-    messages = tuple(
-        Message(
-            _text(m["role"]),
-            _text(m["content"]),
-            _text(m["id"]),
-            None if m.get("partial") is None else _text(m["partial"]),
-        )
-        for m in frame["messages"]
-    )
-    running = tuple(_text(reply) for reply in frame["running"])
-    before = frame.get("before")
-    if before is not None and not 0 <= before < asked:
-        raise ValueError("a history has a beginning")
-    return History(name, _text(frame["title"]), messages, running), before
+def _settle(
+    answer: asyncio.Future[T], read: Callable[[Mapping[str, Any]], T], frame: Mapping[str, Any]
+) -> None:
+    """Give an answer to whoever waits for it. An answer that cannot be read is not answered."""
+    if answer.done():
+        return
+    if is_refusal(frame):
+        answer.set_exception(ServerError.of(frame))
+    else:
+        answer.set_result(read(frame))
 
 
-def _read_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:
-    """Return a part of a list, and where the next one begins."""
-    items = [
-        Conversation(_text(i["id"]), _text(i["title"]), float(i["created"]), float(i["updated"]))
-        for i in frame["items"]
-    ]
-    following = frame.get("next")
-    return items, None if following is None else _text(following)
+def _goes_on(frame: Mapping[str, Any], seq: int) -> bool:
+    """Whether a server that had less of a reply than is here goes on with it, or says it is whole.
 
-
-def _done(_: Mapping[str, Any]) -> None:
-    """Take an answer that says no more than that it is done."""
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a text is expected")
-    return value
+    Then the text that comes does not follow on what is here.
+    """
+    kind = frame["type"]
+    if kind == "done":
+        return bool(frame["seq"] < seq)
+    return kind in {"token", "thinking"} and frame["seq"] > seq

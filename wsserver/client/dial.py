@@ -4,16 +4,18 @@
 random time, so that all clients of a server that restarted do not come back at once.
 """
 
+import asyncio
 import ipaddress
 import math
 import random
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from time import time
+from typing import Any
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection
@@ -31,15 +33,15 @@ from websockets.typing import Subprotocol
 from wsserver.client.failures import ConnectionFailed
 from wsserver.protocol import SUBPROTOCOL, Close
 
-__all__ = ["FINAL", "Pause", "Timeouts", "Unreached", "dial", "shown"]
+__all__ = ["FINAL", "Pause", "Socket", "Timeouts", "Unreached", "dial", "reach", "shown"]
 
-FINAL = frozenset(
-    {Close.PROTOCOL_ERROR, Close.INVALID_DATA, Close.POLICY_VIOLATION, Close.MESSAGE_TOO_BIG}
-)
+FINAL = frozenset({Close.PROTOCOL_ERROR, Close.INVALID_DATA, Close.POLICY_VIOLATION})
 PASSING = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 )
 SHORTEST, LONGEST = 0.5, 15.0  # seconds: bounds of the first pause, and of the last
+ATTEMPT = 10.0  # seconds for one attempt
+LAST_ATTEMPT = 1.0  # seconds for an attempt at the very end
 LONGEST_TOKEN = 8192  # characters, as the server has it
 LARGEST = 16 * 1024 * 1024  # bytes of a frame; the server sends less than 1 MiB at once
 
@@ -52,6 +54,23 @@ class Timeouts:
     ping: float
     closing: float
     patience: float
+
+
+class Socket(ClientConnection):
+    """A WebSocket that knows when something came from the server.
+
+    Attributes:
+        heard: when bytes came last, by the event loop's clock.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.heard = self.loop.time()
+
+    def data_received(self, data: bytes) -> None:
+        """Note the time, and take the bytes."""
+        self.heard = self.loop.time()
+        super().data_received(data)
 
 
 class Unreached(Exception):
@@ -86,8 +105,45 @@ class Pause:
         self._failures = 0
 
 
-async def dial(url: str, token: str | None, timeouts: Timeouts) -> ClientConnection:
-    """Open a connection.
+async def reach(
+    url: str,
+    token: Callable[[], Awaitable[str | None]],
+    timeouts: Timeouts,
+    pause: Pause,
+    until: float,
+) -> Socket:
+    """Open a connection, with as many attempts as it takes. The last one begins at the end.
+
+    Args:
+        url: where to.
+        token: gives what says who the client is, for each attempt.
+        timeouts: those of the chat.
+        pause: between the attempts.
+        until: when to give up, by the event loop's clock.
+
+    Raises:
+        Unreached: there is no connection in time; tells why the last attempt failed.
+        ConnectionFailed: no later attempt can succeed.
+    """
+    loop = asyncio.get_running_loop()
+    while True:
+        left = until - loop.time()
+        try:
+            async with asyncio.timeout(min(ATTEMPT, max(LAST_ATTEMPT, left))):
+                return await dial(url, await token(), timeouts)
+        except TimeoutError:
+            unreached = Unreached("no answer in time")
+        except Unreached as error:
+            unreached = error
+        left = until - loop.time()
+        # A server that asks for more time than there is would refuse the last attempt too.
+        if left <= 0 or unreached.after > left:
+            raise unreached
+        await asyncio.sleep(min(left, pause.next() + unreached.after))
+
+
+async def dial(url: str, token: str | None, timeouts: Timeouts) -> Socket:
+    """Open a connection. The caller bounds the time.
 
     Raises:
         Unreached: not now.
@@ -99,17 +155,17 @@ async def dial(url: str, token: str | None, timeouts: Timeouts) -> ClientConnect
         raise ConnectionFailed("the token is too long, or has characters that no token has")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
-        return await open_socket(
+        socket = await open_socket(
             url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
             compression=None,  # a token is too short to be worth it
             proxy=None if _on_this_machine(url) else True,
-            open_timeout=timeouts.opening,
-            ping_interval=timeouts.ping,
-            ping_timeout=timeouts.ping,
+            open_timeout=None,
+            ping_interval=None,  # the link asks for signs of life by itself
             close_timeout=timeouts.closing,
             max_size=LARGEST,
+            create_connection=Socket,
         )
     except InvalidStatus as error:
         status = error.response.status_code
@@ -131,6 +187,8 @@ async def dial(url: str, token: str | None, timeouts: Timeouts) -> ClientConnect
         if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
             raise Unreached("the connection was lost while it was opened") from error
         raise ConnectionFailed(f"this is no WebSocket server: {error}") from error
+    assert isinstance(socket, Socket)
+    return socket
 
 
 def shown(url: str) -> str:

@@ -88,7 +88,11 @@ class ServerError(ChatError):
 
 
 class ReplyError(ServerError):
-    """A prompt was refused, or its reply failed. What was said before is in the reply's text."""
+    """A prompt was refused, or its reply failed. What was said before is in the reply's text.
+
+    After ``interrupted``, the server died, and the conversation may have less than that text:
+    :meth:`Chat.history` tells what was saved.
+    """
 
 
 def seconds_of(value: object) -> float | None:

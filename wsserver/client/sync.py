@@ -16,8 +16,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from wsserver.client.chat import Chat, Conversation, History, State
 from wsserver.client.chat import connect as connect_async
+from wsserver.client.history import Conversation, History
+from wsserver.client.keeper import State
+from wsserver.client.link import Limits
 from wsserver.client.reply import Done, Reply, Usage
 
 __all__ = ["SyncChat", "SyncReply", "connect"]
@@ -39,16 +41,35 @@ def connect(url: str, **settings: Any) -> "SyncChat":
 
 
 class _Loop:
-    """An event loop in a thread."""
+    """An event loop in a thread, from :meth:`start` to :meth:`close`."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread
+        self._starting = threading.Lock()  # or ending
+
+    def start(self) -> None:
+        """Begin the thread.
+
+        Raises:
+            RuntimeError: it runs already.
+        """
+        if self._loop is not None:
+            raise RuntimeError("a chat runs once")
+        loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=loop.run_forever, daemon=True)
         self._thread.start()
+        self._loop = loop
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run it there, and return what it does. What interrupts the wait cancels it."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """Run it there, and return what it does. What interrupts the wait cancels it.
+
+        Before and after the thread nothing is under way, so that nothing need be waited for.
+        """
+        with self._starting:
+            if self._loop is None:
+                return _without_waiting(coroutine)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         except BaseException:
@@ -57,14 +78,17 @@ class _Loop:
 
     def close(self) -> None:
         """End the thread, after what was interrupted in it has come to its end."""
-        asyncio.run_coroutine_threadsafe(_settle(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        with self._starting:
+            loop, self._loop = self._loop, None
+        assert loop is not None
+        asyncio.run_coroutine_threadsafe(_settle(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
         self._thread.join()
-        self._loop.close()
+        loop.close()
 
 
 class SyncReply:
-    """A :class:`~wsserver.client.Reply` whose calls wait."""
+    """A :class:`~wsserver.client.Reply` whose calls wait. It can be read after the ``with`` too."""
 
     def __init__(self, reply: Reply, loop: _Loop) -> None:
         self._reply = reply
@@ -115,15 +139,13 @@ class SyncChat:
     """A :class:`~wsserver.client.Chat` whose calls wait."""
 
     def __init__(self, url: str, settings: dict[str, Any]) -> None:
-        self._url = url
-        self._settings = settings
-        self._loop: _Loop
-        self._chat: Chat
+        self._loop = _Loop()
+        self._chat = connect_async(url, **settings)
 
     def __enter__(self) -> Self:
-        self._loop = _Loop()
+        self._loop.start()
         try:
-            self._chat = self._loop.run(self._enter())
+            self._loop.run(self._chat.__aenter__())
         except BaseException:
             self._loop.close()
             raise
@@ -140,9 +162,6 @@ class SyncChat:
         finally:
             self._loop.close()
 
-    async def _enter(self) -> Chat:
-        return await connect_async(self._url, **self._settings).__aenter__()
-
     @property
     def state(self) -> State:
         """How it is connected."""
@@ -152,6 +171,16 @@ class SyncChat:
     def conversation(self) -> str:
         """Which goes on where a prompt names none."""
         return self._chat.conversation
+
+    @property
+    def principal(self) -> str | None:
+        """Whom the server takes the client for; None if it has not told."""
+        return self._chat.principal
+
+    @property
+    def limits(self) -> Limits | None:
+        """What the server accepts; None if it has not told."""
+        return self._chat.limits
 
     def prompt(self, text: str | None = None, **keys: Any) -> SyncReply:
         """Ask for a reply; see :meth:`wsserver.client.Chat.prompt`."""
@@ -179,6 +208,21 @@ class SyncChat:
 
     def _reply(self, ask: Callable[[], Reply]) -> SyncReply:
         return SyncReply(self._loop.run(_call(ask)), self._loop)
+
+
+def _without_waiting(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that has nothing to wait for.
+
+    Raises:
+        RuntimeError: the coroutine waits.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as ended:
+        result: T = ended.value
+        return result
+    coroutine.close()
+    raise RuntimeError("a chat is used inside its `with`")
 
 
 async def _settle() -> None:
