@@ -1,6 +1,8 @@
 """Whatever a client sends, it gets a frame or a close code that explains it."""
 
+import asyncio
 import json
+from typing import Any
 
 import pytest
 from websockets.frames import Frame, Opcode
@@ -165,6 +167,31 @@ async def test_unusable_frames_count_against_the_frame_rate(puppet: Puppet) -> N
             assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
     codes = [frame["code"] for frame in chat.frames]
     assert codes == ["invalid_json"] * 3 + ["limit"] * (server.settings.bad_frames - 3)
+
+
+async def test_flood_of_stops_for_a_prompt_that_waits_keeps_one_of_them(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = asyncio.Event()
+
+    async def list_(*_: object) -> list[object]:
+        await go_on.wait()
+        return []
+
+    rates: dict[str, Any] = {"frame_rate": 0.001, "frame_burst": 2}
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, **rates) as server:
+        monkeypatch.setattr(server._store, "list", list_)
+        async with client(server) as chat:
+            await chat.send({"type": "list"})
+            await chat.send({"prompt": "x", "id": ID})
+            for _ in range(server.settings.bad_frames):
+                await chat.send({"type": "stop", "id": ID})
+            (open_,) = server._connections.values()
+            await until(lambda: open_.frames == 2 + server.settings.bad_frames)
+            assert [len(waiting.stops) for waiting in open_._waiting[:2]] == [0, 1]
+            go_on.set()
+            errors = [await chat.next("error") for _ in range(server.settings.bad_frames - 1)]
+            assert {error["code"] for error in errors} == {"not_running"}
 
 
 async def test_frame_of_many_parts_before_auth_is_not_parsed(

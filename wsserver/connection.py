@@ -759,7 +759,9 @@ class Connection:
         prompts = [
             waiting
             for waiting in self._waiting
-            if isinstance(waiting.request, Prompt) and stop.id in {None, waiting.request.id}
+            if isinstance(waiting.request, Prompt)
+            and stop.id in {None, waiting.request.id}
+            and not (wait and waiting.stops)  # nor may a flood pile up for one prompt
         ]
         if stop.id is None:
             # Those that wait first: else they would begin as the one before them ends.
