@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import secrets
 import socket
 import time
@@ -25,6 +26,8 @@ import wsserver
 from tests.support.abuse import (
     HERE,
     MEBIBYTE,
+    MODEL,
+    ROOT,
     Peer,
     Served,
     certificate,
@@ -34,6 +37,7 @@ from tests.support.abuse import (
     served,
 )
 from tests.support.client import Client, client
+from tests.support.process import run
 from tests.support.puppet import BOUND, until
 from tests.support.upstream import Answer, Hang, Received, Script, Upstream, reply
 from wsserver.limits import SWEEP, Budget, Rates, Shares
@@ -212,6 +216,55 @@ async def test_handshakes_of_tls_count_and_are_cut(tmp_path: Path) -> None:
         before = server.descriptors
         await meanwhile(server, abuse(server))
         await server.said("connection refused", why="limit", address=HERE)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+async def test_strangers_leave_descriptors_for_everybody_else(loop: str) -> None:
+    async def abuse(server: Served) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            for number in range(400):
+                source = f"127.0.1.{number % 8 + 1}"
+                peer = await stack.enter_async_context(Peer.open(server, source))
+                if number % 2:
+                    peer.write(Peer.HANDSHAKE + b"\r\n")
+            assert (await server.get("/healthz"))[0] == 200
+            assert server.descriptors < 256 - 40  # which replies would take
+
+    options = ("--event-loop", loop, "--connections-per-address", "100")
+    model = "anthropic:claude-sonnet-4-6"
+    async with Upstream() as upstream:
+        upstream.default = reply("fine")
+        environment = {"ANTHROPIC_BASE_URL": upstream.url, "ANTHROPIC_API_KEY": KEY}
+        async with served(*options, model=model, descriptors="256", **environment) as server:
+            async with flat(server):
+                lines = len(server.log)
+                await meanwhile(server, abuse(server))
+            # Besides those of the replies of who chats meanwhile.
+            others = [line for line in server.log[lines:] if '"event": "generation"' not in line]
+            assert len(others) <= 2 * MOST + 20
+            assert all('"level": "info"' in line for line in others)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+async def test_a_server_out_of_memory_ends_with_one_line(loop: str) -> None:
+    command = ("-m", "wsserver", "serve", "--port", "0", "--store", "memory:", "--model", MODEL)
+    limits = ("--event-loop", loop, "--grace", "60", "--grace-tokens", "1000000")
+    async with run(*command, *limits, cwd=ROOT) as process:
+        server = Served(process, (await process.line(r"(ws://\S+)"))[1])
+        async with server.client() as chat:
+            await exchange(server, chat)
+        size = server._status("VmSize") * 1024 + 8 * MEBIBYTE
+        resource.prlimit(server.pid, resource.RLIMIT_AS, (size, size))
+        async with contextlib.AsyncExitStack() as stack:
+            # Not a reply is read, and each grows up to four million characters.
+            with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+                while process.process.returncode is None:
+                    peer = await stack.enter_async_context(Peer.websocket(server))
+                    peer.write(frame('{"prompt": "talk 250000"}'))
+            assert await process.end() == 1
+    words = [line for line in process.output.splitlines() if "out of memory" in line]
+    assert len(words) == 1
+    assert len(process.output) < 100_000
 
 
 async def test_those_turned_away_who_do_not_go_take_no_descriptors() -> None:

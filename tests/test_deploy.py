@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -34,7 +35,8 @@ from tests.support.puppet import BOUND
 from tests.support.tools import ROOT, require_nginx, require_systemd
 from wsserver import Settings
 from wsserver.auth import tokens
-from wsserver.cli import LAST_MOMENT, OTHER_FILES
+from wsserver.cli import LAST_MOMENT
+from wsserver.descriptors import fit
 from wsserver.listening import name_of
 from wsserver.routes import Page
 
@@ -498,13 +500,14 @@ def test_the_units_are_valid_and_give_away_little(folder: Path) -> None:
         assert (done.returncode, warned) == (0, []), done.stdout
 
 
-def test_the_unit_gives_the_server_what_it_needs() -> None:
+def test_the_unit_gives_the_server_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     service, settings = unit("wsserver.service"), Settings()
     assert int(service["TimeoutStopSec"][0]) > settings.shutdown_timeout + LAST_MOMENT
-    needed = settings.connections + settings.generations + OTHER_FILES
-    assert int(service["LimitNOFILE"][0]) >= needed
     assert service["MemoryMax"] == ["1G"]
     assert settings.memory + PROGRAM + CONNECTION * settings.connections <= 2**30
+    limit = int(service["LimitNOFILE"][0])
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    assert fit(settings) is settings
     assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 

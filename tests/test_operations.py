@@ -293,10 +293,10 @@ async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> 
 async def test_a_server_that_cannot_start_leaves_no_port_of_operators(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def taken(endpoint: Endpoint) -> None:
+    def taken(endpoint: Endpoint) -> None:
         if endpoint is server._endpoint:
             raise OSError(errno.EADDRINUSE, "taken")
-        await serve(endpoint)
+        serve(endpoint)
 
     serve = Endpoint.serve
     server = wsserver.serve(puppet, port=0, operations_port=0)

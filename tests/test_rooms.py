@@ -13,6 +13,7 @@ FLOORS = {
     "errors": 0,
     "settings": 0,
     "logs": 0,
+    "descriptors": 1,
     "limits": 1,
     "generation": 1,
     "protocol": 1,

@@ -23,7 +23,6 @@ from wsserver.telemetry import Refusal
 
 __all__ = ["Admission", "Denied", "Visitor", "networks", "no_memory"]
 
-SPARE = 16  # connections beyond the limit, for probes: a full server is not a dead one
 RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
 # Bits of an IPv6 address that one customer commonly gets: one network, a home, a site (RFC 6177).
 IPV6_NETWORKS = (64, 56, 48)
@@ -113,10 +112,8 @@ class Admission:
             user: the id of the user whose program is there, where :attr:`users` matter.
 
         Raises:
-            Denied: there are as many as there may be.
+            Denied: the address has as many as it may.
         """
-        if self._open >= self.settings.connections + SPARE:
-            raise _full()
         foreign = self.users is not None and user not in self.users
         # Of a proxy's client the address is still to come. Another user of this machine has the
         # same address, and takes no place from its own user.

@@ -7,7 +7,6 @@ import errno
 import gc
 import json
 import os
-import resource
 import signal
 import sys
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import wsserver
-from wsserver import listening
+from wsserver import descriptors, listening
 from wsserver.auth import tokens
 from wsserver.errors import ConfigError
 from wsserver.logs import log, set_up, tell_left_out
@@ -27,7 +26,8 @@ from wsserver.settings import SECRETS, SECTIONS, Settings
 __all__ = ["main"]
 
 USAGE_ERROR = 2
-OTHER_FILES = 400  # the store, the log, Python's own, and clients who are turned away
+OUT_OF_MEMORY = 1  # the exit code, with which a service manager starts the program again
+LAST_WORDS = b"wsserver: out of memory; it ends at once, and loses no more than a crash would\n"
 LAST_MOMENT = 1.0  # seconds for Python to end when all is done
 
 
@@ -71,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.setdefault("store", f"sqlite:///{_data_file()}")
             settings = Settings.load(**arguments)
             set_up(settings.log_level)
-            _raise_file_limit(settings)
+            descriptors.raise_limit(settings)
             gc.disable()  # until all that stays is there
             with asyncio.Runner(loop_factory=_loop_factory(settings)) as runner:
                 runner.run(_serve(settings))
+    except MemoryError:
+        _give_up()
     except ConfigError as error:
         if sys.stderr is not None:  # else it would be printed on stdout
             print(f"wsserver: {error}", file=sys.stderr)
@@ -97,19 +99,6 @@ def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]
         else:
             return uvloop.new_event_loop
     return asyncio.new_event_loop
-
-
-def _raise_file_limit(settings: Settings) -> None:
-    """Have as many file descriptors as the settings may need, or as many as there are."""
-    needed = settings.connections + settings.generations + OTHER_FILES
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    if allowed > soft != resource.RLIM_INFINITY:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-            soft = allowed
-    if soft < needed and soft != resource.RLIM_INFINITY:
-        log.warning("too few file descriptors for the setting connections", has=soft, needs=needed)
 
 
 def _data_file() -> Path:
@@ -217,8 +206,43 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def _give_up() -> NoReturn:
+    """End at once, without a line of Python that could need memory."""
+    os.write(2, LAST_WORDS)
+    os._exit(OUT_OF_MEMORY)
+
+
+def _watch_failures(stack: contextlib.ExitStack) -> None:
+    """Log what Python would print of failures that nobody takes; end where memory is used up.
+
+    A callback that ran out of memory has left something half done, and there will be more of them:
+    event loops go on, log each, and even crash. A restart keeps all that the store has.
+    """
+
+    def on_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception"), MemoryError):
+            _give_up()
+        loop.default_exception_handler(context)
+
+    def on_unraisable(failed: Any) -> None:
+        if issubclass(failed.exc_type, MemoryError):
+            _give_up()
+        log.error("exception ignored", failure=failed.exc_value)
+
+    def on_thread(failed: Any) -> None:
+        if issubclass(failed.exc_type, MemoryError):
+            _give_up()
+        log.error("a thread failed", failure=failed.exc_value)
+
+    asyncio.get_running_loop().set_exception_handler(on_failure)
+    stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+    stack.callback(setattr, threading, "excepthook", threading.excepthook)
+    sys.unraisablehook, threading.excepthook = on_unraisable, on_thread
+
+
 async def _serve(settings: Settings) -> None:
     async with contextlib.AsyncExitStack() as stack:
+        _watch_failures(stack.enter_context(contextlib.ExitStack()))
         try:
             server = await stack.enter_async_context(
                 serve(settings=settings, sockets=listening.inherited())

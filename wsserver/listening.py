@@ -3,6 +3,7 @@
 It makes and describes sockets; what is said over them is not its business.
 """
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
@@ -13,18 +14,21 @@ import ssl
 import stat
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from wsserver.descriptors import AT_ONCE
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
 __all__ = [
+    "Acceptor",
     "Certificate",
     "Listening",
     "StreamSocket",
     "UnixSocket",
+    "bound",
     "inherited",
     "loopback",
     "name_of",
@@ -37,6 +41,8 @@ __all__ = [
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 NOTIFY_TIMEOUT = 1.0  # seconds for a service manager to take what it is told
 BACKLOG = 100  # connections that wait to be accepted; asyncio's own default
+PAUSE = 0.1  # seconds until another attempt to accept connections, where there is no room
+NO_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 # What OpenSSL calls a key of another certificate, by whether it is of the same kind.
 MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 IP = (socket.AF_INET, socket.AF_INET6)
@@ -56,7 +62,7 @@ Address = tuple[Any, ...]  # a host, a port, and of IPv6 more
 
 
 class Listening(Protocol):
-    """A socket as far as it is looked at here: asyncio wraps those of a server."""
+    """A socket as far as its address is looked at."""
 
     @property
     def family(self) -> int:
@@ -222,6 +228,107 @@ def _remove_stale(path: Path) -> None:
         path.unlink(missing_ok=True)
     elif result != errno.ENOENT:
         raise ConfigError(f"unix_socket: {path} is in use by a running server")
+
+
+async def bound(host: str, port: int) -> list[socket.socket]:
+    """Return sockets bound to all addresses of a host; they do not listen yet.
+
+    Raises:
+        OSError: there is no such host, or an address is taken.
+    """
+    loop = asyncio.get_running_loop()
+    kind, flags = socket.SOCK_STREAM, socket.AI_PASSIVE
+    found = dict.fromkeys(await loop.getaddrinfo(host, port, type=kind, flags=flags))
+    sockets: list[socket.socket] = []
+    try:
+        for family, _, protocol, _, address in found:
+            try:
+                sock = socket.socket(family, kind, protocol)
+                sockets.append(sock)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(address)
+            except OSError as error:
+                # A machine without IPv6 has a name for its loopback all the same.
+                if error.errno not in NO_ADDRESS or len(sockets) == 1 == len(found):
+                    raise
+                sockets.pop().close()
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+class Acceptor:
+    """Accepts the connections of a listening socket, on all event loops alike.
+
+    While the process has no descriptors or memory left, or as many connections as it may, all
+    others wait in the kernel. The event loops' own servers do not: asyncio tries and logs a hundred
+    times in a row, and again for each of these a second later; uvloop hangs up on whoever comes.
+
+    Args:
+        sock: a socket that is bound; the acceptor closes it.
+        make: makes the protocol of a connection.
+        full: whether there are as many connections as there may be.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        make: Callable[[], asyncio.BaseProtocol],
+        full: Callable[[], bool],
+    ) -> None:
+        self.sock = sock
+        self._make = make
+        self._full = full
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._opening: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Listen, and accept connections from now on."""
+        self.sock.setblocking(False)  # noqa: FBT003
+        self.sock.listen(BACKLOG)
+        self._go_on()
+
+    def close(self) -> None:
+        """Accept no more connections. Idempotent."""
+        if self.sock.fileno() >= 0:
+            self._loop.remove_reader(self.sock)
+            self.sock.close()
+        if self._pause is not None:
+            self._pause.cancel()
+
+    def _go_on(self) -> None:
+        self._loop.add_reader(self.sock, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(AT_ONCE):
+            if self._full():
+                return self._wait()
+            try:
+                connection, _ = self.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return None
+            except OSError as error:
+                log.warning("cannot accept connections", reason=error.strerror)
+                return self._wait()
+            opening = self._loop.create_task(self._open(connection))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+        return None
+
+    def _wait(self) -> None:
+        self._loop.remove_reader(self.sock)
+        self._pause = self._loop.call_later(PAUSE, self._go_on)
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make, connection)
+        except OSError:  # the peer has gone
+            connection.close()
 
 
 def inherited() -> list[socket.socket]:

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from websockets.http11 import Request, Response
 
-from wsserver import auth, listening, models, stores
+from wsserver import auth, descriptors, listening, models, stores
 from wsserver.admission import Admission, Denied, Visitor
 from wsserver.auth import Authenticator
 from wsserver.connection import Connection
@@ -89,7 +89,8 @@ class Server:
     who they are. It runs once.
 
     Attributes:
-        settings: what holds here.
+        settings: what holds here. Once entered, with no more connections and replies than the limit
+            of file descriptors allows.
         model_name: what answers, as clients see it.
         port: where it listens, also where the setting was 0; 0 if it has unix sockets alone.
         bound: all addresses that it listens on, as people write them.
@@ -151,7 +152,8 @@ class Server:
         if self._entered:
             raise RuntimeError("a server runs once")
         self._entered = True
-        settings, model = self.settings, self._model
+        settings = self.settings = descriptors.fit(self.settings)
+        model = self._model
         if settings.cert:
             self._certificate = listening.Certificate(settings.cert, settings.key)
         if model is None:
@@ -172,7 +174,7 @@ class Server:
             self._check_exposure()
             if settings.operations_port is not None:
                 await self._listen_for_operators(settings, settings.operations_port)
-            await self._endpoint.serve()
+            self._endpoint.serve()
         except BaseException:
             self._stop_listening()
             if self._operators is not None:
@@ -274,7 +276,7 @@ class Server:
         self._operators = Endpoint(settings, self._respond_to_operator, self.memory)
         try:
             await self._operators.bind((settings.operations_host, port))
-            await self._operators.serve()
+            self._operators.serve()
         except OSError as error:
             reason = os.strerror(error.errno or 0) if (error.errno or 0) > 0 else error.strerror
             where = f"{settings.operations_host} port {port}"

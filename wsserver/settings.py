@@ -214,7 +214,9 @@ class Settings(BaseSettings):
     """Replies running or queued for one principal, or one address where nobody says who they
     are, on however many sockets."""
     connections: PositiveCount = 10_000
-    """Open connections of this process, about 60 MB of them, without TLS; more get 503."""
+    """Open connections of this process, about 60 MB of them, without TLS; more get 503. Where the
+    limit of file descriptors (`ulimit -n`) allows fewer, it is lowered at the start, and so are
+    `generations`."""
     connections_per_principal: PositiveCount = 100
     """Open sockets of one principal: tabs, devices and scripts."""
     connections_per_address: PositiveCount = 100

@@ -7,7 +7,6 @@ no task: it writes without waiting, and hands over what comes in the call that b
 
 import asyncio
 import contextlib
-import functools
 import logging
 import secrets
 import socket
@@ -25,8 +24,9 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from wsserver.admission import Admission, Denied, Visitor, no_memory
+from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
 from wsserver.limits import Account, Bucket, Memory, held
-from wsserver.listening import user_at
+from wsserver.listening import Acceptor, bound, user_at
 from wsserver.logs import log
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import method_not_allowed, respond
@@ -58,7 +58,6 @@ LISTS = (  # which are taken apart here or by the library
     "If-None-Match",
 )
 LINGER = 1.0  # seconds for one who is turned away at the door to read why
-LINGERING = 100  # such ones at once, as they take descriptors beyond all limits
 
 _OPERATORS: Account = ("operators",)  # who are asked for no address
 _OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
@@ -91,6 +90,7 @@ class Endpoint:
     Attributes:
         connections: all that there are, those included that are no WebSockets yet, or never.
         turned_away: those of them that may not be; the first of them first.
+        spare: those of them that have a place for probes; the first of them first.
         answering: the tasks that answer requests, perhaps of clients who have gone.
         closing: whether no WebSocket begins any more.
         buffer: what all connections read into. Each takes its data from it in the callback that
@@ -122,15 +122,17 @@ class Endpoint:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Exchange | Socket] = set()
         self.turned_away: dict[Exchange, None] = {}
+        self.spare: dict[Exchange, None] = {}
         self.answering: set[asyncio.Task[None]] = set()
         self.closing = False
         self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
-        self._listeners: list[asyncio.Server] = []
+        self._acceptors: list[Acceptor] = []
+        self._lingering = lingering(settings)
 
     @property
     def bound(self) -> list[socket.socket]:
         """The sockets that listen."""
-        return [sock for listener in self._listeners for sock in listener.sockets]
+        return [acceptor.sock for acceptor in self._acceptors]
 
     async def bind(self, where: socket.socket | tuple[str, int]) -> None:
         """Take a host and port, or a socket that is bound already; it is not served yet.
@@ -138,21 +140,19 @@ class Endpoint:
         Raises:
             OSError: the address cannot be had.
         """
-        create = functools.partial(self.loop.create_server, self._protocol, start_serving=False)
-        self._listeners.append(
-            await (create(*where) if isinstance(where, tuple) else create(sock=where))
-        )
+        for sock in await bound(*where) if isinstance(where, tuple) else [where]:
+            self._acceptors.append(Acceptor(sock, self._protocol, self._full))
 
-    async def serve(self) -> None:
+    def serve(self) -> None:
         """Begin to accept connections at all that was bound."""
-        for listener in self._listeners:
-            await listener.start_serving()
+        for acceptor in self._acceptors:
+            acceptor.start()
 
     def stop_listening(self) -> None:
         """Accept no more connections, and let no more WebSockets begin on those that there are."""
         self.closing = True
-        for listener in self._listeners:
-            listener.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
 
     def abort(self) -> None:
         """Cut all connections."""
@@ -170,11 +170,18 @@ class Endpoint:
         """Note one that may not be here; if they become many, the first of them goes."""
         assert self.on_denied is not None
         self.on_denied(denied, peer, {})
-        self.turned_away[exchange] = None
-        if len(self.turned_away) > LINGERING:
-            first = next(iter(self.turned_away))  # who has had most time to read
-            del self.turned_away[first]
-            first.abort()
+        _keep(self.turned_away, exchange, self._lingering)
+
+    def take_spare(self, exchange: "Exchange") -> None:
+        """Note one that has a place for probes; if they become many, the first of them goes."""
+        _keep(self.spare, exchange, SPARE)
+
+    def _full(self) -> bool:
+        """Whether more connections would take descriptors that others need."""
+        if self.admission is None:
+            return len(self.connections) >= OPERATORS
+        beside = SPARE + self._lingering + AT_ONCE
+        return len(self.connections) >= self.settings.connections + beside
 
     def _protocol(self) -> asyncio.BaseProtocol:
         exchange = Exchange(self)
@@ -269,13 +276,16 @@ class Exchange(_Wire):
         self.transport = transport
         endpoint.connections.add(self)
         name = transport.get_extra_info("peername")
-        peer = name[0] if isinstance(name, tuple) else "unix"  # whose clients may have names
+        here = transport.get_extra_info("sockname")
+        # A unix socket's clients may have names; a client that has gone has none.
+        peer = name[0] if isinstance(name, tuple) else "gone" if isinstance(here, tuple) else "unix"
         try:
             if endpoint.admission is not None:
-                here = transport.get_extra_info("sockname")
-                asks = endpoint.admission.users is not None and isinstance(name, tuple)
-                user = user_at(name, here) if asks else None
+                matters = endpoint.admission.users is not None and isinstance(name, tuple)
+                user = user_at(name, here) if matters else None
                 self.visitor = endpoint.admission.arrive(peer, user)
+                if self.visitor.spare:
+                    endpoint.take_spare(self)
         except Denied as denied:
             self._denied = denied
             self._timer = endpoint.loop.call_later(LINGER, self.abort)
@@ -304,6 +314,7 @@ class Exchange(_Wire):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection. Who answers its request may have to see that through."""
         self._endpoint.turned_away.pop(self, None)
+        self._endpoint.spare.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
@@ -801,6 +812,15 @@ class _Tls(SSLProtocol):
         self._exchange.arrive(transport)
         self._exchange = None  # which is not kept beyond its time
         super().connection_made(transport)
+
+
+def _keep(few: dict[Exchange, None], exchange: Exchange, most: int) -> None:
+    """Add one to those that may stay a moment; the first goes, who has had most time."""
+    few[exchange] = None
+    if len(few) > most:
+        first = next(iter(few))
+        del few[first]
+        first.abort()
 
 
 def frame(text: bytes) -> bytes:

@@ -143,12 +143,16 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    *arguments: str, model: str = MODEL, bearer: str = "", **env: str
+    *arguments: str,
+    model: str = MODEL,
+    bearer: str = "",
+    descriptors: str = "",
+    **env: str,
 ) -> AsyncIterator[Served]:
     """Run ``wsserver serve`` with these arguments until the end of the block."""
     command = ("-m", "wsserver", "serve", "--port", "0", "--store", "memory:", "--model", model)
     env["WSSERVER_METRICS_TOKEN"] = METRICS_TOKEN
-    async with run(*command, *arguments, cwd=ROOT, **env) as process:
+    async with run(*command, *arguments, cwd=ROOT, descriptors=descriptors, **env) as process:
         server = Served(process, (await process.line(r"(wss?://\S+)"))[1])
         reading = asyncio.get_running_loop().create_task(server.read())
         try:

@@ -3,10 +3,12 @@
 import asyncio
 import os
 import re
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from tests.support.puppet import BOUND
@@ -44,8 +46,16 @@ class Process:
 
 
 @asynccontextmanager
-async def run(*arguments: str, cwd: Path | None = None, **env: str) -> AsyncIterator[Process]:
-    """Run ``python arguments``; kill it if it still runs in the end."""
+async def run(
+    *arguments: str, cwd: Path | None = None, descriptors: str = "", **env: str
+) -> AsyncIterator[Process]:
+    """Run ``python arguments``; kill it if it still runs in the end.
+
+    ``descriptors`` is a limit as ``ulimit -n`` takes it.
+    """
+    limit = None
+    if descriptors:
+        limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, 2 * (int(descriptors),))
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *arguments,
@@ -54,6 +64,7 @@ async def run(*arguments: str, cwd: Path | None = None, **env: str) -> AsyncIter
         stderr=asyncio.subprocess.STDOUT,
         cwd=cwd,
         env={**os.environ, **env},
+        preexec_fn=limit,
     )
     try:
         yield Process(process)
