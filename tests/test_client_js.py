@@ -14,6 +14,8 @@ import wsserver
 from tests.support.conformance import EXCHANGES, Seen, play
 from tests.support.line import Line
 from tests.support.puppet import Puppet
+from tests.support.sequence_client import ScriptedServer
+from tests.support.sequences import load, playable
 from tests.support.tools import ROOT, require_node, require_npm_package
 
 pytestmark = pytest.mark.slow
@@ -65,10 +67,16 @@ class Script:
         self._process.stdin.write(json.dumps({"do": what, **keys}).encode() + b"\n")
         return json.loads(await self._process.stdout.readline())
 
-    async def prompt(self, reply: str, text: str, conversation: str, on_busy: str) -> None:
-        await self.tell(
-            "prompt", reply=reply, text=text, conversation=conversation, on_busy=on_busy
-        )
+    async def prompt(
+        self,
+        reply: str,
+        text: str,
+        conversation: str | None,
+        on_busy: str,
+        retry_of: str | None = None,
+    ) -> None:
+        keys = {"conversation": conversation, "on_busy": on_busy, "retry_of": retry_of}
+        await self.tell("prompt", reply=reply, text=text, **keys)
 
     async def stop(self, reply: str) -> None:
         await self.tell("stop", reply=reply)
@@ -80,7 +88,7 @@ class Script:
         seen: Seen = await self.tell("seen", reply=reply)
         return seen
 
-    async def request(self, kind: str, **keys: str) -> Any:
+    async def request(self, kind: str, **keys: Any) -> Any:
         return await self.tell("request", kind=kind, **keys)
 
     async def mended(self) -> None:
@@ -88,12 +96,13 @@ class Script:
 
 
 @asynccontextmanager
-async def script(url: str) -> AsyncIterator[Script]:
+async def script(url: str, *token: str) -> AsyncIterator[Script]:
     require_npm_package("ws")
     process = await asyncio.create_subprocess_exec(
         require_node(),
         str(ROOT / "tests/js/driver.mjs"),
         url,
+        *token,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -108,4 +117,17 @@ async def script(url: str) -> AsyncIterator[Script]:
 async def test_it_conforms(name: str, server: wsserver.Server, puppet: Puppet) -> None:
     async with Line(server.port) as line, script(line.url) as driver:
         await play(EXCHANGES[name], driver, puppet, line)
+        assert await driver.tell("close") == []
+
+
+UNABLE = frozenset({"messages", "repeat", "later"})
+
+
+@pytest.mark.parametrize(("name", "socket"), playable(UNABLE))
+async def test_it_says_and_shows_what_the_sequence_says(name: str, socket: int) -> None:
+    async with (
+        ScriptedServer(load()[name], socket) as server,
+        script(server.url, *server.tokens) as driver,
+    ):
+        await server.play(driver)
         assert await driver.tell("close") == []

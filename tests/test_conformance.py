@@ -141,12 +141,21 @@ class Python:
         self._chat = chat
         self._replies: dict[str, Reply] = {}
 
-    async def prompt(self, reply: str, text: str, conversation: str, on_busy: str) -> None:
+    async def prompt(
+        self,
+        reply: str,
+        text: str,
+        conversation: str | None,
+        on_busy: str,
+        retry_of: str | None = None,
+    ) -> None:
+        retried = None if retry_of is None else self._replies[retry_of].id
         assert on_busy in {"reject", "queue", "interrupt"}
         self._replies[reply] = self._chat.prompt(
             text,
             conversation=conversation,
             on_busy=on_busy,  # type: ignore[arg-type]
+            **({} if retried is None else {"retry_of": retried}),  # type: ignore[arg-type]
         )
 
     async def stop(self, reply: str) -> None:

@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sequences import load, play_to_server
+from tests.support.sequence_client import ScriptedServer
+from tests.support.sequence_server import play_to_server
+from tests.support.sequences import load, playable
+from tests.test_conformance import Python
+from wsserver.client import connect, dial
 
 SEQUENCES = load()
 
@@ -12,3 +16,17 @@ SEQUENCES = load()
 @pytest.mark.parametrize("name", SEQUENCES)
 async def test_the_server_says_what_the_sequence_says(name: str, tmp_path: Path) -> None:
     await play_to_server(SEQUENCES[name], tmp_path)
+
+
+# What the Python client cannot do, or does at a time of its own.
+UNABLE = frozenset({"open", "close", "messages", "repeat", "later", "auth", "retry", "crashed"})
+
+
+@pytest.mark.parametrize(("name", "socket"), playable(UNABLE))
+async def test_the_python_client_says_and_shows_what_the_sequence_says(
+    name: str, socket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dial, "SHORTEST", 0.01)
+    monkeypatch.setattr(dial, "LONGEST", 0.01)
+    async with ScriptedServer(SEQUENCES[name], socket) as server, connect(server.url) as chat:
+        await server.play(Python(chat))

@@ -1,11 +1,14 @@
-// The client as the exchanges of tests/conformance.json use it: orders and answers are lines of JSON.
+// The client in the hands of tests/conformance.md: orders and answers are lines of JSON.
 import { createInterface } from 'node:readline'
 import { connect } from '../../wsserver/web/client.js'
 import { WebSocket } from './stage.mjs'
 
-const chat = connect(process.argv[2], { WebSocket, firstPause: 1, longestPause: 20 })
+const [, , url, given] = process.argv
+const token = given && (() => given)
+const chat = connect(url, { WebSocket, token, firstPause: 1, longestPause: 20 })
 const replies = new Map(), ends = new Map(), errors = []
 chat.on('error', (error) => errors.push(String(error)))
+chat.on('reply', (reply) => show(reply.id, reply))
 
 function show(name, reply) {
   replies.set(name, reply)
@@ -16,8 +19,9 @@ function show(name, reply) {
 }
 
 const requests = {
-  history: async ({ conversation }) => {
-    const { title, messages } = await chat.open(conversation)
+  history: async ({ conversation, ...options }) => {
+    const { title, messages, replies: running } = await chat.open(conversation, options)
+    for (const reply of running) show(reply.id, reply)
     return { title, messages: messages.map(({ role, content, partial = null }) => [role, content, partial]) }
   },
   conversations: async () => (await chat.list()).items.map(({ id, title }) => [id, title]),
@@ -26,11 +30,13 @@ const requests = {
 }
 
 const orders = {
-  prompt: ({ reply, text, conversation, on_busy }) => show(reply, chat.prompt(text, { conversation, onBusy: on_busy })),
+  prompt: ({ reply, text, conversation, on_busy, retry_of }) => show(reply, chat.prompt(text, {
+    conversation: conversation ?? undefined, onBusy: on_busy, retryOf: replies.get(retry_of)?.id,
+  })),
   stop: ({ reply }) => { replies.get(reply).stop() },
   resume: ({ reply, of, named }) => show(reply, chat.resume(named ?? replies.get(of).id)),
   seen: ({ reply }) => {
-    const { started, queued, text, thinking } = replies.get(reply)
+    const { started = false, queued, text = '', thinking = '' } = replies.get(reply) ?? {}
     return { started, queued, text, thinking, ...ends.get(reply) }
   },
   request: ({ kind, ...keys }) => requests[kind](keys).catch(({ code }) => ({ error: code })),

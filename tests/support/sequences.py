@@ -1,31 +1,25 @@
-"""The sequences of ``PROTOCOL.md`` as test vectors, played to the server and to its clients.
+"""The sequences of ``PROTOCOL.md`` as test vectors; ``tests/conformance.md`` describes them."""
 
-``tests/conformance.md`` describes the vectors and both players.
-"""
-
-import asyncio
-import contextlib
 import json
 import re
-import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
-
-from websockets.asyncio.client import ClientConnection
-from websockets.asyncio.client import connect as connect_raw
-from websockets.exceptions import ConnectionClosed
-from websockets.typing import Subprotocol
+from typing import Any
 
 import wsserver
-from tests.support.puppet import BOUND, Puppet, Reply, until
-from tests.support.schemas import OF_CLIENT, OF_SERVER
-from wsserver import Code, End, Handshake, ModelError, Principal, Server, Thinking, Usage
-from wsserver.protocol import SUBPROTOCOL
+
+__all__ = [
+    "VECTORS",
+    "Frame",
+    "Line",
+    "alike",
+    "load",
+    "playable",
+    "renamed",
+    "written",
+]
 
 Frame = dict[str, Any]
+Line = dict[str, Any]
 
 DOCUMENT = Path(wsserver.__file__).parent / "PROTOCOL.md"
 VECTORS = Path(wsserver.__file__).parent / "sequences.jsonl"
@@ -40,9 +34,7 @@ EVENTS = {
 """What happens besides frames, as the document says it and as the vectors do."""
 
 ANY = "…"  # the value of a key that may be any text
-MODEL = "claude-sonnet-4-6"
 TIMES = frozenset({"expires", "expires_in", "created", "updated", "retry_after"})
-BY_ITSELF = frozenset({"auth", "ping"})  # what the project's clients send without being asked
 
 
 def written() -> list[str]:
@@ -56,7 +48,7 @@ def written() -> list[str]:
     ]
 
 
-def _line(line: str) -> dict[str, Any]:
+def _line(line: str) -> Line:
     if line in EVENTS:
         return EVENTS[line]
     if (closed := re.fullmatch(r"\(2?close (\d+)\)", line)) is not None:
@@ -69,9 +61,9 @@ def _line(line: str) -> dict[str, Any]:
     return {**vector, **crossing, "frame": json.loads(text)}
 
 
-def load() -> dict[str, list[dict[str, Any]]]:
+def load() -> dict[str, list[Line]]:
     """Return the lines of the vectors by the name of the sequence."""
-    sequences: dict[str, list[dict[str, Any]]] = {}
+    sequences: dict[str, list[Line]] = {}
     for line in VECTORS.read_text().splitlines():
         vector = json.loads(line)
         sequences.setdefault(vector.pop("sequence"), []).append(vector)
@@ -99,256 +91,39 @@ def alike(seen: Any, told: Any, key: str = "") -> bool:
     return bool(seen == told)
 
 
-# To the server.
-
-
-@dataclass
-class _Socket:
-    """A connection of raw frames, and what has come over it and is not taken yet."""
-
-    connection: ClientConnection
-    names: dict[str, str]  # the vector's, by the ids that the server has chosen
-    inbox: list[Frame] = field(default_factory=list)
-
-    async def receive(self) -> None:
-        async with asyncio.timeout(BOUND):
-            frame = json.loads(await self.connection.recv())
-        OF_SERVER.validate(frame)
-        self.inbox.append(_renamed(frame, self.names))
-
-    async def take(self, fits: Callable[[Frame], bool]) -> Frame:
-        """Return the first frame that fits, and leave those before it for later."""
-        while True:
-            for frame in self.inbox:
-                if fits(frame):
-                    self.inbox.remove(frame)
-                    return frame
-            await self.receive()
-
-    async def settle(self) -> None:
-        """Wait until the server has read what was sent."""
-        await self.connection.send('{"type":"ping"}')
-        await self.take(lambda frame: frame["type"] == "pong")
-
-
-def _renamed(value: Any, names: dict[str, str]) -> Any:
-    """Put the vector's names in the place of ids that the server has chosen."""
+def renamed(value: Any, names: dict[str, str]) -> Any:
+    """Return a value with other ids."""
     if isinstance(value, dict):
-        return {key: _renamed(inner, names) for key, inner in value.items()}
+        return {key: renamed(inner, names) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_renamed(inner, names) for inner in value]
+        return [renamed(inner, names) for inner in value]
     return names.get(value, value) if isinstance(value, str) else value
 
 
-class _Play:
-    """One sequence, played to the real server by raw frames and a puppet."""
-
-    def __init__(self, folder: Path, lines: list[dict[str, Any]]) -> None:
-        self._folder = folder
-        self._lines = lines
-        self._puppet = Puppet()
-        self._puppet.name = MODEL
-        self._asks = any(line.get("frame", {}).get("type") == "auth" for line in lines)
-        self._stack = contextlib.AsyncExitStack()
-        self._server: Server
-        self._started = 0
-        self._closing: asyncio.Task[None] | None = None
-        self._sockets: dict[int, _Socket] = {}
-        self._texts: dict[str, str] = {}  # of prompts, by id
-        self._replies: dict[str, Reply] = {}
-        self._said: dict[str, int] = {}  # seq of the last piece that the model was told to say
-        self._over: set[str] = set()  # whose end the model was told
-        self._last: int | None = None  # the socket that sent last
-        self._names: dict[str, str] = {}
-        frames = [line["frame"] for line in lines if line.get("from") == "client"]
-        self._unnamed = not any("id" in frame for frame in frames)
-
-    async def __aenter__(self) -> Self:
-        await self._serve()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._stack.aclose()
-
-    async def _serve(self) -> None:
-        self._started += 1
-
-        async def who(token: str | None, _: Handshake) -> Principal | None:
-            if token is None or not token.startswith("alice"):
-                return None
-            return Principal("alice", time.time() + 3600)
-
-        self._server = wsserver.serve(
-            self._puppet,
-            port=0,
-            store=f"sqlite:///{self._database}",
-            drain_timeout=BOUND if self._has("draining") else 0,
-            authenticate=who if self._asks else None,
-        )
-        await self._stack.enter_async_context(self._server)
-
-    @property
-    def _database(self) -> Path:
-        return self._folder / f"{self._started}.sqlite"
-
-    def _has(self, event: str) -> bool:
-        return any(line.get("event") == event for line in self._lines)
-
-    async def play(self) -> None:
-        lines = list(self._lines)
-        # The server wrote these before it read the client's frame above them.
-        for place in range(1, len(lines)):
-            if lines[place].get("crossing"):
-                lines[place - 1], lines[place] = lines[place], lines[place - 1]
-        for number, line in enumerate(lines):
-            try:
-                async with asyncio.timeout(BOUND):
-                    await self._step(line)
-            except (AssertionError, TimeoutError, ConnectionClosed) as error:
-                inbox = {name: socket.inbox for name, socket in self._sockets.items()}
-                raise AssertionError(f"line {number}, {line}: {error!r}; {inbox}") from error
-        for socket in self._sockets.values():
-            with contextlib.suppress(ConnectionClosed):
-                await socket.settle()
-            assert not socket.inbox
-
-    async def _step(self, line: dict[str, Any]) -> None:
-        if "event" in line:
-            await self._event(line)
-        elif line["from"] == "client":
-            await self._send(line["socket"], line["frame"])
-        else:
-            await self._expect(line["socket"], line["frame"])
-
-    async def _socket(self, number: int) -> _Socket:
-        if number not in self._sockets:
-            await self._connect(number)
-        return self._sockets[number]
-
-    async def _connect(self, number: int) -> None:
-        connecting = connect_raw(
-            self._server.url, proxy=None, subprotocols=[Subprotocol(SUBPROTOCOL)]
-        )
-        socket = self._sockets[number] = _Socket(
-            await self._stack.enter_async_context(connecting), self._names
-        )
-        await socket.take(lambda frame: frame["type"] == "hello")
-
-    async def _event(self, line: dict[str, Any]) -> None:
-        match line["event"]:
-            case "lost":
-                self._sockets[1].connection.transport.abort()
-            case "connected":
-                if self._closing is not None:
-                    await self._closing
-                    await self._serve_again(self._database)
-                await self._connect(1)
-            case "closed":
-                with contextlib.suppress(ConnectionClosed):
-                    await self._sockets[1].take(lambda _: False)
-                assert self._sockets[1].connection.close_code == line["code"]
-            case "expired":
-                for connection in self._server._connections.values():
-                    connection.shut_out("The token has expired.")
-            case "draining":
-                self._closing = asyncio.create_task(self._server.close())
-            case "crashed":
-                await self._serve_again(self._folder / "saved.sqlite")
-
-    async def _serve_again(self, saved: Path) -> None:
-        """Start a server on what another one has saved."""
-        for suffix in ("", "-wal"):
-            source = saved.with_name(saved.name + suffix)
-            if source.exists():
-                shutil.copy(source, self._folder / f"{self._started + 1}.sqlite{suffix}")
-        await self._serve()
-
-    async def _save(self) -> None:
-        """Note what a server would find that died after the next frame of a reply."""
-        await self._server._hub._journal.flush()
-        for suffix in ("", "-wal"):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copy(f"{self._database}{suffix}", self._folder / f"saved.sqlite{suffix}")
-
-    async def _send(self, number: int, frame: Frame) -> None:
-        OF_CLIENT.validate(frame)
-        if self._last not in {None, number}:
-            await self._sockets[self._last or 0].settle()
-        socket = await self._socket(number)
-        self._last = number
-        if "prompt" in frame:
-            self._texts.setdefault(frame.get("id", "ID-0123456789abcdef"), frame["prompt"])
-        elif "messages" in frame:
-            self._texts[frame["id"]] = frame["messages"][-1]["content"]
-        await socket.connection.send(json.dumps(frame))
-
-    async def _expect(self, number: int, frame: Frame) -> None:
-        await self._cue(frame)
-        socket, name, kind = await self._socket(number), frame.get("id"), frame["type"]
-        if kind in {"token", "thinking"}:
-            text, seq = "", 0
-            while seq < frame["seq"]:
-                part = await socket.take(lambda frame: frame.get("id") == name)
-                assert part["type"] == kind, part
-                text, seq = text + part["text"], part["seq"]
-            assert (text, seq) == (frame["text"], frame["seq"])
-            return
-        if kind == "start" and self._unnamed:
-            self._unnamed = False
-            start = await socket.take(lambda frame: frame["type"] == "start")
-            self._names |= {start[key]: frame[key] for key in ("id", "conversation")}
-            socket.inbox.insert(0, _renamed(start, self._names))
-        seen = await socket.take(
-            lambda seen: seen.get("id") == name and (name is not None or seen["type"] == kind)
-        )
-        assert alike(seen, frame), seen
-
-    async def _cue(self, frame: Frame) -> None:
-        """Have the model do what the server's frame tells of."""
-        name, kind = frame.get("id"), frame["type"]
-        if name is None or kind == "start" or name in self._over:
-            return
-        if kind in {"token", "thinking"}:
-            said = self._said.get(name, 0)
-            if (count := frame["seq"] - said) > 0:
-                if self._has("crashed"):
-                    await self._save()
-                reply = await self._reply(name)
-                text = frame["text"]
-                pieces = [*text[: count - 1], text[count - 1 :]]
-                reply.say(*(Thinking(p) if kind == "thinking" else p for p in pieces))
-                self._said[name] = frame["seq"]
-        elif kind == "done" and frame["reason"] != "stopped":
-            self._over.add(name)
-            usage = Usage(**frame["usage"])
-            (await self._reply(name)).say(End(frame["reason"], usage)).end()
-        elif kind == "error" and frame["code"] != Code.INTERRUPTED:
-            self._over.add(name)
-            (await self._reply(name)).fail(ModelError(frame["code"]))
-
-    async def _reply(self, name: str) -> Reply:
-        """Wait until the model is asked the prompt of a generation."""
-        if name not in self._replies:
-            text, taken = self._texts[name], list(self._replies.values())
-
-            def asked() -> list[Reply]:
-                return [
-                    reply
-                    for reply in self._puppet.replies
-                    if reply.request.messages[-1].content == text and reply not in taken
-                ]
-
-            await until(asked)
-            self._replies[name] = asked()[0]
-        return self._replies[name]
-
-
-async def play_to_server(lines: list[dict[str, Any]], folder: Path) -> None:
-    """Send the client's lines to a server, and compare what comes with the server's lines.
+def playable(unable: frozenset[str]) -> list[tuple[str, int]]:
+    """Return the sequences, and the sockets in them, that a client can play.
 
     Args:
-        lines: of one sequence.
-        folder: for the databases of the servers.
+        unable: what the client cannot do: types of frames, ``messages`` and events.
     """
-    async with _Play(folder, lines) as play:
-        await play.play()
+    found = []
+    for name, lines in load().items():
+        for socket in {line["socket"] for line in lines if line.get("from") == "client"}:
+            own = [line for line in lines if line.get("socket", socket) == socket]
+            does: set[str] = set()
+            ids: set[str | None] = set()
+            for line in own:
+                does.add(line.get("event", ""))
+                if line.get("event") == "connected":
+                    ids.clear()
+                if line.get("from") == "client":
+                    frame = line["frame"]
+                    does |= {frame.get("type", "messages" if "messages" in frame else "prompt")}
+                    if "prompt" in frame and frame.get("id") in ids:
+                        does.add("repeat")
+                    if "retry_of" in frame:
+                        does.add("retry")
+                    ids.add(frame.get("id"))
+            if not does & unable:
+                found.append((name, socket))
+    return found

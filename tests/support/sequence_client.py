@@ -1,0 +1,300 @@
+"""Plays the sequences of ``PROTOCOL.md`` to a client, as a server that goes by a script."""
+
+import asyncio
+import contextlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.typing import Subprotocol
+
+from tests.support.puppet import BOUND, until
+from tests.support.schemas import OF_CLIENT
+from tests.support.sequences import Frame, Line, renamed
+from wsserver import Code
+from wsserver.protocol import SUBPROTOCOL, parse
+from wsserver.schema import ANSWERS
+
+__all__ = ["Client", "ScriptedServer"]
+
+ANSWERED = frozenset({"history", "renamed", "deleted"})
+DEFAULTS = {("on_busy", "reject"), ("after", 0)}
+LIMITS = {
+    "message_size": 65536,
+    "prompt_size": 32768,
+    "answer_size": 229376,
+    "frame_rate": 5.0,
+    "frame_burst": 40,
+    "bad_frames": 20,
+    "requests": 32,
+    "generations_per_socket": 4,
+    "queue_size": 8,
+}
+
+
+class Client(Protocol):
+    """A client in the hands of a script. The id that the vector has for a reply names the reply."""
+
+    async def prompt(
+        self, reply: str, text: str, conversation: str | None, on_busy: str, retry_of: str | None
+    ) -> None:
+        """Ask, and wait for nothing."""
+        ...
+
+    async def stop(self, reply: str) -> None:
+        """Stop a reply, and wait for nothing."""
+        ...
+
+    async def resume(self, reply: str, of: str | None, named: str | None) -> None:
+        """Follow, as ``reply``, what was asked as ``of`` or has that id, from its beginning."""
+        ...
+
+    async def seen(self, reply: str) -> dict[str, Any]:
+        """Return ``started``, ``text``, ``thinking``, ``done`` and ``error`` of a reply."""
+        ...
+
+    async def request(self, kind: str, **keys: Any) -> Any:
+        """Do ``history``, ``rename`` or ``delete``; return the answer, as exchanges say it."""
+        ...
+
+
+@dataclass
+class _Shown:
+    """What a client has to show of a reply."""
+
+    name: str
+    seq: int = 0
+    text: dict[str, str] = field(default_factory=lambda: {"token": "", "thinking": ""})
+    started: bool = False
+    terminal: Frame | None = None
+
+    def take(self, frame: Frame) -> None:
+        if frame["type"] == "start":
+            self.started = True
+        elif frame["type"] not in self.text:
+            self.terminal = frame
+        elif frame["seq"] > self.seq:
+            self.seq = frame["seq"]
+            self.text[frame["type"]] += frame["text"]
+
+    def fits(self, seen: dict[str, Any]) -> bool:
+        if (seen["text"], seen["thinking"]) != (self.text["token"], self.text["thinking"]):
+            return False
+        if self.terminal is None:
+            return bool(seen["started"]) is self.started and not (
+                seen.get("done") or seen.get("error")
+            )
+        done = self.terminal["type"] == "done"
+        keys = ("reason", "by") if done else ("code", "retryable")
+        end = seen.get("done" if done else "error")
+        return end is not None and all(end.get(key) == self.terminal.get(key) for key in keys)
+
+
+class ScriptedServer:
+    """A server that plays one socket of a sequence to a client. Use in ``async with``.
+
+    Args:
+        lines: of the sequence.
+        socket: whose lines the client plays.
+
+    Attributes:
+        url: where the client connects.
+        tokens: of the `auth` frames of the client.
+    """
+
+    def __init__(self, lines: list[Line], socket: int = 1) -> None:
+        self._lines = [line for line in lines if line.get("socket", socket) == socket]
+        frames = [line["frame"] for line in self._lines if "frame" in line]
+        self.tokens = [frame["token"] for frame in frames if frame.get("type") == "auth"]
+        self._connections: asyncio.Queue[ServerConnection] = asyncio.Queue()
+        self._connection: ServerConnection
+        self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
+        self._place = 0
+        self._ids: dict[str, str] = {}  # the client's, by the vector's
+        self._unanswered: list[tuple[Frame, Frame]] = []  # the vector's frame, and the client's
+        self._shown: dict[str, _Shown] = {}  # by the id that the vector has
+        self._closed: set[str] = set()  # conversations that the client has closed by itself
+        self._request: asyncio.Task[Any] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._server = await serve(
+            self._accept, "127.0.0.1", 0, subprotocols=[Subprotocol(SUBPROTOCOL)]
+        )
+        port = next(iter(self._server.sockets)).getsockname()[1]
+        self.url = f"ws://127.0.0.1:{port}/"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _accept(self, connection: ServerConnection) -> None:
+        assert connection.request is not None
+        known = "Authorization" in connection.request.headers
+        hello: Frame = {"type": "hello", "protocol": SUBPROTOCOL, "limits": LIMITS}
+        if self.tokens and not known:
+            hello["auth"] = True
+        await connection.send(json.dumps(hello))
+        self._connections.put_nowait(connection)
+        with contextlib.suppress(ConnectionClosed):
+            async for message in connection:
+                frame = json.loads(message)
+                OF_CLIENT.validate(frame)
+                if frame["type"] == "ping":
+                    await connection.send(json.dumps(_answering(frame, {"type": "pong"})))
+                elif frame["type"] == "close":
+                    self._closed.add(frame["conversation"])
+                    closed = {"type": "closed", "conversation": frame["conversation"]}
+                    await connection.send(json.dumps(_answering(frame, closed)))
+                else:
+                    self._inbox.put_nowait(frame)
+
+    async def play(self, client: Client) -> None:
+        """Have the client do what the sequence says, and see that it shows what it is told.
+
+        Raises:
+            AssertionError: it sends or shows something else.
+        """
+        async with asyncio.timeout(BOUND):
+            self._connection = await self._connections.get()
+        while self._lines:
+            line = self._lines.pop(0)
+            try:
+                async with asyncio.timeout(BOUND):
+                    await self._step(line, client)
+            except (AssertionError, TimeoutError, ConnectionClosed) as error:
+                seen = {name: await client.seen(shown.name) for name, shown in self._shown.items()}
+                raise AssertionError(f"{line}: {error!r}; {seen}") from error
+        assert self._inbox.empty()
+
+    async def _step(self, line: Line, client: Client) -> None:
+        if "event" in line:
+            await self._event(line)
+        elif line["from"] == "client":
+            await self._receive(line["frame"], client)
+        else:
+            await self._send(line["frame"], client)
+
+    async def _event(self, line: Line) -> None:
+        match line["event"]:
+            case "lost" | "crashed":
+                self._connection.transport.abort()
+            case "closed":
+                reason = "unauthenticated" if self.tokens else ""
+                await self._connection.close(line["code"], reason)
+            case "connected":
+                self._connection = await self._connections.get()
+
+    async def _receive(self, frame: Frame, client: Client) -> None:
+        kind = frame.get("type", "prompt")
+        # What the vector leaves to the server has a name in the `start`.
+        name = frame.get("id") or str(self._lines[0]["frame"].get("id"))
+        shown = self._shown.get(name)
+        if kind == "close":
+            await until(lambda: frame["conversation"] in self._closed)
+            del self._lines[0]  # its answer
+            return
+        assert self._connection.request is not None
+        if kind == "auth" and "Authorization" in self._connection.request.headers:
+            answer = next(n for n in self._lines if n.get("frame", {})["type"] == "authenticated")
+            self._lines.remove(answer)
+            return
+        if kind == "prompt" and shown is None:
+            self._shown[name] = _Shown(name)
+            await client.prompt(
+                name,
+                frame["prompt"],
+                frame.get("conversation"),
+                frame.get("on_busy", "reject"),
+                frame.get("retry_of"),
+            )
+        elif kind == "resume" and (shown is None or shown.terminal is not None):
+            self._shown[name] = _Shown(f"{name} again", seq=frame.get("after", 0))
+            known = None if shown is None else shown.name
+            await client.resume(f"{name} again", known, None if known else name)
+        elif kind == "stop":
+            await client.stop(self._shown[name].name)
+        elif kind in {"open", "rename", "delete"}:
+            keys = {key: frame[key] for key in frame.keys() - {"type", "request"}}
+            asking = client.request("history" if kind == "open" else kind, **keys)
+            self._request = asyncio.ensure_future(asking)
+        # Else the client does it by itself.
+        sent = await self._inbox.get()
+        self._match(frame, sent)
+        if kind == "auth":  # a client may wait for the answer
+            answer = next(line for line in self._lines if line.get("from") == "server")
+            self._lines.remove(answer)
+            await self._send(answer["frame"], client)
+
+    def _match(self, frame: Frame, sent: Frame) -> None:
+        """Compare a client's frame with the vector's; learn the ids that the client has chosen."""
+        for key in sent.keys() & {"id", "conversation"}:
+            # What the vector leaves to the server has a name in the `start`.
+            self._ids.setdefault(frame.get(key) or self._lines[0]["frame"][key], sent[key])
+        got, wanted = _plain(sent), _plain(renamed(frame, self._ids))
+        got = {key: got[key] for key in got if key in wanted or key not in {"id", "conversation"}}
+        assert got == wanted, sent
+        self._unanswered.append((frame, sent))
+
+    async def _send(self, frame: Frame, client: Client) -> None:
+        asked = self._asked(frame)
+        if frame["type"] == "stopped" and (asked is None or "request" not in asked):
+            return  # the client does not ask for it
+        sent = {**renamed(frame, self._ids), **({"message": "m"} if "message" in frame else {})}
+        sent = {key: value for key, value in sent.items() if key != "request"}
+        await self._connection.send(json.dumps(sent if asked is None else _answering(asked, sent)))
+        name = str(frame.get("id", frame.get("about")))
+        shown = self._shown.get(name)
+        if self._request is not None and asked is not None and frame["type"] in ANSWERED:
+            answer, self._request = await self._request, None
+            if frame["type"] == "history":
+                told = [[m["role"], m["content"], m.get("partial")] for m in frame["messages"]]
+                assert answer == {"title": frame["title"], "messages": told}
+            else:
+                assert answer == {}
+        elif shown is not None:
+            again = any(line.get("frame", {}).get("id") == name for line in self._lines)
+            if frame["type"] != "error" or not (again or frame["code"] == Code.NOT_RUNNING):
+                shown.take(frame)
+            while not shown.fits(await client.seen(shown.name)):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        elif frame["type"] == "start":  # news of what another socket has asked
+            self._shown[frame["id"]] = shown = _Shown(frame["id"])
+            shown.take(frame)
+
+    def _asked(self, frame: Frame) -> Frame | None:
+        """Return the client's frame that a frame of the vector answers."""
+        kind, about = frame["type"], frame.get("about")
+        if "prompt" in frame or (kind == "error" and "id" in frame):
+            return None
+        for asked, sent in self._unanswered:
+            of = asked.get("type", "prompt")
+            if kind == "error":
+                stop = frame["code"] == Code.NOT_RUNNING
+                fits = about in {asked.get("id"), asked.get("conversation")} and stop is (
+                    of == "stop"
+                )
+            elif kind == "stopped":
+                fits = of == "stop" and asked["id"] in frame["ids"]
+            elif kind == "start":
+                fits = ANSWERS[of] == kind and asked.get("id", frame["id"]) == frame["id"]
+            else:
+                fits = ANSWERS[of] == kind and asked.get("conversation") == frame.get(
+                    "conversation"
+                )
+            if fits:
+                self._unanswered.remove((asked, sent))
+                return sent
+        return None
+
+
+def _plain(frame: Frame) -> Frame:
+    """Return a client's frame without what may differ, and without defaults."""
+    sent = parse(json.dumps(frame)).model_dump(exclude_none=True, exclude={"request", "token"})
+    return {key: value for key, value in sent.items() if (key, value) not in DEFAULTS}
+
+
+def _answering(asked: Frame, frame: Frame) -> Frame:
+    return {**frame, **({"request": asked["request"]} if "request" in asked else {})}
