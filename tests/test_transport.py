@@ -28,6 +28,7 @@ from wsserver.transport import (
     FRAMES_PER_TURN,
     HEADER_COST,
     READ_SIZE,
+    REQUEST_COST,
     Exchange,
     Socket,
     frame,
@@ -139,14 +140,14 @@ async def test_after_a_refused_handshake_what_came_with_it_is_dropped(puppet: Pu
 async def test_frames_in_the_packet_of_the_handshake_are_served_on_every_loop(
     loop: str, tls: bool, tmp_path: Path
 ) -> None:
-    options = ["--event-loop", loop]
+    options = ["--event-loop", loop, "--frame-rate", "10000", "--frame-burst", "10000"]
     if tls:
         options += ["--cert", str(await certificate(tmp_path))]
     async with served(*options) as server, Peer.open(server, tls=server.tls) as one:
-        one.write(Peer.HANDSHAKE + b"\r\n" + masked(PING.decode()) * 30)
+        one.write(Peer.HANDSHAKE + b"\r\n" + masked(PING.decode()) * 2000)
         assert b" 101 " in await one.reader.readuntil(b"\r\n\r\n")
         one.write(masked(PING.decode()))
-        for _ in range(31):
+        for _ in range(2001):
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
@@ -204,7 +205,26 @@ async def test_a_head_without_an_end_is_counted_and_given_back(server: wsserver.
     assert server.memory.used == 0
 
 
+async def test_a_request_counts_until_it_is_answered_though_its_client_has_gone(
+    puppet: Puppet,
+) -> None:
+    async with knocking(puppet) as (server, one, known):
+        one.write(Peer.HANDSHAKE + TOKEN + b"\r\n")
+        await until(lambda: bool(server._endpoint.answering))
+        one.drop()
+        await until(lambda: not server._endpoint.connections)
+        assert server.memory.used > REQUEST_COST
+        known.set()
+        await until(lambda: not server._endpoint.answering)
+        assert (server.memory.used, len(server.memory)) == (0, 0)
+
+
 # What a connection may keep in memory.
+
+
+def exposed(server: wsserver.Server) -> str:
+    return server.metrics.exposition().decode()
+
 
 LITTLE: dict[str, Any] = {"memory": 2**21, "history_size": 1000}
 
@@ -215,6 +235,7 @@ async def test_an_unfinished_message_is_counted_and_given_back(server: wsserver.
         whole = masked("x" * 40_000)
         one.write(whole[:-1])
         await until(lambda: memory.used >= 40_000)
+        assert f"wsserver_memory_bytes {float(memory.used)}\n" in exposed(server)
         other.write(masked("y" * 20_000, fin=False))
         await until(lambda: memory.used >= 60_000)
         assert len(memory) == 1
@@ -271,7 +292,7 @@ async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
             answer = await one.upgrade(*[b"A: b"] * 100)
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert b"\r\nRetry-After: 10\r\n" in answer
-        assert 'outcome="limit"} 1.0' in server.metrics.exposition().decode()
+        assert 'outcome="limit"} 1.0' in exposed(server)
         for key, size in list(server.memory._held.items()):
             server.memory.give((key,), size)
         async with peer(server) as one:

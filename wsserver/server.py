@@ -114,6 +114,7 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self.memory = Memory(settings.memory)
+        self.metrics.watch_memory(self.memory)
         self._model = model
         self._authenticate = authenticate
         self._page = Page()

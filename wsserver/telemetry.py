@@ -23,6 +23,7 @@ from prometheus_client import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from wsserver.errors import UPSTREAM, Code
+from wsserver.limits import Memory
 from wsserver.protocol import Done, StoppedBy, Terminal
 
 try:
@@ -87,6 +88,7 @@ class Metrics:
         self._connections = counter(
             "connections_total", "WebSockets served, and refused for what reason.", "outcome"
         )
+        self._memory = gauge("memory_bytes", "Bytes that are kept for clients, of the `memory`.")
         self._running = gauge("generations_running", "Replies that a model is being asked for.")
         self._generations = counter(
             "generations_total",
@@ -146,6 +148,10 @@ class Metrics:
     def exposition(self) -> bytes:
         """Return all numbers in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def watch_memory(self, memory: Memory) -> None:
+        """Show how much of a memory is used, whenever somebody asks."""
+        self._memory.set_function(lambda: memory.used)
 
     def watch_loop(self) -> None:
         """Measure how late the running event loop is, until :meth:`close`."""

@@ -47,6 +47,7 @@ BITE = 512  # of them that are parsed at once, and
 FRAMES_PER_TURN = 16  # frames after which the rest waits for a later turn
 FRAGMENTS = 256  # of one message, as even those without data take time
 HEAD_SIZE = 32_768  # bytes of a request's head, as nginx and others have it
+REQUEST_COST = 8192  # bytes in memory of a request besides its head, while it is answered
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
 LIST_ITEMS = 64  # of a header that is a list, over all its lines
 LISTS = (  # which are taken apart here or by the library
@@ -228,7 +229,6 @@ class _Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         """Forget the connection."""
-        self._hold(0)
         self._endpoint.connections.discard(self)
         if self.visitor is not None and self._endpoint.admission is not None:
             self._endpoint.admission.depart(self.visitor)
@@ -246,6 +246,7 @@ class Exchange(_Wire):
     """A request and its answer. If it is for a WebSocket, that begins; all others end with it."""
 
     __slots__ = (
+        "_answering",
         "_below",
         "_denied",
         "_early",
@@ -267,6 +268,7 @@ class Exchange(_Wire):
         self._tail = b""  # the end of what came of the request so far
         self._size = self._lines = 0  # of the request's head so far
         self._head_ended = False
+        self._answering = False  # which may last longer than the connection
         # Frames that came before the answer, until that is there; None: what comes is dropped.
         self._early: bytes | None = b""
 
@@ -318,6 +320,8 @@ class Exchange(_Wire):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+        if not self._answering:
+            self._hold(0)
 
     def buffer_updated(self, size: int) -> None:
         """Feed the library, and have what it understands answered."""
@@ -330,7 +334,8 @@ class Exchange(_Wire):
                 self._drop()
         if self._early is None:
             return
-        if not self._hold(self._size + HEADER_COST * self._lines + len(self._early)):
+        cost = REQUEST_COST + HEADER_COST * self._lines
+        if not self._hold(cost + self._size + len(self._early)):
             self._deny(no_memory())
         elif self._size > HEAD_SIZE:
             why = f"The head of the request has more than {HEAD_SIZE} bytes."
@@ -348,6 +353,7 @@ class Exchange(_Wire):
                 why = f"The header {name} has more than {LIST_ITEMS} items."
                 self._answer_and_drop(respond(HTTPStatus.BAD_REQUEST, why))
                 return
+        self._answering = True
         task = self._endpoint.loop.create_task(self._answer(request))
         self._endpoint.answering.add(task)
         task.add_done_callback(self._endpoint.answering.discard)
@@ -419,6 +425,10 @@ class Exchange(_Wire):
                 response = await self._endpoint.answer(self.visitor, request)
         except TimeoutError:
             return  # and nobody is there any more
+        finally:
+            self._answering = False
+            if self not in self._endpoint.connections:
+                self._hold(0)
         if self.transport.is_closing() or self._early is None:  # gone, or answered already
             return
         if response is None:
@@ -705,6 +715,7 @@ class Socket(_Wire):
         if self._deadline is not None:
             self._deadline.cancel()
         super().connection_lost(exc)
+        self._hold(0)
         assert self._endpoint.on_close is not None
         self._endpoint.on_close(self)
 
