@@ -67,7 +67,7 @@ BAD = {
     "text for a number": ('{"prompt": "x", "temperature": "1"}', "invalid_frame", "temperature:"),
     "too hot": ('{"prompt": "x", "temperature": 3}', "invalid_frame", "temperature: must be"),
     "NaN": ('{"prompt": "x", "temperature": NaN}', "invalid_json", "NaN"),
-    "endless number": ('{"prompt": ' + "9" * 5000 + "}", "invalid_json", "number"),
+    "endless number": ('{"prompt": ' + "9" * 5000 + "}", "invalid_frame", "prompt: must be"),
     "key twice": ('{"prompt": "x", "prompt": "y"}', "invalid_frame", "prompt: given twice"),
     "key twice deep": (
         '{"messages": [{"role": "user", "role": "user", "content": "x"}]}',

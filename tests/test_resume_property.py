@@ -820,11 +820,13 @@ async def test_a_resume_on_top_of_an_open_goes_on_from_where_it_says(
     await begin(server, story)
     await story.tell(6)
     async with line(server.url) as chat:
+        await open_conversation(chat, story)
+        shown = Transcript(story)
+        shown.take(await chat.receive())
+        await shown.catch_up(chat)
         for after in range(story.seq + 1):
-            await open_conversation(chat, story)
-            shown, resumed = Transcript(story), Transcript(story, after)
-            shown.take(await chat.receive())
-            await shown.catch_up(chat)
+            await open_conversation(chat, story)  # which does not restart what is followed
+            resumed = Transcript(story, after)
             await come_back(chat, resumed)
             await resumed.catch_up(chat)
         await resumed.hear(chat)

@@ -96,6 +96,7 @@ PARTS = 6 * MESSAGES
 DEPTH = 64  # brackets within each other; the frames of the protocol have three
 KEYS = 32  # of one object; a prompt has twelve
 DIGITS = 18  # of an integer: what SQLite and others can hold
+LARGEST = 10**18  # what an integer with more digits is read as
 
 _STRINGS = re.compile(r'"[^"]*(?:"|\Z)')
 _NESTED = re.compile(rf"(?:[\[{{][^\[\]{{}}]*){{{DEPTH + 1}}}")
@@ -651,8 +652,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > DIGITS:
-        raise Refused(Code.INVALID_JSON, "The frame has a number that is too long.")
+    if len(digits) > DIGITS:  # it is beyond every bound, and stays so
+        return -LARGEST if digits.startswith("-") else LARGEST
     return int(digits)
 
 
