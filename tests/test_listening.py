@@ -32,7 +32,8 @@ from tests.test_leak import Here
 from wsserver import ConfigError, listening
 from wsserver.cli import _announce, main
 from wsserver.connection import Connection
-from wsserver.transport import READ_SIZE, Exchange, Socket
+from wsserver.transport import Exchange
+from wsserver.websocket import READ_SIZE, Socket
 
 pytestmark = pytest.mark.slow
 

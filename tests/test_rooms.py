@@ -61,6 +61,7 @@ FLOORS = {
     "hub": 3,
     "connection": 3,
     "transport": 3,
+    "websocket": 3,
     "routes": 4,
     "server": 4,
     "terminal": 5,
@@ -137,6 +138,8 @@ NEIGHBOURS = {
     ("hub", "upkeep"),
     ("connection", "admission"),
     ("transport", "admission"),
+    ("transport", "websocket"),
+    ("websocket", "admission"),
     ("transport", "listening"),
     ("connection", "live"),
     ("connection", "hub"),
@@ -146,7 +149,15 @@ NEIGHBOURS = {
     ("cli", "terminal"),  # only inside a function, when it is asked for
 }
 LIBRARIES = {
-    "websockets": {"responses", "routes", "transport", "server", "client.dial", "client.link"},
+    "websockets": {
+        "responses",
+        "routes",
+        "transport",
+        "websocket",
+        "server",
+        "client.dial",
+        "client.link",
+    },
     "anthropic": {"models.anthropic"},
     "sqlite3": {"stores.database", "stores.rows", "stores.sqlite"},
     "aiohttp": {"models.http"},

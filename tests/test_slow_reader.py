@@ -13,7 +13,7 @@ from websockets.uri import parse_uri
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
-from wsserver.transport import Socket
+from wsserver.websocket import Socket
 
 pytestmark = pytest.mark.slow
 

@@ -23,16 +23,8 @@ from tests.support.puppet import BOUND, Puppet, until
 from tests.test_leak import Here
 from wsserver.connection import Connection
 from wsserver.limits import account_of
-from wsserver.transport import (
-    BITE,
-    FRAMES_PER_TURN,
-    HEADER_COST,
-    READ_SIZE,
-    REQUEST_COST,
-    Exchange,
-    Socket,
-    frame,
-)
+from wsserver.transport import HEADER_COST, REQUEST_COST, Exchange
+from wsserver.websocket import BITE, FRAMES_PER_TURN, READ_SIZE, Socket, frame
 
 PING = b'{"type":"ping"}'
 

@@ -26,7 +26,8 @@ from wsserver.routes import Operations, Page
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics
-from wsserver.transport import Endpoint, Socket
+from wsserver.transport import Endpoint
+from wsserver.websocket import Socket
 
 __all__ = ["Server", "serve"]
 
