@@ -11,17 +11,17 @@ import re
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from json.encoder import encode_basestring
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.admission import Visitor
 from wsserver.errors import Code, Refused, StoreError
-from wsserver.generation import Log, State, well_formed
+from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
 from wsserver.limits import Account, Bucket, held
 from wsserver.live import Conversation, Generation
 from wsserver.logs import log
+from wsserver.pages import conversations, history, room_of
 from wsserver.protocol import (
     Auth,
     Authenticated,
@@ -29,14 +29,12 @@ from wsserver.protocol import (
     Close,
     CloseConversation,
     Closed,
-    ConversationItem,
     Conversations,
     Delete,
     Deleted,
     Error,
     Hello,
     History,
-    HistoryMessage,
     Limits,
     List,
     Open,
@@ -49,14 +47,13 @@ from wsserver.protocol import (
     Start,
     Stop,
     Stopped,
-    Terminal,
     encode,
     first_request,
     parse,
     parts,
 )
-from wsserver.settings import ANSWER_ROOM, ESCAPED, Settings
-from wsserver.stores.base import Turn
+from wsserver.settings import Settings
+from wsserver.stopping import Stopping
 
 __all__ = ["Connection", "Transport"]
 
@@ -64,8 +61,6 @@ REQUESTS = 32  # frames of one client that wait for an answer; the client gets `
 OPEN_CONVERSATIONS = 64  # of one socket: more than a person has tabs, and each costs memory
 AUTH_PARTS = 64  # of a frame that is parsed before `auth`, see `parts`; an `auth` has about ten
 LONGEST_STOP = 256  # bytes: a longer frame is no `stop`, and is not parsed over the frame rate
-FRAME_ROOM = ANSWER_ROOM // 2  # bytes of a `history` or `conversations` frame besides its items
-TURN_ROOM = 512  # bytes of a turn or an item besides its text
 
 
 class Transport(Protocol):
@@ -88,48 +83,6 @@ class Transport(Protocol):
 Request = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversation
 
 
-class _Stopping:
-    """A ``stop`` whose generations have not all ended. A follower of each of their logs.
-
-    Args:
-        stop: the frame.
-        answer: called once all have ended, with the ids of those that were stopped.
-    """
-
-    __slots__ = ("_answer", "_ids", "_logs", "_pending", "stop")
-
-    def __init__(self, stop: Stop, answer: Callable[[Stop, list[str]], None]) -> None:
-        self.stop = stop
-        self._answer = answer
-        self._ids: list[str] = []
-        self._logs: list[Log[Terminal]] = []
-        self._pending = 1  # until `settle` is called for the frame itself
-
-    def expect(self) -> None:
-        """Wait for one more prompt, which is not accepted yet."""
-        self._pending += 1
-
-    def follow(self, generation: Generation) -> None:
-        """Wait for the end of a generation."""
-        self._pending += 1
-        self._ids.append(generation.id)
-        self._logs.append(generation.log)
-        generation.log.followers.append(self)
-
-    def wake(self) -> None:
-        """A generation has ended, if its log has a terminal."""
-        for ended in [one for one in self._logs if one.terminal is not None]:
-            self._logs.remove(ended)
-            ended.followers.remove(self)
-            self.settle()
-
-    def settle(self) -> None:
-        """One thing less to wait for; answer if it was the last."""
-        self._pending -= 1
-        if not self._pending:
-            self._answer(self.stop, self._ids)
-
-
 @dataclass(eq=False, slots=True)
 class _Waiting:
     """What waits for its answer: a request, or the refusal of a frame that is unusable.
@@ -141,7 +94,7 @@ class _Waiting:
     request: Request | Refused
     account: Account = ()
     size: int = 0
-    stops: list[_Stopping] = field(default_factory=list)
+    stops: list[Stopping] = field(default_factory=list)
 
 
 class _Cursor:
@@ -628,20 +581,10 @@ class Connection:
             if follow and full:
                 message = f"This socket has {OPEN_CONVERSATIONS} conversations open; close one."
                 raise Refused(Code.LIMIT, message)
-            room = self.settings.answer_size - FRAME_ROOM
+            room = room_of(self.settings)
             stored = await self._hub.conversations.history(conversation, request.before, room)
-            turns = self._fitting(stored.turns, room)
-            older = stored.older or len(turns) < len(stored.turns)
-            self._write_read(
-                History(
-                    conversation=conversation.id,
-                    title=stored.title,
-                    messages=[message for turn in turns for message in _messages(turn)],
-                    running=[generation.id for generation in conversation.live],
-                    before=turns[0].number if turns and older else None,
-                    request=request.request,
-                )
-            )
+            live = [generation.id for generation in conversation.live]
+            self._write_read(history(stored, live, room, request.request))
             if follow and not self._gone:
                 self._own = conversation.id
                 self._watched[conversation] = None
@@ -669,18 +612,6 @@ class Connection:
             self._own = None
         return found
 
-    def _fitting(self, turns: list[Turn], room: int) -> list[Turn]:
-        """Return the newest turns that fit into a number of bytes; one alone is cut to fit."""
-        kept: list[Turn] = []
-        for turn in reversed(turns):
-            size = TURN_ROOM + _size(turn.prompt) + _size(turn.text)
-            if size > room and kept:
-                break
-            kept.append(turn if size <= room else _beginning(turn, room - TURN_ROOM))
-            room -= size
-        kept.reverse()
-        return kept
-
     async def _list(self, request: List) -> None:
         before = None
         if request.before is not None:
@@ -688,28 +619,8 @@ class Connection:
                 raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.")
             before = int(request.before)
         found = await self._hub.conversations.recent(self._owner, request.limit + 1, before)
-        room = self.settings.answer_size - FRAME_ROOM
-        page: list[ConversationItem] = []
-        for summary in found[: request.limit]:
-            room -= TURN_ROOM + _size(summary.title)
-            if room < 0 and page:
-                break
-            page.append(
-                ConversationItem(
-                    id=summary.id,
-                    title=summary.title,
-                    created=summary.created,
-                    updated=summary.updated,
-                )
-            )
-        more = len(found) > len(page)
-        self._write_read(
-            Conversations(
-                items=page,
-                next=str(found[len(page) - 1].place) if more else None,
-                request=request.request,
-            )
-        )
+        page = conversations(found, request.limit, room_of(self.settings), request.request)
+        self._write_read(page)
 
     # Following and stopping.
 
@@ -775,7 +686,7 @@ class Connection:
         running = [generation for generation in targets if generation.log.state not in settled]
         if not (prompts or running):
             raise Refused(Code.NOT_RUNNING)
-        stopping = _Stopping(stop, self._stopped)
+        stopping = Stopping(stop, self._stopped)
         for waiting in prompts:
             stopping.expect()
             waiting.stops.append(stopping)
@@ -783,7 +694,7 @@ class Connection:
             self._stop_generation(generation, stopping)
         stopping.settle()
 
-    def _stop_generation(self, generation: Generation, stopping: _Stopping) -> None:
+    def _stop_generation(self, generation: Generation, stopping: Stopping) -> None:
         if generation.log.state is not State.ENDED:
             stopping.follow(generation)
             self._hub.stop(generation, "client")
@@ -859,30 +770,3 @@ def _name(refused: Refused, frame: ClientFrame) -> None:
     about = getattr(frame, "id", None) or getattr(frame, "conversation", None)
     refused.about = refused.about or about
     refused.request = refused.request or frame.request
-
-
-def _beginning(turn: Turn, room: int) -> Turn:
-    """Cut a turn to what fits into so many bytes of JSON, its prompt to half of that at most."""
-    prompt = turn.prompt
-    if _size(prompt) > room // 2:
-        prompt = prompt[: room // 2 // ESCAPED]
-    text = turn.text[: max(0, room - _size(prompt)) // ESCAPED]
-    return replace(turn, prompt=prompt, text=text, partial=turn.partial or "cut")
-
-
-def _messages(turn: Turn) -> list[HistoryMessage]:
-    messages = [HistoryMessage(role="user", content=turn.prompt, id=turn.id)]
-    if turn.text or turn.partial:
-        messages.append(
-            HistoryMessage(
-                role="assistant",
-                content=turn.text,
-                id=turn.id,
-                partial=turn.partial,
-            )
-        )
-    return messages
-
-
-def _size(text: str) -> int:
-    return len(encode_basestring(text).encode())
