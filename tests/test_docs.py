@@ -301,6 +301,7 @@ def test_the_make_targets_in_the_readme_exist() -> None:
     "document",
     [
         "README.md",
+        "CHANGELOG.md",
         "wsserver/PROTOCOL.md",
         "wsserver/SAFETY.md",
         "examples/wscat.md",
