@@ -154,6 +154,8 @@ def beyond_json_schema(frame: dict[str, object]) -> bool:
 @example({"prompt": "Hi", "temperature": 1})
 @example({"messages": [{"role": "assistant", "content": "Hi"}]})
 @example({"type": "open", "conversation": ID, "before": 1.0})
+@example({"type": "open", "conversation": ID, "before": 10**18})
+@example({"type": "open", "conversation": ID, "before": 10**18 - 1})
 def test_what_is_accepted_is_valid_and_the_other_way_round(frame: dict[str, Any]) -> None:
     try:
         parse(json.dumps(frame))

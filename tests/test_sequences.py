@@ -19,7 +19,7 @@ async def test_the_server_says_what_the_sequence_says(name: str, tmp_path: Path)
 
 
 # What the Python client cannot do, or does at a time of its own.
-UNABLE = frozenset({"open", "close", "messages", "repeat", "later", "auth", "retry", "crashed"})
+UNABLE = frozenset({"open", "close", "messages", "repeat", "later", "auth", "foreign"})
 
 
 @pytest.mark.parametrize(("name", "socket"), playable(UNABLE))

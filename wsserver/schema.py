@@ -30,9 +30,9 @@ ANSWERS = {
 """What answers each frame of a client, where no ``error`` does."""
 
 CLIENT = (
-    "A frame that a client may send. JSON Schema cannot tell four rules: the last of `messages` is "
-    "the user's, no text has half of a surrogate pair, no key is given twice, and a whole number "
-    "has no fraction, not even `.0`."
+    "A frame that a client may send. JSON Schema cannot tell some rules: the last of `messages` is "
+    "the user's, no text has half of a surrogate pair, no key is given twice, a whole number has "
+    "no fraction, not even `.0`, and a frame is not larger than the limits of the server allow."
 )
 SERVER = (
     "A frame that the server may send. A client ignores the types and keys that it does not know, "

@@ -121,8 +121,8 @@ def playable(unable: frozenset[str]) -> list[tuple[str, int]]:
                     does |= {frame.get("type", "messages" if "messages" in frame else "prompt")}
                     if "prompt" in frame and frame.get("id") in ids:
                         does.add("repeat")
-                    if "retry_of" in frame:
-                        does.add("retry")
+                    if frame.get("retry_of", "") not in {"", *ids}:
+                        does.add("foreign")
                     ids.add(frame.get("id"))
             if not does & unable:
                 found.append((name, socket))
