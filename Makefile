@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 TOOLS := .tools
 BIN := $(VENV)/bin
+PYTHONS := 3.11 3.12 3.13
 NPM_PACKAGES := wscat@6.1.0 ws@8.21.0 typescript@5.9.3 @types/react@19.2.2 @types/node@22.18.0 \
 	react@19.2.0 react-dom@19.2.0 esbuild@0.25.10 axe-core@4.14.1 @asyncapi/specs@6.11.1
 ARGS ?=
@@ -29,6 +30,22 @@ fast: $(VENV)/test.stamp ## the tests that take a minute together, without the o
 
 slow: $(VENV)/test.stamp system ## browsers, other programs, kills, floods
 	$(BIN)/pytest -q -m slow
+
+.PHONY: pythons
+pythons: $(PYTHONS:%=python-%) ## the fast tests on every supported Python that is here
+
+# Each has an environment of its own. A Python may be on the path, or one of pyenv's or uv's.
+python-%: pyproject.toml
+	@for python in python$* "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$*.*/bin/python \
+		"$${XDG_DATA_HOME:-$$HOME/.local/share}"/uv/python/cpython-$*.*/bin/python; do \
+		"$$python" -c 'import ensurepip' 2>/dev/null && break || python=; \
+	done; \
+	if [ -z "$$python" ]; then echo "Python $*: not on this machine, skipped"; exit 0; fi; \
+	venv=$(TOOLS)/python-$*; \
+	"$$python" -m venv $$venv \
+		&& $$venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[test]' \
+		&& echo "Python $*: $$($$venv/bin/python --version)" \
+		&& $$venv/bin/python -m pytest -q -p no:cacheprovider -m "not slow"
 
 unit: $(VENV)/test.stamp system ## some of the tests; ARGS="-k stop"
 	$(BIN)/pytest $(ARGS)

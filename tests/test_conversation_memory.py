@@ -153,8 +153,9 @@ async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
         reply.say(*pieces).end()
         await chat.text(start["id"])
         server._hub.conversations._shed(10**9)
-        # Each short piece is an object of its own, of a place in a list and 53 bytes.
-        assert 1000 * 61 < server.memory.cached < 1000 * 61 + 8000
+        # Each short piece is an object of its own, and has a place of 8 bytes in a list.
+        size = 1000 * (sys.getsizeof(pieces[0]) + 8)
+        assert size < server.memory.cached < size + 8000
         assert server._hub._ended_size == server.memory.cached == server.memory.used
         fill(server.memory)
         assert server.memory.cached == server._hub._ended_size == 0

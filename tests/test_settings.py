@@ -1,3 +1,7 @@
+import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -5,6 +9,8 @@ import pytest
 
 from wsserver import ConfigError, Settings
 from wsserver.settings import SECRETS
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_every_setting_says_what_it_is_for() -> None:
@@ -97,3 +103,22 @@ def test_thinking_takes_a_word_or_a_budget(value: str) -> None:
 
 def test_the_log_level_may_be_shouted() -> None:
     assert Settings.load(log_level="DEBUG").log_level == "debug"
+
+
+def test_on_windows_it_says_at_once_where_it_runs() -> None:
+    program = "import sys; sys.platform = 'win32'; import wsserver"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("runs on Linux and macOS; on Windows run it in WSL\n")
+
+
+def test_the_supported_pythons_are_said_in_one_voice() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    classified = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    (tested,) = re.findall(r"^PYTHONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert classified == tested.split()
+    assert project["requires-python"] == f">={classified[0]}"
+    *others, last = classified
+    assert f"with Python {', '.join(others)} or {last}" in (ROOT / "README.md").read_text()
+    assert not any("Windows" in classifier for classifier in project["classifiers"])

@@ -1,5 +1,10 @@
 """A WebSocket chat server for streaming language models, with a mid-stream stop."""
 
+import sys
+
+if sys.platform == "win32":
+    raise ImportError("wsserver runs on Linux and macOS; on Windows run it in WSL")
+
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
 from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.generation import End, Thinking, Usage

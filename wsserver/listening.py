@@ -6,6 +6,7 @@ It makes and describes sockets; what is said over them is not its business.
 import asyncio
 import contextlib
 import errno
+import fcntl
 import ipaddress
 import os
 import re
@@ -195,8 +196,6 @@ class UnixSocket:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Any:
     """Keep a server that starts at the same moment from taking this one's file for a stale one."""
-    import fcntl  # noqa: PLC0415 - where there are no unix sockets there is no such module
-
     try:
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # it may be written but not listed
