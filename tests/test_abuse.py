@@ -333,9 +333,11 @@ async def test_sockets_that_are_half_closed_are_closed() -> None:
         (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", b"414"),
         (b"GET / HTTP/1.1\r\nCookie: " + b"x" * 100_000 + b"\r\n\r\n", b"431"),
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 10_000 + b"\r\n", b"431"),
+        (b"GET / HTTP/1.1\r\n" + b"Sec-WebSocket-Protocol: " + b"a," * 4000 + b"\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\n" + (b"Connection: " + b"a," * 4000 + b"\r\n") * 118, b"431"),
         (b"\x16\x03\x01\x02\x00\n" * 1000, None),
     ],
-    ids=["request line", "header", "many headers", "noise"],
+    ids=["request line", "header", "many headers", "list", "lists", "noise"],
 )
 async def test_a_huge_request_is_refused(head: bytes, status: bytes | None) -> None:
     async def abuse(server: Served) -> None:
@@ -826,6 +828,57 @@ async def test_frames_before_auth_are_refused_and_too_many_close_the_socket(
         await meanwhile(server, each(20, abuse, server), most=15, **BEARER)
         await server.said("connection", code=1008)
         assert not [e for e in server.events("generation") if e["principal"] != "alice"]
+
+
+async def test_costly_frames_before_auth_are_not_parsed_and_close_the_socket(
+    token_file: Path,
+) -> None:
+    costly = frame('{"messages": [' + ",".join(["{}"] * 21_000) + "]}")
+
+    async def abuse(server: Served) -> None:
+        for _ in range(10):
+            async with Peer.websocket(server) as peer:
+                for _ in range(10):
+                    peer.write(costly * 2 + frame(PING))
+                texts = [message async for message in peer.texts()]
+                codes = Counter(message["code"] for message in texts if message["type"] == "error")
+                assert peer.code == 1008
+                assert codes["unauthenticated"] == 20
+
+    options = ("--token-file", str(token_file), *FRAMES)
+    async with served(*options, bearer="token") as server, flat(server):
+        await meanwhile(server, each(10, abuse, server), most=15, **BEARER)
+        await server.said("connection", code=1008)
+
+
+async def test_unfinished_messages_before_auth_take_their_bytes_and_no_more(
+    token_file: Path,
+) -> None:
+    empty = frame("{", fin=False) + frame(b"", Opcode.CONT, fin=False) * 4095
+    unfinished = frame("x" * 60_000)[:-1]
+
+    async def abuse(server: Served, source: str) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(Peer.open(server, source)) for _ in range(100)]
+            for peer in peers:
+                await peer.upgrade(b"Origin: http://localhost")
+                peer.write(empty)
+            assert [await peer.close_code() for peer in peers] == [1009] * len(peers)
+        async with contextlib.AsyncExitStack() as stack:
+            peers = [await stack.enter_async_context(Peer.open(server, source)) for _ in range(100)]
+            for peer in peers:
+                await peer.upgrade(b"Origin: http://localhost")
+                peer.write(unfinished)
+            closed = Counter([await peer.close_code() for peer in peers])
+            assert closed[1013] > 0  # at once, and
+            assert closed[1008] > 0  # as none of them has said who it is
+
+    options = ("--token-file", str(token_file), "--auth-timeout", "3", "--hosts", "chat.test")
+    memory = ("--memory", str(16 * MEBIBYTE), "--history-size", "1000")
+    async with served(*options, *memory, bearer="token") as server, flat(server):
+        sources = (abuse(server, f"127.0.3.{number}") for number in range(1, 4))
+        await meanwhile(server, asyncio.gather(*sources), **BEARER)
+        await server.said("connection", code=1009)
 
 
 async def test_many_addresses_do_not_fill_the_memory() -> None:

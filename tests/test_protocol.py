@@ -184,6 +184,26 @@ def test_parts_of_a_frame_are_those_outside_of_its_strings() -> None:
     assert parts('{"a": [1, 2], "b": "unfinished, [') == 6
 
 
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats(allow_nan=False) | st.text('"\\\\[]{}:,ab\U0001f600'),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text('"\\\\[]{}:,ab'), inner),
+    ),
+    st.booleans(),
+)
+def test_parts_of_any_value_are_its_brackets_commas_and_colons(
+    value: object, ascii_only: bool
+) -> None:
+    def count(value: object) -> int:
+        if not isinstance(value, list | dict):
+            return 0
+        inner = value.values() if isinstance(value, dict) else value
+        colons = len(value) if isinstance(value, dict) else 0
+        return 1 + max(0, len(value) - 1) + colons + sum(map(count, inner))
+
+    assert parts(json.dumps(value, ensure_ascii=ascii_only)) == count(value)
+
+
 def test_a_prompt_of_much_code_is_no_unusable_frame() -> None:
     text = '{"a": [[[{"b": "\\\\", "c": [1, 2, 3]}]]]},' * 700
     assert parse(json.dumps({"prompt": text})) == Prompt(prompt=text)
