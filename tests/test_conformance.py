@@ -144,7 +144,7 @@ class Python:
     async def prompt(
         self,
         reply: str,
-        text: str,
+        text: str | list[Frame],
         conversation: str | None,
         on_busy: str,
         retry_of: str | None = None,
@@ -152,10 +152,11 @@ class Python:
         retried = None if retry_of is None else self._replies[retry_of].id
         assert on_busy in {"reject", "queue", "interrupt"}
         self._replies[reply] = self._chat.prompt(
-            text,
+            text if isinstance(text, str) else None,
+            messages=None if isinstance(text, str) else [(m["role"], m["content"]) for m in text],
             conversation=conversation,
             on_busy=on_busy,  # type: ignore[arg-type]
-            **({} if retried is None else {"retry_of": retried}),  # type: ignore[arg-type]
+            retry_of=retried,
         )
 
     async def stop(self, reply: str) -> None:

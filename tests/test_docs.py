@@ -25,7 +25,15 @@ from tests.support.sequences import VECTORS, load, written
 from tests.test_terminal import terminal
 from wsserver import Code, Settings
 from wsserver.connection import REQUESTS
-from wsserver.protocol import Close, Limits, ServerFrame, StoppedBy, parse
+from wsserver.protocol import (
+    CLIENT_FRAMES,
+    SERVER_FRAMES,
+    Close,
+    Limits,
+    ServerFrame,
+    StoppedBy,
+    parse,
+)
 from wsserver.telemetry import Aborted, Refusal
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +92,37 @@ def test_the_protocol_document_has_every_close_code() -> None:
 def test_the_protocol_document_has_every_key_of_a_prompt() -> None:
     documented = {key.strip("`") for key, *_ in rows(PROTOCOL, "### prompt")}
     assert documented == set(wsserver.protocol.Prompt.model_fields)
+
+
+def documented_keys(section: str) -> dict[str, tuple[set[str], set[str]]]:
+    """Return by type the keys that a table says are always there, and those that may be."""
+    found: dict[str, tuple[set[str], set[str]]] = {}
+    for cell, *_ in rows(PROTOCOL, section):
+        for kind, keys in re.findall(r'\{"type": "(\w+)"((?:, "\w+"\??)*)\}', cell):
+            always, perhaps = found.setdefault(kind, (set(), set()))
+            for key, left_out in re.findall(r'"(\w+)"(\??)', keys):
+                (perhaps if left_out else always).add(key)
+    return found
+
+
+def test_the_protocol_document_has_every_key_of_the_server_s_frames() -> None:
+    documented = documented_keys("## Frames of the server")
+    assert documented.keys() == SERVER_FRAMES.keys()
+    for kind, model in SERVER_FRAMES.items():
+        always, perhaps = documented[kind]
+        fields = {n: f for n, f in model.model_fields.items() if n not in {"type", "request"}}
+        assert (always | perhaps) - {"request"} == fields.keys()
+        required = {name for name, field in fields.items() if field.is_required()}
+        assert required <= always
+
+
+def test_the_protocol_document_has_every_key_of_requests() -> None:
+    documented = documented_keys("### list, rename, delete")
+    assert documented.keys() == {"list", "rename", "delete"}
+    for kind, (always, perhaps) in documented.items():
+        fields = CLIENT_FRAMES[kind].model_fields
+        assert always | perhaps == fields.keys() - {"type", "request"}
+        assert always == {name for name, field in fields.items() if field.is_required()}
 
 
 def test_the_table_of_abuse_names_every_test_of_it() -> None:

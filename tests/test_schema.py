@@ -225,6 +225,7 @@ def test_words_of_later_servers_are_valid() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_asyncapi_document_follows_its_specification() -> None:
     document = asyncapi()
     package = require_npm_package("@asyncapi/specs")

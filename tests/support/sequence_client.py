@@ -20,7 +20,7 @@ from wsserver.schema import ANSWERS
 __all__ = ["Client", "ScriptedServer"]
 
 ANSWERED = frozenset({"history", "renamed", "deleted"})
-DEFAULTS = {("on_busy", "reject"), ("after", 0)}
+DEFAULTS = {"on_busy": "reject", "after": 0}
 LIMITS = {
     "message_size": 65536,
     "prompt_size": 32768,
@@ -38,9 +38,14 @@ class Client(Protocol):
     """A client in the hands of a script. The id that the vector has for a reply names the reply."""
 
     async def prompt(
-        self, reply: str, text: str, conversation: str | None, on_busy: str, retry_of: str | None
+        self,
+        reply: str,
+        text: str | list[Frame],
+        conversation: str | None,
+        on_busy: str,
+        retry_of: str | None,
     ) -> None:
-        """Ask, and wait for nothing."""
+        """Ask, and wait for nothing. A list is one of messages."""
         ...
 
     async def stop(self, reply: str) -> None:
@@ -107,7 +112,7 @@ class ScriptedServer:
     def __init__(self, lines: list[Line], socket: int = 1) -> None:
         self._lines = [line for line in lines if line.get("socket", socket) == socket]
         frames = [line["frame"] for line in self._lines if "frame" in line]
-        self.tokens = [frame["token"] for frame in frames if frame.get("type") == "auth"]
+        self.tokens: list[str] = [frame["token"] for frame in frames if frame.get("type") == "auth"]
         self._connections: asyncio.Queue[ServerConnection] = asyncio.Queue()
         self._connection: ServerConnection
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
@@ -131,10 +136,8 @@ class ScriptedServer:
         await self._server.wait_closed()
 
     async def _accept(self, connection: ServerConnection) -> None:
-        assert connection.request is not None
-        known = "Authorization" in connection.request.headers
         hello: Frame = {"type": "hello", "protocol": SUBPROTOCOL, "limits": LIMITS}
-        if self.tokens and not known:
+        if self.tokens:
             hello["auth"] = True
         await connection.send(json.dumps(hello))
         self._connections.put_nowait(connection)
@@ -196,16 +199,11 @@ class ScriptedServer:
             await until(lambda: frame["conversation"] in self._closed)
             del self._lines[0]  # its answer
             return
-        assert self._connection.request is not None
-        if kind == "auth" and "Authorization" in self._connection.request.headers:
-            answer = next(n for n in self._lines if n.get("frame", {})["type"] == "authenticated")
-            self._lines.remove(answer)
-            return
         if kind == "prompt" and shown is None:
             self._shown[name] = _Shown(name)
             await client.prompt(
                 name,
-                frame["prompt"],
+                frame.get("prompt") or frame["messages"],
                 frame.get("conversation"),
                 frame.get("on_busy", "reject"),
                 frame.get("retry_of"),
@@ -293,7 +291,11 @@ class ScriptedServer:
 def _plain(frame: Frame) -> Frame:
     """Return a client's frame without what may differ, and without defaults."""
     sent = parse(json.dumps(frame)).model_dump(exclude_none=True, exclude={"request", "token"})
-    return {key: value for key, value in sent.items() if (key, value) not in DEFAULTS}
+    return {
+        key: value
+        for key, value in sent.items()
+        if DEFAULTS.get(key) != value or key not in DEFAULTS
+    }
 
 
 def _answering(asked: Frame, frame: Frame) -> Frame:

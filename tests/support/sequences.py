@@ -114,6 +114,8 @@ def playable(unable: frozenset[str]) -> list[tuple[str, int]]:
             ids: set[str | None] = set()
             for line in own:
                 does.add(line.get("event", ""))
+                if line.get("frame", {}).get("code") == "unauthenticated" and not ids - {None}:
+                    does.add("stranger")
                 if line.get("event") == "connected":
                     ids.clear()
                 if line.get("from") == "client":
