@@ -12,6 +12,7 @@ import os
 import resource
 import secrets
 import socket
+import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable
@@ -755,8 +756,11 @@ async def test_another_user_of_the_machine_is_refused() -> None:
             assert set(statuses) <= {b"403", b"429"}
             async with Peer.websocket(server):  # of the server's own user, from the same address
                 pass
-        for _ in range(20):  # who leaves at once is nobody to the kernel
+        for number in range(40):  # who leaves at once is nobody to the kernel
             with socket_of_another_user(server) as sock:
+                if number % 2:
+                    reset = struct.pack("ii", 1, 0)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
                 sock.send(Peer.HANDSHAKE + b"\r\n" + frame('{"prompt": "hang"}'))
         assert (await server.metrics())[served_ones] == before + 1
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import tempfile
@@ -757,11 +758,35 @@ async def test_the_kernel_tells_whose_the_other_end_of_a_connection_is(host: str
                 assert listening.user_at(peer, end.getsockname()) == os.geteuid()
                 own.close()
                 assert listening.user_at(peer, end.getsockname()) == listening.NOBODY
+                assert not listening.established(end)
+        with socket.create_connection(listener.getsockname()[:2]) as own:
+            end, peer = listener.accept()
+            with end:
+                assert listening.established(end)
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                own.close()  # by a reset
+                assert listening.user_at(peer, end.getsockname()) == listening.ELSEWHERE
+                assert not listening.established(end)
 
 
 def test_who_started_the_server_through_sudo_is_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUDO_UID", "1234")
-    assert listening.own_users() == frozenset({0, 1234, os.getuid()})
+    assert listening.own_users() == frozenset({0, 1234, os.getuid(), listening.ELSEWHERE})
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+async def test_a_client_that_this_kernel_does_not_hold_is_served(loop: str) -> None:
+    # As a browser on Windows is to a server in WSL.
+    program = (
+        "import sys\n"
+        "from wsserver import cli, listening, transport\n"
+        "transport.user_at = lambda *_: listening.ELSEWHERE\n"
+        "cli.main(sys.argv[1:])\n"
+    )
+    async with run("-c", program, "serve", "--port", "0", "--event-loop", loop) as process:
+        url = (await process.line(r"(ws://\S+)"))[1]
+        async with connect(url, proxy=None) as chat:
+            assert (await Client(chat).prompt())["type"] == "start"
 
 
 async def test_where_the_kernel_does_not_tell_the_server_says_so(

@@ -30,6 +30,7 @@ __all__ = [
     "StreamSocket",
     "UnixSocket",
     "bound",
+    "established",
     "inherited",
     "loopback",
     "name_of",
@@ -48,6 +49,7 @@ NO_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
 MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 IP = (socket.AF_INET, socket.AF_INET6)
 NOBODY = -1  # the user of a connection that no program holds
+ELSEWHERE = -2  # the user of a connection from another kernel, as from Windows to WSL
 
 # Of linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h and netinet/tcp.h.
 NETLINK_SOCK_DIAG = 4
@@ -56,7 +58,7 @@ NLM_F_REQUEST = 1
 HEADER = 16  # bytes of a struct nlmsghdr
 OWNER = 80  # where a struct inet_diag_msg after that has idiag_uid and idiag_inode
 ANY = (0xFFFFFFFF, 0xFFFFFFFF)  # INET_DIAG_NOCOOKIE
-ESTABLISHED = 1 << 1  # state 1 of a connection, as one of a set
+ESTABLISHED = 1  # the state of a connection
 
 StreamSocket = socket.socket
 Address = tuple[Any, ...]  # a host, a port, and of IPv6 more
@@ -404,13 +406,13 @@ def _is_loopback(address: str) -> bool:
 def own_users() -> frozenset[int] | None:
     """Return the ids of the users that this process serves as itself; None if it cannot know.
 
-    They are its own user, root, and whoever started it through sudo. It cannot know other users'
-    connections where the kernel does not tell whose they are; see :func:`user_at`.
+    They are its own user, root, whoever started it through sudo, and :data:`ELSEWHERE`. It cannot
+    know other users' connections where the kernel does not tell whose they are.
     """
     if user_at(("127.0.0.1", 1), ("127.0.0.1", 1)) is None:
         return None
     sudo = os.environ.get("SUDO_UID", "")
-    return frozenset({0, os.getuid(), int(sudo) if sudo.isdecimal() else 0})
+    return frozenset({0, os.getuid(), int(sudo) if sudo.isdecimal() else 0, ELSEWHERE})
 
 
 def user_at(peer: Address, here: Address) -> int | None:
@@ -421,13 +423,14 @@ def user_at(peer: Address, here: Address) -> int | None:
         here: the address of this end.
 
     Returns:
-        The id of the user, or :data:`NOBODY` where no program holds that end any more. None where
-        the kernel does not tell, as none but Linux does (sock_diag(7)).
+        The id of the user, :data:`NOBODY` where no program holds that end any more, or
+        :data:`ELSEWHERE` where that end is not in this kernel, or is no more. None where the kernel
+        does not tell, as none but Linux does (sock_diag(7)).
     """
     family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET
     ends = (socket.inet_pton(family, end[0].partition("%")[0]) for end in (peer, here))
     connection = struct.pack("!HH16s16s", peer[1], here[1], *ends) + struct.pack("=III", 0, *ANY)
-    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, ESTABLISHED) + connection
+    query = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 1 << ESTABLISHED) + connection
     header = struct.pack("=IHHII", HEADER + len(query), SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, NETLINK_SOCK_DIAG) as kernel:
@@ -441,7 +444,15 @@ def user_at(peer: Address, here: Address) -> int | None:
         user, inode = struct.unpack_from("=II", answer, OWNER)
         return int(user) if inode else NOBODY  # without an inode the kernel says that it is root's
     (error,) = struct.unpack_from("=i", answer, HEADER)
-    return NOBODY if error == -errno.ENOENT else None
+    return ELSEWHERE if error == -errno.ENOENT else None
+
+
+def established(sock: socket.socket) -> bool:
+    """Whether neither end of a TCP connection has begun to close it (tcp(7))."""
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == ESTABLISHED
+    except OSError:
+        return False
 
 
 def tcp_address(sockets: Iterable[Listening]) -> tuple[str, int]:

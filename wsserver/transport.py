@@ -20,7 +20,7 @@ from websockets.typing import Subprotocol
 from wsserver.admission import Admission, Denied, Visitor, no_memory
 from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
 from wsserver.limits import Memory
-from wsserver.listening import Acceptor, bound, user_at
+from wsserver.listening import ELSEWHERE, NOBODY, Acceptor, bound, established, user_at
 from wsserver.protocol import SUBPROTOCOL
 from wsserver.responses import method_not_allowed, respond
 from wsserver.settings import Settings
@@ -206,6 +206,9 @@ class Exchange(Wire):
             if endpoint.admission is not None:
                 matters = endpoint.admission.users is not None and isinstance(name, tuple)
                 user = user_at(name, here) if matters else None
+                # Asked after the user: who has just left is not elsewhere.
+                if user == ELSEWHERE and not established(transport.get_extra_info("socket")):
+                    user = NOBODY
                 self.visitor = endpoint.admission.arrive(peer, user)
                 if self.visitor.spare:
                     endpoint.take_spare(self)
