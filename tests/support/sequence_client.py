@@ -116,7 +116,6 @@ class ScriptedServer:
         self._connections: asyncio.Queue[ServerConnection] = asyncio.Queue()
         self._connection: ServerConnection
         self._inbox: asyncio.Queue[Frame] = asyncio.Queue()
-        self._place = 0
         self._ids: dict[str, str] = {}  # the client's, by the vector's
         self._unanswered: list[tuple[Frame, Frame]] = []  # the vector's frame, and the client's
         self._shown: dict[str, _Shown] = {}  # by the id that the vector has
@@ -253,8 +252,10 @@ class ScriptedServer:
             else:
                 assert answer == {}
         elif shown is not None:
+            # A refusal after which the client asks again is not the end of the reply.
+            refused = frame["type"] == "error" and "id" not in frame
             again = any(line.get("frame", {}).get("id") == name for line in self._lines)
-            if frame["type"] != "error" or not (again or frame["code"] == Code.NOT_RUNNING):
+            if not (refused and (again or frame["code"] == Code.NOT_RUNNING)):
                 shown.take(frame)
             while not shown.fits(await client.seen(shown.name)):  # noqa: ASYNC110
                 await asyncio.sleep(0)
@@ -291,11 +292,7 @@ class ScriptedServer:
 def _plain(frame: Frame) -> Frame:
     """Return a client's frame without what may differ, and without defaults."""
     sent = parse(json.dumps(frame)).model_dump(exclude_none=True, exclude={"request", "token"})
-    return {
-        key: value
-        for key, value in sent.items()
-        if DEFAULTS.get(key) != value or key not in DEFAULTS
-    }
+    return {key: value for key, value in sent.items() if value != DEFAULTS.get(key)}
 
 
 def _answering(asked: Frame, frame: Frame) -> Frame:
