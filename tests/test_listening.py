@@ -795,7 +795,7 @@ async def test_where_the_kernel_does_not_tell_the_server_says_so(
     async with wsserver.serve(puppet, port=0) as server:
         assert not server.open_to_users
     monkeypatch.delattr(socket, "AF_NETLINK")
-    async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server, client(server) as chat:
         assert (await chat.prompt())["type"] == "start"
         assert server.open_to_users
         _announce(server)
@@ -816,7 +816,7 @@ async def test_a_program_of_another_user_is_refused_but_for_healthz(
             async with client(server):
                 raise AssertionError
     tokens = f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
-    async with wsserver.serve(puppet, port=0, tokens=tokens) as server:
+    async with wsserver.serve(puppet, port=0, tokens=tokens, drain_timeout=0) as server:
         bearer = {"Authorization": "Bearer good"}
         async with client(server, additional_headers=bearer) as chat:
             assert (await chat.prompt())["type"] == "start"
