@@ -200,6 +200,25 @@ async def test_an_older_server_is_served_without_names(
         assert chat.limits is None
 
 
+async def test_what_was_sent_before_a_late_hello_is_answered_without_a_name() -> None:
+    async def talk(socket: ServerConnection) -> None:
+        asked = [json.loads(await socket.recv())]
+        await socket.send(json.dumps({"type": "hello", "limits": {"prompt_size": 5}}))
+        await socket.send(json.dumps({"type": "conversations", "items": []}))
+        asked.append(json.loads(await socket.recv()))
+        answer = {"type": "conversations", "items": [], "request": asked[1]["request"]}
+        await socket.send(json.dumps(answer))
+        assert "request" not in asked[0]
+
+    async with serve(talk, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with connect(url) as chat:
+            for _ in range(2):
+                assert await asyncio.wait_for(chat.conversations(), BOUND) == []
+            assert chat.limits is not None
+            assert chat.limits.prompt_size == 5
+
+
 async def test_a_retry_takes_the_place_of_the_turn(server: wsserver.Server, puppet: Puppet) -> None:
     async with connect(server.url) as chat:
         first = chat.prompt("One")
@@ -285,7 +304,6 @@ async def test_a_server_that_bears_few_bad_frames_gets_few_at_once() -> None:
         nonlocal most, waiting
         waiting += 1
         most = max(most, waiting)
-        await asyncio.sleep(0)
         waiting -= 1
         await send({"type": "start", "id": frame["id"], "model": "m"}, request=frame["request"])
         await send({"type": "done", "id": frame["id"], "seq": 0, "reason": "r", "usage": {}})

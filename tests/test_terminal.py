@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from websockets.asyncio.server import ServerConnection, serve
 import wsserver
 from tests.support.line import Line
 from tests.support.older import older
+from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Code, End, ModelError
 from wsserver.cli import main
@@ -226,6 +228,25 @@ async def test_the_last_prompt_is_asked_again_and_takes_the_place_of_its_turn(
         person.types("Go on\r")
         said = [m.content for m in (await puppet.reply(3)).request.messages]
         assert said == ["Tell me a story", "Better", "Go on"]
+
+
+async def test_a_reply_whose_server_died_is_told_as_interrupted(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    store = f"sqlite:///{tmp_path}/c.sqlite"
+    serve_ = ("-m", "wsserver", "serve", "--port", port, "--store", store, "--demo-rate", "50")
+    async with contextlib.AsyncExitStack() as stack:
+        first = await stack.enter_async_context(run(*serve_))
+        await first.line("listening")
+        person = await stack.enter_async_context(terminal(f"ws://127.0.0.1:{port}"))
+        await person.ready()
+        person.types("Tell me a story\r")
+        await person.sees("This is the demo")
+        first.signal(signal.SIGKILL)
+        await first.end()
+        await stack.enter_async_context(run(*serve_))
+        await person.sees("(interrupted); try again]")
+        await person.ready()
 
 
 async def test_a_lost_connection_is_seen_and_the_text_goes_on_exactly(

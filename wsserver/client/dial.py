@@ -41,7 +41,7 @@ PASSING = frozenset(
 )
 SHORTEST, LONGEST = 0.5, 15.0  # seconds: bounds of the first pause, and of the last
 ATTEMPT = 10.0  # seconds for one attempt
-LAST_ATTEMPT = 1.0  # seconds for an attempt at the very end
+LAST_ATTEMPT = 1.0  # seconds at most for an attempt at the very end
 LONGEST_TOKEN = 8192  # characters, as the server has it
 LARGEST = 16 * 1024 * 1024  # bytes of a frame; the server sends less than 1 MiB at once
 
@@ -126,10 +126,11 @@ async def reach(
         ConnectionFailed: no later attempt can succeed.
     """
     loop = asyncio.get_running_loop()
+    last_attempt = min(LAST_ATTEMPT, timeouts.opening)
     while True:
         left = until - loop.time()
         try:
-            async with asyncio.timeout(min(ATTEMPT, max(LAST_ATTEMPT, left))):
+            async with asyncio.timeout(min(ATTEMPT, max(last_attempt, left))):
                 return await dial(url, await token(), timeouts)
         except TimeoutError:
             unreached = Unreached("no answer in time")

@@ -328,9 +328,18 @@ class Link:
     def _answered(self, frame: Mapping[str, Any]) -> str | None:
         """Return the name of the frame that is answered, if any is."""
         name: str | None = frame.get("request")
-        if name is not None or (self._named and frame.get("id") is None):
+        if name is not None:
             return name
-        return next((name for name, sent in self._sent.items() if _fits(frame, sent.frame)), None)
+        # An id says enough. All else without a name answers only what was sent without one.
+        nameless = frame.get("id") is None
+        return next(
+            (
+                name
+                for name, sent in self._sent.items()
+                if not (nameless and sent.frame.request is not None) and _fits(frame, sent.frame)
+            ),
+            None,
+        )
 
     @property
     def _most(self) -> int:
