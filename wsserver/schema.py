@@ -5,6 +5,7 @@ Both are made of the models in :mod:`wsserver.protocol`. The schema of a client'
 frame asks for the keys that are always there and allows others, since a later server may add keys.
 """
 
+import json
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
@@ -32,7 +33,8 @@ ANSWERS = {
 CLIENT = (
     "A frame that a client may send. JSON Schema cannot tell some rules: the last of `messages` is "
     "the user's, no text has half of a surrogate pair, no key is given twice, a whole number has "
-    "no fraction, not even `.0`, and a frame is not larger than the limits of the server allow."
+    "no fraction, not even `.0`, and a frame is not larger than the limits of the server allow. "
+    "The server also accepts unknown keys whose value is null, as it does not see them."
 )
 SERVER = (
     "A frame that the server may send. A client ignores the types and keys that it does not know, "
@@ -62,14 +64,9 @@ class _Generator(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         return False  # "On Busy" tells no more than "on_busy"
 
-    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
-        value = super().model_schema(schema)
-        value["description"] = value["description"].replace("``", "`")
-        return value
-
 
 class _Client(_Generator):
-    """``null`` counts as left out, also of a key that is unknown and would be refused."""
+    """The value of an optional key may be ``null``, which counts as left out."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         value = {"anyOf": [self.generate_inner(schema["schema"]), {"type": "null"}]}
@@ -78,7 +75,6 @@ class _Client(_Generator):
 
     def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
         value = super().model_schema(schema)
-        value["additionalProperties"] = {"type": "null"}
         frame_type = value["properties"].get("type")
         if frame_type is not None and frame_type["default"] == "prompt":
             value["oneOf"] = PROMPT_OR_MESSAGES
@@ -124,7 +120,9 @@ def _definitions(reference: str) -> dict[str, Any]:
         )
         assert found.keys().isdisjoint(schema["$defs"])
         found |= schema["$defs"]
-    return found
+    # Docstrings are reStructuredText, descriptions Markdown.
+    markdown: dict[str, Any] = json.loads(json.dumps(found).replace("``", "`"))
+    return markdown
 
 
 def json_schema() -> dict[str, Any]:
