@@ -4,6 +4,7 @@ Servers that misbehave are played here by hand. All others are real.
 """
 
 import asyncio
+import inspect
 import itertools
 import json
 import time
@@ -371,6 +372,39 @@ async def test_a_reply_that_a_server_lost_in_part_is_interrupted(
         assert chat.state is State.OPEN
 
 
+async def test_a_server_that_has_all_goes_on_after_one_that_had_less() -> None:
+    came = itertools.count(1)
+
+    async def talk(socket: ServerConnection) -> None:
+        number = next(came)
+        await socket.send(json.dumps({"type": "hello", "limits": {}}))
+        async for message in socket:
+            frame = json.loads(message)
+            told = {"id": frame["id"], "model": "m", "request": frame["request"]}
+            if number == 1:
+                await socket.send(json.dumps({"type": "start", **told}))
+                for seq in (1, 2):
+                    token = {"type": "token", "id": frame["id"], "seq": seq, "text": f"{seq} "}
+                    await socket.send(json.dumps(token))
+                await socket.close(1011)
+            elif number == 2 and frame.get("after"):
+                error = {"type": "error", "code": "gap", "message": "Less.", "retryable": False}
+                await socket.send(json.dumps({**error, "request": frame["request"]}))
+            elif number == 2:
+                await socket.close(1012)
+            else:
+                assert frame["after"] == 2
+                end = {"type": "done", "id": frame["id"], "seq": 3, "reason": "end", "usage": {}}
+                token = {"type": "token", "id": frame["id"], "seq": 3, "text": "3"}
+                for answer in ({"type": "start", **told}, token, end):
+                    await socket.send(json.dumps(answer))
+
+    async with serve(talk, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with connect(url) as chat:
+            assert await text(chat.prompt("Count")) == "1 2 3"
+
+
 # Whether the server is there.
 
 
@@ -502,6 +536,11 @@ async def test_a_server_that_never_comes_is_tried_last_at_the_end(
             await asyncio.wait_for(connect(line.url, open_timeout=0.1).__aenter__(), BOUND)
         assert not raised.value.final
         assert line.tried >= 2
+
+
+def test_the_time_for_a_first_connection_covers_a_restart_of_the_server() -> None:
+    default = inspect.signature(connect).parameters["open_timeout"].default
+    assert default > wsserver.Settings().shutdown_timeout + 2, "and a start"
 
 
 # Who the client is.

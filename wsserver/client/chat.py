@@ -424,6 +424,7 @@ class Chat:
         """Ask on a new connection for all that is not over."""
         self._stopped.clear()
         for asked in self._asked.values():
+            asked.gap = None  # another server may have all of it
             link.prompt(asked.ask)
         for ask in self._requests.values():
             link.request(ask)
