@@ -38,18 +38,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE_ERROR, f"wsserver: {message}; see {self.prog} --help\n")
 
 
-class _Secret(argparse.Action):
-    """Refuses a secret as a flag, which every user of the machine can see (``ps``)."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        name = self.dest
-        flag = "--" + name.replace("_", "-")
-        parser.error(
-            f"{flag}: every user of this machine can see a flag; put a new secret into a file "
-            f"({flag}-file FILE) or into the environment (WSSERVER_{name.upper()})"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -71,6 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 arguments.setdefault("store", f"sqlite:///{_data_file()}")
             settings = Settings.load(**arguments)
             set_up(settings.log_level)
+            for name in arguments.keys() & set(SECRETS):
+                flag = "--" + name.replace("_", "-")
+                log.warning(
+                    "every user of this machine can see a secret that is a flag; use a file or "
+                    "the environment",
+                    flag=flag,
+                    file=f"{flag}-file",
+                    variable=f"WSSERVER_{name.upper()}",
+                )
             descriptors.raise_limit(settings)
             gc.disable()  # until all that stays is there
             with asyncio.Runner(loop_factory=_loop_factory(settings)) as runner:
@@ -146,8 +143,6 @@ def _parser() -> argparse.ArgumentParser:
         options: dict[str, Any] = {"help": text}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif name in SECRETS:
-            options |= {"action": _Secret, "metavar": ""}
         else:
             options["metavar"] = Settings.unit(name).upper()
         section.add_argument("--" + name.replace("_", "-"), **options)

@@ -124,8 +124,8 @@ class Settings(BaseSettings):
     token_file: str = ""
     """A file of such lines, read again on SIGHUP; sockets whose token is gone are then closed."""
     jwt_secret: SecretStr = SecretStr("")
-    """Secret of 32 bytes or more that JSON Web Tokens are signed with (HS256). Not as a flag: other
-    users of the machine can see flags."""
+    """Secret of 32 bytes or more that JSON Web Tokens are signed with (HS256). Better not as a
+    flag, which other users of the machine can see."""
     jwt_secret_file: str = ""
     """A file that has the secret in place of `jwt_secret`, read again on SIGHUP. One line end
     after the secret is not a part of it."""
@@ -289,8 +289,8 @@ class Settings(BaseSettings):
     # What its operator sees.
     metrics_token: SecretStr = SecretStr("")
     """Bearer token for `/metrics`. Without one they are at `operations_port`, or on a server that
-    is for this machine alone, as they tell how much is going on. Not as a flag: other users of the
-    machine can see flags."""
+    is for this machine alone, as they tell how much is going on. Better not as a flag, which
+    other users of the machine can see."""
     metrics_token_file: str = ""
     """A file that has the token in place of `metrics_token`, read again on SIGHUP. One line end
     after the token is not a part of it."""
