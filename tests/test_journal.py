@@ -58,11 +58,11 @@ class Stand:
         self.journal = Journal(self.store, metrics=Metrics(), **options)
         self.told: dict[str, bool] = {}
 
-    def begin(self, name: str = "g") -> Record:
+    def begin(self, name: str = "g", *, waits: bool = False) -> Record:
         log: Log[Terminal] = Log()
         log.begin()
         header = Header(name, "me", "c", Prompt(prompt="Hello?"), "m", 1.0)
-        return self.journal.begin(header, log)
+        return self.journal.begin(header, log, waits=waits)
 
     def end(self, record: Record) -> None:
         name = record.header.id
@@ -197,6 +197,15 @@ async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
     stored = await stand.store.load("c", "me", limit=10, size=10_000)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == names
+
+
+async def test_prompt_that_waits_is_saved_at_once() -> None:
+    stand = Stand(interval=3600.0)
+    stand.begin("runs")
+    stand.begin("waits", waits=True)
+    await until(lambda: stand.store.commits)
+    assert await stand.stored("waits") == []
+    await stand.journal.close(BOUND)
 
 
 async def test_a_probe_writes_to_the_store_once_a_second_at_most(

@@ -439,16 +439,17 @@ class Hub:
             generation.model,
             retry_of=prompt.retry_of,
         )
-        generation.record = self._journal.begin(header, generation.log)
+        running = None if conversation is None else conversation.running
+        generation.record = self._journal.begin(header, generation.log, waits=running is not None)
         if conversation is not None:
             conversation.exists = conversation.loaded = True
-        if conversation is None or conversation.running is None:
+        if conversation is None or running is None:
             self._begin(generation)
         else:
             if prompt.on_busy == "interrupt":
                 for waiting in tuple(conversation.queue):
                     self.stop(waiting, "replaced")
-                self.stop(conversation.running, "replaced")
+                self.stop(running, "replaced")
             conversation.queue.append(generation)
         if conversation is not None:
             for watcher in tuple(conversation.watchers):

@@ -101,10 +101,18 @@ class Journal:
         self._failures = 0  # in a row
         self._closed = False
 
-    def begin(self, header: Header, log: Log[Terminal]) -> Record:
-        """Save a generation from its beginning on."""
+    def begin(self, header: Header, log: Log[Terminal], *, waits: bool = False) -> Record:
+        """Save a generation from its beginning on.
+
+        Args:
+            header: what was accepted.
+            log: the pieces to come.
+            waits: the prompt waits for others. It is saved at once, as nothing else tells of it.
+        """
         record = Record(self, header, log)
         log.followers.append(record)
+        if waits:
+            self._urgent.set()
         self.note(record)
         return record
 
