@@ -1014,7 +1014,11 @@ async def test_there_are_earlier_messages_to_be_had(blank: Page, puppet: Puppet)
         earlier = blank.get_by_role("button", name="Show earlier messages")
         await expect(earlier).to_be_visible()
         shown = await blank.locator("article").count()
-        await blank.evaluate("scrollTo(0, 0)")
+        # The page learns of it with the next frame, and follows the newest message until then.
+        await blank.evaluate(
+            "new Promise((resolve) => { addEventListener('scroll', resolve, {once: true}); "
+            "scrollTo(0, 0) })"
+        )
         top = "document.querySelector('article:last-of-type').getBoundingClientRect().top"
         before = await blank.evaluate(top)
         await earlier.click()
