@@ -482,6 +482,31 @@ async def test_prompt_that_races_a_delete_sees_nothing_deleted(
                 assert seen["messages"] == []
 
 
+async def test_resume_that_races_a_delete_shows_nothing_deleted(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
+) -> None:
+    gate = asyncio.Event()
+    gate.set()
+
+    class Late(MemoryStore):
+        async def find(self, *arguments: Any) -> Any:
+            found = await super().find(*arguments)
+            await gate.wait()
+            return found
+
+    monkeypatch.setattr("wsserver.stores.make", lambda *_: Late())
+    async with wsserver.serve(puppet, port=0, replay_size=1, drain_timeout=0) as server:
+        async with client(server) as chat, client(server) as other:
+            await exchange(chat, puppet, "Secret", "x", conversation=ONE, id=ID)
+            gate.clear()
+            await other.send({"type": "resume", "id": ID})
+            await other.quiet()
+            await chat.send({"type": "delete", "conversation": ONE})
+            await chat.next("deleted")
+            gate.set()
+            assert (await other.next("start", "error"))["code"] == "forgotten"
+
+
 # What reading costs.
 
 

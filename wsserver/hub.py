@@ -116,6 +116,7 @@ class Hub:
         self._sweep: asyncio.TimerHandle | None = None
         self._upstream_failures = 0  # in a row
         self._upstream_failed = 0.0  # when the last of them was
+        self._deletions = 0  # of conversations, so far
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -161,7 +162,10 @@ class Hub:
         known = self.known(owner, generation_id)
         if known is not None:
             return known
-        stored = await self._store.find(generation_id, owner)
+        deletions = -1
+        while deletions != self._deletions:  # else a delete meanwhile would be undone here
+            deletions = self._deletions
+            stored = await self._store.find(generation_id, owner)
         known = self.known(owner, generation_id)  # somebody else may have been quicker
         if known is not None or stored is None:
             return known
@@ -321,6 +325,7 @@ class Hub:
         found = await self._store.delete(conversation.id, conversation.owner)
         if not (found or conversation.exists):
             raise Refused(Code.NOT_FOUND)
+        self._deletions += 1
         self._journal.deleted(conversation.owner, conversation.id)
         self.conversations.forget(conversation)
 
@@ -650,8 +655,9 @@ class Hub:
         conversation = generation.conversation
         generation.log.end(terminal)
         generation.shared = None
-        if conversation is not None and generation.begun:
+        if conversation is not None:
             conversation.version += 1
+        if conversation is not None and generation.begun:
             turn = generation.turn(conversation.turns[-1].number + 1 if conversation.turns else 1)
             conversation.turns = self.conversations.fit([*conversation.turns, turn])
         if conversation is not None and conversation.running is generation:
