@@ -281,6 +281,7 @@ CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
 class _Answer(_Frame):
     """A frame that can answer a client's; ``request`` is then the one of that frame."""
 
+    type: str  # first, so that a person reads it first
     request: str | None = None
 
 
