@@ -2414,6 +2414,23 @@ async def test_deleted_text_goes_from_the_wal_when_nobody_reads_it_any_more(
     assert traces_in(path, b"Geheimnis") == []
 
 
+async def test_delete_does_not_wait_for_another_program_that_reads_the_file(path: Path) -> None:
+    store = SqliteStore(path, timeout=3600.0)
+    await store.open()
+    await store.commit([whole(header(), "Geheimnis")])
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM generation").fetchall()
+        try:
+            async with asyncio.timeout(SECONDS):
+                assert await store.delete("c", "me")
+                await store.purge(0.0)
+                await store.commit([whole(header("g2"), "x")])
+        finally:
+            other.execute("COMMIT")
+    await store.close()
+
+
 async def test_a_large_conversation_is_deleted_in_steps_between_which_others_write(
     file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

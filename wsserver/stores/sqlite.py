@@ -385,10 +385,16 @@ class SqliteStore:
         self._remains = True
 
         def erase(database: sqlite3.Connection) -> bool:
-            with contextlib.suppress(sqlite3.Error):  # it is tried again with the next purge
+            # Another program that reads the file is not waited for, as all requests would wait
+            # too. The next purge tries again.
+            database.execute("PRAGMA busy_timeout = 0").close()
+            try:
                 ((busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                return not busy
-            return False
+            except sqlite3.Error:
+                return False
+            finally:
+                database.execute(f"PRAGMA busy_timeout = {round(self._timeout * 1000)}").close()
+            return not busy
 
         # Not beside a read, as what it sees must stay in the WAL for so long.
         async with self._writing.of(""), self._reading.of(""):
