@@ -456,7 +456,7 @@ async def test_one_of_four_prompts_at_once_runs_in_a_new_conversation(
             assert len(puppet.replies) == 1
 
 
-@pytest.mark.parametrize("turns_before", range(8))
+@pytest.mark.parametrize("turns_before", range(14))
 async def test_prompt_that_races_a_delete_sees_nothing_deleted(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, turns_before: int
 ) -> None:

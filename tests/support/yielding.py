@@ -2,12 +2,19 @@
 
 import asyncio
 import functools
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from wsserver.stores import MemoryStore
+from wsserver.stores import MemoryStore, Store
 
 __all__ = ["YieldingStore"]
+
+CALLS = [
+    name
+    for name, member in vars(Store).items()
+    if inspect.iscoroutinefunction(member) and name not in {"open", "close"}
+]
 
 
 class YieldingStore(MemoryStore):
@@ -20,7 +27,7 @@ class YieldingStore(MemoryStore):
     def __init__(self, turns: int = 1) -> None:
         super().__init__()
         self.turns = turns
-        for name in ("commit", "find", "load", "list", "rename", "delete", "spent", "purge"):
+        for name in CALLS:
             setattr(self, name, self._slowly(getattr(self, name)))
 
     def _slowly(self, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
