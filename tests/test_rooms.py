@@ -1,6 +1,7 @@
 """Imports point downward only, and each outside library is known to few."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
