@@ -344,6 +344,25 @@ async def test_each_reply_is_a_trace_of_its_own_and_a_stop_says_who(
     assert two.attributes["wsserver.generation.id"] == second["id"]
 
 
+@pytest.mark.parametrize("moment", ["on_start", "on_end"])
+async def test_a_span_processor_that_fails_keeps_no_reply_from_its_end(
+    spans: InMemorySpanExporter,
+    chat: Client,
+    puppet: Puppet,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ZeroDivisionError(SECRET)
+
+    monkeypatch.setattr(SimpleSpanProcessor, moment, fails)
+    for _ in range(2):  # the conversation is not busy afterwards
+        await say(chat, puppet, "x")
+    assert "span failed" in caplog.text
+    assert SECRET not in caplog.text
+
+
 async def test_without_opentelemetry_there_is_nothing_and_all_works() -> None:
     program = (
         "import sys\n"

@@ -24,6 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from wsserver.errors import UPSTREAM, Code
 from wsserver.limits import Memory
+from wsserver.logs import log
 from wsserver.protocol import Done, StoppedBy, Terminal
 
 try:
@@ -290,9 +291,10 @@ class Span:
         """
         if self._span is None:
             return
-        if self._span.is_recording():
-            self._tell(self._span, terminal, first_token)
-        self._span.end()
+        with _firewall():
+            if self._span.is_recording():
+                self._tell(self._span, terminal, first_token)
+            self._span.end()
 
     @staticmethod
     def _tell(span: "trace.Span", terminal: Terminal, first_token: float | None) -> None:
@@ -346,8 +348,17 @@ def span(
         attributes["gen_ai.conversation.id"] = conversation
     # A trace of its own: what is current where it begins may be another generation, whose end
     # lets this one begin.
-    return Span(
-        trace.get_tracer("wsserver").start_span(
-            f"chat {model}", Context(), kind=trace.SpanKind.CLIENT, attributes=attributes
-        )
-    )
+    name, kind, inner = f"chat {model}", trace.SpanKind.CLIENT, None
+    with _firewall():
+        tracer = trace.get_tracer("wsserver")
+        inner = tracer.start_span(name, Context(), kind=kind, attributes=attributes)
+    return Span(inner)
+
+
+@contextlib.contextmanager
+def _firewall() -> Iterator[None]:
+    """Log an exception of the program's own span processor, which must not end a generation."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        log.error("span failed", failure=error)
