@@ -2826,6 +2826,38 @@ async def test_no_more_is_read_than_the_answer_has_room_for(file: SqliteStore) -
     assert read < 100_000
 
 
+async def test_turns_that_are_not_in_the_history_make_no_request_slower(file: SqliteStore) -> None:
+    async def steps_of_a_retry_and_a_history(name: str, retried: str) -> int:
+        """Count the steps of SQLite's virtual machine, a hundred at a time."""
+        steps: list[None] = []
+
+        def note() -> None:
+            steps.append(None)
+
+        for connection in (file._writer, file._reader):
+            assert connection is not None
+            await connection.call(lambda database: database.set_progress_handler(note, 100))
+        again = Header(name, "me", "c", Prompt(prompt="Hello?"), "m", 500.0, retried)
+        await file.commit([whole(again)])
+        assert [turn.id for turn in (await loaded(file)).turns] == [name]
+        stored = await load(file, "c", "me", 10, before=2)
+        assert stored is not None
+        assert not stored.older
+        for connection in (file._writer, file._reader):
+            assert connection is not None
+            await connection.call(lambda database: database.set_progress_handler(None, 0))
+        return len(steps)
+
+    await file.commit([whole(header("g0"))])
+    few = await steps_of_a_retry_and_a_history("g1", "g0")
+    for number in range(2, 1000):
+        retry = Header(
+            f"g{number}", "me", "c", Prompt(prompt="Hello?"), "m", 500.0, f"g{number - 1}"
+        )
+        await file.commit([whole(retry)])
+    assert await steps_of_a_retry_and_a_history("g1000", "g999") <= 2 * few + 5
+
+
 async def test_an_ended_reply_is_one_row_however_many_pieces_it_has(
     file: SqliteStore, path: Path
 ) -> None:

@@ -205,4 +205,8 @@ MIGRATIONS = [
             tokens = tokens + excluded.tokens, microdollars = microdollars + excluded.microdollars;
     END;
     """,
+    """
+    -- A history is read without a look at the turns that are not in it, however many there are.
+    CREATE INDEX generation_shown ON generation (owner, conversation, turn) WHERE hidden IS NULL;
+    """,
 ]

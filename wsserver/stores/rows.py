@@ -56,9 +56,10 @@ def begin(database: sqlite3.Connection, header: Header, now: float) -> None:
         # A turn that is accepted after a delete has failed half-way is not to be deleted.
         database.execute("DELETE FROM deleting WHERE owner = ? AND id = ?", (owner, conversation))
     if added.rowcount and header.retry_of is not None and conversation is not None:
+        # The plus has SQLite look the turn up by its id, and not among all of the conversation.
         database.execute(
             "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
-            "AND conversation = ? AND number <> ? AND hidden IS NULL",
+            "AND +conversation = ? AND number <> ? AND hidden IS NULL",
             (owner, header.retry_of, conversation, added.lastrowid),
         )
 
@@ -104,7 +105,7 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
     if entry.unsaid and header.retry_of is not None:
         database.execute(
             "UPDATE generation SET hidden = NULL WHERE owner = ? AND id = ? "
-            "AND conversation = ? AND hidden = 'replaced'",
+            "AND +conversation = ? AND hidden = 'replaced'",
             (header.owner, header.retry_of, header.conversation),
         )
 
