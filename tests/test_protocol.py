@@ -10,6 +10,7 @@ from wsserver import protocol
 from wsserver.errors import Code, Refused
 from wsserver.generation import Run, Usage
 from wsserver.protocol import (
+    DEPTH,
     KEYS,
     MESSAGES,
     ClientFrame,
@@ -176,6 +177,29 @@ def test_an_unusable_frame_takes_little_memory_and_builds_few_errors(
     assert peak < 2**20
     assert sum(built) <= 2
     assert len(raised.value.message) < 200
+
+
+@pytest.mark.parametrize("gap", ["", " " * 10, ":" * 100], ids=["tight", "wide", "wider"])
+@pytest.mark.parametrize("pair", ["[]", "{}"])
+def test_depth_of_a_frame_is_found_with_one_look_at_each_bracket(
+    pair: str, gap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    class Steps(dict[str, int]):
+        def __getitem__(self, bracket: str) -> int:
+            looks.append(bracket)
+            return super().__getitem__(bracket)
+
+    monkeypatch.setattr(protocol, "_STEPS", Steps(protocol._STEPS))
+    group = (pair[0] + gap) * DEPTH + pair[1] * DEPTH  # as deep as a frame may be, again and again
+    frame = group * (65_536 // len(group))
+    with pytest.raises(Refused) as raised:
+        parse(frame)
+    assert "nested" not in raised.value.message
+    assert 0 < len(looks) <= 2 * protocol.PARTS
+    with pytest.raises(Refused, match="nested too deeply"):
+        parse(group + pair[0] * (DEPTH + 1))
 
 
 def test_parts_of_a_frame_are_those_outside_of_its_strings() -> None:

@@ -4,6 +4,7 @@
 form. Nothing here does I/O.
 """
 
+import itertools
 import json
 import re
 import reprlib
@@ -99,7 +100,8 @@ DIGITS = 18  # of an integer: what SQLite and others can hold
 LARGEST = 10**18  # what an integer with more digits is read as
 
 _STRINGS = re.compile(r'"[^"]*(?:"|\Z)')
-_NESTED = re.compile(rf"(?:[\[{{][^\[\]{{}}]*){{{DEPTH + 1}}}")
+_BRACKET = re.compile(r"[\[\]{}]")
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}  # from a bracket to the depth behind it
 
 _FIRST_REQUEST = re.compile(r'\s*{\s*"request"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*[,}]')
 
@@ -615,8 +617,12 @@ def _check_shape(text: str) -> None:
         Refused: the frame has more parts, or brackets within each other, than it may.
     """
     bare = _without_strings(text)
-    if bare.count("[") + bare.count("{") > DEPTH and _NESTED.search(bare):
-        raise _too_deep()
+    if bare.count("[") + bare.count("{") > DEPTH:
+        # Each bracket is looked at once. What closes more brackets than there are is not JSON.
+        brackets = itertools.islice(_BRACKET.finditer(bare), 2 * PARTS)
+        steps = (_STEPS[bracket[0]] for bracket in brackets)
+        if max(itertools.accumulate(steps)) > DEPTH:
+            raise _too_deep()
     if _count(bare) > PARTS:
         raise Refused(
             Code.TOO_LONG, f"The frame has too many values; `messages` may be {MESSAGES}."
