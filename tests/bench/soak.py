@@ -81,6 +81,7 @@ class Reply:
         self.id = name
         self.conversation = conversation
         self.prompt = prompt
+        self.retry_of: str | None = None
         self.pieces = pieces_of(prompt)
         self.started = False
         self.seq = 0
@@ -223,7 +224,12 @@ class Person:
         return Reply(name, conversation, f"{pieces} {pause} Überrasche mich, {name}")
 
     async def _prompt(self, reply: Reply) -> None:
-        await self.tab.send(prompt=reply.prompt, id=reply.id, conversation=reply.conversation)
+        await self.tab.send(
+            prompt=reply.prompt,
+            id=reply.id,
+            conversation=reply.conversation,
+            retry_of=reply.retry_of,  # null counts as left out
+        )
 
     def _keep(self, reply: Reply) -> None:
         """The reply has ended, and is now part of its conversation."""
@@ -405,10 +411,8 @@ class Person:
             return
         name = self.chance.choice([*self.said])
         reply = self._reply()
-        reply.conversation = name
-        await self.tab.send(
-            prompt=reply.prompt, id=reply.id, conversation=name, retry_of=self.said[name][-1].id
-        )
+        reply.conversation, reply.retry_of = name, self.said[name][-1].id
+        await self._prompt(reply)
         await self.tab.hear(reply, self.chance.randint(0, 50))
         if reply.terminal is None and self.chance.random() < 0.5:
             await self.tab.send(type="stop", id=reply.id)
@@ -431,7 +435,8 @@ class Person:
             return
         told = self.chance.choice(self.chance.choice([*self.said.values()]))
         again = Reply(told.id, told.conversation, told.prompt)
-        await self.tab.send(prompt=told.prompt, id=told.id, conversation=told.conversation)
+        again.retry_of = told.retry_of
+        await self._prompt(again)
         await self.tab.hear(again)
         check(again.terminal == told.terminal, again.terminal, told.terminal)
 
