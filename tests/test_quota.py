@@ -16,6 +16,7 @@ from wsserver.stores.base import Forgotten
 from wsserver.upkeep import Upkeep
 
 DAY = 86_400.0
+ONE = "conversation-0001"
 
 
 async def say(chat: Client, puppet: Puppet, text: str, **keys: Any) -> dict[str, Any]:
@@ -132,6 +133,41 @@ async def test_conversations_are_deleted_so_long_after_their_last_use(
         assert [m.content for m in puppet.replies[-1].request.messages] == ["Hello"]
 
 
+@pytest.mark.parametrize("ended", [True, False])
+async def test_a_conversation_that_is_used_as_it_expires_is_kept(
+    puppet: Puppet, store: str, ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    async with (
+        wsserver.serve(puppet, port=0, store=store, retention_days=30.0, drain_timeout=0) as server,
+        client(server) as chat,
+    ):
+        monkeypatch.setattr(time, "time", lambda: now)
+        await say(chat, puppet, "x", conversation=ONE)
+        now += 31 * DAY
+        idle = server._store.idle
+
+        async def used_meanwhile(before: float, limit: int) -> Any:
+            found = await idle(before, limit)
+            if found and len(puppet.replies) == 1:
+                await chat.prompt("y", conversation=ONE)
+                (await puppet.reply(1)).say("Hello")
+                await chat.next("token")
+                if ended:
+                    puppet.replies[1].end()
+                    await chat.next("done")
+            return found
+
+        monkeypatch.setattr(server._store, "idle", used_meanwhile)
+        await server._hub._upkeep.round()
+        assert len(puppet.replies) == 2
+        if not ended:
+            puppet.replies[1].end()
+            assert (await chat.next("done"))["reason"] == "end_turn"
+        await chat.send({"type": "open", "conversation": ONE})
+        assert len((await chat.next("history"))["messages"]) == 4
+
+
 async def test_conversations_are_kept_for_ever_by_default(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,7 +194,7 @@ async def test_the_upkeep_goes_on_after_a_failure(
                 raise failures.pop(0)
             return False
 
-    async def delete(name: str, owner: str) -> None:
+    async def delete(name: str, owner: str, *, before: float) -> None:
         raise AssertionError
 
     tended = Upkeep(Failing(), delete, replay=0.0, retention=0.0)

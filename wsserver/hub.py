@@ -285,22 +285,33 @@ class Hub:
                 self._settings.grace, self.stop, generation, "disconnect"
             )
 
-    async def delete(self, conversation_id: str, owner: str, sender: Watcher | None = None) -> None:
+    async def delete(
+        self,
+        conversation_id: str,
+        owner: str,
+        sender: Watcher | None = None,
+        *,
+        before: float | None = None,
+    ) -> None:
         """Stop what runs in a conversation, delete it, and tell those who watch it.
 
         Args:
             conversation_id: which.
             owner: whose.
             sender: who needs not be told.
+            before: delete the conversation only if it was last used before this time, in seconds
+                since the epoch.
 
         Raises:
-            Refused: the owner has no such conversation.
+            Refused: the owner has no such conversation, or it is in use.
             StoreError: it cannot be deleted.
         """
         async with self.conversations.hold(conversation_id, owner) as conversation:
+            if before is not None and (conversation.live or conversation.holders > 1):
+                raise Refused(Code.BUSY)
             conversation.deleted = True
             try:
-                await self._delete(conversation)
+                await self._delete(conversation, before)
             except BaseException:
                 conversation.deleted = False
                 raise
@@ -313,7 +324,7 @@ class Hub:
             if within == (owner, conversation_id) and generation not in self._live:
                 del self._generations[key]
 
-    async def _delete(self, conversation: Conversation) -> None:
+    async def _delete(self, conversation: Conversation, before: float | None) -> None:
         """Stop what runs in a conversation, wait for the models, and delete the conversation."""
         live = conversation.live
         for generation in reversed(live):
@@ -322,8 +333,8 @@ class Hub:
         if tasks:
             await asyncio.wait(tasks, timeout=self._settings.stop_timeout)
         await self._journal.flush()
-        found = await self._store.delete(conversation.id, conversation.owner)
-        if not (found or conversation.exists):
+        found = await self._store.delete(conversation.id, conversation.owner, before)
+        if not found and (before is not None or not conversation.exists):
             raise Refused(Code.NOT_FOUND)
         self._deletions += 1
         self._journal.deleted(conversation.owner, conversation.id)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from typing import Protocol
 
 from wsserver.errors import Refused, StoreError
 from wsserver.logs import log
@@ -16,12 +16,21 @@ PAUSE = 0.05  # seconds between two steps of one round, in which others are serv
 STEP = 20  # conversations that are looked up at once
 
 
+class Delete(Protocol):
+    """See :meth:`wsserver.hub.Hub.delete`."""
+
+    async def __call__(self, name: str, owner: str, /, *, before: float) -> None:
+        """Delete a conversation that was last used before a time."""
+        ...
+
+
 class Upkeep:
     """Purges the store in small steps, and deletes conversations that were not used for long.
 
     Args:
         store: which.
-        delete: deletes a conversation, by id and owner, with all that the process has of it.
+        delete: deletes a conversation, by id and owner, with all that the process has of it, if
+            the conversation was last used before a time.
         replay: seconds that ended generations outside of conversations are kept.
         retention: seconds that conversations are kept after their last use; 0 for ever.
     """
@@ -29,7 +38,7 @@ class Upkeep:
     def __init__(
         self,
         store: Store,
-        delete: Callable[[str, str], Awaitable[None]],
+        delete: Delete,
         *,
         replay: float,
         retention: float,
@@ -70,8 +79,9 @@ class Upkeep:
         deleted = True
         while deleted:
             deleted = False
-            for owner, name in await self._store.idle(time.time() - self._retention, STEP):
-                with contextlib.suppress(Refused):  # its owner deletes it just now
-                    await self._delete(name, owner)
+            before = time.time() - self._retention
+            for owner, name in await self._store.idle(before, STEP):
+                with contextlib.suppress(Refused):  # its owner uses it again, or deletes it
+                    await self._delete(name, owner, before=before)
                     deleted = True
                 await asyncio.sleep(PAUSE)

@@ -268,8 +268,18 @@ class Store(Protocol):
         """Give a conversation another title; False if the owner has none of that id."""
         ...
 
-    async def delete(self, conversation: str, owner: str) -> bool:
-        """Delete a conversation and all in it; False if the owner has none of that id."""
+    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
+        """Delete a conversation and all in it.
+
+        Args:
+            conversation: its id.
+            owner: whose.
+            before: delete it only if it was last used before this time, in seconds since the
+                epoch.
+
+        Returns:
+            False if the owner has no such conversation.
+        """
         ...
 
     async def spent(self, owner: str, day: int) -> Spent:

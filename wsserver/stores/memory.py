@@ -387,10 +387,10 @@ class MemoryStore:
         found.title = title
         return True
 
-    async def delete(self, conversation: str, owner: str) -> bool:
+    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
         """Delete a conversation and all in it."""
         found = self._conversations.get((owner, conversation))
-        if found is None:
+        if found is None or (before is not None and found.updated >= before):
             return False
         self._drop(found)
         self._settle()

@@ -352,14 +352,17 @@ class SqliteStore:
             ),
         )
 
-    async def delete(self, conversation: str, owner: str) -> bool:
+    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
         """Delete a conversation and all in it."""
         now = time.time()
         key = owner, conversation
 
         def start(database: sqlite3.Connection) -> bool | None:
-            known = "SELECT 1 FROM conversation WHERE owner = ? AND id = ?"
-            if database.execute(known, key).fetchone() is None:
+            known = (
+                "SELECT 1 FROM conversation WHERE owner = ? AND id = ? "
+                "AND (? IS NULL OR updated < ?)"
+            )
+            if database.execute(known, (*key, before, before)).fetchone() is None:
                 return None
             database.execute(
                 "INSERT INTO forgotten SELECT owner, id, ? FROM generation WHERE owner = ? "
