@@ -2450,6 +2450,36 @@ async def test_a_large_conversation_is_deleted_in_steps_between_which_others_wri
     assert await names(file) == ["o"]
 
 
+async def test_deletes_at_once_empty_the_wal_together_and_none_is_refused(
+    file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair, "MOST_WAITING", 30)
+    owners = ["me", "you", "they"]
+    for owner in owners:
+        await file.commit(
+            [
+                whole(header(f"g{n}", f"c{n}", prompt="Geheimnis", owner=owner))
+                for n in range(fair.MOST_WAITING)
+            ]
+        )
+    statements = await trace(file._writer)
+    deletes = [file.delete(f"c{n}", owner) for n in range(30) for owner in owners]
+    deleting = [asyncio.ensure_future(delete) for delete in deletes]
+    await asyncio.wait(deleting, timeout=0)
+    writing = asyncio.ensure_future(file.commit([whole(header("o", "o"))]))
+    assert all(await asyncio.gather(*deleting))
+    await writing
+    order = [
+        kind
+        for said in statements
+        for word, kind in {"PRAGMA wal": "empty", "INSERT INTO counted": "commit"}.items()
+        if said.startswith(word)
+    ]
+    assert order.count("empty") <= 30 + 2
+    assert order.index("commit") <= 2
+    assert traces_in(path, b"Geheimnis") == []
+
+
 async def test_a_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ class SqliteStore:
         self._files: dict[str, tuple[int, int]] = {}  # the device and inode of each, by path
         self._damage: str | None = None  # what the check of a large file found
         self._remains = False  # the WAL may have text that was deleted
+        self._erasing: asyncio.Task[None] | None = None  # empties it soon, and has not begun
         self._compacted = 0  # the number up to which older files' pieces are packed
 
     async def open(self) -> None:
@@ -384,9 +385,18 @@ class SqliteStore:
         return True
 
     async def _erase(self) -> None:
-        """Empty the WAL, which may have text that was deleted from the tables."""
-        self._remains = True
+        """Empty the WAL, which may have text that was deleted from the tables.
 
+        One that has not begun is for all who ask for it meanwhile: of many deletes at once none is
+        refused for the others, and no commit waits for a checkpoint of each.
+        """
+        self._remains = True
+        if self._erasing is None:
+            self._erasing = asyncio.get_running_loop().create_task(self._checkpoint())
+            self._erasing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._erasing)
+
+    async def _checkpoint(self) -> None:
         def erase(database: sqlite3.Connection) -> bool:
             # Another program that reads the file is not waited for, as all requests would wait
             # too. The next purge tries again.
@@ -401,6 +411,7 @@ class SqliteStore:
 
         # Not beside a read, as what it sees must stay in the WAL for so long.
         async with self._writing.of(""), self._reading.of(""):
+            self._erasing = None
             if await _opened(self._writer).call(erase):
                 self._remains = False
 
