@@ -540,6 +540,26 @@ async def test_account_that_reads_too_much_waits_and_others_do_not(
             await other.next("history")
 
 
+@pytest.mark.parametrize("kind", ["resume", "prompt"])
+async def test_account_pays_for_ended_replies_that_are_read_from_the_store(
+    monkeypatch: pytest.MonkeyPatch, puppet: Puppet, kind: str
+) -> None:
+    monkeypatch.setattr("wsserver.hub.READ_BURST", 100_000)
+    monkeypatch.setattr("wsserver.hub.READ_RATE", 0.001)
+    async with wsserver.serve(puppet, port=0, replay_size=1, drain_timeout=0) as server:
+        async with client(server) as chat:
+            prompt = {"prompt": "Long", "conversation": ONE, "id": ID}
+            await exchange(chat, puppet, "Long", "x" * 60_000, conversation=ONE, id=ID)
+            frame = {"type": "resume", "id": ID, "after": 1} if kind == "resume" else prompt
+            for _ in range(2):
+                await chat.send(frame)
+                await chat.next("done")
+            await chat.send(frame)
+            error = await chat.next("error", "start")
+            assert error["code"] == "limit"
+            assert error["retry_after"] > 0
+
+
 # Requests of clients that do not stay.
 
 

@@ -520,12 +520,12 @@ class Connection:
             case Resume() as resume:
                 await self._resume(resume)
             case Open() as request:
-                self._check_reads()
+                self._hub.check_reads(self._visitor.account)
                 await self._open(request)
             case CloseConversation() as request:
                 self._close(request)
             case List() as request:
-                self._check_reads()
+                self._hub.check_reads(self._visitor.account)
                 await self._list(request)
             case Rename(conversation=name, title=title, request=request):
                 await self._hub.rename(name, self._owner, title, self)
@@ -551,7 +551,7 @@ class Connection:
         return generation
 
     async def _resume(self, resume: Resume) -> None:
-        generation = await self._hub.find(self._owner, resume.id)
+        generation = await self._hub.find(self._owner, resume.id, self._visitor.account)
         if generation is None:
             raise Refused(Code.NOT_FOUND)
         if resume.after > generation.log.seq:
@@ -560,13 +560,6 @@ class Connection:
         self._follow(
             generation, after=resume.after, limit=limit, asked=True, request=resume.request
         )
-
-    def _check_reads(self) -> None:
-        """Refuse to read for an account that has read more than it may."""
-        account = self._visitor.account
-        if wait := self._hub.reads.owed(account, self._loop.time()):
-            message = "You read more history than you may in so short a time."
-            raise Refused(Code.LIMIT, message, retry_after=wait)
 
     def _write_read(self, answer: History | Conversations) -> None:
         """Write an answer from the store, which the account pays for by its size."""

@@ -152,16 +152,30 @@ class Hub:
         """Return the generation of that id, if it is in memory."""
         return None if generation_id is None else self._generations.get((owner, generation_id))
 
-    async def find(self, owner: str, generation_id: str) -> Generation | None:
-        """Return the generation of that id, for as long as it is stored.
+    def check_reads(self, account: Account) -> None:
+        """Refuse to read the store for an account that has read more than it may.
 
         Raises:
-            Refused: the generation was deleted, or its time is over.
+            Refused: it has.
+        """
+        if wait := self.reads.owed(account, self._loop.time()):
+            message = "You read more history than you may in so short a time."
+            raise Refused(Code.LIMIT, message, retry_after=wait)
+
+    async def find(self, owner: str, generation_id: str, account: Account) -> Generation | None:
+        """Return the generation of that id, for as long as it is stored.
+
+        The account pays for what is read from the store.
+
+        Raises:
+            Refused: the generation was deleted, its time is over, or the account has read more
+                than it may.
             StoreError: the store cannot tell.
         """
         known = self.known(owner, generation_id)
         if known is not None:
             return known
+        self.check_reads(account)
         deletions = -1
         while deletions != self._deletions:  # else a delete meanwhile would be undone here
             deletions = self._deletions
@@ -173,6 +187,7 @@ class Hub:
             raise Refused(Code.FORGOTTEN)
         known = self._generations[owner, generation_id] = restored(stored)
         self._retain(known)
+        self.reads.charge(account, known.size, self._loop.time())
         return known
 
     async def prompt(
@@ -193,7 +208,7 @@ class Hub:
             StoreError: what it goes on from cannot be read.
         """
         self._check(prompt)
-        known = await self._sent_before(prompt, owner)
+        known = await self._sent_before(prompt, owner, account)
         if known is not None:
             return known
         if self._draining:
@@ -215,11 +230,11 @@ class Hub:
                 return known
             return self._accept(prompt, owner, account, conversation, sender)
 
-    async def _sent_before(self, prompt: Prompt, owner: str) -> Generation | None:
+    async def _sent_before(self, prompt: Prompt, owner: str, account: Account) -> Generation | None:
         """Return the generation of a prompt that is sent again under its id."""
         if prompt.id is None:
             return None
-        return self._same(prompt, await self.find(owner, prompt.id))
+        return self._same(prompt, await self.find(owner, prompt.id, account))
 
     @staticmethod
     def _same(prompt: Prompt, known: Generation | None) -> Generation | None:
