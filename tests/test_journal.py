@@ -199,6 +199,21 @@ async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
     assert [turn.id for turn in stored.turns] == names
 
 
+async def test_batch_that_fails_under_a_delete_brings_nothing_back(stand: Stand) -> None:
+    stand.store.gate = asyncio.Event()
+    stand.store.failure = StoreError("disk")
+    stand.begin()
+    await until(lambda: stand.store.commits)
+    stand.journal.deleted("me", "c")  # while the batch has the record
+    stand.store.gate.set()
+    await until(lambda: stand.store.commits > 1)
+    stand.store.failure = None
+    before = stand.store.commits
+    await until(lambda: stand.store.commits > before)
+    await stand.journal.flush()
+    assert await stand.stored() is None
+
+
 async def test_prompt_that_waits_is_saved_at_once() -> None:
     stand = Stand(interval=3600.0)
     stand.begin("runs")

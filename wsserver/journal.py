@@ -91,6 +91,7 @@ class Journal:
         self._interval = interval
         self._timeout = timeout
         self._metrics = metrics
+        self._batched: list[Record] = []  # of the batch under way
         self._unsaved: dict[Record, None] = {}  # in the order in which it came
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -150,7 +151,7 @@ class Journal:
 
     def deleted(self, owner: str, conversation: str) -> None:
         """Let what could not be saved before the conversation was deleted not bring it back."""
-        for record in self._unsaved:
+        for record in (*self._batched, *self._unsaved):
             if (record.header.owner, record.header.conversation) == (owner, conversation):
                 record.new = False
 
@@ -204,10 +205,12 @@ class Journal:
             while self._unsaved:
                 await self._pause()
                 records, self._unsaved = list(self._unsaved), {}
+                self._batched = records
                 try:
                     await self._save(records)
                 except Exception as error:  # noqa: BLE001
                     self._fail(records, error)
+                self._batched = []
                 self._tell_batch()
         finally:
             self._writer = None
