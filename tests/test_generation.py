@@ -1,29 +1,34 @@
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsserver.generation import IllegalTransition, Log, State, Thinking, tokens_in, well_formed
+from wsserver.generation import (
+    TRANSITIONS,
+    End,
+    Event,
+    IllegalTransition,
+    Log,
+    State,
+    Thinking,
+    Usage,
+    state_after,
+    tokens_in,
+    well_formed,
+)
+from wsserver.live import Generation
+from wsserver.protocol import Done, Prompt, UsageCounts
+from wsserver.telemetry import Span
 
-EVENTS = {
-    "begin": lambda log: log.begin(),
-    "append": lambda log: log.append("x"),
-    "stop": lambda log: log.stop(),
-    "end": lambda log: log.end("terminal"),
-}
-PATHS = {
-    State.QUEUED: [],
-    State.RUNNING: ["begin"],
-    State.STOPPING: ["begin", "stop"],
-    State.ENDED: ["begin", "end"],
-}
 LEGAL = {
-    (State.QUEUED, "begin"): State.RUNNING,
+    (State.QUEUED, "start"): State.RUNNING,
     (State.QUEUED, "stop"): State.STOPPING,
-    (State.QUEUED, "end"): State.ENDED,
-    (State.RUNNING, "append"): State.RUNNING,
+    (State.QUEUED, "restore"): State.ENDED,
     (State.RUNNING, "stop"): State.STOPPING,
-    (State.RUNNING, "end"): State.ENDED,
-    (State.STOPPING, "end"): State.ENDED,
+    (State.RUNNING, "save"): State.SAVING,
+    (State.STOPPING, "save"): State.SAVING,
+    (State.SAVING, "end"): State.ENDED,
 }
 
 
@@ -35,32 +40,61 @@ class Counter:
         self.woken += 1
 
 
-def running() -> Log[str]:
-    log: Log[str] = Log()
-    log.begin()
-    return log
-
-
 @pytest.mark.parametrize("state", State)
-@pytest.mark.parametrize("event", EVENTS)
-def test_an_event_moves_the_state_as_the_table_says_or_changes_nothing(
-    state: State, event: str
-) -> None:
-    log: Log[str] = Log()
-    for name in PATHS[state]:
-        EVENTS[name](log)
-    before = (log.state, list(log.pieces), log.terminal)
+@pytest.mark.parametrize("event", TRANSITIONS)
+def test_event_leads_to_the_state_of_the_table_or_is_illegal(state: State, event: Event) -> None:
     if (state, event) in LEGAL:
-        EVENTS[event](log)
-        assert log.state is LEGAL[state, event]
+        assert state_after(state, event) is LEGAL[state, event]
     else:
-        with pytest.raises(IllegalTransition):
-            EVENTS[event](log)
-        assert (log.state, log.pieces, log.terminal) == before
+        with pytest.raises(IllegalTransition, match=event):
+            state_after(state, event)
+
+
+@pytest.mark.parametrize(
+    ("before", "event"),
+    [
+        (["start"], "start"),
+        (["start", "stop"], "stop"),
+        ([], "save"),
+        (["start", "save", "end"], "save"),
+        (["start"], "end"),
+        (["start"], "restore"),
+    ],
+)
+async def test_illegal_event_changes_nothing_of_the_generation(
+    before: list[str], event: str
+) -> None:
+    task = asyncio.get_running_loop().create_task(asyncio.sleep(0, End()))
+    done = Done(id="g", seq=0, reason="end_turn", usage=UsageCounts.of(Usage()))
+    generation = Generation("g", "me", Prompt(prompt="Hello?"), "m", None)
+    events = {
+        "start": lambda: generation.start(task, Span(None), 1.0),
+        "stop": lambda: generation.stop("client", 2.0),
+        "save": lambda: generation.save(End(), 3.0),
+        "end": lambda: generation.end(done),
+        "restore": lambda: generation.restore(done),
+    }
+    for name in before:
+        events[name]()
+    facts = {name: getattr(generation, name) for name in Generation.__slots__}
+    with pytest.raises(IllegalTransition):
+        events[event]()
+    assert {name: getattr(generation, name) for name in Generation.__slots__} == facts
+    await task
+
+
+def test_closed_log_takes_neither_a_piece_nor_a_second_terminal() -> None:
+    log: Log[str] = Log()
+    log.append("a")
+    log.end("terminal")
+    for illegal in (log.append, log.end):
+        with pytest.raises(RuntimeError):
+            illegal("b")
+    assert (log.pieces, log.terminal) == (["a"], "terminal")
 
 
 def test_followers_are_woken_by_each_piece_and_by_the_terminal_but_not_by_nothing() -> None:
-    log, follower = running(), Counter()
+    log, follower = Log[str](), Counter()
     log.followers.append(follower)
     log.append("a")
     log.append("")
@@ -71,7 +105,7 @@ def test_followers_are_woken_by_each_piece_and_by_the_terminal_but_not_by_nothin
 
 
 def test_a_follower_may_leave_while_it_is_woken() -> None:
-    log, stays = running(), Counter()
+    log, stays = Log[str](), Counter()
 
     class Leaver:
         def wake(self) -> None:
@@ -84,7 +118,7 @@ def test_a_follower_may_leave_while_it_is_woken() -> None:
 
 
 def test_a_run_is_of_one_kind() -> None:
-    log = running()
+    log = Log[str]()
     for piece in (Thinking("a"), Thinking("b"), "c", "d", Thinking("e")):
         log.append(piece)
     assert log.read(0, 100) == (2, "ab", True)
@@ -95,7 +129,7 @@ def test_a_run_is_of_one_kind() -> None:
 
 
 def test_a_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
-    log = running()
+    log = Log[str]()
     for piece in ("aaa", "bbb", "ccc"):
         log.append(piece)
     assert log.read(0, 4) == (2, "aaabbb", False)
@@ -111,7 +145,7 @@ def test_a_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
 def test_the_text_after_any_cursor_is_the_same_however_it_is_cut(
     pieces: list[str], after: int, limit: int
 ) -> None:
-    log = running()
+    log = Log[str]()
     for piece in pieces:
         log.append(piece)
     cursor = min(after, log.seq)

@@ -60,7 +60,6 @@ class Stand:
 
     def begin(self, name: str = "g", *, waits: bool = False) -> Record:
         log: Log[Terminal] = Log()
-        log.begin()
         header = Header(name, "me", "c", Prompt(prompt="Hello?"), "m", 1.0)
         return self.journal.begin(header, log, waits=waits)
 
@@ -271,7 +270,6 @@ async def test_a_probe_fails_without_a_write_while_the_journal_cannot_save(stand
 
 def test_pieces_of_an_ended_generation_are_counted_as_they_are_in_memory() -> None:
     log: Log[Terminal] = Log()
-    log.begin()
     for piece in ("x" * 1000, "🎈" * 1000, Thinking("é" * 1000)):
         log.append(piece)
     record = Record.__new__(Record)

@@ -18,7 +18,6 @@ from tests.support.puppet import BOUND, Puppet, until
 from tests.test_slow_reader import sluggard
 from wsserver import Code, ModelError, Thinking, hub
 from wsserver.errors import StoreError
-from wsserver.generation import Log
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import Entry, StoredGeneration
 
@@ -843,11 +842,3 @@ async def test_history_has_no_more_messages_than_set(puppet: Puppet) -> None:
                 await exchange(chat, puppet, f"q{number}", f"a{number}")
     said = [m.content for m in puppet.replies[3].request.messages]
     assert said == ["q2", "a2", "q3"]
-
-
-def test_a_restored_log_cannot_go_on() -> None:
-    log: Log[str] = Log()
-    log.begin()
-    log.end("over")
-    with pytest.raises(RuntimeError):
-        log.append("more")

@@ -180,7 +180,7 @@ class Story:
     async def tell_all(self) -> None:
         """Have the model say the rest, and wait for the end."""
         await self.tell(len(self.said) + 1)
-        await until(lambda: self.generation.log.state is State.ENDED)
+        await until(lambda: self.generation.state is State.ENDED)
 
     @property
     def generation(self) -> Generation:
@@ -721,7 +721,7 @@ async def test_a_resume_after_any_piece_while_it_ends_gets_the_text_now_and_the_
         release = reply.hold = asyncio.Event()
     await story.tell(len(PIECES) + 1)
     if held == "saving":
-        await until(lambda: story.generation.ending)
+        await until(lambda: story.generation.state is State.SAVING)
     else:
         await until(reply.heard_out)
     transcripts = [Transcript(story, after) for after in range(len(story.log) + 1)]
@@ -730,7 +730,7 @@ async def test_a_resume_after_any_piece_while_it_ends_gets_the_text_now_and_the_
             await come_back(chat, transcript)
             await transcript.catch_up(chat)
             assert transcript.terminal is None
-        assert story.generation.log.state is not State.ENDED
+        assert story.generation.state is not State.ENDED
         release.set()
         for chat, transcript in zip(chats, transcripts, strict=True):
             await transcript.hear(chat)

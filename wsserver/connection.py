@@ -669,14 +669,14 @@ class Connection:
         ]
         if stop.id is None:
             # Those that wait first: else they would begin as the one before them ends.
-            targets = sorted(self._cursors, key=lambda g: g.log.state is not State.QUEUED)
+            targets = sorted(self._cursors, key=lambda g: g.state is not State.QUEUED)
         else:
             owner = self.principal
             known = None if owner is None else self._hub.known(owner, stop.id)
             targets = [] if known is None else [known]
         # A flood of stops may not make one follower each of a generation that is being stopped.
-        settled = {State.STOPPING, State.ENDED} if wait else {State.ENDED}
-        running = [generation for generation in targets if generation.log.state not in settled]
+        settled = {State.STOPPING, State.SAVING, State.ENDED} if wait else {State.ENDED}
+        running = [generation for generation in targets if generation.state not in settled]
         if not (prompts or running):
             raise Refused(Code.NOT_RUNNING)
         stopping = Stopping(stop, self._stopped)
@@ -688,7 +688,7 @@ class Connection:
         stopping.settle()
 
     def _stop_generation(self, generation: Generation, stopping: Stopping) -> None:
-        if generation.log.state is not State.ENDED:
+        if generation.state is not State.ENDED:
             stopping.follow(generation)
             self._hub.stop(generation, "client")
 
@@ -709,7 +709,7 @@ class Connection:
         replaced = name if prompt.on_busy == "interrupt" and prompt.messages is None else None
         return sum(
             cursor.own
-            and generation.log.state in {State.QUEUED, State.RUNNING}
+            and generation.state in {State.QUEUED, State.RUNNING}
             and (generation.conversation_id is None or generation.conversation_id != replaced)
             for generation, cursor in self._cursors.items()
         )

@@ -11,10 +11,12 @@ all this one thing.
 import operator
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 __all__ = [
+    "TRANSITIONS",
     "End",
+    "Event",
     "Follower",
     "IllegalTransition",
     "Log",
@@ -22,6 +24,7 @@ __all__ = [
     "State",
     "Thinking",
     "Usage",
+    "state_after",
     "tokens_in",
     "well_formed",
 ]
@@ -110,29 +113,42 @@ class End:
 
 
 class State(Enum):
-    """Where a generation is. It only ever moves down this list."""
+    """Where a generation is in its life. A state never comes back."""
 
-    QUEUED = auto()
-    RUNNING = auto()
-    STOPPING = auto()  # asked to stop; the request to the model is being closed
-    ENDED = auto()
+    QUEUED = auto()  # waits for another generation of its conversation
+    RUNNING = auto()  # the model answers
+    STOPPING = auto()  # the reply is to end early; the request to the model is being closed
+    SAVING = auto()  # the store saves the end of the reply
+    ENDED = auto()  # the log has its terminal
 
 
-# event -> the states in which it may happen -> the state that it leads to
-_TRANSITIONS = {
-    "begin": {State.QUEUED: State.RUNNING},
-    "append": {State.RUNNING: State.RUNNING},
+Event = Literal["start", "stop", "save", "end", "restore"]
+"""What moves a generation on. ``restore``: the generation was read from the store."""
+
+# The one table of states: event -> the states in which the event may happen -> the state after it.
+TRANSITIONS: dict[Event, dict[State, State]] = {
+    "start": {State.QUEUED: State.RUNNING},
     "stop": {State.QUEUED: State.STOPPING, State.RUNNING: State.STOPPING},
-    "end": {
-        State.QUEUED: State.ENDED,
-        State.RUNNING: State.ENDED,
-        State.STOPPING: State.ENDED,
-    },
+    "save": {State.RUNNING: State.SAVING, State.STOPPING: State.SAVING},
+    "end": {State.SAVING: State.ENDED},
+    "restore": {State.QUEUED: State.ENDED},
 }
 
 
 class IllegalTransition(RuntimeError):
-    """An event that cannot happen in the log's state. Nothing has changed."""
+    """The event is illegal in the state. Nothing has changed."""
+
+
+def state_after(state: State, event: Event) -> State:
+    """Return the state that an event leads to.
+
+    Raises:
+        IllegalTransition: the event is illegal in this state.
+    """
+    found = TRANSITIONS[event].get(state)
+    if found is None:
+        raise IllegalTransition(f"{event} while {state.name.lower()}")
+    return found
 
 
 class Follower(Protocol):
@@ -159,10 +175,9 @@ class Log(Generic[T]):
     the start. Appending takes constant time, and reading time in proportion to what is read.
     """
 
-    __slots__ = ("followers", "pieces", "state", "terminal")
+    __slots__ = ("followers", "pieces", "terminal")
 
     def __init__(self) -> None:
-        self.state = State.QUEUED
         self.pieces: list[str] = []
         self.terminal: T | None = None
         self.followers: list[Follower] = []
@@ -177,25 +192,26 @@ class Log(Generic[T]):
         """All text so far, without the thinking."""
         return "".join(piece for piece in self.pieces if type(piece) is not Thinking)
 
-    def begin(self) -> None:
-        """The model has been asked."""
-        self._move("begin")
-
     def append(self, piece: str) -> None:
-        """Add a piece and wake the followers. An empty one adds nothing."""
-        if self.state is not State.RUNNING:
-            self._move("append")
+        """Add a piece and wake the followers. An empty piece adds nothing.
+
+        Raises:
+            RuntimeError: the log has its terminal.
+        """
+        if self.terminal is not None:
+            raise RuntimeError("append to a log that has its terminal")
         if piece:
             self.pieces.append(piece)
             self._wake()
 
-    def stop(self) -> None:
-        """From now on nothing is appended; :meth:`end` follows once the model is closed."""
-        self._move("stop")
-
     def end(self, terminal: T) -> None:
-        """Close the log and wake the followers for the last time."""
-        self._move("end")
+        """Add the terminal and wake the followers for the last time.
+
+        Raises:
+            RuntimeError: the log has its terminal.
+        """
+        if self.terminal is not None:
+            raise RuntimeError("a second terminal")
         self.terminal = terminal
         self._wake()
 
@@ -222,12 +238,6 @@ class Log(Generic[T]):
         # A copy, as a follower may leave as it is woken.
         for follower in tuple(self.followers):
             follower.wake()
-
-    def _move(self, event: str) -> None:
-        state = _TRANSITIONS[event].get(self.state)
-        if state is None:
-            raise IllegalTransition(f"{event} while {self.state.name.lower()}")
-        self.state = state
 
 
 def well_formed(text: str) -> str:

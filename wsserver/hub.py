@@ -42,7 +42,7 @@ from wsserver.quota import Quota
 from wsserver.settings import Settings
 from wsserver.spending import Spending
 from wsserver.stores.base import Forgotten, Header, Store
-from wsserver.telemetry import Metrics, span
+from wsserver.telemetry import Metrics, Span, span
 from wsserver.upkeep import Upkeep
 
 __all__ = ["Hub"]
@@ -129,7 +129,8 @@ class Hub:
     @property
     def running(self) -> list[Generation]:
         """The generations whose model has been asked and has not closed its request."""
-        return [generation for generation in self._live if generation.task is not None]
+        asked = {State.RUNNING, State.STOPPING}
+        return [generation for generation in self._live if generation.state in asked]
 
     @property
     def upstream_failing(self) -> bool:
@@ -256,23 +257,22 @@ class Hub:
             generation: which.
             why: who stops it, for ``done``; or what has failed, for ``error``.
         """
-        log = generation.log
-        if log.state in {State.STOPPING, State.ENDED}:
-            return
-        waiting = log.state is State.QUEUED
-        log.stop()
-        if waiting:
+        now = self._loop.time()
+        if generation.state is State.QUEUED:
+            generation.stop(why, now)
             assert generation.conversation is not None
             generation.conversation.queue.remove(generation)
-            self._end(generation, why)
-        elif generation.task is not None and generation.task.cancel():
-            generation.cut = why
-            generation.stopped = self._loop.time()
-            _cancel(generation.watch)
-            generation.watch = self._loop.call_later(
-                self._settings.stop_timeout, self._abandon, generation
-            )
-        # Else the task has just ended by itself, and is about to say how.
+            self._save(generation, why)
+        elif generation.state is State.RUNNING:
+            assert generation.task is not None
+            if generation.task.cancel():
+                generation.stop(why, now)
+                _cancel(generation.watch)
+                generation.watch = self._loop.call_later(
+                    self._settings.stop_timeout, self._abandon, generation
+                )
+            else:  # the model has just ended its answer
+                self._finished(generation, generation.task)
 
     def follow(self, generation: Generation, follower: Follower) -> None:
         """Have the follower woken from now on, and the generation go on for its sake."""
@@ -290,10 +290,9 @@ class Hub:
             follower: who.
             lost: the connection of the follower is dead, and the client may not know yet.
         """
-        log = generation.log
-        log.followers.remove(follower)
+        generation.log.followers.remove(follower)
         generation.readers -= 1
-        if not generation.readers and log.state is not State.ENDED:
+        if not generation.readers and generation.state is not State.ENDED:
             generation.unread = 0
             generation.unaware_until = self._loop.time() + UNAWARE if lost else 0.0
             generation.grace = self._loop.call_later(
@@ -387,7 +386,7 @@ class Hub:
         """Refuse prompts, stop those that wait, and let the rest finish within the drain time."""
         self._draining = True
         for generation in tuple(self._live):
-            if generation.log.state is State.QUEUED:
+            if generation.state is State.QUEUED:
                 self.stop(generation, "shutdown")
         await self._until_idle(self._settings.drain_timeout)
         for generation in tuple(self._live):
@@ -525,10 +524,8 @@ class Hub:
             if retried is not None:
                 conversation.turns = [turn for turn in conversation.turns if turn.id != retried]
         request = self._request(generation)
-        generation.log.begin()
         generation.log.followers.append(FirstPiece(generation, self._loop.time))
-        generation.began = generation.heard = self._loop.time()
-        generation.span = span(
+        trace = span(
             generation=generation.id,
             conversation=generation.conversation_id,
             provider=self._provider,
@@ -537,8 +534,9 @@ class Hub:
             temperature=request.temperature,
         )
         self.metrics.generation_began()
+        task = self._loop.create_task(self._guarded(generation, request, trace))
+        generation.start(task, trace, self._loop.time())
         self._watch(generation)
-        task = generation.task = self._loop.create_task(self._guarded(generation, request))
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._finished(generation, task))
 
@@ -570,11 +568,10 @@ class Hub:
             temperature=prompt.temperature,
         )
 
-    async def _guarded(self, generation: Generation, request: Request) -> End:
+    async def _guarded(self, generation: Generation, request: Request, trace: Span) -> End:
         """Run it, and let no model end the whole program."""
-        assert generation.span is not None
         try:
-            with generation.span.current():
+            with trace.current():
                 return await self._answer(generation, request)
         except (SystemExit, KeyboardInterrupt) as error:
             raise RuntimeError("a model tried to exit") from error
@@ -621,37 +618,30 @@ class Hub:
 
     def _abandon(self, generation: Generation) -> None:
         events.warning("model not closed", id=generation.id, model=generation.model)
-        assert generation.cut is not None
-        self._end(generation, generation.cut)
+        assert generation.why is not None
+        self._save(generation, generation.why)
 
     def _finished(self, generation: Generation, task: "asyncio.Task[End]") -> None:
+        """Save what has become of a generation whose task is done, unless it is saved already."""
         self._tasks.discard(task)
-        if generation.stopped is not None:
+        if generation.why is not None:
             self.metrics.stop_took(self._loop.time() - generation.stopped)
-        failure = None if task.cancelled() else task.exception()
-        if generation.ending:  # it was abandoned before
-            return
-        if generation.cut is not None:
-            self._end(generation, generation.cut)
-        elif task.cancelled():  # by nobody here: a model lets out what it should keep to itself
-            self._end(generation, asyncio.CancelledError())
-        elif failure is not None:
-            self._end(generation, failure)
-        else:
-            self._end(generation, task.result())
+        if generation.state is State.STOPPING:
+            assert generation.why is not None
+            self._save(generation, generation.why)
+        elif generation.state is State.RUNNING:
+            self._save(generation, _outcome(task))
 
-    def _end(self, generation: Generation, how: Outcome) -> None:
+    def _save(self, generation: Generation, how: Outcome) -> None:
         """Save the end of a generation, and then tell it."""
-        generation.ending = True
-        generation.ended = self._loop.time()
+        generation.save(how, self._loop.time())
         _cancel(generation.watch)
         _cancel(generation.grace)
         try:
             terminal = generation.terminal(how)
         except Exception as error:  # noqa: BLE001
-            how = error
-            terminal = generation.terminal(how)
-        generation.failure = how if isinstance(how, BaseException) else None
+            generation.failure = error
+            terminal = generation.terminal(error)
         generation.spent = self._spending.price(generation.model).spent(terminal.usage)
         if generation.span is not None:
             generation.span.end(terminal, generation.first_token)
@@ -679,8 +669,8 @@ class Hub:
     def _conclude(self, generation: Generation, terminal: Terminal) -> None:
         """Write the terminal, and let the next prompt begin."""
         conversation = generation.conversation
-        generation.log.end(terminal)
-        generation.shared = None
+        failure = generation.failure
+        generation.end(terminal)
         if conversation is not None:
             conversation.version += 1
         if conversation is not None and generation.begun:
@@ -693,8 +683,7 @@ class Hub:
         self.memory.give(generation.account, generation.memory)
         self._spending.settle(generation.owner, generation.reserved, generation.spent)
         self._retain(generation)
-        self._report(generation, terminal)
-        generation.task = None  # with the traceback of a failure, and all that holds on to
+        self._report(generation, terminal, failure)
         if conversation is not None and conversation.running is None and conversation.queue:
             self._begin(conversation.queue.popleft())
         if conversation is not None:
@@ -702,7 +691,9 @@ class Hub:
         if not self._live:
             self._idle.set()
 
-    def _report(self, generation: Generation, terminal: Terminal) -> None:
+    def _report(
+        self, generation: Generation, terminal: Terminal, failure: BaseException | None
+    ) -> None:
         """Count a generation and log its one event; never what was said."""
         self.metrics.generation_ended(
             terminal,
@@ -711,7 +702,6 @@ class Hub:
             seconds=generation.seconds if generation.begun else None,
             first_token=generation.first_token,
         )
-        failure, generation.failure = generation.failure, None
         about: dict[str, object] = {
             "id": generation.id,
             "conversation": generation.conversation_id,
@@ -795,6 +785,13 @@ class Hub:
 
 def _new_id() -> str:
     return secrets.token_urlsafe(16)
+
+
+def _outcome(task: "asyncio.Task[End]") -> Outcome:
+    """Return how a task that nobody has stopped came to its end."""
+    if task.cancelled():  # the model leaked a CancelledError that nobody here raised
+        return asyncio.CancelledError()
+    return task.exception() or task.result()
 
 
 def _tokens_of(request: Request) -> int:

@@ -97,7 +97,7 @@ class Intake:
         generation = self._generation
         if isinstance(piece, Usage):  # counts after a stop too
             generation.usage = piece
-        elif generation.cut is not None:  # the model kept the cancellation to itself
+        elif generation.state is not State.RUNNING:  # the model kept the cancellation to itself
             raise _Enough
         elif isinstance(piece, str):
             generation.heard = self._time()
@@ -129,7 +129,7 @@ class Intake:
     def _flush(self) -> None:
         """Append the half of a surrogate pair that nothing completed, as U+FFFD."""
         half, self._half = self._half, ""
-        if half and self._generation.log.state is State.RUNNING:
+        if half and self._generation.state is State.RUNNING:
             self._generation.log.append(well_formed(half))
 
     def _append(self, text: str) -> None:

@@ -8,7 +8,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.errors import NOT_TAKEN, Code, ModelError
-from wsserver.generation import End, Log, Run, State, Thinking, Usage, tokens_in, well_formed
+from wsserver.generation import (
+    End,
+    Event,
+    Log,
+    Run,
+    State,
+    Thinking,
+    Usage,
+    state_after,
+    tokens_in,
+    well_formed,
+)
 from wsserver.journal import Record
 from wsserver.limits import CACHE, Account
 from wsserver.logs import log as events
@@ -78,7 +89,7 @@ class Conversation:
     def busy(self) -> bool:
         """Whether a prompt has to wait longer than for a request to be closed."""
         running = self.running
-        return running is not None and (running.log.state is State.RUNNING or bool(self.queue))
+        return running is not None and (running.state is State.RUNNING or bool(self.queue))
 
     @property
     def live(self) -> "list[Generation]":
@@ -113,20 +124,21 @@ class Generation:
     spent: Spent = NOTHING  # what it has cost, once it has ended
     conversation: Conversation | None = None  # None too for one that comes from the store
     log: Log[Terminal] = field(default_factory=Log)
-    record: Record | None = None  # how far the generation is saved
+    record: Record | None = None  # the journal's; None for a reply that comes from the store
     usage: Usage | None = None
-    # Why it was cut short, once it was: what ends the log whatever its task still says.
-    cut: StoppedBy | ModelError | None = None
-    ending: bool = False  # its terminal is being saved
-    task: "asyncio.Task[End] | None" = None
-    failure: BaseException | None = None  # until it is told
-    span: Span | None = None  # its part of a trace, once it has begun
-    # When, by the event loop's clock.
-    accepted: float = 0.0
-    began: float | None = None  # None: the model was not asked
+    state: State = State.QUEUED  # changed by start, stop, save and end alone
+    accepted: float = 0.0  # this time and those below are of the event loop's clock
+    # Set by `start`.
+    began: float | None = None  # None: nobody asked the model
     heard: float = 0.0  # when the model last gave a sign of life
-    spoke: float | None = None  # when its first piece came
-    stopped: float | None = None  # when it was asked to stop
+    spoke: float | None = None  # when the first piece came
+    task: "asyncio.Task[End] | None" = None  # reads the model's answer
+    span: Span | None = None
+    # Set by `stop`.
+    why: StoppedBy | ModelError | None = None
+    stopped: float = 0.0
+    # Set by `save`.
+    failure: BaseException | None = None
     ended: float = 0.0
     asked: int = 0  # tokens that the model is asked with, about
     memory: int = 0  # bytes that the log has taken of the account's memory
@@ -141,6 +153,37 @@ class Generation:
     shared: tuple[int, int, int, Run, bytes] | None = None
     resumed: tuple[int, ...] = ()  # seqs after which clients went on
     merged: int | None = None  # characters of a frame for clients that were cut; None: as set
+
+    def start(self, task: "asyncio.Task[End]", span: Span, now: float) -> None:
+        """The model is asked, by a task."""
+        self._move("start")
+        self.task, self.span = task, span
+        self.began = self.heard = now
+
+    def stop(self, why: StoppedBy | ModelError, now: float) -> None:
+        """The reply is to end early: somebody stops it, or a time limit is over."""
+        self._move("stop")
+        self.why, self.stopped = why, now
+
+    def save(self, how: Outcome, now: float) -> None:
+        """The reply is complete, and the store saves its end."""
+        self._move("save")
+        self.failure = how if isinstance(how, BaseException) else None
+        self.ended = now
+
+    def end(self, terminal: Terminal) -> None:
+        """Write the terminal, and let go of the task, which holds the traceback of a failure."""
+        self._move("end")
+        self.task = self.failure = self.shared = None
+        self.log.end(terminal)
+
+    def restore(self, terminal: Terminal) -> None:
+        """Write the terminal of a reply that comes from the store."""
+        self._move("restore")
+        self.log.end(terminal)
+
+    def _move(self, event: Event) -> None:
+        self.state = state_after(self.state, event)
 
     def resume(self, after: int, limit: int) -> int:
         """Return how many characters a frame may merge for a client that goes on after a piece.
@@ -168,7 +211,7 @@ class Generation:
         if shared is None or shared[0] != after or shared[1] != seq or shared[2] != limit:
             run = self.log.read(after, limit)
             shared = after, seq, limit, run, encode_run(self.id, run)
-            self.shared = None if self.log.state is State.ENDED else shared
+            self.shared = None if self.state is State.ENDED else shared
         return shared[3], shared[4]
 
     @property
@@ -189,7 +232,7 @@ class Generation:
     @property
     def queued(self) -> int | None:
         """The place in its conversation's queue, from 1; None once it runs."""
-        if self.log.state is not State.QUEUED or self.conversation is None:
+        if self.state is not State.QUEUED or self.conversation is None:
             return None
         return self.conversation.queue.index(self) + 1
 
@@ -262,7 +305,6 @@ def restored(stored: StoredGeneration) -> Generation:
         header.id, header.owner, header.prompt, header.model, header.conversation
     )
     log = generation.log
-    log.begin()
     for piece in stored.pieces:
         log.append(piece)
     terminal = stored.terminal
@@ -281,7 +323,7 @@ def restored(stored: StoredGeneration) -> Generation:
             usage=UsageCounts.of(generation.used()),
             ref=ref,
         )
-    log.end(terminal)
+    generation.restore(terminal)
     return generation
 
 
