@@ -43,6 +43,7 @@ from tests.support.puppet import BOUND, until
 from tests.support.upstream import Answer, Hang, Received, Script, Upstream, reply
 from wsserver.limits import SWEEP, Budget, Rates, Shares
 from wsserver.logs import MOST, WINDOW
+from wsserver.prices import NOTHING
 
 pytestmark = pytest.mark.slow
 
@@ -520,9 +521,8 @@ async def stopped_within(upstream: Upstream, settings: wsserver.Settings) -> Non
             async with client(server) as chat:
                 await stop_at_once(chat, 100)
             await until(lambda: not server._connections)
-            assert hub.live == len(hub._tasks) == len(hub._shares) == 0
-            for budget in (hub._spending._tokens, hub._spending._microdollars):
-                assert budget.reserved("anonymous") == 0
+            assert hub.live == hub.tasks == len(hub.accounts) == 0
+            assert hub.accounts.reserved("anonymous") == NOTHING
         await until(lambda: upstream.open == 0)
         await until(lambda: len(asyncio.all_tasks() - tasks) == 0)
 

@@ -410,7 +410,7 @@ async def test_a_way_of_ones_own_sees_the_handshake(puppet: Puppet) -> None:
         ) as socket:
             chat = Client(socket)
             assert (await chat.prompt())["type"] == "start"
-            assert {owner for owner, _ in server._hub._generations} == {"ada"}
+            assert {generation.owner for generation in server._hub.retention} == {"ada"}
     assert seen[0].address == "127.0.0.1"
     assert seen[0].path == "/ws?room=7"
 

@@ -244,7 +244,7 @@ async def test_a_limit_is_waited_for_as_long_as_patience_lasts(puppet: Puppet) -
         connect(server.url) as chat,
     ):
         # A rate of ten a second, of which one is left: the second waits a tenth of one.
-        server._hub._rates._burst = 1
+        server._hub.accounts._prompts._burst = 1
         one, two = (chat.prompt(text, conversation=new_id()) for text in ("1", "2"))
         for number in (1, 2):
             (await puppet.reply(number)).say("x").end()
@@ -951,7 +951,7 @@ async def test_ctrl_c_in_the_loop_of_a_script_stops_the_reply(puppet: Puppet) ->
         assert process.output.rstrip().endswith("KeyboardInterrupt"), process.output
         async with asyncio.timeout(BOUND):
             await said.closed.wait()
-        (generation,) = server._hub._generations.values()
+        (generation,) = server._hub.retention
         assert generation.log.terminal is not None
         assert getattr(generation.log.terminal, "by", None) == "client", "and not `disconnect`"
 

@@ -156,9 +156,9 @@ async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
         # Each short piece is an object of its own, and has a place of 8 bytes in a list.
         size = 1000 * (sys.getsizeof(pieces[0]) + 8)
         assert size < server.memory.cached < size + 8000
-        assert server._hub._ended_size == server.memory.cached == server.memory.used
+        assert server._hub.retention.size == server.memory.cached == server.memory.used
         fill(server.memory)
-        assert server.memory.cached == server._hub._ended_size == 0
+        assert server.memory.cached == server._hub.retention.size == 0
         assert server._hub.known(OWNER, start["id"]) is None
     async with wsserver.serve(puppet, port=0, store=store) as server, client(server) as chat:
         await chat.send({"type": "resume", "id": start["id"], "after": 500})

@@ -156,9 +156,9 @@ async def test_no_task_is_left_of_hundreds_of_clients() -> None:
         hub = server._hub
         assert not server._endpoint.connections
         assert not server._endpoint.turned_away
-        assert hub.live == len(hub._tasks) == len(hub._shares) == 0
+        assert hub.live == hub.tasks == len(hub.accounts) == 0
         assert len(server._admission._addresses) == server._admission._open == 0
-        await until(lambda: not hub._generations)  # once they need not be found any more
+        await until(lambda: not list(hub.retention))  # once they need not be found any more
     await until(lambda: asyncio.all_tasks() == before)
 
 

@@ -273,7 +273,7 @@ async def test_stops_of_nothing_are_harmless_until_they_are_a_flood(puppet: Pupp
 async def test_prompts_a_minute_are_a_principals_on_all_its_sockets(puppet: Puppet) -> None:
     async with (
         wsserver.serve(
-            puppet, authenticate=named, port=0, prompts_per_minute=2, drain_timeout=0
+            puppet, authenticate=named, port=0, prompts_per_minute=3, drain_timeout=0
         ) as server,
         acting_for(server, "ada") as one,
         acting_for(server, "ada") as two,
@@ -282,7 +282,8 @@ async def test_prompts_a_minute_are_a_principals_on_all_its_sockets(puppet: Pupp
         for chat in (one, two):
             assert (await chat.prompt())["type"] == "start"
         assert (await one.prompt())["code"] == "busy"  # and took nothing
-        error = await two.prompt(conversation="conversation-two")
+        assert (await one.prompt(conversation="conversation-two"))["type"] == "start"
+        error = await two.prompt(conversation="conversation-three")
         assert error["code"] == "limit"
         assert 0 < error["retry_after"] <= 30
         assert (await other.prompt())["type"] == "start"
@@ -519,4 +520,4 @@ async def test_all_is_given_back_when_sockets_close(puppet: Puppet) -> None:
         assert len(server._admission.principals) == 0
         assert len(server._admission._addresses) == 0
         assert server._admission._open == 0
-        assert len(server._hub._shares) == 0
+        assert len(server._hub.accounts) == 0

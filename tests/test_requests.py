@@ -513,8 +513,8 @@ async def test_resume_that_races_a_delete_shows_nothing_deleted(
 async def test_account_that_reads_too_much_waits_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
-    monkeypatch.setattr("wsserver.hub.READ_BURST", 100_000)
-    monkeypatch.setattr("wsserver.hub.READ_RATE", 0.001)
+    monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
+    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
 
     async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal:
         return wsserver.Principal(token or "nobody")
@@ -544,8 +544,8 @@ async def test_account_that_reads_too_much_waits_and_others_do_not(
 async def test_account_pays_for_ended_replies_that_are_read_from_the_store(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, kind: str
 ) -> None:
-    monkeypatch.setattr("wsserver.hub.READ_BURST", 100_000)
-    monkeypatch.setattr("wsserver.hub.READ_RATE", 0.001)
+    monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
+    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
     async with wsserver.serve(puppet, port=0, replay_size=1, drain_timeout=0) as server:
         async with client(server) as chat:
             prompt = {"prompt": "Long", "conversation": ONE, "id": ID}

@@ -278,11 +278,10 @@ async def test_ended_replies_leave_nothing_behind_after_the_replay_time(puppet: 
                 await chat.next("done")
             await chat.quiet()
             hub = server._hub
-            await until(lambda: not hub._generations)
-            assert not hub._ended
-            assert not hub._tasks
+            await until(lambda: not list(hub.retention))
+            assert hub.tasks == 0
             assert not hub._journal._unsaved
-            assert hub._ended_size == 0
+            assert hub.retention.size == 0
 
 
 # Open

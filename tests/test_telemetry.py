@@ -206,7 +206,7 @@ async def test_an_api_that_keeps_failing_is_known_to_until_it_works_or_time_goes
     await chat.send({"type": "stop"})
     await chat.next("done")
     assert failing(), "who stops before the first piece knows nothing"
-    monkeypatch.setattr("wsserver.hub.FAILING", 0.0)
+    monkeypatch.setattr("wsserver.reporting.FAILING", 0.0)
     assert not failing()
     monkeypatch.undo()
     assert failing()

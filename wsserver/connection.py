@@ -520,15 +520,15 @@ class Connection:
             case Resume() as resume:
                 await self._resume(resume)
             case Open() as request:
-                self._hub.check_reads(self._visitor.account)
+                self._hub.accounts.check_reads(self._visitor.account)
                 await self._open(request)
             case CloseConversation() as request:
                 self._close(request)
             case List() as request:
-                self._hub.check_reads(self._visitor.account)
+                self._hub.accounts.check_reads(self._visitor.account)
                 await self._list(request)
             case Rename(conversation=name, title=title, request=request):
-                await self._hub.rename(name, self._owner, title, self)
+                await self._hub.conversations.rename(name, self._owner, title, self)
                 answer = Renamed(conversation=name, title=title, request=request)
                 self.transport.write(encode(answer))
             case Delete(conversation=name, request=request):
@@ -564,7 +564,7 @@ class Connection:
     def _write_read(self, answer: History | Conversations) -> None:
         """Write an answer from the store, which the account pays for by its size."""
         frame = encode(answer)
-        self._hub.reads.charge(self._visitor.account, len(frame), self._loop.time())
+        self._hub.accounts.charge_reads(self._visitor.account, len(frame))
         self.transport.write(frame)
 
     async def _open(self, request: Open) -> None:

@@ -10,7 +10,7 @@ from wsserver.context import newest
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
 from wsserver.limits import CACHE, Memory, account_of, held
-from wsserver.live import Conversation
+from wsserver.live import Conversation, Watcher
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 
@@ -198,3 +198,24 @@ class Conversations:
         """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
         await self._journal.flush()
         return await self._store.list(owner, limit, before)
+
+    async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> None:
+        """Give a conversation another title, and tell those who watch the conversation.
+
+        Args:
+            name: the id of the conversation.
+            owner: whose.
+            title: the new title.
+            sender: the watcher that need not be told.
+
+        Raises:
+            Refused: the owner has no such conversation.
+            StoreError: the title cannot be saved.
+        """
+        async with self.hold(name, owner) as conversation:
+            await self._journal.flush()
+            if not await self._store.rename(name, owner, title):
+                raise Refused(Code.NOT_FOUND)
+            for watcher in tuple(conversation.watchers):
+                if watcher is not sender:
+                    watcher.renamed(conversation, title)

@@ -202,18 +202,27 @@ class Log(Generic[T]):
             raise RuntimeError("append to a log that has its terminal")
         if piece:
             self.pieces.append(piece)
-            self._wake()
+            for follower in tuple(self.followers):  # a copy: a follower may leave as it is woken
+                follower.wake()
 
     def end(self, terminal: T) -> None:
-        """Add the terminal and wake the followers for the last time.
+        """Add the terminal and wake each follower for the last time, even if another one fails.
 
         Raises:
             RuntimeError: the log has its terminal.
+            Exception: the first failure of a follower, once all followers have been woken.
         """
         if self.terminal is not None:
             raise RuntimeError("a second terminal")
         self.terminal = terminal
-        self._wake()
+        failures = []
+        for follower in tuple(self.followers):
+            try:
+                follower.wake()
+            except Exception as error:  # noqa: BLE001
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def read(self, after: int, limit: int) -> Run:
         """Merge the pieces of one kind that come after a cursor.
@@ -233,11 +242,6 @@ class Log(Generic[T]):
             size += len(pieces[seq])
             seq += 1
         return Run(seq, "".join(pieces[after:seq]), kind is Thinking)
-
-    def _wake(self) -> None:
-        # A copy, as a follower may leave as it is woken.
-        for follower in tuple(self.followers):
-            follower.wake()
 
 
 def well_formed(text: str) -> str:

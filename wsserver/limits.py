@@ -85,6 +85,11 @@ class Rates:
     def __len__(self) -> int:
         return len(self._buckets)
 
+    def wait(self, account: Account, now: float) -> float:
+        """Return the seconds until each key has a token; 0 if each has one."""
+        buckets = map(self._buckets.get, account)
+        return max((bucket.wait(now) for bucket in buckets if bucket is not None), default=0.0)
+
     def take(self, account: Account, now: float) -> float:
         """Take a token of each key, or none; see :meth:`Bucket.take`."""
         buckets = self._of(account, now)

@@ -21,7 +21,7 @@ from wsserver.generation import (
     well_formed,
 )
 from wsserver.journal import Record
-from wsserver.limits import CACHE, Account
+from wsserver.limits import CACHE, Account, held
 from wsserver.logs import log as events
 from wsserver.prices import NOTHING, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 SMALLEST_FRAME = 256  # characters: frames are not made smaller than this for a client that is cut
+PROMPT = 1024  # bytes of a prompt in memory besides its texts
+MESSAGE = 640  # bytes of a message of a prompt besides its text, in the prompt and in the request
 RESUMED = 16  # places of a generation from which clients went on, that are remembered
 
 Outcome = End | StoppedBy | BaseException
@@ -144,10 +146,10 @@ class Generation:
     memory: int = 0  # bytes that the log has taken of the account's memory
     size: int = 0  # of what is kept once it has ended
     readers: int = 0
-    unread: int | None = None  # tokens said since the last reader went
+    unread: int | None = None  # tokens since the last reader left; None while there is a reader
     unaware_until: float = 0.0  # until when the client may not know that it is not connected
-    watch: asyncio.TimerHandle | None = None
-    grace: asyncio.TimerHandle | None = None
+    timer: asyncio.TimerHandle | None = None  # of the next time limit of the reply, or of its stop
+    grace: asyncio.TimerHandle | None = None  # stops the reply if no reader comes back
     # What a follower got last, until the end: where it was, the log's seq and the size that frames
     # may have, the run and its frame.
     shared: tuple[int, int, int, Run, bytes] | None = None
@@ -168,6 +170,10 @@ class Generation:
     def save(self, how: Outcome, now: float) -> None:
         """The reply is complete, and the store saves its end."""
         self._move("save")
+        for timer in (self.timer, self.grace):
+            if timer is not None:
+                timer.cancel()
+        self.timer = self.grace = None
         self.failure = how if isinstance(how, BaseException) else None
         self.ended = now
 
@@ -215,9 +221,12 @@ class Generation:
         return shared[3], shared[4]
 
     @property
-    def begun(self) -> bool:
-        """Whether the model was asked."""
-        return self.began is not None
+    def prompt_size(self) -> int:
+        """The bytes of the prompt in memory."""
+        prompt = self.prompt
+        messages = prompt.messages or ()
+        texts = (prompt.prompt or "", prompt.system or "", *(turn.content for turn in messages))
+        return PROMPT + MESSAGE * len(messages) + sum(map(held, texts))
 
     @property
     def seconds(self) -> float:
@@ -262,7 +271,7 @@ class Generation:
 
     def used(self) -> Usage:
         """Return what the model said that it used; where it never said, what it likely was."""
-        if not self.begun:
+        if self.began is None:
             return Usage()
         if (usage := self.usage) is not None and not usage.estimated:
             return usage

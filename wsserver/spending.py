@@ -80,6 +80,10 @@ class Spending:
         self._tokens.reserve(owner, likely.tokens)
         self._microdollars.reserve(owner, likely.microdollars)
 
+    def reserved(self, owner: str) -> Spent:
+        """Return what is set aside for an owner's replies."""
+        return Spent(self._tokens.reserved(owner), self._microdollars.reserved(owner))
+
     def settle(self, owner: str, likely: Spent, spent: Spent) -> None:
         """Put what a reply has cost in the place of what was set aside for it."""
         self._tokens.settle(owner, likely.tokens, spent.tokens)

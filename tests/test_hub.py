@@ -1,0 +1,221 @@
+"""The hub without sockets: failing followers, slow stores, limits, and the end of the process."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from tests.support.puppet import BOUND, Puppet, until
+from tests.support.yielding import YieldingStore
+from wsserver import Code, Settings
+from wsserver.errors import Refused
+from wsserver.generation import State
+from wsserver.hub import Hub
+from wsserver.limits import Memory
+from wsserver.live import Conversation, Generation
+from wsserver.protocol import Prompt
+from wsserver.stores.base import StoredGeneration
+from wsserver.telemetry import Metrics
+
+OWNER = "ada"
+ONE, TWO = "conversation-one", "conversation-two"
+ACCOUNT = ("principal ada",)
+
+
+class Bystander:
+    """A watcher that does nothing."""
+
+    def attach(self, generation: Generation) -> None: ...
+
+    def renamed(self, conversation: Conversation, title: str) -> None: ...
+
+    def drop(self, conversation: Conversation) -> None: ...
+
+
+class Broken:
+    """A follower that fails when the log has its terminal, or at once."""
+
+    def __init__(self, generation: Generation) -> None:
+        self.generation = generation
+
+    def wake(self) -> None:
+        if self.generation.log.terminal is not None:
+            raise ZeroDivisionError("secret")
+
+
+class Listener:
+    """A follower that counts."""
+
+    def __init__(self) -> None:
+        self.woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+class Stand:
+    """A hub with a model in the test's hands."""
+
+    def __init__(self, **given: Any) -> None:
+        self.puppet = Puppet()
+        self.store = YieldingStore(0)
+        self.settings = Settings(save_interval=1e-9, **given)
+        self.memory = Memory(self.settings.memory)
+        self.hub = Hub(self.puppet, self.store, self.settings, Metrics(), self.memory)
+
+    async def prompt(
+        self, text: str = "Hello?", conversation: str = ONE, **keys: Any
+    ) -> Generation:
+        prompt = Prompt(prompt=text, conversation=conversation, **keys)
+        return await self.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
+
+    async def ended(self, generation: Generation) -> None:
+        await until(lambda: generation.state is State.ENDED)
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    stand = Stand()
+    yield stand
+    await stand.hub.close(BOUND)
+
+
+async def test_failing_follower_keeps_no_generation_alive(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    generation = await stand.prompt()
+    waiting = await stand.prompt("And then?", on_busy="queue")
+    listener = Listener()
+    stand.hub.follow(generation, Broken(generation))
+    stand.hub.follow(generation, listener)
+    (await stand.puppet.reply()).end()
+    await stand.ended(generation)
+    assert listener.woken == 1
+    (await stand.puppet.reply(1)).end()
+    await stand.ended(waiting)
+    assert stand.hub.live == len(stand.hub.accounts) == 0
+    assert stand.memory.used == stand.memory.cached
+    assert "follower failed" in caplog.text
+    assert "secret" not in caplog.text
+
+
+async def test_deletes_of_one_owner_make_no_other_read_the_store_again(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = await stand.prompt()
+    (await stand.puppet.reply()).end()
+    await stand.ended(generation)
+    finds = 0
+    find = stand.store.find
+
+    async def counted(*given: Any) -> Any:
+        nonlocal finds
+        finds += 1
+        await stand.hub.delete(ONE, OWNER)
+        return await find(*given)
+
+    monkeypatch.setattr(stand.store, "find", counted)
+    assert await stand.hub.find("bob", "0123456789abcdef", ("principal bob",)) is None
+    assert finds == 1
+
+
+async def test_find_that_meets_a_delete_brings_nothing_back(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = await stand.prompt(id="0123456789abcdef")
+    (await stand.puppet.reply()).say("x").end()
+    await stand.ended(generation)
+    stand.hub.retention.forget(generation)
+    find, deletes = stand.store.find, 0
+
+    async def late(*given: Any) -> Any:
+        nonlocal deletes
+        found = await find(*given)
+        if not deletes:
+            deletes = 1
+            await stand.hub.delete(ONE, OWNER)
+        return found
+
+    monkeypatch.setattr(stand.store, "find", late)
+    with pytest.raises(Refused) as refused:
+        await stand.hub.find(OWNER, generation.id, ACCOUNT)
+    assert refused.value.code == Code.FORGOTTEN
+
+
+async def test_delete_forgets_the_ended_replies_of_that_conversation_alone(stand: Stand) -> None:
+    kept = [await stand.prompt(conversation=name) for name in (ONE, TWO)]
+    for number in range(2):
+        (await stand.puppet.reply(number)).end()
+    for generation in kept:
+        await stand.ended(generation)
+    await stand.hub.delete(ONE, OWNER)
+    assert list(stand.hub.retention) == kept[1:]
+    assert stand.hub.retention.size == kept[1].size
+
+
+async def test_reply_that_outlives_the_delete_of_its_conversation_is_not_found() -> None:
+    stand = Stand(stop_timeout=0.01)
+    generation = await stand.prompt(id="0123456789abcdef")
+    reply = await stand.puppet.reply()
+    reply.hold = asyncio.Event()
+    reply.say("deleted")
+    await until(lambda: generation.log.seq)
+    await stand.hub.delete(ONE, OWNER)
+    await stand.ended(generation)
+    assert list(stand.hub.retention) == []
+    with pytest.raises(Refused) as refused:
+        await stand.hub.find(OWNER, generation.id, ACCOUNT)
+    assert refused.value.code == Code.FORGOTTEN
+    reply.hold.set()
+    await stand.hub.close(BOUND)
+
+
+async def test_prompt_over_a_limit_reads_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = Stand(prompts_per_minute=1)
+    await stand.prompt()
+    loads: list[str] = []
+
+    async def load(conversation: str, *_: Any, **__: Any) -> None:
+        loads.append(conversation)
+
+    monkeypatch.setattr(stand.store, "load", load)
+    with pytest.raises(Refused) as refused:
+        await stand.prompt(conversation=TWO)
+    assert refused.value.code == Code.LIMIT
+    assert loads == []
+    await stand.hub.close(BOUND)
+
+
+async def test_messages_of_a_prompt_are_counted_while_its_reply_runs(stand: Stand) -> None:
+    messages = [{"role": "user", "content": "x" * 20}] * 1000
+    prompt = Prompt.model_validate({"messages": messages})
+    before = stand.memory.used
+    generation = await stand.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
+    assert stand.memory.used - before > 1000 * 500
+    (await stand.puppet.reply()).end()
+    await stand.ended(generation)
+    assert stand.memory.used == stand.memory.cached
+
+
+async def test_prompt_that_finds_no_memory_changes_nothing(stand: Stand) -> None:
+    stand.memory.limit = 1000
+    with pytest.raises(Refused) as refused:
+        await stand.prompt("x" * 1000)
+    assert refused.value.code == Code.LIMIT
+    assert stand.hub.live == len(stand.hub.accounts) == stand.memory.used == 0
+
+
+async def test_close_saves_the_end_of_a_reply_whose_model_does_not_close() -> None:
+    stand = Stand()
+    generation = await stand.prompt()
+    reply = await stand.puppet.reply()
+    reply.hold = asyncio.Event()
+    reply.say("half")
+    await until(lambda: generation.log.seq)
+    await stand.hub.close(0.01)
+    stored = await stand.store.find(generation.id, OWNER)
+    assert isinstance(stored, StoredGeneration)
+    assert stored.terminal is not None
+    reply.hold.set()
+    await until(reply.closed.is_set)

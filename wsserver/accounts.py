@@ -1,0 +1,121 @@
+"""What accounts and owners may use: prompts, generations, reads, room, tokens and dollars."""
+
+import asyncio
+
+from wsserver.errors import Code, Refused
+from wsserver.limits import Account, Rates, Shares
+from wsserver.live import Generation
+from wsserver.prices import Price, Spent
+from wsserver.protocol import Prompt
+from wsserver.quota import Quota
+from wsserver.settings import Settings
+from wsserver.spending import Spending
+from wsserver.stores.base import Store
+
+__all__ = ["Accounts"]
+
+READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
+READ_BURST = 2**24  # bytes of them at once: more than a window full of tabs asks for
+
+
+class Accounts:
+    """Refuses what is over a limit, and books what is not.
+
+    Args:
+        settings: the limits.
+        store: knows what each owner has stored and has spent today.
+    """
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._generations = Shares(settings.generations_per_principal)
+        self._prompts = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
+        self._reads = Rates(READ_RATE, READ_BURST)
+        self._quota = Quota(store, settings)
+        self._spending = Spending(settings, store)
+
+    def __len__(self) -> int:
+        """Return the number of keys of accounts that have a generation booked."""
+        return len(self._generations)
+
+    def reserved(self, owner: str) -> Spent:
+        """Return what is reserved for an owner's generations that have not ended."""
+        return self._spending.reserved(owner)
+
+    def price(self, model: str) -> Price:
+        """Return the price of a model."""
+        return self._spending.price(model)
+
+    # Reading.
+
+    def check_reads(self, account: Account) -> None:
+        """Pass an account that may read histories and lists now.
+
+        Raises:
+            Refused: the account has read too much.
+        """
+        if wait := self._reads.owed(account, self._loop.time()):
+            message = "You read more history than you may in so short a time."
+            raise Refused(Code.LIMIT, message, retry_after=wait)
+
+    def charge_reads(self, account: Account, size: int) -> None:
+        """Charge an account for bytes that it made the server read or send."""
+        self._reads.charge(account, size, self._loop.time())
+
+    # Prompts.
+
+    def check(self, account: Account, live: int) -> None:
+        """Pass an account that may send a prompt now. This check asks the store nothing.
+
+        Args:
+            account: whose prompt.
+            live: the generations of the server that have not ended.
+
+        Raises:
+            Refused: the server or the account is at a limit.
+        """
+        if live >= self._settings.generations:
+            raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
+        if self._generations.full(account):
+            raise Refused(Code.LIMIT, "You run as many generations as you may.")
+        if wait := self._prompts.wait(account, self._loop.time()):
+            raise Refused(Code.LIMIT, "Too many prompts a minute.", retry_after=wait)
+
+    async def check_store(self, owner: str, *, new: bool) -> None:
+        """Pass an owner who has room in the store, and learn what the owner has spent today.
+
+        Args:
+            owner: whose prompt.
+            new: the prompt begins a conversation.
+
+        Raises:
+            Refused: the owner has to delete something first.
+            StoreError: the store cannot tell.
+        """
+        await self._quota.check(owner, new=new)
+        await self._spending.learn(owner)
+
+    def allow(self, prompt: Prompt, owner: str, model: str) -> int:
+        """Return how many output tokens the reply to a prompt may have.
+
+        Raises:
+            Refused: too little of the owner's day is left.
+        """
+        settings = self._settings
+        wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
+        return self._spending.allow(owner, model, wanted)
+
+    def book(self, generation: Generation) -> None:
+        """Book a generation that is accepted, and reserve what it may cost."""
+        generation.reserved = self.price(generation.model).likely(
+            generation.asked, generation.allowance
+        )
+        self._prompts.take(generation.account, self._loop.time())
+        self._generations.take(generation.account)
+        self._spending.reserve(generation.owner, generation.reserved)
+
+    def settle(self, generation: Generation) -> None:
+        """Replace what a generation had reserved by what it has cost."""
+        self._generations.give(generation.account)
+        self._spending.settle(generation.owner, generation.reserved, generation.spent)
