@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wsserver.content import Usage
 from wsserver.generation import (
     TRANSITIONS,
     End,
@@ -12,7 +13,6 @@ from wsserver.generation import (
     Log,
     State,
     Thinking,
-    Usage,
     state_after,
     tokens_in,
     well_formed,

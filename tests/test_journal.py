@@ -7,8 +7,9 @@ import pytest
 
 from tests.support.puppet import BOUND, until
 from wsserver import Thinking, journal
+from wsserver.content import Usage
 from wsserver.errors import StoreError
-from wsserver.generation import Log, Usage
+from wsserver.generation import Log
 from wsserver.journal import Journal, Record
 from wsserver.protocol import Done, Prompt, Terminal, UsageCounts
 from wsserver.stores import MemoryStore

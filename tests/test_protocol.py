@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from wsserver import protocol
+from wsserver.content import Usage
 from wsserver.errors import Code, Refused
-from wsserver.generation import Run, Usage
+from wsserver.generation import Run
 from wsserver.protocol import (
     DEPTH,
     KEYS,

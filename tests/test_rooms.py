@@ -12,6 +12,7 @@ PACKAGE = Path(wsserver.__file__).parent
 
 FLOORS = {
     "errors": 0,
+    "content": 0,
     "settings": 0,
     "logs": 0,
     "descriptors": 1,

@@ -23,8 +23,9 @@ import pytest
 
 from tests.support.puppet import until
 from wsserver import Settings
+from wsserver.content import Usage
 from wsserver.errors import Code, ConfigError, Refused, StoreError
-from wsserver.generation import Thinking, Usage
+from wsserver.generation import Thinking
 from wsserver.limits import Memory
 from wsserver.prices import Prices, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts

@@ -8,10 +8,11 @@ it takes all that it missed as one run. Back-pressure, merging, resume and sever
 all this one thing.
 """
 
-import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+
+from wsserver.content import Usage
 
 __all__ = [
     "TRANSITIONS",
@@ -23,7 +24,6 @@ __all__ = [
     "Run",
     "State",
     "Thinking",
-    "Usage",
     "state_after",
     "tokens_in",
     "well_formed",
@@ -36,46 +36,11 @@ _FIRST_OF_TWO, _FIRST_OF_THREE, _FIRST_OF_FOUR = (  # the first byte of a charac
     bytes(range(first, end)) for first, end in ((0xC0, 0xE0), (0xE0, 0xF0), (0xF0, 0xF8))
 )
 
-_COUNTS = (
-    "input_tokens",
-    "output_tokens",
-    "cache_creation_input_tokens",
-    "cache_read_input_tokens",
-    "thinking_tokens",
-)
-
 
 class Thinking(str):
     """A piece of the model's thinking. A plain ``str`` is a piece of its text."""
 
     __slots__ = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens spent on a reply, in all so far.
-
-    ``input_tokens`` counts what was neither read from nor written to a prompt cache; the whole
-    input is the sum of the three. ``thinking_tokens`` are those of ``output_tokens`` that were
-    spent on thinking, where the model shows less of it than it is. ``estimated``: the model never
-    said, this is our guess.
-    """
-
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int = 0
-    estimated: bool = False
-    thinking_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        # A count that is no whole number is told to the author of the model at once.
-        for name in _COUNTS:
-            object.__setattr__(self, name, max(0, operator.index(getattr(self, name))))
-
-    def but(self, **counts: int | bool) -> "Usage":
-        """Return a copy with other counts."""
-        return replace(self, **counts)  # type: ignore[arg-type]
 
 
 def tokens_in(text: str) -> int:

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from wsserver.generation import End, State, Usage, tokens_in, well_formed
+from wsserver.content import Usage
+from wsserver.generation import End, State, tokens_in, well_formed
 from wsserver.limits import Memory, held
 from wsserver.live import Generation
 from wsserver.models.base import Model, Piece, PushModel, Request

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from wsserver.content import Usage
 from wsserver.errors import NOT_TAKEN, Code, ModelError
 from wsserver.generation import (
     End,
@@ -15,7 +16,6 @@ from wsserver.generation import (
     Run,
     State,
     Thinking,
-    Usage,
     state_after,
     tokens_in,
     well_formed,

@@ -22,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from wsserver.content import Usage
 from wsserver.errors import Code, Refused
-from wsserver.generation import Run, Usage
+from wsserver.generation import Run
 from wsserver.logs import printable
 
 __all__ = [

@@ -24,8 +24,9 @@ import anthropic
 import httpx2
 from pydantic_core import from_json
 
+from wsserver.content import Usage
 from wsserver.errors import Code, ConfigError, ModelError
-from wsserver.generation import End, Thinking, Usage, tokens_in
+from wsserver.generation import End, Thinking, tokens_in
 from wsserver.logs import log
 from wsserver.models.base import Request, Take
 from wsserver.models.http import Body, Redirected, Transport

@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, runtime_checkable
 
+from wsserver.content import Usage
 from wsserver.errors import ConfigError
-from wsserver.generation import End, Usage
+from wsserver.generation import End
 from wsserver.logs import log
 from wsserver.settings import Settings
 

@@ -4,7 +4,8 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator
 
-from wsserver.generation import End, Usage
+from wsserver.content import Usage
+from wsserver.generation import End
 from wsserver.models.base import Request
 
 __all__ = ["Demo"]
