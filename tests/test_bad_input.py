@@ -188,7 +188,7 @@ async def test_flood_of_stops_for_a_prompt_that_waits_keeps_one_of_them(
                 await chat.send({"type": "stop", "id": ID})
             (open_,) = server._connections.values()
             await until(lambda: open_.frames == 2 + server.settings.bad_frames)
-            assert [len(waiting.stops) for waiting in open_._waiting[:2]] == [0, 1]
+            assert [len(prompt.stops) for prompt in open_._requests.prompts(ID)] == [1]
             go_on.set()
             errors = [await chat.next("error") for _ in range(server.settings.bad_frames - 1)]
             assert {error["code"] for error in errors} == {"not_running"}

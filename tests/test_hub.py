@@ -6,31 +6,13 @@ from typing import Any
 
 import pytest
 
-from tests.support.puppet import BOUND, Puppet, until
-from tests.support.yielding import YieldingStore
-from wsserver import Code, Settings
+from tests.support.puppet import BOUND, until
+from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
+from wsserver import Code
 from wsserver.errors import Refused
-from wsserver.generation import State
-from wsserver.hub import Hub
-from wsserver.limits import Memory
-from wsserver.live import Conversation, Generation
+from wsserver.live import Generation
 from wsserver.protocol import Prompt
 from wsserver.stores.base import StoredGeneration
-from wsserver.telemetry import Metrics
-
-OWNER = "ada"
-ONE, TWO = "conversation-one", "conversation-two"
-ACCOUNT = ("principal ada",)
-
-
-class Bystander:
-    """A watcher that does nothing."""
-
-    def attach(self, generation: Generation) -> None: ...
-
-    def renamed(self, conversation: Conversation, title: str) -> None: ...
-
-    def drop(self, conversation: Conversation) -> None: ...
 
 
 class Broken:
@@ -52,26 +34,6 @@ class Listener:
 
     def wake(self) -> None:
         self.woken += 1
-
-
-class Stand:
-    """A hub with a model in the test's hands."""
-
-    def __init__(self, **given: Any) -> None:
-        self.puppet = Puppet()
-        self.store = YieldingStore(0)
-        self.settings = Settings(save_interval=1e-9, **given)
-        self.memory = Memory(self.settings.memory)
-        self.hub = Hub(self.puppet, self.store, self.settings, Metrics(), self.memory)
-
-    async def prompt(
-        self, text: str = "Hello?", conversation: str = ONE, **keys: Any
-    ) -> Generation:
-        prompt = Prompt(prompt=text, conversation=conversation, **keys)
-        return await self.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
-
-    async def ended(self, generation: Generation) -> None:
-        await until(lambda: generation.state is State.ENDED)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 import wsserver
 from tests.support.client import Client, client
-from tests.support.puppet import Puppet, Reply, Thinking, until
+from tests.support.puppet import Puppet, Reply, Thinking
 from wsserver import Code, End, ModelError, Request, Usage
 from wsserver.generation import Run
 from wsserver.models.base import Take
@@ -137,7 +137,7 @@ async def test_followers_in_the_same_place_share_one_frame(
         made.append(run.seq)
         return encode_run(generation, run)
 
-    monkeypatch.setattr("wsserver.live.encode_run", counted)
+    monkeypatch.setattr("wsserver.dialects.v1.encode_run", counted)
     async with client(server) as one, client(server) as two, client(server) as three:
         generation, reply = await asked(one, puppet)
         for other in (two, three):
@@ -150,30 +150,3 @@ async def test_followers_in_the_same_place_share_one_frame(
         said = [(await chat.text(generation))[0] for chat in (one, two, three)]
     assert said == 3 * ["".join(f"{number} " for number in range(20))]
     assert made == list(range(1, 21)), "each was made once"
-
-
-async def test_a_piece_is_written_in_the_call_that_brings_it(
-    server: wsserver.Server, chat: Client, puppet: Puppet
-) -> None:
-    generation, reply = await asked(chat, puppet)
-    (connection,) = server._connections.values()
-    writes: list[bytes] = []
-    write = connection.transport.write
-
-    class Counting:
-        writable = True
-        end = connection.transport.end
-
-        @staticmethod
-        def write(frame: bytes) -> None:
-            writes.append(frame)
-            write(frame)
-
-    connection.transport = Counting()
-    (running,) = server._hub._live
-    running.log.append("at once")
-    assert len(writes) == 1
-    assert b"at once" in writes[0]
-    await until(reply.heard_out)
-    reply.end()
-    assert (await chat.text(generation))[0] == "at once"

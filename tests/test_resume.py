@@ -537,11 +537,11 @@ async def test_what_is_somebody_elses_looks_exactly_like_what_is_not_there(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Mine", "x", conversation=ONE, id=ID)
-    before = set(server._connections.values())
+    before = set(server._connections)
     async with client(server) as other:
         await other.quiet()
-        (connection,) = set(server._connections.values()) - before
-        connection._visitor.principal = wsserver.Principal("somebody else")
+        (socket,) = set(server._connections) - before
+        socket.visitor.principal = wsserver.Principal("somebody else")
         for frame in (
             {"type": "resume", "id": ID},
             {"type": "open", "conversation": ONE},

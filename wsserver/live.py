@@ -24,7 +24,7 @@ from wsserver.journal import Record
 from wsserver.limits import CACHE, Account, held
 from wsserver.logs import log as events
 from wsserver.prices import NOTHING, Spent
-from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts, encode_run
+from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.stores.base import StoredGeneration, Turn, partial
 from wsserver.telemetry import Span
 
@@ -76,7 +76,7 @@ class Conversation:
     turns: list[Turn] = field(default_factory=list)
     running: "Generation | None" = None
     queue: "deque[Generation]" = field(default_factory=deque)
-    watchers: set[Watcher] = field(default_factory=set)
+    watchers: dict[Watcher, None] = field(default_factory=dict)
     version: int = 0  # grows with each reply that ends
     refused: dict[str, int] = field(default_factory=dict)  # by model: characters too long for it
     exists: bool = False
@@ -150,9 +150,8 @@ class Generation:
     unaware_until: float = 0.0  # until when the client may not know that it is not connected
     timer: asyncio.TimerHandle | None = None  # of the next time limit of the reply, or of its stop
     grace: asyncio.TimerHandle | None = None  # stops the reply if no reader comes back
-    # What a follower got last, until the end: where it was, the log's seq and the size that frames
-    # may have, the run and its frame.
-    shared: tuple[int, int, int, Run, bytes] | None = None
+    # What a cursor has read last, for others in the same place: the place, the run and its frame.
+    shared: tuple[tuple[object, ...], Run, bytes] | None = None
     resumed: tuple[int, ...] = ()  # seqs after which clients went on
     merged: int | None = None  # characters of a frame for clients that were cut; None: as set
 
@@ -207,18 +206,6 @@ class Generation:
         else:
             self.resumed = (*self.resumed[1 - RESUMED :], after)
         return self.merged or limit
-
-    def frame(self, after: int, limit: int) -> tuple[Run, bytes]:
-        """Return what comes after a cursor, as a run and as its frame; see :meth:`Log.read`.
-
-        Followers in the same place get the same frame, which is made once.
-        """
-        shared, seq = self.shared, self.log.seq
-        if shared is None or shared[0] != after or shared[1] != seq or shared[2] != limit:
-            run = self.log.read(after, limit)
-            shared = after, seq, limit, run, encode_run(self.id, run)
-            self.shared = None if self.state is State.ENDED else shared
-        return shared[3], shared[4]
 
     @property
     def prompt_size(self) -> int:

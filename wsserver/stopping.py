@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from wsserver.generation import Log
+from wsserver.generation import Log, State
+from wsserver.hub import Hub
 from wsserver.live import Generation
 from wsserver.protocol import Stop, Terminal
 
@@ -13,14 +14,16 @@ class Stopping:
     """A ``stop`` whose generations have not all ended. A follower of each of their logs.
 
     Args:
+        hub: where the generations are.
         stop: the frame.
-        answer: called once all have ended, with the ids of those that were stopped.
+        answer: called once all have ended, with the ids of the generations that were stopped.
     """
 
-    __slots__ = ("_answer", "_ids", "_logs", "_pending", "stop")
+    __slots__ = ("_answer", "_hub", "_ids", "_logs", "_pending", "frame")
 
-    def __init__(self, stop: Stop, answer: Callable[[Stop, list[str]], None]) -> None:
-        self.stop = stop
+    def __init__(self, hub: Hub, stop: Stop, answer: Callable[[Stop, list[str]], None]) -> None:
+        self.frame = stop
+        self._hub = hub
         self._answer = answer
         self._ids: list[str] = []
         self._logs: list[Log[Terminal]] = []
@@ -30,22 +33,24 @@ class Stopping:
         """Wait for one more prompt, which is not accepted yet."""
         self._pending += 1
 
-    def follow(self, generation: Generation) -> None:
-        """Wait for the end of a generation."""
-        self._pending += 1
-        self._ids.append(generation.id)
-        self._logs.append(generation.log)
-        generation.log.followers.append(self)
+    def stop(self, generation: Generation) -> None:
+        """Stop a generation, and wait for its end."""
+        if generation.state is not State.ENDED:
+            self._pending += 1
+            self._ids.append(generation.id)
+            self._logs.append(generation.log)
+            generation.log.followers.append(self)
+            self._hub.stop(generation, "client")
 
     def wake(self) -> None:
         """A generation has ended, if its log has a terminal."""
-        for ended in [one for one in self._logs if one.terminal is not None]:
+        for ended in [log for log in self._logs if log.terminal is not None]:
             self._logs.remove(ended)
             ended.followers.remove(self)
             self.settle()
 
     def settle(self) -> None:
-        """One thing less to wait for; answer if it was the last."""
+        """Wait for one thing less; answer if it was the last."""
         self._pending -= 1
         if not self._pending:
-            self._answer(self.stop, self._ids)
+            self._answer(self.frame, self._ids)

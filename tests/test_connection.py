@@ -1,0 +1,76 @@
+"""Connections without sockets: what one client can do to others, and to itself."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.support.puppet import BOUND, until
+from tests.support.stand import ONE, OWNER, Stand
+from wsserver.connection import REQUESTS
+from wsserver.protocol import Close
+
+ID = "0123456789abcdef"
+
+
+@pytest.fixture
+async def stand() -> AsyncIterator[Stand]:
+    stand = Stand()
+    yield stand
+    await stand.hub.close(BOUND)
+
+
+async def test_piece_is_written_in_the_call_that_appends_it(stand: Stand) -> None:
+    connection, port = stand.client()
+    connection.receive(json.dumps({"prompt": "Hello?"}))
+    start = await port.next("start")
+    generation = stand.hub.known(OWNER, start["id"])
+    assert generation is not None
+    generation.log.append("at once")
+    assert [frame["text"] for frame in port.of("token")] == ["at once"]
+
+
+async def test_client_whose_transport_fails_is_closed_and_no_other_notices(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    connection, port = stand.client()
+    other, good = stand.client()
+    for one in (connection, other):
+        one.receive(json.dumps({"prompt": "Hello?", "id": ID}))
+    reply = await stand.puppet.reply()
+    reply.say("one ")
+    await port.next("token")
+    await good.next("token")
+    port.failure = ZeroDivisionError("secret")
+    reply.say("two ").say("three").end()
+    await good.next("done")
+    assert "".join(frame["text"] for frame in good.of("token")) == "one two three"
+    assert port.ended is Close.INTERNAL_ERROR
+    assert caplog.text.count("cursor failed") == 1
+    assert "secret" not in caplog.text
+    connection.detach()
+    assert stand.hub.live == 0
+
+
+async def test_stops_of_what_is_being_stopped_are_bounded(stand: Stand) -> None:
+    connection, port = stand.client()
+    connection.receive(json.dumps({"prompt": "Hello?", "id": ID, "conversation": ONE}))
+    reply = await stand.puppet.reply()
+    reply.hold = asyncio.Event()
+    await port.next("start")
+    generation = stand.hub.known(OWNER, ID)
+    assert generation is not None
+    for number in range(10 * REQUESTS):
+        connection.receive(json.dumps({"type": "stop", "id": ID, "request": f"r{number}"}))
+    assert len(generation.log.followers) <= REQUESTS + 4
+    refused = port.of("error")
+    assert {frame["code"] for frame in refused} == {"not_running"}
+    assert len(refused) == 9 * REQUESTS
+    reply.hold.set()
+    await port.next("stopped", REQUESTS)
+    await until(lambda: not generation.log.followers)
+    connection.receive(json.dumps({"prompt": "Again?", "conversation": ONE}))
+    await stand.puppet.reply(1)
+    connection.receive(json.dumps({"type": "stop", "request": "last"}))
+    assert (await port.next("stopped", REQUESTS + 1))["request"] == "last"

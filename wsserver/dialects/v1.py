@@ -1,0 +1,39 @@
+"""The frames of ``wsserver.v1``; see ``PROTOCOL.md``."""
+
+from wsserver.generation import Run
+from wsserver.live import Generation
+from wsserver.protocol import Start, Terminal, encode, encode_run
+
+__all__ = ["V1"]
+
+
+class V1:
+    """The dialect of :mod:`wsserver.protocol`: one frame each."""
+
+    @staticmethod
+    def start(generation: Generation, *, after: int, shown: bool, request: str | None) -> bytes:
+        """Encode a ``start`` frame."""
+        # A prompt that interrupts waits only until a request is closed, and is not `queued`.
+        queued = generation.queued if generation.prompt.on_busy == "queue" else None
+        return encode(
+            Start(
+                id=generation.id,
+                conversation=generation.conversation_id,
+                model=generation.model,
+                queued=queued,
+                after=after or None,
+                prompt=generation.prompt.prompt if shown else None,
+                retry_of=generation.prompt.retry_of if shown else None,
+                request=request,
+            )
+        )
+
+    @staticmethod
+    def run(generation: Generation, run: Run) -> bytes:
+        """Encode a ``token`` or ``thinking`` frame."""
+        return encode_run(generation.id, run)
+
+    @staticmethod
+    def terminal(terminal: Terminal) -> bytes:
+        """Encode a ``done`` or ``error`` frame."""
+        return encode(terminal)

@@ -1,0 +1,320 @@
+"""The requests of one client that need the store: they wait in a queue, and are answered in order.
+
+The read loop awaits none of them. A client may rely on the order of the answers.
+"""
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from wsserver.errors import Code, Refused
+from wsserver.following import Following
+from wsserver.generation import well_formed
+from wsserver.limits import Account
+from wsserver.live import Generation
+from wsserver.pages import conversations, history, room_of
+from wsserver.protocol import (
+    Auth,
+    Authenticated,
+    CloseConversation,
+    Closed,
+    Conversations,
+    Delete,
+    Deleted,
+    History,
+    List,
+    Open,
+    Prompt,
+    Rename,
+    Renamed,
+    Resume,
+    encode,
+)
+from wsserver.session import Session
+from wsserver.stopping import Stopping
+
+__all__ = ["REQUESTS", "Requests", "Waiting"]
+
+REQUESTS = 32  # frames of one client that wait for an answer; the client gets `limit` for more
+
+Request = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversation
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A request that waits for its answer, or the refusal of an unusable frame.
+
+    ``account`` pays for the ``size`` bytes of the message. ``stops`` stop the prompt as soon as it
+    is accepted.
+    """
+
+    request: Request | Refused
+    account: Account = ()
+    size: int = 0
+    stops: list[Stopping] = field(default_factory=list)
+
+
+class Door(Protocol):
+    """The connection, to its requests."""
+
+    def let_in(self) -> None:
+        """The client has said who it is."""
+        ...
+
+    def turn_away(self, refused: Refused) -> None:
+        """The client could not say who it is."""
+        ...
+
+
+class Requests:
+    """Queues the requests of one client, and answers them one after the other.
+
+    Args:
+        session: the client.
+        following: what the client follows.
+        door: learns how an ``auth`` has ended.
+    """
+
+    __slots__ = (
+        "_done",
+        "_door",
+        "_following",
+        "_session",
+        "_waiting",
+        "_worker",
+        "_writable",
+    )
+
+    def __init__(self, session: Session, following: Following, door: Door) -> None:
+        self._session = session
+        self._following = following
+        self._door = door
+        # The first one is being answered. An empty tuple takes no memory.
+        self._waiting: tuple[Waiting, ...] = ()
+        self._worker: asyncio.Task[None] | None = None  # answers them; None while none waits
+        self._writable: asyncio.Future[None] | None = None  # done when the client reads again
+        self._done: asyncio.Future[None] | None = None  # done when none waits
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def authenticating(self) -> bool:
+        """Whether an ``auth`` frame waits for its answer."""
+        return any(isinstance(waiting.request, Auth) for waiting in self._waiting)
+
+    def prompts(self, name: str | None) -> list[Waiting]:
+        """Return the waiting prompt of an id; of None, all waiting prompts."""
+        return [
+            waiting
+            for waiting in self._waiting
+            if isinstance(waiting.request, Prompt) and name in {None, waiting.request.id}
+        ]
+
+    # The queue.
+
+    def put(self, request: Request, size: int) -> None:
+        """Queue a request whose message takes so many bytes.
+
+        Raises:
+            Refused: too many requests or bytes wait.
+        """
+        if len(self._waiting) >= REQUESTS:
+            raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
+        account = self._session.account
+        if not self._session.hub.memory.take(account, size):
+            raise Refused(Code.LIMIT, "Too many bytes of requests wait.")
+        self._waiting += (Waiting(request, account, size),)
+        if self._worker is None:
+            self._worker = asyncio.get_running_loop().create_task(self._work())
+
+    def put_refused(self, refused: Refused) -> bool:
+        """Queue the error for an unusable frame behind the answers to earlier frames.
+
+        Returns:
+            False if there are none, or too many: the error can be sent at once.
+        """
+        if not self._waiting or len(self._waiting) >= REQUESTS:
+            return False
+        self._waiting += (Waiting(refused.bare()),)
+        return True
+
+    def wake(self) -> None:
+        """The client reads again: go on with the answers."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def drop(self) -> None:
+        """Forget the requests that change nothing.
+
+        A rename or delete goes on: the client asked for a change, not for an answer.
+        """
+        lasting = tuple(w for w in self._waiting if isinstance(w.request, Rename | Delete))
+        if self._worker is not None and not (lasting and lasting[0] is self._waiting[0]):
+            self._worker.cancel()
+            loop = asyncio.get_running_loop()
+            self._worker = loop.create_task(self._work()) if lasting else None
+        for waiting in self._waiting:
+            if waiting not in lasting:
+                self._session.hub.memory.give(waiting.account, waiting.size)
+        self._waiting = lasting
+        self.wake()
+        self._check_done()
+
+    def detach(self) -> None:
+        """The client is gone: have the hub see the remaining requests through."""
+        self.drop()
+        if self._worker is not None:
+            self._session.hub.see_through(self._worker)
+
+    async def wait_done(self) -> None:
+        """Wait until no request waits."""
+        if self._waiting:
+            self._done = asyncio.get_running_loop().create_future()
+            await self._done
+
+    def _check_done(self) -> None:
+        if not self._waiting and self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    async def _work(self) -> None:
+        """Answer what waits, in order."""
+        session, worker = self._session, asyncio.current_task()
+        try:
+            while self._waiting and self._worker is worker:
+                waiting = self._waiting[0]
+                # A client that asks for much and reads little gets the next answer once it reads.
+                while not (session.transport.writable or session.ended):
+                    self._writable = asyncio.get_running_loop().create_future()
+                    await self._writable
+                try:
+                    await self._answer(waiting)
+                finally:
+                    for stop in waiting.stops:
+                        stop.settle()
+                if waiting in self._waiting:  # it was not dropped meanwhile
+                    self._waiting = self._waiting[1:]
+                    self._session.hub.memory.give(waiting.account, waiting.size)
+        finally:
+            if self._worker is worker:  # and not dropped for another
+                self._worker = None
+            self._check_done()
+
+    # The answers.
+
+    async def _answer(self, waiting: Waiting) -> None:
+        """Answer a request, or send its error."""
+        request = waiting.request
+        if isinstance(request, Refused):
+            self._session.refuse(request, None)
+            return
+        try:
+            if isinstance(request, Prompt):
+                generation = await self._prompt(request)
+                for stopping in waiting.stops:
+                    stopping.stop(generation)
+            else:
+                await self._do(request)
+        except Exception as error:  # noqa: BLE001
+            refused = self._session.fail(error, request)
+            if isinstance(request, Auth) and self._session.visitor.principal is None:
+                self._door.turn_away(refused)
+
+    async def _do(
+        self, request: Auth | Resume | Open | List | Rename | Delete | CloseConversation
+    ) -> None:
+        session, hub = self._session, self._session.hub
+        match request:
+            case Auth():
+                await self._authenticate(request)
+            case Resume():
+                await self._resume(request)
+            case Open():
+                await self._open(request)
+            case CloseConversation():
+                _ = session.owner  # raises if the client has not said who it is
+                self._following.close(request.conversation)
+                session.write(Closed(conversation=request.conversation, request=request.request))
+            case List():
+                await self._list(request)
+            case Rename(conversation=name, title=title):
+                await hub.conversations.rename(name, session.owner, title, self._following)
+                session.write(Renamed(conversation=name, title=title, request=request.request))
+            case Delete(conversation=name):
+                await hub.delete(name, session.owner, self._following)
+                self._following.forget(name)
+                session.write(Deleted(conversation=name, request=request.request))
+
+    async def _authenticate(self, auth: Auth) -> None:
+        principal = await self._session.visitor.authenticate(auth.token)
+        self._door.let_in()
+        expires = principal.expires
+        left = None if expires is None else round(max(0.0, expires - time.time()), 3)
+        self._session.write(
+            Authenticated(
+                principal=well_formed(principal.name),
+                expires=expires,
+                expires_in=left,
+                request=auth.request,
+            )
+        )
+
+    async def _prompt(self, prompt: Prompt) -> Generation:
+        session, following, hub = self._session, self._following, self._session.hub
+        owner, request = session.owner, prompt.request
+        if request is not None:  # the same prompt may be sent again as another request
+            prompt = prompt.model_copy(update={"request": None})
+        known = hub.known(owner, prompt.id) is not None
+        if not known and following.active(prompt) >= session.settings.generations_per_socket:
+            raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
+        generation = await hub.prompt(prompt, owner, session.account, following.own, following)
+        if prompt.conversation is None and generation.conversation_id is not None:
+            following.own = generation.conversation_id
+        # After each `start` comes everything, so that a client need not know what it has had.
+        following.follow(generation, own=True, request=request)
+        return generation
+
+    async def _resume(self, resume: Resume) -> None:
+        session = self._session
+        generation = await self._session.hub.find(session.owner, resume.id, session.account)
+        if generation is None:
+            raise Refused(Code.NOT_FOUND)
+        if resume.after > generation.log.seq:
+            raise Refused(Code.GAP)
+        limit = generation.resume(resume.after, session.settings.frame_size)
+        self._following.follow(
+            generation, after=resume.after, limit=limit, asked=True, request=resume.request
+        )
+
+    async def _open(self, request: Open) -> None:
+        session, hub = self._session, self._session.hub
+        hub.accounts.check_reads(session.account)
+        async with hub.conversations.hold(request.conversation, session.owner) as conversation:
+            if request.before is None:
+                self._following.check_open(conversation)
+            room = room_of(session.settings)
+            stored = await hub.conversations.history(conversation, request.before, room)
+            live = [generation.id for generation in conversation.live]
+            self._write_read(history(stored, live, room, request.request))
+            if request.before is None and not session.ended:
+                self._following.open(conversation)
+
+    async def _list(self, request: List) -> None:
+        session, hub = self._session, self._session.hub
+        hub.accounts.check_reads(session.account)
+        before = None
+        if request.before is not None:
+            if not re.fullmatch("[0-9]{1,18}", request.before, re.ASCII):
+                raise Refused(Code.INVALID_FRAME, "before: must be the `next` of a page.")
+            before = int(request.before)
+        found = await hub.conversations.recent(session.owner, request.limit + 1, before)
+        room = room_of(session.settings)
+        self._write_read(conversations(found, request.limit, room, request.request))
+
+    def _write_read(self, answer: History | Conversations) -> None:
+        """Write an answer from the store. The account pays for its bytes."""
+        frame = encode(answer)
+        self._session.hub.accounts.charge_reads(self._session.account, len(frame))
+        self._session.transport.write(frame)

@@ -1,0 +1,123 @@
+"""One client, as all that serves it knows it: who it acts for, and how it gets frames."""
+
+import secrets
+from typing import Protocol
+
+from wsserver.admission import Visitor
+from wsserver.cursor import Sink
+from wsserver.errors import Code, Refused, StoreError
+from wsserver.hub import Hub
+from wsserver.limits import Account
+from wsserver.logs import log
+from wsserver.protocol import ClientFrame, Close, Error, ServerFrame, encode
+from wsserver.settings import Settings
+
+__all__ = ["Session", "Transport", "name_frame"]
+
+
+class Transport(Sink, Protocol):
+    """The way to one client."""
+
+    def end(self, code: Close, reason: str) -> None:
+        """Close the connection, after what was written before."""
+        ...
+
+
+class Session:
+    """Who a client acts for, and how it gets frames.
+
+    Args:
+        transport: the way to the client.
+        hub: where generations live.
+        settings: the limits.
+        visitor: who the client acts for, or has yet to say.
+
+    Attributes:
+        ended: nothing more is heard of the client: the connection is being closed, or is gone.
+    """
+
+    __slots__ = ("ended", "hub", "settings", "transport", "visitor")
+
+    def __init__(
+        self, transport: Transport, hub: Hub, settings: Settings, visitor: Visitor
+    ) -> None:
+        self.transport = transport
+        self.hub = hub
+        self.settings = settings
+        self.visitor = visitor
+        self.ended = False
+
+    @property
+    def owner(self) -> str:
+        """The name of the principal.
+
+        Raises:
+            Refused: the client has not said who it is.
+        """
+        if self.visitor.principal is None:
+            raise Refused(
+                Code.UNAUTHENTICATED, 'Say first who you are: {"type": "auth", "token": "…"}.'
+            )
+        return self.visitor.principal.name
+
+    @property
+    def account(self) -> Account:
+        """Whose limits count."""
+        return self.visitor.account
+
+    def end(self, code: Close, reason: str) -> None:
+        """Hear no more of the client, and close the connection."""
+        self.ended = True
+        self.transport.end(code, reason)
+
+    def write(self, frame: ServerFrame) -> None:
+        """Send a frame."""
+        self.transport.write(encode(frame))
+
+    def fail(self, error: Exception, frame: ClientFrame | None) -> Refused:
+        """Send the error for a frame whose answer has failed, and return it."""
+        if isinstance(error, Refused):
+            refused, cause = error, None
+        else:
+            known = isinstance(error, StoreError)
+            refused, cause = Refused(Code.STORE if known else Code.INTERNAL), error
+        if frame is not None:
+            name_frame(refused, frame)
+        self.refuse(refused, frame, cause)
+        return refused
+
+    def refuse(
+        self, refused: Refused, frame: ClientFrame | None, cause: Exception | None = None
+    ) -> None:
+        """Send an error.
+
+        Args:
+            refused: what the client is told.
+            frame: the frame that is refused; None for an unusable one.
+            cause: what has failed; it is logged, and the client does not see it.
+        """
+        ref = secrets.token_hex(4)
+        self.hub.metrics.frame_refused("none" if frame is None else frame.type, refused.code)
+        if cause is None:
+            log.debug("frame refused", ref=ref, code=refused.code)
+        else:
+            reason = str(cause) if isinstance(cause, StoreError) else None
+            log.error("frame failed", ref=ref, code=refused.code, reason=reason, failure=cause)
+        self.write(
+            Error(
+                code=refused.code,
+                message=refused.message,
+                about=refused.about,
+                request=refused.request,
+                retryable=refused.retryable,
+                retry_after=refused.retry_after,
+                ref=ref,
+            )
+        )
+
+
+def name_frame(refused: Refused, frame: ClientFrame) -> None:
+    """Name in a refusal the frame that is refused."""
+    about = getattr(frame, "id", None) or getattr(frame, "conversation", None)
+    refused.about = refused.about or about
+    refused.request = refused.request or frame.request
