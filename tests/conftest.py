@@ -10,8 +10,10 @@ import pytest
 import wsserver
 from tests.support.client import Client, client
 from tests.support.crowd import CROWD
+from tests.support.line import Line
 from tests.support.puppet import Puppet
 from wsserver import logs
+from wsserver.client import dial
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +50,19 @@ def puppet() -> Puppet:
 async def server(puppet: Puppet) -> AsyncIterator[wsserver.Server]:
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as running:
         yield running
+
+
+@pytest.fixture
+async def line(server: wsserver.Server) -> AsyncIterator[Line]:
+    async with Line(server.port) as line:
+        yield line
+
+
+@pytest.fixture
+def fast_reconnect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the Python client connect again almost at once."""
+    monkeypatch.setattr(dial, "FIRST_BACKOFF", 0.001)
+    monkeypatch.setattr(dial, "LONGEST_BACKOFF", 0.01)
 
 
 @pytest.fixture

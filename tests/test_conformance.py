@@ -206,8 +206,8 @@ class Python:
 async def test_the_python_client(
     name: str, puppet: Puppet, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dial, "SHORTEST", 0.01)
-    monkeypatch.setattr(dial, "LONGEST", 0.01)
+    monkeypatch.setattr(dial, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(dial, "LONGEST_BACKOFF", 0.01)
     async with connect_client(line.url) as chat:
         await play(EXCHANGES[name], Python(chat), puppet, line)
         assert not isinstance(chat.failure, ChatError)

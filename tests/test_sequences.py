@@ -26,8 +26,8 @@ UNABLE = frozenset({"open", "close", "repeat", "later", "foreign", "list", "stra
 async def test_the_python_client_says_and_shows_what_the_sequence_says(
     name: str, socket: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dial, "SHORTEST", 0.01)
-    monkeypatch.setattr(dial, "LONGEST", 0.01)
+    monkeypatch.setattr(dial, "FIRST_BACKOFF", 0.01)
+    monkeypatch.setattr(dial, "LONGEST_BACKOFF", 0.01)
     async with ScriptedServer(SEQUENCES[name], socket) as server:
         tokens = iter(server.tokens)
 

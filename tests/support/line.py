@@ -43,6 +43,11 @@ class Line:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
 
+    @property
+    def connections(self) -> int:
+        """Number of connections that are open, or are being closed."""
+        return len(self._tasks)
+
     def cut(self) -> None:
         """Reset all connections, and let no new one through."""
         self._whole.clear()

@@ -1,4 +1,4 @@
-"""The client: prompts in, replies out, over a connection that mends itself.
+"""The client. It sends prompts and receives replies, and reconnects when the connection is lost.
 
 ::
 
@@ -6,14 +6,15 @@
         async for text in chat.prompt("Tell me a story"):
             print(text, end="")
 
-:func:`connect_sync` is the same for programs without an event loop.
+:func:`connect_sync` is the blocking variant for programs without an event loop.
 """
 
 from wsserver.client.chat import Chat, connect, new_id
+from wsserver.client.connection import State
+from wsserver.client.credentials import Token
 from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
 from wsserver.client.history import Conversation, History, Message
-from wsserver.client.keeper import State, Token
-from wsserver.client.link import Limits
+from wsserver.client.limits import Limits
 from wsserver.client.reply import Done, Reply, Usage
 from wsserver.client.sync import connect as connect_sync
 

@@ -1,7 +1,7 @@
-"""Getting a connection: what to try again, and when.
+"""Opens a WebSocket connection: which failures to retry, and when.
 
-``PROTOCOL.md`` says which close codes and HTTP statuses are final. Between two attempts there is a
-random time, so that all clients of a server that restarted do not come back at once.
+``PROTOCOL.md`` ("Close codes") says which close codes and HTTP statuses are final. The pause before
+the next attempt is random, so that the clients of a restarted server do not all connect at once.
 """
 
 import asyncio
@@ -33,22 +33,31 @@ from websockets.typing import Subprotocol
 from wsserver.client.failures import ConnectionFailed
 from wsserver.protocol import SUBPROTOCOL, Close
 
-__all__ = ["FINAL", "Pause", "Socket", "Timeouts", "Unreached", "dial", "reach", "shown"]
+__all__ = [
+    "FINAL_CLOSE_CODES",
+    "AttemptFailed",
+    "Backoff",
+    "Socket",
+    "Timeouts",
+    "dial",
+    "dial_once",
+    "without_credentials",
+]
 
-FINAL = frozenset({Close.PROTOCOL_ERROR, Close.INVALID_DATA, Close.POLICY_VIOLATION})
-PASSING = frozenset(
+FINAL_CLOSE_CODES = frozenset({Close.PROTOCOL_ERROR, Close.INVALID_DATA, Close.POLICY_VIOLATION})
+RETRIED_STATUSES = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
 )
-SHORTEST, LONGEST = 0.5, 15.0  # seconds: bounds of the first pause, and of the last
-ATTEMPT = 10.0  # seconds for one attempt
-LAST_ATTEMPT = 1.0  # seconds at most for an attempt at the very end
-LONGEST_TOKEN = 8192  # characters, as the server has it
-LARGEST = 16 * 1024 * 1024  # bytes of a frame; the server sends less than 1 MiB at once
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.5, 15.0  # seconds: upper bounds of the random pauses
+ATTEMPT_TIMEOUT = 10.0  # seconds for one attempt
+LAST_ATTEMPT_TIMEOUT = 1.0  # seconds for an attempt that begins when the time is over
+TOKEN_SIZE = 8192  # characters; the server's limit for a token
+FRAME_SIZE = 16 * 1024 * 1024  # bytes; the server sends less than 1 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds, as :func:`wsserver.client.connect` takes them."""
+    """Timeouts in seconds; see :func:`wsserver.client.connect`."""
 
     opening: float
     ping: float
@@ -57,101 +66,106 @@ class Timeouts:
 
 
 class Socket(ClientConnection):
-    """A WebSocket that knows when something came from the server.
+    """A WebSocket connection that records when data arrived.
 
     Attributes:
-        heard: when bytes came last, by the event loop's clock.
+        last_data_at: time of the last bytes from the server, by the event loop's clock.
     """
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self.heard = self.loop.time()
+        self.last_data_at = self.loop.time()
 
     def data_received(self, data: bytes) -> None:
-        """Note the time, and take the bytes."""
-        self.heard = self.loop.time()
+        """Record the time and process the bytes."""
+        self.last_data_at = self.loop.time()
         super().data_received(data)
 
 
-class Unreached(Exception):
-    """There is no connection this time. ``after``: seconds that the server asks to wait for."""
+class AttemptFailed(Exception):
+    """An attempt to connect failed; a later one may succeed.
 
-    def __init__(self, message: str, status: int | None = None, after: float = 0.0) -> None:
+    Attributes:
+        status: HTTP status of the refusal; None if there was no HTTP response.
+        retry_after: seconds that the server asks to wait.
+    """
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
         super().__init__(message)
         self.status = status
-        self.after = after
+        self.retry_after = retry_after
 
 
-class Pause:
-    """Full jitter: between 0 and a bound that doubles with each failure."""
+class Backoff:
+    """Full-jitter back-off: each pause is random, below a bound that doubles with each failure."""
 
     def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
         self._uniform = uniform
         self._failures = 0
 
     def next(self) -> float:
-        """Return how many seconds to wait after one more failure."""
-        bound = min(LONGEST, SHORTEST * 2.0 ** min(self._failures, 16))
+        """Count a failure and return the pause before the next attempt, in seconds."""
+        bound = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(self._failures, 16))
         self._failures += 1
         return self._uniform(0.0, bound)
 
     @property
-    def is_shortest(self) -> bool:
-        """Whether nothing went wrong since it went well."""
-        return self._failures == 0
+    def failed(self) -> bool:
+        """Whether there was a failure since the last :meth:`reset`."""
+        return self._failures > 0
 
     def reset(self) -> None:
-        """Begin again with the shortest, as it went well."""
+        """Forget all failures after a success."""
         self._failures = 0
 
 
-async def reach(
+async def dial(
     url: str,
     token: Callable[[], Awaitable[str | None]],
     timeouts: Timeouts,
-    pause: Pause,
-    until: float,
+    backoff: Backoff,
+    deadline: float,
 ) -> Socket:
-    """Open a connection, with as many attempts as it takes. The last one begins at the end.
+    """Open a connection, with as many attempts as the time allows. The last begins at the deadline.
 
     Args:
-        url: where to.
-        token: gives what says who the client is, for each attempt.
-        timeouts: those of the chat.
-        pause: between the attempts.
-        until: when to give up, by the event loop's clock.
+        url: the server's address.
+        token: called before each attempt; returns the bearer token, or None.
+        timeouts: the chat's.
+        backoff: chooses the pauses between attempts.
+        deadline: when the last attempt begins, by the event loop's clock.
 
     Raises:
-        Unreached: there is no connection in time; tells why the last attempt failed.
-        ConnectionFailed: no later attempt can succeed.
+        AttemptFailed: all attempts failed. The exception describes the last one.
+        ConnectionFailed: a later attempt cannot succeed.
     """
     loop = asyncio.get_running_loop()
-    last_attempt = min(LAST_ATTEMPT, timeouts.opening)
+    last_timeout = min(LAST_ATTEMPT_TIMEOUT, timeouts.opening)
     while True:
-        left = until - loop.time()
+        left = deadline - loop.time()
         try:
-            async with asyncio.timeout(min(ATTEMPT, max(last_attempt, left))):
-                return await dial(url, await token(), timeouts)
+            async with asyncio.timeout(min(ATTEMPT_TIMEOUT, max(last_timeout, left))):
+                return await dial_once(url, await token(), timeouts)
         except TimeoutError:
-            unreached = Unreached("no answer in time")
-        except Unreached as error:
-            unreached = error
-        left = until - loop.time()
-        # A server that asks for more time than there is would refuse the last attempt too.
-        if left <= 0 or unreached.after > left:
-            raise unreached
-        await asyncio.sleep(min(left, pause.next() + unreached.after))
+            failed = AttemptFailed("the server did not answer in time")
+        except AttemptFailed as error:
+            failed = error
+        left = deadline - loop.time()
+        # An attempt before `retry_after` would be refused.
+        if left <= 0 or failed.retry_after > left:
+            raise failed
+        await asyncio.sleep(min(left, backoff.next() + failed.retry_after))
 
 
-async def dial(url: str, token: str | None, timeouts: Timeouts) -> Socket:
-    """Open a connection. The caller bounds the time.
+async def dial_once(url: str, token: str | None, timeouts: Timeouts) -> Socket:
+    """Open a connection with one attempt. The caller sets the time limit.
 
     Raises:
-        Unreached: not now.
-        ConnectionFailed: never.
+        AttemptFailed: a later attempt may succeed.
+        ConnectionFailed: a later attempt cannot succeed.
     """
     if token is not None and not (
-        token.isascii() and token.isprintable() and len(token) <= LONGEST_TOKEN
+        token.isascii() and token.isprintable() and len(token) <= TOKEN_SIZE
     ):
         raise ConnectionFailed("the token is too long, or has characters that no token has")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -160,51 +174,52 @@ async def dial(url: str, token: str | None, timeouts: Timeouts) -> Socket:
             url,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
-            compression=None,  # a token is too short to be worth it
-            proxy=None if _on_this_machine(url) else True,
+            compression=None,  # tokens are too short to compress
+            proxy=None if _is_loopback(url) else True,
             open_timeout=None,
-            ping_interval=None,  # the link asks for signs of life by itself
+            ping_interval=None,  # the link sends its own pings
             close_timeout=timeouts.closing,
-            max_size=LARGEST,
+            max_size=FRAME_SIZE,
             create_connection=Socket,
         )
     except InvalidStatus as error:
         status = error.response.status_code
         reason = bytes(error.response.body or b"").decode(errors="replace").strip()[:500]
         message = reason or f"the server answered with status {status}"
-        if status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in PASSING:
+        if status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in RETRIED_STATUSES:
             raise ConnectionFailed(message, status=status) from error
-        wait = _seconds(error.response.headers.get("Retry-After"))
-        raise Unreached(message, status, wait) from error
+        wait = _parse_retry_after(error.response.headers.get("Retry-After"))
+        raise AttemptFailed(message, status, wait) from error
     except ssl.SSLCertVerificationError as error:
         reason = f"the server's certificate is not trusted: {error.verify_message}"
         raise ConnectionFailed(reason) from error
     except (InvalidURI, ValueError) as error:
-        raise ConnectionFailed(f"{shown(url)!r} is no address of a WebSocket server") from error
+        shown = without_credentials(url)
+        raise ConnectionFailed(f"{shown!r} is not the address of a WebSocket server") from error
     except (OSError, TimeoutError, ProxyError, InvalidProxyStatus) as error:
-        raise Unreached(_reason(error)) from error
+        raise AttemptFailed(_describe(error)) from error
     except InvalidHandshake as error:
-        # One that was cut in the middle of it; anything else is no WebSocket server.
+        # A response that breaks off is a lost connection; any other is not a WebSocket server's.
         if isinstance(error, InvalidMessage) and isinstance(error.__cause__, EOFError):
-            raise Unreached("the connection was lost while it was opened") from error
-        raise ConnectionFailed(f"this is no WebSocket server: {error}") from error
+            raise AttemptFailed("the connection was lost during the handshake") from error
+        raise ConnectionFailed(f"this is not a WebSocket server: {error}") from error
     assert isinstance(socket, Socket)
     return socket
 
 
-def shown(url: str) -> str:
-    """Return an address as it may be shown: without a user's name and password."""
+def without_credentials(url: str) -> str:
+    """Return the address without user name and password."""
     return re.sub(r"//[^/]*@", "//", url)
 
 
-def _reason(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError):
-        return "no answer in time"
+        return "the server did not answer in time"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _on_this_machine(url: str) -> bool:
-    """Whether an address is loopback's, to which no proxy leads."""
+def _is_loopback(url: str) -> bool:
+    """Return whether the host is this machine, which no proxy serves."""
     host = urlsplit(url).hostname or ""
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -214,15 +229,15 @@ def _on_this_machine(url: str) -> bool:
         return False
 
 
-def _seconds(retry_after: str | None) -> float:
-    """Return what a ``Retry-After`` asks for, in seconds or as a date (RFC 9110, 10.2.3)."""
-    if not retry_after:
+def _parse_retry_after(header: str | None) -> float:
+    """Return the seconds of a ``Retry-After`` (RFC 9110, 10.2.3): a number, or a date; else 0."""
+    if not header:
         return 0.0
     try:
-        seconds = float(retry_after)
+        seconds = float(header)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time()
+            seconds = parsedate_to_datetime(header).timestamp() - time()
         except (ValueError, OverflowError):
             return 0.0
     return max(0.0, seconds) if math.isfinite(seconds) else 0.0

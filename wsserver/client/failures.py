@@ -1,11 +1,11 @@
-"""What a client meets.
+"""The exceptions of the client.
 
 ::
 
     ChatError
-     ├── ConnectionFailed   there is no connection, and it is not tried any more
+     ├── ConnectionFailed   there is no connection, and the client has stopped trying
      └── ServerError        the server refused a request
-          └── ReplyError    it refused a prompt, or the reply failed
+          └── ReplyError    the server refused a prompt, or the reply failed
 """
 
 import math
@@ -14,21 +14,21 @@ from typing import Any, Self
 
 from wsserver.errors import WsserverError
 
-__all__ = ["ChatError", "ConnectionFailed", "ReplyError", "ServerError", "seconds_of"]
+__all__ = ["ChatError", "ConnectionFailed", "ReplyError", "ServerError", "parse_seconds"]
 
 
 class ChatError(WsserverError):
-    """The root of what the client raises."""
+    """The base class of the client's exceptions."""
 
 
 class ConnectionFailed(ChatError):
-    """There is no connection, and it is not tried any more.
+    """There is no connection, and the client has stopped trying.
 
     Attributes:
-        status: that the server answered the handshake with, if it was that.
-        close_code: that it closed the connection with, if it was that.
-        final: whether the same would happen again. If not, the chat tries again when it is asked
-            for something.
+        status: HTTP status with which the server refused the handshake; None if it did not.
+        close_code: close code of the lost connection; None if there was none.
+        final: whether another attempt would fail the same way. If false, the chat connects again at
+            its next request.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class ConnectionFailed(ChatError):
 
 
 class ServerError(ChatError):
-    """The server refused a request, and nothing has changed.
+    """The server refused a request and changed nothing.
 
     Attributes:
-        code: as ``PROTOCOL.md`` lists them.
-        message: for people.
-        retryable: whether the same can succeed later, unchanged.
-        retry_after: in how many seconds, where known.
-        ref: what finds the line in the server's log.
+        code: a code of the table "Errors" in ``PROTOCOL.md``.
+        message: text for people.
+        retryable: whether the same request can succeed later.
+        retry_after: seconds to wait before the next attempt; None if the server does not tell.
+        ref: identifies the line in the server's log.
     """
 
     def __init__(
@@ -74,12 +74,16 @@ class ServerError(ChatError):
 
     @classmethod
     def of(cls, frame: Mapping[str, Any]) -> Self:
-        """Make one of an ``error`` frame."""
+        """Convert an ``error`` frame.
+
+        Raises:
+            KeyError, ValueError: the frame breaks the protocol.
+        """
         return cls(
             str(frame["code"]),
             str(frame.get("message", "")),
             retryable=bool(frame.get("retryable")),
-            retry_after=seconds_of(frame.get("retry_after")),
+            retry_after=parse_seconds(frame.get("retry_after")),
             ref=str(frame.get("ref", "")),
         )
 
@@ -88,17 +92,21 @@ class ServerError(ChatError):
 
 
 class ReplyError(ServerError):
-    """A prompt was refused, or its reply failed. What was said before is in the reply's text.
+    """The server refused a prompt, or the reply failed. ``Reply.text`` keeps the text so far.
 
-    After ``interrupted``, the server died, and the conversation may have less than that text:
-    :meth:`Chat.history` tells what was saved.
+    After the code ``interrupted`` the conversation may have less text than ``Reply.text``, since
+    the server died before it saved all of it. :meth:`Chat.history` returns the saved text.
     """
 
 
-def seconds_of(value: object) -> float | None:
-    """Check a time to wait of a frame's, which nobody could wait for if it were no number."""
+def parse_seconds(value: object) -> float | None:
+    """Return a frame's number of seconds, at least 0; None if the frame has none.
+
+    Raises:
+        ValueError: the value is no finite number.
+    """
     if value is None:
         return None
     if not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError("a time to wait is a number")
+        raise ValueError("retry_after is not a number")
     return max(0.0, value)

@@ -1,4 +1,4 @@
-"""Conversations as the client shows them, read from the server's answers."""
+"""Histories and lists of conversations, parsed from the server's answers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ __all__ = [
     "Conversation",
     "History",
     "Message",
-    "read_conversations",
-    "read_history",
-    "read_nothing",
+    "parse_conversations",
+    "parse_history",
+    "parse_nothing",
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message of a conversation. ``partial``: why a reply is not whole, where it is not."""
+    """A message of a conversation. ``partial`` tells why a reply is not whole; None if it is."""
 
     role: str
     content: str
@@ -26,7 +26,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """A conversation: its messages, oldest first, and the ids of replies that still run."""
+    """A conversation: its messages, oldest first, and the ids of replies that run or wait."""
 
     conversation: str
     title: str
@@ -36,7 +36,7 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation in a list. Times are in seconds since 1970."""
+    """An entry of the list of conversations. Times are in seconds since 1970."""
 
     id: str
     title: str
@@ -44,15 +44,18 @@ class Conversation:
     updated: float
 
 
-def read_history(
+def parse_history(
     conversation: str, asked: int, frame: Mapping[str, Any]
 ) -> tuple[History, int | None]:
-    """Return a part of a history, and where the part before it ends; None if it is the first.
+    """Return a page of a history, and the ``before`` of the page before it; None at the beginning.
 
     Args:
-        conversation: which.
-        asked: the ``before`` of the request. That of the answer has to be less.
-        frame: the answer.
+        conversation: id of the conversation.
+        asked: the ``before`` of the request. That of the answer has to be smaller.
+        frame: the ``history`` frame.
+
+    Raises:
+        KeyError, TypeError, ValueError: the frame breaks the protocol.
     """
     messages = tuple(
         Message(
@@ -66,12 +69,16 @@ def read_history(
     running = tuple(_text(reply) for reply in frame["running"])
     before = frame.get("before")
     if before is not None and not 0 <= before < asked:
-        raise ValueError("a history has a beginning")
+        raise ValueError("the pages of a history do not end")
     return History(conversation, _text(frame["title"]), messages, running), before
 
 
-def read_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:
-    """Return a page of a list, and what gets the next page; None if it is the last."""
+def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:
+    """Return a page of the list, and the ``before`` of the next page; None after the last.
+
+    Raises:
+        KeyError, TypeError, ValueError: the frame breaks the protocol.
+    """
     items = [
         Conversation(_text(i["id"]), _text(i["title"]), float(i["created"]), float(i["updated"]))
         for i in frame["items"]
@@ -80,11 +87,11 @@ def read_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], st
     return items, None if following is None else _text(following)
 
 
-def read_nothing(_: Mapping[str, Any]) -> None:
-    """Take an answer that says only that the request is done."""
+def parse_nothing(_: Mapping[str, Any]) -> None:
+    """Return None for an answer that only confirms the request."""
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError("a text is expected")
+        raise TypeError("a value is not a string")
     return value

@@ -1,7 +1,7 @@
-"""One connection to a server: frames out, each with a name, and answers in.
+"""One WebSocket connection: sends requests, and matches the answers to them.
 
-A server that says ``hello`` repeats the name of a frame, its ``request``, in the answer. An older
-server knows no names: its answer is for the oldest frame that fits.
+A server that sends ``hello`` repeats the ``request`` key of a frame in its answer. An older server
+does not. Its answer then belongs to the oldest request that it fits.
 """
 
 import asyncio
@@ -11,12 +11,14 @@ import json
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from websockets.exceptions import ConnectionClosed
 
-from wsserver.client.dial import FINAL, Socket
-from wsserver.client.failures import ConnectionFailed, seconds_of
+from wsserver.client.dial import FINAL_CLOSE_CODES, Socket
+from wsserver.client.failures import ConnectionFailed, parse_seconds
+from wsserver.client.limits import Limits
+from wsserver.client.silence import wait_for_silence
 from wsserver.errors import Code
 from wsserver.protocol import (
     Auth,
@@ -31,13 +33,13 @@ from wsserver.protocol import (
     Stop,
 )
 
-__all__ = ["Ask", "Limits", "Link", "is_refusal"]
+__all__ = ["Link", "Request", "is_refusal"]
 
-MOST_UNANSWERED = 8  # prompts, resumes and requests; well below the bad frames that close a socket
-MARGIN = 1.05  # of a time that the server asks to wait, as clocks and timers differ
-EXPECTING = 4.0  # seconds of silence, while something is expected, before a ping and after it
-SLOWEST = 16384  # bytes a second that a link takes; a large frame may silence it for longer
-MESSAGES_PER_TURN = 16  # taken before whoever reads the replies gets a turn
+MAX_UNANSWERED = 8  # requests; below the `bad_frames` after which a server closes the connection
+CLOCK_MARGIN = 1.05  # factor on `retry_after`, since the server's clock may run faster
+SILENCE_WHILE_WAITING = 4.0  # seconds without data before a ping and after it, with a request open
+SLOWEST_UPLOAD = 16384  # bytes per second; a large frame may delay the answer for longer
+MESSAGES_PER_TURN = 16  # messages read before other tasks run
 
 _ANSWERS: dict[str, type[ClientFrame]] = {
     "authenticated": Auth,
@@ -48,61 +50,26 @@ _ANSWERS: dict[str, type[ClientFrame]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the server accepts on one connection; None where it does not tell.
+@dataclass(eq=False, slots=True)
+class Request:
+    """A frame that the server has to answer. It can be sent on several connections in turn.
 
     Attributes:
-        message_size: bytes of a frame.
-        prompt_size: bytes of a prompt and its system prompt, as UTF-8.
-        answer_size: bytes of the largest frame that the server sends.
-        frame_rate: frames a second in the long run.
-        frame_burst: frames at once.
-        bad_frames: unusable frames in a row, after which the server closes.
-        requests: frames that may wait for an answer.
-        generations_per_socket: replies that may run or wait.
-        queue_size: prompts that may wait in a conversation.
+        make_frame: returns the frame; called each time that the request is sent.
+        on_answer: called with the answer, or with the ``error`` that refuses the request.
+        times_sent: how often it was sent.
     """
 
-    message_size: int | None = None
-    prompt_size: int | None = None
-    answer_size: int | None = None
-    frame_rate: float | None = None
-    frame_burst: int | None = None
-    bad_frames: int | None = None
-    requests: int | None = None
-    generations_per_socket: int | None = None
-    queue_size: int | None = None
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> Self:
-        """Make them of a ``hello``, without the limits that are not known here."""
-        known = {key: told[key] for key in cls.__slots__ if key in told}
-        if not all(isinstance(value, int | float) for value in known.values()):
-            raise TypeError("a limit is a number")
-        return cls(**known)
+    make_frame: Callable[[], ClientFrame]
+    on_answer: Callable[[Mapping[str, Any]], None]
+    times_sent: int = 0
 
 
 @dataclass(eq=False, slots=True)
-class Ask:
-    """Something that the server has to answer, over however many connections.
+class _Unanswered:
+    """A request that was sent, with its frame and the frame's size in bytes."""
 
-    Attributes:
-        make: makes the frame, in the moment in which it is sent.
-        settle: takes the answer, or the ``error`` that refuses the frame.
-        sent: how often a frame was sent.
-    """
-
-    make: Callable[[], ClientFrame]
-    settle: Callable[[Mapping[str, Any]], None]
-    sent: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Sent:
-    """A frame that is not answered yet, and its size in bytes."""
-
-    ask: Ask
+    request: Request
     frame: ClientFrame
     size: int
 
@@ -112,312 +79,288 @@ class Link:
 
     Args:
         socket: the connection.
-        silence: seconds in which nothing comes before a ping, and after it; less is enough while
-            something is expected.
-        expecting: whether a reply is expected.
-        hear: called with ``hello``, with frames that have an ``id``, and with frames that nobody
-            asked for.
+        silence: seconds without data before a ping, and after it. While a request or a reply is
+            pending, the limit is :data:`SILENCE_WHILE_WAITING` at most.
+        reply_pending: returns whether the user waits for a reply.
+        on_frame: called with ``hello``, with frames that have an ``id``, and with frames that
+            answer no request.
 
     Attributes:
-        limits: of the server, if it has told.
-        spoke: whether the server has said anything besides ``hello`` and refusals.
-        failure: why the connection ended, where the server did not close it.
+        limits: the server's limits; None before ``hello``.
+        answered: whether the server sent anything but ``hello`` and refusals.
+        failure: why the client aborted the connection; empty if it did not.
     """
 
     def __init__(
         self,
         socket: Socket,
         silence: float,
-        expecting: Callable[[], bool],
-        hear: Callable[[Mapping[str, Any]], None],
+        reply_pending: Callable[[], bool],
+        on_frame: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.socket = socket
         self.limits: Limits | None = None
-        self.spoke = False
+        self.answered = False
         self.failure = ""
         self._silence = silence
-        self._expecting = expecting
-        self._hear = hear
-        self._named = False  # the server answers by name
+        self._reply_pending = reply_pending
+        self._on_frame = on_frame
+        self._names_requests = False  # the server repeats the `request` key
         self._greeted = asyncio.Event()
-        self._wake = asyncio.Event()  # there is something to write
-        self._stirred = asyncio.Event()  # there is something to expect
-        self._urgent: deque[Ask] = deque()
-        self._prompts: deque[Ask] = deque()
-        self._requests: deque[Ask] = deque()
-        self._sent: dict[str, _Sent] = {}
+        self._writable = asyncio.Event()  # a queue may have a request to send
+        self._queued = asyncio.Event()  # a request was queued, so that the silence limit may change
+        self._urgent: deque[Request] = deque()
+        self._prompts: deque[Request] = deque()
+        self._queries: deque[Request] = deque()
+        self._unanswered: dict[str, _Unanswered] = {}  # by `request` key, oldest first
         self._names = map(str, itertools.count(1))
-        self._window = MOST_UNANSWERED
-        self._held_until = 0.0
-        self._broken: BaseException | None = None
+        self._window = MAX_UNANSWERED
+        self._paused_until = 0.0
+        self._task_error: BaseException | None = None
 
-    # What is sent: stops and `auth`; prompts and resumes; requests.
+    # Queues: stops and `auth`; prompts and resumes; queries such as `open` and `list`.
 
-    def send(self, ask: Ask) -> None:
-        """Send before all that waits."""
-        self._put(ask, self._urgent)
+    def send(self, request: Request) -> None:
+        """Send a request before all queued ones."""
+        self._queue(request, self._urgent)
 
-    def prompt(self, ask: Ask) -> None:
-        """Send when its turn comes, as many unanswered at once as the server takes."""
-        self._put(ask, self._prompts)
+    def send_prompt(self, request: Request) -> None:
+        """Queue a prompt or a resume. The server's limits bound how many are unanswered at once."""
+        self._queue(request, self._prompts)
 
-    def request(self, ask: Ask) -> None:
-        """Send when no prompt waits; to a server that knows no names, one at a time."""
-        self._put(ask, self._requests)
+    def send_query(self, request: Request) -> None:
+        """Queue a query behind all prompts. An older server gets one query at a time."""
+        self._queue(request, self._queries)
 
-    def waits(self, ask: Ask) -> bool:
-        """Whether a prompt has not been sent yet on this connection."""
-        return ask in self._prompts
+    def is_queued(self, request: Request) -> bool:
+        """Return whether a prompt has not been sent on this connection."""
+        return request in self._prompts
 
-    def withdraw(self, ask: Ask) -> None:
-        """Send it no more."""
-        for queue in (self._prompts, self._requests):
+    def remove(self, request: Request) -> None:
+        """Remove a request from its queue."""
+        for queue in (self._prompts, self._queries):
             with contextlib.suppress(ValueError):
-                queue.remove(ask)
+                queue.remove(request)
 
-    def _put(self, ask: Ask, queue: deque[Ask]) -> None:
-        queue.append(ask)
-        self._wake.set()
-        self._stirred.set()
+    def _queue(self, request: Request, queue: deque[Request]) -> None:
+        queue.append(request)
+        self._writable.set()
+        self._queued.set()
 
-    # Its life.
+    # Running and closing.
 
     async def run(self) -> None:
         """Use the connection until it is lost.
 
         Raises:
-            ConnectionFailed: this is no server of the protocol.
+            ConnectionFailed: the server breaks the protocol.
         """
         loop = asyncio.get_running_loop()
-        helpers = [loop.create_task(self._write()), loop.create_task(self._watch())]
-        for helper in helpers:
-            helper.add_done_callback(self._check)
+        tasks = [loop.create_task(self._write()), loop.create_task(self._abort_when_silent())]
+        for task in tasks:
+            task.add_done_callback(self._on_task_done)
         try:
             await self._read()
         except ConnectionClosed as closed:
             ours = closed.sent if not closed.rcvd_then_sent else None
-            if ours is not None and ours.code in FINAL | {Close.MESSAGE_TOO_BIG}:
-                reason = f"this is no server of this protocol: {ours.reason or ours.code}"
-                raise ConnectionFailed(reason) from closed
+            if ours is not None and ours.code in FINAL_CLOSE_CODES | {Close.MESSAGE_TOO_BIG}:
+                raise _protocol_broken(ours.reason or ours.code) from closed
         finally:
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.wait(helpers)
-        if self._broken is not None:
-            raise self._broken
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        if self._task_error is not None:
+            raise self._task_error
 
     async def close(self, within: float) -> None:
-        """Close the connection, and cut it if the server does not answer in time."""
+        """Close the connection; abort it if the server does not answer within some seconds."""
         closing = asyncio.ensure_future(self.socket.close())
         await asyncio.wait({closing}, timeout=within)
         self.socket.transport.abort()
         await closing
 
-    def _check(self, helper: "asyncio.Task[None]") -> None:
-        if not helper.cancelled() and (error := helper.exception()) is not None:
-            self._broken = error
+    def _on_task_done(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._task_error = error
             self.socket.transport.abort()
 
-    def give_up_longest(self) -> bool:
-        """Refuse the longest frame that has no answer, as the server found one too long.
+    async def _abort_when_silent(self) -> None:
+        seconds = await wait_for_silence(self.socket, self._silence_limit, self._queued)
+        self.failure = f"the server sent nothing for {seconds:.1f} s"
+        self.socket.transport.abort()
 
-        Returns:
-            whether there was any.
-        """
-        if not self._sent:
-            return False
-        name = max(self._sent, key=lambda name: self._sent[name].size)
-        self._sent.pop(name).ask.settle(_too_long("The server takes no frame that long."))
-        return True
+    def _silence_limit(self) -> float:
+        if not (self._unanswered or self._reply_pending()):
+            return self._silence
+        largest = max((sent.size for sent in self._unanswered.values()), default=0)
+        return min(self._silence, SILENCE_WHILE_WAITING + largest / SLOWEST_UPLOAD)
 
     # Writing.
 
     async def _write(self) -> None:
         with contextlib.suppress(ConnectionClosed):
-            # A server says `hello` before it answers a ping, or not at all.
+            # A server that sends `hello` sends it before it answers this ping.
             pong = asyncio.ensure_future(await self.socket.ping())
             pong.add_done_callback(lambda _: self._greeted.set())
             await self._greeted.wait()
             while True:
-                self._wake.clear()
-                data = self._next()
+                self._writable.clear()
+                data = self._next_data()
                 if data is None:
-                    await self._wake.wait()
+                    await self._writable.wait()
                 else:
                     await self.socket.send(data, text=True)
 
-    def _next(self) -> bytes | None:
-        """Take the next frame to be sent, if there is one that may be sent now."""
-        while (ask := self._take_ask()) is not None:
-            if (data := self._encode(ask)) is not None:
+    def _next_data(self) -> bytes | None:
+        """Return the next frame that may be sent now, as bytes; None if there is none."""
+        while (request := self._next_request()) is not None:
+            if (data := self._encode(request)) is not None:
                 return data
         return None
 
-    def _take_ask(self) -> Ask | None:
+    def _next_request(self) -> Request | None:
         loop = asyncio.get_running_loop()
         if self._urgent:
             return self._urgent.popleft()
-        if self._held_until > loop.time():
-            loop.call_at(self._held_until, self._wake.set)
+        if self._paused_until > loop.time():
+            loop.call_at(self._paused_until, self._writable.set)
             return None
-        asked = [sent.frame for sent in self._sent.values() if not isinstance(sent.frame, Stop)]
-        if len(asked) >= self._window:
+        open_frames = [s.frame for s in self._unanswered.values() if not isinstance(s.frame, Stop)]
+        if len(open_frames) >= self._window:
             return None
         if self._prompts:
             return self._prompts.popleft()
-        # Without names, an error could be about any of several requests.
-        one_by_one = not self._named and any(not isinstance(f, Prompt | Resume) for f in asked)
-        return self._requests.popleft() if self._requests and not one_by_one else None
+        # An error of an older server does not tell which of several queries it refuses.
+        query_open = any(not isinstance(frame, Prompt | Resume) for frame in open_frames)
+        wait = query_open and not self._names_requests
+        return self._queries.popleft() if self._queries and not wait else None
 
-    def _encode(self, ask: Ask) -> bytes | None:
-        """Return a frame as bytes; None if the server would find it too long."""
-        frame, name, limits = ask.make(), next(self._names), self.limits or Limits()
-        if self._named:
+    def _encode(self, request: Request) -> bytes | None:
+        """Return a request's frame as bytes. Refuse the request and return None if it is too long.
+
+        The server would close the connection after a frame over its limit.
+        """
+        frame, name, limits = request.make_frame(), next(self._names), self.limits or Limits()
+        if self._names_requests:
             frame = frame.model_copy(update={"request": name})
-        elif isinstance(frame, Prompt):  # an older server knows no `retry_of`
+        elif isinstance(frame, Prompt):  # an older server refuses the key `retry_of`
             frame = frame.model_copy(update={"retry_of": None})
         data = frame.model_dump_json(exclude_none=True).encode()
         sizes = [("frame", len(data), limits.message_size)]
         if isinstance(frame, Prompt):
             sizes.insert(0, ("prompt", frame.size, limits.prompt_size))
-        for what, size, most in sizes:
-            if most is not None and size > most:
-                ask.settle(_too_long(f"The {what} has {size:,} bytes; {most:,} are allowed."))
+        for part, size, limit in sizes:
+            if limit is not None and size > limit:
+                request.on_answer(
+                    _too_long(f"The {part} has {size:,} bytes; {limit:,} are allowed.")
+                )
                 return None
-        ask.sent += 1
-        if self._named or not isinstance(frame, Stop):  # an older server does not answer a `stop`
-            self._sent[name] = _Sent(ask, frame, len(data))
+        request.times_sent += 1
+        if self._names_requests or not isinstance(frame, Stop):  # an older server answers no `stop`
+            self._unanswered[name] = _Unanswered(request, frame, len(data))
         return data
 
     # Reading.
 
     async def _read(self) -> None:
-        turn = 0
+        count = 0
         async for message in self.socket:
             try:
                 frame = json.loads(message)
                 if not isinstance(frame, dict):
-                    raise TypeError("a frame is an object")
-                self._take(frame)
+                    raise TypeError("a frame is not an object")
+                self._receive(frame)
             except (ValueError, KeyError, TypeError) as error:
-                reason = f"this is no server of this protocol: {error!r}"
-                raise ConnectionFailed(reason) from error
-            turn = (turn + 1) % MESSAGES_PER_TURN
-            if not turn:
+                raise _protocol_broken(repr(error)) from error
+            count = (count + 1) % MESSAGES_PER_TURN
+            if not count:
                 await asyncio.sleep(0)
 
-    def _take(self, frame: dict[str, Any]) -> None:
-        kind, refusal = frame.get("type"), is_refusal(frame)
+    def _receive(self, frame: dict[str, Any]) -> None:
+        kind, refused = frame.get("type"), is_refusal(frame)
         if kind == "hello":
             self.limits = Limits.of(frame.get("limits", {}))
-            self._named = True
+            self._names_requests = True
             self._greeted.set()
-        elif not refusal:
-            self.spoke = True
-        sent = self._sent.pop(self._answered(frame) or "", None)
-        if refusal and frame["code"] == Code.LIMIT:
-            self._hold(seconds_of(frame.get("retry_after")))
+        elif not refused:
+            self.answered = True
+        sent = self._unanswered.pop(self._find_request(frame) or "", None)
+        if refused and frame["code"] == Code.LIMIT:
+            self._slow_down(parse_seconds(frame.get("retry_after")))
         elif kind == "start":
-            self._window = min(self._most, self._window + 1)
+            self._window = min(self._max_window, self._window + 1)
         if sent is not None:
-            sent.ask.settle(frame)
-            self._wake.set()
+            sent.request.on_answer(frame)
+            self._writable.set()
         if sent is None or frame.get("id") is not None:
-            self._hear(frame)
+            self._on_frame(frame)
 
-    def _answered(self, frame: Mapping[str, Any]) -> str | None:
-        """Return the name of the frame that is answered, if any is."""
+    def _find_request(self, frame: Mapping[str, Any]) -> str | None:
+        """Return the key of the request that a frame answers; None if it answers none."""
         name: str | None = frame.get("request")
         if name is not None:
             return name
-        # An id says enough. All else without a name answers only what was sent without one.
-        nameless = frame.get("id") is None
+        # A frame with an `id` answers the request of that `id`. Any other frame without a `request`
+        # answers only a request that was sent without one.
+        has_id = frame.get("id") is not None
         return next(
             (
                 name
-                for name, sent in self._sent.items()
-                if not (nameless and sent.frame.request is not None) and _fits(frame, sent.frame)
+                for name, sent in self._unanswered.items()
+                if (has_id or sent.frame.request is None) and _fits(frame, sent.frame)
             ),
             None,
         )
 
     @property
-    def _most(self) -> int:
-        """The most frames that may be unanswered, even if all of them are refused."""
+    def _max_window(self) -> int:
+        """The most requests that may be open without a close by the server if it refuses all."""
         limits = self.limits or Limits()
         bounds = [limits.requests, limits.bad_frames and limits.bad_frames // 2]
-        return max(1, min([MOST_UNANSWERED, *(int(b) for b in bounds if b is not None)]))
+        return max(1, min([MAX_UNANSWERED, *(int(b) for b in bounds if b is not None)]))
 
-    def _hold(self, seconds: float | None) -> None:
-        """Send nothing but what is urgent for a time, and then less at once."""
+    def _slow_down(self, seconds: float | None) -> None:
+        """Send only urgent requests for some seconds, and fewer at once afterwards."""
         if seconds is not None:
-            until = asyncio.get_running_loop().time() + seconds * MARGIN
-            self._held_until = max(self._held_until, until)
-            self._window = max(1, len(self._sent) // 2)
+            until = asyncio.get_running_loop().time() + seconds * CLOCK_MARGIN
+            self._paused_until = max(self._paused_until, until)
+            self._window = max(1, len(self._unanswered) // 2)
 
-    # Whether the server is there.
-
-    async def _watch(self) -> None:
-        """Cut the connection when nothing comes any more, not even an answer to a ping.
-
-        A network that is gone tells nobody. Whatever comes is a sign of life.
-        """
-        loop, pinged = asyncio.get_running_loop(), None
-        while True:
-            heard, pause = self.socket.heard, self._pause
-            if pinged is not None and heard >= pinged:
-                pinged = None
-            due = (heard if pinged is None else pinged) + pause
-            late = loop.time() - due
-            if late < 0:
-                self._stirred.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(due):
-                        await self._stirred.wait()
-            # A program that slept has not read what came meanwhile: it asks once more.
-            elif pinged is None or late > pause / 2:
-                pinged = loop.time()
-                with contextlib.suppress(TimeoutError, ConnectionClosed):
-                    async with asyncio.timeout(pause):
-                        await self.socket.ping()
-            else:
-                self.failure = f"nothing came from the server for {loop.time() - heard:.1f} s"
-                self.socket.transport.abort()
-                return
-
-    @property
-    def _pause(self) -> float:
-        """Seconds of silence before a ping, and after it."""
-        if not (self._sent or self._expecting()):
-            return self._silence
-        largest = max((sent.size for sent in self._sent.values()), default=0)
-        return min(self._silence, EXPECTING + largest / SLOWEST)
+    def refuse_longest(self) -> None:
+        """Refuse the longest open request, after the server closed because of a long frame."""
+        if self._unanswered:
+            name = max(self._unanswered, key=lambda name: self._unanswered[name].size)
+            request = self._unanswered.pop(name).request
+            request.on_answer(_too_long("The server accepts no frame of this length."))
 
 
 def is_refusal(frame: Mapping[str, Any]) -> bool:
-    """Whether a frame is an error about a frame of the client, and no terminal."""
+    """Return whether a frame is an error about a frame of the client, and not a terminal."""
     return frame.get("type") == "error" and frame.get("id") is None
 
 
+def _protocol_broken(reason: object) -> ConnectionFailed:
+    return ConnectionFailed(f"the server breaks the protocol: {reason}")
+
+
 def _too_long(message: str) -> Mapping[str, Any]:
-    """Return the error for a frame that the server would not take."""
     return {"type": "error", "code": Code.TOO_LONG, "message": message, "retryable": False}
 
 
-def _fits(frame: Mapping[str, Any], asked: ClientFrame) -> bool:
-    """Whether a frame without a name can be the answer."""
+def _fits(frame: Mapping[str, Any], sent: ClientFrame) -> bool:
+    """Return whether a frame without a ``request`` can be the answer to a frame that was sent."""
     kind, name = frame.get("type"), frame.get("id")
     if name is not None:
-        answers = kind in {"start", "done", "error"}
-        return answers and isinstance(asked, Prompt | Resume) and asked.id == name
-    conversation = getattr(asked, "conversation", None)
+        is_answer = kind in {"start", "done", "error"}
+        return is_answer and isinstance(sent, Prompt | Resume) and sent.id == name
+    conversation = getattr(sent, "conversation", None)
     if kind != "error":
-        known = frame.get("conversation") in {None, conversation}
-        return isinstance(asked, _ANSWERS.get(str(kind), ())) and known
+        same = frame.get("conversation") in {None, conversation}
+        return isinstance(sent, _ANSWERS.get(str(kind), ())) and same
     if frame["code"] == Code.NOT_RUNNING:
         return False
     about = frame.get("about")
-    if isinstance(asked, Prompt | Resume):
-        # A frame over the rate is refused before it is read.
-        return about == asked.id or (about is None and frame["code"] == Code.LIMIT)
+    if isinstance(sent, Prompt | Resume):
+        # The server refuses a frame over the rate before it reads the frame's `id`.
+        return about == sent.id or (about is None and frame["code"] == Code.LIMIT)
     return about in {None, conversation}

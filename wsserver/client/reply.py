@@ -1,7 +1,7 @@
-"""One reply, as the client has it so far. It does no I/O.
+"""One reply, as far as it has arrived. This module does no I/O.
 
-Its text is kept once, as one growing text of which each reader has read so much: a reader that is
-slow gets larger pieces, and costs nothing.
+The text is stored once, and each reader has a position in it. A slow reader gets larger pieces and
+costs no memory.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ __all__ = ["Done", "Reply", "Usage"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens spent on a reply. ``estimated``: the server guessed, as the model never told."""
+    """Tokens of a reply. ``estimated``: the server estimated them, as the model did not tell."""
 
     input_tokens: int = 0
     output_tokens: int = 0
@@ -27,20 +27,21 @@ class Usage:
 
     @classmethod
     def of(cls, counts: Mapping[str, Any]) -> Self:
-        """Make one of a frame's, without the keys that are not known here."""
+        """Convert the ``usage`` of a frame. Unknown keys are ignored."""
         return cls(**{key: counts[key] for key in cls.__slots__ if key in counts})
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """How a reply ended.
+    """The end of a reply that did not fail.
 
     Attributes:
-        reason: the model's own, as ``end_turn``; or ``stopped``.
-        by: who stopped it: ``client``, ``disconnect``, ``replaced``, ``timeout``, ``shutdown``.
-        usage: tokens spent.
-        text: the whole.
-        saved: whether the conversation has it.
+        reason: the model's stop reason, such as ``end_turn``; or ``stopped``.
+        by: who stopped the reply: ``client``, ``disconnect``, ``replaced``, ``timeout``,
+            ``shutdown``, ``deleted``; None if nobody did.
+        usage: tokens of the reply.
+        text: the whole text.
+        saved: whether the conversation has the reply.
     """
 
     reason: str
@@ -50,22 +51,22 @@ class Done:
     saved: bool = True
 
 
-class _Said:
-    """A text that grows at its end."""
+class _GrowingText:
+    """A text that grows at its end. ``size`` is its length in characters."""
 
     __slots__ = ("_buffer", "size")
 
     def __init__(self) -> None:
-        self._buffer = io.StringIO(newline="")  # which changes no line ends
+        self._buffer = io.StringIO(newline="")  # keeps line ends as they are
         self.size = 0
 
-    def add(self, text: str) -> None:
+    def append(self, text: str) -> None:
         self._buffer.seek(self.size)
         self._buffer.write(text)
         self.size += len(text)
 
-    def read(self, at: int) -> str:
-        self._buffer.seek(at)
+    def read(self, start: int) -> str:
+        self._buffer.seek(start)
         return self._buffer.read()
 
 
@@ -79,25 +80,27 @@ class Reply:
             print(text, end="")
         done = await reply.done()
 
-    Each iteration begins at the first word, whenever it is made, and raises what :meth:`done`
-    does after the last. To leave one does not stop the reply: :meth:`stop` does, and so does
-    leaving the ``async with`` of the chat.
+    Each iteration begins at the first word. After the last word it raises the exception that
+    :meth:`done` raises. Leaving an iteration does not stop the reply; :meth:`stop` does, and
+    leaving the ``async with`` block of the chat does.
 
     Attributes:
-        id: names it; :meth:`Chat.resume` follows it again by this.
-        conversation: which it belongs to; None where the prompt brought ``messages``.
-        model: who answers; None before it has started.
-        queued: its place where it had to wait behind others; None if it had not.
+        id: identifies the reply, for example for :meth:`Chat.resume`.
+        conversation: id of the conversation; None for a prompt with ``messages``.
+        model: the model's name; None before the start.
+        queued: place in the queue when the server accepted the prompt, from 1; None if the prompt
+            did not have to wait.
         started: whether the server has accepted the prompt.
-        over: whether it has ended, well or not.
-        seq: the number of its last piece here.
-        usage: tokens spent; None before its end.
+        over: whether the reply has ended or failed.
+        stopping: whether this client has stopped the reply.
+        seq: number of the last piece that arrived.
+        usage: tokens of the reply; None before the end.
     """
 
     def __init__(
-        self, name: str, conversation: str | None, after: int, stop: Callable[["Reply"], None]
+        self, reply_id: str, conversation: str | None, after: int, stop: Callable[["Reply"], None]
     ) -> None:
-        self.id = name
+        self.id = reply_id
         self.conversation = conversation
         self.model: str | None = None
         self.queued: int | None = None
@@ -107,51 +110,57 @@ class Reply:
         self.seq = after
         self.usage: Usage | None = None
         self._stop = stop
-        self._text = _Said()
-        self._thoughts = _Said()
+        self._text = _GrowingText()
+        self._thinking = _GrowingText()
         self._done: Done | None = None
         self._failure: ChatError | None = None
         self._changed = asyncio.Event()
 
     @property
     def text(self) -> str:
-        """All text so far."""
+        """The text so far."""
         return self._text.read(0)
 
     @property
     def thoughts(self) -> str:
-        """All of the model's thinking so far."""
-        return self._thoughts.read(0)
+        """The model's thinking so far."""
+        return self._thinking.read(0)
 
     @property
     def thinking(self) -> AsyncIterator[str]:
-        """Iterate over the model's thinking. It ends as the reply does, and raises nothing."""
-        return _Pieces(self, self._thoughts, fails=False)
+        """Iterate over the model's thinking. The iteration ends with the reply, without raising."""
+        return _Reader(self, self._thinking, raises=False)
 
     def __aiter__(self) -> AsyncIterator[str]:
-        return _Pieces(self, self._text, fails=True)
+        return _Reader(self, self._text, raises=True)
+
+    async def wait_for_change(self) -> None:
+        """Wait until something of the reply changes, or return at once after its end."""
+        if not self.over:
+            await self._changed.wait()
 
     async def stop(self) -> None:
-        """Stop it; its terminal follows. Wait for nothing; after its end it does nothing.
+        """Stop the reply, without waiting for its end. After the end this does nothing.
 
-        Without a connection the stop is sent with the next one.
+        Without a connection, the client sends the stop on the next one.
         """
         self.request_stop()
 
     def request_stop(self) -> None:
-        """Do what :meth:`stop` does, from where nothing can be awaited, as in a signal handler."""
+        """Do the same as :meth:`stop`, for callers that cannot await, such as signal handlers."""
         if not self.over:
             self._stop(self)
 
     async def done(self) -> Done:
-        """Wait for its end.
+        """Wait for the end of the reply.
 
         Raises:
-            ReplyError: it was refused, or failed.
-            ConnectionFailed: the connection was given up. :meth:`Chat.resume` may still find it.
+            ReplyError: the server refused the prompt, or the reply failed.
+            ConnectionFailed: the client stopped trying to connect. :meth:`Chat.resume` may still
+                find the reply.
         """
         while not self.over:
-            await self._changed.wait()
+            await self.wait_for_change()
         if self._failure is not None:
             raise self._failure.with_traceback(None)
         assert self._done is not None
@@ -161,18 +170,22 @@ class Reply:
         """Wait until the server has accepted the prompt.
 
         Raises:
-            ReplyError: it was refused.
-            ConnectionFailed: the connection was given up before.
+            ReplyError: the server refused the prompt.
+            ConnectionFailed: the client stopped trying to connect before that.
         """
         while not (self.started or self.over):
-            await self._changed.wait()
+            await self.wait_for_change()
         if not self.started:
             await self.done()
 
-    # What the chat does with it.
+    # Called by the chat.
 
-    def take(self, frame: Mapping[str, Any]) -> None:
-        """Go on by a frame of the server's that has its id."""
+    def receive(self, frame: Mapping[str, Any]) -> None:
+        """Apply a frame that has the reply's id.
+
+        Raises:
+            KeyError, TypeError, ValueError: the frame breaks the protocol.
+        """
         kind = frame["type"]
         if self.over:
             return
@@ -184,11 +197,11 @@ class Reply:
         elif kind in {"token", "thinking"}:
             seq = frame["seq"]
             if type(seq) is not int:
-                raise TypeError("a piece has a number")
+                raise TypeError("a `seq` is not a number")
             if seq <= self.seq:
                 return
             self.seq = seq
-            (self._text if kind == "token" else self._thoughts).add(frame["text"])
+            (self._text if kind == "token" else self._thinking).append(frame["text"])
         elif kind == "done":
             self.end(
                 frame["reason"],
@@ -203,14 +216,14 @@ class Reply:
         self._wake()
 
     def end(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
-        """It is over."""
+        """End the reply."""
         self.usage = usage
         self._done = Done(reason, by, usage, self.text, saved)
         self.over = True
         self._wake()
 
     def fail(self, failure: ChatError) -> None:
-        """It is over, and not well."""
+        """End the reply with an exception. After the end this does nothing."""
         if not self.over:
             self._failure = failure
             self.over = True
@@ -221,26 +234,25 @@ class Reply:
         self._changed = asyncio.Event()
 
 
-class _Pieces:
-    """One reader's way through a text."""
+class _Reader:
+    """An iterator over a text. A cancelled step can be repeated, unlike that of a generator."""
 
-    def __init__(self, reply: Reply, said: _Said, *, fails: bool) -> None:
+    def __init__(self, reply: Reply, text: _GrowingText, *, raises: bool) -> None:
         self._reply = reply
-        self._said = said
-        self._fails = fails
-        self._at = 0
+        self._text = text
+        self._raises = raises
+        self._position = 0
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
-        reply = self._reply
-        while self._said.size == self._at:
-            if reply.over:
-                if self._fails:
-                    await reply.done()
+        while self._text.size == self._position:
+            if self._reply.over:
+                if self._raises:
+                    await self._reply.done()
                 raise StopAsyncIteration
-            await reply._changed.wait()  # noqa: SLF001
-        text = self._said.read(self._at)
-        self._at += len(text)
+            await self._reply.wait_for_change()
+        text = self._text.read(self._position)
+        self._position += len(text)
         return text

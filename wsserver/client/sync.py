@@ -1,4 +1,4 @@
-"""The same client for programs without an event loop.
+"""The client for programs without an event loop.
 
 ::
 
@@ -6,8 +6,8 @@
         for text in chat.prompt("Tell me a story"):
             print(text, end="")
 
-The chat runs in a thread of its own. Ctrl-C leaves the loop and then the ``with``, which stops
-what still runs.
+The chat runs in its own thread. Ctrl-C leaves the ``for`` loop and then the ``with`` block, which
+stops the replies that still run.
 """
 
 import asyncio
@@ -17,25 +17,25 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from wsserver.client.chat import connect as connect_async
+from wsserver.client.connection import State
 from wsserver.client.history import Conversation, History
-from wsserver.client.keeper import State
-from wsserver.client.link import Limits
+from wsserver.client.limits import Limits
 from wsserver.client.reply import Done, Reply, Usage
 
 __all__ = ["SyncChat", "SyncReply", "connect"]
 
 T = TypeVar("T")
 
-LAST_MOMENT = 5.0  # seconds for what was interrupted
+SETTLE_TIMEOUT = 5.0  # seconds for cancelled tasks to end
 
 
 def connect(url: str, **settings: Any) -> "SyncChat":
-    """Make a chat; it connects as its ``with`` is entered.
+    """Create a chat. It connects when its ``with`` block is entered.
 
     Args:
-        url: ``ws://`` or ``wss://``.
-        settings: those of :func:`wsserver.client.connect`. What they call, a token's source and
-            ``on_state``, is called in the chat's thread.
+        url: the server's address, ``ws://`` or ``wss://``.
+        settings: the arguments of :func:`wsserver.client.connect`. The functions among them
+            (``token``, ``on_state``) are called in the chat's thread.
     """
     return SyncChat(url, settings)
 
@@ -46,27 +46,27 @@ class _Loop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread
-        self._starting = threading.Lock()  # or ending
+        self._lock = threading.Lock()  # held while the loop starts, ends, or accepts a coroutine
 
     def start(self) -> None:
-        """Begin the thread.
+        """Start the thread.
 
         Raises:
-            RuntimeError: it runs already.
+            RuntimeError: the thread runs already.
         """
         if self._loop is not None:
-            raise RuntimeError("a chat runs once")
+            raise RuntimeError("a chat can be entered only once")
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=loop.run_forever, daemon=True)
         self._thread.start()
         self._loop = loop
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run it there, and return what it does. What interrupts the wait cancels it.
+        """Run a coroutine in the thread and return its result. Ctrl-C cancels the coroutine.
 
-        Before and after the thread nothing is under way, so that nothing need be waited for.
+        Without the thread, run a coroutine that does not have to wait.
         """
-        with self._starting:
+        with self._lock:
             if self._loop is None:
                 return _without_waiting(coroutine)
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -77,8 +77,8 @@ class _Loop:
             raise
 
     def close(self) -> None:
-        """End the thread, after what was interrupted in it has come to its end."""
-        with self._starting:
+        """Wait for the cancelled tasks, and end the thread."""
+        with self._lock:
             loop, self._loop = self._loop, None
         assert loop is not None
         asyncio.run_coroutine_threadsafe(_settle(), loop).result()
@@ -88,7 +88,7 @@ class _Loop:
 
 
 class SyncReply:
-    """A :class:`~wsserver.client.Reply` whose calls wait. It can be read after the ``with`` too."""
+    """A :class:`~wsserver.client.Reply` with blocking calls, readable after the ``with`` block."""
 
     def __init__(self, reply: Reply, loop: _Loop) -> None:
         self._reply = reply
@@ -96,22 +96,22 @@ class SyncReply:
 
     @property
     def id(self) -> str:
-        """Names it."""
+        """The id of the reply."""
         return self._reply.id
 
     @property
     def conversation(self) -> str | None:
-        """Which it belongs to."""
+        """The id of the conversation; None for a prompt with ``messages``."""
         return self._reply.conversation
 
     @property
     def text(self) -> str:
-        """All text so far."""
+        """The text so far."""
         return self._loop.run(_call(lambda: self._reply.text))
 
     @property
     def usage(self) -> Usage | None:
-        """Tokens spent; None before its end."""
+        """Tokens of the reply; None before the end."""
         return self._reply.usage
 
     @property
@@ -123,11 +123,11 @@ class SyncReply:
         return self._iterate(aiter(self._reply))
 
     def stop(self) -> None:
-        """Stop it; its terminal follows."""
+        """Stop the reply, without waiting for its end."""
         self._loop.run(self._reply.stop())
 
     def done(self) -> Done:
-        """Wait for its end; raises what :meth:`wsserver.client.Reply.done` does."""
+        """Wait for the end of the reply; see :meth:`wsserver.client.Reply.done`."""
         return self._loop.run(self._reply.done())
 
     def _iterate(self, pieces: AsyncIterator[str]) -> Iterator[str]:
@@ -136,7 +136,7 @@ class SyncReply:
 
 
 class SyncChat:
-    """A :class:`~wsserver.client.Chat` whose calls wait."""
+    """A :class:`~wsserver.client.Chat` with blocking calls."""
 
     def __init__(self, url: str, settings: dict[str, Any]) -> None:
         self._loop = _Loop()
@@ -164,34 +164,34 @@ class SyncChat:
 
     @property
     def state(self) -> State:
-        """How it is connected."""
+        """The state of the connection."""
         return self._chat.state
 
     @property
     def conversation(self) -> str:
-        """Which goes on where a prompt names none."""
+        """The id of the conversation for prompts that name none."""
         return self._chat.conversation
 
     @property
     def principal(self) -> str | None:
-        """Whom the server takes the client for; None if it has not told."""
+        """The principal that the server knows the client by; None if it has not told."""
         return self._chat.principal
 
     @property
     def limits(self) -> Limits | None:
-        """What the server accepts; None if it has not told."""
+        """The server's limits; None if it has not told."""
         return self._chat.limits
 
     def prompt(self, text: str | None = None, **keys: Any) -> SyncReply:
-        """Ask for a reply; see :meth:`wsserver.client.Chat.prompt`."""
+        """Send a prompt; see :meth:`wsserver.client.Chat.prompt`."""
         return self._reply(lambda: self._chat.prompt(text, **keys))
 
     def resume(self, reply_id: str, after: int = 0) -> SyncReply:
-        """Follow a reply again; see :meth:`wsserver.client.Chat.resume`."""
+        """Follow a reply; see :meth:`wsserver.client.Chat.resume`."""
         return self._reply(lambda: self._chat.resume(reply_id, after))
 
     def history(self, conversation: str | None = None) -> History:
-        """Return all of a conversation; see :meth:`wsserver.client.Chat.history`."""
+        """Return the history of a conversation; see :meth:`wsserver.client.Chat.history`."""
         return self._loop.run(self._chat.history(conversation))
 
     def conversations(self, limit: int = 20) -> list[Conversation]:
@@ -199,7 +199,7 @@ class SyncChat:
         return self._loop.run(self._chat.conversations(limit))
 
     def rename(self, conversation: str, title: str) -> None:
-        """Give a conversation another title; see :meth:`wsserver.client.Chat.rename`."""
+        """Change the title of a conversation; see :meth:`wsserver.client.Chat.rename`."""
         self._loop.run(self._chat.rename(conversation, title))
 
     def delete(self, conversation: str) -> None:
@@ -211,10 +211,10 @@ class SyncChat:
 
 
 def _without_waiting(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that has nothing to wait for.
+    """Return the result of a coroutine that does not have to wait.
 
     Raises:
-        RuntimeError: the coroutine waits.
+        RuntimeError: the coroutine has to wait.
     """
     try:
         coroutine.send(None)
@@ -222,12 +222,12 @@ def _without_waiting(coroutine: Coroutine[Any, Any, T]) -> T:
         result: T = ended.value
         return result
     coroutine.close()
-    raise RuntimeError("a chat is used inside its `with`")
+    raise RuntimeError("use the chat inside its `with`")
 
 
 async def _settle() -> None:
     if others := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(others, timeout=LAST_MOMENT)
+        await asyncio.wait(others, timeout=SETTLE_TIMEOUT)
 
 
 async def _call(function: Callable[[], T]) -> T:

@@ -1,0 +1,133 @@
+"""The Python client without an event loop."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+import wsserver
+from tests.support.process import run
+from tests.support.puppet import BOUND, Puppet
+from tests.support.replies import end_of
+from wsserver.client import (
+    ChatError,
+    ConnectionFailed,
+    ReplyError,
+    State,
+    connect,
+    connect_sync,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
+
+
+@pytest.fixture
+def threaded_server() -> Iterator[str]:
+    """A server in a thread of its own, whose model says "for ever" for ever, or echoes."""
+
+    async def echo(request: wsserver.Request) -> AsyncIterator[str]:
+        yield request.prompt
+        while request.prompt == "for ever":
+            await asyncio.sleep(0.01)
+            yield "and ever"
+
+    loop = asyncio.new_event_loop()
+    server = wsserver.serve(echo, port=0, drain_timeout=0)
+    loop.run_until_complete(server.__aenter__())
+
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield server.url
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result(BOUND)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(BOUND)
+    loop.close()
+
+
+def test_blocking_calls_do_the_same_as_async_ones(threaded_server: str) -> None:
+    with connect_sync(threaded_server) as chat:
+        assert chat.state is State.OPEN
+        reply = chat.prompt("Hello")
+        text = "".join(reply)
+        assert text == "Hello"
+        assert (reply.text, reply.done().reason) == (text, "end_turn")
+        assert reply.usage is not None
+        assert list(reply.thinking) == []
+        assert reply.conversation == chat.conversation
+        assert [m.content for m in chat.history().messages] == ["Hello", text]
+        chat.rename(chat.conversation, "Greeting")
+        assert [c.title for c in chat.conversations()] == ["Greeting"]
+        assert "".join(chat.resume(reply.id)) == text
+        chat.delete(chat.conversation)
+        assert chat.conversations() == []
+        with pytest.raises(ReplyError):
+            chat.resume("there-never-was-one").done()
+        stopped = chat.prompt("for ever")
+        stopped.stop()
+        assert stopped.done().by == "client"
+    with pytest.raises(ConnectionFailed):
+        connect_sync("nowhere").__enter__()
+
+
+def test_reply_is_readable_after_the_chat(threaded_server: str) -> None:
+    with connect_sync(threaded_server) as chat:
+        reply = chat.prompt("Hello")
+        reply.done()
+        cut = chat.prompt("for ever")
+        next(iter(cut))
+        failed = chat.resume("there-never-was-one")
+    assert (reply.text, "".join(reply), list(reply.thinking)) == ("Hello", "Hello", [])
+    assert (reply.done().reason, cut.done().by) == ("end_turn", "client")
+    assert cut.text == "".join(cut) == cut.done().text
+    cut.stop()
+    for call in (failed.done, lambda: list(failed)):
+        with pytest.raises(ChatError):
+            call()
+    for ask in (lambda: chat.prompt("More"), chat.history, lambda: chat.resume(reply.id)):
+        with pytest.raises(ConnectionFailed, match="closed"):
+            ask()
+    assert chat.state is State.CLOSED
+
+
+def test_chat_outside_its_with_block_raises() -> None:
+    chat = connect_sync("ws://localhost:1/", open_timeout=0.01)
+    assert chat.state is State.CONNECTING
+    for ask in (lambda: chat.prompt("Hi"), chat.history):
+        with pytest.raises(RuntimeError, match="inside its"):
+            ask()
+    with pytest.raises(ConnectionFailed):
+        chat.__enter__()
+    with pytest.raises(RuntimeError, match="once"):
+        chat.__enter__()
+    with pytest.raises(TypeError):
+        connect_sync("ws://localhost:1/", colour="red")
+
+
+async def test_ctrl_c_stops_the_reply(puppet: Puppet) -> None:
+    script = (
+        "import sys\n"
+        "from wsserver.client import connect_sync\n"
+        "with connect_sync(sys.argv[1]) as chat:\n"
+        "    reply = chat.prompt('Go')\n"
+        "    print(reply.id)\n"
+        "    for text in reply:\n"
+        "        print(text, flush=True)\n"
+    )
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            async with run("-c", script, server.url) as process:
+                said = (await puppet.reply()).say("here")
+                await process.line("here")
+                process.signal(signal.SIGINT)
+                assert await process.end() != 0
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert process.output.rstrip().endswith("KeyboardInterrupt"), process.output
+        async with asyncio.timeout(BOUND):
+            await said.closed.wait()
+        async with connect(server.url) as chat:
+            end = await end_of(chat.resume(process.output.split()[0]))
+            assert end.by == "client", "and not `disconnect`"

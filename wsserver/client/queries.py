@@ -1,0 +1,102 @@
+"""Requests that have one answer each: a history, a list, a rename, a delete."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from wsserver.client.connection import Connection
+from wsserver.client.failures import ConnectionFailed, ServerError
+from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
+from wsserver.errors import Code
+from wsserver.protocol import Delete, List, Open, Rename
+
+__all__ = ["SHORTEST_WAIT", "Queries"]
+
+T = TypeVar("T")
+
+SHORTEST_WAIT = 0.05  # seconds before a refused request is sent again
+
+
+class Queries:
+    """Sends queries, and sends them again on a new connection while they have no answer.
+
+    Args:
+        connection: the chat's.
+        patience: seconds that a query may take.
+    """
+
+    def __init__(self, connection: Connection, patience: float) -> None:
+        self._connection = connection
+        self._patience = patience
+        self._open: dict[asyncio.Future[Any], Request] = {}  # oldest first
+
+    async def ask(
+        self, frame: Open | List | Rename | Delete, parse: Callable[[Mapping[str, Any]], T]
+    ) -> T:
+        """Send a query and return its parsed answer.
+
+        Raises:
+            ServerError: the server refused the query.
+            ConnectionFailed: there was no answer in time, or the chat was closed.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        while True:
+            answer: asyncio.Future[T] = loop.create_future()
+            request = Request(lambda: frame, functools.partial(_settle, answer, parse))
+            self._open[answer] = request
+            if self._connection.link is not None:
+                self._connection.link.send_query(request)
+            self._connection.reopen()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await answer
+            except TimeoutError:
+                raise ConnectionFailed("the server did not answer in time", final=False) from None
+            except ServerError as error:
+                # A delete that was sent on a lost connection may have succeeded there.
+                sent_before = request.times_sent > 1
+                if isinstance(frame, Delete) and sent_before and error.code == Code.NOT_FOUND:
+                    return parse({})
+                wait = error.retry_after
+                if not error.retryable or wait is None or loop.time() + wait > deadline:
+                    raise
+            finally:
+                del self._open[answer]
+                if self._connection.link is not None:
+                    self._connection.link.remove(request)
+            await asyncio.sleep(max(SHORTEST_WAIT, wait * CLOCK_MARGIN))
+            self._connection.check()
+
+    # The connection's `Requester`.
+
+    def pending(self) -> bool:
+        """Return whether a query has no answer."""
+        return bool(self._open)
+
+    def send_all(self, link: Link) -> None:
+        """Send all queries without an answer."""
+        for request in self._open.values():
+            link.send_query(request)
+
+    def receive(self, frame: Mapping[str, Any]) -> None:
+        """Ignore a frame that answers no query."""
+
+    def fail_all(self, failure: ConnectionFailed) -> None:
+        """Let all queries fail."""
+        for answer in self._open:
+            if not answer.done():
+                answer.set_exception(failure)
+
+
+def _settle(
+    answer: asyncio.Future[T], parse: Callable[[Mapping[str, Any]], T], frame: Mapping[str, Any]
+) -> None:
+    """Set the result of a query. An answer that breaks the protocol raises and sets nothing."""
+    if answer.done():
+        return
+    if is_refusal(frame):
+        answer.set_exception(ServerError.of(frame))
+    else:
+        answer.set_result(parse(frame))

@@ -1,0 +1,218 @@
+"""The replies that have not ended, and what the client sends to start and to continue each.
+
+A reply itself tells what to send on a new connection: its prompt if the server has not accepted the
+prompt, and else a ``resume`` after the last piece that arrived.
+"""
+
+import asyncio
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wsserver.client.connection import Connection
+from wsserver.client.failures import ConnectionFailed, ReplyError
+from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
+from wsserver.client.queries import SHORTEST_WAIT
+from wsserver.client.reply import Reply, Usage
+from wsserver.errors import Code
+from wsserver.protocol import Prompt, Resume, Stop
+
+__all__ = ["Replies"]
+
+DEFAULT_WAIT = 1.0  # seconds before a refused resume is sent again, if the server tells no time
+
+
+@dataclass(eq=False, slots=True)
+class _Active:
+    """A reply that has not ended.
+
+    Attributes:
+        reply: the reply.
+        prompt: the frame that asks for it; None for a reply that the client only follows.
+        deadline: until when a refusal is tried again, by the event loop's clock.
+        request: sends :meth:`frame`.
+        timer: ends the wait for the ``start``.
+        refusal: the last error that refused the prompt or a resume.
+        gap: the ``gap`` error of a server that has less of the reply than the client.
+    """
+
+    reply: Reply
+    prompt: Prompt | None
+    deadline: float
+    request: Request = field(init=False)
+    timer: asyncio.TimerHandle = field(init=False)
+    refusal: ReplyError | None = None
+    gap: ReplyError | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the server has accepted the prompt."""
+        return self.prompt is None or self.reply.started
+
+    def frame(self) -> Prompt | Resume:
+        reply = self.reply
+        # A stopped prompt that may have been accepted is only resumed, so that it starts nothing.
+        stopped = reply.stopping and self.request.times_sent > 0
+        if self.prompt is None or reply.started or stopped:
+            return Resume(id=reply.id, after=reply.seq if self.gap is None else 0)
+        return self.prompt
+
+
+class Replies:
+    """Starts replies, continues them on new connections, and stops them.
+
+    Args:
+        connection: the chat's.
+        patience: seconds until the server has to accept a prompt.
+    """
+
+    def __init__(self, connection: Connection, patience: float) -> None:
+        self._connection = connection
+        self._patience = patience
+        self._active: dict[str, _Active] = {}  # by id, oldest first
+        self._stops_sent: set[str] = set()  # ids, on this connection
+
+    def get(self, reply_id: str) -> Reply | None:
+        """Return a reply that has not ended."""
+        active = self._active.get(reply_id)
+        return None if active is None else active.reply
+
+    @property
+    def own(self) -> list[Reply]:
+        """The replies to this client's own prompts."""
+        return [active.reply for active in self._active.values() if active.prompt is not None]
+
+    def start(self, reply: Reply, prompt: Prompt | None) -> Reply:
+        """Send a prompt, or a ``resume`` if there is no prompt."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._patience
+        active = self._active[reply.id] = _Active(reply, prompt, deadline)
+        active.request = Request(active.frame, functools.partial(self._on_answer, active))
+        active.timer = loop.call_at(deadline, self._on_timeout, active)
+        if self._connection.link is not None:
+            self._connection.link.send_prompt(active.request)
+        self._connection.reopen()
+        return reply
+
+    def stop(self, reply: Reply) -> None:
+        """Stop a reply, now or as soon as there is a connection."""
+        active, link = self._active.get(reply.id), self._connection.link
+        if active is None:
+            return
+        reply.stopping = True
+        if active.prompt is not None and not active.request.times_sent:
+            self._remove(active)
+            reply.end("stopped", "client", Usage())
+        elif link is not None and not link.is_queued(active.request):
+            self._send_stop(reply)
+        # Else `receive` sends the stop after the `start` on this connection.
+
+    def _send_stop(self, reply: Reply) -> None:
+        if self._connection.link is not None and reply.id not in self._stops_sent:
+            self._stops_sent.add(reply.id)
+            self._connection.link.send(Request(lambda: Stop(id=reply.id), lambda _: None))
+
+    def _remove(self, active: _Active) -> None:
+        del self._active[active.reply.id]
+        active.timer.cancel()
+        if self._connection.link is not None:
+            self._connection.link.remove(active.request)
+
+    def _on_timeout(self, active: _Active) -> None:
+        """Fail a prompt that the server has neither accepted nor refused for good."""
+        if active.reply.started:
+            return
+        if self._connection.link is None:  # the connection has its own deadline
+            loop = asyncio.get_running_loop()
+            active.timer = loop.call_later(self._patience, self._on_timeout, active)
+            return
+        if active.request.times_sent:
+            self._send_stop(active.reply)  # the server may accept the prompt later
+        silence = ConnectionFailed("the server did not answer in time", final=False)
+        self._remove(active)
+        active.reply.fail(active.refusal or silence)
+
+    # The connection's `Requester`.
+
+    def pending(self) -> bool:
+        """Return whether a reply has not ended."""
+        return bool(self._active)
+
+    def send_all(self, link: Link) -> None:
+        """Start or continue all replies that have not ended."""
+        self._stops_sent.clear()
+        for active in self._active.values():
+            active.gap = None  # this server may have the whole reply
+            link.send_prompt(active.request)
+
+    def fail_all(self, failure: ConnectionFailed) -> None:
+        """Let all replies fail."""
+        for active in tuple(self._active.values()):
+            self._remove(active)
+            active.reply.fail(failure)
+
+    def receive(self, frame: Mapping[str, Any]) -> None:
+        """Receive a frame of a reply. Ignore frames of other replies and of later versions."""
+        active = self._active.get(frame.get("id", ""))
+        if active is None:
+            return
+        reply = active.reply
+        if active.gap is not None and _continues(frame, reply.seq):
+            self._remove(active)
+            reply.fail(active.gap)
+            return
+        reply.receive(frame)
+        if frame["type"] == "start" and reply.stopping:
+            self._send_stop(reply)
+        if reply.over:
+            self._remove(active)
+
+    # Refusals.
+
+    def _on_answer(self, active: _Active, answer: Mapping[str, Any]) -> None:
+        """Handle the answer to a prompt or a resume: fail the reply, or try again."""
+        reply = active.reply
+        if not is_refusal(answer) or self._active.get(reply.id) is not active:
+            return
+        loop, link = asyncio.get_running_loop(), self._connection.link
+        error = active.refusal = ReplyError.of(answer)
+        if error.code == Code.SHUTTING_DOWN:
+            return  # the server closes, and the next connection sends the prompt again
+        if error.code == Code.NOT_FOUND and reply.stopping and not active.accepted:
+            self._remove(active)
+            reply.end("stopped", "client", Usage())
+            return
+        if error.code == Code.NOT_FOUND and reply.started:  # the server died and saved nothing
+            self._remove(active)
+            reply.fail(ReplyError(Code.INTERRUPTED, "The server lost the reply.", retryable=True))
+            return
+        if error.code == Code.GAP and active.gap is None and link is not None:
+            active.gap = error  # the server died; a resume from the beginning tells how it ended
+            link.send_prompt(active.request)
+            return
+        wait = error.retry_after
+        if wait is None and error.retryable and active.accepted:
+            wait = DEFAULT_WAIT  # the reply runs, and only the resume was refused
+        if error.retryable and wait is not None and loop.time() + wait < active.deadline:
+            delay = max(SHORTEST_WAIT, wait * CLOCK_MARGIN)
+            loop.call_later(delay, self._send_again, active, link)
+            return
+        self._remove(active)
+        reply.fail(error)
+
+    def _send_again(self, active: _Active, link: Link | None) -> None:
+        # `send_all` has sent the request already if there is another connection.
+        if link is not None and link is self._connection.link and not active.reply.over:
+            link.send_prompt(active.request)
+
+
+def _continues(frame: Mapping[str, Any], seq: int) -> bool:
+    """Return whether a server that had less than ``seq`` pieces continues the reply or ends it.
+
+    Its text then does not follow the text that the client has.
+    """
+    kind = frame["type"]
+    if kind == "done":
+        return bool(frame["seq"] < seq)
+    return kind in {"token", "thinking"} and frame["seq"] > seq
