@@ -53,6 +53,29 @@ async def test_client_whose_transport_fails_is_closed_and_no_other_notices(
     assert stand.hub.live == 0
 
 
+async def test_account_pays_for_new_titles_that_others_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wsserver.accounts.READ_BURST", 20_000)
+    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
+    stand = Stand()
+    connection, port = stand.client()
+    connection.receive(json.dumps({"prompt": "Hello?", "conversation": ONE}))
+    (await stand.puppet.reply()).end()
+    await port.next("done")
+    others = [stand.client() for _ in range(20)]
+    for other, _ in others:
+        other.receive(json.dumps({"type": "open", "conversation": ONE}))
+    for _, seen in others:
+        await seen.next("history")
+    rename = json.dumps({"type": "rename", "conversation": ONE, "title": "x" * 100})
+    for _ in range(10):
+        connection.receive(rename)
+    assert (await port.next("error"))["code"] == "limit"
+    assert len(others[0][1].of("renamed")) == len(port.of("renamed")) < 10
+    await stand.hub.close(BOUND)
+
+
 async def test_stops_of_what_is_being_stopped_are_bounded(stand: Stand) -> None:
     connection, port = stand.client()
     connection.receive(json.dumps({"prompt": "Hello?", "id": ID, "conversation": ONE}))

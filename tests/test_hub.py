@@ -9,10 +9,11 @@ import pytest
 from tests.support.puppet import BOUND, until
 from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
 from wsserver import Code
-from wsserver.errors import Refused
+from wsserver.errors import Refused, StoreError
 from wsserver.live import Generation
 from wsserver.protocol import Prompt
-from wsserver.stores.base import StoredGeneration
+
+ID = "0123456789abcdef"
 
 
 class Broken:
@@ -168,6 +169,41 @@ async def test_prompt_that_finds_no_memory_changes_nothing(stand: Stand) -> None
     assert stand.hub.live == len(stand.hub.accounts) == stand.memory.used == 0
 
 
+async def test_prompt_sent_again_is_paid_once_while_the_store_cannot_save() -> None:
+    stand = Stand(replay_size=1)  # nothing that has ended is kept in memory
+    stand.fail(StoreError("disk"))
+    generation = await stand.prompt(id=ID)
+    (await stand.puppet.reply()).say("paid").end()
+    await stand.ended(generation)
+    assert list(stand.hub.retention) == []
+    again = await stand.prompt(id=ID)
+    assert again.log.text == "paid"
+    assert again.log.terminal is not None
+    assert again.log.terminal.saved is False
+    assert len(stand.puppet.replies) == 1
+    stand.fail(None)
+    await stand.hub.close(BOUND)
+    assert await stand.terminal(ID) is not None
+
+
+async def test_reply_saved_late_is_in_the_history_that_the_model_sees() -> None:
+    stand = Stand(conversations=1)
+    stand.fail(StoreError("disk"))
+    generation = await stand.prompt()
+    (await stand.puppet.reply()).say("late").end()
+    await stand.ended(generation)
+    other = await stand.prompt(conversation=TWO)  # which takes the one place in memory
+    (await stand.puppet.reply(1)).end()
+    await stand.ended(other)
+    with pytest.raises(StoreError):
+        await stand.prompt("And then?")
+    stand.fail(None)
+    await stand.prompt("And then?")
+    reply = await stand.puppet.reply(2)
+    assert [m.content for m in reply.request.messages] == ["Hello?", "late", "And then?"]
+    await stand.hub.close(BOUND)
+
+
 async def test_close_saves_the_end_of_a_reply_whose_model_does_not_close() -> None:
     stand = Stand()
     generation = await stand.prompt()
@@ -176,8 +212,6 @@ async def test_close_saves_the_end_of_a_reply_whose_model_does_not_close() -> No
     reply.say("half")
     await until(lambda: generation.log.seq)
     await stand.hub.close(0.01)
-    stored = await stand.store.find(generation.id, OWNER)
-    assert isinstance(stored, StoredGeneration)
-    assert stored.terminal is not None
+    assert await stand.terminal(generation.id) is not None
     reply.hold.set()
     await until(reply.closed.is_set)

@@ -214,6 +214,43 @@ async def test_batch_that_fails_under_a_delete_brings_nothing_back(stand: Stand)
     assert await stand.stored() is None
 
 
+async def test_ended_reply_is_found_in_the_journal_until_it_is_saved(stand: Stand) -> None:
+    stand.store.failure = StoreError("disk")
+    record = stand.begin()
+    record.log.append("x")
+    assert stand.journal.find("me", "g") is None
+    stand.end(record)
+    await until(lambda: stand.told)
+    found = stand.journal.find("me", "g")
+    assert found is not None
+    assert found.terminal is not None
+    assert (found.pieces, found.terminal.saved) == (["x"], False)
+    assert stand.journal.find("somebody else", "g") is None
+    assert stand.journal.late("me", "c")
+    stand.store.failure = None
+    await stand.journal.flush()
+    await until(lambda: not stand.journal.late("me", "c"))
+    assert stand.journal.find("me", "g") is None
+    assert await stand.stored() == ["x"]
+
+
+async def test_ended_reply_of_a_deleted_conversation_is_not_found_in_the_journal(
+    stand: Stand,
+) -> None:
+    stand.store.failure = StoreError("disk")
+    stand.end(stand.begin())
+    await until(lambda: stand.told)
+    stand.store.gate = asyncio.Event()
+    commits = stand.store.commits
+    await until(lambda: stand.store.commits > commits)
+    stand.journal.deleted("me", "c")  # while a batch has the record
+    stand.store.gate.set()
+    commits = stand.store.commits
+    await until(lambda: stand.store.commits > commits)
+    assert stand.journal.find("me", "g") is None
+    assert not stand.journal.late("me", "c")
+
+
 async def test_prompt_that_waits_is_saved_at_once() -> None:
     stand = Stand(interval=3600.0)
     stand.begin("runs")

@@ -10,7 +10,7 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, until
 from wsserver import quota, upkeep
-from wsserver.errors import StoreError
+from wsserver.errors import Code, Refused, StoreError
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import Forgotten
 from wsserver.upkeep import Upkeep
@@ -166,6 +166,32 @@ async def test_a_conversation_that_is_used_as_it_expires_is_kept(
             assert (await chat.next("done"))["reason"] == "end_turn"
         await chat.send({"type": "open", "conversation": ONE})
         assert len((await chat.next("history"))["messages"]) == 4
+
+
+async def test_conversation_that_cannot_be_deleted_keeps_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(upkeep, "PAUSE", 0.0)
+    monkeypatch.setattr(upkeep, "STEP", 2)
+    names = [f"conversation-000{number}" for number in range(7)]
+    stuck = names[:3]
+
+    class Old(MemoryStore):
+        async def idle(self, before: float, limit: int) -> list[tuple[str, str]]:
+            return [("me", name) for name in names][:limit]
+
+    async def delete(name: str, owner: str, *, before: float) -> None:
+        if name in stuck[:2]:
+            raise StoreError("bad row")
+        if name == stuck[2]:
+            raise Refused(Code.BUSY)
+        names.remove(name)
+
+    tended = Upkeep(Old(), delete, replay=0.0, retention=1.0)
+    await tended.round()
+    await tended.close()
+    assert names == stuck
+    assert caplog.text.count("conversation not deleted") == 2
 
 
 async def test_conversations_are_kept_for_ever_by_default(

@@ -28,11 +28,13 @@ from wsserver import Code, End, ModelError, Settings, Usage
 from wsserver.admission import Admission
 from wsserver.auth import ANONYMOUS
 from wsserver.connection import Connection
+from wsserver.errors import StoreError
 from wsserver.generation import Log, State, well_formed
 from wsserver.hub import Hub
 from wsserver.limits import Memory
 from wsserver.live import Generation
 from wsserver.protocol import Terminal
+from wsserver.stores.base import StoredGeneration
 from wsserver.telemetry import Metrics
 
 METRICS = Metrics()
@@ -160,10 +162,12 @@ class Rules(RuleBasedStateMachine):
             save_interval=1e-9,  # so that the clock decides nothing
         )
 
+        self.store = YieldingStore(turns)
+
         async def make() -> Hub:
             return Hub(
                 self.puppet,
-                YieldingStore(turns),
+                self.store,
                 self.settings,
                 METRICS,
                 Memory(self.settings.memory),
@@ -345,6 +349,12 @@ class Rules(RuleBasedStateMachine):
                 reply.say(End("max_tokens", Usage(1, 2)))
             reply.end()
 
+    # What the store does.
+
+    @rule(fails=st.booleans())
+    def save(self, fails: bool) -> None:
+        self.store.failure = StoreError("disk") if fails else None
+
     @rule(turns=st.integers(1, 5))
     def go_on(self, turns: int) -> None:
         self.turn(turns)
@@ -389,6 +399,7 @@ class Rules(RuleBasedStateMachine):
         if not hasattr(self, "hub"):
             self.loop.close()
             return
+        self.store.failure = None
         # In the end everything ends: each prompt that a client follows gets its terminal.
         for connection, port in self.ports.items():
             if not port.gone:
@@ -408,6 +419,10 @@ class Rules(RuleBasedStateMachine):
             self.call(connection.detach)
         self.loop.run_until_complete(self.hub.close(1.0))
         self.turn(3)
+        for name in set().union(*(port.accepted for port in self.ports.values())):
+            found = self.loop.run_until_complete(self.store.find(name, "anonymous"))
+            if isinstance(found, StoredGeneration):
+                assert found.terminal is not None, "each end is saved"
         self.loop.close()
 
 

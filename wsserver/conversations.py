@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 from wsserver.context import newest
-from wsserver.errors import Code, Refused
+from wsserver.errors import Code, Refused, StoreError
 from wsserver.journal import Journal
 from wsserver.limits import CACHE, Memory, account_of, held
 from wsserver.live import Conversation, Watcher
@@ -81,6 +81,10 @@ class Conversations:
     async def _load(self, conversation: Conversation) -> None:
         if conversation.loaded:
             return
+        if self._journal.late(conversation.owner, conversation.id):
+            await self._journal.flush()
+            if self._journal.late(conversation.owner, conversation.id):
+                raise StoreError("a reply of the conversation is not saved yet")
         stored = await self._store.load(
             conversation.id,
             conversation.owner,
@@ -199,7 +203,7 @@ class Conversations:
         await self._journal.flush()
         return await self._store.list(owner, limit, before)
 
-    async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> None:
+    async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> int:
         """Give a conversation another title, and tell those who watch the conversation.
 
         Args:
@@ -207,6 +211,9 @@ class Conversations:
             owner: whose.
             title: the new title.
             sender: the watcher that need not be told.
+
+        Returns:
+            How many watchers were told.
 
         Raises:
             Refused: the owner has no such conversation.
@@ -216,6 +223,7 @@ class Conversations:
             await self._journal.flush()
             if not await self._store.rename(name, owner, title):
                 raise Refused(Code.NOT_FOUND)
-            for watcher in tuple(conversation.watchers):
-                if watcher is not sender:
-                    watcher.renamed(conversation, title)
+            others = [watcher for watcher in conversation.watchers if watcher is not sender]
+            for watcher in others:
+                watcher.renamed(conversation, title)
+            return len(others)

@@ -14,7 +14,7 @@ from wsserver.errors import StoreError
 from wsserver.generation import Log
 from wsserver.logs import log
 from wsserver.protocol import Terminal
-from wsserver.stores.base import Entry, Header, Store, Unsavable
+from wsserver.stores.base import Entry, Header, Store, StoredGeneration, Unsavable
 from wsserver.telemetry import Metrics
 
 __all__ = ["Journal", "Record"]
@@ -33,6 +33,7 @@ class Record:
         "_journal",
         "_saved",
         "_size",
+        "deleted",
         "header",
         "log",
         "lost",
@@ -45,6 +46,7 @@ class Record:
     def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
         self._journal = journal
         self.lost = False  # no attempt can save it
+        self.deleted = False  # its conversation was deleted
         self.new = True  # the store has to make the generation
         self._saved = 0  # the seq up to which it is saved
         self._size = -1  # bytes of its pieces, once it has ended and they have been counted
@@ -67,6 +69,10 @@ class Record:
         """What :meth:`entry` returned has been saved."""
         self.new = False
         self._saved = entry.after + len(entry.pieces)
+
+    def within(self, owner: str, conversation: str) -> bool:
+        """Whether the generation belongs to a conversation."""
+        return (self.header.owner, self.header.conversation) == (owner, conversation)
 
     @property
     def size(self) -> int:
@@ -93,6 +99,7 @@ class Journal:
         self._metrics = metrics
         self._batched: list[Record] = []  # of the batch under way
         self._unsaved: dict[Record, None] = {}  # in the order in which it came
+        self._late: dict[Record, None] = {}  # of `_unsaved`: told as not saved, after their end
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._probe: asyncio.Task[None] | None = None
@@ -149,11 +156,25 @@ class Journal:
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
+    def find(self, owner: str, generation_id: str) -> StoredGeneration | None:
+        """Return an ended generation that could not be saved, and still waits to be."""
+        for record in self._late:
+            if (record.header.owner, record.header.id) == (owner, generation_id):
+                assert record.terminal is not None
+                terminal = record.terminal.model_copy(update={"saved": False})
+                return StoredGeneration(record.header, record.log.pieces, terminal)
+        return None
+
+    def late(self, owner: str, conversation: str) -> bool:
+        """Whether an ended generation of a conversation could not be saved, and waits to be."""
+        return any(record.within(owner, conversation) for record in self._late)
+
     def deleted(self, owner: str, conversation: str) -> None:
-        """Let what could not be saved before the conversation was deleted not bring it back."""
+        """Let no record bring back a conversation that was deleted."""
         for record in (*self._batched, *self._unsaved):
-            if (record.header.owner, record.header.conversation) == (owner, conversation):
-                record.new = False
+            if record.within(owner, conversation):
+                record.new, record.deleted = False, True
+                self._late.pop(record, None)
 
     async def flush(self) -> None:
         """Wait until all that was said before now is saved, or could not be."""
@@ -276,11 +297,15 @@ class Journal:
                 size += record.size
                 if kept > MOST_KEPT or size > MOST_KEPT_SIZE:
                     del self._unsaved[record]
+                    self._late.pop(record, None)
 
-    @staticmethod
-    def _tell(records: Iterable[Record], *, saved: bool) -> None:
+    def _tell(self, records: Iterable[Record], *, saved: bool) -> None:
         for record in records:
             if record.terminal is not None:
+                if saved or record.lost or record.deleted:
+                    self._late.pop(record, None)
+                else:
+                    self._late[record] = None
                 tell, record.on_saved = record.on_saved, _nobody
                 try:
                     tell(saved)

@@ -239,9 +239,8 @@ class Requests:
                 session.write(Closed(conversation=request.conversation, request=request.request))
             case List():
                 await self._list(request)
-            case Rename(conversation=name, title=title):
-                await hub.conversations.rename(name, session.owner, title, self._following)
-                session.write(Renamed(conversation=name, title=title, request=request.request))
+            case Rename():
+                await self._rename(request)
             case Delete(conversation=name):
                 await hub.delete(name, session.owner, self._following)
                 self._following.forget(name)
@@ -312,6 +311,16 @@ class Requests:
         found = await hub.conversations.recent(session.owner, request.limit + 1, before)
         room = room_of(session.settings)
         self._write_read(conversations(found, request.limit, room, request.request))
+
+    async def _rename(self, request: Rename) -> None:
+        """Give a conversation another title. The account pays for the frames to all who see it."""
+        session, hub = self._session, self._session.hub
+        hub.accounts.check_reads(session.account)
+        name, title = request.conversation, request.title
+        told = await hub.conversations.rename(name, session.owner, title, self._following)
+        frame = encode(Renamed(conversation=name, title=title, request=request.request))
+        hub.accounts.charge_reads(session.account, (1 + told) * len(frame))
+        session.transport.write(frame)
 
     def _write_read(self, answer: History | Conversations) -> None:
         """Write an answer from the store. The account pays for its bytes."""

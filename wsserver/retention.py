@@ -77,7 +77,11 @@ class Retention:
         if known is not None:
             return known
         self._accounts.check_reads(account)
-        stored = await self._read(owner, generation_id)
+        # The store does not know, or knows only in part, what the journal has still to save.
+        stored: StoredGeneration | Forgotten | None = self._journal.find(owner, generation_id)
+        if stored is None:
+            stored = await self._read(owner, generation_id)
+            stored = self._journal.find(owner, generation_id) or stored
         known = self.known(owner, generation_id)  # another request may have been quicker
         if known is not None or stored is None:
             return known

@@ -1,7 +1,6 @@
-"""What the store needs every now and then: to forget what nobody can ask for any more."""
+"""Regular work on the store: purge what nobody can ask for any more, delete old conversations."""
 
 import asyncio
-import contextlib
 import time
 from typing import Protocol
 
@@ -14,6 +13,7 @@ __all__ = ["Upkeep"]
 EVERY = 30.0  # seconds between two rounds
 PAUSE = 0.05  # seconds between two steps of one round, in which others are served
 STEP = 20  # conversations that are looked up at once
+MOST_SKIPPED = 1000  # conversations that one round skips before it gives up
 
 
 class Delete(Protocol):
@@ -25,10 +25,10 @@ class Delete(Protocol):
 
 
 class Upkeep:
-    """Purges the store in small steps, and deletes conversations that were not used for long.
+    """Purges the store in small steps, and deletes conversations after the retention time.
 
     Args:
-        store: which.
+        store: the store to purge.
         delete: deletes a conversation, by id and owner, with all that the process has of it, if
             the conversation was last used before a time.
         replay: seconds that ended generations outside of conversations are kept.
@@ -50,7 +50,7 @@ class Upkeep:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """End it. Idempotent."""
+        """Stop the work. Idempotent."""
         self._task.cancel()
         await asyncio.wait({self._task})
 
@@ -60,12 +60,12 @@ class Upkeep:
             try:
                 await self.round()
             except StoreError:
-                pass  # whoever wants something of the store is told
+                pass  # clients that need the store get the error
             except Exception as error:  # noqa: BLE001
                 log.error("store not purged", failure=error)
 
     async def round(self) -> None:
-        """Purge once, until nothing is left to purge.
+        """Purge until nothing is left to purge, then delete old conversations.
 
         Raises:
             StoreError: the store failed.
@@ -74,14 +74,24 @@ class Upkeep:
         while more:
             more = await self._store.purge(time.time() - self._replay)
             await asyncio.sleep(PAUSE)
-        if not self._retention:
-            return
-        deleted = True
-        while deleted:
-            deleted = False
+        if self._retention:
+            await self._delete_old()
+
+    async def _delete_old(self) -> None:
+        """Delete old conversations. One that cannot be deleted is left for the next round."""
+        skipped: set[tuple[str, str]] = set()  # by owner and id
+        while len(skipped) < MOST_SKIPPED:
             before = time.time() - self._retention
-            for owner, name in await self._store.idle(before, STEP):
-                with contextlib.suppress(Refused):  # its owner uses it again, or deletes it
+            found = await self._store.idle(before, STEP + len(skipped))
+            old = [key for key in found if key not in skipped]
+            if not old:
+                return
+            for owner, name in old:
+                try:
                     await self._delete(name, owner, before=before)
-                    deleted = True
+                except Refused:  # its owner uses it again, or deletes it
+                    skipped.add((owner, name))
+                except StoreError as error:
+                    skipped.add((owner, name))
+                    log.error("conversation not deleted", conversation=name, reason=str(error))
                 await asyncio.sleep(PAUSE)

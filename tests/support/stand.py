@@ -13,7 +13,8 @@ from wsserver.generation import State
 from wsserver.hub import Hub
 from wsserver.limits import Memory
 from wsserver.live import Conversation, Generation
-from wsserver.protocol import Close, Prompt
+from wsserver.protocol import Close, Prompt, Terminal
+from wsserver.stores.base import StoredGeneration
 from wsserver.telemetry import Metrics
 
 __all__ = ["ACCOUNT", "ONE", "OWNER", "TWO", "Bystander", "Port", "Stand"]
@@ -81,6 +82,16 @@ class Stand:
     ) -> Generation:
         prompt = Prompt(prompt=text, conversation=conversation, **keys)
         return await self.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
+
+    def fail(self, failure: Exception | None) -> None:
+        """Have the store save nothing; None: have it save again."""
+        self.store.failure = failure
+
+    async def terminal(self, name: str, owner: str = OWNER) -> Terminal | None:
+        """Return the end of a generation as it is in the store."""
+        stored = await self.store.find(name, owner)
+        assert isinstance(stored, StoredGeneration)
+        return stored.terminal
 
     async def ended(self, generation: Generation) -> None:
         await until(lambda: generation.state is State.ENDED)

@@ -27,6 +27,7 @@ class YieldingStore(MemoryStore):
     def __init__(self, turns: int = 1) -> None:
         super().__init__()
         self.turns = turns
+        self.failure: Exception | None = None  # of each commit
         for name in CALLS:
             setattr(self, name, self._slowly(getattr(self, name)))
 
@@ -34,6 +35,8 @@ class YieldingStore(MemoryStore):
         @functools.wraps(method)
         async def slow(*arguments: Any, **named: Any) -> Any:
             await self._pause()
+            if self.failure is not None and method.__name__ == "commit":
+                raise self.failure
             result = await method(*arguments, **named)
             await self._pause()
             return result
