@@ -1,5 +1,6 @@
 """The conversations of this process: those in memory, and through them the store's."""
 
+import asyncio
 import contextlib
 import itertools
 from collections import OrderedDict
@@ -65,8 +66,7 @@ class Conversations:
         conversation.holders += 1
         try:
             if load:
-                async with conversation.loading:
-                    await self._load(conversation)
+                await self._load_once(conversation)
             if conversation.deleted:
                 raise Refused(Code.NOT_FOUND)
             yield conversation
@@ -78,9 +78,21 @@ class Conversations:
             elif conversation.idle:
                 self.forget(conversation)
 
+    async def _load_once(self, conversation: Conversation) -> None:
+        """Read the turns, unless they are in memory. One request reads, others wait for it."""
+        while not conversation.loaded:
+            if conversation.loading is None:
+                conversation.loading = asyncio.Lock()
+                try:
+                    async with conversation.loading:
+                        await self._load(conversation)
+                finally:
+                    conversation.loading = None
+            else:
+                async with conversation.loading:
+                    pass
+
     async def _load(self, conversation: Conversation) -> None:
-        if conversation.loaded:
-            return
         if self._journal.late(conversation.owner, conversation.id):
             await self._journal.flush()
             if self._journal.late(conversation.owner, conversation.id):

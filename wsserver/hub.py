@@ -10,11 +10,11 @@ import secrets
 from wsserver.accounts import Accounts
 from wsserver.conversations import Conversations
 from wsserver.errors import Code, ModelError, Refused
-from wsserver.generation import Follower, State, tokens_in
+from wsserver.generation import Follower, State
 from wsserver.journal import Journal
 from wsserver.limits import SECONDS_PER_DAY, Account, Memory
 from wsserver.live import Conversation, Generation, Watcher
-from wsserver.models.base import Model, PushModel, Request
+from wsserver.models.base import Model, PushModel
 from wsserver.protocol import Prompt, StoppedBy
 from wsserver.reporting import Reporter
 from wsserver.retention import Retention
@@ -220,7 +220,7 @@ class Hub:
         if not self.memory.take(account, generation.prompt_size):
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
         generation.memory = generation.prompt_size
-        generation.asked = _tokens_of(self._runner.request(generation))
+        generation.asked = self._runner.estimate(self._runner.request(generation))
         self.accounts.book(generation)
         self.retention.add(generation)
         self._live.add(generation)
@@ -283,7 +283,7 @@ class Hub:
         if conversation.running is ended:
             conversation.running = None
             if conversation.queue:
-                self._start(conversation.queue.popleft())
+                self._start(conversation.queue.pop(0))
         self.conversations.settle(conversation)
 
     # Stopping and following.
@@ -403,10 +403,9 @@ class Hub:
         self._draining = True
         for generation in tuple(self._live):
             self.stop(generation, "shutdown")
-        if tasks := self._runner.tasks | self._errands:
+        if tasks := {*self._runner.tasks, *self._errands}:
             await asyncio.wait(tasks, timeout=within)
-        for generation in tuple(self._live):
-            self._runner.abandon(generation)
+        self._runner.close()
         for task in self._errands:
             task.cancel()
         self.retention.close()
@@ -427,9 +426,3 @@ def _of_prompt(generation: Generation, prompt: Prompt) -> Generation:
 
 def _new_id() -> str:
     return secrets.token_urlsafe(16)
-
-
-def _tokens_of(request: Request) -> int:
-    """Return about how many tokens a request has."""
-    texts = [request.system or "", *(message.content for message in request.messages)]
-    return sum(map(tokens_in, texts))

@@ -1,7 +1,6 @@
 """What a model says, on its way into the log: checked, cut to size and counted."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from wsserver.content import Usage
@@ -9,12 +8,18 @@ from wsserver.generation import End, State, tokens_in, well_formed
 from wsserver.limits import Memory, held
 from wsserver.live import Generation
 from wsserver.models.base import Model, Piece, PushModel, Request
+from wsserver.protocol import StoppedBy
 from wsserver.settings import Settings
 
 __all__ = ["Intake"]
 
 CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces ask for any
+Stop = Callable[[Generation, StoppedBy], None]
+
 PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
+
+
+_END_TURN = End()
 
 
 class _Enough(Exception):
@@ -22,14 +27,14 @@ class _Enough(Exception):
 
 
 class Intake:
-    """Moves what one model says into one log.
+    """Moves what a model says into the log of one generation.
 
     Args:
         generation: whose log.
-        settings: the sizes that hold here.
-        memory: what counts the bytes of the log.
-        time: the clock.
-        stop: called when nobody reads and it has cost what it may.
+        settings: the sizes of a reply and of its frames.
+        memory: counts the bytes of the log.
+        time: the event loop's clock.
+        stop: stops the generation when nobody reads it and it has cost what it may.
     """
 
     __slots__ = (
@@ -51,49 +56,54 @@ class Intake:
         settings: Settings,
         memory: Memory,
         time: Callable[[], float],
-        stop: Callable[[], None],
+        stop: Stop,
     ) -> None:
         self._generation = generation
         self._room = settings.reply_size
         self._size = settings.frame_size
         self._memory = memory
-        self._left = 0  # bytes that are taken and not used
+        self._left = 0  # bytes of memory that are taken and not used
         self._unread_limit = settings.grace_tokens
         self._time = time
         self._stop = stop
         self._half = ""  # a high surrogate that the next piece may complete
-        self._end = End()
+        self._end = _END_TURN
 
     async def run(self, model: Model | PushModel, request: Request) -> End:
-        """Have the model answer; return its end of it."""
+        """Have the model answer, and return the end of the answer."""
         try:
-            with contextlib.suppress(_Enough):
-                if isinstance(model, PushModel):
-                    await model.push(request, self.take)
-                else:
-                    await self._pull(model(request))
+            if isinstance(model, PushModel):
+                await model.push(request, self.take)
+            else:
+                await self._pull(model(request))
+        except _Enough:
+            pass
         except Exception:
             self._flush()
             raise
         self._flush()
         return self._end
 
-    async def _pull(self, given: AsyncIterator[Piece]) -> None:
+    async def _pull(self, pieces: AsyncIterator[Piece]) -> None:
         turn = 0
-        async with _closing(given) as pieces:
+        try:
             async for piece in pieces:
                 self.take(piece)
                 turn += 1
                 if turn == PIECES_PER_TURN:
                     turn = 0
                     await asyncio.sleep(0)
+        finally:  # as contextlib.aclosing, but an iterator need not have `aclose`
+            aclose = getattr(pieces, "aclose", None)
+            if aclose is not None:
+                await aclose()
 
     def take(self, piece: Piece) -> None:
         """Append text to the log, and note all else.
 
         Raises:
-            _Enough: nothing more is wanted.
-            TypeError: it is nothing that a model may say.
+            _Enough: the reply has ended.
+            TypeError: the piece is nothing that a model may say.
         """
         generation = self._generation
         if isinstance(piece, Usage):  # counts after a stop too
@@ -102,7 +112,9 @@ class Intake:
             raise _Enough
         elif isinstance(piece, str):
             generation.heard = self._time()
-            self._append(piece if piece.isascii() and not self._half else self._joined(piece))
+            text = piece if piece.isascii() and not self._half else self._joined(piece)
+            if text:
+                self._append(text)
         elif isinstance(piece, End):
             self._end = piece
         else:
@@ -147,7 +159,7 @@ class Intake:
             generation.unread += tokens_in(text)
             aware = generation.heard >= generation.unaware_until
             if aware and generation.unread > self._unread_limit:
-                self._stop()
+                self._stop(generation, "disconnect")
         if self._room <= 0:
             self._end = End("max_tokens")
             raise _Enough
@@ -159,6 +171,8 @@ class Intake:
             _Enough: the account or the process holds as much as it may. The reply ends as one that
                 is longer than the server allows.
         """
+        if self._generation.spoke is None:  # the first piece takes the first memory
+            self._generation.spoke = self._generation.heard
         size = CHUNK - self._left
         if not self._memory.take(self._generation.account, size):
             self._end = End("max_tokens")
@@ -173,14 +187,3 @@ class Intake:
             part = text[start : min(start + self._size, said)]
             self._generation.log.append(type(text)(part))
         self._room -= len(text)
-
-
-@contextlib.asynccontextmanager
-async def _closing(pieces: AsyncIterator[Piece]) -> AsyncIterator[AsyncIterator[Piece]]:
-    """As :func:`contextlib.aclosing`, for iterators that cannot be closed as well."""
-    try:
-        yield pieces
-    finally:
-        aclose = getattr(pieces, "aclose", None)
-        if aclose is not None:
-            await aclose()

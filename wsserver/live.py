@@ -2,8 +2,6 @@
 
 import asyncio
 import secrets
-from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,7 +28,6 @@ from wsserver.telemetry import Span
 
 __all__ = [
     "Conversation",
-    "FirstPiece",
     "Generation",
     "Outcome",
     "Watcher",
@@ -75,7 +72,7 @@ class Conversation:
     owner: str
     turns: list[Turn] = field(default_factory=list)
     running: "Generation | None" = None
-    queue: "deque[Generation]" = field(default_factory=deque)
+    queue: "list[Generation]" = field(default_factory=list)
     watchers: dict[Watcher, None] = field(default_factory=dict)
     version: int = 0  # grows with each reply that ends
     refused: dict[str, int] = field(default_factory=dict)  # by model: characters too long for it
@@ -83,7 +80,7 @@ class Conversation:
     loaded: bool = False
     deleted: bool = False
     holders: int = 0
-    loading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    loading: asyncio.Lock | None = None  # held while the turns are read
     account: Account = CACHE  # to which the bytes of the turns are counted
     size: int = 0  # these bytes
 
@@ -96,7 +93,7 @@ class Conversation:
     @property
     def live(self) -> "list[Generation]":
         """The running generation and the queued ones, in order."""
-        return ([] if self.running is None else [self.running]) + list(self.queue)
+        return ([] if self.running is None else [self.running]) + self.queue
 
     @property
     def idle(self) -> bool:
@@ -148,7 +145,6 @@ class Generation:
     readers: int = 0
     unread: int | None = None  # tokens since the last reader left; None while there is a reader
     unaware_until: float = 0.0  # until when the client may not know that it is not connected
-    timer: asyncio.TimerHandle | None = None  # of the next time limit of the reply, or of its stop
     grace: asyncio.TimerHandle | None = None  # stops the reply if no reader comes back
     # What a cursor has read last, for others in the same place: the place, the run and its frame.
     shared: tuple[tuple[object, ...], Run, bytes] | None = None
@@ -169,10 +165,9 @@ class Generation:
     def save(self, how: Outcome, now: float) -> None:
         """The reply is complete, and the store saves its end."""
         self._move("save")
-        for timer in (self.timer, self.grace):
-            if timer is not None:
-                timer.cancel()
-        self.timer = self.grace = None
+        if self.grace is not None:
+            self.grace.cancel()
+            self.grace = None
         self.failure = how if isinstance(how, BaseException) else None
         self.ended = now
 
@@ -272,26 +267,6 @@ class Generation:
         """Return it as a turn of its conversation, with its number in there, from 1."""
         text, how = self.log.text, partial(self.log.terminal)
         return Turn(number, self.id, self.prompt.prompt or "", text, how)
-
-
-class FirstPiece:
-    """Notes when a generation's first piece came, and follows it no more.
-
-    Args:
-        generation: which.
-        time: the clock.
-    """
-
-    def __init__(self, generation: Generation, time: Callable[[], float]) -> None:
-        self._generation = generation
-        self._time = time
-
-    def wake(self) -> None:
-        """The first piece is there, or the end."""
-        log = self._generation.log
-        log.followers.remove(self)
-        if log.seq:
-            self._generation.spoke = self._time()
 
 
 def restored(stored: StoredGeneration) -> Generation:

@@ -2,16 +2,16 @@
 
 import asyncio
 import functools
-import itertools
+import math
 from collections.abc import Callable
 
 from wsserver.context import less_than, messages_of
 from wsserver.errors import TOO_LONG, Code, ModelError
-from wsserver.generation import End, State
+from wsserver.generation import End, State, tokens_in
 from wsserver.intake import Intake
 from wsserver.journal import Journal
 from wsserver.limits import Memory
-from wsserver.live import FirstPiece, Generation, Outcome
+from wsserver.live import Generation, Outcome
 from wsserver.logs import log as events
 from wsserver.models.base import (
     Message,
@@ -26,7 +26,7 @@ from wsserver.prices import Price
 from wsserver.protocol import StoppedBy, Terminal
 from wsserver.reporting import Reporter
 from wsserver.settings import Settings
-from wsserver.telemetry import Span, span
+from wsserver.telemetry import span
 
 __all__ = ["Runner"]
 
@@ -49,7 +49,8 @@ class Runner:
 
     Attributes:
         model_name: the model's name for clients.
-        tasks: the tasks that run models, those of models that do not close their request included.
+        tasks: the tasks that run models, each with its generation. A model that does not close its
+            request keeps its task beyond the end of the generation.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Runner:
         on_ended: Callable[[Generation], None],
     ) -> None:
         self.model_name = name_of(model)
-        self.tasks: set[asyncio.Task[End]] = set()
+        self.tasks: dict[asyncio.Task[End], Generation] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._declared_name = declared_name(model)
         self._provider = provider_of(model)
         self._model = model
@@ -75,12 +77,13 @@ class Runner:
         self._report = report
         self._on_ended = on_ended
         self._loop = asyncio.get_running_loop()
+        self._time = self._loop.time  # made once, for all generations
+        self._stop = self.stop
 
     # Asking the model.
 
     def start(self, generation: Generation) -> None:
         """Ask the model."""
-        generation.log.followers.append(FirstPiece(generation, self._loop.time))
         trace = span(
             generation=generation.id,
             conversation=generation.conversation_id,
@@ -89,11 +92,11 @@ class Runner:
             max_tokens=generation.allowance,
             temperature=generation.prompt.temperature,
         )
-        task = self._loop.create_task(self._run(generation, trace))
-        generation.start(task, trace, self._loop.time())
-        self.tasks.add(task)
-        task.add_done_callback(functools.partial(self._finish, generation))
-        self._watch(generation)
+        task = self._loop.create_task(self._run(generation), context=trace.context())
+        generation.start(task, trace, self._time())
+        self.tasks[task] = generation
+        task.add_done_callback(self._finish)
+        self._watch(self._due(generation))
         self._report.started()
 
     def request(self, generation: Generation, size: int | None = None) -> Request:
@@ -124,20 +127,18 @@ class Runner:
             temperature=prompt.temperature,
         )
 
-    async def _run(self, generation: Generation, trace: Span) -> End:
-        """Have the model answer; a model that exits ends its reply and not the whole program."""
-        try:
-            with trace.current():
-                return await self._answer(generation)
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise RuntimeError("a model tried to exit") from error
+    def estimate(self, request: Request) -> int:
+        """Return about how many tokens a request has."""
+        texts = [request.system or "", *(message.content for message in request.messages)]
+        return sum(map(tokens_in, texts))
 
-    async def _answer(self, generation: Generation) -> End:
+    async def _run(self, generation: Generation) -> End:
         """Have the model answer, with less of the conversation if the model finds it too long."""
-        stop = functools.partial(self.stop, generation, "disconnect")
         request = self.request(generation)
-        for attempt in itertools.count(1):
-            intake = Intake(generation, self._settings, self._memory, self._loop.time, stop)
+        attempt = 0
+        while True:
+            attempt += 1
+            intake = Intake(generation, self._settings, self._memory, self._time, self._stop)
             try:
                 return await intake.run(self._model, request)
             except ModelError as error:
@@ -150,24 +151,55 @@ class Runner:
                 conversation.refused[generation.model] = size
                 events.info("prompt too long", id=generation.id, messages=len(request.messages))
                 request = self.request(generation, None if attempt < SHORTER else 0)
-                generation.heard = self._loop.time()
-        raise AssertionError
+                generation.heard = self._time()
+            except (SystemExit, KeyboardInterrupt) as error:  # which would end the whole program
+                raise RuntimeError("a model tried to exit") from error
 
-    def _watch(self, generation: Generation) -> None:
-        """End a reply that takes too long, and one whose model is silent for too long.
+    # Time limits. One timer serves all generations, and no piece sets it.
 
-        One timer serves both limits. It looks when the model spoke last; no piece sets a timer.
-        """
-        settings, now = self._settings, self._loop.time()
+    def _due(self, generation: Generation) -> float:
+        """Return when a time limit of a generation is over, if nothing happens before."""
+        settings = self._settings
+        if generation.state is State.STOPPING:
+            return generation.stopped + settings.stop_timeout
+        if generation.state is State.RUNNING:
+            assert generation.began is not None
+            silence_ends = generation.heard + settings.silence_timeout
+            return min(silence_ends, generation.began + settings.reply_timeout)
+        return math.inf
+
+    def _watch(self, due: float) -> None:
+        """Look at the time limits no later than at this time."""
+        if self._timer is None or due < self._timer.when():
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._look)
+
+    def _look(self) -> None:
+        """End each generation that has reached a time limit."""
+        self._timer = None
+        now = self._time()
+        for generation in tuple(self.tasks.values()):
+            if self._due(generation) <= now:
+                self._expire(generation, now)
+        due = min(map(self._due, self.tasks.values()), default=math.inf)
+        if due < math.inf:
+            self._watch(due)
+
+    def _expire(self, generation: Generation, now: float) -> None:
+        if generation.state is State.STOPPING:
+            self.abandon(generation)
+            return
         assert generation.began is not None
-        silence_ends = generation.heard + settings.silence_timeout
-        reply_ends = generation.began + settings.reply_timeout
-        if now >= reply_ends:
-            self.stop(generation, "timeout")
-        elif now >= silence_ends:
-            self.stop(generation, ModelError(Code.TIMEOUT))
-        else:
-            self._set_timer(generation, min(silence_ends, reply_ends), self._watch)
+        over = now >= generation.began + self._settings.reply_timeout
+        self.stop(generation, "timeout" if over else ModelError(Code.TIMEOUT))
+
+    def close(self) -> None:
+        """Give up the generations whose models do not close, and set no more timers."""
+        for generation in tuple(self.tasks.values()):
+            self.abandon(generation)
+        if self._timer is not None:
+            self._timer.cancel()
 
     # Ending the reply.
 
@@ -180,19 +212,18 @@ class Runner:
             generation: the one to stop.
             why: who stops it, for ``done``; or what has failed, for ``error``.
         """
-        now = self._loop.time()
         if generation.state is State.QUEUED:
-            generation.stop(why, now)
+            generation.stop(why, self._time())
             assert generation.conversation is not None
             generation.conversation.queue.remove(generation)
             self._save(generation, why)
         elif generation.state is State.RUNNING:
             assert generation.task is not None
             if generation.task.cancel():
-                generation.stop(why, now)
-                self._set_timer(generation, now + self._settings.stop_timeout, self.abandon)
+                generation.stop(why, self._time())
+                self._watch(self._due(generation))
             else:  # the model has just ended its answer
-                self._finish(generation, generation.task)
+                self._finish(generation.task)
 
     def abandon(self, generation: Generation) -> None:
         """End a stopped generation whose model does not close its request."""
@@ -201,9 +232,11 @@ class Runner:
             assert generation.why is not None
             self._save(generation, generation.why)
 
-    def _finish(self, generation: Generation, task: "asyncio.Task[End]") -> None:
-        """End a generation whose task is done, unless it was abandoned before."""
-        self.tasks.discard(task)
+    def _finish(self, task: "asyncio.Task[End]") -> None:
+        """End the generation of a task that is done, unless the generation was abandoned before."""
+        generation = self.tasks.pop(task, None)
+        if generation is None:  # a stop has met the task before this callback
+            return
         if generation.why is not None:
             self._report.closed(generation)
         if generation.state is State.STOPPING:
@@ -214,7 +247,7 @@ class Runner:
 
     def _save(self, generation: Generation, how: Outcome) -> None:
         """Save the end of a generation, and then tell it."""
-        generation.save(how, self._loop.time())
+        generation.save(how, self._time())
         try:
             terminal = generation.terminal(how)
         except Exception as error:  # noqa: BLE001
@@ -243,13 +276,6 @@ class Runner:
             events.error("follower failed", id=generation.id, failure=error)
         self._on_ended(generation)
         self._report.ended(generation, terminal, failure)
-
-    def _set_timer(
-        self, generation: Generation, when: float, call: Callable[[Generation], None]
-    ) -> None:
-        if generation.timer is not None:
-            generation.timer.cancel()
-        generation.timer = self._loop.call_at(when, call, generation)
 
 
 def _outcome(task: "asyncio.Task[End]") -> Outcome:

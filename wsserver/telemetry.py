@@ -8,6 +8,7 @@ it up; neither prompts nor replies are in them.
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Literal, get_args
 
@@ -29,7 +30,7 @@ from wsserver.protocol import Done, StoppedBy, Terminal
 
 try:
     from opentelemetry import trace
-    from opentelemetry.context import Context
+    from opentelemetry.context import Context, attach
 except ImportError:
     TRACING = False
 else:
@@ -272,15 +273,12 @@ class Span:
     def __init__(self, inner: "trace.Span | None") -> None:
         self._span = inner
 
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """Make what libraries trace in here a part of it."""
-        if self._span is None:
-            yield
-            return
-        # An exception's text is not for traces either.
-        with trace.use_span(self._span, record_exception=False, set_status_on_exception=False):
-            yield
+    def context(self) -> contextvars.Context:
+        """Return a context in which the span is current, so that libraries' spans belong to it."""
+        context = contextvars.copy_context()
+        if self._span is not None:
+            context.run(attach, trace.set_span_in_context(self._span))
+        return context
 
     def end(self, terminal: Terminal, first_token: float | None) -> None:
         """Say how the generation ended.
@@ -348,11 +346,13 @@ def span(
         attributes["gen_ai.conversation.id"] = conversation
     # A trace of its own: what is current where it begins may be another generation, whose end
     # lets this one begin.
-    name, kind, inner = f"chat {model}", trace.SpanKind.CLIENT, None
+    name, kind = f"chat {model}", trace.SpanKind.CLIENT
     with _firewall():
         tracer = trace.get_tracer("wsserver")
         inner = tracer.start_span(name, Context(), kind=kind, attributes=attributes)
-    return Span(inner)
+        if inner.get_span_context().is_valid:  # else no program has set up OpenTelemetry
+            return Span(inner)
+    return Span(None)
 
 
 @contextlib.contextmanager
