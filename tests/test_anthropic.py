@@ -543,7 +543,7 @@ async def test_thinking_that_is_only_summarised_counts_by_its_time(
     if later.endswith("cut"):
         terminal = await chat.next("error")
     else:
-        (generation,) = server._hub._live
+        (generation,) = server._hub.retention
         await until(lambda: generation.usage)
         terminal = (await stop(chat, start))[1]
     used = {"input_tokens": 9, "output_tokens": 600 + 7 * (later != "stopped"), "estimated": True}

@@ -186,6 +186,19 @@ async def test_prompt_sent_again_is_paid_once_while_the_store_cannot_save() -> N
     assert await stand.terminal(ID) is not None
 
 
+async def test_conversation_with_an_unsaved_reply_is_not_deleted(stand: Stand) -> None:
+    stand.fail(StoreError("disk"))
+    generation = await stand.prompt(id=ID)
+    with pytest.raises(StoreError):
+        await stand.hub.delete(ONE, OWNER)
+    await stand.ended(generation)
+    stand.fail(None)
+    await stand.hub.delete(ONE, OWNER)
+    with pytest.raises(Refused) as refused:
+        await stand.prompt(id=ID)
+    assert refused.value.code == Code.FORGOTTEN
+
+
 async def test_reply_saved_late_is_in_the_history_that_the_model_sees() -> None:
     stand = Stand(conversations=1)
     stand.fail(StoreError("disk"))

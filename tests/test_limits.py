@@ -1,6 +1,5 @@
 """Rates, shares and a budget as plain data; and each limit as a client meets it."""
 
-import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +11,7 @@ from websockets.exceptions import InvalidStatus
 
 import wsserver
 from tests.support.client import Client, client
-from tests.support.puppet import BOUND, Puppet, until
+from tests.support.puppet import Puppet, until
 from wsserver import End, Principal, Usage
 from wsserver.limits import (
     CACHE,
@@ -514,8 +513,7 @@ async def test_all_is_given_back_when_sockets_close(puppet: Puppet) -> None:
         for _ in range(20):
             async with acting_for(server, "ada") as chat:
                 await chat.prompt()
-        async with asyncio.timeout(BOUND):
-            await server._hub._idle.wait()
+        await until(lambda: server._hub.live == 0)
         await until(lambda: not server._endpoint.connections)
         assert len(server._admission.principals) == 0
         assert len(server._admission._addresses) == 0

@@ -619,7 +619,7 @@ async def test_prompt_sent_again_while_draining_attaches(puppet: Puppet) -> None
             reply = (await puppet.reply()).say("half")
             await chat.next("token")
             closing = asyncio.ensure_future(server.close())
-            await until(lambda: server._hub._draining)
+            await until(lambda: server._hub.draining)
             assert (await other.prompt("Hello", id=ID))["type"] == "start"
             assert (await other.prompt("Another"))["code"] == "shutting_down"
             reply.say(" whole").end()

@@ -167,7 +167,7 @@ async def test_a_follower_within_the_grace_time_keeps_it_alive(puppet: Puppet) -
             reply = await puppet.reply()
         async with client(server) as other:
             await resume(other)
-            (generation,) = server._hub._live
+            (generation,) = server._hub.retention
             assert generation.grace is None
             reply.say("alive").end()
             assert (await other.text(ID))[0] == "alive"
@@ -179,7 +179,7 @@ async def test_nobody_reading_costs_only_so_many_tokens(puppet: Puppet) -> None:
             await chat.prompt(id=ID)
             reply = (await puppet.reply()).say("read ")
             await chat.next("token")
-        await until(lambda: all(not g.readers for g in server._hub._live))
+        await until(lambda: all(not g.readers for g in server._hub.retention))
         reply.say(*["unread "] * 20)
         async with asyncio.timeout(BOUND):
             await reply.closed.wait()
@@ -203,10 +203,10 @@ async def test_a_client_has_time_to_notice_a_dead_link_before_unread_tokens_coun
             reply = (await puppet.reply()).say("read ")
             await chat.next("token")
             line.reset()
-            await until(lambda: all(not g.readers for g in server._hub._live))
+            await until(lambda: all(not g.readers for g in server._hub.retention))
         reply.say(*["unread "] * 200)
         await until(reply.heard_out)
-        (generation,) = server._hub._live
+        (generation,) = server._hub.retention
         assert generation.log.seq == 201
         async with client(server) as other:
             await resume(other, after=1)
@@ -233,7 +233,7 @@ async def test_unread_tokens_count_when_the_time_to_notice_a_dead_link_is_over(
             await Client(socket).prompt(id=ID)
             reply = await puppet.reply()
             line.reset()
-            await until(lambda: all(not g.readers for g in server._hub._live))
+            await until(lambda: all(not g.readers for g in server._hub.retention))
         reply.say(*["unread "] * 20)
         async with asyncio.timeout(BOUND):
             await reply.closed.wait()

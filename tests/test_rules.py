@@ -375,8 +375,9 @@ class Rules(RuleBasedStateMachine):
     def a_conversation_runs_one_generation_at_a_time(self) -> None:
         if not hasattr(self, "hub"):
             return
-        tasks = [g for g in self.hub.running if g.conversation_id is not None]
-        names = [(g.owner, g.conversation_id) for g in tasks]
+        going = {State.RUNNING, State.STOPPING, State.SAVING}
+        found = [g for g in self.hub.retention if g.state in going and g.began is not None]
+        names = [(g.owner, g.conversation_id) for g in found if g.conversation_id is not None]
         assert len(names) == len(set(names))
 
     @invariant()

@@ -406,7 +406,7 @@ async def test_once_tells_by_its_exit_code(
     asking = asyncio.ensure_future(_Terminal(Options(server.url, once="Hi")).run("Hi"))
     reply = (await puppet.reply()).say("x")
     if end == "stopped":
-        for generation in server._hub._live:
+        for generation in server._hub.retention:
             server._hub.stop(generation, "timeout")
     elif end == "failed":
         reply.fail(ModelError(Code.TIMEOUT))

@@ -93,10 +93,7 @@ class Conversations:
                     pass
 
     async def _load(self, conversation: Conversation) -> None:
-        if self._journal.late(conversation.owner, conversation.id):
-            await self._journal.flush()
-            if self._journal.late(conversation.owner, conversation.id):
-                raise StoreError("a reply of the conversation is not saved yet")
+        await self._save_late(conversation)
         stored = await self._store.load(
             conversation.id,
             conversation.owner,
@@ -111,6 +108,17 @@ class Conversations:
             if not conversation.live:
                 self._unload(conversation)
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
+
+    async def _save_late(self, conversation: Conversation) -> None:
+        """Have the journal save the replies of a conversation that it could not save at their end.
+
+        Raises:
+            StoreError: the store still cannot save them.
+        """
+        if self._journal.late(conversation.owner, conversation.id):
+            await self._journal.flush()
+            if self._journal.late(conversation.owner, conversation.id):
+                raise StoreError("a reply of the conversation is not saved yet")
 
     def fit(self, turns: Sequence[Turn]) -> list[Turn]:
         """Return the newest turns, as many as are kept in memory and shown to the model."""
@@ -214,6 +222,29 @@ class Conversations:
         """Return an owner's conversations, newest first; see :class:`~wsserver.stores.Store`."""
         await self._journal.flush()
         return await self._store.list(owner, limit, before)
+
+    async def delete(self, conversation: Conversation, before: float | None) -> None:
+        """Delete a conversation in which nothing runs, and drop it from memory.
+
+        The store remembers only the replies that it has: their prompts must not run again. So a
+        conversation with a reply that is not saved is not deleted.
+
+        Args:
+            conversation: which one; the caller holds it.
+            before: delete it only if it was last used before this time, in seconds since the
+                epoch.
+
+        Raises:
+            Refused: the owner has no such conversation, or has used it since.
+            StoreError: it cannot be deleted.
+        """
+        await self._journal.flush()
+        await self._save_late(conversation)
+        found = await self._store.delete(conversation.id, conversation.owner, before)
+        if not found and (before is not None or not conversation.exists):
+            raise Refused(Code.NOT_FOUND)
+        self._journal.deleted(conversation.owner, conversation.id)
+        self.forget(conversation)
 
     async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> int:
         """Give a conversation another title, and tell those who watch the conversation.

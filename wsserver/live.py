@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.content import Usage
-from wsserver.errors import NOT_TAKEN, Code, ModelError
+from wsserver.errors import NOT_TAKEN, Code, ModelError, Refused
 from wsserver.generation import (
     End,
     Event,
@@ -89,6 +89,26 @@ class Conversation:
         """Whether a prompt has to wait longer than for a request to be closed."""
         running = self.running
         return running is not None and (running.state is State.RUNNING or bool(self.queue))
+
+    def check(self, prompt: Prompt, queue_size: int) -> None:
+        """Pass a prompt that this conversation takes now.
+
+        Args:
+            prompt: what the client sent.
+            queue_size: how many prompts may wait.
+
+        Raises:
+            Refused: the conversation was deleted, is busy, or its queue is full; or the prompt
+                retries another turn than the last one.
+        """
+        if self.deleted:
+            raise Refused(Code.NOT_FOUND)
+        if prompt.retry_of is not None and prompt.retry_of != self.last:
+            raise Refused(Code.NOT_LAST)
+        if self.busy and prompt.on_busy == "reject":
+            raise Refused(Code.BUSY)
+        if self.busy and prompt.on_busy == "queue" and len(self.queue) >= queue_size:
+            raise Refused(Code.LIMIT, "The conversation's queue is full.")
 
     @property
     def live(self) -> "list[Generation]":

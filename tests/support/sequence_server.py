@@ -165,7 +165,7 @@ class _Play:
                     connection.shut_out("The token has expired.")
             case "draining":
                 self._closing = asyncio.create_task(self._server.close())
-                await until(lambda: self._server._hub._draining)
+                await until(lambda: self._server._hub.draining)
             case "crashed":
                 await self._serve_again(self._folder / "saved.sqlite")
 

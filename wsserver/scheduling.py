@@ -1,0 +1,238 @@
+"""Accepts prompts, and starts each generation when its conversation is free.
+
+A decision reads what it needs from the store first. Then it is made at once, without waiting.
+"""
+
+import asyncio
+import contextlib
+import secrets
+
+from wsserver.accounts import Accounts
+from wsserver.conversations import Conversations
+from wsserver.errors import Code, Refused
+from wsserver.journal import Journal
+from wsserver.limits import Account, Memory
+from wsserver.live import Conversation, Generation, Watcher
+from wsserver.models.base import Model, PushModel
+from wsserver.protocol import Prompt
+from wsserver.reporting import Reporter
+from wsserver.retention import Retention
+from wsserver.running import Runner
+from wsserver.settings import Settings
+from wsserver.stores.base import Header
+
+__all__ = ["Scheduler"]
+
+
+class Scheduler:
+    """Accepts prompts, and runs one generation of a conversation at a time.
+
+    Args:
+        model: answers the prompts.
+        settings: the limits and times.
+        journal: saves what is accepted, and how it ends.
+        accounts: what each account may use.
+        conversations: the conversations in memory and in the store.
+        retention: finds the generation of a prompt that is sent again.
+        report: learns of each start and end.
+        memory: counts the bytes of the generations.
+
+    Attributes:
+        runner: runs the generations.
+        live: the generations that have not ended.
+        idle: set while there are none.
+        draining: no more prompts are accepted.
+    """
+
+    def __init__(
+        self,
+        model: Model | PushModel,
+        settings: Settings,
+        *,
+        journal: Journal,
+        accounts: Accounts,
+        conversations: Conversations,
+        retention: Retention,
+        report: Reporter,
+        memory: Memory,
+    ) -> None:
+        self._settings = settings
+        self._journal = journal
+        self._accounts = accounts
+        self._conversations = conversations
+        self._retention = retention
+        self._memory = memory
+        self._loop = asyncio.get_running_loop()
+        self.runner = Runner(
+            model,
+            settings,
+            journal,
+            memory,
+            price=accounts.price,
+            report=report,
+            on_ended=self._ended,
+        )
+        self.live: set[Generation] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self.draining = False
+
+    async def accept(
+        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
+    ) -> Generation:
+        """Accept a prompt: start a generation, queue it, or return the one that it already has.
+
+        Args:
+            prompt: what the client sent.
+            owner: for whom.
+            account: whose limits count.
+            own: the id of the conversation that goes on where the prompt names none; None makes
+                a new conversation.
+            sender: the watcher that need not be told of the generation.
+
+        Raises:
+            Refused: the prompt is not accepted, and nothing has changed.
+            StoreError: the conversation cannot be read.
+        """
+        self._check(prompt)
+        if prompt.id is not None:
+            found = await self._retention.find(owner, prompt.id, account)
+            if found is not None:
+                return _of_prompt(found, prompt)
+        self._check_limits(account)
+        async with contextlib.AsyncExitStack() as stack:
+            conversation = None
+            if prompt.messages is None:
+                name = prompt.conversation or own
+                conversation = await stack.enter_async_context(
+                    self._conversations.hold(name or _new_id(), owner, load=name is not None)
+                )
+            new = conversation is not None and not conversation.exists
+            await self._accounts.check_store(owner, new=new)
+            # Nothing is awaited from here on. What the awaits above may have changed is checked
+            # again: the same prompt, a delete, a drain, the limits.
+            known = None if prompt.id is None else self._retention.known(owner, prompt.id)
+            if known is not None:
+                return _of_prompt(known, prompt)
+            self._check_limits(account)
+            return self._accept(prompt, owner, account, conversation, sender)
+
+    def _check(self, prompt: Prompt) -> None:
+        settings = self._settings
+        if (size := prompt.size) > settings.prompt_size:
+            raise Refused(
+                Code.TOO_LONG, f"The prompt has {size} bytes; {settings.prompt_size} are allowed."
+            )
+        if prompt.model not in {None, self.runner.model_name, *settings.models}:
+            raise Refused(Code.MODEL_NOT_ALLOWED)
+
+    def _check_limits(self, account: Account) -> None:
+        if self.draining:
+            raise Refused(Code.SHUTTING_DOWN)
+        self._accounts.check(account, len(self.live))
+
+    def _accept(
+        self,
+        prompt: Prompt,
+        owner: str,
+        account: Account,
+        conversation: Conversation | None,
+        sender: Watcher,
+    ) -> Generation:
+        if conversation is not None:
+            conversation.check(prompt, self._settings.queue_size)
+        model = prompt.model or self.runner.model_name
+        generation = Generation(
+            id=prompt.id or _new_id(),
+            owner=owner,
+            account=account,
+            prompt=prompt,
+            allowance=self._accounts.allow(prompt, owner, model),
+            model=model,
+            conversation_id=None if conversation is None else conversation.id,
+            conversation=conversation,
+            accepted=self._loop.time(),
+        )
+        if not self._memory.take(account, generation.prompt_size):
+            raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
+        generation.memory = generation.prompt_size
+        generation.asked = self.runner.estimate(self.runner.request(generation))
+        self._accounts.book(generation)
+        self._retention.add(generation)
+        self.live.add(generation)
+        self.idle.clear()
+        running = None if conversation is None else conversation.running
+        header = Header(
+            generation.id,
+            owner,
+            generation.conversation_id,
+            prompt,
+            model,
+            retry_of=prompt.retry_of,
+        )
+        generation.record = self._journal.begin(header, generation.log, waits=running is not None)
+        if conversation is not None:
+            conversation.exists = conversation.loaded = True
+        if conversation is None or running is None:
+            self._start(generation)
+        else:
+            if prompt.on_busy == "interrupt":
+                for waiting in tuple(conversation.queue):
+                    self.runner.stop(waiting, "replaced")
+                self.runner.stop(running, "replaced")
+            conversation.queue.append(generation)
+        if conversation is not None:
+            for watcher in tuple(conversation.watchers):
+                if watcher is not sender:
+                    watcher.attach(generation)
+        return generation
+
+    def _start(self, generation: Generation) -> None:
+        conversation, retried = generation.conversation, generation.prompt.retry_of
+        if conversation is not None:
+            conversation.running = generation
+            if retried is not None:
+                conversation.turns = [turn for turn in conversation.turns if turn.id != retried]
+        self.runner.start(generation)
+
+    def _ended(self, generation: Generation) -> None:
+        """Give back what a generation held, and start the next prompt of its conversation."""
+        self.live.discard(generation)
+        self._accounts.settle(generation)
+        self._memory.give(generation.account, generation.memory)
+        conversation = generation.conversation
+        if conversation is not None and conversation.deleted:
+            self._retention.forget(generation)
+        else:
+            self._retention.keep(generation)
+        if conversation is not None:
+            self._go_on(conversation, generation)
+        if not self.live:
+            self.idle.set()
+
+    def _go_on(self, conversation: Conversation, ended: Generation) -> None:
+        conversation.version += 1
+        if ended.began is not None:
+            number = conversation.turns[-1].number + 1 if conversation.turns else 1
+            turns = [*conversation.turns, ended.turn(number)]
+            conversation.turns = self._conversations.fit(turns)
+        if conversation.running is ended:
+            conversation.running = None
+            if conversation.queue:
+                self._start(conversation.queue.pop(0))
+        self._conversations.settle(conversation)
+
+
+def _of_prompt(generation: Generation, prompt: Prompt) -> Generation:
+    """Return the generation that is known under the id of a prompt which is sent again.
+
+    Raises:
+        Refused: the generation belongs to another prompt.
+    """
+    if generation.prompt != prompt:
+        raise Refused(Code.ID_CONFLICT)
+    return generation
+
+
+def _new_id() -> str:
+    return secrets.token_urlsafe(16)
