@@ -353,24 +353,69 @@ INTERRUPTED = {
 }
 
 
+CONTINUED = [
+    {"type": "token", "seq": 6, "text": "other"},
+    {"type": "done", "seq": 6, "reason": "end_turn", "usage": {}},
+]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "text"),
+    [
+        ([{"type": "token", "seq": 2, "text": "1 2 "}, {**INTERRUPTED, "seq": 2}], "1 2 "),
+        ([{**INTERRUPTED, "seq": 0}], ""),
+    ],
+    ids=["of what was saved", "of nothing"],
+)
+async def test_text_after_gap_becomes_what_the_server_has(saved: list[Frame], text: str) -> None:
+    async with scripted(_crashed(saved)) as url, connect(url) as chat:
+        reply = chat.prompt("Count")
+        reader = aiter(reply)
+        await until(lambda: reply.seq == 5)
+        assert await anext(reader) == "1 2 3 4 5 "
+        with pytest.raises(ReplyError, match="interrupted"):
+            await anext(reader)
+        error = await failure_of(reply)
+        assert (error.code, error.retryable) == ("interrupted", True)
+        assert reply.text == text
+        later = []
+        with pytest.raises(ReplyError, match="interrupted"):
+            async for piece in reply:
+                later.append(piece)  # noqa: PERF401 - until it raises
+        assert "".join(later) == text
+        assert chat.state is State.OPEN
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_iteration_over_text_before_gap_raises_if_the_reply_continues() -> None:
+    async with scripted(_crashed(CONTINUED)) as url, connect(url) as chat:
+        reply = chat.prompt("Count")
+        reader, later = aiter(reply), aiter(reply)
+        await until(lambda: reply.seq == 5)
+        assert await anext(reader) == "1 2 3 4 5 "
+        assert (await end_of(reply)).text == "other"
+        with pytest.raises(ReplyError, match="gap"):
+            await anext(reader)
+        assert [piece async for piece in later] == ["other"]
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("saved", "code"),
     [
         ([{"type": "token", "seq": 2, "text": "1 2 "}, {**INTERRUPTED, "seq": 2}], "interrupted"),
-        ([{**INTERRUPTED, "seq": 0}], "interrupted"),
-        ([{"type": "token", "seq": 6, "text": "other"}], "gap"),
+        (CONTINUED, "gap"),
         ([{"type": "done", "seq": 2, "reason": "end_turn", "usage": {}}], "gap"),
     ],
-    ids=["of what was saved", "of nothing", "that goes on", "that says it is whole"],
+    ids=["interrupted", "that continues", "that ends"],
 )
-async def test_reply_after_gap_is_interrupted(saved: list[Frame], code: str, fresh: bool) -> None:
+async def test_resume_after_more_than_the_server_has_fails(saved: list[Frame], code: str) -> None:
     async with scripted(_crashed(saved)) as url, connect(url) as chat:
-        reply = chat.resume("chosen-by-another-program", after=5) if fresh else chat.prompt("Count")
+        reply = chat.resume("chosen-by-another-program", after=5)
         error = await failure_of(reply)
         assert (error.code, error.retryable) == (code, code == "interrupted")
-        assert reply.text == ("" if fresh else "1 2 3 4 5 "), "what was shown stays"
+        assert reply.text == ""
         assert chat.state is State.OPEN
 
 

@@ -338,7 +338,7 @@ test('a server that resumes elsewhere than it was asked to is not asked for ever
   })
   await turn()
   const reply = chat.resume('r'.repeat(16), { after: 2 })
-  await assert.rejects(reply.done, { code: 'closed', message: /no server of this protocol/ })
+  await assert.rejects(reply.done, { code: 'closed', message: /breaks the protocol/ })
   assert.equal(sockets[0].sent.filter(({ type }) => type === 'resume').length, 1)
 })
 

@@ -78,6 +78,9 @@ class _Shown:
     def take(self, frame: Frame) -> None:
         if frame["type"] == "start":
             self.started = True
+            if frame.get("after", 0) < self.seq:  # the server sends all that it has
+                self.seq = frame.get("after", 0)
+                self.text = {"token": "", "thinking": ""}
         elif frame["type"] not in self.text:
             self.terminal = frame
         elif frame["seq"] > self.seq:

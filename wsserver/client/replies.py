@@ -34,7 +34,8 @@ class _Active:
         request: sends :meth:`frame`.
         timer: ends the wait for the ``start``.
         refusal: the last error that refused the prompt or a resume.
-        gap: the ``gap`` error of a server that has less of the reply than the client.
+        behind: whether the server has fewer pieces than the client. The text then starts over.
+        gap: the ``gap`` error of a server that has fewer pieces than the caller of ``resume``.
     """
 
     reply: Reply
@@ -43,6 +44,7 @@ class _Active:
     request: Request = field(init=False)
     timer: asyncio.TimerHandle = field(init=False)
     refusal: ReplyError | None = None
+    behind: bool = False
     gap: ReplyError | None = None
 
     @property
@@ -55,7 +57,8 @@ class _Active:
         # A stopped prompt that may have been accepted is only resumed, so that it starts nothing.
         stopped = reply.stopping and self.request.times_sent > 0
         if self.prompt is None or reply.started or stopped:
-            return Resume(id=reply.id, after=reply.seq if self.gap is None else 0)
+            after = 0 if self.gap else reply.first if self.behind else reply.seq
+            return Resume(id=reply.id, after=after)
         return self.prompt
 
 
@@ -143,7 +146,7 @@ class Replies:
         """Start or continue all replies that have not ended."""
         self._stops_sent.clear()
         for active in self._active.values():
-            active.gap = None  # this server may have the whole reply
+            active.behind, active.gap = False, None  # this server may have the whole reply
             link.send_prompt(active.request)
 
     def fail_all(self, failure: ConnectionFailed) -> None:
@@ -162,6 +165,9 @@ class Replies:
             self._remove(active)
             reply.fail(active.gap)
             return
+        if frame["type"] == "start" and active.behind:
+            active.behind = False
+            reply.reset()
         reply.receive(frame)
         if frame["type"] == "start" and reply.stopping:
             self._send_stop(reply)
@@ -188,7 +194,11 @@ class Replies:
             reply.fail(ReplyError(Code.INTERRUPTED, "The server lost the reply.", retryable=True))
             return
         if error.code == Code.GAP and active.gap is None and link is not None:
-            active.gap = error  # the server died; a resume from the beginning tells how it ended
+            # The server died and lost pieces. Another resume gets all that it has.
+            if reply.seq > reply.first and not active.behind:
+                active.behind = True
+            else:
+                active.gap = error
             link.send_prompt(active.request)
             return
         wait = error.retry_after
@@ -208,9 +218,9 @@ class Replies:
 
 
 def _continues(frame: Mapping[str, Any], seq: int) -> bool:
-    """Return whether a server that had less than ``seq`` pieces continues the reply or ends it.
+    """Return whether a server that had fewer than ``seq`` pieces continues the reply or ends it.
 
-    Its text then does not follow the text that the client has.
+    Its text then does not follow the text that the caller of ``resume`` has.
     """
     kind = frame["type"]
     if kind == "done":

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from wsserver.client.failures import ChatError, ReplyError
+from wsserver.errors import Code
 
 __all__ = ["Done", "Reply", "Usage"]
 
@@ -84,6 +85,10 @@ class Reply:
     :meth:`done` raises. Leaving an iteration does not stop the reply; :meth:`stop` does, and
     leaving the ``async with`` block of the chat does.
 
+    After a crash the server may have less text than the client has received. ``text`` and
+    ``thoughts`` then become what the server has. An iteration cannot take its text back: it yields
+    nothing more, and raises at the end.
+
     Attributes:
         id: identifies the reply, for example for :meth:`Chat.resume`.
         conversation: id of the conversation; None for a prompt with ``messages``.
@@ -94,6 +99,7 @@ class Reply:
         over: whether the reply has ended or failed.
         stopping: whether this client has stopped the reply.
         seq: number of the last piece that arrived.
+        first: number of the piece after which the text begins; 0 unless resumed after a piece.
         usage: tokens of the reply; None before the end.
     """
 
@@ -107,11 +113,10 @@ class Reply:
         self.started = False
         self.over = False
         self.stopping = False
-        self.seq = after
+        self.seq = self.first = after
         self.usage: Usage | None = None
         self._stop = stop
-        self._text = _GrowingText()
-        self._thinking = _GrowingText()
+        self._texts = {"token": _GrowingText(), "thinking": _GrowingText()}
         self._done: Done | None = None
         self._failure: ChatError | None = None
         self._changed = asyncio.Event()
@@ -119,20 +124,20 @@ class Reply:
     @property
     def text(self) -> str:
         """The text so far."""
-        return self._text.read(0)
+        return self._texts["token"].read(0)
 
     @property
     def thoughts(self) -> str:
         """The model's thinking so far."""
-        return self._thinking.read(0)
+        return self._texts["thinking"].read(0)
 
     @property
     def thinking(self) -> AsyncIterator[str]:
         """Iterate over the model's thinking. The iteration ends with the reply, without raising."""
-        return _Reader(self, self._thinking, raises=False)
+        return _Reader(self, "thinking", raises=False)
 
     def __aiter__(self) -> AsyncIterator[str]:
-        return _Reader(self, self._text, raises=True)
+        return _Reader(self, "token", raises=True)
 
     async def wait_for_change(self) -> None:
         """Wait until something of the reply changes, or return at once after its end."""
@@ -194,14 +199,14 @@ class Reply:
             self.model = frame["model"]
             self.queued = frame.get("queued")
             self.conversation = frame.get("conversation")
-        elif kind in {"token", "thinking"}:
+        elif kind in self._texts:
             seq = frame["seq"]
             if type(seq) is not int:
                 raise TypeError("a `seq` is not a number")
             if seq <= self.seq:
                 return
             self.seq = seq
-            (self._text if kind == "token" else self._thinking).append(frame["text"])
+            self._texts[kind].append(frame["text"])
         elif kind == "done":
             self.end(
                 frame["reason"],
@@ -214,6 +219,15 @@ class Reply:
                 self.usage = Usage.of(frame["usage"])
             self.fail(ReplyError.of(frame))
         self._wake()
+
+    def reset(self) -> None:
+        """Drop all text, since the server sends all that it has."""
+        self.seq = self.first
+        self._texts = {"token": _GrowingText(), "thinking": _GrowingText()}
+
+    def growing(self, kind: str) -> _GrowingText:
+        """Return the text to which the frames of a kind are appended."""
+        return self._texts[kind]
 
     def end(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
         """End the reply."""
@@ -237,22 +251,34 @@ class Reply:
 class _Reader:
     """An iterator over a text. A cancelled step can be repeated, unlike that of a generator."""
 
-    def __init__(self, reply: Reply, text: _GrowingText, *, raises: bool) -> None:
+    def __init__(self, reply: Reply, kind: str, *, raises: bool) -> None:
         self._reply = reply
-        self._text = text
+        self._kind = kind
         self._raises = raises
+        self._text = reply.growing(kind)
         self._position = 0
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
-        while self._text.size == self._position:
+        while True:
+            if not self._position:  # the text may start over as long as nothing was read
+                self._text = self._reply.growing(self._kind)
+            if self._text.size > self._position and not self._stale:
+                break
             if self._reply.over:
                 if self._raises:
                     await self._reply.done()
+                    if self._stale:
+                        raise ReplyError(Code.GAP, "The server lost a part of the text.")
                 raise StopAsyncIteration
             await self._reply.wait_for_change()
         text = self._text.read(self._position)
         self._position += len(text)
         return text
+
+    @property
+    def _stale(self) -> bool:
+        """Whether the reply started over after a part of the text was read."""
+        return self._text is not self._reply.growing(self._kind)

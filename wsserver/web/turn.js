@@ -151,6 +151,7 @@ export class Turn {
     this.#frame = undefined
     const { reply } = this
     if (!reply) return
+    if (reply.text.length < this.#drawn.text || reply.thinking.length < this.#drawn.thinking) this.#clear() // the server lost a part
     const drawn = this.#drawn
     if (reply.prompt !== undefined && !this.prompt) this.#prompt.textContent = reply.prompt
     if (reply.thinking.length > drawn.thinking) {
@@ -169,6 +170,14 @@ export class Turn {
     if (!all) this.#frame = requestAnimationFrame(() => this.#draw())
     else if (this.#end) this.#close(reply, this.#end)
     else this.#say(reply.queued ? 'Waiting for its turn.' : this.#waiting)
+  }
+
+  /** Show no text and no thinking. */
+  #clear() {
+    this.#text.textContent = this.#thinking.textContent = ''
+    this.#formatter = new Formatter(this.#text)
+    this.#details.hidden = true
+    this.#drawn = { text: 0, thinking: 0 }
   }
 
   /** @param {Reply} reply @param {{result?: Result, error?: ReplyError}} end */
