@@ -532,7 +532,7 @@ async def test_thinking_that_is_only_summarised_counts_by_its_time(
     later: str,
 ) -> None:
     clock = itertools.chain([100.0], itertools.repeat(110.0))
-    monkeypatch.setattr("wsserver.models.anthropic.monotonic", lambda: next(clock))
+    monkeypatch.setattr("wsserver.models.anthropic.reply.monotonic", lambda: next(clock))
     events = event("message_start", message={"usage": {"input_tokens": 9}})
     events += event("content_block_start", index=0, content_block={"type": "thinking"})
     events += escaped(summary, "thinking") if summary else b""
@@ -554,7 +554,7 @@ async def test_thinking_costs_no_more_than_what_was_asked_for(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
     clock = itertools.chain([100.0], itertools.repeat(110.0))
-    monkeypatch.setattr("wsserver.models.anthropic.monotonic", lambda: next(clock))
+    monkeypatch.setattr("wsserver.models.anthropic.reply.monotonic", lambda: next(clock))
     begin = event("content_block_start", index=0, content_block={"type": "thinking"})
     upstream.play(stream(begin, escaped("hm", "thinking"), Hang()))
     start = await chat.prompt(max_tokens=300)
@@ -566,7 +566,7 @@ async def test_the_apis_own_count_of_thinking_wins(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
     clock = itertools.chain([100.0], itertools.repeat(110.0))
-    monkeypatch.setattr("wsserver.models.anthropic.monotonic", lambda: next(clock))
+    monkeypatch.setattr("wsserver.models.anthropic.reply.monotonic", lambda: next(clock))
     upstream.play(reply("Yes", thinking="hm", output_tokens=77))
     done = (await chat.text((await chat.prompt())["id"]))[1]
     assert done["usage"] == {"input_tokens": 25, "output_tokens": 77}
@@ -702,7 +702,7 @@ async def test_without_a_retry_after_it_pauses_at_random(
         bounds.append((low, high))
         return 0.0
 
-    monkeypatch.setattr("wsserver.models.anthropic.random.uniform", uniform)
+    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", uniform)
     upstream.default = Script((error(500, "api_error"),))
     await chat.prompt()
     await chat.next("error")
@@ -765,11 +765,40 @@ async def test_an_api_that_never_answers(
 async def test_an_end_before_the_first_text_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream, fault: Script
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
     upstream.play(fault, reply("at last"))
     start = await chat.prompt()
     assert (await chat.text(start["id"]))[0] == "at last"
     assert len(upstream.requests) == 2
+
+
+async def test_usage_of_a_failed_attempt_is_added_to_that_of_the_next(
+    monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
+) -> None:
+    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
+    upstream.play(
+        reply(Cut(), input_tokens=100, cache_read_input_tokens=7),
+        reply("at last", input_tokens=20, output_tokens=5),
+    )
+    text, done = await chat.text((await chat.prompt())["id"])
+    assert text == "at last"
+    assert done["usage"] == {
+        "input_tokens": 120,
+        "output_tokens": 6,
+        "cache_read_input_tokens": 7,
+        "estimated": True,
+    }
+
+
+async def test_usage_of_a_failed_attempt_survives_a_next_one_that_tells_none(
+    monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
+) -> None:
+    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
+    refused = error(400, "invalid_request_error")
+    upstream.play(reply(Cut(), input_tokens=100), refused)
+    await chat.prompt()
+    failed = await chat.next("error")
+    assert (failed["code"], failed["usage"]["input_tokens"]) == ("bad_request", 100)
 
 
 @pytest.mark.parametrize(
@@ -863,7 +892,7 @@ async def test_a_stall_after_some_tokens(
 async def test_an_error_event_before_the_first_word_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
     upstream.play(reply(error_event("overloaded_error")), reply("at last"))
     start = await chat.prompt()
     assert (await chat.text(start["id"]))[0] == "at last"
@@ -877,13 +906,16 @@ async def test_an_answer_that_is_no_stream(chat: Client, upstream: Upstream, kin
     assert (await chat.next("error"))["code"] == "malformed"
 
 
-async def test_an_upstream_that_does_not_end_its_body_delays_the_end_only_briefly(
-    monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
+async def test_the_end_of_a_reply_does_not_wait_for_the_end_of_the_body(
+    chat: Client, upstream: Upstream
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.LAST_READ", 0.01)
     whole = reply("whole")
-    upstream.play(Script((*whole.steps, Hang())))
+    upstream.play(Script((*whole.steps, Gate("go"))))
     start = await chat.prompt()
     text, done = await chat.text(start["id"])
     assert (text, done["reason"]) == ("whole", "end_turn")
-    assert await upstream.requests[0].closed() == "closed"
+    assert upstream.open == 1, "the body has no end yet"
+    upstream.gates["go"].set()
+    assert await upstream.requests[0].closed() == "finished"
+    await chat.text((await chat.prompt())["id"])
+    assert upstream.requests[0].peer == upstream.requests[1].peer

@@ -26,7 +26,7 @@ from websockets.exceptions import InvalidStatus
 
 import wsserver
 from tests.support.client import client
-from tests.support.upstream import _self_signed, refused_url
+from tests.support.upstream import refused_url, tls_server
 from wsserver import ConfigError, Settings
 from wsserver.auth import jwks
 from wsserver.auth.base import Handshake, Principal, Unavailable
@@ -895,7 +895,7 @@ async def test_an_issuer_that_is_not_there(caplog: pytest.LogCaptureFixture) -> 
 
 
 async def test_a_certificate_that_nobody_vouches_for_is_not_trusted() -> None:
-    async with serving(_self_signed()) as issuer:
+    async with serving(tls_server()) as issuer:
         issuer.body = key_set("rsa-1")
         async with fetching(issuer.url) as check:
             with pytest.raises(Unavailable):

@@ -240,6 +240,10 @@ def ours(spans: InMemorySpanExporter) -> list[ReadableSpan]:
     return [span for span in spans.get_finished_spans() if span.name.startswith("chat ")]
 
 
+def requests(spans: InMemorySpanExporter) -> list[ReadableSpan]:
+    return [span for span in spans.get_finished_spans() if span.name == "POST"]
+
+
 @pytest.fixture
 async def upstream() -> AsyncIterator[Upstream]:
     async with Upstream() as running:
@@ -287,11 +291,33 @@ async def test_a_reply_is_a_span_and_the_request_to_the_api_a_part_of_it(
         "gen_ai.usage.cache_read.input_tokens": 0,
         "wsserver.generation.id": start["id"],
     }
-    (request,) = [s for s in spans.get_finished_spans() if s.name == "anthropic.messages.create"]
+    (request,) = requests(spans)
     assert request.parent is not None
     assert span.context is not None
     assert request.parent.span_id == span.context.span_id
+    assert request.kind is trace.SpanKind.CLIENT
+    host, _, port = upstream.url.removeprefix("http://").partition(":")
+    assert dict(request.attributes or {}) == {
+        "http.request.method": "POST",
+        "http.response.status_code": 200,
+        "server.address": host,
+        "server.port": int(port),
+        "url.full": f"{upstream.url}/v1/messages",
+    }
+    assert len(spans.get_finished_spans()) == 2
     assert not [s for s in spans.get_finished_spans() if "private" in s.to_json()]
+
+
+async def test_each_attempt_is_a_span_with_its_number(
+    claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
+) -> None:
+    upstream.play(error(529, "overloaded_error", headers={"retry-after": "0"}))
+    async with client(claude) as chat:
+        await chat.text((await chat.prompt())["id"])
+    told = [dict(span.attributes or {}) for span in requests(spans)]
+    statuses = [each["http.response.status_code"] for each in told]
+    assert statuses == [529, 200]
+    assert [each.get("http.request.resend_count") for each in told] == [None, 1]
 
 
 async def test_a_failure_is_a_type_in_the_span_and_no_text(
@@ -307,6 +333,10 @@ async def test_a_failure_is_a_type_in_the_span_and_no_text(
     assert span.attributes["wsserver.ref"] == failed["ref"]
     assert span.status.status_code is trace.StatusCode.ERROR
     assert not span.events
+    (request,) = requests(spans)
+    assert request.attributes is not None
+    assert request.attributes["http.response.status_code"] == 401
+    assert request.status.status_code is trace.StatusCode.ERROR
     assert not [s for s in spans.get_finished_spans() if SECRET in s.to_json()]
     assert value(claude, "upstream_errors_total", "credentials") == 1
 

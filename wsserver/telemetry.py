@@ -9,7 +9,7 @@ it up; neither prompts nor replies are in them.
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 from prometheus_client import (
@@ -36,7 +36,7 @@ except ImportError:
 else:
     TRACING = True
 
-__all__ = ["Aborted", "Metrics", "Refusal", "Span", "recording", "span"]
+__all__ = ["Aborted", "Metrics", "Refusal", "Span", "request_span", "span"]
 
 Refusal = Literal["host", "origin", "unauthenticated", "limit", "unavailable"]
 """Why a connection was not served."""
@@ -316,9 +316,52 @@ class Span:
             span.set_attribute("gen_ai.response.finish_reasons", [terminal.reason])
 
 
-def recording() -> bool:
-    """Whether somebody keeps the current span."""
-    return TRACING and trace.get_current_span().is_recording()
+@contextlib.contextmanager
+def request_span(host: str, port: int, url: str, resent: int) -> Iterator[Callable[[int], None]]:
+    """Record an HTTP request to a model's API as a part of the current span, if that is recorded.
+
+    See https://opentelemetry.io/docs/specs/semconv/http/http-spans/ for its attributes.
+
+    Args:
+        host: name or address of the server.
+        port: its port.
+        url: the URL, without credentials.
+        resent: number of requests for the same reply before this one.
+
+    Yields:
+        What takes the status code of the response.
+    """
+    inner = None
+    if TRACING and trace.get_current_span().is_recording():
+        attributes: dict[str, str | int] = {
+            "http.request.method": "POST",
+            "server.address": host,
+            "server.port": port,
+            "url.full": url,
+        }
+        if resent:
+            attributes["http.request.resend_count"] = resent
+        with _firewall():
+            tracer = trace.get_tracer("wsserver")
+            inner = tracer.start_span("POST", kind=trace.SpanKind.CLIENT, attributes=attributes)
+
+    def tell(name: str, value: str | int) -> None:
+        if inner is not None:
+            with _firewall():
+                inner.set_attribute(name, value)
+
+    try:
+        yield lambda status: tell("http.response.status_code", status)
+    except Exception as error:
+        tell("error.type", type(error).__name__)
+        if inner is not None:
+            with _firewall():
+                inner.set_status(trace.StatusCode.ERROR)
+        raise
+    finally:
+        if inner is not None:
+            with _firewall():
+                inner.end()
 
 
 def span(

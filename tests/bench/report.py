@@ -172,7 +172,7 @@ def versions() -> str:
             return "none"
         return done.stdout.strip()
 
-    ours = ("wsserver", "websockets", "anthropic", "aiohttp", "uvloop")
+    ours = ("wsserver", "websockets", "anthropic", "httptools", "uvloop")
     parts = [f"Python {platform.python_version()}"]
     for name in ours:
         try:

@@ -33,6 +33,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from http.client import responses
+from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 Ending = Literal["closed", "finished", "stopped"]
@@ -555,17 +556,19 @@ class Connection(asyncio.Protocol):
 class Upstream:
     """The server: requests get the scripts given to `play`, in order, and then the default one.
 
-    A function from a request's body to a script may be the default. `timeout` bounds every wait.
+    A function from a request's body to a script may be the default. `pages` are the answers to
+    requests for other paths. `timeout` bounds every wait.
     """
 
     url: str
     _server: asyncio.Server
 
     def __init__(self, *, tls: bool = False, timeout: float = 5.0) -> None:
-        self.tls = _self_signed() if tls else None
+        self.tls = tls_server() if tls else None
         self.timeout = timeout
         self.default: Script | Callable[[Any], Script] = reply("Hello world")
         self.gates: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self.pages: dict[str, Callable[[Received], Script]] = {}
         self.requests: list[Received] = []
         self.closes: list[float] = []
         self.open = 0
@@ -623,7 +626,9 @@ class Upstream:
             self.requests.append(received)
             self._arrival.set()
             self._arrival = asyncio.Event()
-            if (method, path) != ("POST", "/v1/messages"):
+            if path in self.pages:
+                script = self.pages[path](received)
+            elif (method, path) != ("POST", "/v1/messages"):
                 script = Script((error(404, "not_found_error"),))
             elif self._scripts:
                 script = self._scripts.popleft()
@@ -648,15 +653,27 @@ class Upstream:
 
 
 @cache
-def _self_signed() -> ssl.SSLContext:
+def _self_signed() -> tuple[ssl.SSLContext, str]:
+    """Return the settings of a TLS server, and the text of its certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.TemporaryDirectory() as folder:
-        pem = f"{folder}/key-and-certificate.pem"
-        command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=127.0.0.1"
-        files = ("-keyout", pem, "-out", pem)
-        subprocess.run((*command.split(), *files), check=True, capture_output=True)
-        context.load_cert_chain(pem)
-    return context
+        pem, key = f"{folder}/certificate.pem", f"{folder}/key.pem"
+        command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 -addext"
+        names = "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:api.example"
+        files = ("-keyout", key, "-out", pem)
+        subprocess.run((*command.split(), names, *files), check=True, capture_output=True)
+        context.load_cert_chain(pem, key)
+        return context, Path(pem).read_text()
+
+
+def tls_server() -> ssl.SSLContext:
+    """Return the settings of a TLS server that nobody trusts, unless told so."""
+    return _self_signed()[0]
+
+
+def certificate() -> str:
+    """Return the certificate of the TLS servers of the tests, to be written to a file."""
+    return _self_signed()[1]
 
 
 @contextmanager

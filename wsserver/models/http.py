@@ -1,286 +1,306 @@
-"""The HTTP under a model's SDK: requests go out through aiohttp, and bodies come in by callback.
+"""The HTTP client for a model's API: POST requests from a template, over a pool of connections.
 
-An SDK's stream passes each read through half a dozen coroutines, which costs more than all else
-that is done for a token. Here a body's bytes are handed on in the call that reads them from their
-socket; aiohttp still makes the connection, keeps it for the next request, and undoes whatever
-framing and compression the body has.
+No request is sent twice if the server may have received it: POST is not idempotent (RFC 9110
+section 9.2.2), and the API would bill both. A kept connection is checked just before its use, and a
+closed one is replaced. A connection that ends after the request was written is an error.
 """
 
 import asyncio
+import contextlib
 import re
-from collections.abc import AsyncIterator, Callable
+import ssl
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from urllib.parse import quote, urljoin, urlsplit
 
-import aiohttp
-import httpx2
+from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, dial
+from wsserver.models.h1 import Connection
+from wsserver.models.proxy import PORTS
+from wsserver.models.response import HttpError, Response
 
-__all__ = ["Body", "Redirected", "Transport"]
+__all__ = ["PORTS", "InvalidRequest", "Pool", "Redirected", "Template"]
+
+IDLE_TIME = 60.0  # seconds: less than NATs and load balancers keep a silent connection
+MAX_REDIRECTS = 20
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_SAME_REQUEST = frozenset({307, 308})  # method and body stay as they were
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+_SAME_REQUEST = frozenset({307, 308})  # method and body stay as they are
+_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
+_VALUE = re.compile(rb"[^\x00\r\n]*")
+_SAFE = "!$%&'()*+,/:;=?@~"  # in a path and its query, with escapes that are there already
+_SET_HERE = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive"})
 
 
-class Redirected(httpx2.TransportError):
-    """The API redirects to where a prompt must not be sent."""
+class Redirected(HttpError):
+    """The server redirects to where a prompt must not be sent, or without end."""
 
 
-class Transport(httpx2.AsyncBaseTransport):
-    """Sends an SDK's requests. Its responses have their :class:`Body` as an extension, ``body``.
-
-    The SDK's client follows redirects. It gets 307 and 308 (RFC 9110 sections 15.4.8 and 15.4.9)
-    within one origin only: others would send the key or the prompt to another host, or turn the
-    request into a GET without a body.
-
-    Args:
-        connections: at most, at once.
-        proxy: what they go through.
-
-    Raises:
-        httpx2.TimeoutException: it took too long to connect.
-        httpx2.ConnectError: it failed before there was a response.
-        httpx2.RemoteProtocolError: what came is no response.
-        Redirected: it is a redirect that must not be followed.
-    """
-
-    def __init__(self, connections: int, proxy: httpx2.Proxy | None = None) -> None:
-        self._limit = connections
-        self._proxy = None if proxy is None else _with_credentials(proxy)
-        self._proxy_headers = None if proxy is None else proxy.headers
-        self._tls = httpx2.create_ssl_context()
-        self._session: aiohttp.ClientSession | None = None
-
-    def _open(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self._limit, ssl=self._tls),
-            cookie_jar=aiohttp.DummyCookieJar(),
-        )
-
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        """Send a request, and return its response as soon as it begins."""
-        if self._session is None:
-            self._session = self._open()
-        timeout = request.extensions["timeout"]
-        content = await request.aread()  # a redirected request has only a stream
-        try:
-            response = await self._session.request(
-                request.method,
-                str(request.url),
-                headers=request.headers,
-                data=content or None,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(
-                    connect=timeout["pool"],
-                    sock_connect=timeout["connect"],
-                    sock_read=timeout["read"],
-                ),
-                server_hostname=request.extensions.get("sni_hostname"),
-                proxy=self._proxy,
-                proxy_headers=self._proxy_headers,
-            )
-        except TimeoutError as error:
-            raise httpx2.ConnectTimeout("no response in time", request=request) from error
-        except aiohttp.ClientResponseError as error:
-            message = "a response that is none"
-            raise httpx2.RemoteProtocolError(message, request=request) from error
-        except aiohttp.ClientError as error:
-            raise httpx2.ConnectError("no response", request=request) from error
-        if "location" in response.headers and not _may_follow(request.url, response):
-            response.close()
-            raise Redirected("a redirect elsewhere", request=request)
-        headers = [pair for pair in response.raw_headers if pair[0].lower() != b"content-encoding"]
-        body = Body(response)
-        return httpx2.Response(
-            response.status,
-            headers=headers,
-            stream=body,
-            request=request,
-            extensions={"body": body},
-        )
-
-    async def aclose(self) -> None:
-        """Close all connections."""
-        if self._session is not None:
-            await self._session.close()
+class InvalidRequest(HttpError):
+    """A header has characters that no header may have."""
 
 
-def _may_follow(url: httpx2.URL, response: aiohttp.ClientResponse) -> bool:
-    """Whether a response is no redirect, or one within its origin that keeps method and body."""
-    if response.status not in _REDIRECTS:
-        return True
-    try:
-        to = url.join(response.headers["location"])
-    except (httpx2.InvalidURL, ValueError):
-        return False
-    return response.status in _SAME_REQUEST and _origin(to) == _origin(url)
-
-
-def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
-
-
-def _with_credentials(proxy: httpx2.Proxy) -> str:
-    if proxy.auth is None:
-        return str(proxy.url)
-    user, password = proxy.auth
-    return str(proxy.url.copy_with(username=user, password=password))
-
-
-class Body(httpx2.AsyncByteStream):
-    """What a response says, by iteration or, for each read at once, by callback."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except aiohttp.ClientError as error:
-            raise _failure(error) from error
-
-    async def pour(self, take: Callable[[bytes], bool]) -> bool:
-        """Hand on the body, what there is of it now and then each read as it is made.
-
-        Args:
-            take: is given some bytes; True says that it has enough. What it raises ends this too.
-
-        Returns:
-            Whether the body came to its end, rather than ``take`` having enough.
-
-        Raises:
-            httpx2.ReadError: the body was cut.
-            httpx2.DecodingError: its compression is damaged.
-        """
-        response = self._response
-        connection = response.connection
-        transport = None if connection is None else connection.transport
-        headers = response.headers
-        plain = "content-encoding" not in headers and headers.get("transfer-encoding") == "chunked"
-        tap = _Tap(response.content, take, plain=plain)
-        try:
-            if transport is not None:
-                tap.put_on(transport)
-            tap.read()
-            return await tap.over
-        except aiohttp.ClientError as error:
-            raise _failure(error) from error
-        finally:
-            tap.take_off()
-
-    async def aclose(self) -> None:
-        """Give the connection back, or close it if the body has not come to its end."""
-        self._response.close()
-
-
-def _failure(error: aiohttp.ClientError) -> httpx2.RequestError:
-    if isinstance(error.__cause__, aiohttp.http_exceptions.ContentEncodingError):
-        return httpx2.DecodingError("the body's compression is damaged")
-    return httpx2.ReadError("the body was cut")
-
-
-class _Tap(asyncio.Protocol):
-    """Stands between a connection and aiohttp's protocol, and takes what that makes of each read.
-
-    Where it can tell itself what that would be, aiohttp is not asked, and knows nothing of the
-    chunks that have gone past it: it is between two chunks before them and after.
-
-    Args:
-        content: where aiohttp's protocol leaves the body.
-        take: is given it, and says when it has enough.
-        plain: whether the body is chunked, and nothing else is done to it.
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The same for all requests: where they go and their headers.
 
     Attributes:
-        over: done when nothing more is to be read: whether the body has come to its end.
+        origin: where they go.
+        target: path and query.
+        headers: the lines of the headers.
+    """
+
+    origin: Origin
+    target: bytes
+    headers: bytes
+
+    @classmethod
+    def make(
+        cls, origin: Origin, target: bytes, headers: Iterable[tuple[bytes, bytes]]
+    ) -> "Template":
+        """Make a template of a request's headers, without those of its framing.
+
+        Raises:
+            InvalidRequest: a header has characters that no header may have.
+        """
+        lines = []
+        for name, value in headers:
+            if not (_TOKEN.fullmatch(name) and _VALUE.fullmatch(value)):
+                raise InvalidRequest(f"the header {name.decode('latin-1')!r} is malformed")
+            if name.lower() not in _SET_HERE:
+                lines.append(b"%b: %b\r\n" % (name, value))
+        proxy = origin.proxy
+        if proxy is not None and proxy.authorization is not None and origin.scheme == "http":
+            lines.append(b"proxy-authorization: %b\r\n" % proxy.authorization)
+        return cls(origin, target, b"".join(lines))
+
+    def head(self, size: int) -> bytes:
+        """Return the request line and the headers for a body of so many bytes."""
+        target = self.target
+        if self.origin.proxy is not None and self.origin.scheme == "http":
+            target = self.url.encode("ascii")  # RFC 9112 section 3.2.2
+        return b"POST %b HTTP/1.1\r\n%bcontent-length: %d\r\n\r\n" % (target, self.headers, size)
+
+    def redirected(self, location: bytes) -> "Template":
+        """Return the template for another path of the same origin.
+
+        Raises:
+            Redirected: it is another origin, or no URL.
+        """
+        try:
+            url = urlsplit(urljoin(self.url, location.decode("latin-1")))
+            origin = (url.scheme, url.hostname, url.port or PORTS.get(url.scheme))
+        except ValueError as error:
+            raise Redirected("the redirect has no URL") from error
+        if origin != (self.origin.scheme, self.origin.host, self.origin.port):
+            raise Redirected("the redirect is to another origin")
+        target = quote(
+            f"{url.path or '/'}?{url.query}".removesuffix("?"), safe=_SAFE, encoding="latin-1"
+        )
+        return replace(self, target=target.encode("ascii"))
+
+    @property
+    def url(self) -> str:
+        """Where requests go, without credentials."""
+        origin = self.origin
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        port = "" if origin.port == PORTS[origin.scheme] else f":{origin.port}"
+        return f"{origin.scheme}://{host}{port}{self.target.decode('ascii')}"
+
+
+class Pool:
+    """Connections to the API, kept alive from one request to the next.
+
+    Args:
+        limit: connections at most.
+        connect_timeout: seconds for a connection to be made, or to become free.
+        tls: gives the trust settings.
     """
 
     def __init__(
-        self, content: aiohttp.StreamReader, take: Callable[[bytes], bool], *, plain: bool
+        self, limit: int, connect_timeout: float, tls: Callable[[], ssl.SSLContext]
     ) -> None:
-        self._content = content
-        self._take = take
-        self._plain = plain
-        self._between_chunks = False  # aiohttp's parser, as far as is known
-        self._transport: asyncio.Transport | None = None
-        self._protocol: asyncio.Protocol
-        self.over: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._limit = limit
+        self._connect_timeout = connect_timeout
+        self._tls = tls
+        self._connections: set[Connection] = set()
+        self._dialing = 0
+        self._idle: dict[Origin, dict[Connection, None]] = {}  # the one used last is the last
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._warming: asyncio.Task[None] | None = None
+        self._warmed_for_someone = False
+        self._sweep: asyncio.TimerHandle | None = None
+        self._closed = False
 
-    def put_on(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self._protocol = transport.get_protocol()  # type: ignore[assignment]
-        transport.set_protocol(self)
+    async def post(self, template: Template, body: bytes) -> Response:
+        """Send a request, and return its response as soon as the response begins.
 
-    def take_off(self) -> None:
-        if self._transport is not None:
-            self._transport.set_protocol(self._protocol)
-            self._transport = None
+        Redirects 307 and 308 within the origin are followed (RFC 9110 sections 15.4.8 and 15.4.9).
+        Any other would send the key or the prompt to another server, or lose the prompt.
 
-    def data_received(self, data: bytes) -> None:
-        said = _in_whole_chunks(data) if self._plain else None
-        if said is not None and self._between_chunks:
-            self._hand_on(said)
+        Raises:
+            CannotConnect: no connection could be made.
+            NoResponse: the connection ended before the response began.
+            MalformedResponse: what came is no response.
+            Redirected: the server redirects elsewhere.
+        """
+        for _ in range(MAX_REDIRECTS):
+            connection = await self._acquire(template.origin)
+            response = await connection.send(template.head(len(body)), body)
+            location = response.header(b"location")
+            if response.status not in _REDIRECTS or location is None:
+                return response
+            try:
+                if response.status not in _SAME_REQUEST:
+                    raise Redirected("the redirect would lose the prompt")
+                template = template.redirected(location)
+            except Redirected:
+                await response.aclose()
+                raise
+            response.release()
+        raise Redirected("there is no end of redirects")
+
+    async def warm(self, origin: Origin) -> None:
+        """Have one connection ready, if none is idle. One is made at a time.
+
+        Failures are not raised: the next request has its own.
+        """
+        if self._closed or self._usable(origin) or self._full:
             return
-        self._protocol.data_received(data)
-        # If it made the same of it, it is where we think that it is.
-        self._between_chunks = self.read() == said
+        if self._warming is None:
+            self._warmed_for_someone = False
+            self._warming = asyncio.get_running_loop().create_task(self._warm(origin))
+        await asyncio.wait({self._warming})
 
-    def eof_received(self) -> bool | None:
-        return self._protocol.eof_received()
+    async def aclose(self) -> None:
+        """Close all connections."""
+        self._closed = True
+        if self._warming is not None:
+            self._warming.cancel()
+            await asyncio.wait({self._warming})
+        if self._sweep is not None:
+            self._sweep.cancel()
+        for connection in tuple(self._connections):
+            connection.abort()
+            await connection.wait_closed()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._protocol.connection_lost(exc)
-        self.read()
-        if not self.over.done():  # after some faults of the framing, aiohttp says nothing more
-            self.over.set_exception(httpx2.ReadError("the body was cut"))
+    @property
+    def _full(self) -> bool:
+        return len(self._connections) + self._dialing >= self._limit
 
-    def pause_writing(self) -> None:
-        self._protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._protocol.resume_writing()
-
-    def read(self) -> bytes:
-        """Hand on what aiohttp has made of what has arrived, and return it."""
-        content, over, found = self._content, self.over, b""
+    async def _acquire(self, origin: Origin) -> Connection:
+        connection = self._take_idle(origin)
+        if connection is not None:
+            return connection
         try:
-            # To read makes room, which may let aiohttp decompress some more at once.
-            while not over.done() and (data := content.read_nowait()):
-                found += data
-                self._hand_on(data)
-            if not over.done() and content.is_eof():
-                over.set_result(True)
-        except Exception as error:  # noqa: BLE001
-            if not over.done():
-                over.set_exception(error)
-        if over.done() and content.is_eof():
-            self.take_off()  # its connection serves another request from now on
-        return found
+            async with asyncio.timeout(self._connect_timeout):
+                while True:
+                    if self._warming is not None and not self._warmed_for_someone:
+                        self._warmed_for_someone = True  # the next one makes its own
+                        await asyncio.wait({self._warming})
+                    elif not self._full:
+                        return await self._dial(origin)
+                    else:
+                        self._close_one_idle()
+                        await self._wait()
+                    connection = self._take_idle(origin)
+                    if connection is not None:
+                        return connection
+        except TimeoutError as error:
+            raise ConnectTimeout("no connection in time") from error
 
-    def _hand_on(self, data: bytes) -> None:
-        over = self.over
-        if over.done():
-            return
+    async def _dial(self, origin: Origin) -> Connection:
+        self._dialing += 1
         try:
-            if self._take(data) and not over.done():
-                over.set_result(False)
-        except Exception as error:  # noqa: BLE001
-            if not over.done():  # and not stopped because of what it has said
-                over.set_exception(error)
+            connection = await dial(
+                origin, self._tls, lambda: Connection(self._on_free(origin), self._on_lost)
+            )
+        finally:
+            self._dialing -= 1
+            self._wake()
+        self._connections.add(connection)
+        return connection
 
+    async def _warm(self, origin: Origin) -> None:
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                connection = await self._dial(origin)
+            self._on_free(origin)(connection)
+        except (CannotConnect, TimeoutError):
+            pass
+        finally:
+            self._warming = None
 
-def _in_whole_chunks(data: bytes) -> bytes | None:
-    """Return what is in some bytes if they are nothing but whole chunks (RFC 9112 section 7.1).
+    async def _wait(self) -> None:
+        """Wait until a connection may be free."""
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                self._wake()  # the next in turn gets what this one does not use
+            raise
+        finally:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(waiter)
 
-    None where they are not, where one is the last, and where a chunk has extensions.
-    """
-    found = []
-    position = 0
-    while position < len(data):
-        size = _CHUNK_SIZE.match(data, position)
-        if size is None:
-            return None
-        end = size.end() + int(size[1], 16)
-        if end == size.end() or data[end : end + 2] != b"\r\n":
-            return None
-        found.append(data[size.end() : end])
-        position = end + 2
-    return b"".join(found) or None
+    def _wake(self) -> None:
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+
+    def _usable(self, origin: Origin) -> bool:
+        connection = self._take_idle(origin)
+        if connection is None:
+            return False
+        self._idle[origin][connection] = None
+        return True
+
+    def _take_idle(self, origin: Origin) -> Connection | None:
+        """Return the connection that was used last: it is the least likely to be closed."""
+        idle = self._idle.get(origin)
+        while idle:
+            connection, _ = idle.popitem()
+            if connection.usable:
+                return connection
+            connection.abort()
+        return None
+
+    def _close_one_idle(self) -> None:
+        """Make room: an idle connection, if there is one, is to another origin."""
+        for idle in self._idle.values():
+            for connection in idle:
+                connection.abort()
+                return
+
+    def _on_free(self, origin: Origin) -> Callable[[Connection], None]:
+        def on_free(connection: Connection) -> None:
+            loop = asyncio.get_running_loop()
+            connection.idle_since = loop.time()
+            self._idle.setdefault(origin, {})[connection] = None
+            if self._sweep is None:
+                self._sweep = loop.call_later(IDLE_TIME, self._close_idle)
+            self._wake()
+
+        return on_free
+
+    def _on_lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        for idle in self._idle.values():
+            idle.pop(connection, None)
+        self._wake()
+
+    def _close_idle(self) -> None:
+        """Close connections that were idle for too long, and look again when the next one is."""
+        loop = asyncio.get_running_loop()
+        self._sweep = None
+        idle = [connection for each in self._idle.values() for connection in each]
+        for connection in idle:
+            if connection.idle_since + IDLE_TIME <= loop.time():
+                connection.abort()
+        left = [each.idle_since for each in idle if each.idle_since + IDLE_TIME > loop.time()]
+        if left:
+            self._sweep = loop.call_at(min(left) + IDLE_TIME, self._close_idle)

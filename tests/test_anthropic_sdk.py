@@ -1,0 +1,232 @@
+"""What the environment configures of Anthropic's SDK, and how its credentials are renewed."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+import wsserver
+from tests.support.client import client
+from tests.support.upstream import Answer, Received, Script, Upstream, error, reply
+from wsserver.errors import ConfigError
+from wsserver.models.anthropic import Anthropic
+from wsserver.settings import Settings
+
+MODEL = "claude-sonnet-4-6"
+
+
+@pytest.fixture
+async def upstream() -> AsyncIterator[Upstream]:
+    async with Upstream() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: Path) -> None:
+    for name in ("API_KEY", "AUTH_TOKEN", "PROFILE"):
+        monkeypatch.delenv(f"ANTHROPIC_{name}", raising=False)
+    monkeypatch.setenv("ANTHROPIC_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", upstream.url)
+
+
+async def ask(upstream: Upstream, prompts: int = 1) -> list[Received]:
+    """Send prompts to a server of its own, and return the requests that came for them."""
+    async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
+        async with client(server) as chat:
+            for _ in range(prompts):
+                await chat.text((await chat.prompt())["id"])
+    return [received for received in upstream.requests if received.path.endswith("/messages")]
+
+
+# Headers and addresses
+
+
+async def test_the_key_the_version_and_the_headers_of_the_environment_are_sent(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", "x-team: blue\nanthropic-beta: one,two")
+    first, second = await ask(upstream, 2)
+    for received in (first, second):
+        assert "sk-secret" in str(received.headers)
+        assert received.headers["x-team"] == "blue"
+        assert received.headers["anthropic-beta"] == "one,two"
+        assert received.headers["content-type"] == "application/json"
+        assert received.headers["accept-encoding"] == "identity"
+        assert received.headers["host"] == upstream.url.removeprefix("http://")
+        assert received.headers["content-length"] == str(len(received.raw))
+        assert "anthropic-version" in received.headers
+        assert "anthropic" in received.headers["user-agent"].lower()
+    assert {**first.headers, "content-length": ""} == {**second.headers, "content-length": ""}
+
+
+async def test_an_auth_token_is_sent_as_a_bearer_token(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "token-secret")
+    (received,) = await ask(upstream)
+    assert received.headers["authorization"] == "Bearer token-secret"
+
+
+async def test_a_base_url_may_have_a_path(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", f"{upstream.url}/gateway/eu")
+    upstream.pages["/gateway/eu/v1/messages"] = lambda _: reply("Hello")
+    (received,) = await ask(upstream)
+    assert (received.method, received.path) == ("POST", "/gateway/eu/v1/messages")
+
+
+# Credentials that can be renewed
+
+
+class Issuer:
+    """Gives out tokens for identity tokens, as the API does."""
+
+    def __init__(self, upstream: Upstream, lifetime: int = 3600) -> None:
+        self.lifetime = lifetime
+        self.answer: Answer | None = None
+        self.requests: list[Received] = []
+        upstream.pages["/v1/oauth/token"] = self._issue
+
+    def _issue(self, received: Received) -> Script:
+        self.requests.append(received)
+        if self.answer is not None:
+            return Script((self.answer,))
+        token = {"access_token": f"token-{len(self.requests)}", "expires_in": self.lifetime}
+        return Script((Answer(200, "application/json", json.dumps(token)),))
+
+
+@pytest.fixture
+def issuer(monkeypatch: pytest.MonkeyPatch, upstream: Upstream) -> Issuer:
+    monkeypatch.setenv("ANTHROPIC_IDENTITY_TOKEN", "an.identity.token")
+    monkeypatch.setenv("ANTHROPIC_FEDERATION_RULE_ID", "rule")
+    monkeypatch.setenv("ANTHROPIC_ORGANIZATION_ID", "organization")
+    return Issuer(upstream)
+
+
+async def test_a_federated_identity_is_exchanged_once_for_many_prompts(
+    upstream: Upstream, issuer: Issuer
+) -> None:
+    received = await ask(upstream, 3)
+    assert [each.headers["authorization"] for each in received] == ["Bearer token-1"] * 3
+    assert "oauth" in received[0].headers["anthropic-beta"]
+    assert len(issuer.requests) == 1
+
+
+async def test_a_token_that_the_api_refuses_is_renewed_and_the_prompt_sent_again(
+    upstream: Upstream, issuer: Issuer
+) -> None:
+    upstream.play(reply("One"), error(401, "authentication_error"), reply("Two"))
+    received = await ask(upstream, 2)
+    tokens = [each.headers["authorization"] for each in received]
+    assert tokens == ["Bearer token-1", "Bearer token-1", "Bearer token-2"]
+
+
+async def test_a_renewed_token_that_is_refused_too_is_the_end(
+    upstream: Upstream, issuer: Issuer
+) -> None:
+    upstream.default = Script((error(401, "authentication_error"),))
+    received = await ask(upstream)
+    assert [each.headers["authorization"] for each in received] == [
+        "Bearer token-1",
+        "Bearer token-2",
+    ]
+
+
+async def test_a_token_is_renewed_before_it_expires(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
+) -> None:
+    monkeypatch.setattr("wsserver.models.anthropic.model.TEMPLATE_TIME", 0.0)
+    issuer.lifetime = 20  # seconds, in which the SDK renews for each request
+    received = await ask(upstream, 2)
+    tokens = [each.headers["authorization"] for each in received]
+    assert tokens == ["Bearer token-1", "Bearer token-2"]
+
+
+async def test_a_key_that_the_api_refuses_is_not_sent_again(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    upstream.default = Script((error(401, "authentication_error"),))
+    assert len(await ask(upstream)) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, "credentials"), (401, "credentials"), (503, "upstream_error")]
+)
+async def test_an_exchange_that_fails_is_an_error_and_is_tried_for_the_next_prompt(
+    upstream: Upstream, issuer: Issuer, status: int, code: str
+) -> None:
+    issuer.answer = Answer(status, "application/json", '{"error": "no"}')
+    async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
+        async with client(server) as chat:
+            failed = (await chat.text((await chat.prompt())["id"]))[1]
+            issuer.answer = None
+            text, _ = await chat.text((await chat.prompt())["id"])
+    assert (failed["code"], text) == (code, "Hello world")
+
+
+async def test_an_issuer_that_cannot_be_reached_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:1")
+    async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
+        async with client(server) as chat:
+            failed = (await chat.text((await chat.prompt())["id"]))[1]
+    assert failed["code"] == "unreachable"
+
+
+async def test_a_profile_of_the_config_folder_is_used(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: Path
+) -> None:
+    for folder in ("configs", "credentials"):
+        (tmp_path / folder).mkdir()
+    config = {"authentication": {"type": "user_oauth"}, "base_url": upstream.url}
+    (tmp_path / "configs" / "work.json").write_text(json.dumps(config))
+    credentials = {"access_token": "token-of-profile", "expires_at": None}
+    (tmp_path / "credentials" / "work.json").write_text(json.dumps(credentials))
+    (tmp_path / "credentials" / "work.json").chmod(0o600)
+    monkeypatch.setenv("ANTHROPIC_PROFILE", "work")
+    monkeypatch.delenv("ANTHROPIC_BASE_URL")
+    (received,) = await ask(upstream)
+    assert received.headers["authorization"] == "Bearer token-of-profile"
+
+
+# What is found at the start
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ANTHROPIC_PROFILE", "does-not-exist"),
+        ("ANTHROPIC_API_KEY", ""),
+        ("ANTHROPIC_API_KEY", "sk-secret\n"),
+        ("ANTHROPIC_API_KEY", "sk-secrét"),
+        ("ANTHROPIC_BASE_URL", "ftp://example"),
+        ("ANTHROPIC_BASE_URL", "api.example"),
+        ("ANTHROPIC_BASE_URL", "http://[/"),
+        ("ANTHROPIC_BASE_URL", ""),
+    ],
+)
+def test_an_environment_that_cannot_work_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    if name == "ANTHROPIC_BASE_URL":
+        monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        Anthropic(MODEL, Settings())
+    assert "secr" not in str(refused.value)
+
+
+async def test_a_header_that_would_be_two_is_not_sent(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", "x-one: a\rx-two: b")
+    async with wsserver.serve(port=0, drain_timeout=0) as server, client(server) as chat:
+        failed = (await chat.text((await chat.prompt())["id"]))[1]
+    assert (failed["code"], upstream.requests) == ("internal", [])

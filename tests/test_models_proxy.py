@@ -1,0 +1,202 @@
+"""The proxies of the environment: which one a request takes, and the way through it."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+import wsserver
+from tests.support.client import client
+from tests.support.http_proxy import HttpProxy
+from tests.support.upstream import Upstream, certificate, refused_url, tls_server
+from wsserver.errors import ConfigError
+from wsserver.models.proxy import Proxy, proxy_for
+
+PROXY = "http://proxy.example:3128"
+
+
+# Which one
+
+
+@pytest.mark.parametrize(
+    ("environment", "scheme", "expected"),
+    [
+        ({}, "http", None),
+        ({"http": PROXY}, "http", ("proxy.example", 3128, False)),
+        ({"http": PROXY}, "https", None),
+        ({"https": PROXY}, "https", ("proxy.example", 3128, False)),
+        ({"all": PROXY}, "https", ("proxy.example", 3128, False)),
+        ({"all": PROXY, "https": "http://other.example:1"}, "https", ("other.example", 1, False)),
+        ({"all": "proxy.example"}, "http", ("proxy.example", 80, False)),
+        ({"all": "proxy.example:8080"}, "http", ("proxy.example", 8080, False)),
+        ({"all": "https://proxy.example"}, "http", ("proxy.example", 443, True)),
+        ({"all": "http://[::1]:3128"}, "http", ("::1", 3128, False)),
+        ({"http": ""}, "http", None),
+    ],
+)
+def test_the_proxy_is_that_of_the_scheme_or_of_all(
+    environment: dict[str, str], scheme: str, expected: tuple[str, int, bool] | None
+) -> None:
+    found = proxy_for(scheme, "api.example", 443, environment)
+    assert found == (None if expected is None else Proxy(*expected, authorization=None))
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "host", "port", "exempt"),
+    [
+        ("api.example", "api.example", 443, True),
+        ("API.Example", "api.example", 443, True),
+        ("example", "api.example", 443, True),
+        ("ample", "api.example", 443, False),
+        (".example", "api.example", 443, True),
+        (".api.example", "api.example", 443, False),
+        ("*.example", "api.example", 443, True),
+        ("*.api.example", "api.example", 443, False),
+        ("*", "api.example", 443, True),
+        ("other.test, api.example", "api.example", 443, True),
+        ("api.example:443", "api.example", 443, True),
+        ("api.example:444", "api.example", 443, False),
+        ("localhost", "localhost", 443, True),
+        ("localhost", "api.localhost", 443, False),
+        ("127.0.0.1", "127.0.0.1", 443, True),
+        ("127.0.0.1", "127.0.0.2", 443, False),
+        ("127.0.0.0/8", "127.1.2.3", 443, True),
+        ("127.0.0.0/8", "128.1.2.3", 443, False),
+        ("127.0.0.0/8", "api.example", 443, False),
+        ("::1", "::1", 443, True),
+        ("[::1]", "::1", 443, True),
+        ("[::1]:443", "::1", 443, True),
+        ("[::1]:444", "::1", 443, False),
+        ("fd00::/8", "fd00::1", 443, True),
+        ("https://api.example", "api.example", 443, True),
+        ("http://api.example", "api.example", 443, False),
+        ("all://*example", "api.example", 443, True),
+        ("https://example", "api.example", 443, False),
+        ("", "api.example", 443, False),
+        (",,", "api.example", 443, False),
+    ],
+)
+def test_no_proxy_exempts_names_addresses_networks_and_ports(
+    no_proxy: str, host: str, port: int, exempt: bool
+) -> None:
+    found = proxy_for("https", host, port, {"all": PROXY, "no": no_proxy})
+    assert (found is None) is exempt
+
+
+def test_credentials_of_a_proxy_are_decoded() -> None:
+    proxy = proxy_for("http", "api.example", 80, {"all": "http://us%40er:pa%3Ass@proxy.example"})
+    assert proxy is not None
+    assert proxy.authorization == b"Basic dXNAZXI6cGE6c3M="
+
+
+@pytest.mark.parametrize("address", ["socks5://proxy.example", "http://", "http://[", "ftp://x"])
+def test_an_address_that_is_no_http_proxy_is_an_error(address: str) -> None:
+    with pytest.raises(ConfigError):
+        proxy_for("http", "api.example", 80, {"all": address})
+
+
+# The way through
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as made:
+        yield made
+
+
+async def ask(monkeypatch: pytest.MonkeyPatch, url: str) -> dict[str, object]:
+    """Send two prompts to the model of that address, and return the terminal of the second."""
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
+        async with client(server) as chat:
+            await chat.text((await chat.prompt())["id"])
+            return (await chat.text((await chat.prompt())["id"]))[1]
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "certificate.pem").write_text(certificate())
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+
+
+@pytest.mark.parametrize("credentials", [None, "user:pass word"])
+@pytest.mark.parametrize("proxy_tls", [False, True])
+@pytest.mark.parametrize("api_tls", [False, True])
+@pytest.mark.usefixtures("trusted")
+async def test_prompts_go_through_the_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+    stack: AsyncExitStack,
+    credentials: str | None,
+    proxy_tls: bool,
+    api_tls: bool,
+) -> None:
+    upstream = await stack.enter_async_context(Upstream(tls=api_tls))
+    port = int(upstream.url.rpartition(":")[2])
+    proxy = await stack.enter_async_context(
+        HttpProxy(port, credentials, tls_server() if proxy_tls else None)
+    )
+    scheme, _, address = proxy.url.partition("://")
+    login = "" if credentials is None else credentials.replace(" ", "%20") + "@"
+    monkeypatch.setenv("HTTPS_PROXY" if api_tls else "HTTP_PROXY", f"{scheme}://{login}{address}")
+    done = await ask(monkeypatch, f"{'https' if api_tls else 'http'}://api.example")
+    assert done["type"] == "done"
+    assert proxy.accepted == 1, "one connection for both prompts"
+    assert [request.method for request in upstream.requests] == ["POST", "POST"]
+    (first,) = proxy.requests
+    if api_tls:
+        assert first == "CONNECT api.example:443 HTTP/1.1"
+        assert "proxy-authorization" not in upstream.requests[0].headers
+        assert upstream.requests[0].path == "/v1/messages"
+    else:
+        assert first == "POST http://api.example/v1/messages HTTP/1.1"
+    assert upstream.requests[0].headers["host"] == "api.example"
+
+
+async def test_a_certificate_behind_the_proxy_must_be_trusted(
+    monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
+) -> None:
+    upstream = await stack.enter_async_context(Upstream(tls=True))
+    proxy = await stack.enter_async_context(HttpProxy(int(upstream.url.rpartition(":")[2])))
+    monkeypatch.setenv("ALL_PROXY", proxy.url)
+    assert (await ask(monkeypatch, "https://api.example"))["code"] == "untrusted"
+    assert upstream.requests == []
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_name_that_the_certificate_does_not_have_is_not_trusted(
+    monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
+) -> None:
+    upstream = await stack.enter_async_context(Upstream(tls=True))
+    proxy = await stack.enter_async_context(HttpProxy(int(upstream.url.rpartition(":")[2])))
+    monkeypatch.setenv("ALL_PROXY", proxy.url)
+    assert (await ask(monkeypatch, "https://other.example"))["code"] == "untrusted"
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("status", [407, 502])
+async def test_a_proxy_that_refuses_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, status: int
+) -> None:
+    async with HttpProxy(1, refuse=status) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url)
+        failed = await ask(monkeypatch, f"{scheme}://api.example")
+    expected = "unreachable" if scheme == "https" else {407: "bad_request", 502: "upstream_error"}
+    assert failed["code"] == (expected if isinstance(expected, str) else expected[status])
+
+
+async def test_a_proxy_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with refused_url() as url:
+        monkeypatch.setenv("ALL_PROXY", url)
+        assert (await ask(monkeypatch, "https://api.example"))["code"] == "unreachable"
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_the_certificate_of_the_environment_is_trusted(
+    monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
+) -> None:
+    upstream = await stack.enter_async_context(Upstream(tls=True))
+    assert (await ask(monkeypatch, upstream.url))["type"] == "done"
+    assert len({received.peer for received in upstream.requests}) == 1

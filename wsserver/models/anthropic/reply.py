@@ -1,0 +1,188 @@
+"""One reply of the Messages API: from its events to pieces, usage and an end.
+
+https://platform.claude.com/docs/en/build-with-claude/streaming
+"""
+
+import itertools
+from time import monotonic
+from typing import Any
+
+from wsserver.content import Usage
+from wsserver.errors import Code, ModelError
+from wsserver.generation import End, Thinking
+from wsserver.models.anthropic.events import PLAIN_TEXT, Events, parse
+from wsserver.models.anthropic.failures import TransientError, of_event
+from wsserver.models.base import Take
+
+__all__ = ["Reply"]
+
+THINKING_RATE = 60  # tokens a second, about the rate of the API's models
+
+_THINKING_BLOCKS = ("thinking", "redacted_thinking")
+_COUNTS = (
+    "input_tokens",
+    "output_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+)
+
+
+class Reply:
+    """Reads the events of one attempt. The text of one read becomes one piece.
+
+    Args:
+        take: gets the pieces.
+        limit: output tokens at most.
+        spent: usage of the attempts before this one, which is added to this one's.
+
+    Attributes:
+        take: gets the pieces.
+        begun: whether there was any text.
+        spent: usage so far, of this attempt and of those before it; None if no attempt told any.
+    """
+
+    def __init__(self, take: Take, limit: int, spent: Usage | None) -> None:
+        self.begun = False
+        self.spent = spent
+        self.take = take
+        self._before = Usage() if spent is None else spent
+        self._limit = limit
+        self._thinking_since: float | None = None
+        self._thought = 0.0  # seconds
+        self._events = Events()
+        self._end: End | None = None
+        self._usage = Usage(estimated=True)
+        self._stop_reason: object = None
+        self._found: list[str | Usage] = []
+
+    def feed(self, chunk: bytes) -> bool:
+        """Read some bytes of the body, and return whether the reply is complete.
+
+        Raises:
+            ModelError: an event is an error or malformed, or the model refused.
+            TransientError: the same, and a new attempt may succeed.
+        """
+        try:
+            for event in self._events.feed(chunk):
+                if self._end is not None:  # nothing belongs to the reply after its end
+                    break
+                if (plain := PLAIN_TEXT.fullmatch(event)) is not None:
+                    self._found.append(plain[1].decode())
+                elif data := Events.data(event):
+                    self._receive(data)
+        except UnicodeDecodeError as error:
+            raise ModelError(Code.MALFORMED) from error
+        finally:  # the text before a failure counts
+            self._hand_on()
+        return self._end is not None
+
+    def end(self) -> End:
+        """Return how the reply ended.
+
+        Raises:
+            TransientError: the body ended before the reply did.
+        """
+        if self._end is None:
+            raise TransientError(ModelError(Code.INCOMPLETE))
+        return self._end
+
+    def close(self) -> None:
+        """Estimate the usage of a reply that ends before the API tells its counts.
+
+        The API shows a summary of the thinking, or nothing of it, and bills all of it. Until the
+        API tells the count, the time is the only measure.
+        """
+        self._stop_thinking()
+        if self._thought and self._usage.estimated:
+            tokens = min(round(self._thought * THINKING_RATE), self._limit)
+            self._usage = self._usage.but(thinking_tokens=tokens)
+            self.take(self._total())
+
+    def _total(self) -> Usage:
+        """Add this attempt's usage to the usage of the attempts before it."""
+        before, now = self._before, self._usage
+        sums = {name: getattr(before, name) + getattr(now, name) for name in _COUNTS}
+        self.spent = Usage(
+            **sums,
+            estimated=before.estimated or now.estimated,
+            thinking_tokens=before.thinking_tokens + now.thinking_tokens,
+        )
+        return self.spent
+
+    def _stop_thinking(self) -> None:
+        if self._thinking_since is not None:
+            self._thought += monotonic() - self._thinking_since
+            self._thinking_since = None
+
+    def _receive(self, data: bytes) -> None:
+        try:
+            event = parse(data)
+            match event["type"]:
+                case "content_block_delta":
+                    self._delta(event["delta"])
+                case "content_block_start":
+                    block = event["content_block"]
+                    if block.get("type") in _THINKING_BLOCKS:
+                        self._thinking_since = monotonic()
+                    self._found.append(_text(block.get("text") or ""))
+                case "content_block_stop":
+                    self._stop_thinking()
+                case "message_start":
+                    self._count(event["message"].get("usage") or {}, estimated=True)
+                case "message_delta":
+                    self._stop_reason = event["delta"].get("stop_reason") or self._stop_reason
+                    self._count(event.get("usage") or {}, estimated=False)
+                case "message_stop":
+                    self._stop()
+                case "error":
+                    raise of_event(event["error"])
+                case _:  # a `ping`, or an event of a later version, which the API says to ignore
+                    pass
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ModelError(Code.MALFORMED) from error
+
+    def _delta(self, delta: dict[str, Any]) -> None:
+        match delta["type"]:
+            case "text_delta":
+                self._found.append(_text(delta["text"]))
+            case "thinking_delta":
+                self._found.append(Thinking(_text(delta["thinking"])))
+            case _:  # a signature, a citation or a tool's input: not shown, but a sign of life
+                self._found.append("")
+
+    def _hand_on(self) -> None:
+        """Give ``take`` what was found, neighbouring text of one kind as one piece."""
+        found, self._found = self._found, []
+        if len(found) == 1 and type(found[0]) is str:
+            self.begun = self.begun or found[0] != ""
+            self.take(found[0])
+            return
+        for kind, pieces in itertools.groupby(found, type):
+            if kind is Usage:
+                for usage in pieces:
+                    self.take(usage)
+            else:
+                text = "".join(pieces)  # type: ignore[arg-type]
+                self.begun = self.begun or text != ""
+                self.take(kind(text))
+
+    def _count(self, counts: dict[str, Any], *, estimated: bool) -> None:
+        # The counts of `message_delta` are totals; it leaves out a count that has not changed.
+        known = {name: int(counts[name]) for name in _COUNTS if counts.get(name) is not None}
+        self._usage = self._usage.but(**known, estimated=estimated)
+        self._found.append(self._total())
+
+    def _stop(self) -> None:
+        if self._stop_reason is None:
+            raise TransientError(ModelError(Code.INCOMPLETE))
+        if not isinstance(self._stop_reason, str):
+            raise TypeError("the stop reason is no text")
+        if self._stop_reason == "refusal":
+            raise ModelError(Code.REFUSAL)
+        self._end = End(self._stop_reason, self._total())
+
+
+def _text(text: object) -> str:
+    if not isinstance(text, str):
+        raise TypeError("the text is no string")
+    return text

@@ -1,0 +1,75 @@
+"""The body of a request to the Messages API: arguments and breakpoints of the prompt cache.
+
+https://platform.claude.com/docs/en/api/messages
+"""
+
+from typing import Any
+
+from wsserver.generation import tokens_in
+from wsserver.models.base import Request
+from wsserver.settings import Settings
+
+__all__ = ["arguments"]
+
+LOOK_BACK = 20  # blocks at which the API looks for cached content, the breakpoint's own included
+MIN_CACHED = 1024  # tokens; the API caches nothing shorter
+
+_CACHED = {"type": "ephemeral"}
+
+
+def arguments(request: Request, settings: Settings, *, takes_temperature: bool) -> dict[str, Any]:
+    """Return the body of the request for a reply.
+
+    Args:
+        request: the conversation, and what the client wishes.
+        settings: how prompts are cached, and how the model thinks.
+        takes_temperature: whether the model accepts a temperature.
+    """
+    body: dict[str, Any] = {
+        "model": request.model,
+        "max_tokens": request.max_tokens,
+        "messages": _messages(request),
+        "stream": True,
+    }
+    if request.system:
+        body["system"] = request.system
+    if settings.prompt_caching:
+        _set_breakpoints(body)
+    thinking = settings.thinking
+    if thinking == "adaptive":
+        body["thinking"] = {"type": "adaptive", "display": "summarized"}
+    elif thinking == "disabled":
+        body["thinking"] = {"type": "disabled"}
+    elif thinking and int(thinking) < request.max_tokens:  # as the API demands
+        body["thinking"] = {"type": "enabled", "budget_tokens": int(thinking)}
+    # The API accepts no temperature but its default while a model thinks.
+    thinks = body.get("thinking", {}).get("type") in {"enabled", "adaptive"}
+    if request.temperature is not None and takes_temperature and not thinks:
+        body["temperature"] = request.temperature
+    return body
+
+
+def _messages(request: Request) -> list[dict[str, Any]]:
+    return [{"role": message.role, "content": message.content} for message in request.messages]
+
+
+def _set_breakpoints(body: dict[str, Any]) -> None:
+    """Set the breakpoints of the prompt cache.
+
+    The API writes the cache at each breakpoint, and reads it at a breakpoint or at one of the 20
+    blocks up to it. The breakpoint at the end finds the entry that the previous request wrote,
+    unless many prompts without a reply are in between: the requests of those prompts may have ended
+    before the API wrote anything. Then one more breakpoint is set where the last request with a
+    reply ended. A long system prompt has a breakpoint of its own, for other conversations.
+
+    https://platform.claude.com/docs/en/build-with-claude/prompt-caching
+    """
+    body["cache_control"] = _CACHED
+    if tokens_in(system := body.get("system", "")) >= MIN_CACHED:
+        body["system"] = [{"type": "text", "text": system, "cache_control": _CACHED}]
+    messages = body["messages"]
+    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = replies[-1] - 1 if replies else -1
+    if 0 <= asked < len(messages) - LOOK_BACK:
+        text = messages[asked]["content"]
+        messages[asked]["content"] = [{"type": "text", "text": text, "cache_control": _CACHED}]

@@ -1,0 +1,151 @@
+"""Anthropic's SDK: it says where requests go and with which headers, and sends none.
+
+The SDK knows the base URL, the key, profiles, the renewal of credentials, custom headers and
+whatever else the environment configures. It makes one request without a prompt, which is recorded
+and not sent. Prompts are then sent with the recorded headers: if the SDK made each request, that
+would cost more CPU than all the rest of a short reply. Only public names of the SDK and of httpx2
+are used.
+
+This module takes most of a second to import, so only :mod:`wsserver.models.anthropic.model` imports
+it, in a thread.
+"""
+
+import ssl
+from collections.abc import Mapping
+from typing import Any
+
+import anthropic
+import httpx2
+
+from wsserver.errors import Code, ConfigError, ModelError
+from wsserver.models.anthropic.failures import TransientError
+from wsserver.models.dial import Origin
+from wsserver.models.http import Template
+from wsserver.models.proxy import PORTS, proxy_for
+
+__all__ = ["Sdk"]
+
+_UNAUTHORIZED = 401
+_SERVER_ERROR = 500
+
+
+class _Recorder(httpx2.AsyncBaseTransport):
+    """Keeps the SDK's request and answers it with an empty stream.
+
+    Attributes:
+        request: the last request.
+        refuse: whether the next request is answered with 401, upon which the SDK renews its
+            credentials and asks again at once.
+    """
+
+    request: httpx2.Request
+
+    def __init__(self) -> None:
+        self.refuse = False
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.request = request
+        if self.refuse:
+            self.refuse = False
+            return httpx2.Response(_UNAUTHORIZED, headers={"retry-after-ms": "1"})
+        return httpx2.Response(200, headers={"content-type": "text/event-stream"})
+
+
+class Sdk:
+    """The SDK's client, as the environment configures it.
+
+    Args:
+        model: the id of the model.
+
+    Raises:
+        ConfigError: there are no credentials, or a profile or another setting of the environment
+            is broken.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._recorder = _Recorder()
+        http_client = httpx2.AsyncClient(
+            transport=self._recorder,
+            headers={"accept-encoding": "identity"},  # to decompress costs time for each token
+            trust_env=False,
+        )
+        try:
+            self._client = anthropic.AsyncAnthropic(
+                max_retries=1,  # of the recorded request, after its 401
+                timeout=httpx2.Timeout(None),
+                http_client=http_client,
+                open_telemetry=False,  # no request of the SDK's is real
+            )
+        except (anthropic.AnthropicError, httpx2.InvalidURL) as error:
+            raise ConfigError(f"model: {model}: {error}") from error
+        if not (self._client.auth_headers or self._client.credentials):
+            raise ConfigError(
+                f"model: {model} needs Anthropic credentials; set ANTHROPIC_API_KEY, "
+                "or try --model demo"
+            )
+        self._create = self._client.messages.with_raw_response.create  # imports its types
+        self.origin = _origin(self._client.base_url, {})
+        self._tls: ssl.SSLContext | None = None
+        try:
+            if self.origin.scheme == "https":
+                self.tls()
+        except OSError as error:
+            raise ConfigError("model: SSL_CERT_FILE or SSL_CERT_DIR cannot be read") from error
+
+    def tls(self) -> ssl.SSLContext:
+        """Return the trust settings of the environment and of the system."""
+        if self._tls is None:
+            self._tls = httpx2.create_ssl_context()
+            self._tls.set_alpn_protocols(["http/1.1"])
+        return self._tls
+
+    @property
+    def renews(self) -> bool:
+        """Whether the SDK has credentials that it can renew."""
+        return self._client.custom_auth is not None
+
+    async def record(self, *, renew: bool) -> Template:
+        """Return where requests go now, and their headers.
+
+        Args:
+            renew: whether to renew the credentials first, as the API has refused them.
+
+        Raises:
+            ModelError: the credentials cannot be had.
+            TransientError: the credentials cannot be had now.
+        """
+        self._recorder.refuse = renew
+        try:
+            await self._create(model=self._model, max_tokens=1, messages=[], stream=True)
+        except anthropic.WorkloadIdentityError as error:
+            if error.status_code is None:
+                raise TransientError(ModelError(Code.UNREACHABLE)) from error
+            if error.status_code >= _SERVER_ERROR:
+                raise TransientError(ModelError(Code.UPSTREAM_ERROR)) from error
+            raise ModelError(Code.CREDENTIALS) from error
+        except anthropic.APIConnectionError as error:
+            raise TransientError(ModelError(Code.UNREACHABLE)) from error
+        except anthropic.AnthropicError as error:
+            raise ModelError(Code.CREDENTIALS) from error
+        request = self._recorder.request
+        origin = _origin(request.url, request.extensions)
+        return Template.make(origin, request.url.raw_path, request.headers.raw)
+
+    async def aclose(self) -> None:
+        """Close what the SDK holds."""
+        await self._client.close()
+
+
+def _origin(url: httpx2.URL, extensions: Mapping[str, Any]) -> Origin:
+    """Return where a URL leads.
+
+    Raises:
+        ConfigError: the scheme is not supported, or that of the proxy.
+    """
+    if url.scheme not in PORTS:
+        raise ConfigError(f"model: {url.scheme}:// is not supported")
+    host = url.raw_host.decode("ascii")
+    port = url.port or PORTS[url.scheme]
+    server_name = extensions.get("sni_hostname") or host
+    return Origin(url.scheme, host, port, server_name, proxy_for(url.scheme, host, port))

@@ -1,0 +1,236 @@
+"""How a connection to a server is made: TCP, a proxy's tunnel, TLS."""
+
+import asyncio
+import contextlib
+import re
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from wsserver.models.h1 import Connection
+from wsserver.models.proxy import Proxy
+from wsserver.models.response import HttpError
+
+__all__ = ["CannotConnect", "ConnectTimeout", "Origin", "ProxyRefused", "Untrusted", "dial"]
+
+ATTEMPT_DELAY = 0.25  # seconds before the next address is tried as well (RFC 8305 section 5)
+MAX_TUNNEL_HEAD = 65_536  # bytes of a proxy's answer
+
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: |\r\n)")
+
+Address = tuple[Any, ...]
+
+
+class CannotConnect(HttpError):
+    """No connection could be made: no address, none that answers, or TLS failed."""
+
+
+class ConnectTimeout(CannotConnect):
+    """No connection could be made in time."""
+
+
+class Untrusted(CannotConnect):
+    """The certificate of the server or of the proxy is not trusted."""
+
+
+class ProxyRefused(CannotConnect):
+    """The proxy opened no tunnel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where requests go.
+
+    Attributes:
+        scheme: ``http`` or ``https``.
+        host: name or address, in ASCII.
+        port: the port.
+        server_name: the name in the TLS handshake, which the certificate must have.
+        proxy: what connections go through.
+    """
+
+    scheme: str
+    host: str
+    port: int
+    server_name: str
+    proxy: Proxy | None = None
+
+
+async def dial(
+    origin: Origin, tls: Callable[[], ssl.SSLContext], make: Callable[[], Connection]
+) -> Connection:
+    """Connect to an origin.
+
+    Args:
+        origin: where to.
+        tls: gives the trust settings, if TLS is needed.
+        make: makes the protocol of the connection.
+
+    Raises:
+        CannotConnect: it could not.
+    """
+    proxy = origin.proxy
+    target = origin if proxy is None else proxy
+    sock = None
+    try:
+        sock = await _connect(target.host, target.port)
+        return await _secure(sock, origin, tls, make)
+    except ssl.SSLCertVerificationError as error:
+        raise Untrusted(error.verify_message) from error
+    except OSError as error:  # ssl.SSLError among them
+        raise CannotConnect(str(error)) from error
+    except UnicodeError as error:  # a name that is too long for DNS
+        raise CannotConnect("the name of the host is malformed") from error
+
+
+async def _secure(
+    sock: socket.socket,
+    origin: Origin,
+    tls: Callable[[], ssl.SSLContext],
+    make: Callable[[], Connection],
+) -> Connection:
+    loop = asyncio.get_running_loop()
+    proxy = origin.proxy
+    outer: dict[str, Any] = {}
+    if proxy is not None and proxy.tls:
+        outer = {"ssl": tls(), "server_hostname": proxy.host}
+    elif proxy is None and origin.scheme == "https":
+        outer = {"ssl": tls(), "server_hostname": origin.server_name}
+    if proxy is None or origin.scheme == "http":  # such a proxy gets the request itself
+        _, connection = await loop.create_connection(make, sock=sock, **outer)
+        return connection
+    transport, tunnel = await loop.create_connection(_Tunnel, sock=sock, **outer)
+    try:
+        await tunnel.open(origin, proxy)
+        connection = make()
+        secure = await loop.start_tls(
+            transport, connection, tls(), server_hostname=origin.server_name
+        )
+    except BaseException:
+        transport.abort()
+        raise
+    if secure is None:
+        raise ConnectionResetError("the connection closed in the TLS handshake")
+    connection.connection_made(secure)
+    return connection
+
+
+async def _connect(host: str, port: int) -> socket.socket:
+    """Connect to the first of a host's addresses that answers (RFC 8305)."""
+    loop = asyncio.get_running_loop()
+    found = _literal(host, port) or await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = _interleave(found)
+    if len(addresses) == 1:
+        return await _attempt(*addresses[0])
+    attempts: set[asyncio.Task[socket.socket]] = set()
+    failure: BaseException = OSError("the host has no address")
+    try:
+        while addresses or attempts:
+            if addresses:
+                attempts.add(loop.create_task(_attempt(*addresses.pop(0))))
+            done, attempts = await asyncio.wait(
+                attempts,
+                timeout=ATTEMPT_DELAY if addresses else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            for attempt in done:
+                error = attempt.exception()
+                if error is None:
+                    attempts |= done - {attempt}
+                    return attempt.result()
+                failure = error
+    finally:
+        for attempt in attempts:
+            attempt.add_done_callback(_discard)
+            attempt.cancel()
+    raise failure
+
+
+def _literal(host: str, port: int) -> list[tuple[Any, ...]]:
+    """Return what ``getaddrinfo`` would say of an address, without a thread of its own."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, host)
+            return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
+    return []
+
+
+def _interleave(found: Sequence[tuple[Any, ...]]) -> list[tuple[int, Address]]:
+    """Order addresses so that those of IPv6 and IPv4 take turns, beginning with the first one's."""
+    families: dict[int, list[tuple[int, Address]]] = {}
+    for family, _, _, _, address in found:
+        families.setdefault(family, []).append((family, address))
+    ordered: list[tuple[int, Address]] = []
+    while any(families.values()):
+        ordered += [addresses.pop(0) for addresses in families.values() if addresses]
+    return ordered
+
+
+async def _attempt(family: int, address: Address) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)  # noqa: FBT003
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _discard(attempt: asyncio.Task[socket.socket]) -> None:
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
+class _Tunnel(asyncio.Protocol):
+    """Asks a proxy for a connection to another server (RFC 9110 section 9.3.6)."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._received = b""
+        self._opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def open(self, origin: Origin, proxy: Proxy) -> None:
+        """Open the tunnel.
+
+        Raises:
+            ProxyRefused: the proxy answered with anything else than 2xx.
+            OSError: the connection to the proxy ended.
+        """
+        assert self._transport is not None
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        target = f"{host}:{origin.port}".encode("ascii")
+        request = b"CONNECT %b HTTP/1.1\r\nhost: %b\r\n" % (target, target)
+        if proxy.authorization is not None:
+            request += b"proxy-authorization: %b\r\n" % proxy.authorization
+        self._transport.write(request + b"\r\n")
+        await self._opened
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._opened.done():
+            return
+        self._received += data
+        head, end, rest = self._received.partition(b"\r\n\r\n")
+        if not end and len(head) <= MAX_TUNNEL_HEAD:
+            return
+        status = _STATUS_LINE.match(head + end)
+        if not end or status is None or rest:  # a server of TLS says nothing before its client
+            self._fail(ProxyRefused("the proxy sent no answer that is one"))
+        elif not status[1].startswith(b"2"):
+            self._fail(ProxyRefused(f"the proxy answered {status[1].decode()}"))
+        else:
+            self._opened.set_result(None)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        if not self._opened.done():
+            self._fail(ConnectionResetError("the proxy closed the connection"))
+
+    def _fail(self, error: Exception) -> None:
+        self._opened.set_exception(error)
+        self._opened.exception()  # whoever waited may have been cancelled

@@ -1,0 +1,289 @@
+"""One HTTP/1.1 connection to a model's API, which carries one request at a time (RFC 9112).
+
+`httptools` parses the responses. The bytes of a body are handed on in the call that reads them from
+the socket, without a coroutine in between: a token costs one callback.
+"""
+
+import asyncio
+import select
+from collections.abc import Callable
+from typing import cast
+
+import httptools
+
+from wsserver.models.response import (
+    ClosedEarly,
+    HttpError,
+    MalformedResponse,
+    NoResponse,
+    Response,
+)
+
+__all__ = ["Connection"]
+
+MAX_HEAD = 65_536  # bytes of a response's status line and headers, interim responses included
+WRITE_SIZE = 65_536  # bytes of a request's body that are written at once
+DRAIN_TIME = 1.0  # seconds for the end of a body that nobody reads; then the connection is closed
+DRAIN_SIZE = 65_536  # bytes of a body that nobody reads; then the connection is closed
+
+_SWITCHING_PROTOCOLS = 101
+_OK = 200
+_BODILESS = (204, 304)
+
+
+class Connection(asyncio.Protocol):
+    """The protocol of one connection.
+
+    Args:
+        on_free: called when the connection can carry another request.
+        on_lost: called when the connection has closed.
+    """
+
+    def __init__(
+        self, on_free: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
+    ) -> None:
+        self.idle_since = 0.0
+        self._on_free = on_free
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._response: Response | None = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._body: list[bytes] = []
+        self._head_size = 0
+        self._ended = False  # the response, in the bytes that are being parsed
+        self._interim = False
+        self._until_close = False
+        self._reusable = True
+        self._closing = False
+        self._writable: asyncio.Future[None] | None = None
+        self._paused = False
+        self._drain_timer: asyncio.TimerHandle | None = None
+        self._drained = 0
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # Requests.
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request can be sent: the connection is open, and nothing has arrived unasked.
+
+        An idle connection that is readable has been closed by the server, or says something that
+        nobody asked for. The event loop may not have noticed yet.
+        """
+        if self._closing or self._transport is None or self._transport.is_closing():
+            return False
+        readable = select.poll()
+        readable.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return not readable.poll(0)
+
+    async def send(self, head: bytes, body: bytes) -> Response:
+        """Send a request, and return its response as soon as the response begins.
+
+        Args:
+            head: request line and headers, with the empty line at their end.
+            body: the body, whose size the head tells.
+
+        Raises:
+            NoResponse: the connection ended before the response began.
+            MalformedResponse: what came is no response.
+        """
+        assert self._transport is not None
+        assert self._response is None
+        self._head_size = 0
+        self._interim = self._ended = self._until_close = False
+        response = self._response = Response(self)
+        try:
+            if len(body) <= WRITE_SIZE:
+                self._transport.write(head + body)
+            else:
+                self._transport.write(head)
+                await self._upload(body, response)
+            await response.head
+        except BaseException:
+            if response.head.done() and not response.head.cancelled():
+                response.head.exception()  # which nobody may have asked for yet
+            await self.close_for(response)
+            raise
+        return response
+
+    async def _upload(self, body: bytes, response: Response) -> None:
+        """Write a large body as fast as the server reads it."""
+        assert self._transport is not None
+        view = memoryview(body)
+        for start in range(0, len(view), WRITE_SIZE):
+            if self._paused and not response.head.done():
+                self._writable = asyncio.get_running_loop().create_future()
+                await asyncio.wait(
+                    {self._writable, response.head}, return_when=asyncio.FIRST_COMPLETED
+                )
+            if response.head.done():  # a 413, for example
+                self._reusable = False
+                return
+            self._transport.write(view[start : start + WRITE_SIZE])
+
+    def drain(self, response: Response) -> None:
+        """Discard the rest of a body. Close the connection if the rest is long."""
+        if response is self._response and self._drain_timer is None:
+            self._drained = 0
+            self._drain_timer = asyncio.get_running_loop().call_later(DRAIN_TIME, self.abort)
+            self.resume_reading()
+
+    async def close_for(self, response: Response) -> None:
+        """Close the connection, if it still carries this exchange."""
+        if response is self._response and self._drain_timer is None:
+            self.abort()
+            await self.wait_closed()
+
+    def abort(self) -> None:
+        """Close the connection without a farewell: a closing handshake of TLS would take time."""
+        self._closing = True
+        self._response = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until the connection has closed."""
+        await asyncio.shield(self._lost)
+
+    def pause_reading(self) -> None:
+        """Read no more until :meth:`resume_reading`."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    # For the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport."""
+        self._transport = cast("asyncio.Transport", transport)
+        if self._closing:
+            self._transport.abort()
+
+    def pause_writing(self) -> None:
+        """Stop an upload: the write buffer is full."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """Go on with an upload."""
+        self._paused = False
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the exchange: only a body that lasts until the connection closes ends well."""
+        self._closing = True
+        response, self._response = self._response, None
+        self._cancel_drain()
+        if response is not None:
+            if not response.head.done():
+                response.fail(NoResponse("the connection ended before the response began"))
+            elif self._until_close and exc is None:
+                response.finish()
+            else:
+                response.fail(ClosedEarly("the connection ended before the body did"))
+        self._lost.set_result(None)
+        self._on_lost(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse some bytes, and hand on what they have of a body."""
+        response = self._response
+        if response is None:  # nothing was asked
+            self.abort()
+            return
+        failure: Exception | None = None
+        begun = response.head.done()
+        try:
+            if not begun:
+                self._head_size += len(data)
+            self._parser.feed_data(data)
+            if not begun and self._head_size > MAX_HEAD and not response.head.done():
+                raise MalformedResponse("the response has too many headers")
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, HttpError) as error:
+            failure = error
+        if self._body:
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body.clear()
+            if self._drain_timer is None:
+                response.receive(body)
+            else:
+                self._drained += len(body)
+        if self._ended:
+            self._finish(response, reusable=self._reusable and failure is None)
+        elif failure is not None:
+            cause = failure.__context__  # an error of a callback below
+            response.fail(
+                cause if isinstance(cause, HttpError) else MalformedResponse(str(failure))
+            )
+            self.abort()
+        elif self._drained > DRAIN_SIZE:
+            self.abort()
+
+    def _finish(self, response: Response, *, reusable: bool) -> None:
+        assert self._transport is not None
+        if self._response is not response:  # `take` has closed the connection
+            return
+        self._response = None
+        self._cancel_drain()
+        response.finish()
+        if reusable and not self._transport.get_write_buffer_size():
+            self._on_free(self)
+        else:
+            self.abort()
+
+    def _cancel_drain(self) -> None:
+        if self._drain_timer is not None:
+            self._drain_timer.cancel()
+            self._drain_timer = None
+
+    # For the parser. What follows the end of the response is not looked at: nobody asked for it.
+
+    def on_message_begin(self) -> None:
+        """Begin a response."""
+        if self._ended:
+            self._reusable = False
+        else:
+            self._headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; ignore a trailer."""
+        if self._ended or self._response is None or self._response.head.done():  # a trailer
+            return
+        self._headers.append((name.lower(), value.strip()))
+
+    def on_headers_complete(self) -> None:
+        """Begin the body; skip an interim response."""
+        response = self._response
+        if self._ended or response is None:
+            return
+        status = self._parser.get_status_code()
+        if status < _OK:
+            if status == _SWITCHING_PROTOCOLS:
+                raise MalformedResponse("101 was not asked for")
+            self._interim = True
+            return
+        if sum(len(name) + len(value) + 4 for name, value in self._headers) > MAX_HEAD:
+            raise MalformedResponse("the response has too many headers")
+        codings = [value for name, value in self._headers if name == b"transfer-encoding"]
+        if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
+            raise MalformedResponse("the response has an unknown transfer coding")
+        self._reusable = self._reusable and self._parser.should_keep_alive()
+        sized = codings or any(name == b"content-length" for name, _ in self._headers)
+        self._until_close = not sized and status not in _BODILESS
+        response.begin(status, self._headers)
+
+    def on_body(self, data: bytes) -> None:
+        """Keep a part of the body until all the read has been parsed."""
+        if not self._ended:
+            self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        """End the response."""
+        if self._interim:
+            self._interim = False
+        else:
+            self._ended = True

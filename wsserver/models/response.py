@@ -1,0 +1,242 @@
+"""A response of a model's API, whose body is read by callback."""
+
+import asyncio
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from wsserver.errors import WsserverError
+
+__all__ = [
+    "ClosedEarly",
+    "DamagedBody",
+    "HttpError",
+    "MalformedResponse",
+    "NoResponse",
+    "Response",
+]
+
+MAX_UNREAD = 65_536  # bytes of a body that wait for a reader before the socket is read no more
+MAX_BUFFER = 1_048_576  # bytes of a decompressed body that wait for a reader
+INFLATE_SIZE = 65_536  # bytes that one step of decompression makes at most
+
+
+class Source(Protocol):
+    """The connection that a response comes from."""
+
+    def pause_reading(self) -> None:
+        """Read no more until :meth:`resume_reading`."""
+
+    def resume_reading(self) -> None:
+        """Read on."""
+
+    def drain(self, response: "Response") -> None:
+        """Discard the rest of the body."""
+
+    async def close_for(self, response: "Response") -> None:
+        """Close the connection, if it still carries the response."""
+
+
+class HttpError(WsserverError):
+    """The exchange with the server failed."""
+
+
+class NoResponse(HttpError):
+    """The connection ended before the response began."""
+
+
+class MalformedResponse(HttpError):
+    """What the server sent is no HTTP/1.1 response, or one with too many headers."""
+
+
+class ClosedEarly(HttpError):
+    """The connection ended before the body did."""
+
+
+class DamagedBody(HttpError):
+    """The body cannot be decompressed."""
+
+
+class Response:
+    """A response, whose body is read by callback.
+
+    Attributes:
+        status: the status code.
+        headers: names in lower case, and values, as they came.
+        complete: whether the whole body has arrived.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "_decoder",
+        "_error",
+        "_over",
+        "_source",
+        "_take",
+        "complete",
+        "head",
+        "headers",
+        "status",
+    )
+
+    def __init__(self, source: Source) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.complete = False
+        self.head: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._source = source
+        self._buffer = bytearray()
+        self._take: Callable[[bytes], bool] | None = None
+        self._over: asyncio.Future[bool] | None = None
+        self._error: Exception | None = None
+        self._decoder: _Decoder | None = None
+
+    def header(self, name: bytes) -> bytes | None:
+        """Return the value of a header; the values of repeated ones as one list."""
+        values = [value for key, value in self.headers if key == name]
+        return b", ".join(values) if values else None
+
+    async def read_body(self, take: Callable[[bytes], bool]) -> bool:
+        """Give the body to a callback: what has arrived by now, then each read as it is made.
+
+        Args:
+            take: called with some bytes. It returns True if it needs no more. An exception that it
+                raises ends the reading too, and is raised here.
+
+        Returns:
+            Whether the body has ended; False if ``take`` needs no more.
+
+        Raises:
+            ClosedEarly: the connection ended before the body did.
+            DamagedBody: the body cannot be decompressed.
+            MalformedResponse: the framing of the body is malformed.
+        """
+        if self._buffer:
+            data = bytes(self._buffer)
+            self._buffer.clear()
+            self._source.resume_reading()
+            if take(data):
+                return False
+        if self._error is not None:
+            raise self._error
+        if self.complete:
+            return True
+        self._take = take
+        self._over = asyncio.get_running_loop().create_future()
+        try:
+            return await self._over
+        finally:
+            self._take = self._over = None
+
+    def release(self) -> None:
+        """Read no more. The connection serves another request if the body ends soon."""
+        self._source.drain(self)
+
+    async def aclose(self) -> None:
+        """Close the connection, unless the body has ended or was released.
+
+        The connection is closed when this returns.
+        """
+        await self._source.close_for(self)
+
+    # For the connection.
+
+    def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Take the status and the headers."""
+        self.status, self.headers = status, headers
+        coding = (self.header(b"content-encoding") or b"identity").lower()
+        if coding != b"identity":
+            self._decoder = _Decoder(coding)
+        if not self.head.done():
+            self.head.set_result(None)
+
+    def receive(self, data: bytes) -> None:
+        """Take a part of the body."""
+        if self._error is not None:
+            return
+        if self._decoder is None:
+            self._deliver(data)
+            return
+        try:
+            for part in self._decoder.decode(data):
+                self._deliver(part)
+        except DamagedBody as error:
+            self.fail(error)
+
+    def finish(self) -> None:
+        """Take the end of the body."""
+        self.complete = True
+        if self._decoder is not None and not self._decoder.finished:
+            self.fail(DamagedBody("the compressed data is cut"))
+        elif self._over is not None and not self._over.done():
+            self._over.set_result(True)
+
+    def fail(self, error: Exception) -> None:
+        """Take the failure of the exchange."""
+        if not self.head.done():
+            self.head.set_exception(error)
+        elif self._error is None:
+            self._error = error
+            if self._over is not None and not self._over.done():
+                self._over.set_exception(error)
+
+    def _deliver(self, data: bytes) -> None:
+        take, over = self._take, self._over
+        if take is None or over is None or over.done():
+            self._buffer += data
+            if len(self._buffer) > MAX_BUFFER:
+                raise DamagedBody("the body is too large when decompressed")
+            if len(self._buffer) > MAX_UNREAD:
+                self._source.pause_reading()
+            return
+        try:
+            if take(data) and not over.done():
+                over.set_result(False)
+        except Exception as error:  # noqa: BLE001
+            if not over.done():  # `take` may have cancelled the reader
+                over.set_exception(error)
+
+
+class _Decoder:
+    """Undoes the content coding of a body.
+
+    Raises:
+        DamagedBody: the coding is unknown.
+    """
+
+    __slots__ = ("_inflate", "_raw_allowed", "_started")
+
+    def __init__(self, coding: bytes) -> None:
+        if coding not in {b"gzip", b"x-gzip", b"deflate"}:
+            raise DamagedBody("the body has a content coding that was not asked for")
+        # `deflate` is zlib's format (RFC 9110 section 8.4.1.2), but some servers send it bare.
+        self._raw_allowed = coding == b"deflate"
+        self._inflate = zlib.decompressobj(zlib.MAX_WBITS if self._raw_allowed else 31)
+        self._started = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the compressed data has come to its end, or never began."""
+        return self._inflate.eof or not self._started
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
+        """Decompress in steps of bounded size.
+
+        Raises:
+            DamagedBody: the data is not in the format of the coding.
+        """
+        try:
+            yield from self._decode(data)
+        except zlib.error as error:
+            if self._started or not self._raw_allowed:
+                raise DamagedBody("the compressed data is damaged") from error
+            self._inflate, self._raw_allowed = zlib.decompressobj(-zlib.MAX_WBITS), False
+            yield from self.decode(data)
+
+    def _decode(self, data: bytes) -> Iterator[bytes]:
+        while data and not self._inflate.eof:
+            part = self._inflate.decompress(data, INFLATE_SIZE)
+            self._started = True
+            data = self._inflate.unconsumed_tail
+            if part:
+                yield part
