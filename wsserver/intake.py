@@ -1,4 +1,4 @@
-"""What a model says, on its way into the log: checked, cut to size and counted."""
+"""The way of a model's pieces into the log: each is checked, cut to size and counted."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -13,17 +13,16 @@ from wsserver.settings import Settings
 
 __all__ = ["Intake"]
 
-CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces ask for any
+CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces take any
+PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serves others
+
 Stop = Callable[[Generation, StoppedBy], None]
-
-PIECES_PER_TURN = 16  # taken from a model that never waits, before others get their turn
-
 
 _END_TURN = End()
 
 
 class _Enough(Exception):
-    """The reply has ended, whatever else the model would say."""
+    """The reply has ended. The model's other pieces are dropped."""
 
 
 class Intake:
@@ -34,7 +33,7 @@ class Intake:
         settings: the sizes of a reply and of its frames.
         memory: counts the bytes of the log.
         time: the event loop's clock.
-        stop: stops the generation when nobody reads it and it has cost what it may.
+        stop: stops a generation that nobody reads, once its unread tokens are over the limit.
     """
 
     __slots__ = (
@@ -103,7 +102,7 @@ class Intake:
 
         Raises:
             _Enough: the reply has ended.
-            TypeError: the piece is nothing that a model may say.
+            TypeError: a model must not yield this.
         """
         generation = self._generation
         if isinstance(piece, Usage):  # counts after a stop too
@@ -121,10 +120,9 @@ class Intake:
             raise TypeError(f"a model yielded {type(piece).__name__}")
 
     def _joined(self, piece: str) -> str:
-        """Return a piece after the half of a surrogate pair that came before it.
+        """Join a piece with the half of a surrogate pair from the piece before.
 
-        A half at the end of the piece is kept for the next one. A half that is left alone becomes
-        U+FFFD.
+        A half at the end is kept for the next piece. A half without its other half becomes U+FFFD.
         """
         if not piece:
             return piece
@@ -140,7 +138,7 @@ class Intake:
         return well_formed(kind(text))
 
     def _flush(self) -> None:
-        """Append the half of a surrogate pair that nothing completed, as U+FFFD."""
+        """Append the last half of a surrogate pair as U+FFFD: no other half came."""
         half, self._half = self._half, ""
         if half and self._generation.state is State.RUNNING:
             self._generation.log.append(well_formed(half))
@@ -165,25 +163,24 @@ class Intake:
             raise _Enough
 
     def _take_memory(self) -> None:
-        """Take memory for what the log has grown by, and some in advance.
+        """Take memory for this piece and the next ones. The first piece always does.
 
         Raises:
-            _Enough: the account or the process holds as much as it may. The reply ends as one that
-                is longer than the server allows.
+            _Enough: there is no memory. The reply ends with the reason ``max_tokens``.
         """
-        if self._generation.spoke is None:  # the first piece takes the first memory
-            self._generation.spoke = self._generation.heard
-        size = CHUNK - self._left
-        if not self._memory.take(self._generation.account, size):
+        generation, size = self._generation, CHUNK - self._left
+        if not self._memory.take(generation.account, size):
             self._end = End("max_tokens")
             raise _Enough
-        self._generation.memory += size
+        generation.memory += size
         self._left = CHUNK
+        if generation.spoke is None:
+            generation.spoke = generation.heard
 
     def _append_in_parts(self, text: str) -> None:
-        """Append what was said all at once, as far as it goes, in parts that a frame can hold."""
-        said = min(len(text), self._room)
-        for start in range(0, said, self._size):
-            part = text[start : min(start + self._size, said)]
+        """Append a long piece in parts that fit a frame, up to the size of a reply."""
+        size = min(len(text), self._room)
+        for start in range(0, size, self._size):
+            part = text[start : min(start + self._size, size)]
             self._generation.log.append(type(text)(part))
         self._room -= len(text)

@@ -1,7 +1,7 @@
-"""Saves what logs say: a follower of each, which writes for all of them in batches.
+"""Saves generations to the store: it follows all logs, and writes in batches.
 
-The stream never waits for it. A terminal does: it is saved before anyone is told, so that no
-client knows of an end that a crash could undo.
+No piece waits for the store. A terminal does: the journal saves a terminal before any client gets
+it, so that a crash cannot undo an end that a client knows.
 """
 
 import asyncio
@@ -21,13 +21,24 @@ __all__ = ["Journal", "Record"]
 
 LONGEST_PAUSE = 5.0  # seconds between two tries to save what could not be saved
 MOST_DOUBLINGS = 16  # of the pause between two tries
-MOST_KEPT = 1000  # ended generations that wait to be saved after all
+MOST_KEPT = 1000  # ended generations that wait to be saved; the oldest ones are given up first
 MOST_KEPT_SIZE = 67_108_864  # bytes of their pieces
-PROBE_EVERY = 1.0  # seconds between two probes at most, as anyone may ask for one
+PROBE_EVERY = 1.0  # seconds between two probes at least, as anyone may request one
 
 
 class Record:
-    """How far one generation is saved. A follower of its log."""
+    """How far one generation is saved. A follower of its log.
+
+    Attributes:
+        header: what was accepted.
+        log: the pieces.
+        new: the store has to create the generation.
+        lost: no attempt can save it.
+        deleted: its conversation was deleted.
+        terminal: its end; None until :meth:`Journal.end`.
+        unsaid: the prompt was taken back before the model was asked.
+        on_saved: called once with whether the end was saved.
+    """
 
     __slots__ = (
         "_journal",
@@ -45,11 +56,11 @@ class Record:
 
     def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
         self._journal = journal
-        self.lost = False  # no attempt can save it
-        self.deleted = False  # its conversation was deleted
-        self.new = True  # the store has to make the generation
-        self._saved = 0  # the seq up to which it is saved
-        self._size = -1  # bytes of its pieces, once it has ended and they have been counted
+        self.lost = False
+        self.deleted = False
+        self.new = True
+        self._saved = 0  # the seq of the last piece that is saved
+        self._size = -1  # bytes of the pieces; -1 until they are counted
         self.header = header
         self.log = log
         self.terminal: Terminal | None = None
@@ -57,7 +68,7 @@ class Record:
         self.on_saved: Callable[[bool], None] = _nobody
 
     def wake(self) -> None:
-        """There is more to save, in a while."""
+        """Save the new piece with the next batch."""
         self._journal.note(self)
 
     def entry(self) -> Entry:
@@ -66,7 +77,7 @@ class Record:
         return Entry(self.header, self.new, self._saved, pieces, self.terminal, self.unsaid)
 
     def saved(self, entry: Entry) -> None:
-        """What :meth:`entry` returned has been saved."""
+        """Note that an entry is saved."""
         self.new = False
         self._saved = entry.after + len(entry.pieces)
 
@@ -86,10 +97,10 @@ class Journal:
     """The one writer of a store.
 
     Args:
-        store: where to.
-        interval: seconds between two batches, unless a terminal is waiting.
-        timeout: seconds for a batch, after which its terminals go out as not saved.
-        metrics: what learns how long the store takes.
+        store: where to save.
+        interval: seconds between two batches, unless a terminal waits.
+        timeout: seconds for a batch, after which its terminals go to the clients as not saved.
+        metrics: the numbers to count in.
     """
 
     def __init__(self, store: Store, interval: float, timeout: float, metrics: Metrics) -> None:
@@ -97,25 +108,26 @@ class Journal:
         self._interval = interval
         self._timeout = timeout
         self._metrics = metrics
-        self._batched: list[Record] = []  # of the batch under way
-        self._unsaved: dict[Record, None] = {}  # in the order in which it came
-        self._late: dict[Record, None] = {}  # of `_unsaved`: told as not saved, after their end
+        self._batched: list[Record] = []  # the records of the batch under way
+        self._unsaved: dict[Record, None] = {}  # the others with something to save, in order
+        self._late: dict[Record, None] = {}  # ended, and still to be saved after a failure
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._probe: asyncio.Task[None] | None = None
         self._unwell = False  # the last probe failed
         self._probed = 0.0  # when the last probe began, by the event loop's clock
-        self._batch: asyncio.Future[None] | None = None  # done when the batch under way is
+        self._batch: asyncio.Future[None] | None = None  # done when the batch under way ends
         self._failures = 0  # in a row
         self._closed = False
 
     def begin(self, header: Header, log: Log[Terminal], *, waits: bool = False) -> Record:
-        """Save a generation from its beginning on.
+        """Begin to save a generation.
 
         Args:
             header: what was accepted.
             log: the pieces to come.
-            waits: the prompt waits for others. It is saved at once, as nothing else tells of it.
+            waits: the prompt waits for another reply. It is saved at once: until it runs, no piece
+                would have it saved.
         """
         record = Record(self, header, log)
         log.followers.append(record)
@@ -149,7 +161,7 @@ class Journal:
         self.note(record)
 
     def note(self, record: Record) -> None:
-        """Save what is new of a generation with the next batch."""
+        """Save the new part of a generation with the next batch."""
         if record.lost:
             return
         self._unsaved[record] = None
@@ -177,8 +189,8 @@ class Journal:
                 self._late.pop(record, None)
 
     async def flush(self) -> None:
-        """Wait until all that was said before now is saved, or could not be."""
-        # The batch under way may have been taken before; the one after it has all there is.
+        """Wait until everything up to now is saved, or has failed to be saved."""
+        # The batch under way may lack the newest pieces. The batch after it has them.
         for _ in range(2):
             if self._writer is None:
                 return
@@ -188,9 +200,9 @@ class Journal:
             await asyncio.shield(self._batch)
 
     async def probe(self) -> None:
-        """Find out whether the store saves, by trying, once a second at most.
+        """Find out whether the store saves, by a write, once a second at most.
 
-        While the journal itself cannot save, that is the answer: it tries again all the time.
+        While the journal itself fails to save, no write is needed: the journal tries all the time.
 
         Raises:
             StoreError: the store does not save.
@@ -205,7 +217,7 @@ class Journal:
         await asyncio.shield(self._probe)
 
     async def close(self, within: float) -> None:
-        """Save what is left, if it can be done in so many seconds, and write no more."""
+        """Save the rest within so many seconds, and stop writing."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
                 await self.flush()
@@ -219,8 +231,8 @@ class Journal:
     async def _write(self) -> None:
         """Write batch after batch until nothing is left.
 
-        Here is the one firewall: no exception in the store, in a follower or in the journal ends
-        the writer, without which no generation would ever get its terminal.
+        No exception in the store, in a follower or in the journal ends the writer: without the
+        writer no generation gets its terminal.
         """
         try:
             while self._unsaved:
@@ -238,7 +250,7 @@ class Journal:
             self._tell_batch()
 
     async def _pause(self) -> None:
-        # Ever longer while nothing can be saved, as all of it is tried again each time.
+        # The pause grows with each failure, as each try has everything again.
         doublings = min(self._failures, MOST_DOUBLINGS)
         pause = max(self._interval, min(LONGEST_PAUSE, self._interval * 2**doublings))
         with contextlib.suppress(TimeoutError):
@@ -248,8 +260,8 @@ class Journal:
 
     async def _save(self, records: list[Record]) -> None:
         entries = [record.entry() for record in records]
-        # Not cancelled when it takes too long: it goes on in its thread anyway, and there must
-        # not be two at once. Who comes meanwhile is told that it is not saved, and is, later.
+        # A slow commit is not cancelled: its thread goes on, and there must not be two commits at
+        # once. Terminals that come meanwhile go out as not saved, and are saved later.
         began = time.monotonic()
         commit = asyncio.ensure_future(self._store.commit(entries))
         while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
@@ -269,12 +281,12 @@ class Journal:
         ended = [
             record
             for record, entry in zip(records, entries, strict=True)
-            if entry.terminal is not None  # and not only since the batch was taken
+            if entry.terminal is not None  # a record may have ended since the batch was taken
         ]
         self._tell(ended, saved=True)
 
     def _fail(self, records: list[Record], error: BaseException) -> None:
-        """Tell that a batch was not saved, and try again with the next one."""
+        """Report a failed batch, and try again with the next one."""
         if isinstance(error, Unsavable):
             (bad,) = (record for record in records if record.header is error.entry.header)
             log.error("a reply cannot be saved", id=bad.header.id, reason=str(error))
@@ -288,7 +300,7 @@ class Journal:
         self._keep_for_later(records)
 
     def _keep_for_later(self, records: list[Record]) -> None:
-        """Put a batch before what has come since. Of the ended only so many are kept."""
+        """Put a batch back in front. The oldest ended records over the bounds are given up."""
         self._unsaved = dict.fromkeys(records) | self._unsaved
         kept = size = 0
         for record in reversed(list(self._unsaved)):
@@ -318,14 +330,14 @@ class Journal:
             self._batch = None
 
     def _note_probe(self, probe: "asyncio.Task[None]") -> None:
-        """Log why the store does not save, once and not with each probe."""
+        """Log why the store does not save, once per outage."""
         error = None if probe.cancelled() else probe.exception()
         if isinstance(error, StoreError) and not self._unwell:
             log.error("the store cannot save", reason=str(error))
         self._unwell = error is not None
 
     def _report(self, error: BaseException) -> None:
-        if not self._failures:  # once per outage, and not once per batch
+        if not self._failures:  # once per outage
             expected = isinstance(error, StoreError)
             log.error(
                 "conversations cannot be saved",
@@ -336,4 +348,4 @@ class Journal:
 
 
 def _nobody(_: bool) -> None:  # noqa: FBT001
-    """Tell nobody, once it has been told."""
+    """Do nothing: the end was told before."""

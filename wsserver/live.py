@@ -1,4 +1,4 @@
-"""What is live in this process, as data: generations, and the conversations that they are in."""
+"""Generations and their conversations in memory, as data: no tasks are started here."""
 
 import asyncio
 import secrets
@@ -34,17 +34,17 @@ __all__ = [
     "restored",
 ]
 
-SMALLEST_FRAME = 256  # characters: frames are not made smaller than this for a client that is cut
+SMALLEST_FRAME = 256  # characters of a frame: the least for a client whose connections break
 PROMPT = 1024  # bytes of a prompt in memory besides its texts
-MESSAGE = 640  # bytes of a message of a prompt besides its text, in the prompt and in the request
-RESUMED = 16  # places of a generation from which clients went on, that are remembered
+MESSAGE = 640  # bytes of each of its messages besides the text, in the prompt and in the request
+RESUMED = 16  # seqs after which clients resumed, per generation, that are remembered
 
 Outcome = End | StoppedBy | BaseException
-"""How a generation came to its end: by itself, by someone, or by a failure."""
+"""How a reply ended: the model ended it, somebody stopped it, or something failed."""
 
 
 class Watcher(Protocol):
-    """Whoever has a conversation open. No method may raise or wait."""
+    """A client that has a conversation open. No method may raise or wait."""
 
     def attach(self, generation: "Generation") -> None:
         """Follow a generation that has just been accepted."""
@@ -55,17 +55,28 @@ class Watcher(Protocol):
         ...
 
     def drop(self, conversation: "Conversation") -> None:
-        """Follow the conversation no more: it was deleted."""
+        """Stop following the conversation: it was deleted."""
         ...
 
 
 @dataclass(eq=False, slots=True)
 class Conversation:
-    """The turns so far, the running generation, the queued ones, and the watchers.
+    """A conversation of one owner: its turns, its generations that have not ended, its watchers.
 
-    ``exists``: it has a turn, or a generation was accepted in it. ``loaded``: ``exists`` and
-    ``turns`` are known. ``holders`` counts the requests that decide something about the
-    conversation: while there is one, the process has no second object for the conversation.
+    Attributes:
+        turns: the newest turns that ended, oldest first.
+        running: the generation whose model is asked, or whose end is being saved.
+        queue: the generations that wait for it, in order.
+        watchers: the clients that have the conversation open.
+        version: grows by one with each reply that ends.
+        refused: by model, how many characters of messages the model has found too long.
+        exists: the conversation has a turn, or a generation was accepted in it.
+        loaded: ``exists`` and ``turns`` are known.
+        deleted: the conversation was deleted, or is being deleted.
+        holders: the number of requests that decide something about the conversation. While there
+            is one, the process has no second object for the conversation.
+        loading: held while the turns are read from the store.
+        account: pays for the ``size`` bytes of the turns in memory.
     """
 
     id: str
@@ -74,19 +85,19 @@ class Conversation:
     running: "Generation | None" = None
     queue: "list[Generation]" = field(default_factory=list)
     watchers: dict[Watcher, None] = field(default_factory=dict)
-    version: int = 0  # grows with each reply that ends
-    refused: dict[str, int] = field(default_factory=dict)  # by model: characters too long for it
+    version: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
     exists: bool = False
     loaded: bool = False
     deleted: bool = False
     holders: int = 0
-    loading: asyncio.Lock | None = None  # held while the turns are read
-    account: Account = CACHE  # to which the bytes of the turns are counted
-    size: int = 0  # these bytes
+    loading: asyncio.Lock | None = None
+    account: Account = CACHE
+    size: int = 0
 
     @property
     def busy(self) -> bool:
-        """Whether a prompt has to wait longer than for a request to be closed."""
+        """Whether a prompt has to wait for more than the close of a request or the store."""
         running = self.running
         return running is not None and (running.state is State.RUNNING or bool(self.queue))
 
@@ -112,7 +123,7 @@ class Conversation:
 
     @property
     def live(self) -> "list[Generation]":
-        """The running generation and the queued ones, in order."""
+        """The running generation and the queued generations, in order."""
         return ([] if self.running is None else [self.running]) + self.queue
 
     @property
@@ -122,7 +133,7 @@ class Conversation:
 
     @property
     def last(self) -> str | None:
-        """The id of the newest turn, which may still run or wait; None where there is none."""
+        """The id of the newest turn, ended or not; None in an empty conversation."""
         if live := self.live:
             return live[-1].id
         return self.turns[-1].id if self.turns else None
@@ -130,60 +141,94 @@ class Conversation:
 
 @dataclass(eq=False, slots=True)
 class Generation:
-    """One reply being produced: its log, and what is needed to run and stop it."""
+    """One reply: its state, its log, and the facts about it.
+
+    Only :meth:`start`, :meth:`stop`, :meth:`save`, :meth:`end` and :meth:`restore` change the
+    state. An illegal event raises :class:`~wsserver.generation.IllegalTransition` and changes
+    nothing. All times are of the event loop's clock.
+
+    Attributes:
+        account: whose limits count.
+        conversation: None for ``messages``, and for a reply from the store.
+        allowance: output tokens that the reply may have.
+        asked: about how many input tokens the request has.
+        reserved: what the reply may cost, until it has ended.
+        spent: what the reply has cost, once it has ended.
+        record: the journal's part of it; None for a reply from the store.
+        memory: bytes that the account pays for until the end: the prompt and the log.
+        size: bytes of the ended generation in memory.
+        usage: the last usage that the model told.
+        accepted: when the prompt was accepted.
+        began: when the model was asked; None for a prompt that was taken back before.
+        heard: when the model last gave a sign of life.
+        spoke: when the first piece came.
+        task: reads the model's answer.
+        why: who stopped the reply, or which time limit did.
+        stopped: when it was stopped.
+        failure: what has failed, until the end is logged.
+        ended: when the reply was complete, and the store began to save its end.
+        readers: how many clients follow it.
+        unread: tokens since the last reader left; None while there is a reader.
+        unaware_until: until when a client may not know that its connection is dead.
+        grace: stops the reply, unless a reader comes back.
+        shared: what a cursor read last, for other cursors: the place, the run and its frame.
+        resumed: the last seqs after which clients resumed.
+        merged: characters of a frame for clients that resume; None for those of the settings.
+    """
 
     id: str
     owner: str
     prompt: Prompt
     model: str
     conversation_id: str | None
-    account: Account = ()  # whose limits count
-    allowance: int = 0  # output tokens that it may use
-    reserved: Spent = NOTHING  # of its owner's day, until it is known what it has cost
-    spent: Spent = NOTHING  # what it has cost, once it has ended
-    conversation: Conversation | None = None  # None too for one that comes from the store
+    account: Account = ()
+    conversation: Conversation | None = None
     log: Log[Terminal] = field(default_factory=Log)
-    record: Record | None = None  # the journal's; None for a reply that comes from the store
+    state: State = State.QUEUED
+    # Limits and costs.
+    allowance: int = 0
+    asked: int = 0
+    reserved: Spent = NOTHING
+    spent: Spent = NOTHING
+    record: Record | None = None
+    memory: int = 0
+    size: int = 0
     usage: Usage | None = None
-    state: State = State.QUEUED  # changed by start, stop, save and end alone
-    accepted: float = 0.0  # this time and those below are of the event loop's clock
-    # Set by `start`.
-    began: float | None = None  # None: nobody asked the model
-    heard: float = 0.0  # when the model last gave a sign of life
-    spoke: float | None = None  # when the first piece came
-    task: "asyncio.Task[End] | None" = None  # reads the model's answer
+    accepted: float = 0.0
+    # Facts of RUNNING.
+    began: float | None = None
+    heard: float = 0.0
+    spoke: float | None = None
+    task: "asyncio.Task[End] | None" = None
     span: Span | None = None
-    # Set by `stop`.
+    # Facts of STOPPING.
     why: StoppedBy | ModelError | None = None
     stopped: float = 0.0
-    # Set by `save`.
+    # Facts of SAVING.
     failure: BaseException | None = None
     ended: float = 0.0
-    asked: int = 0  # tokens that the model is asked with, about
-    memory: int = 0  # bytes that the log has taken of the account's memory
-    size: int = 0  # of what is kept once it has ended
+    # Readers.
     readers: int = 0
-    unread: int | None = None  # tokens since the last reader left; None while there is a reader
-    unaware_until: float = 0.0  # until when the client may not know that it is not connected
-    grace: asyncio.TimerHandle | None = None  # stops the reply if no reader comes back
-    # What a cursor has read last, for others in the same place: the place, the run and its frame.
+    unread: int | None = None
+    unaware_until: float = 0.0
+    grace: asyncio.TimerHandle | None = None
     shared: tuple[tuple[object, ...], Run, bytes] | None = None
-    resumed: tuple[int, ...] = ()  # seqs after which clients went on
-    merged: int | None = None  # characters of a frame for clients that were cut; None: as set
+    resumed: tuple[int, ...] = ()
+    merged: int | None = None
 
     def start(self, task: "asyncio.Task[End]", span: Span, now: float) -> None:
-        """The model is asked, by a task."""
+        """Note that a task asks the model."""
         self._move("start")
         self.task, self.span = task, span
         self.began = self.heard = now
 
     def stop(self, why: StoppedBy | ModelError, now: float) -> None:
-        """The reply is to end early: somebody stops it, or a time limit is over."""
+        """Note that the reply must end early: somebody stops it, or a time limit is over."""
         self._move("stop")
         self.why, self.stopped = why, now
 
     def save(self, how: Outcome, now: float) -> None:
-        """The reply is complete, and the store saves its end."""
+        """Note how the reply ended. The store saves its end now."""
         self._move("save")
         if self.grace is not None:
             self.grace.cancel()
@@ -192,13 +237,13 @@ class Generation:
         self.ended = now
 
     def end(self, terminal: Terminal) -> None:
-        """Write the terminal, and let go of the task, which holds the traceback of a failure."""
+        """Write the terminal, and drop the task, which holds the traceback of a failure."""
         self._move("end")
         self.task = self.failure = self.shared = None
         self.log.end(terminal)
 
     def restore(self, terminal: Terminal) -> None:
-        """Write the terminal of a reply that comes from the store."""
+        """Write the terminal of a reply from the store."""
         self._move("restore")
         self.log.end(terminal)
 
@@ -206,14 +251,14 @@ class Generation:
         self.state = state_after(self.state, event)
 
     def resume(self, after: int, limit: int) -> int:
-        """Return how many characters a frame may merge for a client that goes on after a piece.
+        """Return how many characters a frame may merge for a client that resumes after a piece.
 
-        A client that goes on twice after the same piece was cut twice before the next frame was
-        whole. From then on the frames for clients that go on are half as large.
+        A client that resumes twice after the same piece lost its connection twice within one
+        frame. From then on the frames for clients that resume are half as large.
 
         Args:
             after: the seq of the piece.
-            limit: the characters where nobody was cut.
+            limit: the characters for a client that never lost its connection.
         """
         if after in self.resumed:
             smallest = min(limit, SMALLEST_FRAME)
@@ -232,23 +277,23 @@ class Generation:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the model took; 0 where the model was not asked."""
+        """Seconds that the model took; 0 if nobody asked the model."""
         return 0.0 if self.began is None else self.ended - self.began
 
     @property
     def first_token(self) -> float | None:
-        """Seconds from the prompt to the first piece; None where there is none."""
+        """Seconds from the prompt to the first piece; None without a piece."""
         return None if self.spoke is None else self.spoke - self.accepted
 
     @property
     def queued(self) -> int | None:
-        """The place in its conversation's queue, from 1; None once it runs."""
+        """The place in the conversation's queue, from 1; None once the reply runs."""
         if self.state is not State.QUEUED or self.conversation is None:
             return None
         return self.conversation.queue.index(self) + 1
 
     def terminal(self, how: Outcome) -> Terminal:
-        """Make the terminal frame for how it ended."""
+        """Make the terminal frame."""
         if isinstance(how, End):
             usage = UsageCounts.of(how.usage or self.used())
             reason = well_formed(how.reason)
@@ -272,7 +317,7 @@ class Generation:
         )
 
     def used(self) -> Usage:
-        """Return what the model said that it used; where it never said, what it likely was."""
+        """Return the usage that the model told, or an estimate if the model told none."""
         if self.began is None:
             return Usage()
         if (usage := self.usage) is not None and not usage.estimated:
@@ -284,13 +329,13 @@ class Generation:
         return usage.but(output_tokens=max(usage.output_tokens, said))
 
     def turn(self, number: int) -> Turn:
-        """Return it as a turn of its conversation, with its number in there, from 1."""
+        """Return the prompt and the reply as the turn of that number, from 1."""
         text, how = self.log.text, partial(self.log.terminal)
         return Turn(number, self.id, self.prompt.prompt or "", text, how)
 
 
 def restored(stored: StoredGeneration) -> Generation:
-    """Make a generation of what was saved; one whose process died ends as ``interrupted``."""
+    """Make a generation from the store. A reply whose process died ends as ``interrupted``."""
     header = stored.header
     generation = Generation(
         header.id, header.owner, header.prompt, header.model, header.conversation
