@@ -1,4 +1,4 @@
-"""The conversations of this process: those in memory, and through them the store's."""
+"""The conversations: in memory one object each, and the rest in the store."""
 
 import asyncio
 import contextlib
@@ -18,18 +18,18 @@ from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 __all__ = ["Conversations"]
 
 TURN = 320  # bytes of a turn in memory besides its texts
-UTF8 = 4  # bytes that UTF-8 makes of one character at most
+UTF8 = 4  # bytes of a character in UTF-8 at most
 
 
 class Conversations:
-    """The conversations in memory: each has one object, and those used last are kept.
+    """Keeps the conversations that were used last in memory, and reads others from the store.
 
     Args:
-        store: where they last.
-        journal: what writes them there; it is let finish before the store is asked.
-        settings: how many are kept, and how much of each.
-        memory: counts the bytes of their turns. Those of conversations in which nothing runs can
-            be read again, and are dropped first.
+        store: has all conversations.
+        journal: writes to the store; its writes are waited for before the store is read.
+        settings: how many conversations are kept in memory, and how many turns of each.
+        memory: counts the bytes of the turns. Turns of conversations without a live generation
+            count as cached: the store has them, and they are dropped first.
     """
 
     def __init__(self, store: Store, journal: Journal, settings: Settings, memory: Memory) -> None:
@@ -46,9 +46,9 @@ class Conversations:
     ) -> AsyncIterator[Conversation]:
         """Hold the one object of a conversation.
 
-        Every request that decides something about a conversation holds it meanwhile. The object
-        stays the only one of the conversation for so long, so that a decision made after an
-        ``await`` sees what others did during it.
+        Each request that decides something about a conversation holds it meanwhile. Until then the
+        conversation has no second object. So a decision after an ``await`` sees what other requests
+        changed during the ``await``.
 
         Args:
             name: the id of the conversation.
@@ -121,11 +121,11 @@ class Conversations:
                 raise StoreError("a reply of the conversation is not saved yet")
 
     def fit(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Return the newest turns, as many as are kept in memory and shown to the model."""
+        """Return the newest turns, as many as fit the settings for the model's history."""
         return newest(turns, self._settings.history_messages, self._settings.history_size)
 
     def _used(self, conversation: Conversation) -> None:
-        """Note the conversation as the one used last, and forget the idle ones used least."""
+        """Note that a conversation is used. Forget idle ones over the limit, the oldest first."""
         key = conversation.owner, conversation.id
         if self._known.get(key) is not conversation:
             return
@@ -137,7 +137,7 @@ class Conversations:
                 self.forget(self._known[unused])
 
     def forget(self, conversation: Conversation) -> None:
-        """Drop the conversation from memory, unless the name has another object by now."""
+        """Drop a conversation from memory, unless its id has another object by now."""
         key = conversation.owner, conversation.id
         if self._known.get(key) is conversation:
             del self._known[key]
@@ -145,11 +145,11 @@ class Conversations:
             conversation.size = 0
 
     def settle(self, conversation: Conversation) -> bool:
-        """Count the bytes of a conversation's turns, which have changed, or what they are for.
+        """Count the bytes of a conversation's turns after a change of the turns or of their use.
 
         Returns:
-            False where there is no room for them. The turns of a conversation in which something
-            runs are then there and not counted, the turns of any other are dropped.
+            False if there is no memory for them. The turns of a conversation in use are then kept
+            and not counted; other turns are dropped.
         """
         if self._known.get((conversation.owner, conversation.id)) is not conversation:
             return True
@@ -167,7 +167,7 @@ class Conversations:
         return True
 
     def _shed(self, size: int) -> None:
-        """Drop the turns of conversations in which nothing runs, those used longest ago first."""
+        """Drop the turns of conversations that are not in use, the least recently used first."""
         for conversation in tuple(self._known.values()):
             if size <= 0:
                 return
@@ -176,9 +176,9 @@ class Conversations:
                 self._unload(conversation)
 
     def _unload(self, conversation: Conversation) -> None:
-        """Forget the turns of a conversation, which the store has, and all of it where it is idle.
+        """Drop the turns of a conversation, and the conversation itself if it is idle.
 
-        Whoever watches it goes on to do so.
+        The store has the turns. Watchers keep watching.
         """
         self._memory.give(conversation.account, conversation.size)
         conversation.size = 0
@@ -189,12 +189,12 @@ class Conversations:
     async def history(
         self, conversation: Conversation, before: int | None, size: int
     ) -> StoredConversation:
-        """Return the newest turns that have ended, or those before a number.
+        """Return the newest turns that ended, or those before a number.
 
         Args:
-            conversation: which; the caller holds it.
-            before: the number of the turn before which the part ends; None for the newest.
-            size: bytes of turns that the answer has room for, as UTF-8.
+            conversation: which one; the caller holds it.
+            before: the number of a turn: only older turns are returned. None for the newest turns.
+            size: bytes of turns at most, as UTF-8.
 
         Raises:
             Refused: the owner has no such conversation.
@@ -209,10 +209,10 @@ class Conversations:
                 name, owner, limit=self._settings.history_messages, size=size, before=before
             )
             if conversation.version != version or conversation.deleted:
-                continue  # a reply has ended meanwhile, or the conversation was deleted
+                continue  # a reply ended during the awaits, or the conversation was deleted
             if stored is None and not conversation.exists:
                 raise Refused(Code.NOT_FOUND)
-            if stored is None:  # nothing of the conversation has been saved
+            if stored is None:  # the store has nothing of the conversation yet
                 stored = StoredConversation(name, owner, "", [])
             live = {generation.id for generation in conversation.live}
             turns = [turn for turn in stored.turns if turn.id not in live]

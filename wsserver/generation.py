@@ -1,11 +1,9 @@
-"""One model reply being produced: a log with one writer and any number of followers.
+"""The log of a reply, and the states of a generation. Plain data: no I/O, no tasks, no clock.
 
-Nothing here does I/O, knows sockets or tasks, or looks at a clock: it is tested as plain data.
-
-The log is append-only. Whoever consumes it (a socket, a second tab, a store) holds a cursor of
-its own and is woken when there is more. One that is not ready simply does not read; when it is,
-it takes all that it missed as one run. Back-pressure, merging, resume and several readers are
-all this one thing.
+A log is append-only. It has one writer and any number of followers: sockets, second tabs, the
+store. Each follower has a cursor of its own and is woken when there is more to read. A follower
+that is not ready does not read; later it reads everything after its cursor as few runs. So the
+log gives back-pressure, merging, resume and several readers at once.
 """
 
 from dataclasses import dataclass
@@ -44,10 +42,10 @@ class Thinking(str):
 
 
 def tokens_in(text: str) -> int:
-    """Return what a text likely is in tokens, rounded up, for what the model does not count itself.
+    """Return an estimate of the tokens of a text, rounded up.
 
-    A token is taken for 4 English letters or spaces, for 3 digits or signs, for 2 letters of Greek,
-    Cyrillic, Hebrew or Arabic, for 4/5 of a Chinese, Japanese or Korean character, or for half an
+    One token counts as 4 English letters or spaces, as 3 digits or signs, as 2 letters of Greek,
+    Cyrillic, Hebrew or Arabic, as 4/5 of a Chinese, Japanese or Korean character, or as half an
     emoji.
     """
     data = text.encode(errors="surrogatepass")
@@ -65,7 +63,7 @@ def tokens_in(text: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """The model's own end of a reply, with its stop reason and the usage, where it knows them."""
+    """The model's own end of a reply: the stop reason, and the usage if the model knows it."""
 
     reason: str = "end_turn"
     usage: Usage | None = None
@@ -78,19 +76,19 @@ class End:
 
 
 class State(Enum):
-    """Where a generation is in its life. A state never comes back."""
+    """The state of a generation. A generation never returns to a state."""
 
-    QUEUED = auto()  # waits for another generation of its conversation
+    QUEUED = auto()  # another generation of the conversation has not ended
     RUNNING = auto()  # the model answers
-    STOPPING = auto()  # the reply is to end early; the request to the model is being closed
+    STOPPING = auto()  # the reply must end early; the request to the model is being closed
     SAVING = auto()  # the store saves the end of the reply
     ENDED = auto()  # the log has its terminal
 
 
 Event = Literal["start", "stop", "save", "end", "restore"]
-"""What moves a generation on. ``restore``: the generation was read from the store."""
+"""What changes the state of a generation. ``restore``: it was read from the store."""
 
-# The one table of states: event -> the states in which the event may happen -> the state after it.
+# The one table of states: event -> states in which the event is legal -> the state after it.
 TRANSITIONS: dict[Event, dict[State, State]] = {
     "start": {State.QUEUED: State.RUNNING},
     "stop": {State.QUEUED: State.STOPPING, State.RUNNING: State.STOPPING},
@@ -117,10 +115,10 @@ def state_after(state: State, event: Event) -> State:
 
 
 class Follower(Protocol):
-    """Whatever consumes a log through a cursor of its own."""
+    """Reads a log through a cursor of its own."""
 
     def wake(self) -> None:
-        """There is more to read, or the terminal. Must neither raise nor wait."""
+        """Read on: there is a new piece, or the terminal. Must neither raise nor wait."""
         ...
 
 
@@ -210,10 +208,10 @@ class Log(Generic[T]):
 
 
 def well_formed(text: str) -> str:
-    """Return text that UTF-8 can carry.
+    """Return a text that UTF-8 can encode.
 
-    JSON can smuggle half a surrogate pair into a string. Two halves that meet become the
-    character they stand for; one alone becomes U+FFFD.
+    A string that comes from JSON can have half of a surrogate pair. Two halves side by side become
+    the character that they encode; a half alone becomes U+FFFD.
     """
     if text.isascii():
         return text

@@ -1,7 +1,7 @@
-"""Limits as plain data: rates, shares, a budget, and the bytes in memory. The caller has the clock.
+"""Limits as plain data: rates, shares, budgets, and the bytes in memory.
 
-Times are those of one clock that never goes back, in seconds. A key is forgotten once it is as if
-it had never been, so that strangers cannot fill the memory with keys.
+The caller gives the time, in seconds of a clock that never goes back. A key with nothing left to
+remember is forgotten, so that strangers cannot fill the memory with keys.
 """
 
 import sys
@@ -22,21 +22,21 @@ __all__ = [
 ]
 
 SECONDS_PER_DAY = 86_400
-SWEEP = 1024  # keys between two looks for those that can be forgotten
-GROWTH = 2  # a network has this many times the limit of each network in it: some share one fairly
-SHARE = 1 / 8  # of the free memory for one account: eight that take all leave half for others
+SWEEP = 1024  # keys after which those that can be forgotten are looked for
+GROWTH = 2  # times the limit of a network that the network around it has
+SHARE = 1 / 8  # of the free memory for one account; eight such accounts leave over a third
 
 Account = tuple[str, ...]
 """Whose limits count: the key of a principal, or the keys of an address and of the networks around
-it, the narrowest first. Each key has :data:`GROWTH` times the limit of the one before it, so that
+it, the narrowest first. Each key has :data:`GROWTH` times the limit of the key before it, so that
 one customer with many networks gets a few shares and not all."""
 
 CACHE: Account = ()
-"""The account of what nobody needs right now, and what can be read again or be forgotten."""
+"""The account of cached data: nobody uses it now, and it can be read again or be forgotten."""
 
 
 class Bucket:
-    """A token bucket: ``burst`` at once, ``rate`` per second in the long run."""
+    """A token bucket of ``burst`` tokens that fills by ``rate`` tokens per second."""
 
     __slots__ = ("_at", "_left", "burst", "rate")
 
@@ -47,29 +47,29 @@ class Bucket:
         self._at = now
 
     def wait(self, now: float) -> float:
-        """Return the seconds until there is a token; 0 if there is one."""
+        """Return the seconds until the bucket has a token; 0 if it has one."""
         self._left = min(self.burst, self._left + (now - self._at) * self.rate)
         self._at = now
         return 0.0 if self._left >= 1 else (1 - self._left) / self.rate
 
     def take(self, now: float) -> float:
-        """Take a token; return 0, or the seconds until there is one, and take none."""
+        """Take a token and return 0, or take none and return the seconds until there is one."""
         wait = self.wait(now)
         if not wait:
             self._left -= 1
         return wait
 
     def charge(self, amount: float, now: float) -> None:
-        """Take an amount that is known only afterwards; the bucket may then owe some."""
+        """Take an amount that is known only afterwards. The bucket may owe tokens after it."""
         self._left = min(self.burst, self._left + (now - self._at) * self.rate) - amount
         self._at = now
 
     def owed(self, now: float) -> float:
-        """Return the seconds until the bucket owes nothing."""
+        """Return the seconds until the bucket owes no tokens."""
         return max(0.0, -(self._left + (now - self._at) * self.rate) / self.rate)
 
     def full(self, now: float) -> bool:
-        """Whether the bucket is as good as new."""
+        """Whether the bucket has all its tokens, as a new one has."""
         return self._left + (now - self._at) * self.rate >= self.burst
 
 
@@ -91,7 +91,7 @@ class Rates:
         return max((bucket.wait(now) for bucket in buckets if bucket is not None), default=0.0)
 
     def take(self, account: Account, now: float) -> float:
-        """Take a token of each key, or none; see :meth:`Bucket.take`."""
+        """Take a token from each key's bucket, or none from any; see :meth:`Bucket.take`."""
         buckets = self._of(account, now)
         wait = max((bucket.wait(now) for bucket in buckets), default=0.0)
         if not wait:
@@ -100,12 +100,12 @@ class Rates:
         return wait
 
     def charge(self, account: Account, amount: float, now: float) -> None:
-        """Take an amount of each key; see :meth:`Bucket.charge`."""
+        """Take an amount from each key's bucket; see :meth:`Bucket.charge`."""
         for bucket in self._of(account, now):
             bucket.charge(amount, now)
 
     def owed(self, account: Account, now: float) -> float:
-        """Return the seconds until no key owes anything."""
+        """Return the seconds until no key's bucket owes tokens."""
         buckets = map(self._buckets.get, account)
         return max((bucket.owed(now) for bucket in buckets if bucket is not None), default=0.0)
 
@@ -127,7 +127,7 @@ class Rates:
 
 
 class Shares:
-    """Counts what each account holds, of which none may hold more than ``limit``."""
+    """Counts the things that each account holds, up to ``limit`` for each key."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -137,14 +137,14 @@ class Shares:
         return len(self._held)
 
     def full(self, account: Account) -> bool:
-        """Whether the account holds all that it may."""
+        """Whether a key of the account is at its limit."""
         return any(
             self._held.get(key, 0) >= self.limit * GROWTH**level
             for level, key in enumerate(account)
         )
 
     def take(self, account: Account) -> bool:
-        """Take one more for the account; False, and nothing taken, if it may have no more."""
+        """Take one more for the account, or return False and take none at its limit."""
         if self.full(account):
             return False
         for key in account:
@@ -158,28 +158,28 @@ class Shares:
 
 
 class Memory:
-    """The bytes that this process holds for its clients, by account.
+    """Counts the bytes that this process holds for its clients, by account.
 
-    Whatever a client can make grow is taken here before it is kept, and given back when it is let
-    go: buffers, queues, conversations, replies. Take and give the same size and the same account:
-    keep both beside the data, as :func:`held` of a text may change, and the account of a socket
-    does when its client says who it is. A refusal changes nothing; the caller then tells the client
-    so (``limit``, or close code 1013).
+    Take bytes before you keep data that a client can make grow (buffers, queues, conversations,
+    replies), and give them back when you drop the data. Give back the size and the account that
+    you took: keep both beside the data, as :func:`held` of a text may change, and as the account of
+    a socket changes when its client authenticates. A refusal changes nothing. Then tell the client:
+    ``limit``, or close code 1013.
 
-    What nobody needs right now belongs to the account :data:`CACHE`, and whoever keeps such data
-    registers with :meth:`shed_by`: it is dropped before anything in use is refused. To go from use
-    to a cache, give the size back and take it again for the other account.
+    Data that nobody uses now belongs to the account :data:`CACHE`. Its keeper registers with
+    :meth:`shed_by`, and drops it before data in use is refused. To move data from use to the cache,
+    give the bytes back and take them for the other account.
 
-    An account may hold :data:`SHARE` of what is still free beside the caches, and so no number of
-    accounts takes everything: the more they hold, the less each of them gets.
+    One account may hold :data:`SHARE` of the bytes that are free or cached. So no number of
+    accounts takes everything: the more is held, the less each account gets.
 
     Args:
         limit: bytes for all accounts together.
         share: part of the free bytes that one account may hold.
 
     Attributes:
-        used: bytes that are taken, those of the caches included.
-        cached: bytes of the caches.
+        used: bytes that are taken, cached ones included.
+        cached: bytes of the account :data:`CACHE`.
     """
 
     def __init__(self, limit: int, share: float = SHARE) -> None:
@@ -197,13 +197,13 @@ class Memory:
         """Register a cache.
 
         Args:
-            shed: called with a number of bytes; drops at least so many, those used longest ago
-                first, or all that there are, and gives them back to the account :data:`CACHE`.
+            shed: called with a number of bytes. It drops at least so many, the least recently used
+                first, or everything, and gives the bytes back.
         """
         self._caches.append(shed)
 
     def take(self, account: Account, size: int) -> bool:
-        """Take bytes; False, and none taken, if the account or the process may have no more."""
+        """Take bytes, or return False and take none: the account or the process is at its limit."""
         if size <= 0:
             return True
         free = self.limit - self.used + self.cached
@@ -237,20 +237,20 @@ class Memory:
 
 
 def account_of(principal: str) -> Account:
-    """Return the account of a principal, for what is known by its owner's name alone."""
+    """Return the account of a principal."""
     return (f"principal {principal}",)
 
 
 def held(data: str | bytes | bytearray) -> int:
-    """Return the bytes that Python holds for a text or for bytes.
+    """Return the bytes of memory of a text or of bytes.
 
-    One character beyond U+FFFF makes each character of a ``str`` take four bytes.
+    If one character of a ``str`` is beyond U+FFFF, each of its characters takes four bytes.
     """
     return sys.getsizeof(data)
 
 
 def _lower(counts: dict[str, int], key: str, by: int) -> None:
-    """Lower a count, and forget the key at 0."""
+    """Lower a count. At 0, forget the key."""
     left = counts[key] - by
     if left:
         counts[key] = left
@@ -267,14 +267,14 @@ class _Spending:
 
 
 class Budget:
-    """What each owner may spend on one day: tokens, or microdollars.
+    """What each owner may spend in one day: tokens, or microdollars.
 
-    What a reply may use is reserved as it begins and settled as it ends, so that many at once
-    cannot spend what each of them was told is left. What was spent before this process ran comes
-    from the store, see :meth:`learn`.
+    The most that a reply may cost is reserved at its start and replaced by its cost at its end. So
+    many replies at once cannot spend the same rest of the day. Call :meth:`learn` with what the
+    owner spent before this process ran.
 
     Args:
-        per_day: how much; 0 sets no limit, and nothing is counted.
+        per_day: the limit; 0 for none, and then nothing is counted.
     """
 
     def __init__(self, per_day: int) -> None:
@@ -286,43 +286,43 @@ class Budget:
         return len(self._accounts)
 
     def knows(self, owner: str, day: int) -> bool:
-        """Whether :meth:`learn` need not be called first."""
+        """Whether the owner's spending of that day is known; else call :meth:`learn`."""
         self._turn(day)
         return not self._per_day or owner in self._accounts
 
     def learn(self, owner: str, day: int, spent: int) -> None:
-        """Take over what an owner has spent on a day, unless it is known by now."""
+        """Note what an owner has spent on a day, unless it is known by now."""
         self._turn(day)
         if self._per_day:
             self._accounts.setdefault(owner, _Spending(spent))
 
     def left(self, owner: str) -> int | None:
-        """Return what an owner who is known can still reserve; None without a limit."""
+        """Return what an owner can still reserve; None without a limit. The owner must be known."""
         if not self._per_day:
             return None
         account = self._accounts[owner]
         return max(0, self._per_day - account.spent - account.reserved)
 
     def reserved(self, owner: str) -> int:
-        """Return what is set aside for an owner's replies that run."""
+        """Return what is reserved for an owner's replies."""
         return self._accounts[owner].reserved if owner in self._accounts else 0
 
     def reserve(self, owner: str, amount: int) -> None:
-        """Set an amount aside for a reply that begins."""
+        """Reserve an amount for a reply that starts."""
         if self._per_day and owner in self._accounts:
             self._accounts[owner].reserved += amount
 
     def settle(self, owner: str, reserved: int, spent: int) -> None:
-        """Put what a reply has really used in the place of what was reserved for it."""
+        """Replace what was reserved for a reply by what the reply has cost."""
         account = self._accounts.get(owner)
         if account is not None:
             account.reserved -= reserved
             account.spent += spent
 
     def _turn(self, day: int) -> None:
-        """Begin a new day, on which only what is still reserved counts.
+        """Begin a new day. Only the reservations of the day before still count.
 
-        A clock that steps back begins no day: the later day goes on.
+        If the clock steps back, the later day goes on.
         """
         if day <= self._day:
             return

@@ -1,4 +1,4 @@
-"""How much of the store each owner may fill."""
+"""Limits on what each owner may keep in the store."""
 
 import asyncio
 
@@ -8,15 +8,15 @@ from wsserver.stores.base import Held, Store
 
 __all__ = ["Quota"]
 
-FRESH = 10.0  # seconds that an answer of the store is relied on; a rate limits what comes meanwhile
-SWEEP = 1024  # answers, after which the old ones are dropped
+FRESH = 10.0  # seconds for which an answer of the store is used again; prompts have a rate limit
+SWEEP = 1024  # answers after which old ones are dropped
 
 
 class Quota:
-    """Refuses prompts of owners whose conversations take all the room that they may.
+    """Refuses prompts of owners who have reached a limit of the store.
 
     Args:
-        store: where the conversations are.
+        store: tells how much each owner has.
         settings: the limits.
     """
 
@@ -24,7 +24,7 @@ class Quota:
         self._store = store
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._known: dict[str, tuple[float, Held]] = {}  # by owner, with when it was asked for
+        self._known: dict[str, tuple[float, Held]] = {}  # by owner, with the time of the answer
 
     async def check(self, owner: str, *, new: bool) -> None:
         """Pass where an owner may store one more prompt.

@@ -1,4 +1,4 @@
-"""What each owner may still spend today: tokens and money, reserved before and settled after."""
+"""What each owner may still spend today, in tokens and in dollars."""
 
 import time
 
@@ -10,15 +10,15 @@ from wsserver.stores.base import Store, day_of
 
 __all__ = ["Spending"]
 
-LEAST_REPLY = 64  # output tokens of a day's rest that are worth a reply
+LEAST_REPLY = 64  # output tokens; a reply starts only if the rest of the day pays for so many
 
 
 class Spending:
-    """The budgets of a day, which is one of UTC.
+    """The budgets of a day in UTC.
 
     Args:
         settings: the limits and the prices.
-        store: what knows what was spent before this process ran.
+        store: knows what each owner spent before this process ran.
     """
 
     def __init__(self, settings: Settings, store: Store) -> None:
@@ -32,7 +32,7 @@ class Spending:
         return self._prices.of(model)
 
     async def learn(self, owner: str) -> None:
-        """Find out what an owner has spent today, if it is not known.
+        """Ask the store what an owner has spent today, unless it is known.
 
         Raises:
             StoreError: the store cannot tell.
@@ -47,7 +47,7 @@ class Spending:
         return all(known)
 
     def allow(self, owner: str, model: str, wanted: int) -> int:
-        """Return how many output tokens a reply may have, of those that are wanted.
+        """Return how many of the wanted output tokens a reply may have.
 
         Raises:
             Refused: too little of the day is left.
@@ -69,22 +69,22 @@ class Spending:
     @staticmethod
     def _refuse(name: str, *, reserved: bool) -> None:
         if reserved:
-            message = f"What is left of today's {name} is set aside for replies that run."
+            message = f"The rest of today's {name} is reserved for replies that run."
             raise Refused(Code.LIMIT, message)
         tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
         message = f"Too few of today's {name} are left for a reply."
         raise Refused(Code.QUOTA, message, retry_after=tomorrow)
 
     def reserve(self, owner: str, likely: Spent) -> None:
-        """Set aside what a reply may cost."""
+        """Reserve what a reply may cost."""
         self._tokens.reserve(owner, likely.tokens)
         self._microdollars.reserve(owner, likely.microdollars)
 
     def reserved(self, owner: str) -> Spent:
-        """Return what is set aside for an owner's replies."""
+        """Return what is reserved for an owner's replies."""
         return Spent(self._tokens.reserved(owner), self._microdollars.reserved(owner))
 
     def settle(self, owner: str, likely: Spent, spent: Spent) -> None:
-        """Put what a reply has cost in the place of what was set aside for it."""
+        """Replace what was reserved for a reply by what the reply has cost."""
         self._tokens.settle(owner, likely.tokens, spent.tokens)
         self._microdollars.settle(owner, likely.microdollars, spent.microdollars)
