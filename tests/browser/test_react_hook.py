@@ -1,280 +1,30 @@
-"""The client in JavaScript in a real browser."""
+"""The React hook of `examples/react` in a real browser."""
 
 import asyncio
-import json
 import os
-import re
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Page, expect
 
 import wsserver
+from tests.browser.client import ask, connect, end, says
+from tests.browser.page import dismiss
 from tests.support.line import Line
-from tests.support.puppet import BOUND, Puppet, Thinking
-from tests.support.tools import ROOT, require_chromium, require_npm_package
-from tests.test_browser import SWITCHES
+from tests.support.puppet import BOUND, Puppet
+from tests.support.tools import ROOT, require_npm_package
 
-# One event loop for all, so that one browser can serve all.
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
-
-NEVER = {"firstPause": 10**9, "longestPause": 10**9}  # comes back only when there is a reason to
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+A, B, UNKNOWN = "conversation-of-a", "conversation-of-b", "conversation-unknown"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    path = require_chromium()
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=path, args=SWITCHES)
-        yield browser
-        await browser.close()
+@pytest.fixture
+def page(bare_page: Page) -> Page:
+    return bare_page
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def server(puppet: Puppet) -> AsyncIterator[wsserver.Server]:
-    async with wsserver.serve(puppet, port=0, drain_timeout=0) as running:
-        yield running
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def line(server: wsserver.Server) -> AsyncIterator[Line]:
-    async with Line(server.port) as line:
-        yield line
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def page(browser: Browser, server: wsserver.Server) -> AsyncIterator[Page]:
-    """A page of the server's that has no script of its own."""
-    page = await browser.new_page()
-    page.set_default_timeout(BOUND * 1000)
-    complaints: list[str] = []
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    await page.goto(server.page + "healthz")
-    yield page
-    await page.close()
-    assert complaints == []
-
-
-@pytest.fixture(autouse=True)
-def _bounded() -> Iterator[None]:
-    expect.set_options(timeout=BOUND * 1000)
-    yield
-    expect.set_options(timeout=None)
-
-
-async def connect(page: Page, url: str | None = None, **options: Any) -> None:
-    await page.evaluate(
-        """async ([url, options]) => {
-            const { connect } = await import('/client.js');
-            globalThis.chat = connect(url ?? undefined, options);
-            globalThis.replies = [];
-            globalThis.ask = (...given) => { replies.push(chat.prompt(...given)); };
-        }""",
-        [url, options],
-    )
-
-
-async def ask(page: Page, prompt: str, conversation: str | None = None) -> None:
-    options = {} if conversation is None else {"conversation": conversation}
-    await page.evaluate("given => ask(...given)", [prompt, options])
-
-
-async def says(page: Page, text: str, number: int = 0) -> None:
-    await page.wait_for_function("([n, text]) => replies[n].text === text", arg=[number, text])
-
-
-async def state(page: Page, wanted: str) -> None:
-    await page.wait_for_function("wanted => chat.state === wanted", arg=wanted)
-
-
-async def end(page: Page, number: int = 0) -> Any:
-    return await page.evaluate(
-        "n => replies[n].done.then(({ reason }) => reason, ({ code }) => code)", number
-    )
-
-
-async def test_a_prompt_and_a_stop_on_the_page_itself(
-    page: Page, server: wsserver.Server, puppet: Puppet
-) -> None:
-    await page.goto(server.page)  # whose policy has to allow it
-    await connect(page)
-    await ask(page, "Count")
-    model = (await puppet.reply()).say(Thinking("Hm."), "one ", "two")
-    await says(page, "one two")
-    read = page.evaluate("""async () => {
-        const pieces = [];
-        for await (const piece of replies[0]) pieces.push(piece);
-        return pieces.join('');
-    }""")
-    reading = asyncio.ensure_future(read)
-    await page.evaluate("replies[0].stop()")
-    async with asyncio.timeout(BOUND):
-        await model.closed.wait()
-        assert await reading == "one two"
-    assert await end(page) == "stopped"
-    assert await page.evaluate("replies[0].thinking") == "Hm."
-
-
-async def test_the_lines_in_the_readme_work(
-    page: Page, server: wsserver.Server, puppet: Puppet
-) -> None:
-    section = (ROOT / "README.md").read_text().partition("\n## In a browser\n")[2]
-    (lines,) = re.findall(r"```js\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
-    for name, here in (("'./client.js'", "'/client.js'"), ("ws://localhost:3001", server.url)):
-        assert lines.count(name) == 1
-        lines = lines.replace(name, here)
-    await page.add_script_tag(
-        type="module",
-        content=f"""
-            const freshToken = async () => 'sesame';
-            const output = document.body.appendChild(document.createElement('output'));
-            const stopButton = document.body.appendChild(document.createElement('button'));
-            {lines}
-            document.title = reason;
-        """,
-    )
-    model = (await puppet.reply()).say("Once <b>upon</b>")
-    await expect(page.locator("output")).to_have_text("Once <b>upon</b>")
-    await page.locator("button").click()
-    async with asyncio.timeout(BOUND):
-        await model.closed.wait()
-    await expect(page).to_have_title("stopped")
-
-
-async def test_two_replies_go_on_after_the_connection_was_lost(
-    page: Page, line: Line, puppet: Puppet
-) -> None:
-    await connect(page, line.url, firstPause=1)
-    await ask(page, "One", "conversation-one")
-    await ask(page, "Two", "conversation-two")
-    one, two = (await puppet.reply()), (await puppet.reply(1))
-    one.say("1a")
-    two.say("2a")
-    await says(page, "1a", 0)
-    await says(page, "2a", 1)
-    line.cut()
-    one.say("1b")
-    two.say("2b").end()
-    line.mend()
-    await says(page, "1a1b", 0)
-    one.say("1c").end()
-    assert [await end(page, 0), await end(page, 1)] == ["end_turn", "end_turn"]
-    await says(page, "1a1b1c", 0)
-    await says(page, "2a2b", 1)
-    assert len(puppet.replies) == 2
-
-
-async def test_a_stop_while_offline_holds(page: Page, line: Line, puppet: Puppet) -> None:
-    await connect(page, line.url, firstPause=1)
-    await ask(page, "Count")
-    model = (await puppet.reply()).say("one")
-    await says(page, "one")
-    line.cut()
-    await page.wait_for_function("chat.state !== 'open'")
-    assert (await page.evaluate("replies[0].stop()"))["reason"] == "stopped"
-    line.mend()
-    async with asyncio.timeout(BOUND):
-        await model.closed.wait()
-
-
-async def test_it_comes_back_at_once_when_the_network_does(
-    page: Page, line: Line, puppet: Puppet
-) -> None:
-    await connect(page, line.url, **NEVER)
-    await ask(page, "Count")
-    model = (await puppet.reply()).say("one ")
-    await says(page, "one ")
-    await page.context.set_offline(True)
-    line.cut()
-    await state(page, "waiting")
-    model.say("two").end()
-    line.mend()
-    await page.context.set_offline(False)
-    assert await end(page) == "end_turn"
-    await says(page, "one two")
-
-
-async def test_it_comes_back_at_once_when_somebody_looks(page: Page, line: Line) -> None:
-    await connect(page, line.url, **NEVER)
-    await state(page, "open")
-    line.cut()
-    await state(page, "waiting")
-    line.mend()
-    await page.evaluate("""() => {
-        for (const value of ['hidden', 'visible']) {
-            Object.defineProperty(document, 'visibilityState', { value, configurable: true });
-            document.dispatchEvent(new Event('visibilitychange'));
-        }
-    }""")
-    await state(page, "open")
-
-
-async def test_a_dead_connection_is_noticed_when_somebody_looks(page: Page, line: Line) -> None:
-    await connect(page, line.url, heartbeat=10**9, **NEVER)
-    await state(page, "open")
-    line.deafen()
-    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    await state(page, "waiting")
-
-
-@asynccontextmanager
-async def stage() -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.support.stage",
-        cwd=ROOT,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def tell(process: asyncio.subprocess.Process, what: str, **keys: Any) -> Any:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps({"n": 0, "do": what, **keys}).encode() + b"\n")
-    async with asyncio.timeout(BOUND):
-        return json.loads(await process.stdout.readline())["answer"]
-
-
-async def test_a_server_that_was_killed_is_found_again_at_its_port(
-    page: Page, tmp_path: Path
-) -> None:
-    settings: dict[str, Any] = {"store": f"sqlite:///{tmp_path / 'file'}", "save_interval": 0.01}
-    async with stage() as doomed:
-        port = (await tell(doomed, "serve", settings=settings))["port"]
-        await connect(page, f"ws://127.0.0.1:{port}/", firstPause=10, longestPause=100)
-        await ask(page, "say half; wait for ever")
-        await says(page, "half")
-        reply = await page.evaluate("replies[0].id")
-        await tell(doomed, "saved", server=0, reply=reply, pieces=1)
-        doomed.kill()
-        await doomed.wait()
-    await ask(page, "recall")  # while it is away
-    async with stage() as heir:
-        await tell(heir, "serve", settings={**settings, "port": port})
-        assert await end(page) == "interrupted"
-        assert await end(page, 1) == "end_turn"
-        await says(page, "half", 0)
-        await says(page, "say half; wait for ever | half", 1)
-
-
-# The hook for React, in its example.
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def app() -> str:
     """The example as a script: ``start(properties)``, and ``pick(conversation)`` later.
 
@@ -325,7 +75,7 @@ async def type_in(page: Page, text: str) -> None:
     await page.get_by_label("Your message").press("Enter")
 
 
-async def test_the_hook_shows_a_reply_as_it_comes_and_stops_it(
+async def test_hook_streams_and_stops_a_reply(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -353,7 +103,7 @@ async def test_the_hook_shows_a_reply_as_it_comes_and_stops_it(
     await expect(button).to_have_text(["Send", "Retry"])
 
 
-async def test_the_hook_goes_on_where_another_page_is(
+async def test_hook_joins_the_running_reply_of_another_page(
     page: Page, line: Line, puppet: Puppet, app: str
 ) -> None:
     await connect(page)
@@ -379,14 +129,11 @@ async def test_the_hook_goes_on_where_another_page_is(
     await expect(page.get_by_role("alert")).to_have_count(0)
 
 
-A, B, UNKNOWN = "conversation-of-a", "conversation-of-b", "conversation-unknown"
-
-
 async def pick(page: Page, conversation: str | None) -> None:
     await page.evaluate("id => pick(id ?? undefined)", conversation)
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(loop_scope="session")
 async def two(page: Page, puppet: Puppet) -> None:
     """Two conversations, of one turn each."""
     await connect(page)
@@ -397,7 +144,7 @@ async def two(page: Page, puppet: Puppet) -> None:
 
 
 @pytest.mark.usefixtures("two")
-async def test_the_hook_clears_the_messages_where_another_conversation_is_picked(
+async def test_hook_clears_messages_when_the_conversation_changes(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url, conversation=A)
@@ -424,7 +171,7 @@ async def test_the_hook_clears_the_messages_where_another_conversation_is_picked
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("other", [B, UNKNOWN, None])
-async def test_the_hook_shows_no_reply_of_a_conversation_that_is_left_and_the_reply_goes_on(
+async def test_hook_hides_the_running_reply_of_the_former_conversation(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str, other: str | None
 ) -> None:
     await start(page, app, url=server.url, conversation=A)
@@ -466,7 +213,7 @@ async def until_ended(page: Page, server: wsserver.Server) -> None:
     )
 
 
-async def test_the_hook_tells_the_conversation_that_a_reload_goes_on_with(
+async def test_hook_reports_the_conversation_for_a_reload(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -490,7 +237,7 @@ async def test_the_hook_tells_the_conversation_that_a_reload_goes_on_with(
     await expect(messages).to_have_count(0)
 
 
-async def test_the_hook_asks_again_in_place_of_what_failed(
+async def test_hook_retry_replaces_the_failed_turn(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -513,7 +260,7 @@ async def test_the_hook_asks_again_in_place_of_what_failed(
     await expect(messages).to_have_text(["Hello", "whole"])
 
 
-async def test_the_hook_asks_again_what_was_refused(
+async def test_hook_retry_after_a_refusal(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -528,15 +275,14 @@ async def test_the_hook_asks_again_what_was_refused(
     await expect(messages).to_have_text([long, "(not whole: too_long)", "short", "whole"])
 
 
-async def test_the_hook_has_no_reply_under_way_where_the_server_closed_for_good(
+async def test_hook_ends_the_reply_after_a_final_close_code(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
     await type_in(page, "Hello")
     (await puppet.reply()).say("half")
     await expect(page.get_by_role("listitem")).to_have_text(["Hello", "half"])
-    for connection in tuple(server._connections):
-        connection.end(1008, "enough")
+    dismiss(server, 1008, "enough")
     await expect(page.get_by_role("alert")).to_contain_text("closed")
     await expect(page.get_by_role("button")).to_have_text(["Send", "Retry"])
     await expect(page.get_by_role("status")).to_have_text("Not connected: closed")

@@ -1,0 +1,231 @@
+"""The page while connections are lost and servers restart."""
+
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, expect
+
+import wsserver
+from tests.browser.page import (
+    LONGEST_PAUSE,
+    alert,
+    ask,
+    box,
+    closed,
+    converse,
+    cut,
+    dismiss,
+    idle,
+    note,
+    reply,
+    state,
+    stop_clock,
+    text,
+    visit,
+)
+from tests.support.client import client
+from tests.support.process import Process, run
+from tests.support.puppet import Puppet, Thinking
+from tests.support.tools import ROOT
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+
+async def test_reply_continues_after_a_lost_connection(
+    timed: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await timed.clock.resume()
+    await ask(timed, "Count")
+    model = (await puppet.reply()).say(Thinking("Hm. "), "one ", "two ")
+    await expect(text(timed)).to_have_text("one two")
+    await stop_clock(timed)
+    cut(server)
+    await expect(state(timed)).to_have_text("Not connected, trying again…")
+    await expect(note(timed)).to_contain_text("Cut off, as the connection was lost.")
+    await expect(text(timed)).to_have_text("one two")
+    model.say(Thinking("Well. "), "three ")  # said to nobody
+    await timed.clock.fast_forward(LONGEST_PAUSE)
+    await timed.clock.resume()
+    await expect(state(timed)).to_have_text("Connected")
+    await expect(text(timed)).to_have_text("one two three")
+    await expect(note(timed)).to_be_empty()
+    model.say("four").end()
+    await idle(timed)
+    await expect(text(timed)).to_have_text("one two three four")
+    await expect(reply(timed).locator("details p")).to_have_text("Hm. Well.")
+    await expect(timed.locator("article")).to_have_count(1)
+    assert len(puppet.replies) == 1
+
+    await ask(timed, "And on")  # in the same conversation, though over another socket
+    (await puppet.reply(1)).end()
+    said = [message.content for message in puppet.replies[1].request.messages]
+    assert said == ["Count", "one two three four", "And on"]
+
+
+async def test_reply_that_ended_while_offline_is_shown_whole(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await ask(page, "Count")
+    model = (await puppet.reply()).say("one ")
+    await expect(text(page)).to_have_text("one")
+    cut(server)
+    model.say("two").end()
+    await idle(page)
+    await expect(text(page)).to_have_text("one two")
+    await expect(note(page)).to_be_empty()
+    await expect(page.locator("article")).to_have_count(1)
+    assert len(puppet.replies) == 1
+
+
+async def test_page_reconnects_when_the_network_is_back(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await ask(page, "Count")
+    model = (await puppet.reply()).say("one ")
+    await expect(text(page)).to_have_text("one")
+    await page.context.set_offline(True)
+    cut(server)
+    await expect(state(page)).to_have_text(re.compile(r"trying again…|Connecting…"))
+    await expect(note(page)).to_contain_text("Cut off")
+    model.say("two ")
+    await page.context.set_offline(False)
+    await expect(text(page)).to_have_text("one two")
+    model.end()
+    await idle(page)
+    await expect(note(page)).to_be_empty()
+
+
+async def test_turns_of_other_tabs_appear_after_reconnect(
+    timed: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await timed.clock.resume()
+    await converse(timed, puppet, "First")
+    conversation = timed.url.partition("#")[2]
+    await stop_clock(timed)
+    cut(server)
+    await expect(state(timed)).to_have_text("Not connected, trying again…")
+    async with client(server) as other:
+        start = await other.prompt("Second", conversation=conversation)
+        (await puppet.reply(1)).say("Meanwhile").end()
+        await other.text(start["id"])
+    await timed.clock.fast_forward(LONGEST_PAUSE)
+    await timed.clock.resume()
+    await expect(timed.locator(".you p")).to_have_text(["First", "Second"])
+    await expect(timed.locator(".text")).to_have_text(["Reply", "Meanwhile"])
+
+
+async def test_conversation_deleted_while_offline_stays_visible_with_a_note(
+    timed: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await timed.clock.resume()
+    await converse(timed, puppet, "First")
+    conversation = timed.url.partition("#")[2]
+    await stop_clock(timed)
+    cut(server)
+    await expect(state(timed)).to_have_text("Not connected, trying again…")
+    async with client(server) as other:
+        await other.send({"type": "delete", "conversation": conversation})
+        await other.next("deleted")
+    await timed.clock.fast_forward(LONGEST_PAUSE)
+    await timed.clock.resume()
+    await expect(alert(timed)).to_contain_text("no longer has this conversation")
+    await expect(text(timed)).to_have_text("Reply")
+    await converse(timed, puppet, "Second", "Afresh")
+    assert [message.content for message in puppet.replies[1].request.messages] == ["Second"]
+    await expect(alert(timed)).to_be_hidden()
+
+
+async def test_stop_without_a_connection_is_sent_on_reconnect(
+    timed: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await timed.clock.resume()
+    await ask(timed, "Count")
+    model = await puppet.reply()
+    await stop_clock(timed)
+    cut(server)
+    await expect(state(timed)).to_have_text("Not connected, trying again…")
+    await timed.keyboard.press("Escape")
+    await timed.clock.resume()
+    await expect(note(timed)).to_have_text("Stopped.")
+    await idle(timed)
+    await timed.clock.fast_forward(LONGEST_PAUSE)
+    await closed(model.closed)
+
+
+async def test_prompt_without_a_connection_is_sent_on_reconnect(
+    blank: Page,
+) -> None:
+    await blank.add_init_script("Math.random = () => 0")  # no pauses
+    async with wsserver.serve(Puppet(), port=0) as first:
+        port = first.port
+        await visit(blank, first)
+    await ask(blank, "Hello")
+    await expect(note(blank)).to_have_text("Not sent yet.")
+    model = Puppet()
+    async with wsserver.serve(model, port=port):
+        (await model.reply()).say("Back").end()
+        await expect(text(blank)).to_have_text("Back")
+        await expect(note(blank)).to_be_empty()
+
+
+async def test_final_close_code_does_not_reconnect(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await ask(page, "Count")
+    model = await puppet.reply()
+    dismiss(server, 1008, "too many unusable frames")
+    await expect(state(page)).to_have_text(
+        "The server closed the connection: too many unusable frames. "
+        "Reload the page to connect again."
+    )
+    await expect(note(page)).to_contain_text("The connection was closed")
+    await expect(box(page)).to_be_disabled()
+    model.end()
+
+
+async def test_shutdown_of_the_server_is_shown(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await ask(page, "Count")
+    (await puppet.reply()).say("one")
+    await expect(text(page)).to_have_text("one")
+    await server.close()
+    await expect(note(page)).to_have_text("Stopped, as the server shut down.")
+    await expect(text(page)).to_have_text("one")
+    await expect(state(page)).to_have_text(re.compile(r"trying again…|Connecting…"))
+
+
+async def test_interrupted_reply_after_a_crash_of_the_server(blank: Page, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = f"sqlite:///{tmp_path / 'chat.sqlite'}"
+    where = ("--port", str(port), "--store", store)
+    serve = ("-m", "wsserver", "serve", *where, "--demo-rate", "20")
+
+    async def started(process: Process) -> str:
+        return (await process.line(r"http://\S+"))[0].rstrip("/")
+
+    async with run(*serve, PYTHONPATH=str(ROOT)) as process:
+        await blank.goto(await started(process))
+        await ask(blank, "Hello")
+        await expect(text(blank)).to_contain_text("from your own")
+        process.signal(signal.SIGKILL)
+        await process.end()
+    await expect(note(blank)).to_contain_text("Cut off, as the connection was lost.")
+    before = await text(blank).inner_text()
+    async with run(*serve, PYTHONPATH=str(ROOT)) as process:
+        await started(process)
+        await expect(note(blank)).not_to_contain_text("Cut off")
+        await expect(blank.get_by_role("button", name="Retry")).to_be_visible()
+        assert (await text(blank).inner_text()).startswith(before[:50])
+        await ask(blank, "What did I just say?")
+        await expect(text(blank)).to_contain_text("You said: “Hello”")
+        await idle(blank)
+        await blank.reload()
+        await expect(text(blank)).to_contain_text("You said: “Hello”")
+        first = blank.locator(".reply").first
+        await expect(first.locator(".note")).to_have_text("Broken off, as the server went away.")

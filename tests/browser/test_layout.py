@@ -1,0 +1,172 @@
+"""Appearance of the page: security policy, sizes, scrolling, speed."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from playwright.async_api import Browser, Page, expect
+
+import wsserver
+from tests.browser.page import ask, box, button, idle, reply, rows, text, visit
+from tests.support.puppet import BOUND, Puppet, Thinking
+from wsserver import Request
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+
+async def test_content_security_policy_blocks_foreign_content(
+    browser: Browser, server: wsserver.Server
+) -> None:
+    page = await browser.new_page()
+    await visit(page, server)
+    violated = await page.evaluate("""() => new Promise((resolve) => {
+        const violated = [];
+        addEventListener('securitypolicyviolation', (event) => {
+            violated.push(event.effectiveDirective);
+            if (violated.length === 7) resolve(violated.sort());
+        });
+        const add = (name, values) => document.body.append(
+            Object.assign(document.createElement(name), values));
+        const taken = (how) => { try { how() } catch { } };
+        taken(() => add('script', { textContent: 'document.title = "Taken over"' }));
+        taken(() => { document.body.innerHTML = '<img src=x>' });
+        taken(() => {
+            const script = document.createElement('script');
+            script.append('document.title = "Taken over"');
+            document.body.append(script);
+        });
+        add('style', { textContent: 'body { display: none }' });
+        add('img', { src: 'https://example.invalid/' });
+        new WebSocket('wss://example.invalid/').onerror = () => {};
+        const button = document.createElement('button');
+        document.body.append(button);
+        button.setAttribute('style', 'color: red');
+    })""")
+    assert violated == [
+        *("connect-src", "img-src"),
+        *["require-trusted-types-for"] * 3,
+        *("style-src-attr", "style-src-elem"),
+    ]
+    await expect(page).to_have_title("wsserver")
+    await page.close()
+
+
+@pytest.mark.parametrize("width", [320, 360, 390])
+async def test_page_fits_a_phone(page: Page, puppet: Puppet, width: int) -> None:
+    await page.set_viewport_size({"width": width, "height": 844})
+    await ask(page, "x" * 300)
+    code = f"\n```\n{'w' * 300}\n```\n`{'v' * 300}`"
+    (await puppet.reply()).say(Thinking("y" * 300), "z" * 300, code).end()
+    await page.get_by_text("Thought").click()
+    await idle(page)
+    assert await page.evaluate("document.documentElement.scrollWidth") == width
+    await expect(button(page)).to_be_in_viewport(ratio=1)
+    await expect(rows(page)).to_have_count(0)  # for those who see, and for all others
+    await page.get_by_role("button", name="Conversations").click()
+    await expect(page.get_by_role("button", name="Close the list")).to_be_focused()
+    await expect(rows(page)).to_have_count(1)
+    await expect(page.get_by_role("main")).to_have_attribute("inert", "")
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("button", name="Conversations")).to_be_focused()
+    await page.get_by_role("button", name="Conversations").click()
+    await page.get_by_role("link", name="New conversation").click()
+    await expect(box(page)).to_be_focused()
+    await expect(page.locator("article")).to_have_count(0)
+
+
+async def test_page_follows_dark_mode(page: Page) -> None:
+    colour = "getComputedStyle(document.documentElement).backgroundColor"
+    await page.emulate_media(color_scheme="light")
+    light = await page.evaluate(colour)
+    await page.emulate_media(color_scheme="dark")
+    assert await page.evaluate(colour) != light
+
+
+async def test_page_scrolls_with_the_text_unless_the_reader_scrolled_up(
+    page: Page, puppet: Puppet
+) -> None:
+    await page.set_viewport_size({"width": 390, "height": 400})
+    jump = page.get_by_role("button", name="Jump to the end")
+    await ask(page, "Count")
+    model = (await puppet.reply()).say("line\n" * 100)
+    await expect(text(page)).to_contain_text("line")
+    end = text(page).locator("p").last
+    await expect(end).to_be_in_viewport()
+    await expect(jump).to_be_hidden()
+    await page.evaluate("scrollTo(0, 100)")
+    await expect(jump).to_be_visible()
+    model.say("more\n" * 100)
+    await expect(text(page)).to_contain_text("more")
+    assert await page.evaluate("scrollY") == 100
+    await jump.click()
+    await expect(jump).to_be_hidden()
+    await expect(box(page)).to_be_focused()
+    model.say("and more\n" * 100, "\nend")
+    await expect(text(page)).to_contain_text("end")
+    await expect(end).to_be_in_viewport()
+    await page.mouse.move(200, 150)
+    await page.mouse.wheel(0, -20)  # a little is enough
+    await expect(jump).to_be_visible()
+    where = await page.evaluate("scrollY")
+    model.say("\n\nlast" * 10).end()
+    await idle(page)
+    assert await page.evaluate("scrollY") <= where
+
+
+async def test_opened_thinking_stays_visible(page: Page, puppet: Puppet) -> None:
+    await page.set_viewport_size({"width": 390, "height": 500})
+    await ask(page, "Think")
+    (await puppet.reply()).say(Thinking("hm\n" * 100), "line\n" * 5).end()
+    await idle(page)
+    await page.get_by_text("Thought").click()
+    await expect(page.get_by_text("Thought")).to_be_in_viewport()
+    await expect(page.get_by_role("button", name="Jump to the end")).to_be_visible()
+
+
+async def test_page_keeps_up_with_a_fast_model(blank: Page) -> None:
+    """Three seconds of 3,000 tokens each, and then as many as fast as they come."""
+    words = ["**fast** ", "and `so` ", "on, ", *["word "] * 60, "\n\n", "- item\n", "```py\n"]
+    words += ["x = 1\n"] * 20 + ["```\n"]
+
+    async def model(request: Request) -> AsyncGenerator[str]:
+        began = time.monotonic()
+        for number in range(9_000):
+            yield words[number % len(words)]
+            ahead = number / 3_000 - (time.monotonic() - began)
+            if request.prompt == "steady" and ahead > 0:
+                await asyncio.sleep(ahead)
+
+    settings: dict[str, Any] = {"max_tokens": 100_000, "max_tokens_limit": 100_000}
+    async with wsserver.serve(model, port=0, drain_timeout=0, **settings) as server:
+        await visit(blank, server)
+        await blank.evaluate("""() => {
+            globalThis.long = []
+            globalThis.frames = []
+            new PerformanceObserver((list) => long.push(...list.getEntries()))
+                .observe({ type: 'longtask' })
+            let last = performance.now()
+            const frame = (now) => {
+                frames.push(now - last)
+                last = now
+                requestAnimationFrame(frame)
+            }
+            requestAnimationFrame(frame)
+        }""")
+        for prompt in ("steady", "at once"):
+            await ask(blank, prompt)
+            began = time.monotonic()
+            await expect(reply(blank)).to_have_attribute("aria-busy", "false", timeout=BOUND * 3000)
+            took = time.monotonic() - began
+            long, frames = await blank.evaluate("""() => [
+                long.splice(0).map(({ duration }) => Math.round(duration)),
+                frames.splice(0).sort((a, b) => a - b).map(Math.round),
+            ]""")
+            print(
+                f"{prompt}: {9_000 / took:.0f} tokens/s; long tasks: {long} ms; "
+                f"{len(frames)} frames, the longest {frames[-5:]} ms"
+            )
+            assert len(long) <= 3, long  # of a machine that has other things to do as well
+        shown = await text(blank).inner_text()
+        assert shown.count("fast") == 9_000 // len(words) + 1

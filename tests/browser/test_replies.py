@@ -1,0 +1,246 @@
+"""Replies on the page: streaming, stopping, formatting."""
+
+import re
+
+import pytest
+from playwright.async_api import Page, expect
+
+from tests.browser.page import (
+    MARKUP,
+    ask,
+    box,
+    button,
+    closed,
+    converse,
+    idle,
+    note,
+    rename,
+    reply,
+    rows,
+    text,
+    title,
+)
+from tests.support.puppet import Puppet, Thinking
+from wsserver import Code, ModelError, Usage
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+
+async def test_reply_appears_while_it_streams(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Count")
+    model = (await puppet.reply()).say("one ", "two ")
+    await expect(text(page)).to_have_text("one two")
+    await expect(button(page)).to_have_accessible_name("Stop")
+    await expect(reply(page)).to_have_attribute("aria-busy", "true")
+    model.say("three", Usage(input_tokens=1234, output_tokens=5)).end()
+    await expect(text(page)).to_have_text("one two three")
+    await idle(page)
+    await expect(reply(page)).to_have_attribute("aria-busy", "false")
+    await expect(note(page)).to_be_empty()
+    await expect(reply(page).locator(".usage")).to_have_text("puppet · 1,234 tokens in, 5 out")
+    assert model.request.prompt == "Count"
+
+
+async def test_next_prompt_continues_the_conversation(page: Page, puppet: Puppet) -> None:
+    await converse(page, puppet, "First")
+    await converse(page, puppet, "Second", "Another")
+    said = [message.content for message in puppet.replies[1].request.messages]
+    assert said == ["First", "Reply", "Second"]
+    await expect(page.get_by_role("region", name="Messages")).to_contain_text("First")
+
+
+async def test_stop_closes_upstream_and_next_prompt_works(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Count")
+    model = (await puppet.reply()).say("one ", "two ")
+    await expect(text(page)).to_have_text("one two")
+    await button(page).click()
+    await closed(model.closed)
+    await expect(note(page)).to_have_text("Stopped.")
+    await expect(text(page)).to_have_text("one two")
+    await idle(page)
+    await box(page).fill("Again")
+    await button(page).click()
+    (await puppet.reply(1)).say("whole").end()
+    await expect(text(page)).to_have_text("whole")
+    await expect(note(page)).to_be_empty()
+
+
+async def test_escape_stops_the_reply(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Count")
+    model = await puppet.reply()
+    await page.keyboard.press("Escape")
+    await closed(model.closed)
+    await expect(note(page)).to_have_text("Stopped.")
+
+
+async def test_double_click_on_send_does_not_stop_the_reply(page: Page, puppet: Puppet) -> None:
+    await box(page).fill("Count")
+    await button(page).dblclick()
+    (await puppet.reply()).say("one").end()
+    await expect(text(page)).to_have_text("one")
+    await idle(page)
+    await expect(note(page)).to_be_empty()
+
+
+async def test_shift_enter_adds_a_line_and_the_box_grows(page: Page, puppet: Puppet) -> None:
+    await box(page).fill("one")
+    before = await box(page).bounding_box()
+    await box(page).press("Shift+Enter")
+    await box(page).press_sequentially("two")
+    after = await box(page).bounding_box()
+    assert before is not None
+    assert after is not None
+    assert after["height"] > before["height"]
+    await box(page).press("Enter")
+    model = await puppet.reply()
+    model.end()
+    assert model.request.prompt == "one\ntwo"
+    await expect(box(page)).to_have_value("")
+
+
+async def test_enter_sends_nothing_if_blank_or_while_streaming(page: Page, puppet: Puppet) -> None:
+    await ask(page, " \n ")
+    await ask(page, "Count")
+    model = (await puppet.reply()).say("one")
+    await expect(text(page)).to_have_text("one")
+    await ask(page, "Draft")
+    await expect(box(page)).to_have_value("Draft")
+    model.end()
+    await idle(page)
+    await box(page).press("Enter")
+    (await puppet.reply(1)).end()
+    assert [model.request.prompt for model in puppet.replies] == ["Count", "Draft"]
+
+
+async def test_thinking_is_collapsed(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Think")
+    model = (await puppet.reply()).say(Thinking("Let me "), Thinking("see."))
+    thinking = reply(page).locator("details p")
+    await expect(thinking).to_have_text("Let me see.")
+    await expect(thinking).not_to_be_visible()
+    await page.get_by_text("Thinking…").click()
+    await expect(thinking).to_be_visible()
+    model.say("Seen.").end()
+    await expect(text(page)).to_have_text("Seen.")
+    await expect(reply(page).locator("summary")).to_have_text("Thought")
+    await converse(page, puppet, "Do not think", "Done.")
+    await expect(reply(page).locator("details")).not_to_be_visible()
+
+
+async def test_copy_buttons_copy_the_reply_and_its_code(page: Page, puppet: Puppet) -> None:
+    whole = "Here:\n\n```py\nx = 1\n\ny = `2`\n```\nDone."
+    await ask(page, "Code")
+    (await puppet.reply()).say(whole).end()
+    await idle(page)
+    await page.get_by_role("button", name="Copy the code").click()
+    assert await page.evaluate("navigator.clipboard.readText()") == "x = 1\n\ny = `2`\n"
+    await page.get_by_role("button", name="Copy the reply").click()
+    await expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert await page.evaluate("navigator.clipboard.readText()") == whole
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("a\nb\n\nc", "<p>a\nb</p><p>c</p>"),
+        ("## A `b`\nc", "<h4>A <code>b</code></h4><p>c</p>"),
+        ("#no\n-no\n1.no", "<p>#no\n-no\n1.no</p>"),
+        ("**a b** *c* ``d`e``", "<p><strong>a b</strong> <em>c</em> <code>d`e</code></p>"),
+        ("2 * 3 ** 4 a*b*c `d\n**e", "<p>2 * 3 ** 4 a*b*c `d\n**e</p>"),
+        ("`**a**` **`b`**", "<p><code>**a**</code> <strong><code>b</code></strong></p>"),
+        ("- a\n- b\n\nc", "<ul><li>a</li><li>b</li></ul><p>c</p>"),
+        ("3. a\n   - b\n4. c", '<ol start="3"><li>a<ul><li>b</li></ul></li><li>c</li></ol>'),
+        ("- a\n\n  b\n- c", "<ul><li>a<p>b</p></li><li>c</li></ul>"),
+        ("a\n---\nb", "<p>a</p><hr><p>b</p>"),
+        ("```<b>\n**a**\n````\nb", "[&lt;b&gt;|**a**\n]<p>b</p>"),
+        ("a\n```\n``\n`` `", "<p>a</p>[code|``\n`` `\n]"),
+        ("````\n```\n````", "[code|```\n]"),
+        ("1. a\n   ```js\n   b\n   ```\n2. c", "<ol><li>a[js|   b\n]</li><li>c</li></ol>"),
+        ("``` not one ``` ok", "<p><code> not one </code> ok</p>"),
+        ("<i>&lt;", "<p>&lt;i&gt;&amp;lt;</p>"),
+        ("", ""),
+    ],
+)
+async def test_markdown_is_formatted_while_it_streams(page: Page, written: str, shown: str) -> None:
+    """The same, whether it comes at once or character by character."""
+    for size in (1, 2, 3, 1000):
+        pieces = [written[at : at + size] for at in range(0, len(written), size)]
+        got = await page.evaluate(
+            """async (pieces) => {
+                const { Formatter } = await import('/format.js')
+                const root = document.createElement('div')
+                const formatter = new Formatter(root)
+                for (const piece of pieces) formatter.write(piece)
+                formatter.end()
+                for (const figure of root.querySelectorAll('figure')) {
+                    const [language, code] = ['.language', 'code'].map((part) =>
+                        figure.querySelector(part).textContent)
+                    figure.replaceWith(`[${language}|${code}]`)
+                }
+                return root.innerHTML
+            }""",
+            pieces,
+        )
+        assert got == shown, size
+
+
+@pytest.mark.parametrize(
+    "character", [" ", "`", "*", "-", "#", "1", ">", "\n", "**a ", "- ", "`a` "]
+)
+async def test_formatting_time_is_linear(page: Page, character: str) -> None:
+    took = await page.evaluate(
+        """async (character) => {
+            const { Formatter } = await import('/format.js')
+            const began = performance.now()
+            for (const opening of ['', '```\\n', 'a', '**']) {
+                const formatter = new Formatter(document.createElement('div'))
+                formatter.write(opening)
+                for (let piece = 0; piece < 20; piece++) formatter.write(character.repeat(5000))
+                formatter.write('x')
+                formatter.end()
+            }
+            return performance.now() - began
+        }""",
+        character,
+    )
+    assert took < 3000
+
+
+async def test_unclosed_mark_becomes_text(page: Page) -> None:
+    length = await page.evaluate(
+        """async () => {
+            const { Formatter } = await import('/format.js')
+            const root = document.createElement('div')
+            const formatter = new Formatter(root)
+            formatter.write('**')
+            for (let piece = 0; piece < 100; piece++) formatter.write('`a` '.repeat(1000))
+            formatter.end()
+            return [root.querySelectorAll('strong').length, root.textContent.length]
+        }"""
+    )
+    assert length == [0, 2 + 2 * 100_000]
+
+
+async def test_html_is_shown_as_text(page: Page, puppet: Puppet) -> None:
+    await ask(page, MARKUP)
+    fenced = (
+        f"{MARKUP}\n```{MARKUP}\n{MARKUP}\n```\n- {MARKUP}\n# {MARKUP}\n**{MARKUP}** `{MARKUP}`"
+    )
+    model = (await puppet.reply()).say(Thinking(MARKUP), fenced)
+    model.fail(ModelError(Code.REFUSAL, MARKUP))
+    await expect(note(page)).to_have_text(MARKUP)
+    await expect(text(page)).to_contain_text(MARKUP)
+    await expect(reply(page).locator("details p")).to_have_text(MARKUP)
+    await expect(reply(page).locator("pre")).to_have_text(MARKUP)
+    await expect(reply(page).locator(".language")).to_have_text(MARKUP)
+    await expect(page.locator(".you p")).to_have_text(MARKUP)
+    await rename(page, MARKUP)
+    await expect(title(page)).to_have_text(MARKUP)
+    await expect(rows(page).get_by_role("link")).to_have_text(MARKUP)
+    await page.get_by_role("button", name=re.compile("^Delete")).click()
+    await expect(page.get_by_role("dialog")).to_contain_text(MARKUP)
+    await page.keyboard.press("Escape")
+    await page.reload()
+    await expect(text(page)).to_contain_text(MARKUP)
+    await expect(page.locator("b, img, body script, [onerror]")).to_have_count(0)
+    await expect(page.locator("#log a")).to_have_count(0)

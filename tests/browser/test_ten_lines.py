@@ -1,0 +1,147 @@
+"""The ten-line client of the README, and pages of other origins."""
+
+import contextlib
+import functools
+import re
+import threading
+from collections.abc import AsyncIterator, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Page, async_playwright, expect
+
+import wsserver
+from tests.browser.page import MARKUP, SWITCHES, closed
+from tests.support.puppet import Puppet
+from tests.support.tools import ROOT, require_chromium
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+
+TEN_LINES = ROOT / "examples/ten_lines.html"
+
+
+@contextlib.contextmanager
+def website(folder: Path) -> Iterator[int]:
+    """Serve files as `python -m http.server` does, and give the port."""
+    handler = functools.partial(SilentFiles, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
+        thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield site.server_address[1]
+        finally:
+            site.shutdown()
+            thread.join()
+
+
+class SilentFiles(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def ten_lines(blank: Page, server: wsserver.Server, tmp_path: Path) -> AsyncIterator[Page]:
+    """It, from a web server of its own, with the port of the test's server."""
+    source = TEN_LINES.read_text()
+    assert source.count("ws://localhost:3001") == 1
+    copy = tmp_path / "ten_lines.html"
+    copy.write_text(source.replace("ws://localhost:3001", server.url.rstrip("/")))
+    (tmp_path / "favicon.ico").touch()
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/ten_lines.html")
+        await blank.wait_for_function("ws.readyState === WebSocket.OPEN")
+        yield blank
+
+
+async def test_ten_lines_stream_and_stop_a_reply(ten_lines: Page, puppet: Puppet) -> None:
+    output = ten_lines.locator("pre")
+    await ten_lines.get_by_label("Prompt").fill("Count")
+    await ten_lines.get_by_role("button", name="Send").click()
+    model = (await puppet.reply()).say("one ", "two ")
+    await expect(output).to_have_text("one two")
+    await ten_lines.get_by_role("button", name="Stop").click()
+    await closed(model.closed)
+    await expect(output).to_have_text("one two [stopped]")
+    await ten_lines.get_by_role("button", name="Send").click()
+    (await puppet.reply(1)).say(MARKUP).end()
+    await expect(output).to_have_text(f"one two [stopped] {MARKUP} [end_turn]")
+    await ten_lines.get_by_role("button", name="Stop").click()
+    await expect(output).to_contain_text("nothing (of that `id`) to stop")
+
+
+# Without an icon of its own it would have the browser ask for one, perhaps as the site goes.
+HIJACK = """<link rel="icon" href="data:,">
+<script>
+const ws = new WebSocket('%s');
+ws.onopen = () => { document.title = 'open'; ws.send('{"type":"list"}'); };
+ws.onmessage = ({ data }) => { document.title = data; };
+ws.onclose = ({ code }) => { document.title = `closed ${code}`; };
+</script>"""
+
+
+@pytest.mark.parametrize(
+    ("page_host", "server_host", "status"),
+    [
+        ("evil.test", "localhost", 403),  # a page elsewhere (cross-site hijacking)
+        ("evil.test", "127.0.0.1", 403),
+        ("evil.test", "evil.test", 421),  # a name that leads here (DNS rebinding)
+    ],
+)
+async def test_page_of_a_foreign_origin_is_refused(
+    server: wsserver.Server, tmp_path: Path, page_host: str, server_host: str, status: int
+) -> None:
+    """In a browser for which a foreign name leads to this machine."""
+    (tmp_path / "index.html").write_text(HIJACK % f"ws://{server_host}:{server.port}/ws")
+    rules = "MAP evil.test 127.0.0.1"
+    args = [*SWITCHES, f"--host-resolver-rules={rules}", "--no-proxy-server"]
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=require_chromium(), args=args)
+        page = await browser.new_page()
+        with website(tmp_path) as port:
+            await page.goto(f"http://{page_host}:{port}/")
+            await expect(page).to_have_title("closed 1006")
+        await browser.close()
+    exposition = server.metrics.exposition().decode()
+    why = {403: "origin", 421: "host"}[status]
+    assert f'wsserver_connections_total{{outcome="{why}"}} 1.0' in exposition
+    assert 'wsserver_connections_total{outcome="served"} 0.0' in exposition
+
+
+async def test_page_of_localhost_is_accepted(
+    server: wsserver.Server, blank: Page, tmp_path: Path
+) -> None:
+    (tmp_path / "index.html").write_text(HIJACK % server.url)
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/")
+        await expect(blank).to_have_title('{"type":"conversations","items":[]}')
+
+
+async def test_first_lines_of_the_readme_stream_a_reply(
+    blank: Page, server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (snippet,) = re.findall(r"```js\n(const ws = .*?)```", readme, re.DOTALL)
+    begin, listen, ask_, *_, halt = snippet.strip().splitlines()
+    begin = begin.replace("ws://localhost:3001", server.url)
+    (tmp_path / "favicon.ico").touch()
+    (tmp_path / "index.html").write_text(
+        "<script>const prompt_ = 'Hello'; const append = (text) => { document.title += text; };\n"
+        f"{begin}\n{listen}\nws.onopen = () => {{ {ask_.replace('prompt', 'prompt: prompt_')} \n}};"
+        f"const halt = () => {{ {halt} }};</script>"
+    )
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/")
+        model = (await puppet.reply()).say("one-", "two")
+        assert model.request.prompt == "Hello"
+        await expect(blank).to_have_title("one-two")
+        await blank.evaluate("halt()")
+        await closed(model.closed)
+
+
+async def test_ten_lines_are_ten() -> None:
+    script = re.findall("<script>\n(.*?)</script>", TEN_LINES.read_text(), re.DOTALL)
+    assert [len(found.splitlines()) for found in script] == [10]
+    assert wsserver.Settings.load().port == 3001
