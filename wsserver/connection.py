@@ -79,6 +79,8 @@ class Connection:
         self._stops = 0  # stops that wait for their answer
         self._expiry: asyncio.TimerHandle | None = None
         self._set_expiry()
+        if visitor.principal is not None:
+            hub.readiness.warm()
 
     @property
     def principal(self) -> str | None:
@@ -145,6 +147,8 @@ class Connection:
         if self._session.ended:
             return
         self.frames += 1
+        if self.frames == 1:
+            self._session.hub.readiness.warm()
         now = asyncio.get_running_loop().time()
         frame, wait = None, self._bucket.take(now)
         stranger = self.principal is None and not self._requests.authenticating

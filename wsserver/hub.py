@@ -11,6 +11,7 @@ from wsserver.journal import Journal
 from wsserver.limits import SECONDS_PER_DAY, Account, Memory
 from wsserver.live import Conversation, Generation, Watcher
 from wsserver.models.base import Model, PushModel
+from wsserver.models.readiness import Readiness
 from wsserver.protocol import Prompt, StoppedBy
 from wsserver.reporting import Reporter
 from wsserver.retention import Retention
@@ -42,6 +43,7 @@ class Hub:
         accounts: what each account may use.
         conversations: the conversations in memory, and through them those of the store.
         model_name: the model's name for clients.
+        readiness: what is done for the model before a prompt comes.
         retention: the generations that clients can find by id.
     """
 
@@ -64,6 +66,7 @@ class Hub:
         self.conversations = Conversations(store, self._journal, settings, memory)
         self.accounts = Accounts(settings, store)
         self.retention = Retention(store, self._journal, self.accounts, settings, memory)
+        self.readiness = Readiness(model, warm=settings.warm_connections)
         self._report = Reporter(metrics)
         self._scheduler = Scheduler(
             model,
@@ -247,5 +250,6 @@ class Hub:
         for task in self._errands:
             task.cancel()
         self.retention.close()
+        await self.readiness.close()
         await self._upkeep.close()
         await self._journal.close(within)

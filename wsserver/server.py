@@ -185,6 +185,7 @@ class Server:
                 await self._operators.wait_closed()
             await self._release(settings.stop_timeout)
             raise
+        self._hub.readiness.prepare()
         self.metrics.watch_loop()
         self._dismiss_idle()
         log.info("listening", addresses=", ".join(self.bound), model=self.model_name)
@@ -294,6 +295,10 @@ class Server:
         if exc_type is not None:  # also when cancelled: leave quickly
             self.hurry()
         await self.close()
+
+    async def prepared(self) -> None:
+        """Wait until the model has imported what it needs. Clients are served meanwhile."""
+        await self._hub.readiness.prepared()
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""

@@ -243,6 +243,9 @@ class Settings(BaseSettings):
     # How long things may take.
     connect_timeout: PositiveSeconds = 5.0
     """To reach the model's API."""
+    warm_connections: bool = True
+    """Open one connection to the model's API when a client connects or sends its first frame, if
+    none is idle, so that the first token waits for neither TCP nor TLS."""
     silence_timeout: PositiveSeconds = 60.0
     """Silence of a model after which its reply fails. Its keep-alives do not count."""
     reply_timeout: PositiveSeconds = 600.0

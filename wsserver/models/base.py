@@ -85,8 +85,10 @@ class Model(Protocol):
     To stop it, the task that iterates is cancelled and the iterator closed: what it holds open
     must be closed as the exception passes, as ``async with`` and ``finally`` do.
 
-    It may have a ``name``, which clients see, a ``provider``, which traces name, and an
-    ``async def aclose()``, which is called when the server that made it is closed.
+    It may have a ``name``, which clients see, a ``provider``, which traces name, and three methods,
+    each an ``async def`` without arguments: ``prepare`` is called once the server listens, ``warm``
+    when a client connects and when it sends its first frame, and ``aclose`` when the server that
+    made the model is closed.
 
     Raises:
         ModelError: to tell the client what happened; any other exception is not told. Where the

@@ -46,8 +46,8 @@ class Anthropic:
     """A model of Anthropic's, or of any server that speaks the Messages API.
 
     Credentials, ``ANTHROPIC_BASE_URL`` and whatever else the SDK reads from the environment are
-    honoured. The SDK is imported in a thread: when :meth:`warm` is first called, or for the first
-    prompt. Only credentials that the SDK has to look for are looked for at once.
+    honoured. The SDK takes most of a second to import. If the environment has a key or a token, a
+    thread imports the SDK later: for :meth:`prepare`, or for the first prompt.
 
     Args:
         name: the id of the model.
@@ -64,6 +64,7 @@ class Anthropic:
         self._settings = settings
         self._without_temperature: set[str] = set()  # models that refused one
         self._sdk: Sdk | None = None
+        self._loading: asyncio.Task[Sdk] | None = None
         self._pool = Pool(settings.generations, settings.connect_timeout, self._tls)
         self._template: Template | None = None
         self._recorded = 0.0  # when, by the clock of the event loop
@@ -71,19 +72,26 @@ class Anthropic:
         if not _has_key():
             self._sdk = _load(name)
 
+    async def prepare(self) -> None:
+        """Import the SDK.
+
+        Raises:
+            ConfigError: the SDK cannot be used as the environment configures it.
+        """
+        await self._load_sdk()
+
     async def warm(self) -> None:
-        """Have a connection to the API ready, if none is idle. Failures are left to the prompts."""
-        try:
+        """Have one connection to the API ready, if none is idle. Failures are left to prompts."""
+        with contextlib.suppress(ConfigError, HttpError, ModelError, TransientError):
             template = await self._current_template()
-        except (ConfigError, HttpError, ModelError, TransientError) as error:
-            log.debug("no connection ahead", failure=error)
-        else:
             await self._pool.warm(template.origin)
 
     async def aclose(self) -> None:
         """Close all connections and the SDK."""
-        if self._recording is not None:
-            await asyncio.wait({self._recording})
+        for task in (self._loading, self._recording):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
         await self._pool.aclose()
         if self._sdk is not None:
             await self._sdk.aclose()
@@ -231,7 +239,11 @@ class Anthropic:
 
     async def _load_sdk(self) -> "Sdk":
         if self._sdk is None:
-            self._sdk = await asyncio.to_thread(_load, self.name)
+            if self._loading is None:
+                loading = asyncio.to_thread(_load, self.name)
+                self._loading = asyncio.get_running_loop().create_task(loading)
+            await asyncio.wait({self._loading})
+            self._sdk = self._loading.result()
         return self._sdk
 
 

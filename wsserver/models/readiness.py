@@ -1,0 +1,60 @@
+"""What can be done before the first prompt: libraries imported, a connection to the API opened."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from wsserver.logs import log
+from wsserver.models.base import Model, PushModel
+
+__all__ = ["Readiness"]
+
+
+class Readiness:
+    """Calls ``prepare`` and ``warm`` of a model that has them, in tasks of their own.
+
+    Args:
+        model: the model.
+        warm: whether connections are opened ahead.
+    """
+
+    def __init__(self, model: Model | PushModel, *, warm: bool) -> None:
+        instance = not isinstance(model, type)
+        self._prepare: Callable[[], Awaitable[Any]] | None = None
+        self._warm: Callable[[], Awaitable[Any]] | None = None
+        if instance:
+            self._prepare = getattr(model, "prepare", None)
+            self._warm = getattr(model, "warm", None) if warm else None
+        self._preparing: asyncio.Task[None] | None = None
+        self._warming: asyncio.Task[None] | None = None
+
+    def prepare(self) -> None:
+        """Begin to prepare the model."""
+        if self._prepare is not None:
+            self._preparing = asyncio.get_running_loop().create_task(_attempt(self._prepare))
+
+    async def prepared(self) -> None:
+        """Wait until the model is prepared, or has failed to."""
+        if self._preparing is not None:
+            await asyncio.wait({self._preparing})
+
+    def warm(self) -> None:
+        """Have a connection opened, unless one is being opened."""
+        if self._warm is not None and (self._warming is None or self._warming.done()):
+            self._warming = asyncio.get_running_loop().create_task(_attempt(self._warm))
+
+    async def close(self) -> None:
+        """Stop what is under way."""
+        tasks = {task for task in (self._preparing, self._warming) if task is not None}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+async def _attempt(work: Callable[[], Awaitable[Any]]) -> None:
+    """Do what a prompt would do later. The prompt reports a failure to its client."""
+    try:
+        await work()
+    except Exception as error:  # noqa: BLE001
+        log.error("model not ready", failure=error)
