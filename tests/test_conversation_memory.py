@@ -48,7 +48,7 @@ def fill(memory: Memory) -> dict[str, int]:
     return taken
 
 
-async def test_turns_are_counted_as_they_are_in_memory(
+async def test_turns_count_with_their_size_in_memory(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -85,7 +85,7 @@ async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
         assert said == ["one", "x" * 10_000, "again"]
 
 
-async def test_turns_of_a_watched_conversation_are_dropped_and_its_watchers_stay(
+async def test_turns_of_a_watched_conversation_may_be_dropped(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat, client(server) as watcher:
@@ -102,7 +102,7 @@ async def test_turns_of_a_watched_conversation_are_dropped_and_its_watchers_stay
         await watcher.next("done")
 
 
-async def test_turns_of_a_running_conversation_are_its_owners_and_are_not_dropped(
+async def test_turns_of_a_running_conversation_are_not_dropped(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -127,7 +127,7 @@ async def test_turns_of_a_running_conversation_are_its_owners_and_are_not_droppe
         assert conversation.size > 10_000
 
 
-async def test_a_prompt_is_refused_where_there_is_no_room_for_its_conversation(
+async def test_prompt_is_refused_without_memory_for_its_conversation(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -166,7 +166,7 @@ async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
         assert (text, done["seq"]) == ("".join(pieces[500:]), 1000)
 
 
-async def test_nothing_is_counted_for_conversations_that_are_gone(
+async def test_deleted_conversations_take_no_memory(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -178,7 +178,7 @@ async def test_nothing_is_counted_for_conversations_that_are_gone(
     assert server.memory.used == 0
 
 
-async def test_histories_that_were_only_shown_are_not_kept_in_memory(
+async def test_opened_histories_are_not_kept_in_memory(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:

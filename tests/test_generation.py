@@ -93,7 +93,7 @@ def test_closed_log_takes_neither_a_piece_nor_a_second_terminal() -> None:
     assert (log.pieces, log.terminal) == (["a"], "terminal")
 
 
-def test_followers_are_woken_by_each_piece_and_by_the_terminal_but_not_by_nothing() -> None:
+def test_followers_are_woken_by_pieces_and_terminal_but_not_by_empty_pieces() -> None:
     log, follower = Log[str](), Counter()
     log.followers.append(follower)
     log.append("a")
@@ -104,7 +104,7 @@ def test_followers_are_woken_by_each_piece_and_by_the_terminal_but_not_by_nothin
     assert follower.woken == 3
 
 
-def test_a_follower_may_leave_while_it_is_woken() -> None:
+def test_follower_may_leave_while_it_is_woken() -> None:
     log, stays = Log[str](), Counter()
 
     class Leaver:
@@ -117,7 +117,7 @@ def test_a_follower_may_leave_while_it_is_woken() -> None:
     assert log.followers == [stays]
 
 
-def test_a_run_is_of_one_kind() -> None:
+def test_run_is_of_one_kind() -> None:
     log = Log[str]()
     for piece in (Thinking("a"), Thinking("b"), "c", "d", Thinking("e")):
         log.append(piece)
@@ -128,7 +128,7 @@ def test_a_run_is_of_one_kind() -> None:
     assert log.text == "cd"
 
 
-def test_a_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
+def test_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
     log = Log[str]()
     for piece in ("aaa", "bbb", "ccc"):
         log.append(piece)
@@ -142,7 +142,7 @@ def test_a_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
     st.integers(0, 20),
     st.integers(1, 20),
 )
-def test_the_text_after_any_cursor_is_the_same_however_it_is_cut(
+def test_text_after_any_cursor_does_not_depend_on_the_frames(
     pieces: list[str], after: int, limit: int
 ) -> None:
     log = Log[str]()
@@ -173,7 +173,7 @@ def test_the_text_after_any_cursor_is_the_same_however_it_is_cut(
         ("\ude00\ud83d!", "\ufffd\ufffd!"),
     ],
 )
-def test_text_becomes_what_utf8_can_carry(broken: str, whole: str) -> None:
+def test_half_surrogate_pairs_become_replacement_characters(broken: str, whole: str) -> None:
     assert well_formed(broken) == whole
     kept = well_formed(Thinking(broken))
     assert type(kept) is Thinking

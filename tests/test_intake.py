@@ -50,14 +50,14 @@ async def test_text_thinking_usage_and_the_end_arrive(chat: Client, puppet: Pupp
     assert (done["reason"], done["seq"]) == ("stop_sequence", 3)
 
 
-async def test_without_an_end_of_its_own_it_is_an_end_turn(chat: Client, puppet: Puppet) -> None:
+async def test_model_without_an_end_counts_as_end_turn(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("Hello").end()
     text, done = await chat.text(generation)
     assert (text, done["reason"]) == ("Hello", "end_turn")
 
 
-async def test_a_stop_closes_it_and_nothing_is_heard_any_more(chat: Client, puppet: Puppet) -> None:
+async def test_stop_closes_the_model_and_drops_later_pieces(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.stubborn = True
     reply.say("before")
@@ -68,14 +68,14 @@ async def test_a_stop_closes_it_and_nothing_is_heard_any_more(chat: Client, pupp
     assert reply.closed.is_set()
 
 
-async def test_its_failure_is_told_as_it_says(chat: Client, puppet: Puppet) -> None:
+async def test_model_error_reaches_the_client(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("half").fail(ModelError(Code.OVERLOADED, retry_after=2))
     text, error = await chat.text(generation)
     assert (text, error["code"], error["retry_after"]) == ("half", "overloaded", 2)
 
 
-async def test_what_no_model_may_say_is_an_internal_error(chat: Client, puppet: Puppet) -> None:
+async def test_illegal_piece_of_a_model_is_an_internal_error(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("half", 5)  # type: ignore[arg-type]
     text, error = await chat.text(generation)
@@ -83,7 +83,7 @@ async def test_what_no_model_may_say_is_an_internal_error(chat: Client, puppet: 
     assert reply.closed.is_set()
 
 
-async def test_a_reply_ends_where_there_is_no_more_room(chat: Client, puppet: Puppet) -> None:
+async def test_reply_ends_at_the_largest_size(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("a" * 990, "b" * 500, "never heard")
     text, done = await chat.text(generation)

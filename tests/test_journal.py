@@ -82,7 +82,7 @@ async def stand() -> AsyncIterator[Stand]:
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
-async def test_no_failure_ends_the_writer_and_all_is_saved_in_the_end(
+async def test_writer_survives_every_failure_and_saves_everything_later(
     stand: Stand, failure: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     stand.store.failure = failure
@@ -101,7 +101,7 @@ async def test_no_failure_ends_the_writer_and_all_is_saved_in_the_end(
     assert "secret" not in caplog.text
 
 
-async def test_the_writer_goes_on_after_any_number_of_failures(
+async def test_writer_survives_any_number_of_failures(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "LONGEST_PAUSE", 0.0)
@@ -118,7 +118,7 @@ async def test_the_writer_goes_on_after_any_number_of_failures(
 
 
 @pytest.mark.parametrize("where", ["entry", "saved", "wake"])
-async def test_a_fault_in_the_journal_leaves_no_generation_without_its_end(
+async def test_every_generation_ends_after_a_fault_in_the_journal(
     stand: Stand, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = stand.begin()
@@ -138,7 +138,7 @@ async def test_a_fault_in_the_journal_leaves_no_generation_without_its_end(
     assert await stand.stored("g") == []
 
 
-async def test_a_fault_in_telling_one_end_keeps_no_other_from_being_told(
+async def test_failing_callback_of_one_end_does_not_hold_up_others(
     stand: Stand, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(saved: bool) -> None:
@@ -155,7 +155,7 @@ async def test_a_fault_in_telling_one_end_keeps_no_other_from_being_told(
     assert await stand.stored("g") == []
 
 
-async def test_what_could_not_be_saved_is_kept_up_to_a_number_and_a_size(
+async def test_unsaved_replies_are_kept_up_to_a_number_and_a_size(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "MOST_KEPT", 4)
@@ -199,7 +199,7 @@ async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
     assert [turn.id for turn in stored.turns] == names
 
 
-async def test_batch_that_fails_under_a_delete_brings_nothing_back(stand: Stand) -> None:
+async def test_failed_batch_does_not_bring_a_deleted_conversation_back(stand: Stand) -> None:
     stand.store.gate = asyncio.Event()
     stand.store.failure = StoreError("disk")
     stand.begin()
@@ -260,7 +260,7 @@ async def test_prompt_that_waits_is_saved_at_once() -> None:
     await stand.journal.close(BOUND)
 
 
-async def test_a_probe_writes_to_the_store_once_a_second_at_most(
+async def test_probe_writes_to_the_store_once_a_second_at_most(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(journal, "PROBE_EVERY", 1000.0)
@@ -278,9 +278,7 @@ async def test_a_probe_writes_to_the_store_once_a_second_at_most(
     await stand.journal.probe()
 
 
-async def test_a_probe_that_hangs_is_waited_for_and_not_repeated(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_hanging_probe_is_not_repeated(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "PROBE_EVERY", 0.0)
     stand.store.gate = asyncio.Event()
     for _ in range(3):
@@ -292,7 +290,7 @@ async def test_a_probe_that_hangs_is_waited_for_and_not_repeated(
     await stand.journal.probe()
 
 
-async def test_a_probe_fails_without_a_write_while_the_journal_cannot_save(stand: Stand) -> None:
+async def test_probe_fails_without_a_write_while_the_journal_cannot_save(stand: Stand) -> None:
     stand.store.failure = StoreError("disk")
     stand.end(stand.begin())
     await until(lambda: stand.told)
@@ -306,7 +304,7 @@ async def test_a_probe_fails_without_a_write_while_the_journal_cannot_save(stand
     assert stand.store.probes == 1
 
 
-def test_pieces_of_an_ended_generation_are_counted_as_they_are_in_memory() -> None:
+def test_size_of_a_record_is_the_memory_of_its_pieces() -> None:
     log: Log[Terminal] = Log()
     for piece in ("x" * 1000, "🎈" * 1000, Thinking("é" * 1000)):
         log.append(piece)
@@ -315,7 +313,7 @@ def test_pieces_of_an_ended_generation_are_counted_as_they_are_in_memory() -> No
     assert 1000 + 4000 + 1000 < record.size < 1000 + 4000 + 1000 + 500
 
 
-async def test_a_reply_that_cannot_be_saved_keeps_no_other_from_being_saved(
+async def test_unsavable_reply_does_not_hold_up_others(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     commit = MemoryStore.commit

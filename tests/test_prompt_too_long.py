@@ -72,7 +72,7 @@ async def server(upstream: Upstream) -> AsyncIterator[wsserver.Server]:
         yield running
 
 
-async def test_a_history_that_is_too_long_is_shortened_within_the_same_prompt(
+async def test_history_too_long_for_the_model_is_shortened_within_the_same_prompt(
     chat: Client, upstream: Upstream
 ) -> None:
     for number in range(40):
@@ -90,7 +90,7 @@ async def test_a_history_that_is_too_long_is_shortened_within_the_same_prompt(
     assert max(tried[tried.index(refused[-1]) + 1 :]) < LIMIT
 
 
-async def test_a_prompt_that_is_too_long_alone_says_so_and_the_conversation_goes_on(
+async def test_prompt_too_long_alone_is_an_error_and_the_conversation_goes_on(
     request: pytest.FixtureRequest, chat: Client, upstream: Upstream
 ) -> None:
     by_size = request.node.callspec.params["upstream"] is refusal_by_size
@@ -109,9 +109,7 @@ async def test_a_prompt_that_is_too_long_alone_says_so_and_the_conversation_goes
     assert len(shown) == 9, "all but the prompt that failed"
 
 
-async def test_messages_of_the_clients_own_are_not_shortened(
-    chat: Client, upstream: Upstream
-) -> None:
+async def test_messages_of_a_client_are_not_shortened(chat: Client, upstream: Upstream) -> None:
     messages = [{"role": "user", "content": "x" * (LIMIT // 2)} for _ in range(3)]
     await chat.send({"messages": messages})
     assert (await chat.next("error"))["code"] in {"prompt_too_long", "request_too_large"}
@@ -133,7 +131,7 @@ async def test_another_model_gets_all_of_the_conversation(
     assert counts[others.index(True)] == 17
 
 
-async def test_a_model_of_ones_own_is_asked_again_with_less() -> None:
+async def test_own_model_is_asked_again_with_a_shorter_history() -> None:
     asked: list[list[str]] = []
 
     async def model(request: wsserver.Request) -> AsyncIterator[str]:
@@ -150,7 +148,7 @@ async def test_a_model_of_ones_own_is_asked_again_with_less() -> None:
     assert asked[3] == ["Two", "Yes", "Three"]
 
 
-async def test_after_the_first_text_a_model_is_not_asked_again() -> None:
+async def test_model_is_not_asked_again_after_its_first_text() -> None:
     calls = 0
 
     async def model(request: wsserver.Request) -> AsyncIterator[str]:
@@ -166,7 +164,7 @@ async def test_after_the_first_text_a_model_is_not_asked_again() -> None:
     assert (text, failed["code"], calls) == ("Yes", "prompt_too_long", 2)
 
 
-async def test_the_log_says_that_a_prompt_was_too_long_and_not_what_it_was(
+async def test_log_event_of_a_prompt_too_long_has_no_text(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def model(request: wsserver.Request) -> AsyncIterator[str]:

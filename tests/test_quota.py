@@ -34,7 +34,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/chat.db" if request.param == "sqlite" else str(request.param)
 
 
-async def test_an_owner_has_so_many_conversations_and_goes_on_in_them(
+async def test_owner_at_the_conversation_limit_goes_on_in_old_ones(
     store: str, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 0.0)
@@ -55,7 +55,7 @@ async def test_an_owner_has_so_many_conversations_and_goes_on_in_them(
         assert len(puppet.replies) == 4
 
 
-async def test_an_owners_conversations_take_so_many_bytes(
+async def test_owner_over_the_byte_limit_is_refused(
     store: str, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 0.0)
@@ -78,7 +78,7 @@ async def test_an_owners_conversations_take_so_many_bytes(
         assert (await say(chat, puppet, "x", conversation="conversation-0001"))["type"] == "start"
 
 
-async def test_the_store_is_asked_for_a_quota_once_in_a_while_until_it_is_reached(
+async def test_quota_of_the_store_is_cached_until_it_is_reached(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 1000.0)
@@ -100,7 +100,7 @@ async def test_the_store_is_asked_for_a_quota_once_in_a_while_until_it_is_reache
         assert asked == 1
 
 
-async def test_conversations_are_deleted_so_long_after_their_last_use(
+async def test_conversations_are_deleted_after_the_retention_time(
     puppet: Puppet, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upkeep, "PAUSE", 0.0)
@@ -134,7 +134,7 @@ async def test_conversations_are_deleted_so_long_after_their_last_use(
 
 
 @pytest.mark.parametrize("ended", [True, False])
-async def test_a_conversation_that_is_used_as_it_expires_is_kept(
+async def test_conversation_used_as_it_expires_is_kept(
     puppet: Puppet, store: str, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
@@ -205,7 +205,7 @@ async def test_conversations_are_kept_for_ever_by_default(
         assert len(await server._store.list("anonymous", 10, None)) == 1
 
 
-async def test_the_upkeep_goes_on_after_a_failure(
+async def test_upkeep_goes_on_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upkeep, "EVERY", 0.0)

@@ -1,9 +1,7 @@
-"""Requests and their answers: names, order, stops that are answered, retries, closing."""
+"""Requests and their answers: names, order, answered stops, retries, races."""
 
 import asyncio
-import gc
 import json
-import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,13 +12,10 @@ import pytest
 import wsserver
 from tests.support.client import Client, Frame, client
 from tests.support.puppet import BOUND, Puppet, until
+from tests.support.talk import ID, ONE, OTHER, TWO, exchange, turns
 from tests.support.yielding import YieldingStore
-from tests.test_slow_reader import sluggard
 from wsserver import Code, ModelError
 from wsserver.stores import MemoryStore
-
-ONE, TWO = "conversation-one", "conversation-two"
-ID, OTHER = "chosen-by-the-client", "another-client-chose-it"
 
 
 class GatedStore(MemoryStore):
@@ -47,22 +42,6 @@ async def gated(
     monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
         yield store, server
-
-
-async def exchange(chat: Client, puppet: Puppet, prompt: str, answer: str, **keys: Any) -> str:
-    """Prompt, have the model answer, and return the id."""
-    number = len(puppet.replies)
-    start = await chat.prompt(prompt, **keys)
-    assert start["type"] == "start", start
-    (await puppet.reply(number)).say(answer).end()
-    await chat.text(start["id"])
-    return str(start["id"])
-
-
-async def turns(chat: Client, conversation: str = ONE) -> list[tuple[str, str, str | None]]:
-    await chat.send({"type": "open", "conversation": conversation, "before": 2**53 - 1})
-    history = await chat.next("history")
-    return [(m["role"], m["content"], m.get("partial")) for m in history["messages"]]
 
 
 # The name of a request.
@@ -150,7 +129,7 @@ async def test_start_of_a_whole_reply_has_no_after(chat: Client) -> None:
 # What the server says of itself.
 
 
-async def test_hello_comes_first_where_the_subprotocol_was_offered(
+async def test_hello_comes_first_if_the_subprotocol_is_offered(
     server: wsserver.Server,
 ) -> None:
     async with client(server, subprotocols=["wsserver.v1"]) as chat:
@@ -244,7 +223,9 @@ async def test_stop_of_what_another_socket_follows_is_answered(
         assert [f["type"] for f in other.frames] == ["stopped"]
 
 
-async def test_stop_of_everything_names_all_that_it_stopped(chat: Client, puppet: Puppet) -> None:
+async def test_answer_of_a_stop_without_id_names_all_stopped_replies(
+    chat: Client, puppet: Puppet
+) -> None:
     await chat.prompt("One", id=ID, conversation=ONE)
     await chat.prompt("Two", id=OTHER, conversation=ONE, on_busy="queue")
     await chat.send({"type": "stop", "request": "s"})
@@ -306,7 +287,9 @@ async def test_retry_may_change_the_prompt_of_a_whole_turn(chat: Client, puppet:
     assert (await chat.next("token", id=first))["text"] == "What?"
 
 
-async def test_retry_of_what_runs_interrupts_and_replaces_it(chat: Client, puppet: Puppet) -> None:
+async def test_retry_of_a_running_reply_interrupts_and_replaces_it(
+    chat: Client, puppet: Puppet
+) -> None:
     await chat.prompt("Slow", id=ID, conversation=ONE)
     (await puppet.reply()).say("half")
     await chat.next("token")
@@ -354,84 +337,6 @@ async def test_retry_lasts_in_the_store(puppet: Puppet, tmp_path: Path) -> None:
     assert [m.content for m in puppet.replies[2].request.messages] == [
         "Question", "Answer", "More",
     ]  # fmt: skip
-
-
-# Conversations that are open.
-
-
-async def test_closed_conversation_is_followed_no_more(
-    server: wsserver.Server, chat: Client, puppet: Puppet
-) -> None:
-    await exchange(chat, puppet, "First", "x", conversation=ONE)
-    async with client(server) as other:
-        await other.send({"type": "open", "conversation": ONE})
-        await other.next("history")
-        await chat.prompt("Running", id=ID, conversation=ONE)
-        await other.next("start", id=ID)
-        await other.send({"type": "close", "conversation": ONE})
-        await other.next("closed")
-        (await puppet.reply(1)).say("unheard").end()
-        await chat.text(ID)
-        await exchange(chat, puppet, "Unheard too", "x", conversation=ONE)
-        assert await other.quiet() == []
-
-
-async def test_closing_keeps_what_the_socket_asked_for(chat: Client, puppet: Puppet) -> None:
-    await exchange(chat, puppet, "First", "x", conversation=ONE)
-    await chat.send({"type": "open", "conversation": ONE})
-    await chat.next("history")
-    await chat.prompt("Mine", id=ID, conversation=ONE)
-    await chat.send({"type": "close", "conversation": ONE})
-    await chat.next("closed")
-    (await puppet.reply(1)).say("heard").end()
-    assert (await chat.text(ID))[0] == "heard"
-
-
-async def test_closing_what_is_not_open_is_harmless(chat: Client) -> None:
-    await chat.send({"type": "close", "conversation": ONE, "request": "c"})
-    assert await chat.next() == {"type": "closed", "conversation": ONE, "request": "c"}
-
-
-async def test_socket_opens_a_bounded_number_of_conversations(puppet: Puppet) -> None:
-    async with (
-        wsserver.serve(puppet, port=0, drain_timeout=0, frame_burst=1000) as server,
-        client(server) as chat,
-    ):
-        names = [f"conversation-{number:04}" for number in range(65)]
-        for name in names:
-            await exchange(chat, puppet, name, "x", conversation=name)
-            await chat.send({"type": "open", "conversation": name})
-        refused = await chat.next("error")
-        assert (refused["code"], refused["about"]) == ("limit", names[64])
-        await chat.send({"type": "close", "conversation": names[0]})
-        await chat.send({"type": "open", "conversation": names[64]})
-        assert (await chat.next("history", "error"))["type"] == "history"
-        await chat.send({"type": "delete", "conversation": names[1]})
-        await chat.send({"type": "open", "conversation": names[0]})
-        assert (await chat.next("history", "error"))["conversation"] == names[0]
-
-
-async def test_new_title_reaches_others_who_have_the_conversation_open(
-    server: wsserver.Server, chat: Client, puppet: Puppet
-) -> None:
-    await exchange(chat, puppet, "First", "x", conversation=ONE)
-    async with client(server) as other:
-        await other.send({"type": "open", "conversation": ONE})
-        await other.next("history")
-        await chat.send({"type": "rename", "conversation": ONE, "title": "New", "request": "r"})
-        assert await chat.next("renamed") == {
-            "type": "renamed", "conversation": ONE, "title": "New", "request": "r",
-        }  # fmt: skip
-        assert await other.next() == {"type": "renamed", "conversation": ONE, "title": "New"}
-    assert [f["type"] for f in chat.frames].count("renamed") == 1
-
-
-async def test_deleting_stops_replies_by_deleted(chat: Client, puppet: Puppet) -> None:
-    await chat.prompt("Hello", id=ID, conversation=ONE)
-    (await puppet.reply()).say("x")
-    await chat.next("token")
-    await chat.send({"type": "delete", "conversation": ONE})
-    assert (await chat.next("done"))["by"] == "deleted"
 
 
 # Decisions and awaits.
@@ -507,108 +412,6 @@ async def test_resume_that_races_a_delete_shows_nothing_deleted(
             assert (await other.next("start", "error"))["code"] == "forgotten"
 
 
-# What reading costs.
-
-
-async def test_account_that_reads_too_much_waits_and_others_do_not(
-    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
-) -> None:
-    monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
-    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
-
-    async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal:
-        return wsserver.Principal(token or "nobody")
-
-    async with wsserver.serve(puppet, port=0, authenticate=named, drain_timeout=0) as server:
-        ann, bob = ({"Authorization": f"Bearer {name}"} for name in ("ann", "bob"))
-        async with (
-            client(server, additional_headers=ann) as chat,
-            client(server, additional_headers=ann) as second,
-            client(server, additional_headers=bob) as other,
-        ):
-            for one in (chat, other):
-                await exchange(one, puppet, "Long", "x" * 60_000, conversation=ONE)
-            for _ in range(2):
-                await chat.send({"type": "open", "conversation": ONE})
-                await chat.next("history")
-            for frame in ({"type": "open", "conversation": ONE}, {"type": "list"}):
-                await second.send(frame)
-                error = await second.next("error", "history", "conversations")
-                assert error["code"] == "limit"
-                assert error["retry_after"] > 0
-            await other.send({"type": "open", "conversation": ONE})
-            await other.next("history")
-
-
-@pytest.mark.parametrize("kind", ["resume", "prompt"])
-async def test_account_pays_for_ended_replies_that_are_read_from_the_store(
-    monkeypatch: pytest.MonkeyPatch, puppet: Puppet, kind: str
-) -> None:
-    monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
-    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
-    async with wsserver.serve(puppet, port=0, replay_size=1, drain_timeout=0) as server:
-        async with client(server) as chat:
-            prompt = {"prompt": "Long", "conversation": ONE, "id": ID}
-            await exchange(chat, puppet, "Long", "x" * 60_000, conversation=ONE, id=ID)
-            frame = {"type": "resume", "id": ID, "after": 1} if kind == "resume" else prompt
-            for _ in range(2):
-                await chat.send(frame)
-                await chat.next("done")
-            await chat.send(frame)
-            error = await chat.next("error", "start")
-            assert error["code"] == "limit"
-            assert error["retry_after"] > 0
-
-
-# Requests of clients that do not stay.
-
-
-@pytest.mark.parametrize("kind", ["rename", "delete"])
-async def test_change_asked_by_one_who_does_not_read_and_goes_is_made(
-    puppet: Puppet, kind: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with wsserver.serve(puppet, port=0, drain_timeout=0, write_buffer=4096) as server:
-        async with client(server) as chat, sluggard(server) as lazy:
-            await exchange(chat, puppet, "First", "x" * 60_000, conversation=ONE)
-            socket, connection = list(server._connections.items())[1]
-            sent = 0
-            while socket.writable:
-                await lazy.send(json.dumps({"type": "open", "conversation": ONE, "before": 9}))
-                sent += 1
-                await until(lambda n=sent: connection.frames == n and connection.idle_since)  # type: ignore[misc]
-            frame = {"type": kind, "conversation": ONE}
-            await lazy.send(json.dumps(frame | ({"title": "New"} if kind == "rename" else {})))
-            await until(lambda: connection.idle_since is None)
-            lazy.sock.close()
-            await until(lambda: len(server._connections) == 1)
-            async with asyncio.timeout(BOUND):
-                while True:
-                    await chat.send({"type": "open", "conversation": ONE})
-                    answer = await chat.next("history", "error")
-                    if answer.get("title") == "New" or answer.get("code") == "not_found":
-                        break
-            gc.collect()
-            await asyncio.sleep(0)
-    assert not [r for r in caplog.records if "destroyed" in r.getMessage()]
-
-
-async def test_change_that_waits_for_the_store_is_made_before_the_server_closes(
-    gated: tuple[GatedStore, wsserver.Server], puppet: Puppet
-) -> None:
-    store, server = gated
-    async with client(server) as chat:
-        await exchange(chat, puppet, "First", "x", conversation=ONE)
-        await chat.send({"type": "rename", "conversation": ONE, "title": "New"})
-        assert await chat.quiet() == []
-    await until(lambda: not server._connections)
-    closing = asyncio.ensure_future(server.close())
-    store.gate.set()
-    await closing
-    stored = await store.load(ONE, "anonymous", limit=1, size=1000)
-    assert stored is not None
-    assert stored.title == "New"
-
-
 # While the server drains.
 
 
@@ -625,110 +428,3 @@ async def test_prompt_sent_again_while_draining_attaches(puppet: Puppet) -> None
             reply.say(" whole").end()
             assert (await other.text(ID))[0] == "half whole"
             await closing
-
-
-# What waits is counted.
-
-
-async def test_bytes_that_wait_are_counted_and_given_back(
-    gated: tuple[GatedStore, wsserver.Server],
-) -> None:
-    store, server = gated
-    async with client(server) as chat, client(server) as gone:
-        used = server.memory.used
-        for one in (chat, gone):
-            await one.send({"type": "list"})
-            for number in range(8):
-                await one.send({"prompt": "x" * 30_000, "model": f"unknown-{number}"})
-            await one.quiet()
-        assert server.memory.used - used > 16 * 30_000
-        await gone.socket.close()
-        await until(lambda: len(server._connections) == 1)
-        assert 8 * 30_000 < server.memory.used - used < 9 * 31_000
-        store.gate.set()
-        for _ in range(8):
-            assert (await chat.next("error"))["code"] == "model_not_allowed"
-        assert await chat.quiet() == []
-        assert server.memory.used == used
-
-
-async def test_request_that_the_account_has_no_memory_for_is_refused(
-    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
-) -> None:
-    store = GatedStore()
-    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
-    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
-        server.memory.limit = 600_000
-        async with client(server) as chat:
-            await chat.send({"type": "list"})
-            for number in range(4):
-                await chat.send({"prompt": "x" * 30_000, "request": f"r{number}"})
-            await chat.quiet()
-            store.gate.set()
-            error = await chat.next("error", request="r3")
-            assert (error["code"], error["retryable"]) == ("limit", True)
-            assert "bytes" in error["message"]
-
-
-@pytest.mark.parametrize(
-    "frame", ['{"prompt": "%s", "unknown": 1}', '{"prompt": "%s"', '{"prompt": "%s"}']
-)
-async def test_error_that_waits_keeps_no_message_in_memory(
-    monkeypatch: pytest.MonkeyPatch, puppet: Puppet, frame: str
-) -> None:
-    store = GatedStore()
-    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
-    async with wsserver.serve(puppet, port=0, drain_timeout=0, bad_frames=100) as server:
-        async with client(server) as chat:
-            await chat.send({"type": "list"})
-            await chat.quiet()
-            server.memory.limit = server.memory.used + 8 * 150_000
-            tracemalloc.start()
-            try:
-                before, _ = tracemalloc.get_traced_memory()
-                for _ in range(20):
-                    await chat.send(frame % ("🙂" * 15_000))
-                await chat.quiet()
-                after, _ = tracemalloc.get_traced_memory()
-            finally:
-                tracemalloc.stop()
-            assert after - before < 6 * 60_000
-            store.gate.set()
-            for _ in range(20):
-                await chat.next("start", "error")
-
-
-async def test_reply_ends_when_its_account_has_no_memory(puppet: Puppet) -> None:
-    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
-        async with client(server) as chat:
-            used = server.memory.used
-            start = await chat.prompt("Talk")
-            reply = await puppet.reply()
-            reply.say(*["🙂" * 10_000] * 3)
-            await chat.next("token", seq=3)
-            assert server.memory.used - used >= 3 * 40_000
-            server.memory.limit = 600_000
-            reply.say(*["🙂" * 10_000] * 50)
-            _, done = await chat.text(start["id"])
-            assert done["reason"] == "max_tokens"
-            assert 3 <= done["seq"] < 53
-
-
-async def test_ended_replies_make_room_for_what_is_in_use(puppet: Puppet, tmp_path: Path) -> None:
-    store = f"sqlite:///{tmp_path}/conversations.sqlite"
-    async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
-        async with client(server) as chat:
-            for number in range(5):
-                messages = [{"role": "user", "content": "x"}]
-                await chat.send({"messages": messages, "id": f"{ID}-{number}"})
-                (await puppet.reply(number)).say("🙂" * 10_000).end()
-                await chat.text(f"{ID}-{number}")
-            memory = server.memory
-            before = memory.cached
-            assert before >= 5 * 40_000
-            memory.limit = memory.used
-            assert memory.take(("somebody",), 10_000)
-            assert before - 2 * 45_000 <= memory.cached <= before - 10_000
-            for number in range(5):  # the one that made room is still in the store
-                await chat.send({"type": "resume", "id": f"{ID}-{number}"})
-                assert (await chat.next("token"))["text"] == "🙂" * 10_000

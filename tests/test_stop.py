@@ -16,7 +16,7 @@ async def closed(event: asyncio.Event) -> None:
         await event.wait()
 
 
-async def test_mid_stream(chat: Client, puppet: Puppet) -> None:
+async def test_stop_mid_stream_closes_upstream(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt("Count")
     reply = (await puppet.reply()).say("one ", "two ")
     await chat.next("token", seq=2)
@@ -28,7 +28,7 @@ async def test_mid_stream(chat: Client, puppet: Puppet) -> None:
     assert await chat.quiet() == []
 
 
-async def test_before_the_first_token(chat: Client, puppet: Puppet) -> None:
+async def test_stop_before_first_token_closes_upstream(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
     reply = await puppet.reply()
     await chat.send({"type": "stop", "id": start["id"]})
@@ -37,7 +37,7 @@ async def test_before_the_first_token(chat: Client, puppet: Puppet) -> None:
     assert (text, done["seq"], done["by"]) == ("", 0, "client")
 
 
-async def test_before_the_model_was_even_called(chat: Client, puppet: Puppet) -> None:
+async def test_stop_before_the_model_is_called_ends_the_reply(chat: Client, puppet: Puppet) -> None:
     await chat.send('{"prompt": "Hello", "id": "chosen-by-client"}')
     await chat.send('{"type": "stop"}')  # read in one go with the prompt, or soon after
     _, done = await chat.text("chosen-by-client")
@@ -45,7 +45,9 @@ async def test_before_the_model_was_even_called(chat: Client, puppet: Puppet) ->
     assert all(reply.closed.is_set() for reply in puppet.replies if reply.said)
 
 
-async def test_the_next_prompt_on_the_same_socket_works(chat: Client, puppet: Puppet) -> None:
+async def test_next_prompt_after_a_stop_works_on_the_same_socket(
+    chat: Client, puppet: Puppet
+) -> None:
     first = await chat.prompt("First")
     (await puppet.reply()).say("Half an")
     await chat.next("token")
@@ -64,7 +66,7 @@ async def test_the_next_prompt_on_the_same_socket_works(chat: Client, puppet: Pu
     assert len(terminals) == 1
 
 
-async def test_twice_gives_one_terminal(chat: Client, puppet: Puppet) -> None:
+async def test_stop_twice_gives_one_terminal(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
     reply = await puppet.reply()
     reply.hold = asyncio.Event()  # still closing when the second one comes
@@ -78,7 +80,7 @@ async def test_twice_gives_one_terminal(chat: Client, puppet: Puppet) -> None:
     assert (await chat.receive())["code"] == "not_running"
 
 
-async def test_of_an_unknown_id_or_of_nothing_is_harmless(chat: Client) -> None:
+async def test_stop_of_an_unknown_id_or_of_nothing_is_harmless(chat: Client) -> None:
     await chat.send({"type": "stop", "id": "no-such-generation"})
     error = await chat.receive()
     assert error["code"] == "not_running"
@@ -88,7 +90,7 @@ async def test_of_an_unknown_id_or_of_nothing_is_harmless(chat: Client) -> None:
     assert (await chat.receive())["code"] == "not_running"
 
 
-async def test_of_one_of_two_leaves_the_other_alone(chat: Client, puppet: Puppet) -> None:
+async def test_stop_of_one_reply_leaves_another_running(chat: Client, puppet: Puppet) -> None:
     one = await chat.prompt("One", conversation="conversation-one")
     two = await chat.prompt("Two", conversation="conversation-two")
     await puppet.reply(1)
@@ -99,7 +101,7 @@ async def test_of_one_of_two_leaves_the_other_alone(chat: Client, puppet: Puppet
     assert chat.frames[-1]["reason"] == "end_turn"
 
 
-async def test_without_an_id_is_for_all_that_the_socket_follows(
+async def test_stop_without_an_id_stops_all_that_the_socket_follows(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     async with client(server) as other:
@@ -120,7 +122,7 @@ async def test_without_an_id_is_for_all_that_the_socket_follows(
         assert (await other.text(foreign["id"]))[0] == "untouched"
 
 
-async def test_a_queued_prompt_costs_nothing(chat: Client, puppet: Puppet) -> None:
+async def test_stop_of_a_queued_prompt_costs_nothing(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("A")
     queued = await chat.prompt("B", on_busy="queue")
     await chat.send({"type": "stop", "id": queued["id"]})
@@ -128,7 +130,7 @@ async def test_a_queued_prompt_costs_nothing(chat: Client, puppet: Puppet) -> No
     assert done["usage"] == {"input_tokens": 0, "output_tokens": 0}
 
 
-async def test_another_socket_may_stop_by_id(
+async def test_stop_by_id_from_another_socket(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt()
@@ -138,7 +140,7 @@ async def test_another_socket_may_stop_by_id(
         assert await other.quiet() == []
 
 
-async def test_at_the_same_moment_as_the_end_gives_one_terminal(
+async def test_stop_at_the_moment_of_the_end_gives_one_terminal(
     chat: Client, puppet: Puppet
 ) -> None:
     # The reply ends and the stop is on its way: whichever is first, there is one terminal.
@@ -155,7 +157,7 @@ async def test_at_the_same_moment_as_the_end_gives_one_terminal(
         assert [f["code"] for f in refused] in ([], ["not_running"])
 
 
-async def test_a_model_that_ends_quietly_when_cancelled_is_stopped_and_not_done() -> None:
+async def test_model_that_returns_when_cancelled_counts_as_stopped() -> None:
     begun = asyncio.Event()
 
     async def quiet(_: wsserver.Request) -> AsyncIterator[str]:
@@ -174,7 +176,7 @@ async def test_a_model_that_ends_quietly_when_cancelled_is_stopped_and_not_done(
         assert (text, done["reason"]) == ("half", "stopped")
 
 
-async def test_a_model_that_talks_on_is_not_heard(chat: Client, puppet: Puppet) -> None:
+async def test_pieces_after_a_stop_are_dropped(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
     reply = (await puppet.reply()).say("before ")
     reply.stubborn = True
@@ -185,7 +187,7 @@ async def test_a_model_that_talks_on_is_not_heard(chat: Client, puppet: Puppet) 
     await closed(reply.closed)
 
 
-async def test_a_model_that_cannot_be_closed_is_given_up(puppet: Puppet) -> None:
+async def test_model_that_does_not_close_is_abandoned(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, stop_timeout=0.05, drain_timeout=0) as server,
         client(server) as chat,
@@ -202,7 +204,7 @@ async def test_a_model_that_cannot_be_closed_is_given_up(puppet: Puppet) -> None
         assert await chat.quiet() == []
 
 
-async def test_an_error_while_closing_changes_nothing() -> None:
+async def test_error_of_the_model_while_it_closes_is_ignored() -> None:
     async def careless(_: wsserver.Request) -> AsyncIterator[str]:
         try:
             yield "half"
@@ -230,7 +232,7 @@ async def test_an_error_while_closing_changes_nothing() -> None:
     ],
     ids=["the model counted", "the model counted its input", "the model never said"],
 )
-async def test_usage_is_marked_estimated_where_the_model_never_said(
+async def test_usage_is_estimated_if_the_model_tells_none(
     chat: Client, puppet: Puppet, said: list[Usage], usage: dict[str, object]
 ) -> None:
     await chat.prompt("Hello")
@@ -240,7 +242,7 @@ async def test_usage_is_marked_estimated_where_the_model_never_said(
     assert (await chat.next("done"))["usage"] == usage
 
 
-async def test_usage_of_a_whole_reply_is_the_models(chat: Client, puppet: Puppet) -> None:
+async def test_usage_of_a_whole_reply_comes_from_the_model(chat: Client, puppet: Puppet) -> None:
     await chat.prompt()
     (await puppet.reply()).say("x", End("stop_sequence", Usage(5, 6, 7, 8))).end()
     done = await chat.next("done")
