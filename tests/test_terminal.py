@@ -29,7 +29,9 @@ from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Code, End, ModelError
 from wsserver.cli import main
-from wsserver.terminal import Options, _history_file, _Terminal, safe
+from wsserver.client import connect
+from wsserver.line_editor import open_history
+from wsserver.terminal import Options, Terminal, escape
 
 CONVERSATION = "a-conversation-of-mine"
 
@@ -40,8 +42,8 @@ pytestmark = [
 ]
 
 
-class Terminal:
-    """A person at a terminal."""
+class Person:
+    """A user at a terminal."""
 
     def __init__(self, child: Any) -> None:
         self.child = child
@@ -65,7 +67,7 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(*arguments: str, **env: str) -> AsyncIterator[Terminal]:
+async def terminal(*arguments: str, **env: str) -> AsyncIterator[Person]:
     child = pexpect.spawn(
         sys.executable,
         ["-m", "wsserver", "chat", *arguments],
@@ -76,7 +78,7 @@ async def terminal(*arguments: str, **env: str) -> AsyncIterator[Terminal]:
         timeout=BOUND,
     )
     try:
-        yield Terminal(child)
+        yield Person(child)
     finally:
         await asyncio.to_thread(child.close, force=True)
 
@@ -110,7 +112,7 @@ async def outcome(process: asyncio.subprocess.Process, given: str = "") -> tuple
 # In a terminal.
 
 
-async def test_a_talk(server: wsserver.Server, puppet: Puppet, tmp_path: Path) -> None:
+async def test_dialogue(server: wsserver.Server, puppet: Puppet, tmp_path: Path) -> None:
     async with terminal(server.url, XDG_STATE_HOME=str(tmp_path / "state")) as person:
         await person.ready()
         person.types("Tell me a story\r")
@@ -133,7 +135,7 @@ async def test_a_talk(server: wsserver.Server, puppet: Puppet, tmp_path: Path) -
     assert "Tell me a story" in history.read_text()
 
 
-async def test_what_was_typed_before_can_be_had_again(
+async def test_arrow_up_repeats_a_prompt_of_an_earlier_run(
     server: wsserver.Server, puppet: Puppet, tmp_path: Path
 ) -> None:
     for number in range(2):
@@ -146,9 +148,7 @@ async def test_what_was_typed_before_can_be_had_again(
             await person.sees("No")
 
 
-async def test_what_is_pasted_is_one_prompt_of_many_lines(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_pasted_lines_are_one_prompt(server: wsserver.Server, puppet: Puppet) -> None:
     async with terminal(server.url) as person:
         await person.ready()
         person.types("\x1b[200~one\ntwo\n\tthree\x1b[201~")
@@ -156,9 +156,7 @@ async def test_what_is_pasted_is_one_prompt_of_many_lines(
         assert (await puppet.reply()).request.prompt == "one\ntwo\n\tthree\nfour"
 
 
-async def test_ctrl_c_stops_the_reply_and_not_the_program(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_ctrl_c_stops_the_reply_only(server: wsserver.Server, puppet: Puppet) -> None:
     async with terminal(server.url) as person:
         await person.ready()
         person.types("Count\r")
@@ -184,7 +182,7 @@ async def test_ctrl_c_stops_the_reply_and_not_the_program(
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["limit known", "limit not known"])
-async def test_a_long_paste_fails_alone(
+async def test_prompt_over_the_limit_fails_alone(
     server: wsserver.Server, puppet: Puppet, known: bool
 ) -> None:
     async with (
@@ -200,14 +198,14 @@ async def test_a_long_paste_fails_alone(
         await person.sees("Yes")
 
 
-async def test_the_last_prompt_is_asked_again_and_takes_the_place_of_its_turn(
+async def test_alt_r_repeats_the_prompt_and_replaces_the_turn(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     arguments = (server.url, "--conversation", CONVERSATION)
     async with terminal(*arguments) as person:
         await person.ready()
         person.types("\x1br")
-        await person.sees("[there is no prompt to ask again]")
+        await person.sees("[there is no prompt to repeat]")
         await person.ready()
         person.types("Tell me a story\r")
         (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
@@ -230,7 +228,7 @@ async def test_the_last_prompt_is_asked_again_and_takes_the_place_of_its_turn(
         assert said == ["Tell me a story", "Better", "Go on"]
 
 
-async def test_a_reply_whose_server_died_is_told_as_interrupted(tmp_path: Path) -> None:
+async def test_reply_of_a_killed_server_is_marked_interrupted(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     store = f"sqlite:///{tmp_path}/c.sqlite"
@@ -249,7 +247,7 @@ async def test_a_reply_whose_server_died_is_told_as_interrupted(tmp_path: Path) 
         await person.ready()
 
 
-async def test_a_lost_connection_is_seen_and_the_text_goes_on_exactly(
+async def test_lost_connection_is_shown_and_the_text_continues(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with Line(server.port) as line, terminal(line.url) as person:
@@ -266,9 +264,7 @@ async def test_a_lost_connection_is_seen_and_the_text_goes_on_exactly(
         assert "Once" not in await person.sees("upon a time")
 
 
-async def test_an_error_is_told_in_words_and_when_to_try_again(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_error_shows_message_and_retry_time(server: wsserver.Server, puppet: Puppet) -> None:
     async with terminal(server.url) as person:
         await person.ready()
         person.types("Hi\r")
@@ -280,7 +276,7 @@ async def test_an_error_is_told_in_words_and_when_to_try_again(
         await person.ready()
 
 
-async def test_what_a_model_says_does_not_reach_the_terminal_as_orders(
+async def test_control_characters_of_the_model_are_escaped(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with terminal(server.url) as person:
@@ -291,7 +287,7 @@ async def test_what_a_model_says_does_not_reach_the_terminal_as_orders(
         await person.sees("\r\nf")
 
 
-async def test_a_conversation_goes_on_and_shows_its_last_turns(
+async def test_continued_conversation_shows_its_last_messages(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     arguments = (server.url, "--conversation", CONVERSATION)
@@ -307,7 +303,7 @@ async def test_a_conversation_goes_on_and_shows_its_last_turns(
         assert len((await puppet.reply(1)).request.messages) == 3
 
 
-async def test_alone_it_talks_to_the_demo() -> None:
+async def test_chat_without_url_uses_the_demo_model() -> None:
     async with terminal(WSSERVER_DEMO_RATE="0", WSSERVER_PORT="1") as person:
         await person.sees("this is the demo model")
         person.types("Hello\r")
@@ -326,18 +322,18 @@ async def test_alone_it_talks_to_the_demo() -> None:
         ("abc\u202edcb\u2066", r"abc\u202edcb\u2066"),
     ],
 )
-def test_only_line_ends_and_tabs_are_obeyed(text: str, shown: str) -> None:
-    assert safe(text) == shown
+def test_escape_keeps_line_ends_and_tabs(text: str, shown: str) -> None:
+    assert escape(text) == shown
 
 
 # The same in this process, where its parts can be had hold of.
 
 
 @asynccontextmanager
-async def talk(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyncio.Task[int]]]:
-    """Talk without a terminal; yield what types, and the talk."""
+async def dialogue(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyncio.Task[int]]]:
+    """Run a dialogue without a terminal; yield the input and the task."""
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        talking = asyncio.ensure_future(_Terminal(Options(url=url, **options)).run(None))
+        talking = asyncio.ensure_future(Terminal(Options(url=url, **options)).run(None))
         try:
             yield keys, talking
         finally:
@@ -345,7 +341,7 @@ async def talk(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyncio.
             await asyncio.wait({talking}, timeout=BOUND)
 
 
-async def test_how_a_reply_ended_is_marked(
+async def test_end_of_each_reply_is_marked(
     puppet: Puppet, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = ""
@@ -356,11 +352,11 @@ async def test_how_a_reply_ended_is_marked(
         return text in shown
 
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as server, Line(server.port) as line:
-        async with talk(url=line.url, conversation=CONVERSATION) as (keys, talking):
+        async with dialogue(url=line.url, conversation=CONVERSATION) as (keys, talking):
             await until(lambda: sees("[a new conversation]"))
             keys.send_text(" \rOne\r")
             (await puppet.reply()).say("x", End("max_tokens")).end()
-            await until(lambda: sees("[cut off, as it would be too long]"))
+            await until(lambda: sees("[the reply reached its maximum length]"))
             keys.send_text("Two\r")
             (await puppet.reply(1)).say("y").fail(ModelError(Code.REFUSAL, "No."))
             await until(lambda: sees("[No. (refusal)]"))
@@ -377,19 +373,19 @@ async def test_how_a_reply_ended_is_marked(
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
                 await asyncio.sleep(0)
-            await until(lambda: sees("[no longer waited for]"))
+            await until(lambda: sees("[gave up waiting for the end]"))
             line.mend()
             async with asyncio.timeout(BOUND):
                 await four.closed.wait()
             keys.send_text("\x03\x04")
             async with asyncio.timeout(BOUND):
                 assert await talking == 0
-        async with talk(url=server.url, conversation=CONVERSATION) as (keys, talking):
+        async with dialogue(url=server.url, conversation=CONVERSATION) as (keys, talking):
             await until(lambda: sees("[not whole: client]"))
             keys.send_text("Five\r")
             five = (await puppet.reply(4)).say("never")
             await until(lambda: sees("never"))
-            async with talk(url=server.url, conversation=CONVERSATION):
+            async with dialogue(url=server.url, conversation=CONVERSATION):
                 before = len(shown)  # it follows what runs there, from its beginning
                 five.say("theless")
                 await until(lambda: sees("theless") and "nevertheless" in shown[before:])
@@ -400,14 +396,18 @@ async def test_how_a_reply_ended_is_marked(
 
 
 @pytest.mark.parametrize("end", ["end_turn", "max_tokens", "stopped", "failed", "ctrl-c"])
-async def test_once_tells_by_its_exit_code(
+async def test_once_exit_code_tells_how_the_reply_ended(
     server: wsserver.Server, puppet: Puppet, capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
-    asking = asyncio.ensure_future(_Terminal(Options(server.url, once="Hi")).run("Hi"))
+    asking = asyncio.ensure_future(Terminal(Options(server.url, once="Hi")).run("Hi"))
     reply = (await puppet.reply()).say("x")
     if end == "stopped":
-        for generation in server._hub.retention:
-            server._hub.stop(generation, "timeout")
+        async with connect(server.url) as chat:
+            (conversation,) = await chat.conversations()
+            (running,) = (await chat.history(conversation.id)).running
+            followed = chat.resume(running)
+            await followed.stop()
+            await followed.done()
     elif end == "failed":
         reply.fail(ModelError(Code.TIMEOUT))
     elif end == "ctrl-c":
@@ -419,13 +419,15 @@ async def test_once_tells_by_its_exit_code(
         code = await asking
     assert code == {"end_turn": 0, "max_tokens": 0, "ctrl-c": 130}.get(end, 1)
     said = capsys.readouterr().err
-    assert {"end_turn": "", "max_tokens": "too long", "stopped": "timeout"}.get(end, "") in said
+    assert {"end_turn": "", "max_tokens": "maximum length", "stopped": "stopped by client"}.get(
+        end, ""
+    ) in said
 
 
-async def test_ctrl_c_before_there_is_a_connection_leaves() -> None:
+async def test_ctrl_c_while_connecting_exits() -> None:
     async with Line(1) as line:
         line.cut()
-        opening = asyncio.ensure_future(_Terminal(Options(line.url, once="Hi")).run("Hi"))
+        opening = asyncio.ensure_future(Terminal(Options(line.url, once="Hi")).run("Hi"))
         await until(lambda: line.tried)
         os.kill(os.getpid(), signal.SIGINT)
         async with asyncio.timeout(BOUND):
@@ -435,7 +437,7 @@ async def test_ctrl_c_before_there_is_a_connection_leaves() -> None:
 # Through pipes.
 
 
-async def test_once_gives_the_text_alone(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_once_prints_only_the_text(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(
         server.url, "--once", "Hi", "--system", "Be kind", "--conversation", CONVERSATION
     ) as process:
@@ -443,7 +445,8 @@ async def test_once_gives_the_text_alone(server: wsserver.Server, puppet: Puppet
         reply.say("Héllo\x1b[1m\r\n", "you").end()
         assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou", "")
         assert reply.request.system == "Be kind"
-    assert ("anonymous", CONVERSATION) in server._hub.conversations._known
+    async with connect(server.url) as chat:
+        assert [known.id for known in await chat.conversations()] == [CONVERSATION]
 
 
 async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet: Puppet) -> None:
@@ -460,14 +463,14 @@ async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet
             assert await process.wait() == 0
 
 
-async def test_once_alone_needs_no_server() -> None:
+async def test_once_without_url_starts_a_private_server() -> None:
     async with once("--once", "Hello", WSSERVER_DEMO_RATE="0", WSSERVER_TOKEN_FILE="") as process:
         code, out, err = await outcome(process)
     assert (code, out[:23]) == (0, "This is the demo model:")
     assert "demo" in err
 
 
-async def test_once_ends_with_1_after_an_error(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_once_exits_with_1_after_an_error(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(server.url, "--once", "Hi") as process:
         (await puppet.reply()).say("Half").fail(ModelError(Code.UNREACHABLE, "No \x1b[2J way."))
         code, out, err = await outcome(process)
@@ -475,7 +478,7 @@ async def test_once_ends_with_1_after_an_error(server: wsserver.Server, puppet: 
     assert err == "wsserver: No \\x1b[2J way. (unreachable); try again\n"
 
 
-async def test_once_ends_with_1_where_there_is_no_server() -> None:
+async def test_once_exits_with_1_without_a_server() -> None:
     # Without the patience that it has for ten seconds.
     async with once("ws://127.0.0.1:1/", "--once", "Hi") as process:
         code, out, err = await outcome(process)
@@ -484,7 +487,7 @@ async def test_once_ends_with_1_where_there_is_no_server() -> None:
     assert err.count("\n") == 1
 
 
-async def test_once_ends_with_130_after_ctrl_c_and_has_stopped(
+async def test_once_exits_with_130_after_ctrl_c_and_stops_the_reply(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with once(server.url, "--once", "Hi") as process:
@@ -497,9 +500,7 @@ async def test_once_ends_with_130_after_ctrl_c_and_has_stopped(
         assert said.closed.is_set()
 
 
-async def test_a_reply_is_stopped_before_the_program_is_ended(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_sigterm_stops_the_reply_before_exit(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(server.url, "--once", "Hi") as process:
         said = (await puppet.reply()).say("Half")
         assert process.stdout is not None
@@ -510,7 +511,7 @@ async def test_a_reply_is_stopped_before_the_program_is_ended(
         assert said.closed.is_set()
 
 
-async def test_once_ends_quietly_where_nobody_reads_on(
+async def test_once_exits_quietly_after_a_closed_pipe(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     read, write = os.pipe()
@@ -530,7 +531,7 @@ async def test_once_ends_quietly_where_nobody_reads_on(
         await reply.closed.wait()
 
 
-async def test_the_token_comes_from_the_environment_or_a_flag(puppet: Puppet) -> None:
+async def test_token_comes_from_environment_or_flag(puppet: Puppet) -> None:
     tokens = f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
     async with wsserver.serve(puppet, port=0, tokens=tokens, drain_timeout=0) as server:
         for number, (arguments, env) in enumerate(
@@ -548,7 +549,7 @@ async def test_the_token_comes_from_the_environment_or_a_flag(puppet: Puppet) ->
         assert "bad" not in err
 
 
-async def test_a_private_server_serves_its_own_chat_alone(tmp_path: Path) -> None:
+async def test_private_server_refuses_other_clients(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import json, sys\n"
         "from websockets.sync.client import connect\n"
@@ -573,13 +574,13 @@ async def test_a_private_server_serves_its_own_chat_alone(tmp_path: Path) -> Non
         (["--once", "\udcff"], "UTF-8"),
         (["--once", "Hi", "--system", "\udcff"], "--system"),
         (["--once", "Hi", "--conversation", "short"], "--conversation"),
-        (["http://localhost", "--once", "Hi"], "no address"),
+        (["http://localhost", "--once", "Hi"], "not an address"),
         (["--once", "Hi", "--model", "gpt"], "model"),
         (["--colour", "red"], "--colour"),
-        ([], "no terminal"),
+        ([], "not a terminal"),
     ],
 )
-def test_what_cannot_be_done_is_one_clear_line_and_exit_code_2(
+def test_unusable_arguments_exit_with_2_and_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -591,7 +592,7 @@ def test_what_cannot_be_done_is_one_clear_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("missing", ["<&-", ">&-", "2>&-"])
-async def test_a_stream_that_is_closed_is_told(missing: str) -> None:
+async def test_closed_standard_stream_is_an_error(missing: str) -> None:
     process = await asyncio.create_subprocess_exec(
         "/bin/sh",
         "-c",
@@ -606,7 +607,7 @@ async def test_a_stream_that_is_closed_is_told(missing: str) -> None:
     assert "have to be open" in err or missing == "2>&-"
 
 
-async def test_a_disk_that_is_full_is_told(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_full_disk_is_reported(server: wsserver.Server, puppet: Puppet) -> None:
     process = await asyncio.create_subprocess_exec(
         "/bin/sh",
         "-c",
@@ -617,12 +618,12 @@ async def test_a_disk_that_is_full_is_told(server: wsserver.Server, puppet: Pupp
     reply = (await puppet.reply()).say("Hello")
     _, err = await process.communicate()
     assert process.returncode == 1
-    assert err == b"wsserver: cannot go on: No space left on device\n"
+    assert err == b"wsserver: cannot write: No space left on device\n"
     async with asyncio.timeout(BOUND):
         await reply.closed.wait()
 
 
-async def test_ctrl_c_leaves_while_the_past_does_not_come() -> None:
+async def test_ctrl_c_while_the_history_loads_exits() -> None:
     asked = asyncio.Event()
 
     async def silent(socket: ServerConnection) -> None:
@@ -639,7 +640,7 @@ async def test_ctrl_c_leaves_while_the_past_does_not_come() -> None:
             assert await person.leaves() == 130
 
 
-async def test_what_is_typed_is_sent_though_it_cannot_be_kept(
+async def test_prompt_is_sent_if_the_history_file_is_gone(
     server: wsserver.Server, puppet: Puppet, tmp_path: Path
 ) -> None:
     async with terminal(server.url, XDG_STATE_HOME=str(tmp_path)) as person:
@@ -654,7 +655,7 @@ async def test_what_is_typed_is_sent_though_it_cannot_be_kept(
         assert await person.leaves() == 0
 
 
-def test_a_history_that_is_a_device_keeps_its_mode(
+def test_history_file_that_is_a_device_keeps_its_mode(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -662,18 +663,20 @@ def test_a_history_that_is_a_device_keeps_its_mode(
     (tmp_path / "wsserver/history").symlink_to(os.devnull)
     changed: list[int] = []
     monkeypatch.setattr(os, "fchmod", lambda _, mode: changed.append(mode))
-    _history_file()
+    open_history()
     assert changed == []
 
 
-def test_help_says_which_way_a_token_is_safe(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_the_environment_variable_of_the_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["chat", "--help"])
     assert exit_.value.code == 0
     assert "WSSERVER_CHAT_TOKEN" in capsys.readouterr().out
 
 
-def test_a_server_does_not_pay_for_the_terminal() -> None:
+def test_server_does_not_import_the_terminal() -> None:
     program = (
         "import sys, json, wsserver.cli\n"
         "print(json.dumps([m for m in sys.modules if m.partition('.')[0] == 'prompt_toolkit'"
@@ -685,14 +688,14 @@ def test_a_server_does_not_pay_for_the_terminal() -> None:
     assert json.loads(done.stdout) == []
 
 
-async def test_the_servers_state_is_clean_after_a_talk(
+async def test_server_forgets_the_connection_of_a_killed_terminal(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    async with terminal(server.url) as person:
+    async with Line(server.port) as line, terminal(line.url) as person:
         await person.ready()
         person.types("Count\r")
         said = (await puppet.reply()).say("one")
         await person.sees("one")
         person.child.kill(signal.SIGKILL)
-        await until(lambda: not server._connections)
+        await until(lambda: not line.connections)
         assert not said.closed.is_set(), "a terminal that died may come back"
