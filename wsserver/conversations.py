@@ -155,7 +155,11 @@ class Conversations:
             return True
         in_use = conversation.holders or conversation.live
         account = account_of(conversation.owner) if in_use else CACHE
-        size = sum(TURN + held(turn.prompt) + held(turn.text) for turn in conversation.turns)
+        if conversation.measured is not conversation.turns:  # each change makes a new list
+            conversation.measured = conversation.turns
+            sizes = (TURN + held(turn.prompt) + held(turn.text) for turn in conversation.turns)
+            conversation.turns_size = sum(sizes)
+        size = conversation.turns_size
         if (account, size) != (conversation.account, conversation.size):
             self._memory.give(conversation.account, conversation.size)
             conversation.account, conversation.size = account, 0

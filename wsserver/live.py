@@ -76,7 +76,8 @@ class Conversation:
         holders: the number of requests that decide something about the conversation. While there
             is one, the process has no second object for the conversation.
         loading: held while the turns are read from the store.
-        account: pays for the ``size`` bytes of the turns in memory.
+        measured: the list of turns whose bytes are ``turns_size``.
+        account: pays for the ``size`` bytes of the turns that are counted in memory.
     """
 
     id: str
@@ -92,6 +93,8 @@ class Conversation:
     deleted: bool = False
     holders: int = 0
     loading: asyncio.Lock | None = None
+    measured: list[Turn] | None = None
+    turns_size: int = 0
     account: Account = CACHE
     size: int = 0
 

@@ -82,8 +82,13 @@ class Runner:
 
     # Asking the model.
 
-    def start(self, generation: Generation) -> None:
-        """Ask the model."""
+    def start(self, generation: Generation, request: Request | None = None) -> None:
+        """Ask the model.
+
+        Args:
+            generation: the reply that the model is asked for.
+            request: what to send, if it has been made just now.
+        """
         trace = span(
             generation=generation.id,
             conversation=generation.conversation_id,
@@ -92,7 +97,7 @@ class Runner:
             max_tokens=generation.allowance,
             temperature=generation.prompt.temperature,
         )
-        task = self._loop.create_task(self._run(generation), context=trace.context())
+        task = self._loop.create_task(self._run(generation, request), context=trace.context())
         generation.start(task, trace, self._time())
         self.tasks[task] = generation
         task.add_done_callback(self._finish)
@@ -130,11 +135,11 @@ class Runner:
     def estimate(self, request: Request) -> int:
         """Return about how many tokens a request has."""
         texts = [request.system or "", *(message.content for message in request.messages)]
-        return sum(map(tokens_in, texts))
+        return tokens_in("".join(texts))
 
-    async def _run(self, generation: Generation) -> End:
+    async def _run(self, generation: Generation, request: Request | None) -> End:
         """Have the model answer, with less of the conversation if the model finds it too long."""
-        request = self.request(generation)
+        request = request or self.request(generation)
         attempt = 0
         while True:
             attempt += 1

@@ -13,7 +13,7 @@ from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
 from wsserver.limits import Account, Memory
 from wsserver.live import Conversation, Generation, Watcher
-from wsserver.models.base import Model, PushModel
+from wsserver.models.base import Model, PushModel, Request
 from wsserver.protocol import Prompt
 from wsserver.reporting import Reporter
 from wsserver.retention import Retention
@@ -156,7 +156,8 @@ class Scheduler:
         if not self._memory.take(account, generation.prompt_size):
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
         generation.memory = generation.prompt_size
-        generation.asked = self.runner.estimate(self.runner.request(generation))
+        request = self.runner.request(generation)
+        generation.asked = self.runner.estimate(request)
         self._accounts.book(generation)
         self._retention.add(generation)
         self.live.add(generation)
@@ -174,7 +175,8 @@ class Scheduler:
         if conversation is not None:
             conversation.exists = conversation.loaded = True
         if conversation is None or running is None:
-            self._start(generation)
+            # A retry is sent without the turn that it replaces, which goes as it starts.
+            self._start(generation, request if prompt.retry_of is None else None)
         else:
             if prompt.on_busy == "interrupt":
                 for waiting in tuple(conversation.queue):
@@ -187,13 +189,13 @@ class Scheduler:
                     watcher.attach(generation)
         return generation
 
-    def _start(self, generation: Generation) -> None:
+    def _start(self, generation: Generation, request: Request | None = None) -> None:
         conversation, retried = generation.conversation, generation.prompt.retry_of
         if conversation is not None:
             conversation.running = generation
             if retried is not None:
                 conversation.turns = [turn for turn in conversation.turns if turn.id != retried]
-        self.runner.start(generation)
+        self.runner.start(generation, request)
 
     def _ended(self, generation: Generation) -> None:
         """Give back what a generation held, and start the next prompt of its conversation."""
