@@ -1,13 +1,13 @@
 """The way of a model's pieces into the log: each is checked, cut to size and counted."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wsserver.content import Usage
 from wsserver.generation import End, State, tokens_in, well_formed
 from wsserver.limits import Memory, held
 from wsserver.live import Generation
-from wsserver.models.base import Model, Piece, PushModel, Request
+from wsserver.models.base import Piece
 from wsserver.protocol import StoppedBy
 from wsserver.settings import Settings
 
@@ -68,13 +68,10 @@ class Intake:
         self._half = ""  # a high surrogate that the next piece may complete
         self._end = _END_TURN
 
-    async def run(self, model: Model | PushModel, request: Request) -> End:
-        """Have the model answer, and return the end of the answer."""
+    async def run(self, answer: Awaitable[None]) -> End:
+        """Wait for a model that pushes, or for :meth:`pull`, and return the end of the answer."""
         try:
-            if isinstance(model, PushModel):
-                await model.push(request, self.take)
-            else:
-                await self._pull(model(request))
+            await answer
         except _Enough:
             pass
         except Exception:
@@ -83,7 +80,8 @@ class Intake:
         self._flush()
         return self._end
 
-    async def _pull(self, pieces: AsyncIterator[Piece]) -> None:
+    async def pull(self, pieces: AsyncIterator[Piece]) -> None:
+        """Take all that a model yields, and close the model."""
         turn = 0
         try:
             async for piece in pieces:

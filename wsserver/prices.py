@@ -4,6 +4,7 @@ The prices of Claude are those of https://platform.claude.com/docs/en/about-clau
 cache of five minutes. Plain data; nothing here does I/O.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ __all__ = ["CACHE_READ", "CACHE_WRITE", "NOTHING", "Price", "Prices", "Spent"]
 CACHE_WRITE = 1.25  # tokens that a token counts as, where it is written to a prompt cache
 CACHE_READ = 0.1  # the same, where it is read
 LONG = 100_000  # input tokens up to which the lower of two prices holds
+REMEMBERED = 256  # models whose price is looked up once
 MOST = 10**12  # of one reply, so that no model's mistake is too large for a store
 
 
@@ -125,9 +127,10 @@ class Prices:
 
     def __init__(self, given: Iterable[str] = ()) -> None:
         self._given = dict(map(_parsed, given))
+        self.of = functools.lru_cache(REMEMBERED)(self._look_up)
 
-    def of(self, model: str) -> Price:
-        """Return the price of a model; nothing is due for one that is not known."""
+    def _look_up(self, model: str) -> Price:
+        """Return the price of a model. An unknown model is free."""
         if (price := self._given.get(model)) is not None:
             return price
         _, claude, rest = model.partition("claude-")  # clouds put a name of their own before it

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from wsserver.context import less_than, messages_of
 from wsserver.errors import TOO_LONG, Code, ModelError
@@ -69,7 +69,7 @@ class Runner:
         self._timer: asyncio.TimerHandle | None = None
         self._declared_name = declared_name(model)
         self._provider = provider_of(model)
-        self._model = model
+        self._ask = _asking(model)
         self._settings = settings
         self._journal = journal
         self._memory = memory
@@ -145,7 +145,7 @@ class Runner:
             attempt += 1
             intake = Intake(generation, self._settings, self._memory, self._time, self._stop)
             try:
-                return await intake.run(self._model, request)
+                return await intake.run(self._ask(request, intake))
             except ModelError as error:
                 conversation = generation.conversation
                 alone = conversation is None or len(request.messages) == 1
@@ -281,6 +281,15 @@ class Runner:
             events.error("follower failed", id=generation.id, failure=error)
         self._on_ended(generation)
         self._report.ended(generation, terminal, failure)
+
+
+def _asking(model: Model | PushModel) -> Callable[[Request, Intake], Awaitable[None]]:
+    """Return what has a model answer into an intake. The kind of the model is found out once."""
+    if isinstance(model, PushModel):
+        push = model.push
+        return lambda request, intake: push(request, intake.take)
+    pull = model
+    return lambda request, intake: intake.pull(pull(request))
 
 
 def _outcome(task: "asyncio.Task[End]") -> Outcome:
