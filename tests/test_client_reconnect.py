@@ -54,7 +54,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 async def test_text_is_exact_wherever_the_connection_is_cut(reset: bool, late: bool) -> None:
     calls = 0
 
-    async def counted(request: wsserver.Request) -> AsyncIterator[str]:
+    async def counted(request: wsserver.Request) -> AsyncIterator[str | wsserver.Thinking]:
         nonlocal calls
         calls += 1
         async for piece in recite(request):

@@ -13,7 +13,7 @@ import signal
 import sqlite3
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,14 +45,14 @@ KILLS = {
 }
 
 
-def pieces_of(prompt: str) -> Iterator[str]:
+def pieces_of(prompt: str) -> Iterator[str | Thinking]:
     """Give what the model says to a prompt, which begins with how many pieces that has."""
     for number in range(int(prompt.split(maxsplit=1)[0])):
         piece = f"{number} “{prompt}” 🙂\n"
         yield Thinking(piece) if number % 7 == 3 else piece
 
 
-async def model(request: Request) -> AsyncIterator[str]:
+async def model(request: Request) -> AsyncIterator[str | Thinking]:
     """Say the pieces with short pauses; or digests of the messages that it is asked with."""
     if request.prompt == WHAT_DO_YOU_SEE:
         seen = [(m.role, zlib.crc32(m.content.encode()), m.partial) for m in request.messages]
@@ -63,8 +63,10 @@ async def model(request: Request) -> AsyncIterator[str]:
         await asyncio.sleep(random.uniform(0, 0.008))
 
 
-def text_of(pieces: list[str], kind: str = "token") -> str:
-    return "".join(piece for piece in pieces if isinstance(piece, Thinking) == (kind != "token"))
+def text_of(pieces: Sequence[str | Thinking], kind: str = "token") -> str:
+    if kind == "token":
+        return "".join(piece for piece in pieces if isinstance(piece, str))
+    return "".join(piece.thinking for piece in pieces if isinstance(piece, Thinking))
 
 
 class Witness(Client):
@@ -137,7 +139,7 @@ class Victim:
     killed: float
 
     @property
-    def pieces(self) -> list[str]:
+    def pieces(self) -> list[str | Thinking]:
         return list(pieces_of(self.prompt))
 
     @property

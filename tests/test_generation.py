@@ -1,9 +1,8 @@
 import asyncio
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from tests.support.pieces import said
 from wsserver.content import Usage
 from wsserver.generation import (
     TRANSITIONS,
@@ -12,7 +11,6 @@ from wsserver.generation import (
     IllegalTransition,
     Log,
     State,
-    Thinking,
     state_after,
     tokens_in,
     well_formed,
@@ -90,7 +88,7 @@ def test_closed_log_takes_neither_a_piece_nor_a_second_terminal() -> None:
     for illegal in (log.append, log.end):
         with pytest.raises(RuntimeError):
             illegal("b")
-    assert (log.pieces, log.terminal) == (["a"], "terminal")
+    assert (log.pieces, log.terminal) == (said("a"), "terminal")
 
 
 def test_followers_are_woken_by_pieces_and_terminal_but_not_by_empty_pieces() -> None:
@@ -117,52 +115,6 @@ def test_follower_may_leave_while_it_is_woken() -> None:
     assert log.followers == [stays]
 
 
-def test_run_is_of_one_kind() -> None:
-    log = Log[str]()
-    for piece in (Thinking("a"), Thinking("b"), "c", "d", Thinking("e")):
-        log.append(piece)
-    assert log.read(0, 100) == (2, "ab", True)
-    assert log.read(1, 100) == (2, "b", True)
-    assert log.read(2, 100) == (4, "cd", False)
-    assert log.read(4, 100) == (5, "e", True)
-    assert log.text == "cd"
-
-
-def test_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
-    log = Log[str]()
-    for piece in ("aaa", "bbb", "ccc"):
-        log.append(piece)
-    assert log.read(0, 4) == (2, "aaabbb", False)
-    assert log.read(0, 3) == (1, "aaa", False)
-    assert log.read(0, 1) == (1, "aaa", False)
-
-
-@given(
-    st.lists(st.builds(lambda kind, text: kind(text), st.sampled_from([str, Thinking]), st.text())),
-    st.integers(0, 20),
-    st.integers(1, 20),
-)
-def test_text_after_any_cursor_does_not_depend_on_the_frames(
-    pieces: list[str], after: int, limit: int
-) -> None:
-    log = Log[str]()
-    for piece in pieces:
-        log.append(piece)
-    cursor = min(after, log.seq)
-    rest = log.pieces[cursor:]
-    runs = []
-    while cursor < log.seq:
-        run = log.read(cursor, limit)
-        assert run.seq > cursor
-        cursor = run.seq
-        runs.append(run)
-    for thinking in (True, False):
-        kind = Thinking if thinking else str
-        assert "".join(run.text for run in runs if run.thinking is thinking) == "".join(
-            piece for piece in rest if type(piece) is kind
-        )
-
-
 @pytest.mark.parametrize(
     ("broken", "whole"),
     [
@@ -175,9 +127,6 @@ def test_text_after_any_cursor_does_not_depend_on_the_frames(
 )
 def test_half_surrogate_pairs_become_replacement_characters(broken: str, whole: str) -> None:
     assert well_formed(broken) == whole
-    kept = well_formed(Thinking(broken))
-    assert type(kept) is Thinking
-    assert kept == whole
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, Reply, Thinking
 from wsserver import Code, End, ModelError, Request, Usage
-from wsserver.generation import Run
 from wsserver.models.base import Take
+from wsserver.pieces import Run
 from wsserver.protocol import encode_run
 
 

@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
+from tests.support.pieces import heard
 from tests.support.puppet import BOUND, until
-from wsserver import Thinking, journal
+from wsserver import journal
 from wsserver.content import Usage
 from wsserver.errors import StoreError
 from wsserver.generation import Log
@@ -71,7 +72,7 @@ class Stand:
 
     async def stored(self, name: str = "g") -> list[str] | None:
         found = await self.store.find(name, "me")
-        return found.pieces if isinstance(found, StoredGeneration) else None
+        return heard(found.pieces) if isinstance(found, StoredGeneration) else None
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ async def test_ended_reply_is_found_in_the_journal_until_it_is_saved(stand: Stan
     found = stand.journal.find("me", "g")
     assert found is not None
     assert found.terminal is not None
-    assert (found.pieces, found.terminal.saved) == (["x"], False)
+    assert (heard(found.pieces), found.terminal.saved) == (["x"], False)
     assert stand.journal.find("somebody else", "g") is None
     assert stand.journal.late("me", "c")
     stand.store.failure = None
@@ -306,8 +307,9 @@ async def test_probe_fails_without_a_write_while_the_journal_cannot_save(stand: 
 
 def test_size_of_a_record_is_the_memory_of_its_pieces() -> None:
     log: Log[Terminal] = Log()
-    for piece in ("x" * 1000, "🎈" * 1000, Thinking("é" * 1000)):
-        log.append(piece)
+    log.append("x" * 1000)
+    log.append("🎈" * 1000)
+    log.append("é" * 1000, "thinking", 1)
     record = Record.__new__(Record)
     record.log, record._size = log, -1
     assert 1000 + 4000 + 1000 < record.size < 1000 + 4000 + 1000 + 500
@@ -320,7 +322,7 @@ async def test_unsavable_reply_does_not_hold_up_others(
 
     async def picky(self: MemoryStore, entries: Sequence[Entry]) -> None:
         for entry in entries:
-            if "bad" in entry.pieces:
+            if "bad" in entry.pieces.data:
                 raise Unsavable(entry, "OverflowError")
         await commit(self, entries)
 

@@ -125,7 +125,7 @@ async def test_unsaved_replies_are_saved_when_the_store_is_back(
         assert "saved" not in (await chat.next("done"))
         found = await store.find(ID, "anonymous")
         assert isinstance(found, StoredGeneration)
-        assert found.pieces == ["during ", "after"]
+        assert found.pieces.data == ["during ", "after"]
 
 
 async def test_hanging_store_delays_an_end_by_the_store_timeout(

@@ -24,7 +24,7 @@ async def listen(model: Model, asked: Request) -> tuple[str, Usage, End]:
             text += piece
         elif isinstance(piece, Usage):
             usage = piece
-        else:
+        elif isinstance(piece, End):
             end = piece
     return text, usage, end
 

@@ -1,5 +1,7 @@
 import json
 import tracemalloc
+from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -9,11 +11,12 @@ from pydantic import ValidationError
 from wsserver import protocol
 from wsserver.content import Usage
 from wsserver.errors import Code, Refused
-from wsserver.generation import Run
+from wsserver.pieces import Kind, Run
 from wsserver.protocol import (
     DEPTH,
     KEYS,
     MESSAGES,
+    BlockFrame,
     ClientFrame,
     Done,
     Error,
@@ -39,15 +42,26 @@ def test_the_shortest_frame_is_a_prompt() -> None:
     assert parse('{"type": "ping"}') == Ping()
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 10**6), st.booleans())
-def test_the_fast_encoding_of_text_is_that_of_the_model(
-    text: str, seq: int, thinking: bool
+@given(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.integers(1, 10**6),
+    st.integers(0, 3),
+    st.sampled_from(get_args(Kind)),
+)
+def test_fast_encoding_of_a_run_is_that_of_the_model(
+    data: str, seq: int, block: int, kind: Kind
 ) -> None:
-    kind = ThinkingFrame if thinking else Token
-    frame = kind(id="0123456789abcdef", seq=seq, text=text)
-    fast = encode_run("0123456789abcdef", Run(seq, text, thinking))
-    assert json.loads(fast) == json.loads(encode(frame))
-    assert list(json.loads(fast)) == list(json.loads(encode(frame)))
+    about: dict[str, Any] = {"id": "0123456789abcdef", "seq": seq, "block": block or None}
+    frames: dict[Kind, Callable[[], Token | ThinkingFrame | BlockFrame]] = {
+        "text": lambda: Token(**about, text=data),
+        "thinking": lambda: ThinkingFrame(**about, text=data),
+        "signature": lambda: ThinkingFrame(**about, text="", signature=data),
+        "citation": lambda: Token(**about, text="", citation={"cited_text": data}),
+        "block": lambda: BlockFrame(**about, partial_json=data),
+    }
+    given = json.dumps({"cited_text": data}) if kind == "citation" else data
+    fast = encode_run("0123456789abcdef", Run(seq, kind, block, given))
+    assert json.loads(fast) == json.loads(encode(frames[kind]()))
 
 
 @given(st.text())

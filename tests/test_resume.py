@@ -228,7 +228,7 @@ async def test_resume_at_the_end_of_a_long_reply_is_as_cheap_as_of_a_short_one(
         await chat.next("done", id=name)
         generation = server._hub.known("anonymous", name)
         assert generation is not None
-        generation.log.pieces = Counted(generation.log.pieces)
+        generation.log.pieces.data = Counted(generation.log.pieces.data)
         Counted.read = 0
         async with client(server) as other:
             await resume(other, after=count - 1, id_=name)

@@ -12,6 +12,7 @@ PACKAGE = Path(wsserver.__file__).parent
 
 FLOORS = {
     "errors": 0,
+    "pieces": 0,
     "content": 0,
     "settings": 0,
     "logs": 0,
@@ -43,6 +44,7 @@ FLOORS = {
     "stores.fair": 2,
     "stores.memory": 2,
     "stores.migrations": 2,
+    "stores.records": 2,
     "stores.rows": 2,
     "stores.sqlite": 2,
     "stores": 2,
@@ -105,6 +107,7 @@ FLOORS = {
 # Within a floor: what may know what.
 NEIGHBOURS = {
     ("settings", "errors"),
+    ("pieces", "content"),
     ("protocol", "generation"),
     ("prices", "protocol"),
     ("models.demo", "models.base"),
@@ -151,6 +154,8 @@ NEIGHBOURS = {
     ("stores.sqlite", "stores.migrations"),
     ("stores.sqlite", "stores.rows"),
     ("stores.rows", "stores.base"),
+    ("stores.rows", "stores.records"),
+    ("stores.memory", "stores.records"),
     ("auth", "auth.base"),
     ("auth", "auth.tokens"),
     ("auth", "auth.jwt"),  # only inside a function, when it is asked for

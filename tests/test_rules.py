@@ -55,12 +55,12 @@ def joined(said: list[str]) -> list[str]:
     half = ""
     for piece in filter(None, said):
         if half and type(half) is not type(piece):
-            whole.append(well_formed(half))
+            whole.append(type(half)(well_formed(half)))
             half = ""
         kind, text = type(piece), half + piece
         half = kind(text[-1]) if "\ud800" <= text[-1] <= "\udbff" else ""
-        whole.append(well_formed(kind(text[:-1] if half else text)))
-    return [*whole, well_formed(half)]
+        whole.append(kind(well_formed(text[:-1] if half else text)))
+    return [*whole, type(half)(well_formed(half))]
 
 
 class FakePort:

@@ -184,10 +184,16 @@ def test_what_is_accepted_is_valid_and_the_other_way_round(frame: dict[str, Any]
 
 def models(kind: type[BaseModel]) -> st.SearchStrategy[BaseModel]:
     """Make models with any values that their types allow, optional keys left out at times."""
-    keys = {name: st.from_type(field.annotation) for name, field in kind.model_fields.items()}  # type: ignore[arg-type]
+    keys = {
+        name: st.none() | st.dictionaries(st.text(), JSON, max_size=2)
+        if field.annotation == dict[str, Any] | None
+        else st.from_type(field.annotation)  # type: ignore[arg-type]
+        for name, field in kind.model_fields.items()
+    }
     return st.builds(kind, **keys)
 
 
+JSON = st.recursive(st.booleans() | st.integers() | st.text(), st.lists, max_leaves=3)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
 for nested in {
     field

@@ -6,10 +6,10 @@ if sys.platform == "win32":
     raise ImportError("wsserver runs on Linux and macOS; on Windows run it in WSL")
 
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
-from wsserver.content import Usage
+from wsserver.content import Message, Thinking, Usage
 from wsserver.errors import Code, ConfigError, ModelError
-from wsserver.generation import End, Thinking
-from wsserver.models.base import Message, Model, PushModel, Request
+from wsserver.generation import End
+from wsserver.models.base import Model, PushModel, Request
 from wsserver.server import Server, serve
 from wsserver.settings import Settings
 

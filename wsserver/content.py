@@ -238,6 +238,11 @@ class Message:
         return "".join(block.text for block in self.blocks if isinstance(block, Text))
 
     @property
+    def content(self) -> str:
+        """The same as :attr:`text`, under the name that a frame has for it."""
+        return self.text
+
+    @property
     def thinking(self) -> str:
         """The thinking of the message."""
         return "".join(block.thinking for block in self.blocks if isinstance(block, Thinking))

@@ -9,8 +9,8 @@ started finds the same one.
 
 from collections.abc import Sequence
 
+from wsserver.content import Message
 from wsserver.errors import Code
-from wsserver.models.base import Message
 from wsserver.stores.base import Turn
 
 __all__ = ["less_than", "messages_of", "newest"]

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from wsserver.dialects import Dialect
-from wsserver.generation import Run
 from wsserver.live import Generation
+from wsserver.pieces import Run
 
 __all__ = ["Cursor", "Reader", "Sink"]
 
@@ -128,10 +128,10 @@ class Cursor:
         """
         generation = self.generation
         if generation.readers == 1:
-            run = generation.log.read(self.seq, self.limit)
+            run = generation.log.pieces.read(self.seq, self.limit)
             return run, self._dialect.run(generation, run)
         place = self.seq, generation.log.seq, self.limit, self._dialect
         if generation.shared is None or generation.shared[0] != place:
-            run = generation.log.read(self.seq, self.limit)
+            run = generation.log.pieces.read(self.seq, self.limit)
             generation.shared = place, run, self._dialect.run(generation, run)
         return generation.shared[1:]

@@ -8,9 +8,10 @@ log gives back-pressure, merging, resume and several readers at once.
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from wsserver.content import Usage
+from wsserver.pieces import TEXT, Kind, Pieces
 
 __all__ = [
     "TRANSITIONS",
@@ -19,9 +20,7 @@ __all__ = [
     "Follower",
     "IllegalTransition",
     "Log",
-    "Run",
     "State",
-    "Thinking",
     "state_after",
     "tokens_in",
     "well_formed",
@@ -33,12 +32,6 @@ _LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ "
 _FIRST_OF_TWO, _FIRST_OF_THREE, _FIRST_OF_FOUR = (  # the first byte of a character in UTF-8
     bytes(range(first, end)) for first, end in ((0xC0, 0xE0), (0xE0, 0xF0), (0xF0, 0xF8))
 )
-
-
-class Thinking(str):
-    """A piece of the model's thinking. A plain ``str`` is a piece of its text."""
-
-    __slots__ = ()
 
 
 def tokens_in(text: str) -> int:
@@ -122,49 +115,51 @@ class Follower(Protocol):
         ...
 
 
-class Run(NamedTuple):
-    """Consecutive pieces of one kind, merged: what becomes one frame."""
-
-    seq: int
-    """The number of the last piece in it."""
-    text: str
-    thinking: bool
-
-
 class Log(Generic[T]):
     """All pieces of a generation in order, then one terminal of type ``T``.
 
     ``seq`` is the number of a piece, from 1; a cursor is the seq of the last piece read, 0 at
     the start. Appending takes constant time, and reading time in proportion to what is read.
+
+    Args:
+        pieces: what the log begins with.
     """
 
     __slots__ = ("followers", "pieces", "terminal")
 
-    def __init__(self) -> None:
-        self.pieces: list[str] = []
+    def __init__(self, pieces: Pieces | None = None) -> None:
+        self.pieces = Pieces() if pieces is None else pieces
         self.terminal: T | None = None
         self.followers: list[Follower] = []
 
     @property
     def seq(self) -> int:
         """The number of the last piece; 0 where there is none."""
-        return len(self.pieces)
+        return len(self.pieces.data)
 
     @property
     def text(self) -> str:
         """All text so far, without the thinking."""
-        return "".join(piece for piece in self.pieces if type(piece) is not Thinking)
+        return self.pieces.text
 
-    def append(self, piece: str) -> None:
-        """Add a piece and wake the followers. An empty piece adds nothing.
+    def append(self, data: str, kind: Kind = TEXT, block: int = 0) -> None:
+        """Add a piece and wake the followers. A piece without data adds nothing.
+
+        Args:
+            data: the text, or what the kind tells.
+            kind: what the data is.
+            block: the index of the piece's block.
 
         Raises:
             RuntimeError: the log has its terminal.
         """
         if self.terminal is not None:
             raise RuntimeError("append to a log that has its terminal")
-        if piece:
-            self.pieces.append(piece)
+        if data:
+            pieces = self.pieces
+            if kind != pieces.kind or block != pieces.block:
+                pieces.begin(kind, block)
+            pieces.data.append(data)
             for follower in tuple(self.followers):  # a copy: a follower may leave as it is woken
                 follower.wake()
 
@@ -187,25 +182,6 @@ class Log(Generic[T]):
         if failures:
             raise failures[0]
 
-    def read(self, after: int, limit: int) -> Run:
-        """Merge the pieces of one kind that come after a cursor.
-
-        Args:
-            after: the cursor, at least 0 and less than :attr:`seq`.
-            limit: characters after which the run is cut; the piece that crosses it is included.
-        """
-        pieces = self.pieces
-        first = pieces[after]
-        kind = type(first)
-        seq = after + 1
-        if seq == len(pieces):  # caught up: the common case, and the one that must be cheap
-            return Run(seq, first, kind is Thinking)
-        size = len(first)
-        while seq < len(pieces) and size < limit and type(pieces[seq]) is kind:
-            size += len(pieces[seq])
-            seq += 1
-        return Run(seq, "".join(pieces[after:seq]), kind is Thinking)
-
 
 def well_formed(text: str) -> str:
     """Return a text that UTF-8 can encode.
@@ -218,6 +194,5 @@ def well_formed(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        kind = type(text)
-        return kind(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text

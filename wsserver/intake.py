@@ -1,13 +1,15 @@
 """The way of a model's pieces into the log: each is checked, cut to size and counted."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from wsserver.content import Usage
+from wsserver.content import Block, Thinking, Usage, dump_block, parse_block
 from wsserver.generation import End, State, tokens_in, well_formed
 from wsserver.limits import Memory, held
 from wsserver.live import Generation
-from wsserver.models.base import Piece
+from wsserver.models.base import Output
+from wsserver.pieces import TEXT, Kind, Piece, pieces_of
 from wsserver.protocol import StoppedBy
 from wsserver.settings import Settings
 
@@ -18,6 +20,13 @@ PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serve
 
 Stop = Callable[[Generation, StoppedBy], None]
 
+# The kinds of pieces that a model may yield -> the kind of the block that they belong to.
+_FAMILIES: dict[Kind, Kind] = {
+    "text": "text",
+    "citation": "text",
+    "thinking": "thinking",
+    "signature": "thinking",
+}
 _END_TURN = End()
 
 
@@ -37,8 +46,11 @@ class Intake:
     """
 
     __slots__ = (
+        "_block",
         "_end",
+        "_family",
         "_generation",
+        "_given",
         "_half",
         "_left",
         "_memory",
@@ -66,6 +78,9 @@ class Intake:
         self._time = time
         self._stop = stop
         self._half = ""  # a high surrogate that the next piece may complete
+        self._family: Kind | None = None  # the kind of the open block
+        self._block = -1  # the index of the open block, or of the last one
+        self._given: int | None = None  # the model's own number of the open block
         self._end = _END_TURN
 
     async def run(self, answer: Awaitable[None]) -> End:
@@ -80,7 +95,7 @@ class Intake:
         self._flush()
         return self._end
 
-    async def pull(self, pieces: AsyncIterator[Piece]) -> None:
+    async def pull(self, pieces: AsyncIterator[Output]) -> None:
         """Take all that a model yields, and close the model."""
         turn = 0
         try:
@@ -95,64 +110,110 @@ class Intake:
             if aclose is not None:
                 await aclose()
 
-    def take(self, piece: Piece) -> None:
-        """Append text to the log, and note all else.
+    def take(self, given: Output) -> None:
+        """Append content to the log, and note all else.
 
         Raises:
             _Enough: the reply has ended.
             TypeError: a model must not yield this.
+            ValueError: a block is not one of the Messages API.
         """
         generation = self._generation
-        if isinstance(piece, Usage):  # counts after a stop too
-            generation.usage = piece
+        if isinstance(given, Usage):  # counts after a stop too
+            generation.usage = given
         elif generation.state is not State.RUNNING:  # the model kept the cancellation to itself
             raise _Enough
-        elif isinstance(piece, str):
+        elif isinstance(given, str):
             generation.heard = self._time()
-            text = piece if piece.isascii() and not self._half else self._joined(piece)
-            if text:
-                self._append(text)
-        elif isinstance(piece, End):
-            self._end = piece
+            if given:
+                self._add(TEXT, given)
+        elif isinstance(given, End):
+            self._end = given
         else:
-            raise TypeError(f"a model yielded {type(piece).__name__}")
+            generation.heard = self._time()
+            self._take_content(given)
 
-    def _joined(self, piece: str) -> str:
-        """Join a piece with the half of a surrogate pair from the piece before.
+    def _take_content(self, given: Block | Piece) -> None:
+        if isinstance(given, Thinking):
+            self._add("thinking", given.thinking)
+            if given.signature:
+                self._add("signature", given.signature)
+                self._close()
+        elif isinstance(given, Piece):
+            if given.kind not in _FAMILIES:
+                raise TypeError(f"a model yielded a piece of kind {given.kind!r}")
+            if given.kind == "citation" and not isinstance(json.loads(given.data), dict):
+                raise TypeError("a citation is a JSON object")
+            self._add(given.kind, given.data, given.block)
+        elif isinstance(given, Block):
+            self._close()
+            written = well_formed(json.dumps(dump_block(given), ensure_ascii=False))
+            for kind, data in pieces_of(parse_block(json.loads(written))):
+                self._add(kind, data)
+            self._close()
+        else:
+            raise TypeError(f"a model yielded {type(given).__name__}")
+
+    def _add(self, kind: Kind, data: str, given: int | None = None) -> None:
+        """Add data to the open block, or to a new one where the open block is another.
+
+        Args:
+            kind: what the data is.
+            data: what to add. Where it is empty, only the open block may end.
+            given: the number that the model gives to the block. The log's own numbers count the
+                blocks that have any data.
+        """
+        family = _FAMILIES.get(kind, kind)
+        if family != self._family or (given is not None and given != self._given):
+            self._close()
+            self._given = given
+        if not data:
+            return
+        if self._family is None:
+            self._block += 1
+            self._family = family
+        if kind != family or kind == "block":
+            self._flush()
+            self._append(kind, well_formed(data))
+        else:
+            text = data if data.isascii() and not self._half else self._joined(data)
+            if text:
+                self._append(kind, text)
+
+    def _close(self) -> None:
+        """End the open block."""
+        self._flush()
+        self._family = None
+
+    def _joined(self, text: str) -> str:
+        """Join text with the half of a surrogate pair from the piece before.
 
         A half at the end is kept for the next piece. A half without its other half becomes U+FFFD.
         """
-        if not piece:
-            return piece
-        half = self._half
-        if half and type(half) is not type(piece):
-            self._flush()
-            half = ""
-        self._half = ""
-        kind, text = type(piece), half + piece
+        text, self._half = self._half + text, ""
         if "\ud800" <= text[-1] <= "\udbff":
-            self._half = kind(text[-1])
+            self._half = text[-1]
             text = text[:-1]
-        return well_formed(kind(text))
+        return well_formed(text)
 
     def _flush(self) -> None:
         """Append the last half of a surrogate pair as U+FFFD: no other half came."""
         half, self._half = self._half, ""
-        if half and self._generation.state is State.RUNNING:
-            self._generation.log.append(well_formed(half))
+        if half and self._family and self._generation.state is State.RUNNING:
+            self._generation.log.append(well_formed(half), self._family, self._block)
 
-    def _append(self, text: str) -> None:
+    def _append(self, kind: Kind, data: str) -> None:
         generation = self._generation
-        self._left -= held(text)
+        self._left -= held(data)
         if self._left < 0:
             self._take_memory()
-        if len(text) <= self._size and len(text) < self._room:
-            generation.log.append(text)
-            self._room -= len(text)
+        if len(data) <= self._size and len(data) < self._room:
+            generation.log.append(data, kind, self._block)
+            self._room -= len(data)
         else:
-            self._append_in_parts(text)
+            self._append_in_parts(kind, data)
         if generation.unread is not None:
-            generation.unread += tokens_in(text)
+            generation.unread += tokens_in(data)
             aware = generation.heard >= generation.unaware_until
             if aware and generation.unread > self._unread_limit:
                 self._stop(generation, "disconnect")
@@ -175,10 +236,16 @@ class Intake:
         if generation.spoke is None:
             generation.spoke = generation.heard
 
-    def _append_in_parts(self, text: str) -> None:
-        """Append a long piece in parts that fit a frame, up to the size of a reply."""
-        size = min(len(text), self._room)
-        for start in range(0, size, self._size):
-            part = text[start : min(start + self._size, size)]
-            self._generation.log.append(type(text)(part))
-        self._room -= len(text)
+    def _append_in_parts(self, kind: Kind, data: str) -> None:
+        """Append data in parts that a frame can hold.
+
+        Of text and thinking goes in what there is room for. Data of another kind goes in whole or
+        not at all, and a citation only where one frame can hold it.
+        """
+        size = min(len(data), self._room)
+        whole = kind in _FAMILIES.values() or size == len(data)
+        if whole and not (kind == "citation" and size > self._size):
+            for start in range(0, size, self._size):
+                part = data[start : min(start + self._size, size)]
+                self._generation.log.append(part, kind, self._block)
+        self._room -= len(data)

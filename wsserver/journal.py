@@ -73,7 +73,7 @@ class Record:
 
     def entry(self) -> Entry:
         """Return what is not saved yet."""
-        pieces = self.log.pieces[self._saved :]
+        pieces = self.log.pieces.after(self._saved)
         return Entry(self.header, self.new, self._saved, pieces, self.terminal, self.unsaid)
 
     def saved(self, entry: Entry) -> None:
@@ -89,7 +89,7 @@ class Record:
     def size(self) -> int:
         """Bytes of the pieces of an ended generation in memory."""
         if self._size < 0:
-            self._size = sum(map(sys.getsizeof, self.log.pieces))
+            self._size = sum(map(sys.getsizeof, self.log.pieces.data))
         return self._size
 
 

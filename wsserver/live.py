@@ -11,9 +11,7 @@ from wsserver.generation import (
     End,
     Event,
     Log,
-    Run,
     State,
-    Thinking,
     state_after,
     tokens_in,
     well_formed,
@@ -21,6 +19,7 @@ from wsserver.generation import (
 from wsserver.journal import Record
 from wsserver.limits import CACHE, Account, held
 from wsserver.logs import log as events
+from wsserver.pieces import Run
 from wsserver.prices import NOTHING, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
 from wsserver.stores.base import StoredGeneration, Turn, partial
@@ -327,7 +326,7 @@ class Generation:
             return usage
         if usage is None:
             usage = Usage(input_tokens=self.asked, estimated=True)
-        thought = tokens_in("".join(p for p in self.log.pieces if type(p) is Thinking))
+        thought = tokens_in(self.log.pieces.joined("thinking"))
         said = tokens_in(self.log.text) + max(thought, usage.thinking_tokens)
         return usage.but(output_tokens=max(usage.output_tokens, said))
 
@@ -341,11 +340,14 @@ def restored(stored: StoredGeneration) -> Generation:
     """Make a generation from the store. A reply whose process died ends as ``interrupted``."""
     header = stored.header
     generation = Generation(
-        header.id, header.owner, header.prompt, header.model, header.conversation
+        header.id,
+        header.owner,
+        header.prompt,
+        header.model,
+        header.conversation,
+        log=Log(stored.pieces),
     )
     log = generation.log
-    for piece in stored.pieces:
-        log.append(piece)
     terminal = stored.terminal
     if terminal is None:
         if stored.pieces:  # else the model was perhaps not asked

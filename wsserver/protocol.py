@@ -24,8 +24,8 @@ from pydantic import (
 
 from wsserver.content import Usage
 from wsserver.errors import Code, Refused
-from wsserver.generation import Run
 from wsserver.logs import printable
+from wsserver.pieces import TEXT, Kind, Run
 
 __all__ = [
     "CLIENT_FRAMES",
@@ -338,24 +338,54 @@ class Start(_Answer):
     retry_of: str | None = None
 
 
-class Token(_Frame):
-    """Text up to and including piece ``seq``: one piece, or several merged."""
+class _Content(_Frame):
+    """A part of the reply's content: one piece, or several merged; ``seq`` is that of the last.
 
-    type: Literal["token"] = "token"
+    ``block`` is the index of the content block; it is left out where it is 0.
+    """
+
+    type: str
     id: str
     seq: int
+    block: int | None = None
+
+
+class Token(_Content):
+    """Text up to and including piece ``seq``: one piece, or several merged.
+
+    ``block`` is the index of the text's block in the reply, 0 where it is left out. A frame with a
+    ``citation`` has no text: the citation is one of the block's.
+    """
+
+    type: Literal["token"] = "token"
     text: str
+    citation: dict[str, Any] | None = None
 
 
-class ThinkingFrame(_Frame):
-    """The same for the model's extended thinking."""
+class ThinkingFrame(_Content):
+    """The same for the model's extended thinking.
+
+    A frame with a ``signature`` has no text: it has the signature of the block, or a part of it.
+    """
 
     model_config = ConfigDict(title="Thinking")
 
     type: Literal["thinking"] = "thinking"
-    id: str
-    seq: int
     text: str
+    signature: str | None = None
+
+
+class BlockFrame(_Content):
+    """A content block of another type, such as ``tool_use``.
+
+    ``partial_json`` is the JSON of the block as a text, or a part of it: the parts of one
+    ``block``, one after the other, are the whole.
+    """
+
+    model_config = ConfigDict(title="Block")
+
+    type: Literal["block"] = "block"
+    partial_json: str
 
 
 class UsageCounts(_Frame):
@@ -509,6 +539,7 @@ ServerFrame = (
     | Start
     | Token
     | ThinkingFrame
+    | BlockFrame
     | Done
     | Error
     | History
@@ -526,6 +557,7 @@ SERVER_FRAMES: dict[str, type[ServerFrame]] = {
     "start": Start,
     "token": Token,
     "thinking": ThinkingFrame,
+    "block": BlockFrame,
     "done": Done,
     "error": Error,
     "history": History,
@@ -539,20 +571,35 @@ SERVER_FRAMES: dict[str, type[ServerFrame]] = {
 }
 
 
+# What each kind of piece becomes: the beginning of its frame, and the key of the data.
+_FRAMES: dict[Kind, tuple[str, str]] = {
+    "text": ('{"type":"token",', "text"),
+    "thinking": ('{"type":"thinking",', "text"),
+    "signature": ('{"type":"thinking","text":"",', "signature"),
+    "citation": ('{"type":"token","text":"",', "citation"),
+    "block": ('{"type":"block",', "partial_json"),
+}
+
+
 def encode(frame: ServerFrame) -> bytes:
     """Encode a frame as UTF-8 JSON, without the keys that have no value."""
     return frame.model_dump_json(exclude_none=True).encode()
 
 
 def encode_run(generation: str, run: Run) -> bytes:
-    """Encode a ``token`` or ``thinking`` frame, as :func:`encode` would.
+    """Encode the frame of a run, as :func:`encode` would.
 
     Written by hand, as this is what the server does most: an id needs no escaping, and the C
     function that escapes the text is a tenth of the cost of building and dumping a model.
     """
-    kind = "thinking" if run.thinking else "token"
-    text = encode_basestring(run.text)
-    return f'{{"type":"{kind}","id":"{generation}","seq":{run.seq},"text":{text}}}'.encode()
+    seq, kind, block, data = run
+    if kind == TEXT and not block:
+        text = encode_basestring(data)
+        return f'{{"type":"token","id":"{generation}","seq":{seq},"text":{text}}}'.encode()
+    head, key = _FRAMES[kind]
+    number = f',"block":{block}' if block else ""
+    value = data if kind == "citation" else encode_basestring(data)
+    return f'{head}"id":"{generation}","seq":{seq}{number},"{key}":{value}}}'.encode()
 
 
 def parse(text: str) -> ClientFrame:

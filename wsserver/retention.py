@@ -181,6 +181,6 @@ class Retention:
 
 def _size(generation: Generation) -> int:
     """Return the bytes of an ended generation in memory."""
-    pieces = generation.log.pieces
+    pieces = generation.log.pieces.data
     texts = sum(map(held, pieces)) + generation.prompt_size
     return KEPT_PER_REPLY + POINTER * len(pieces) + texts

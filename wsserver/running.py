@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Awaitable, Callable
 
+from wsserver.content import Message
 from wsserver.context import less_than, messages_of
 from wsserver.errors import TOO_LONG, Code, ModelError
 from wsserver.generation import End, State, tokens_in
@@ -13,15 +14,7 @@ from wsserver.journal import Journal
 from wsserver.limits import Memory
 from wsserver.live import Generation, Outcome
 from wsserver.logs import log as events
-from wsserver.models.base import (
-    Message,
-    Model,
-    PushModel,
-    Request,
-    declared_name,
-    name_of,
-    provider_of,
-)
+from wsserver.models.base import Model, PushModel, Request, declared_name, name_of, provider_of
 from wsserver.prices import Price
 from wsserver.protocol import StoppedBy, Terminal
 from wsserver.reporting import Reporter

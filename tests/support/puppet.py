@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from wsserver import End, Request, Thinking, Usage
+from tests.support.pieces import Thinking, yielded
+from wsserver import Request
+from wsserver.models.base import Output
 
 BOUND = 10.0  # seconds that any wait of a test may take
 
@@ -26,9 +28,9 @@ class Reply:
         self.closed = asyncio.Event()
         self.stubborn = False  # keep cancellations to itself and talk on
         self.hold: asyncio.Event | None = None  # what closing waits for
-        self._lines: asyncio.Queue[str | Usage | End | BaseException | None] = asyncio.Queue()
+        self._lines: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
 
-    def say(self, *pieces: str | Usage | End) -> "Reply":
+    def say(self, *pieces: Output) -> "Reply":
         for piece in pieces:
             self._lines.put_nowait(piece)
         return self
@@ -44,7 +46,7 @@ class Reply:
     def fail(self, error: BaseException) -> None:
         self._lines.put_nowait(error)
 
-    async def speak(self) -> AsyncGenerator[str | Usage | End]:
+    async def speak(self) -> AsyncGenerator[Output]:
         try:
             while True:
                 try:
@@ -59,7 +61,9 @@ class Reply:
                     raise line
                 if isinstance(line, str):
                     self.said.append(line)
-                yield line
+                    yield yielded(line)
+                else:
+                    yield line
         finally:
             if self.hold is not None:
                 await self.hold.wait()
@@ -75,7 +79,7 @@ class Puppet:
         self.replies: list[Reply] = []
         self._awaited: dict[int, list[asyncio.Future[Reply]]] = {}
 
-    def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
+    def __call__(self, request: Request, /) -> AsyncGenerator[Output]:
         reply = Reply(request)
         self.replies.append(reply)
         for waiter in self._awaited.pop(len(self.replies) - 1, []):

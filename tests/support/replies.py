@@ -35,7 +35,7 @@ WORDS = [f"word{number} " for number in range(40)]
 TEXT = "".join(WORDS)
 
 
-async def recite(request: wsserver.Request) -> AsyncIterator[str]:
+async def recite(request: wsserver.Request) -> AsyncIterator[str | Thinking]:
     """Think, then yield :data:`WORDS`."""
     yield Thinking("hm ")
     for word in WORDS:

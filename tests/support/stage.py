@@ -42,7 +42,7 @@ class Troupe:
     def closings(self, prompt: str) -> asyncio.Semaphore:
         return self.closed.setdefault(prompt, asyncio.Semaphore(0))
 
-    async def __call__(self, request: Request, /) -> AsyncGenerator[str | End]:
+    async def __call__(self, request: Request, /) -> AsyncGenerator[str | Thinking | End]:
         prompt = request.prompt
         self.asked[prompt] = self.asked.get(prompt, 0) + 1
         try:

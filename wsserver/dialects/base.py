@@ -2,8 +2,8 @@
 
 from typing import Protocol
 
-from wsserver.generation import Run
 from wsserver.live import Generation
+from wsserver.pieces import Run
 from wsserver.protocol import Terminal
 
 __all__ = ["Dialect"]

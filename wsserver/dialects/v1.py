@@ -1,7 +1,7 @@
 """The frames of ``wsserver.v1``; see ``PROTOCOL.md``."""
 
-from wsserver.generation import Run
 from wsserver.live import Generation
+from wsserver.pieces import Run
 from wsserver.protocol import Start, Terminal, encode, encode_run
 
 __all__ = ["V1"]

@@ -6,18 +6,18 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
-from wsserver.content import Usage
+from wsserver.content import Block, Message, Usage
 from wsserver.errors import ConfigError
 from wsserver.generation import End
 from wsserver.logs import log
+from wsserver.pieces import Piece
 from wsserver.settings import Settings
 
 __all__ = [
-    "Message",
     "Model",
-    "Piece",
+    "Output",
     "PushModel",
     "Request",
     "Take",
@@ -29,8 +29,10 @@ __all__ = [
     "provider_of",
 ]
 
-Piece = str | Usage | End
-Take = Callable[[Piece], None]
+Output = str | Block | Piece | Usage | End
+"""What a model yields. A ``str`` is text."""
+
+Take = Callable[[Output], None]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
 CHOICES = "demo, anthropic:MODEL, claude-… and package.module:attribute for a model of your own"
@@ -43,15 +45,6 @@ _CREDENTIALS = (
     "ANTHROPIC_IDENTITY_TOKEN",
     "ANTHROPIC_IDENTITY_TOKEN_FILE",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message of a conversation. ``partial``: why it is not whole, where it is not."""
-
-    role: Literal["user", "assistant"]
-    content: str
-    partial: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +65,16 @@ class Request:
     @property
     def prompt(self) -> str:
         """The last message's text."""
-        return self.messages[-1].content
+        return self.messages[-1].text
 
 
 class Model(Protocol):
     """A callable from a request to an async iterator of pieces; an async generator will do.
 
-    It yields ``str`` for text, :class:`~wsserver.Thinking` for thinking, and where it knows them
-    :class:`~wsserver.Usage` (in all so far) and one :class:`~wsserver.End`. An empty piece adds
+    It yields ``str`` for text, :class:`~wsserver.Thinking` for thinking, other blocks whole, and
+    where it knows them :class:`~wsserver.Usage` (in all so far) and one :class:`~wsserver.End`.
+    Consecutive texts are one block, and so are consecutive thoughts up to a signature. A
+    :class:`~wsserver.pieces.Piece` with another ``block`` begins another one. An empty ``str`` adds
     nothing, but shows that the model is alive. Returning without ``End`` is an ``end_turn``.
 
     To stop it, the task that iterates is cancelled and the iterator closed: what it holds open
@@ -95,7 +90,7 @@ class Model(Protocol):
             messages are too long, ``Code.PROMPT_TOO_LONG`` has it called again with fewer.
     """
 
-    def __call__(self, request: Request, /) -> AsyncIterator[Piece]:
+    def __call__(self, request: Request, /) -> AsyncIterator[Output]:
         """Start a reply."""
         ...
 

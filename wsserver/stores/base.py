@@ -4,10 +4,10 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Protocol
 
 from wsserver.errors import StoreError
-from wsserver.generation import Thinking
+from wsserver.pieces import Pieces
 from wsserver.prices import Spent
 from wsserver.protocol import Error, Prompt, Terminal
 
@@ -18,7 +18,6 @@ __all__ = [
     "Forgotten",
     "Header",
     "Held",
-    "Packed",
     "Store",
     "StoredConversation",
     "StoredGeneration",
@@ -28,7 +27,6 @@ __all__ = [
     "asked_in",
     "day_of",
     "partial",
-    "text_of",
     "title_of",
 ]
 
@@ -64,7 +62,7 @@ class Entry:
     header: Header
     new: bool = False
     after: int = 0
-    pieces: Sequence[str] = ()
+    pieces: Pieces = field(default_factory=Pieces)
     terminal: Terminal | None = None
     unsaid: bool = False
 
@@ -87,7 +85,7 @@ class StoredGeneration:
     """A saved generation. Without a ``terminal`` it still runs, or its process died."""
 
     header: Header
-    pieces: list[str]
+    pieces: Pieces
     terminal: Terminal | None
 
 
@@ -96,54 +94,6 @@ class Forgotten:
     """The trace of a generation that was deleted. ``when`` is in seconds since the epoch."""
 
     when: float
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """The pieces of an ended generation, in the form that stores keep.
-
-    ``lengths`` is a JSON list with the number of characters of each piece; a piece of thinking
-    has the bitwise complement (-1 for 0, -2 for 1, …).
-    """
-
-    text: str
-    thinking: str
-    lengths: str
-
-    @classmethod
-    def of(cls, pieces: Sequence[str]) -> Self:
-        """Pack pieces."""
-        text, thinking, lengths = [], [], []
-        for piece in pieces:
-            if type(piece) is Thinking:
-                thinking.append(piece)
-                lengths.append(~len(piece))
-            else:
-                text.append(piece)
-                lengths.append(len(piece))
-        return cls("".join(text), "".join(thinking), json.dumps(lengths, separators=(",", ":")))
-
-    def pieces(self) -> list[str]:
-        """Unpack the pieces.
-
-        Raises:
-            ValueError: the parts do not belong together.
-        """
-        pieces: list[str] = []
-        said = thought = 0
-        lengths = json.loads(self.lengths)
-        if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
-            raise ValueError("lengths that are no list of numbers")
-        for length in lengths:
-            if length >= 0:
-                pieces.append(self.text[said : said + length])
-                said += length
-            else:
-                pieces.append(Thinking(self.thinking[thought : thought + ~length]))
-                thought += ~length
-        if (said, thought) != (len(self.text), len(self.thinking)):
-            raise ValueError("lengths that do not fit the text")
-        return pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,11 +266,6 @@ class Store(Protocol):
 def day_of(seconds: float) -> int:
     """Return the day, in UTC and since the epoch, of a time in seconds since the epoch."""
     return int(seconds // 86400)
-
-
-def text_of(pieces: Sequence[str]) -> str:
-    """Join the pieces that are text, and not thinking."""
-    return "".join(piece for piece in pieces if type(piece) is not Thinking)
 
 
 def partial(terminal: Terminal | None) -> str | None:

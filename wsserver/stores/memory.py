@@ -10,6 +10,7 @@ from itertools import islice, takewhile
 from operator import attrgetter
 
 from wsserver.limits import CACHE, Memory
+from wsserver.pieces import Pieces
 from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.protocol import Prompt, Terminal
 from wsserver.stores.base import (
@@ -19,7 +20,6 @@ from wsserver.stores.base import (
     Forgotten,
     Header,
     Held,
-    Packed,
     StoredConversation,
     StoredGeneration,
     Summary,
@@ -27,9 +27,9 @@ from wsserver.stores.base import (
     asked_in,
     day_of,
     partial,
-    text_of,
     title_of,
 )
+from wsserver.stores.records import Packed
 
 __all__ = ["MemoryStore"]
 
@@ -51,11 +51,12 @@ class _Generation:
     retry_of: str | None
     prompt: bytes  # as JSON
     number: int = 0  # of its turn, from 1; 0 outside of conversations
-    pieces: list[str] = field(default_factory=list)  # until it has ended
+    pieces: Pieces = field(default_factory=Pieces)  # until it has ended
     # From then on.
     text: bytes = b""
-    thinking: bytes = b""
+    other: bytes = b""
     lengths: bytes | None = None
+    runs: bytes = b""
     terminal: Terminal | None = None
     ended: float | None = None
     hidden: str | None = None  # why it is not in the history: replaced, unsaid
@@ -75,15 +76,23 @@ class _Generation:
     @property
     def size(self) -> int:
         """Bytes in memory. Pieces that are still coming are those of the live log."""
-        texts = (self.prompt, self.text, self.thinking, self.lengths or b"")
+        texts = (self.prompt, self.text, self.other, self.lengths or b"", self.runs)
         return OBJECTS + sum(map(sys.getsizeof, texts))
 
     def pack(self) -> None:
         """Put its pieces into the form in which they are kept."""
         packed = Packed.of(self.pieces)
-        self.text = packed.text.encode(errors="surrogatepass")
-        self.thinking = packed.thinking.encode(errors="surrogatepass")
-        self.lengths, self.pieces = packed.lengths.encode(), []
+        self.text, self.other = packed.text.encode(), packed.other.encode()
+        self.lengths, self.runs = packed.lengths.encode(), (packed.runs or "").encode()
+        self.pieces = Pieces()
+
+    def packed(self) -> Packed | None:
+        """Return its pieces in that form; None until it has ended."""
+        if self.lengths is None:
+            return None
+        return Packed(
+            self.text.decode(), self.other.decode(), self.lengths.decode(), self.runs.decode()
+        )
 
     def stored(self) -> StoredGeneration:
         """Return it whole."""
@@ -91,18 +100,13 @@ class _Generation:
         header = Header(
             self.id, self.owner, self.conversation, prompt, self.model, self.began, self.retry_of
         )
-        if self.lengths is None:
-            return StoredGeneration(header, list(self.pieces), self.terminal)
-        thinking = self.thinking.decode(errors="surrogatepass")
-        packed = Packed(self._text(), thinking, self.lengths.decode())
-        return StoredGeneration(header, packed.pieces(), self.terminal)
-
-    def _text(self) -> str:
-        return self.text.decode(errors="surrogatepass")
+        packed = self.packed()
+        pieces = self.pieces.after(0) if packed is None else packed.pieces()
+        return StoredGeneration(header, pieces, self.terminal)
 
     def turn(self) -> Turn:
         """Return it as a turn."""
-        text = text_of(self.pieces) if self.lengths is None else self._text()
+        text = self.pieces.text if self.lengths is None else self.text.decode()
         return Turn(self.number, self.id, asked_in(self.prompt), text, partial(self.terminal))
 
 
@@ -185,7 +189,7 @@ class MemoryStore:
                     continue
                 generation = self._begin(header, now)
             if generation.terminal is None:
-                generation.pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
+                generation.pieces.replace(entry.after, entry.pieces)
                 if terminal is not None:
                     self._end(generation, terminal, now, unsaid=entry.unsaid)
             if header.conversation is not None:

@@ -209,4 +209,9 @@ MIGRATIONS = [
     -- A history is read without a look at the turns that are not in it, however many there are.
     CREATE INDEX generation_shown ON generation (owner, conversation, turn) WHERE hidden IS NULL;
     """,
+    """
+    -- The kinds and blocks of the pieces; NULL where there are text and thinking alone, of which
+    -- `lengths` tells the one from the other. `thinking` has the data of all pieces but text.
+    ALTER TABLE generation ADD COLUMN runs TEXT;
+    """,
 ]

@@ -1,15 +1,14 @@
 """A generation as rows of a SQLite file: while it runs one for each batch of pieces, then one."""
 
-import json
 import sqlite3
-from collections.abc import Sequence
 
-from pydantic import Json, TypeAdapter
+from pydantic import TypeAdapter
 
-from wsserver.generation import Thinking
+from wsserver.pieces import Pieces
 from wsserver.prices import Prices
 from wsserver.protocol import Terminal
-from wsserver.stores.base import Entry, Header, Packed, day_of, title_of
+from wsserver.stores.base import Entry, Header, day_of, title_of
+from wsserver.stores.records import Packed, dump_batch, load_batch
 
 __all__ = ["COUNT", "add", "begin", "loose", "pack", "said", "terminal_in"]
 
@@ -18,10 +17,6 @@ KEYS = 3  # times that the ids of a generation are in tables and indexes
 
 COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
 _TERMINAL: TypeAdapter[Terminal] = TypeAdapter(Terminal)
-# Pieces are rows of the number that they come after and JSON: text as it is, thinking in a list.
-_PARTS: TypeAdapter[Sequence[tuple[int, Json[Sequence[str | tuple[str]]]]]] = TypeAdapter(
-    list[tuple[int, Json[list[str | tuple[str]]]]]
-)
 
 
 def begin(database: sqlite3.Connection, header: Header, now: float) -> None:
@@ -79,15 +74,15 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
         return
     number, _, packed = row
     if terminal is None and not packed:
-        if entry.pieces:
+        if len(entry.pieces):
             database.execute(
                 "INSERT INTO piece VALUES (?, ?, ?) ON CONFLICT (generation, after) "
                 "DO UPDATE SET texts = excluded.texts WHERE length(excluded.texts) > length(texts)",
-                (number, entry.after, _dump(entry.pieces)),
+                (number, entry.after, dump_batch(entry.pieces)),
             )
         return
     pieces = said(database, number)
-    pieces[entry.after : entry.after + len(entry.pieces)] = entry.pieces
+    pieces.replace(entry.after, entry.pieces)
     pack(database, number, pieces)
     if terminal is None:
         return
@@ -110,42 +105,42 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
         )
 
 
-def said(database: sqlite3.Connection, number: int) -> list[str]:
+def said(database: sqlite3.Connection, number: int) -> Pieces:
     """Return the pieces of a generation, packed or not."""
-    ((text, lengths, thinking),) = database.execute(
-        "SELECT text, lengths, thinking FROM generation WHERE number = ?", (number,)
+    ((text, lengths, other, runs),) = database.execute(
+        "SELECT text, lengths, thinking, runs FROM generation WHERE number = ?", (number,)
     )
     if lengths is None:
         return loose(database, number)
-    return Packed(text, thinking, lengths).pieces()
+    return Packed(text, other, lengths, runs).pieces()
 
 
-def loose(database: sqlite3.Connection, number: int) -> list[str]:
+def loose(database: sqlite3.Connection, number: int) -> Pieces:
     """Return the pieces of a generation that are in rows."""
-    parts = database.execute(
+    pieces = Pieces()
+    for after, batch in database.execute(
         "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
-    ).fetchall()
-    pieces: list[str] = []
-    for after, part in _PARTS.validate_python(parts):
-        pieces[after : after + len(part)] = [
-            piece if isinstance(piece, str) else Thinking(piece[0]) for piece in part
-        ]
+    ).fetchall():
+        load_batch(batch, pieces, after)
     return pieces
 
 
-def pack(database: sqlite3.Connection, number: int, pieces: Sequence[str]) -> None:
+def pack(database: sqlite3.Connection, number: int, pieces: Pieces) -> None:
     """Put the pieces of a generation into its row."""
     packed = Packed.of(pieces)
+    assert packed.runs is not None
     database.execute(
-        "UPDATE generation SET text = ?, lengths = ?, thinking = ?, "
+        "UPDATE generation SET text = ?, lengths = ?, thinking = ?, runs = ?, "
         "size = length(CAST(prompt AS BLOB)) + ?, rest = rest + ? "
-        "- coalesce(length(lengths) + length(CAST(thinking AS BLOB)), 0) WHERE number = ?",
+        "- coalesce(length(lengths) + length(CAST(thinking AS BLOB)) + length(runs), 0) "
+        "WHERE number = ?",
         (
             packed.text,
             packed.lengths,
-            packed.thinking,
+            packed.other,
+            packed.runs,
             len(packed.text.encode()),
-            len(packed.lengths) + len(packed.thinking.encode()),
+            len(packed.lengths) + len(packed.other.encode()) + len(packed.runs),
             number,
         ),
     )
@@ -154,12 +149,6 @@ def pack(database: sqlite3.Connection, number: int, pieces: Sequence[str]) -> No
 
 def _key(header: Header) -> tuple[str, str, float]:
     return header.owner, header.id, header.began
-
-
-def _dump(pieces: Sequence[str]) -> str:
-    return json.dumps(
-        [[piece] if type(piece) is Thinking else piece for piece in pieces], ensure_ascii=False
-    )
 
 
 def terminal_in(json_text: str | None) -> Terminal | None:

@@ -43,7 +43,6 @@ from wsserver.stores.base import (
     asked_in,
     day_of,
     partial,
-    text_of,
 )
 from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
@@ -228,7 +227,7 @@ class SqliteStore:
             with contextlib.suppress(StoreError), errors():
                 pieces = loose(database, number)
                 pack(database, number, pieces)
-                text = "".join(pieces)
+                text = "".join(pieces.data)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
             spent = self._prices.of(model).likely(0, tokens_in(text))
             database.execute(COUNT, (owner, name, began, day_of(now), *spent))
@@ -308,7 +307,7 @@ class SqliteStore:
                         turn,
                         name,
                         asked_in(prompt),
-                        text_of(loose(database, number)) if text is None else text,
+                        loose(database, number).text if text is None else text,
                         partial(terminal_in(terminal)),
                     )
                     for number, turn, name, terminal, prompt, text in database.execute(

@@ -4,18 +4,21 @@ https://platform.claude.com/docs/en/build-with-claude/streaming
 """
 
 import itertools
+import json
 from time import monotonic
 from typing import Any
 
-from wsserver.content import Usage
+from wsserver.content import Thinking, Usage, parse_block
 from wsserver.errors import Code, ModelError
-from wsserver.generation import End, Thinking
+from wsserver.generation import End, well_formed
 from wsserver.models.anthropic.events import PLAIN_TEXT, Events, parse
 from wsserver.models.anthropic.failures import TransientError, of_event
-from wsserver.models.base import Take
+from wsserver.models.base import Output, Take
+from wsserver.pieces import Piece
 
 __all__ = ["Reply"]
 
+MAX_INPUT = 4_194_304  # characters of a tool's input
 THINKING_RATE = 60  # tokens a second, about the rate of the API's models
 
 _THINKING_BLOCKS = ("thinking", "redacted_thinking")
@@ -53,7 +56,10 @@ class Reply:
         self._end: End | None = None
         self._usage = Usage(estimated=True)
         self._stop_reason: object = None
-        self._found: list[str | Usage] = []
+        self._found: list[Output] = []
+        self._block: dict[str, Any] | None = None  # the open block, if it is handed on whole
+        self._input: list[str] = []  # the parts of its JSON
+        self._room = 0  # characters that the input may have besides
 
     def feed(self, chunk: bytes) -> bool:
         """Read some bytes of the body, and return whether the reply is complete.
@@ -119,14 +125,11 @@ class Reply:
             event = parse(data)
             match event["type"]:
                 case "content_block_delta":
-                    self._delta(event["delta"])
+                    self._delta(event["delta"], event["index"])
                 case "content_block_start":
-                    block = event["content_block"]
-                    if block.get("type") in _THINKING_BLOCKS:
-                        self._thinking_since = monotonic()
-                    self._found.append(_text(block.get("text") or ""))
+                    self._start_block(event["content_block"], event["index"])
                 case "content_block_stop":
-                    self._stop_thinking()
+                    self._stop_block()
                 case "message_start":
                     self._count(event["message"].get("usage") or {}, estimated=True)
                 case "message_delta":
@@ -141,14 +144,44 @@ class Reply:
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ModelError(Code.MALFORMED) from error
 
-    def _delta(self, delta: dict[str, Any]) -> None:
+    def _start_block(self, block: dict[str, Any], index: int) -> None:
+        if block["type"] in _THINKING_BLOCKS:
+            self._thinking_since = monotonic()
+        if block["type"] == "text":
+            self._found.append(Piece("text", index, _text(block.get("text") or "")))
+        elif block["type"] == "thinking":
+            self._found.append(Piece("thinking", index, _text(block.get("thinking") or "")))
+        else:
+            self._block, self._input, self._room = block, [], MAX_INPUT
+            self._found.append("")
+
+    def _delta(self, delta: dict[str, Any], index: int) -> None:
         match delta["type"]:
             case "text_delta":
                 self._found.append(_text(delta["text"]))
             case "thinking_delta":
                 self._found.append(Thinking(_text(delta["thinking"])))
-            case _:  # a signature, a citation or a tool's input: not shown, but a sign of life
+            case "signature_delta":
+                self._found.append(Piece("signature", index, _text(delta["signature"])))
+            case "citations_delta":
+                citation = json.dumps(delta["citation"], ensure_ascii=False)
+                self._found.append(Piece("citation", index, citation))
+            case "input_json_delta":
+                self._input.append(_text(delta["partial_json"]))
+                self._room -= len(self._input[-1])
+                if self._room < 0:
+                    raise ValueError("a tool's input is too long")
                 self._found.append("")
+            case _:  # a delta of a later version is a sign of life
+                self._found.append("")
+
+    def _stop_block(self) -> None:
+        self._stop_thinking()
+        block, self._block = self._block, None
+        if block is not None:
+            if written := "".join(self._input):
+                block["input"] = parse(written.encode(errors="surrogatepass"))
+            self._found.append(parse_block(_whole(block)))
 
     def _hand_on(self) -> None:
         """Give ``take`` what was found, neighbouring text of one kind as one piece."""
@@ -157,14 +190,20 @@ class Reply:
             self.begun = self.begun or found[0] != ""
             self.take(found[0])
             return
-        for kind, pieces in itertools.groupby(found, type):
-            if kind is Usage:
-                for usage in pieces:
-                    self.take(usage)
-            else:
-                text = "".join(pieces)  # type: ignore[arg-type]
+        for kind, items in itertools.groupby(found, type):
+            if kind is str:
+                text = "".join(items)  # type: ignore[arg-type]
                 self.begun = self.begun or text != ""
-                self.take(kind(text))
+                self.take(text)
+            elif kind is Thinking:
+                text = "".join(item.thinking for item in items)  # type: ignore[union-attr]
+                self.begun = self.begun or text != ""
+                self.take(Thinking(text))
+            else:
+                for item in items:
+                    empty = isinstance(item, Usage) or (isinstance(item, Piece) and not item.data)
+                    self.begun = self.begun or not empty
+                    self.take(item)
 
     def _count(self, counts: dict[str, Any], *, estimated: bool) -> None:
         # The counts of `message_delta` are totals; it leaves out a count that has not changed.
@@ -180,6 +219,11 @@ class Reply:
         if self._stop_reason == "refusal":
             raise ModelError(Code.REFUSAL)
         self._end = End(self._stop_reason, self._total())
+
+
+def _whole(value: Any) -> Any:
+    """Return a JSON value whose texts UTF-8 can carry; see :func:`well_formed`."""
+    return json.loads(well_formed(json.dumps(value, ensure_ascii=False)))
 
 
 def _text(text: object) -> str:

@@ -3,8 +3,19 @@
 https://platform.claude.com/docs/en/api/messages
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+from wsserver.content import (
+    Message,
+    Other,
+    RedactedThinking,
+    Text,
+    Thinking,
+    ToolResult,
+    ToolUse,
+    dump_block,
+)
 from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.settings import Settings
@@ -28,7 +39,7 @@ def arguments(request: Request, settings: Settings, *, takes_temperature: bool) 
     body: dict[str, Any] = {
         "model": request.model,
         "max_tokens": request.max_tokens,
-        "messages": _messages(request),
+        "messages": _messages(request.messages),
         "stream": True,
     }
     if request.system:
@@ -49,8 +60,54 @@ def arguments(request: Request, settings: Settings, *, takes_temperature: bool) 
     return body
 
 
-def _messages(request: Request) -> list[dict[str, Any]]:
-    return [{"role": message.role, "content": message.content} for message in request.messages]
+def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages as the API takes them.
+
+    What a reply becomes depends on the reply and on the message after it alone, so that the prompt
+    cache finds the same beginning again.
+    """
+    answers: list[Message | None] = [*messages[1:], None]
+    return [
+        {"role": message.role, "content": _content(message, answer)}
+        for message, answer in zip(messages, answers, strict=True)
+    ]
+
+
+def _content(message: Message, answer: Message | None) -> str | list[dict[str, Any]]:
+    """Return the content of a message as the API takes it.
+
+    The API asks for the thinking of a reply while it waits for the results of the reply's tools,
+    and refuses thinking without its signature. It refuses the call of a tool without the tool's
+    result.
+
+    Args:
+        message: which.
+        answer: the message after it.
+    """
+    blocks = message.blocks
+    if message.role == "assistant":
+        results = {
+            block.tool_use_id
+            for block in (() if answer is None else answer.blocks)
+            if isinstance(block, ToolResult)
+        }
+        served = {block.extra.get("tool_use_id") for block in blocks if isinstance(block, Other)}
+        calls = [block for block in blocks if isinstance(block, ToolUse) and block.id in results]
+        blocks = tuple(
+            block
+            for block in blocks
+            if (isinstance(block, Text) and block.text)
+            or block in calls
+            or (isinstance(block, Thinking) and calls and block.signature)
+            or (isinstance(block, RedactedThinking) and calls)
+            or (
+                isinstance(block, Other)
+                and (block.type != "server_tool_use" or block.extra.get("id") in served)
+            )
+        )
+    if all(isinstance(block, Text) for block in blocks):
+        return message.text
+    return [dump_block(block) for block in blocks]
 
 
 def _set_breakpoints(body: dict[str, Any]) -> None:
@@ -71,5 +128,7 @@ def _set_breakpoints(body: dict[str, Any]) -> None:
     replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     asked = replies[-1] - 1 if replies else -1
     if 0 <= asked < len(messages) - LOOK_BACK:
-        text = messages[asked]["content"]
-        messages[asked]["content"] = [{"type": "text", "text": text, "cache_control": _CACHED}]
+        content = messages[asked]["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        messages[asked]["content"] = [*content[:-1], content[-1] | {"cache_control": _CACHED}]

@@ -1,0 +1,33 @@
+"""What a model says, as texts that a test can compare, and as pieces of a reply."""
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import wsserver
+from wsserver.pieces import Kind, Pieces
+
+__all__ = ["Thinking", "heard", "said", "yielded"]
+
+
+class Thinking(str):
+    """A piece of thinking. A plain ``str`` is a piece of text."""
+
+    __slots__ = ()
+
+
+def said(*texts: str, block: int = 0) -> Pieces:
+    """Make pieces, each change of kind beginning another block."""
+    pieces = Pieces()
+    for number, (kind, run) in enumerate(groupby(texts, type), block):
+        pieces.extend("thinking" if kind is Thinking else "text", number, list(map(str, run)))
+    return pieces
+
+
+def heard(pieces: Iterable[tuple[Kind, int, str]]) -> list[str]:
+    """Return what was said as such pieces."""
+    return [Thinking(data) if kind == "thinking" else data for kind, _, data in pieces]
+
+
+def yielded(text: str) -> str | wsserver.Thinking:
+    """Return what a model yields to say it."""
+    return wsserver.Thinking(str(text)) if isinstance(text, Thinking) else text

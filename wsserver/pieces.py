@@ -1,0 +1,198 @@
+"""The pieces of a reply: what a log consists of, and the blocks that the pieces make.
+
+A piece has a kind, the number of its block within the reply, and data. Most pieces are text, and
+consecutive pieces mostly belong to one block. So :class:`Pieces` keeps the data in one list, and
+beside it a short list of where each run of one kind and block begins.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+from wsserver.content import Block, Text, Thinking, dump_block, parse_block
+
+__all__ = ["TEXT", "Kind", "Piece", "Pieces", "Run", "pieces_of"]
+
+Kind = Literal["text", "thinking", "signature", "citation", "block"]
+"""What the data of a piece is.
+
+``text`` and ``thinking``: a part of such a block. ``signature``: that of the thinking block.
+``citation``: the JSON of a citation of the text block. ``block``: the JSON of a block of any other
+type.
+"""
+
+TEXT: Kind = "text"
+
+
+class Piece(NamedTuple):
+    """The smallest part that is appended to a reply."""
+
+    kind: Kind
+    block: int
+    """The index of the piece's block within the reply."""
+    data: str
+
+
+class Run(NamedTuple):
+    """Consecutive pieces of one kind and block, merged: the content of one frame."""
+
+    seq: int
+    """The number of the last piece in it."""
+    kind: Kind
+    block: int
+    data: str
+
+
+class Pieces:
+    """Pieces in order.
+
+    Attributes:
+        data: the data of each piece.
+        kind: the kind of the last piece.
+        block: the block of the last piece.
+    """
+
+    __slots__ = ("_runs", "_starts", "block", "data", "kind")
+
+    def __init__(self, pieces: Iterable[Piece] = ()) -> None:
+        self.data: list[str] = []
+        self.kind: Kind = TEXT
+        self.block = 0
+        self._starts = [0]  # for each run, the index of its first piece
+        self._runs: list[tuple[Kind, int]] = [(TEXT, 0)]  # the first one may be empty
+        for kind, block, item in pieces:
+            self.extend(kind, block, [item])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Pieces) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Pieces({list(self)!r})"
+
+    def __iter__(self) -> Iterator[Piece]:
+        for kind, block, data in self.runs():
+            for item in data:
+                yield Piece(kind, block, item)
+
+    def begin(self, kind: Kind, block: int) -> None:
+        """Begin a run of another kind or block, to which what is added to ``data`` belongs."""
+        self.kind, self.block = kind, block
+        if self._starts[-1] == len(self.data):
+            self._runs[-1] = kind, block
+        else:
+            self._starts.append(len(self.data))
+            self._runs.append((kind, block))
+
+    def read(self, after: int, limit: int) -> Run:
+        """Merge the pieces of one kind and block that come after a number of pieces.
+
+        Args:
+            after: the number of pieces, at least 0 and less than all.
+            limit: characters after which the run is cut; the piece that crosses it is included. A
+                citation is a run of its own.
+        """
+        data = self.data
+        seq = after + 1
+        if seq == len(data):  # caught up: the common case, and the one that must be cheap
+            return Run(seq, self.kind, self.block, data[after])
+        place = bisect_right(self._starts, after) - 1
+        kind, block = self._runs[place]
+        end = seq if kind == "citation" else self._end(place)
+        size = len(data[after])
+        while seq < end and size < limit:
+            size += len(data[seq])
+            seq += 1
+        return Run(seq, kind, block, "".join(data[after:seq]))
+
+    def runs(self, after: int = 0) -> Iterator[tuple[Kind, int, list[str]]]:
+        """Give the kind, the block and the data of each run that comes after a number of pieces."""
+        if after >= len(self.data):
+            return
+        for place in range(bisect_right(self._starts, after) - 1, len(self._starts)):
+            start = max(after, self._starts[place])
+            yield *self._runs[place], self.data[start : self._end(place)]
+
+    def _end(self, place: int) -> int:
+        """Return the index behind a run."""
+        return self._starts[place + 1] if place + 1 < len(self._starts) else len(self.data)
+
+    def after(self, number: int) -> "Pieces":
+        """Return the pieces that come after a number of pieces."""
+        found = Pieces()
+        for kind, block, data in self.runs(number):
+            found.extend(kind, block, data)
+        return found
+
+    def extend(self, kind: Kind, block: int, data: list[str]) -> None:
+        """Add pieces of one kind and block."""
+        if data:
+            if kind != self.kind or block != self.block:
+                self.begin(kind, block)
+            self.data += data
+
+    def replace(self, after: int, pieces: "Pieces") -> None:
+        """Put pieces in the place of those that come after a number of pieces."""
+        if len(self.data) > after + len(pieces):  # what is known already, and more of it
+            return
+        del self.data[after:]
+        while len(self._starts) > 1 and self._starts[-1] >= after:
+            self._starts.pop()
+            self._runs.pop()
+        self.kind, self.block = self._runs[-1]
+        for kind, block, data in pieces.runs():
+            self.extend(kind, block, data)
+
+    @property
+    def text(self) -> str:
+        """All text, without what is of another kind."""
+        return self.joined("text")
+
+    def joined(self, wanted: Kind) -> str:
+        """Return the data of all pieces of one kind, joined."""
+        return "".join(item for kind, _, data in self.runs() if kind == wanted for item in data)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the blocks that the pieces make.
+
+        Raises:
+            ValueError: the data of a block or of a citation is not its JSON.
+        """
+        found: dict[int, Block] = {}
+        for kind, number, data in self.runs():
+            joined = "".join(data)
+            block = found.get(number)
+            if kind == "text":
+                assert block is None or isinstance(block, Text)
+                found[number] = Text(block.text + joined, block.extra) if block else Text(joined)
+            elif kind == "thinking":
+                found[number] = Thinking(joined)
+            elif kind == "signature":
+                thought = block.thinking if isinstance(block, Thinking) else ""
+                found[number] = Thinking(thought, joined)
+            elif kind == "citation":
+                text = block if isinstance(block, Text) else Text("")
+                cited = [*text.extra.get("citations", ()), *map(json.loads, data)]
+                found[number] = Text(text.text, {"citations": cited})
+            else:
+                found[number] = parse_block(json.loads(joined))
+        return tuple(found.values())
+
+
+def pieces_of(block: Block) -> list[tuple[Kind, str]]:
+    """Return the kinds and data of the pieces that a whole block is made of."""
+    if isinstance(block, Thinking):
+        return [("thinking", block.thinking), ("signature", block.signature)]
+    if isinstance(block, Text):
+        cited = block.extra.get("citations", ())
+        return [("text", block.text), *(("citation", _dump(one)) for one in cited)]
+    return [("block", _dump(dump_block(block)))]
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
