@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -9,11 +10,13 @@ import pytest
 import wsserver
 from tests.support.puppet import Puppet, until
 from tests.support.replies import Frame, Send, end_of, failure_of, read, scripted
-from wsserver import Code, ModelError, Thinking
+from wsserver import Code, ModelError, Thinking, content
 from wsserver.client import (
     ConnectionFailed,
+    Message,
     ReplyError,
     State,
+    Usage,
     connect,
     new_id,
 )
@@ -139,7 +142,7 @@ async def test_retry_replaces_the_failed_turn(server: wsserver.Server, puppet: P
         assert await read(again) == "Whole"
         assert [m.content for m in puppet.replies[1].request.messages] == ["Better one"]
         history = await chat.history()
-        assert [m.content for m in history.messages] == ["Better one", "Whole"]
+        assert [m.text for m in history.messages] == ["Better one", "Whole"]
         assert (await failure_of(chat.prompt("One", retry_of=first.id))).code == "not_last"
 
 
@@ -229,3 +232,86 @@ async def test_prompt_after_idle_close_connects_again(puppet: Puppet) -> None:
             reply = chat.prompt("Still there?")
             (await puppet.reply()).say("Yes").end()
             assert await read(reply) == "Yes"
+
+
+# Content blocks, and what a history keeps of a reply.
+
+
+async def test_reply_assembles_its_content_blocks() -> None:
+    block = json.dumps({"type": "tool_use", "id": "t", "name": "add", "input": {"a": 1}})
+    citation = {"type": "char_location", "cited_text": "x"}
+    frames: list[Frame] = [
+        {"type": "thinking", "seq": 2, "text": "Let me "},
+        {"type": "thinking", "seq": 3, "text": "see."},
+        {"type": "thinking", "seq": 4, "text": "", "signature": "sig"},
+        {"type": "token", "seq": 5, "text": "It ", "block": 1},
+        {"type": "token", "seq": 6, "text": "is", "block": 1},
+        {"type": "token", "seq": 7, "text": "", "citation": citation, "block": 1},
+        {"type": "block", "seq": 8, "partial_json": block[:9], "block": 2},
+        {"type": "block", "seq": 9, "partial_json": block[9:], "block": 2},
+        {"type": "token", "seq": 10, "text": "so.", "block": 3},
+    ]
+
+    async def answer(frame: Frame, send: Send) -> None:
+        await send({"type": "start", "id": frame["id"], "model": "m"}, request=frame["request"])
+        for one in frames:
+            await send(one, id=frame["id"])
+        await send({"type": "done", "id": frame["id"], "seq": 10, "reason": "end", "usage": {}})
+
+    async with scripted(answer) as url, connect(url) as chat:
+        reply = chat.prompt("Hi")
+        await end_of(reply)
+        assert (reply.text, reply.thoughts) == ("It isso.", "Let me see.")
+        assert reply.blocks == (
+            content.Thinking("Let me see.", "sig"),
+            content.Text("It is", {"citations": [citation]}),
+            content.ToolUse("t", "add", {"a": 1}),
+            content.Text("so."),
+        )
+
+
+async def test_reply_leaves_an_unfinished_block_out() -> None:
+    async def answer(frame: Frame, send: Send) -> None:
+        await send({"type": "start", "id": frame["id"], "model": "m"}, request=frame["request"])
+        await send({"type": "token", "id": frame["id"], "seq": 1, "text": "Hm"})
+        await send(
+            {"type": "block", "id": frame["id"], "seq": 2, "block": 1, "partial_json": '{"type'}
+        )
+        await send({"type": "done", "id": frame["id"], "seq": 2, "reason": "end", "usage": {}})
+
+    async with scripted(answer) as url, connect(url) as chat:
+        reply = chat.prompt("Hi")
+        await end_of(reply)
+        assert reply.blocks == (content.Text("Hm"),)
+
+
+async def test_history_keeps_blocks_model_usage_and_times() -> None:
+    prompt = {"role": "user", "content": "Hi", "id": "i", "began": 5.0}
+    blocks = [
+        {"type": "thinking", "thinking": "Hm.", "signature": "sig"},
+        {"type": "text", "text": "Hello"},
+    ]
+    usage = {"input_tokens": 3, "output_tokens": 4, "estimated": True, "unknown": 1}
+    reply = {"role": "assistant", "content": "Hello", "id": "i", "blocks": blocks, "model": "m"}
+    messages = [prompt, {**reply, "usage": usage, "began": 5.0, "ended": 6.5, "unknown": 1}]
+
+    async def answer(frame: Frame, send: Send) -> None:
+        await send(
+            {"type": "history", "title": "T", "messages": messages, "running": []},
+            conversation=frame["conversation"],
+            request=frame["request"],
+        )
+
+    async with scripted(answer) as url, connect(url) as chat:
+        asked, said = (await chat.history()).messages
+    assert asked == Message("user", "Hi", id="i", began=5.0)
+    assert said == Message(
+        "assistant",
+        (content.Thinking("Hm.", "sig"), content.Text("Hello")),
+        id="i",
+        model="m",
+        usage=Usage(3, 4, estimated=True),
+        began=5.0,
+        ended=6.5,
+    )
+    assert (said.text, said.thinking) == ("Hello", "Hm.")

@@ -162,7 +162,7 @@ async def test_queries_without_a_connection_are_answered_on_the_next(
         await until(lambda: line.tried > 2)
         line.mend()
         history, conversations = await asyncio.wait_for(asking, BOUND)
-        assert [m.content for m in history.messages] == ["One", "Yes"]
+        assert [m.text for m in history.messages] == ["One", "Yes"]
         assert [c.id for c in conversations] == [chat.conversation]
 
 
@@ -233,7 +233,7 @@ async def test_conversation_continues_after_a_restart_of_the_server(tmp_path: Pa
         assert [m.content for m in said.request.messages][:2] == ["Tell me a story", "Once upon"]
         said.say("The end").end()
         assert await read(while_away) == "The end"
-        assert [m.content for m in (await chat.history()).messages][-1] == "The end"
+        assert [m.text for m in (await chat.history()).messages][-1] == "The end"
 
 
 @pytest.mark.parametrize("interval", ["0.01", "1000"], ids=["some", "nothing"])
@@ -264,7 +264,7 @@ async def test_reply_is_interrupted_after_the_server_was_killed(
             said = (await chat.history()).messages[1:]
             assert said
         # The client may have more than was saved.
-        assert reply.text.startswith("".join(message.content for message in said))
+        assert reply.text.startswith("".join(message.text for message in said))
         assert len(reply.text) >= 5
         assert all(message.partial == "interrupted" for message in said)
 

@@ -56,7 +56,7 @@ def test_blocking_calls_do_the_same_as_async_ones(threaded_server: str) -> None:
         assert reply.usage is not None
         assert list(reply.thinking) == []
         assert reply.conversation == chat.conversation
-        assert [m.content for m in chat.history().messages] == ["Hello", text]
+        assert [m.text for m in chat.history().messages] == ["Hello", text]
         chat.rename(chat.conversation, "Greeting")
         assert [c.title for c in chat.conversations()] == ["Greeting"]
         assert "".join(chat.resume(reply.id)) == text

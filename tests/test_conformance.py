@@ -189,7 +189,7 @@ class Python:
         try:
             if kind == "history":
                 history = await self._chat.history(**keys)
-                told = [[m.role, m.content, m.partial] for m in history.messages]
+                told = [[m.role, m.text, m.partial] for m in history.messages]
                 return {"title": history.title, "messages": told}
             if kind == "conversations":
                 return [[item.id, item.title] for item in await self._chat.conversations()]

@@ -268,7 +268,7 @@ class Terminal:
         self._print_line(escape(history.title))
         for message in history.messages[-MESSAGES_SHOWN:]:
             mark = f"\n[not whole: {escape(message.partial)}]" if message.partial else ""
-            said = escape(message.content)
+            said = escape(message.text)
             self._print_line(f"> {said}" if message.role == "user" else f"{said}{mark}")
         for name in history.running:
             await self._show(self._chat.resume(name))
@@ -277,7 +277,7 @@ class Terminal:
                 history = await self._chat.history()
         asked = [message for message in history.messages if message.role == "user"]
         if asked:
-            self._last = asked[-1].content, asked[-1].id
+            self._last = asked[-1].text, asked[-1].id
 
     async def _show(self, reply: Reply) -> None:
         mark = ""

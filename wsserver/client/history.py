@@ -1,27 +1,22 @@
 """Histories and lists of conversations, parsed from the server's answers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from wsserver.client.reply import parse_usage
+from wsserver.content import Message, parse_content
 
 __all__ = [
     "Conversation",
     "History",
-    "Message",
     "parse_conversations",
     "parse_history",
     "parse_nothing",
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message of a conversation. ``partial`` tells why a reply is not whole; None if it is."""
-
-    role: str
-    content: str
-    id: str
-    partial: str | None = None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +52,30 @@ def parse_history(
     Raises:
         KeyError, TypeError, ValueError: the frame breaks the protocol.
     """
-    messages = tuple(
-        Message(
-            _text(m["role"]),
-            _text(m["content"]),
-            _text(m["id"]),
-            None if m.get("partial") is None else _text(m["partial"]),
-        )
-        for m in frame["messages"]
-    )
+    messages = tuple(map(_parse_message, frame["messages"]))
     running = tuple(_text(reply) for reply in frame["running"])
     before = frame.get("before")
     if before is not None and not 0 <= before < asked:
         raise ValueError("the pages of a history do not end")
     return History(conversation, _text(frame["title"]), messages, running), before
+
+
+def _parse_message(message: Mapping[str, Any]) -> Message:
+    """Convert a message of a ``history`` frame. ``blocks`` is left out if the text is all."""
+    role, text = message["role"], _text(message["content"])
+    if role not in {"user", "assistant"}:
+        raise ValueError("a role is neither `user` nor `assistant`")
+    blocks, usage = message.get("blocks"), message.get("usage")
+    return Message(
+        role,
+        text if blocks is None else parse_content(blocks),
+        _optional(_text, message.get("partial")),
+        id=_text(message["id"]),
+        model=_optional(_text, message.get("model")),
+        usage=_optional(parse_usage, usage),
+        began=_optional(float, message.get("began")),
+        ended=_optional(float, message.get("ended")),
+    )
 
 
 def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:
@@ -83,12 +88,15 @@ def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], s
         Conversation(_text(i["id"]), _text(i["title"]), float(i["created"]), float(i["updated"]))
         for i in frame["items"]
     ]
-    following = frame.get("next")
-    return items, None if following is None else _text(following)
+    return items, _optional(_text, frame.get("next"))
 
 
 def parse_nothing(_: Mapping[str, Any]) -> None:
     """Return None for an answer that only confirms the request."""
+
+
+def _optional(parse: Callable[[Any], T], value: object) -> T | None:
+    return None if value is None else parse(value)
 
 
 def _text(value: object) -> str:

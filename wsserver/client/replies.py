@@ -14,7 +14,8 @@ from wsserver.client.connection import Connection
 from wsserver.client.failures import ConnectionFailed, ReplyError
 from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
 from wsserver.client.queries import SHORTEST_WAIT
-from wsserver.client.reply import Reply, Usage
+from wsserver.client.reply import Reply
+from wsserver.content import Usage
 from wsserver.errors import Code
 from wsserver.protocol import Prompt, Resume, Stop
 

@@ -1,35 +1,18 @@
-"""One reply, as far as it has arrived. This module does no I/O.
-
-The text is stored once, and each reader has a position in it. A slow reader gets larger pieces and
-costs no memory.
-"""
+"""One reply, as far as it has arrived. This module does no I/O."""
 
 import asyncio
-import io
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from wsserver.client.failures import ChatError, ReplyError
+from wsserver.client.reply_content import GrowingText, ReplyContent
+from wsserver.content import Block, Usage
 from wsserver.errors import Code
 
-__all__ = ["Done", "Reply", "Usage"]
+__all__ = ["Done", "Reply", "parse_usage"]
 
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of a reply. ``estimated``: the server estimated them, as the model did not tell."""
-
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int = 0
-    estimated: bool = False
-
-    @classmethod
-    def of(cls, counts: Mapping[str, Any]) -> Self:
-        """Convert the ``usage`` of a frame. Unknown keys are ignored."""
-        return cls(**{key: counts[key] for key in cls.__slots__ if key in counts})
+CONTENT = frozenset({"token", "thinking", "block"})  # types of frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +33,6 @@ class Done:
     usage: Usage
     text: str
     saved: bool = True
-
-
-class _GrowingText:
-    """A text that grows at its end. ``size`` is its length in characters."""
-
-    __slots__ = ("_buffer", "size")
-
-    def __init__(self) -> None:
-        self._buffer = io.StringIO(newline="")  # keeps line ends as they are
-        self.size = 0
-
-    def append(self, text: str) -> None:
-        self._buffer.seek(self.size)
-        self._buffer.write(text)
-        self.size += len(text)
-
-    def read(self, start: int) -> str:
-        self._buffer.seek(start)
-        return self._buffer.read()
 
 
 class Reply:
@@ -116,7 +80,7 @@ class Reply:
         self.seq = self.first = after
         self.usage: Usage | None = None
         self._stop = stop
-        self._texts = {"token": _GrowingText(), "thinking": _GrowingText()}
+        self._content = ReplyContent()
         self._done: Done | None = None
         self._failure: ChatError | None = None
         self._changed = asyncio.Event()
@@ -124,20 +88,25 @@ class Reply:
     @property
     def text(self) -> str:
         """The text so far."""
-        return self._texts["token"].read(0)
+        return self._content.text.read(0)
 
     @property
     def thoughts(self) -> str:
         """The model's thinking so far."""
-        return self._texts["thinking"].read(0)
+        return self._content.thinking.read(0)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The content blocks so far, as in the Messages API, without unfinished tool calls."""
+        return self._content.blocks()
 
     @property
     def thinking(self) -> AsyncIterator[str]:
         """Iterate over the model's thinking. The iteration ends with the reply, without raising."""
-        return _Reader(self, "thinking", raises=False)
+        return _Reader(lambda: self._content.thinking, self, raises=False)
 
     def __aiter__(self) -> AsyncIterator[str]:
-        return _Reader(self, "token", raises=True)
+        return _Reader(lambda: self._content.text, self, raises=True)
 
     async def wait_for_change(self) -> None:
         """Wait until something of the reply changes, or return at once after its end."""
@@ -199,35 +168,31 @@ class Reply:
             self.model = frame["model"]
             self.queued = frame.get("queued")
             self.conversation = frame.get("conversation")
-        elif kind in self._texts:
+        elif kind in CONTENT:
             seq = frame["seq"]
             if type(seq) is not int:
                 raise TypeError("a `seq` is not a number")
             if seq <= self.seq:
                 return
             self.seq = seq
-            self._texts[kind].append(frame["text"])
+            self._content.receive(frame)
         elif kind == "done":
             self.end(
                 frame["reason"],
                 frame.get("by"),
-                Usage.of(frame["usage"]),
+                parse_usage(frame["usage"]),
                 saved=frame.get("saved", True),
             )
         elif kind == "error":
             if "usage" in frame:
-                self.usage = Usage.of(frame["usage"])
+                self.usage = parse_usage(frame["usage"])
             self.fail(ReplyError.of(frame))
         self._wake()
 
     def reset(self) -> None:
         """Drop all text, since the server sends all that it has."""
         self.seq = self.first
-        self._texts = {"token": _GrowingText(), "thinking": _GrowingText()}
-
-    def growing(self, kind: str) -> _GrowingText:
-        """Return the text to which the frames of a kind are appended."""
-        return self._texts[kind]
+        self._content = ReplyContent()
 
     def end(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
         """End the reply."""
@@ -248,14 +213,19 @@ class Reply:
         self._changed = asyncio.Event()
 
 
+def parse_usage(usage: Mapping[str, Any]) -> Usage:
+    """Convert the ``usage`` of a frame. Unknown keys are ignored."""
+    return Usage(**{key: usage[key] for key in Usage.__slots__ if key in usage})
+
+
 class _Reader:
     """An iterator over a text. A cancelled step can be repeated, unlike that of a generator."""
 
-    def __init__(self, reply: Reply, kind: str, *, raises: bool) -> None:
+    def __init__(self, text: Callable[[], GrowingText], reply: Reply, *, raises: bool) -> None:
         self._reply = reply
-        self._kind = kind
+        self._current_text = text
         self._raises = raises
-        self._text = reply.growing(kind)
+        self._text = text()
         self._position = 0
 
     def __aiter__(self) -> Self:
@@ -264,7 +234,7 @@ class _Reader:
     async def __anext__(self) -> str:
         while True:
             if not self._position:  # the text may start over as long as nothing was read
-                self._text = self._reply.growing(self._kind)
+                self._text = self._current_text()
             if self._text.size > self._position and not self._stale:
                 break
             if self._reply.over:
@@ -281,4 +251,4 @@ class _Reader:
     @property
     def _stale(self) -> bool:
         """Whether the reply started over after a part of the text was read."""
-        return self._text is not self._reply.growing(self._kind)
+        return self._text is not self._current_text()

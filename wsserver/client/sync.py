@@ -20,7 +20,8 @@ from wsserver.client.chat import connect as connect_async
 from wsserver.client.connection import State
 from wsserver.client.history import Conversation, History
 from wsserver.client.limits import Limits
-from wsserver.client.reply import Done, Reply, Usage
+from wsserver.client.reply import Done, Reply
+from wsserver.content import Usage
 
 __all__ = ["SyncChat", "SyncReply", "connect"]
 

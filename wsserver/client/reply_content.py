@@ -1,0 +1,106 @@
+"""The content of a reply, assembled from its frames.
+
+The text is stored once, and each reader has a position in it. A slow reader gets larger pieces and
+costs no memory. Beside the text there is a short list of where each content block begins.
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from wsserver.content import Block, Text, Thinking, parse_block
+
+__all__ = ["GrowingText", "ReplyContent"]
+
+
+class GrowingText:
+    """A text that grows at its end. ``size`` is its length in characters."""
+
+    __slots__ = ("_buffer", "size")
+
+    def __init__(self) -> None:
+        self._buffer = io.StringIO(newline="")  # keeps line ends as they are
+        self.size = 0
+
+    def append(self, text: str) -> None:
+        """Add text at the end."""
+        self._buffer.seek(self.size)
+        self._buffer.write(text)
+        self.size += len(text)
+
+    def read(self, start: int, end: int | None = None) -> str:
+        """Return the text from one position to another."""
+        self._buffer.seek(start)
+        return self._buffer.read(-1 if end is None else end - start)
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    """Consecutive frames of one type and block: where their text begins, and their other data."""
+
+    type: str
+    block: int
+    start: int
+    data: list[Any] = field(default_factory=list)
+
+
+class ReplyContent:
+    """The content so far.
+
+    Attributes:
+        text: the text of all text blocks.
+        thinking: the text of all thinking blocks.
+    """
+
+    def __init__(self) -> None:
+        self.text = GrowingText()
+        self.thinking = GrowingText()
+        self._runs: list[_Run] = []
+
+    def receive(self, frame: Mapping[str, Any]) -> None:
+        """Append a ``token``, ``thinking`` or ``block`` frame.
+
+        Raises:
+            KeyError, TypeError: the frame breaks the protocol.
+        """
+        kind, block = frame["type"], frame.get("block", 0)
+        run = self._runs[-1] if self._runs else None
+        if run is None or run.block != block or run.type != kind:
+            if type(block) is not int:
+                raise TypeError("a `block` is not a number")
+            start = 0 if kind == "block" else self._text_of(kind).size
+            run = _Run(kind, block, start)
+            self._runs.append(run)
+        if kind == "block":
+            run.data.append(frame["partial_json"])
+            return
+        self._text_of(kind).append(frame["text"])
+        if (other := frame.get("citation" if kind == "token" else "signature")) is not None:
+            run.data.append(other)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the content blocks, in the order of their numbers, without unfinished ones."""
+        ends: dict[str, int | None] = {}  # by type: where the text of the next run begins
+        runs: dict[int, list[tuple[_Run, int | None]]] = {}
+        for run in reversed(self._runs):
+            runs.setdefault(run.block, []).append((run, ends.get(run.type)))
+            ends[run.type] = run.start
+        blocks = (self._build(runs[number][::-1]) for number in sorted(runs))
+        return tuple(block for block in blocks if block is not None)
+
+    def _build(self, runs: list[tuple[_Run, int | None]]) -> Block | None:
+        kind, data = runs[0][0].type, [item for run, _ in runs for item in run.data]
+        if kind == "block":
+            try:
+                return parse_block(json.loads("".join(data)))
+            except ValueError:  # the rest of its JSON is to come
+                return None
+        text = "".join(self._text_of(kind).read(run.start, end) for run, end in runs)
+        if kind == "thinking":
+            return Thinking(text, "".join(data))
+        return Text(text, {"citations": data} if data else {})
+
+    def _text_of(self, kind: str) -> GrowingText:
+        return self.text if kind == "token" else self.thinking
