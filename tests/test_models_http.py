@@ -10,6 +10,7 @@ import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -820,7 +821,11 @@ async def test_a_server_that_does_not_accept_is_an_error_in_time() -> None:
 async def test_the_next_address_is_tried_when_one_refuses_or_is_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    async def addresses(*_: object, **__: object) -> list[tuple[object, ...]]:
+    resolve = asyncio.get_running_loop().getaddrinfo
+
+    async def addresses(host: str, port: int, **given: int) -> list[tuple[Any, ...]]:
+        if host != "api.test":
+            return await resolve(host, port, **given)
         return [
             (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", raw.port, 0, 0)),  # refuses
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", silent.getsockname()),

@@ -336,6 +336,7 @@ async def test_a_failure_is_a_type_in_the_span_and_no_text(
     (request,) = requests(spans)
     assert request.attributes is not None
     assert request.attributes["http.response.status_code"] == 401
+    assert request.attributes["error.type"] == "401"
     assert request.status.status_code is trace.StatusCode.ERROR
     assert not [s for s in spans.get_finished_spans() if SECRET in s.to_json()]
     assert value(claude, "upstream_errors_total", "credentials") == 1

@@ -50,6 +50,19 @@ async def test_without_the_setting_the_prompt_begins_the_handshake(upstream: Ups
             assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
 
 
+async def test_a_first_frame_that_is_the_prompt_opens_no_second_connection(
+    upstream: Upstream,
+) -> None:
+    async with Delay(int(upstream.url.rpartition(":")[2]), 0.005) as distance:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ANTHROPIC_BASE_URL", f"https://127.0.0.1:{distance.port}")
+            async with wsserver.serve(port=0, drain_timeout=0) as server:
+                async with client(server) as chat:
+                    await chat.text((await chat.prompt())["id"])
+                    assert await chat.quiet() == []
+        assert distance.accepted == 1
+
+
 async def test_many_clients_have_one_connection_opened(upstream: Upstream) -> None:
     async with Delay(int(upstream.url.rpartition(":")[2]), 0.005) as distance:
         with pytest.MonkeyPatch.context() as patch:

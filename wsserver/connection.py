@@ -22,6 +22,7 @@ from wsserver.protocol import (
     Limits,
     Ping,
     Pong,
+    Prompt,
     Stop,
     Stopped,
     first_request,
@@ -147,8 +148,6 @@ class Connection:
         if self._session.ended:
             return
         self.frames += 1
-        if self.frames == 1:
-            self._session.hub.readiness.warm()
         now = asyncio.get_running_loop().time()
         frame, wait = None, self._bucket.take(now)
         stranger = self.principal is None and not self._requests.authenticating
@@ -164,6 +163,8 @@ class Connection:
                 self._wasted += 1
         if not isinstance(frame, Ping):
             self.heard = now
+        if self.frames == 1 and frame is not None and not isinstance(frame, Prompt):
+            self._session.hub.readiness.warm()
         if self._wasted >= self._session.settings.bad_frames:
             self._end(Close.POLICY_VIOLATION, "too many unusable frames")
 

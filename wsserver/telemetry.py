@@ -9,8 +9,9 @@ it up; neither prompts nor replies are in them.
 import asyncio
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator
+from http import HTTPStatus
+from typing import Literal, Self, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,7 +24,7 @@ from prometheus_client import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from wsserver.errors import UPSTREAM, Code
+from wsserver.errors import UPSTREAM, Code, WsserverError
 from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.protocol import Done, StoppedBy, Terminal
@@ -36,7 +37,7 @@ except ImportError:
 else:
     TRACING = True
 
-__all__ = ["Aborted", "Metrics", "Refusal", "Span", "request_span", "span"]
+__all__ = ["Aborted", "Metrics", "Refusal", "RequestSpan", "Span", "span"]
 
 Refusal = Literal["host", "origin", "unauthenticated", "limit", "unavailable"]
 """Why a connection was not served."""
@@ -316,9 +317,8 @@ class Span:
             span.set_attribute("gen_ai.response.finish_reasons", [terminal.reason])
 
 
-@contextlib.contextmanager
-def request_span(host: str, port: int, url: str, resent: int) -> Iterator[Callable[[int], None]]:
-    """Record an HTTP request to a model's API as a part of the current span, if that is recorded.
+class RequestSpan:
+    """One HTTP request to a model's API, as a part of the current span, if that is recorded.
 
     See https://opentelemetry.io/docs/specs/semconv/http/http-spans/ for its attributes.
 
@@ -327,12 +327,15 @@ def request_span(host: str, port: int, url: str, resent: int) -> Iterator[Callab
         port: its port.
         url: the URL, without credentials.
         resent: number of requests for the same reply before this one.
-
-    Yields:
-        What takes the status code of the response.
     """
-    inner = None
-    if TRACING and trace.get_current_span().is_recording():
+
+    __slots__ = ("_span", "_status")
+
+    def __init__(self, host: str, port: int, url: str, resent: int) -> None:
+        self._span: trace.Span | None = None
+        self._status = 0
+        if not (TRACING and trace.get_current_span().is_recording()):
+            return
         attributes: dict[str, str | int] = {
             "http.request.method": "POST",
             "server.address": host,
@@ -343,25 +346,30 @@ def request_span(host: str, port: int, url: str, resent: int) -> Iterator[Callab
             attributes["http.request.resend_count"] = resent
         with _firewall():
             tracer = trace.get_tracer("wsserver")
-            inner = tracer.start_span("POST", kind=trace.SpanKind.CLIENT, attributes=attributes)
+            self._span = tracer.start_span(
+                "POST", kind=trace.SpanKind.CLIENT, attributes=attributes
+            )
 
-    def tell(name: str, value: str | int) -> None:
-        if inner is not None:
-            with _firewall():
-                inner.set_attribute(name, value)
+    def on_status(self, status: int) -> None:
+        """Record the status code of the response."""
+        self._status = status
 
-    try:
-        yield lambda status: tell("http.response.status_code", status)
-    except Exception as error:
-        tell("error.type", type(error).__name__)
-        if inner is not None:
-            with _firewall():
-                inner.set_status(trace.StatusCode.ERROR)
-        raise
-    finally:
-        if inner is not None:
-            with _firewall():
-                inner.end()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._span is None:
+            return
+        with _firewall():
+            if self._status:
+                self._span.set_attribute("http.response.status_code", self._status)
+            if kind is not None and issubclass(kind, WsserverError):
+                failed = self._status >= HTTPStatus.BAD_REQUEST
+                self._span.set_attribute(
+                    "error.type", str(self._status) if failed else kind.__name__
+                )
+                self._span.set_status(trace.StatusCode.ERROR)
+            self._span.end()
 
 
 def span(

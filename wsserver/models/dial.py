@@ -58,25 +58,22 @@ class Origin:
     proxy: Proxy | None = None
 
 
-async def dial(
-    origin: Origin, tls: Callable[[], ssl.SSLContext], make: Callable[[], Connection]
-) -> Connection:
+async def dial(origin: Origin, tls: Callable[[], ssl.SSLContext], connection: Connection) -> None:
     """Connect to an origin.
 
     Args:
         origin: where to.
         tls: gives the trust settings, if TLS is needed.
-        make: makes the protocol of the connection.
+        connection: the protocol of the connection.
 
     Raises:
         CannotConnect: it could not.
     """
     proxy = origin.proxy
     target = origin if proxy is None else proxy
-    sock = None
     try:
         sock = await _connect(target.host, target.port)
-        return await _secure(sock, origin, tls, make)
+        await _secure(sock, origin, tls, connection)
     except ssl.SSLCertVerificationError as error:
         raise Untrusted(error.verify_message) from error
     except OSError as error:  # ssl.SSLError among them
@@ -89,8 +86,8 @@ async def _secure(
     sock: socket.socket,
     origin: Origin,
     tls: Callable[[], ssl.SSLContext],
-    make: Callable[[], Connection],
-) -> Connection:
+    connection: Connection,
+) -> None:
     loop = asyncio.get_running_loop()
     proxy = origin.proxy
     outer: dict[str, Any] = {}
@@ -99,12 +96,11 @@ async def _secure(
     elif proxy is None and origin.scheme == "https":
         outer = {"ssl": tls(), "server_hostname": origin.server_name}
     if proxy is None or origin.scheme == "http":  # such a proxy gets the request itself
-        _, connection = await loop.create_connection(make, sock=sock, **outer)
-        return connection
+        await loop.create_connection(lambda: connection, sock=sock, **outer)
+        return
     transport, tunnel = await loop.create_connection(_Tunnel, sock=sock, **outer)
     try:
         await tunnel.open(origin, proxy)
-        connection = make()
         secure = await loop.start_tls(
             transport, connection, tls(), server_hostname=origin.server_name
         )
@@ -114,7 +110,6 @@ async def _secure(
     if secure is None:
         raise ConnectionResetError("the connection closed in the TLS handshake")
     connection.connection_made(secure)
-    return connection
 
 
 async def _connect(host: str, port: int) -> socket.socket:

@@ -6,8 +6,7 @@ the socket, without a coroutine in between: a token costs one callback.
 
 import asyncio
 import select
-from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import httptools
 
@@ -31,36 +30,66 @@ _OK = 200
 _BODILESS = (204, 304)
 
 
+class Owner(Protocol):
+    """The pool that a connection belongs to."""
+
+    def on_free(self, connection: "Connection") -> None:
+        """Take back a connection that can carry another request."""
+
+    def on_lost(self, connection: "Connection") -> None:
+        """Forget a connection that has closed."""
+
+
 class Connection(asyncio.Protocol):
     """The protocol of one connection.
 
     Args:
-        on_free: called when the connection can carry another request.
-        on_lost: called when the connection has closed.
+        owner: the pool.
+
+    Attributes:
+        idle_since: when the last request ended, by the clock of the event loop.
     """
 
-    def __init__(
-        self, on_free: Callable[["Connection"], None], on_lost: Callable[["Connection"], None]
-    ) -> None:
+    __slots__ = (
+        "_body",
+        "_closing",
+        "_drain_timer",
+        "_drained",
+        "_ended",
+        "_head_size",
+        "_headers",
+        "_interim",
+        "_lost",
+        "_owner",
+        "_parser",
+        "_paused",
+        "_response",
+        "_reusable",
+        "_transport",
+        "_until_close",
+        "_writable",
+        "idle_since",
+    )
+
+    def __init__(self, owner: Owner) -> None:
         self.idle_since = 0.0
-        self._on_free = on_free
-        self._on_lost = on_lost
+        self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._response: Response | None = None
         self._headers: list[tuple[bytes, bytes]] = []
-        self._body: list[bytes] = []
+        self._body: list[bytes] = []  # of the bytes that are being parsed
         self._head_size = 0
         self._ended = False  # the response, in the bytes that are being parsed
         self._interim = False
         self._until_close = False
         self._reusable = True
         self._closing = False
-        self._writable: asyncio.Future[None] | None = None
         self._paused = False
+        self._writable: asyncio.Future[None] | None = None
         self._drain_timer: asyncio.TimerHandle | None = None
         self._drained = 0
-        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lost: asyncio.Future[None] | None = None
 
     # Requests.
 
@@ -90,6 +119,8 @@ class Connection(asyncio.Protocol):
         """
         assert self._transport is not None
         assert self._response is None
+        if self._closing:
+            raise NoResponse("the server closed the connection at once")
         self._head_size = 0
         self._interim = self._ended = self._until_close = False
         response = self._response = Response(self)
@@ -143,8 +174,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     async def wait_closed(self) -> None:
-        """Wait until the connection has closed."""
-        await asyncio.shield(self._lost)
+        """Wait until a connection that was aborted has closed."""
+        if self._transport is not None:
+            if self._lost is None:
+                self._lost = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._lost)
 
     def pause_reading(self) -> None:
         """Read no more until :meth:`resume_reading`."""
@@ -186,8 +220,10 @@ class Connection(asyncio.Protocol):
                 response.finish()
             else:
                 response.fail(ClosedEarly("the connection ended before the body did"))
-        self._lost.set_result(None)
-        self._on_lost(self)
+        self._transport = None
+        if self._lost is not None:
+            self._lost.set_result(None)
+        self._owner.on_lost(self)
 
     def data_received(self, data: bytes) -> None:
         """Parse some bytes, and hand on what they have of a body."""
@@ -231,7 +267,7 @@ class Connection(asyncio.Protocol):
         self._cancel_drain()
         response.finish()
         if reusable and not self._transport.get_write_buffer_size():
-            self._on_free(self)
+            self._owner.on_free(self)
         else:
             self.abort()
 
@@ -275,6 +311,7 @@ class Connection(asyncio.Protocol):
         sized = codings or any(name == b"content-length" for name, _ in self._headers)
         self._until_close = not sized and status not in _BODILESS
         response.begin(status, self._headers)
+        self._headers = []
 
     def on_body(self, data: bytes) -> None:
         """Keep a part of the body until all the read has been parsed."""

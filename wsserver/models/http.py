@@ -123,7 +123,7 @@ class Pool:
         self._limit = limit
         self._connect_timeout = connect_timeout
         self._tls = tls
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, Origin] = {}  # those being made included
         self._dialing = 0
         self._idle: dict[Origin, dict[Connection, None]] = {}  # the one used last is the last
         self._waiting: deque[asyncio.Future[None]] = deque()
@@ -161,13 +161,13 @@ class Pool:
         raise Redirected("there is no end of redirects")
 
     async def warm(self, origin: Origin) -> None:
-        """Have one connection ready, if none is idle. One is made at a time.
+        """Make a connection, if none is idle or being made. The next request waits for it.
 
         Failures are not raised: the next request has its own.
         """
-        if self._closed or self._usable(origin) or self._full:
-            return
         if self._warming is None:
+            if self._closed or self._dialing or self._full or self._usable(origin):
+                return
             self._warmed_for_someone = False
             self._warming = asyncio.get_running_loop().create_task(self._warm(origin))
         await asyncio.wait({self._warming})
@@ -186,7 +186,7 @@ class Pool:
 
     @property
     def _full(self) -> bool:
-        return len(self._connections) + self._dialing >= self._limit
+        return len(self._connections) >= self._limit
 
     async def _acquire(self, origin: Origin) -> Connection:
         connection = self._take_idle(origin)
@@ -210,22 +210,24 @@ class Pool:
             raise ConnectTimeout("no connection in time") from error
 
     async def _dial(self, origin: Origin) -> Connection:
+        if self._closed:
+            raise CannotConnect("the pool is closed")
+        connection = Connection(self)
+        self._connections[connection] = origin
         self._dialing += 1
         try:
-            connection = await dial(
-                origin, self._tls, lambda: Connection(self._on_free(origin), self._on_lost)
-            )
+            await dial(origin, self._tls, connection)
+        except BaseException:
+            self.on_lost(connection)
+            raise
         finally:
             self._dialing -= 1
-            self._wake()
-        self._connections.add(connection)
         return connection
 
     async def _warm(self, origin: Origin) -> None:
         try:
             async with asyncio.timeout(self._connect_timeout):
-                connection = await self._dial(origin)
-            self._on_free(origin)(connection)
+                self.on_free(await self._dial(origin))
         except (CannotConnect, TimeoutError):
             pass
         finally:
@@ -276,21 +278,25 @@ class Pool:
                 connection.abort()
                 return
 
-    def _on_free(self, origin: Origin) -> Callable[[Connection], None]:
-        def on_free(connection: Connection) -> None:
-            loop = asyncio.get_running_loop()
-            connection.idle_since = loop.time()
-            self._idle.setdefault(origin, {})[connection] = None
-            if self._sweep is None:
-                self._sweep = loop.call_later(IDLE_TIME, self._close_idle)
-            self._wake()
+    # For the connections.
 
-        return on_free
+    def on_free(self, connection: Connection) -> None:
+        """Keep a connection for the next request."""
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        origin = self._connections.get(connection)
+        if origin is None:  # it has closed in the meantime
+            return
+        self._idle.setdefault(origin, {})[connection] = None
+        if self._sweep is None:
+            self._sweep = loop.call_later(IDLE_TIME, self._close_idle)
+        self._wake()
 
-    def _on_lost(self, connection: Connection) -> None:
-        self._connections.discard(connection)
-        for idle in self._idle.values():
-            idle.pop(connection, None)
+    def on_lost(self, connection: Connection) -> None:
+        """Forget a connection that has closed."""
+        origin = self._connections.pop(connection, None)
+        if origin in self._idle:
+            self._idle[origin].pop(connection, None)
         self._wake()
 
     def _close_idle(self) -> None:

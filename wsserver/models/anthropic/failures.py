@@ -9,7 +9,7 @@ import re
 import time
 from typing import Any
 
-from wsserver.errors import Code, ModelError
+from wsserver.errors import Code, ModelError, WsserverError
 from wsserver.models.dial import CannotConnect, ConnectTimeout, Untrusted
 from wsserver.models.http import InvalidRequest, Redirected
 from wsserver.models.response import ClosedEarly, HttpError, NoResponse
@@ -57,7 +57,7 @@ _SERVER_ERROR = 500
 _TOO_LONG = re.compile(r"(prompt|input) is too long|exceeds? (the )?context", re.IGNORECASE)
 
 
-class TransientError(Exception):
+class TransientError(WsserverError):
     """An attempt failed in a way that the next attempt may not."""
 
     def __init__(self, error: ModelError) -> None:
@@ -65,7 +65,7 @@ class TransientError(Exception):
         self.error = error
 
 
-class ApiError(Exception):
+class ApiError(WsserverError):
     """The API answered with an error.
 
     Attributes:

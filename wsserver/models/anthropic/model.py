@@ -9,7 +9,6 @@ import contextlib
 import os
 import random
 import ssl
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -26,7 +25,7 @@ from wsserver.models.base import Request, Take
 from wsserver.models.http import PORTS, Pool, Template
 from wsserver.models.response import HttpError, Response
 from wsserver.settings import Settings
-from wsserver.telemetry import request_span
+from wsserver.telemetry import RequestSpan
 
 if TYPE_CHECKING:
     from wsserver.models.anthropic.sdk import Sdk
@@ -140,8 +139,8 @@ class Anthropic:
             try:
                 template = await self._current_template(refused)
                 origin = template.origin
-                with request_span(origin.host, origin.port, template.url, resent) as on_status:
-                    await self._exchange(template, to_json(body), reply, on_status)
+                with RequestSpan(origin.host, origin.port, template.url, resent) as span:
+                    await self._exchange(template, to_json(body), reply, span)
             except HttpError as error:
                 raise of_http(error) from error
             except ApiError as error:
@@ -154,26 +153,24 @@ class Anthropic:
                 return
 
     async def _exchange(
-        self, template: Template, body: bytes, reply: Reply, on_status: Callable[[int], None]
+        self, template: Template, body: bytes, reply: Reply, span: RequestSpan
     ) -> None:
         response = await self._pool.post(template, body)
         try:
-            on_status(response.status)
-            await self._read(response, reply)
+            span.on_status(response.status)
+            if response.status != _OK:
+                raise await _error(response)
+            if not (response.header(b"content-type") or b"").startswith(b"text/event-stream"):
+                raise ModelError(Code.MALFORMED)
+            response.headers.clear()
+            try:
+                await response.read_body(reply.feed)
+                end = reply.end()
+            finally:
+                reply.close()
+            response.release()  # the end of the body is not worth waiting for
         finally:
             await response.aclose()
-
-    async def _read(self, response: Response, reply: Reply) -> None:
-        if response.status != _OK:
-            raise await _error(response)
-        if not (response.header(b"content-type") or b"").startswith(b"text/event-stream"):
-            raise ModelError(Code.MALFORMED)
-        try:
-            await response.read_body(reply.feed)
-            end = reply.end()
-        finally:
-            reply.close()
-        response.release()  # the end of the body is not worth waiting for
         reply.take(end)
 
     def _leave_out_temperature(self, error: ApiError, body: dict[str, Any]) -> bool:
