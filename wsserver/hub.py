@@ -57,7 +57,6 @@ class Hub:
     ) -> None:
         self.memory = memory
         self.metrics = metrics
-        self._store = store
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._journal = Journal(
@@ -137,7 +136,7 @@ class Hub:
         self._runner.stop(generation, why)
 
     def follow(self, generation: Generation, follower: Follower) -> None:
-        """Wake the follower from now on, and let the generation go on for its sake."""
+        """Add a follower. A generation with a follower outlives the grace time."""
         generation.log.followers.append(follower)
         generation.readers += 1
         generation.unread = None
@@ -146,10 +145,10 @@ class Hub:
             generation.grace = None
 
     def unfollow(self, generation: Generation, follower: Follower, *, lost: bool = False) -> None:
-        """Wake the follower no more. The grace time begins when the last follower leaves.
+        """Remove a follower. The grace time begins when the last one leaves.
 
         Args:
-            generation: what it followed.
+            generation: what the follower followed.
             follower: the one that leaves.
             lost: the connection of the follower is dead, and the client may not know yet.
         """
@@ -210,7 +209,7 @@ class Hub:
         await self.conversations.delete(conversation, before)
         self.retention.deleted(conversation.owner, conversation.id)
 
-    # Ending all.
+    # Shutdown.
 
     def see_through(self, task: "asyncio.Task[None]") -> None:
         """Keep a task whose client has gone, and wait for the task before the store is closed."""
@@ -237,7 +236,7 @@ class Hub:
             self.stop(generation, "shutdown")
 
     async def close(self, within: float) -> None:
-        """Stop whatever still runs, save all ends, and set no more timers. Idempotent.
+        """Stop all generations, save their ends, and set no more timers. Idempotent.
 
         Args:
             within: seconds that models get to close their requests.
