@@ -125,7 +125,9 @@ class Intake:
             raise _Enough
         elif isinstance(given, str):
             generation.heard = self._time()
-            if given:
+            if self._family == TEXT and given.isascii() and given and not self._half:
+                self._append(TEXT, given)
+            elif given:
                 self._add(TEXT, given)
         elif isinstance(given, End):
             self._end = given
@@ -203,13 +205,13 @@ class Intake:
             self._generation.log.append(well_formed(half), self._family, self._block)
 
     def _append(self, kind: Kind, data: str) -> None:
-        generation = self._generation
+        generation, size = self._generation, len(data)
         self._left -= held(data)
         if self._left < 0:
             self._take_memory()
-        if len(data) <= self._size and len(data) < self._room:
+        if size <= self._size and size < self._room:
             generation.log.append(data, kind, self._block)
-            self._room -= len(data)
+            self._room -= size
         else:
             self._append_in_parts(kind, data)
         if generation.unread is not None:
