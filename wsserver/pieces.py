@@ -8,6 +8,7 @@ beside it a short list of where each run of one kind and block begins.
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 from wsserver.content import Block, Text, Thinking, dump_block, parse_block
@@ -23,6 +24,7 @@ type.
 """
 
 TEXT: Kind = "text"
+_FIRST: tuple[int, Kind, int] = (0, TEXT, 0)
 
 
 class Piece(NamedTuple):
@@ -53,14 +55,13 @@ class Pieces:
         block: the block of the last piece.
     """
 
-    __slots__ = ("_runs", "_starts", "block", "data", "kind")
+    __slots__ = ("_runs", "block", "data", "kind")
 
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
         self.data: list[str] = []
         self.kind: Kind = TEXT
         self.block = 0
-        self._starts = [0]  # for each run, the index of its first piece
-        self._runs: list[tuple[Kind, int]] = [(TEXT, 0)]  # the first one may be empty
+        self._runs = [_FIRST]  # the index of the first piece, kind and block; the last may be empty
         for kind, block, item in pieces:
             self.extend(kind, block, [item])
 
@@ -83,11 +84,9 @@ class Pieces:
     def begin(self, kind: Kind, block: int) -> None:
         """Begin a run of another kind or block, to which what is added to ``data`` belongs."""
         self.kind, self.block = kind, block
-        if self._starts[-1] == len(self.data):
-            self._runs[-1] = kind, block
-        else:
-            self._starts.append(len(self.data))
-            self._runs.append((kind, block))
+        if self._runs[-1][0] == len(self.data):
+            self._runs.pop()
+        self._runs.append((len(self.data), kind, block))
 
     def read(self, after: int, limit: int) -> Run:
         """Merge the pieces of one kind and block that come after a number of pieces.
@@ -101,8 +100,8 @@ class Pieces:
         seq = after + 1
         if seq == len(data):  # caught up: the common case, and the one that must be cheap
             return Run(seq, self.kind, self.block, data[after])
-        place = bisect_right(self._starts, after) - 1
-        kind, block = self._runs[place]
+        place = self._place(after)
+        _, kind, block = self._runs[place]
         end = seq if kind == "citation" else self._end(place)
         size = len(data[after])
         while seq < end and size < limit:
@@ -114,13 +113,17 @@ class Pieces:
         """Give the kind, the block and the data of each run that comes after a number of pieces."""
         if after >= len(self.data):
             return
-        for place in range(bisect_right(self._starts, after) - 1, len(self._starts)):
-            start = max(after, self._starts[place])
-            yield *self._runs[place], self.data[start : self._end(place)]
+        for place in range(self._place(after), len(self._runs)):
+            start, kind, block = self._runs[place]
+            yield kind, block, self.data[max(after, start) : self._end(place)]
+
+    def _place(self, index: int) -> int:
+        """Return the place of the run that a piece belongs to."""
+        return bisect_right(self._runs, index, key=itemgetter(0)) - 1
 
     def _end(self, place: int) -> int:
         """Return the index behind a run."""
-        return self._starts[place + 1] if place + 1 < len(self._starts) else len(self.data)
+        return self._runs[place + 1][0] if place + 1 < len(self._runs) else len(self.data)
 
     def after(self, number: int) -> "Pieces":
         """Return the pieces that come after a number of pieces."""
@@ -141,10 +144,9 @@ class Pieces:
         if len(self.data) > after + len(pieces):  # what is known already, and more of it
             return
         del self.data[after:]
-        while len(self._starts) > 1 and self._starts[-1] >= after:
-            self._starts.pop()
+        while len(self._runs) > 1 and self._runs[-1][0] >= after:
             self._runs.pop()
-        self.kind, self.block = self._runs[-1]
+        _, self.kind, self.block = self._runs[-1]
         for kind, block, data in pieces.runs():
             self.extend(kind, block, data)
 
