@@ -177,7 +177,7 @@ async def test_chunks_are_read_wherever_reads_cut_them(
     [OK, b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nconnection: close\r\n"],
     ids=["HTTP/1.1", "HTTP/1.0", "Connection: close"],
 )
-async def test_a_body_may_last_until_the_connection_closes(head: bytes) -> None:
+async def test_body_may_last_until_the_connection_closes(head: bytes) -> None:
     async with answering(head + b"\r\nhello", close=True) as (raw, _), pool() as client:
         for number in (1, 2):
             assert await whole(await client.post(template(raw.port), b"{}")) == b"hello"
@@ -239,7 +239,7 @@ async def test_damaged_compression_is_an_error(coding: bytes, body: bytes) -> No
             await whole(await client.post(template(raw.port), b"{}"))
 
 
-async def test_a_compressed_body_that_grows_without_end_is_an_error() -> None:
+async def test_compressed_body_that_grows_without_end_is_an_error() -> None:
     packed = gzip.compress(bytes(50_000_000))
     answer = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed)
     async with answering(answer + packed) as (raw, _), pool() as client:
@@ -267,7 +267,7 @@ async def test_each_read_is_handed_on_at_once() -> None:
         assert some.reads == [b"one", b"twothree"]
 
 
-async def test_a_reader_that_has_enough_can_read_on() -> None:
+async def test_reader_that_has_enough_can_read_on() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(CHUNKED + chunk(b"one"))
@@ -284,7 +284,7 @@ async def test_a_reader_that_has_enough_can_read_on() -> None:
         assert (some.text, rest.text) == (b"one", b"two")
 
 
-async def test_an_exception_of_the_callback_ends_the_reading() -> None:
+async def test_exception_of_the_callback_ends_the_reading() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(CHUNKED)
@@ -306,7 +306,7 @@ async def test_an_exception_of_the_callback_ends_the_reading() -> None:
         await closed.wait()
 
 
-async def test_a_body_that_nobody_reads_stops_the_socket() -> None:
+async def test_body_that_nobody_reads_stops_the_socket() -> None:
     sent = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -362,7 +362,7 @@ async def test_to_close_a_response_closes_its_connection_at_once() -> None:
 # The rest of a body
 
 
-async def test_a_released_response_gives_its_connection_to_the_next_request() -> None:
+async def test_released_response_gives_its_connection_to_the_next_request() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await head_of(reader)
@@ -383,7 +383,7 @@ async def test_a_released_response_gives_its_connection_to_the_next_request() ->
 
 
 @pytest.mark.parametrize("rest", [b"", chunk(bytes(200_000))], ids=["silent", "long"])
-async def test_a_released_response_that_does_not_end_closes_its_connection(
+async def test_released_response_that_does_not_end_closes_its_connection(
     monkeypatch: pytest.MonkeyPatch, rest: bytes
 ) -> None:
     monkeypatch.setattr("wsserver.models.h1.DRAIN_TIME", 0.01 if not rest else SECONDS)
@@ -482,7 +482,7 @@ async def test_damaged_chunks_are_an_error_after_the_text_before_them(
 
 
 @pytest.mark.parametrize("framing", [b"transfer-encoding: chunked", b"content-length: 99"])
-async def test_a_body_that_is_cut_is_an_error_after_the_text_before_it(framing: bytes) -> None:
+async def test_body_that_is_cut_is_an_error_after_the_text_before_it(framing: bytes) -> None:
     answer = OK + framing + b"\r\n\r\n" + chunk(b"one")
     async with answering(answer, close=True) as (raw, _), pool() as client:
         response = await client.post(template(raw.port), b"{}")
@@ -529,7 +529,7 @@ async def test_bytes_that_nobody_asked_for_close_an_idle_connection(
             assert raw.accepted == number
 
 
-async def test_a_connection_that_the_server_closed_is_noticed_before_its_use() -> None:
+async def test_connection_that_the_server_closed_is_noticed_before_its_use() -> None:
     def serve() -> None:
         while True:
             connection, _ = listening.accept()
@@ -554,7 +554,7 @@ async def test_a_connection_that_the_server_closed_is_noticed_before_its_use() -
         thread.join(SECONDS)
 
 
-async def test_a_request_is_not_sent_twice_when_a_kept_connection_ends_without_an_answer() -> None:
+async def test_request_is_not_sent_twice_when_a_kept_connection_ends_without_an_answer() -> None:
     requests = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -611,7 +611,7 @@ async def test_no_more_connections_than_the_limit_and_waiting_takes_no_longer_th
         assert raw.accepted == 2
 
 
-async def test_a_request_that_is_cancelled_while_it_waits_passes_its_turn_on() -> None:
+async def test_request_that_is_cancelled_while_it_waits_passes_its_turn_on() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _):
         async with pool(limit=1) as client:
             ask = template(raw.port)
@@ -634,7 +634,7 @@ async def test_room_is_made_by_closing_an_idle_connection_to_another_server() ->
 # Requests
 
 
-async def test_a_large_upload_waits_for_the_server_to_read() -> None:
+async def test_large_upload_waits_for_the_server_to_read() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"content-length: 20000000\r\n" in head
@@ -662,7 +662,7 @@ async def test_a_large_upload_waits_for_the_server_to_read() -> None:
 
 
 @pytest.mark.parametrize("status", [413, 401])
-async def test_an_answer_before_the_end_of_an_upload_is_read(status: int) -> None:
+async def test_answer_before_the_end_of_an_upload_is_read(status: int) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 %d No\r\ncontent-length: 5\r\n\r\nsorry" % status)
@@ -679,7 +679,7 @@ async def test_an_answer_before_the_end_of_an_upload_is_read(status: int) -> Non
         assert raw.accepted == 2, "half a request is on the first"
 
 
-async def test_a_request_that_is_cancelled_closes_its_connection() -> None:
+async def test_request_that_is_cancelled_closes_its_connection() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         came.set()
@@ -712,7 +712,7 @@ def test_headers_that_would_be_more_than_one_are_refused(header: tuple[bytes, by
         Template.make(Origin("http", "api.example", 80, "api.example"), b"/", [header])
 
 
-async def test_the_framing_is_never_that_of_the_headers_given() -> None:
+async def test_framing_is_never_that_of_the_headers_given() -> None:
     given_headers = [(b"Host", b"a"), (b"Content-Length", b"99"), (b"Transfer-Encoding", b"x")]
     async with answering(OK + b"content-length: 0\r\n\r\n") as (raw, heads), pool() as client:
         origin = Origin("http", "127.0.0.1", raw.port, "127.0.0.1")
@@ -782,7 +782,7 @@ async def test_redirects_without_end_are_refused() -> None:
         assert len(heads) < 30
 
 
-async def test_a_redirect_without_a_location_is_a_response() -> None:
+async def test_redirect_without_a_location_is_a_response() -> None:
     async with answering(b"HTTP/1.1 307 There\r\ncontent-length: 0\r\n\r\n") as (raw, _):
         async with pool() as client:
             assert (await client.post(template(raw.port), b"{}")).status == 307
@@ -800,13 +800,13 @@ async def test_nothing_that_listens_is_an_error_at_once() -> None:
 
 
 @pytest.mark.parametrize("host", ["does-not-exist.invalid", "x" * 70 + ".example"])
-async def test_a_name_without_an_address_is_an_error(host: str) -> None:
+async def test_name_without_an_address_is_an_error(host: str) -> None:
     async with pool() as client:
         with pytest.raises(CannotConnect):
             await client.post(template(80, host), b"{}")
 
 
-async def test_a_server_that_does_not_accept_is_an_error_in_time() -> None:
+async def test_server_that_does_not_accept_is_an_error_in_time() -> None:
     with socket.socket() as held, socket.socket() as first, socket.socket() as second:
         held.bind(("127.0.0.1", 0))
         held.listen(0)  # and nobody accepts: the backlog fills
@@ -818,7 +818,7 @@ async def test_a_server_that_does_not_accept_is_an_error_in_time() -> None:
                 await client.post(template(held.getsockname()[1]), b"{}")
 
 
-async def test_the_next_address_is_tried_when_one_refuses_or_is_silent(
+async def test_next_address_is_tried_when_one_refuses_or_is_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     resolve = asyncio.get_running_loop().getaddrinfo
@@ -846,7 +846,7 @@ async def test_the_next_address_is_tried_when_one_refuses_or_is_silent(
             assert len(heads) == 1
 
 
-async def test_an_ipv6_address_is_reached() -> None:
+async def test_ipv6_address_is_reached() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(OK + b"content-length: 5\r\n\r\nhello")
@@ -864,7 +864,7 @@ async def test_an_ipv6_address_is_reached() -> None:
 # Connections made ahead
 
 
-async def test_a_warm_connection_is_the_one_that_the_next_request_uses() -> None:
+async def test_warm_connection_is_the_one_that_the_next_request_uses() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
         for _ in range(3):
             await client.warm(template(raw.port).origin)
@@ -873,7 +873,7 @@ async def test_a_warm_connection_is_the_one_that_the_next_request_uses() -> None
         assert raw.accepted == 1
 
 
-async def test_a_request_waits_for_the_connection_that_is_being_made_ahead() -> None:
+async def test_request_waits_for_the_connection_that_is_being_made_ahead() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
         warming = asyncio.create_task(client.warm(template(raw.port).origin))
         await asyncio.sleep(0)
@@ -882,7 +882,7 @@ async def test_a_request_waits_for_the_connection_that_is_being_made_ahead() -> 
         assert raw.accepted == 1
 
 
-async def test_a_failure_to_connect_ahead_is_left_to_the_request() -> None:
+async def test_failure_to_connect_ahead_is_left_to_the_request() -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         ask = template(held.getsockname()[1])

@@ -35,7 +35,7 @@ PROXY = "http://proxy.example:3128"
         ({"http": ""}, "http", None),
     ],
 )
-def test_the_proxy_is_that_of_the_scheme_or_of_all(
+def test_proxy_is_that_of_the_scheme_or_of_all(
     environment: dict[str, str], scheme: str, expected: tuple[str, int, bool] | None
 ) -> None:
     found = proxy_for(scheme, "api.example", 443, environment)
@@ -91,7 +91,7 @@ def test_credentials_of_a_proxy_are_decoded() -> None:
 
 
 @pytest.mark.parametrize("address", ["socks5://proxy.example", "http://", "http://[", "ftp://x"])
-def test_an_address_that_is_no_http_proxy_is_an_error(address: str) -> None:
+def test_address_that_is_no_http_proxy_is_an_error(address: str) -> None:
     with pytest.raises(ConfigError):
         proxy_for("http", "api.example", 80, {"all": address})
 
@@ -154,7 +154,7 @@ async def test_prompts_go_through_the_proxy(
     assert upstream.requests[0].headers["host"] == "api.example"
 
 
-async def test_a_certificate_behind_the_proxy_must_be_trusted(
+async def test_certificate_behind_the_proxy_must_be_trusted(
     monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
 ) -> None:
     upstream = await stack.enter_async_context(Upstream(tls=True))
@@ -165,7 +165,7 @@ async def test_a_certificate_behind_the_proxy_must_be_trusted(
 
 
 @pytest.mark.usefixtures("trusted")
-async def test_a_name_that_the_certificate_does_not_have_is_not_trusted(
+async def test_name_that_the_certificate_does_not_have_is_not_trusted(
     monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
 ) -> None:
     upstream = await stack.enter_async_context(Upstream(tls=True))
@@ -177,7 +177,7 @@ async def test_a_name_that_the_certificate_does_not_have_is_not_trusted(
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("status", [407, 502])
-async def test_a_proxy_that_refuses_is_an_error(
+async def test_proxy_that_refuses_is_an_error(
     monkeypatch: pytest.MonkeyPatch, scheme: str, status: int
 ) -> None:
     async with HttpProxy(1, refuse=status) as proxy:
@@ -187,14 +187,14 @@ async def test_a_proxy_that_refuses_is_an_error(
     assert failed["code"] == (expected if isinstance(expected, str) else expected[status])
 
 
-async def test_a_proxy_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_proxy_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused_url() as url:
         monkeypatch.setenv("ALL_PROXY", url)
         assert (await ask(monkeypatch, "https://api.example"))["code"] == "unreachable"
 
 
 @pytest.mark.usefixtures("trusted")
-async def test_the_certificate_of_the_environment_is_trusted(
+async def test_certificate_of_the_environment_is_trusted(
     monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
 ) -> None:
     upstream = await stack.enter_async_context(Upstream(tls=True))

@@ -42,7 +42,7 @@ async def ask(upstream: Upstream, prompts: int = 1) -> list[Received]:
 # Headers and addresses
 
 
-async def test_the_key_the_version_and_the_headers_of_the_environment_are_sent(
+async def test_key_the_version_and_the_headers_of_the_environment_are_sent(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -61,7 +61,7 @@ async def test_the_key_the_version_and_the_headers_of_the_environment_are_sent(
     assert {**first.headers, "content-length": ""} == {**second.headers, "content-length": ""}
 
 
-async def test_an_auth_token_is_sent_as_a_bearer_token(
+async def test_auth_token_is_sent_as_a_bearer_token(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "token-secret")
@@ -69,7 +69,7 @@ async def test_an_auth_token_is_sent_as_a_bearer_token(
     assert received.headers["authorization"] == "Bearer token-secret"
 
 
-async def test_a_base_url_may_have_a_path(
+async def test_base_url_may_have_a_path(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -107,7 +107,7 @@ def issuer(monkeypatch: pytest.MonkeyPatch, upstream: Upstream) -> Issuer:
     return Issuer(upstream)
 
 
-async def test_a_federated_identity_is_exchanged_once_for_many_prompts(
+async def test_federated_identity_is_exchanged_once_for_many_prompts(
     upstream: Upstream, issuer: Issuer
 ) -> None:
     received = await ask(upstream, 3)
@@ -116,7 +116,7 @@ async def test_a_federated_identity_is_exchanged_once_for_many_prompts(
     assert len(issuer.requests) == 1
 
 
-async def test_a_token_that_the_api_refuses_is_renewed_and_the_prompt_sent_again(
+async def test_token_that_the_api_refuses_is_renewed_and_the_prompt_sent_again(
     upstream: Upstream, issuer: Issuer
 ) -> None:
     upstream.play(reply("One"), error(401, "authentication_error"), reply("Two"))
@@ -125,7 +125,7 @@ async def test_a_token_that_the_api_refuses_is_renewed_and_the_prompt_sent_again
     assert tokens == ["Bearer token-1", "Bearer token-1", "Bearer token-2"]
 
 
-async def test_a_renewed_token_that_is_refused_too_is_the_end(
+async def test_renewed_token_that_is_refused_too_is_the_end(
     upstream: Upstream, issuer: Issuer
 ) -> None:
     upstream.default = Script((error(401, "authentication_error"),))
@@ -136,7 +136,7 @@ async def test_a_renewed_token_that_is_refused_too_is_the_end(
     ]
 
 
-async def test_a_token_is_renewed_before_it_expires(
+async def test_token_is_renewed_before_it_expires(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.model.TEMPLATE_TIME", 0.0)
@@ -146,7 +146,7 @@ async def test_a_token_is_renewed_before_it_expires(
     assert tokens == ["Bearer token-1", "Bearer token-2"]
 
 
-async def test_a_key_that_the_api_refuses_is_not_sent_again(
+async def test_key_that_the_api_refuses_is_not_sent_again(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -157,7 +157,7 @@ async def test_a_key_that_the_api_refuses_is_not_sent_again(
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "credentials"), (401, "credentials"), (503, "upstream_error")]
 )
-async def test_an_exchange_that_fails_is_an_error_and_is_tried_for_the_next_prompt(
+async def test_exchange_that_fails_is_an_error_and_is_tried_for_the_next_prompt(
     upstream: Upstream, issuer: Issuer, status: int, code: str
 ) -> None:
     issuer.answer = Answer(status, "application/json", '{"error": "no"}')
@@ -169,7 +169,7 @@ async def test_an_exchange_that_fails_is_an_error_and_is_tried_for_the_next_prom
     assert (failed["code"], text) == (code, "Hello world")
 
 
-async def test_an_issuer_that_cannot_be_reached_is_an_error(
+async def test_issuer_that_cannot_be_reached_is_an_error(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:1")
@@ -179,7 +179,7 @@ async def test_an_issuer_that_cannot_be_reached_is_an_error(
     assert failed["code"] == "unreachable"
 
 
-async def test_a_profile_of_the_config_folder_is_used(
+async def test_profile_of_the_config_folder_is_used(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: Path
 ) -> None:
     for folder in ("configs", "credentials"):
@@ -211,7 +211,7 @@ async def test_a_profile_of_the_config_folder_is_used(
         ("ANTHROPIC_BASE_URL", ""),
     ],
 )
-def test_an_environment_that_cannot_work_is_refused_at_the_start(
+def test_environment_that_cannot_work_is_refused_at_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     if name == "ANTHROPIC_BASE_URL":
@@ -222,7 +222,7 @@ def test_an_environment_that_cannot_work_is_refused_at_the_start(
     assert "secr" not in str(refused.value)
 
 
-async def test_a_header_that_would_be_two_is_not_sent(
+async def test_header_that_would_be_two_is_not_sent(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")

@@ -1,0 +1,1 @@
+"""Claude, against a server that speaks the Messages API and all its faults."""
