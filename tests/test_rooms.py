@@ -1,7 +1,12 @@
-"""Imports point downward only, and each outside library is known to few."""
+"""Imports point downward, form no circle, and each outside library has its own rooms.
+
+A room is a module or a package directly inside ``wsserver``. Floors are listed from the ground up.
+A floor has wings. A room may import rooms of lower floors, and rooms of its own wing.
+"""
 
 import ast
 import functools
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -9,350 +14,139 @@ import pytest
 import wsserver
 
 PACKAGE = Path(wsserver.__file__).parent
-
-FLOORS = {
-    "errors": 0,
-    "pieces": 0,
-    "content": 0,
-    "settings": 0,
-    "logs": 0,
-    "descriptors": 1,
-    "limits": 1,
-    "generation": 1,
-    "protocol": 1,
-    "schema": 2,
-    "prices": 1,
-    "telemetry": 2,
-    "models.base": 2,
-    "models.demo": 2,
-    "models.anthropic": 2,
-    "models.anthropic.events": 2,
-    "models.anthropic.failures": 2,
-    "models.anthropic.model": 2,
-    "models.anthropic.reply": 2,
-    "models.anthropic.request": 2,
-    "models.anthropic.sdk": 2,
-    "models.dial": 2,
-    "models.h1": 2,
-    "models.http": 2,
-    "models.proxy": 2,
-    "models.readiness": 2,
-    "models.response": 2,
-    "models": 2,
-    "stores.base": 2,
-    "stores.database": 2,
-    "stores.fair": 2,
-    "stores.memory": 2,
-    "stores.migrations": 2,
-    "stores.records": 2,
-    "stores.rows": 2,
-    "stores.sqlite": 2,
-    "stores": 2,
-    "auth.base": 2,
-    "auth.jwks": 2,
-    "auth.jwt": 2,
-    "auth.tokens": 2,
-    "auth": 2,
-    "responses": 2,
-    "client.failures": 2,
-    "client.history": 2,
-    "client.connection": 2,
-    "client.credentials": 2,
-    "client.limits": 2,
-    "client.queries": 2,
-    "client.replies": 2,
-    "client.silence": 2,
-    "client.link": 2,
-    "client.dial": 2,
-    "client.reply": 2,
-    "client.reply_content": 2,
-    "client.chat": 2,
-    "client.sync": 2,
-    "client": 2,
-    "admission": 3,
-    "listening": 3,
-    "journal": 3,
-    "quota": 3,
-    "upkeep": 3,
-    "live": 3,
-    "context": 3,
-    "intake": 3,
-    "spending": 3,
-    "accounts": 3,
-    "cursor": 3,
-    "dialects": 3,
-    "dialects.base": 3,
-    "dialects.v1": 3,
-    "following": 3,
-    "requests": 3,
-    "session": 3,
-    "reporting": 3,
-    "retention": 3,
-    "running": 3,
-    "scheduling": 3,
-    "conversations": 3,
-    "hub": 3,
-    "connection": 3,
-    "pages": 3,
-    "stopping": 3,
-    "transport": 3,
-    "websocket": 3,
-    "routes": 4,
-    "server": 4,
-    "line_editor": 4,
-    "terminal": 5,
-    "cli": 5,
-    "__main__": 5,
-    "": 5,  # the package's public face
-}
-# Within a floor: what may know what.
-NEIGHBOURS = {
-    ("settings", "errors"),
-    ("pieces", "content"),
-    ("protocol", "generation"),
-    ("prices", "protocol"),
-    ("models.demo", "models.base"),
-    ("models.anthropic", "models.anthropic.model"),
-    ("models.anthropic.failures", "models.dial"),
-    ("models.anthropic.failures", "models.http"),
-    ("models.anthropic.failures", "models.response"),
-    ("models.anthropic.model", "models.base"),
-    ("models.anthropic.model", "models.http"),
-    ("models.anthropic.model", "models.response"),
-    ("models.anthropic.model", "models.anthropic.events"),
-    ("models.anthropic.model", "models.anthropic.failures"),
-    ("models.anthropic.model", "models.anthropic.reply"),
-    ("models.anthropic.model", "models.anthropic.request"),
-    ("models.anthropic.model", "models.anthropic.sdk"),  # only inside a function
-    ("models.anthropic.reply", "models.base"),
-    ("models.anthropic.reply", "models.anthropic.events"),
-    ("models.anthropic.reply", "models.anthropic.failures"),
-    ("models.anthropic.request", "models.base"),
-    ("models.anthropic.sdk", "models.anthropic.failures"),
-    ("models.anthropic.sdk", "models.dial"),
-    ("models.anthropic.sdk", "models.http"),
-    ("models.anthropic.sdk", "models.proxy"),
-    ("models.dial", "models.h1"),
-    ("models.dial", "models.proxy"),
-    ("models.dial", "models.response"),
-    ("models.h1", "models.response"),
-    ("models.http", "models.dial"),
-    ("models.readiness", "models.base"),
-    ("models.http", "models.h1"),
-    ("models.http", "models.proxy"),
-    ("models.http", "models.response"),
-    ("models.anthropic.model", "telemetry"),
-    ("models", "models.base"),
-    ("models.base", "models.demo"),  # only inside a function, when it is asked for
-    ("models.base", "models.anthropic"),
-    ("stores", "stores.base"),
-    ("stores", "stores.memory"),
-    ("stores", "stores.sqlite"),  # only inside a function, when it is asked for
-    ("stores.memory", "stores.base"),
-    ("stores.sqlite", "stores.base"),
-    ("stores.sqlite", "stores.database"),
-    ("stores.sqlite", "stores.fair"),
-    ("stores.sqlite", "stores.migrations"),
-    ("stores.sqlite", "stores.rows"),
-    ("stores.rows", "stores.base"),
-    ("stores.rows", "stores.records"),
-    ("stores.memory", "stores.records"),
-    ("auth", "auth.base"),
-    ("auth", "auth.tokens"),
-    ("auth", "auth.jwt"),  # only inside a function, when it is asked for
-    ("auth.tokens", "auth.base"),
-    ("auth.jwks", "auth.base"),
-    ("auth.jwt", "auth.base"),
-    ("auth.jwt", "auth.jwks"),
-    ("client.dial", "client.failures"),
-    ("client.history", "client.reply"),
-    ("client.reply", "client.failures"),
-    ("client.reply", "client.reply_content"),
-    ("client.link", "client.dial"),
-    ("client.link", "client.failures"),
-    ("client.connection", "client.credentials"),
-    ("client.connection", "client.dial"),
-    ("client.connection", "client.failures"),
-    ("client.connection", "client.limits"),
-    ("client.connection", "client.link"),
-    ("client.credentials", "client.dial"),
-    ("client.credentials", "client.failures"),
-    ("client.credentials", "client.link"),
-    ("client.link", "client.limits"),
-    ("client.link", "client.silence"),
-    ("client.queries", "client.connection"),
-    ("client.queries", "client.failures"),
-    ("client.queries", "client.link"),
-    ("client.replies", "client.connection"),
-    ("client.replies", "client.failures"),
-    ("client.replies", "client.link"),
-    ("client.replies", "client.queries"),
-    ("client.replies", "client.reply"),
-    ("client.silence", "client.dial"),
-    ("client.chat", "client.dial"),
-    ("client.chat", "client.failures"),
-    ("client.chat", "client.history"),
-    ("client.chat", "client.connection"),
-    ("client.chat", "client.credentials"),
-    ("client.chat", "client.limits"),
-    ("client.chat", "client.queries"),
-    ("client.chat", "client.replies"),
-    ("client.chat", "client.reply"),
-    ("client.sync", "client.chat"),
-    ("client.sync", "client.history"),
-    ("client.sync", "client.connection"),
-    ("client.sync", "client.limits"),
-    ("client.sync", "client.reply"),
-    ("client", "client.chat"),
-    ("client", "client.failures"),
-    ("client", "client.history"),
-    ("client", "client.connection"),
-    ("client", "client.credentials"),
-    ("client", "client.limits"),
-    ("client", "client.reply"),
-    ("client", "client.sync"),
-    ("live", "journal"),
-    ("conversations", "context"),
-    ("conversations", "journal"),
-    ("conversations", "live"),
-    ("intake", "live"),
-    ("accounts", "live"),
-    ("accounts", "quota"),
-    ("accounts", "spending"),
-    ("reporting", "live"),
-    ("retention", "accounts"),
-    ("retention", "journal"),
-    ("retention", "live"),
-    ("running", "context"),
-    ("running", "intake"),
-    ("running", "journal"),
-    ("running", "live"),
-    ("running", "reporting"),
-    ("scheduling", "accounts"),
-    ("scheduling", "conversations"),
-    ("scheduling", "journal"),
-    ("scheduling", "live"),
-    ("scheduling", "reporting"),
-    ("scheduling", "retention"),
-    ("scheduling", "running"),
-    ("hub", "accounts"),
-    ("hub", "conversations"),
-    ("hub", "journal"),
-    ("hub", "live"),
-    ("hub", "reporting"),
-    ("hub", "retention"),
-    ("hub", "scheduling"),
-    ("hub", "upkeep"),
-    ("dialects", "dialects.base"),
-    ("dialects.base", "live"),
-    ("dialects.v1", "live"),
-    ("cursor", "dialects"),
-    ("cursor", "live"),
-    ("session", "admission"),
-    ("session", "cursor"),
-    ("session", "hub"),
-    ("following", "cursor"),
-    ("following", "dialects"),
-    ("following", "live"),
-    ("following", "session"),
-    ("stopping", "hub"),
-    ("requests", "following"),
-    ("requests", "live"),
-    ("requests", "pages"),
-    ("requests", "session"),
-    ("requests", "stopping"),
-    ("connection", "admission"),
-    ("connection", "dialects.v1"),
-    ("connection", "following"),
-    ("connection", "requests"),
-    ("connection", "session"),
-    ("transport", "admission"),
-    ("transport", "websocket"),
-    ("websocket", "admission"),
-    ("transport", "listening"),
-    ("connection", "stopping"),
-    ("stopping", "live"),
-    ("connection", "hub"),
-    ("server", "routes"),
-    ("__main__", "cli"),
-    ("cli", ""),
-    ("cli", "terminal"),  # only inside a function, when it is asked for
-}
-LIBRARIES = {
-    "websockets": {
-        "responses",
-        "routes",
-        "transport",
-        "websocket",
-        "server",
-        "client.dial",
-        "client.link",
-        "client.silence",
+PUBLIC = "__init__"  # the package's public names
+FLOORS: list[dict[str, str]] = [
+    {
+        "basics": "content descriptors errors limits logs pieces responses settings",
+        "keyboard": "line_editor",
     },
-    "anthropic": {"models.anthropic.sdk"},
-    "httptools": {"models.h1"},
-    "sqlite3": {"stores.database", "stores.rows", "stores.sqlite"},
-    "httpx2": {"models.anthropic.sdk", "auth.jwks"},
-    "jwt": {"auth.jwt"},
+    {"words": "generation prices protocol schema telemetry"},
+    {"models": "models", "stores": "stores", "visitors": "admission auth", "clients": "client"},
+    {
+        "application": "accounts app connection context conversations cursor dialects following "
+        "hub intake journal live pages quota reporting requests retention routes running "
+        "scheduling session spending stopping upkeep",
+        "sockets": "http listener listening transport websocket",
+    },
+    {"server": "server"},
+    {"programs": f"{PUBLIC} __main__ cli terminal"},
+]
+LIBRARIES = {
+    "anthropic": {"models"},
     "argparse": {"cli"},
-    "uvloop": {"cli"},
-    "prompt_toolkit": {"line_editor", "terminal"},
-    "structlog": {"logs"},
-    "prometheus_client": {"telemetry"},
+    "httptools": {"models"},
+    "httpx2": {"auth", "models"},
+    "jwt": {"auth"},
     "opentelemetry": {"telemetry"},
+    "prometheus_client": {"telemetry"},
+    "prompt_toolkit": {"line_editor", "terminal"},
+    "sqlite3": {"stores"},
+    "structlog": {"logs"},
+    "uvloop": {"cli"},
+    "websockets": {"client", "responses", "routes", "server", "transport", "websocket"},
 }
-
-
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = path
-    return found
+PLACES = {
+    room: (floor, wing)
+    for floor, wings in enumerate(FLOORS)
+    for wing, rooms in wings.items()
+    for room in rooms.split()
+}
+HOW_TO_PLACE = (
+    "add it to FLOORS in tests/test_rooms.py, on the lowest floor where all that it imports is "
+    "below it or in its own wing"
+)
 
 
 @functools.cache
-def imports(path: Path) -> set[str]:
+def modules() -> dict[str, Path]:
+    """Return the file of each module by its name without ``wsserver.``."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__") or PUBLIC] = path
+    return found
+
+
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@functools.cache
+def rooms() -> set[str]:
+    return {room_of(module) for module in modules()}
+
+
+@functools.cache
+def imports(module: str, *, in_functions: bool = True) -> set[str]:
+    """Return the full names that a module imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    nodes: list[ast.AST] = [ast.parse(modules()[module].read_text())]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative import"
-            assert node.module is not None
-            if node.module != "wsserver":  # `from wsserver import server` needs only that
-                names.add(node.module)
+            assert node.level == 0, f"{module} has a relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if in_functions or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
     return names
 
 
-def test_every_module_has_its_floor() -> None:
-    assert set(modules()) == set(FLOORS)
+def imported_modules(module: str, *, in_functions: bool = True) -> set[str]:
+    """Return the modules of this package that a module imports."""
+    found = set()
+    for name in imports(module, in_functions=in_functions):
+        package, _, inside = name.partition(".")
+        if package == "wsserver":
+            parent = inside.rpartition(".")[0]
+            found.add(next(n for n in (inside, parent, PUBLIC) if n in modules()))
+    return found - {module}
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_imports_point_downward_only(name: str) -> None:
-    for imported in imports(modules()[name]):
-        if imported.partition(".")[0] != "wsserver":
-            continue
-        target = imported.removeprefix("wsserver").removeprefix(".")
-        if target not in FLOORS or target == name:
-            continue  # a name inside a module
-        allowed = FLOORS[target] < FLOORS[name] or (name, target) in NEIGHBOURS
-        assert allowed, f"{name} imports {target}"
+def test_every_room_has_its_place() -> None:
+    for room in rooms():
+        assert room in PLACES, f"{room} has no place: {HOW_TO_PLACE}"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_downward(module: str) -> None:
+    room = room_of(module)
+    floor, wing = PLACES[room]
+    for other in {room_of(name) for name in imported_modules(module)} - {room}:
+        lower, its_wing = PLACES[other]
+        assert lower < floor or (lower, its_wing) == (floor, wing), (
+            f"{module} ({wing}, floor {floor}) imports {other} ({its_wing}, floor {lower}): "
+            f"move one of them, or what they share; for a new room, {HOW_TO_PLACE}"
+        )
+
+
+def test_rooms_import_one_another_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {room: set() for room in rooms()}
+    for module in modules():
+        graph[room_of(module)] |= {room_of(name) for name in imported_modules(module)}
+    for room, others in graph.items():
+        others.discard(room)
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_modules_import_one_another_in_no_circle() -> None:
+    """An import inside a function may close a circle of two modules of one package."""
+    graph = {module: imported_modules(module, in_functions=False) for module in modules()}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_is_known_to_its_own_rooms_only(library: str) -> None:
+def test_only_its_own_rooms_import_a_library(library: str) -> None:
     users = {
-        name
-        for name, path in modules().items()
-        if any(imported.partition(".")[0] == library for imported in imports(path))
+        room_of(module)
+        for module in modules()
+        if any(room_of(name) == library for name in imports(module))
     }
     assert users == LIBRARIES[library]
 
 
-def test_the_public_face_is_this() -> None:
+def test_the_public_names() -> None:
     assert sorted(wsserver.__all__) == [
         "ANONYMOUS",
         "Authenticator",
