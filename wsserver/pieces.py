@@ -128,6 +128,9 @@ class Pieces:
     def after(self, number: int) -> "Pieces":
         """Return the pieces that come after a number of pieces."""
         found = Pieces()
+        if number >= self._runs[-1][0]:  # in the last run: the common case
+            found.extend(self.kind, self.block, self.data[number:])
+            return found
         for kind, block, data in self.runs(number):
             found.extend(kind, block, data)
         return found
@@ -143,10 +146,14 @@ class Pieces:
         """Put pieces in the place of those that come after a number of pieces."""
         if len(self.data) > after + len(pieces):  # what is known already, and more of it
             return
-        del self.data[after:]
-        while len(self._runs) > 1 and self._runs[-1][0] >= after:
-            self._runs.pop()
-        _, self.kind, self.block = self._runs[-1]
+        if after < len(self.data):
+            del self.data[after:]
+            while len(self._runs) > 1 and self._runs[-1][0] >= after:
+                self._runs.pop()
+            _, self.kind, self.block = self._runs[-1]
+        if len(pieces._runs) == 1:  # the common case  # noqa: SLF001
+            self.extend(pieces.kind, pieces.block, pieces.data)
+            return
         for kind, block, data in pieces.runs():
             self.extend(kind, block, data)
 
