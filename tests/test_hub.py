@@ -1,6 +1,7 @@
 """The hub without sockets: failing followers, slow stores, limits, and the end of the process."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from tests.support.puppet import BOUND, until
 from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
 from wsserver import Code
 from wsserver.errors import Refused, StoreError
-from wsserver.live import Generation
+from wsserver.live import Conversation, Generation
 from wsserver.protocol import Prompt
 
 ID = "0123456789abcdef"
@@ -214,6 +215,34 @@ async def test_reply_saved_late_is_in_the_history_that_the_model_sees() -> None:
     await stand.prompt("And then?")
     reply = await stand.puppet.reply(2)
     assert [m.content for m in reply.request.messages] == ["Hello?", "late", "And then?"]
+    await stand.hub.close(BOUND)
+
+
+async def test_conversations_in_use_are_not_looked_at_for_each_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stand = Stand(conversations=1)
+    for number in range(200):
+        client, port = stand.client()
+        name = f"conversation-{number:04}"
+        client.receive(json.dumps({"prompt": "x", "conversation": name}))
+        (await stand.puppet.reply(number)).end()
+        await port.next("done")
+        client.receive(json.dumps({"type": "open", "conversation": name}))
+        await port.next("history")
+    looks = 0
+    idle = Conversation.idle.fget  # type: ignore[attr-defined]
+
+    def counted(conversation: Conversation) -> Any:
+        nonlocal looks
+        looks += 1
+        return idle(conversation)
+
+    monkeypatch.setattr(Conversation, "idle", property(counted))
+    generation = await stand.prompt(conversation=TWO)
+    assert looks < 40
+    (await stand.puppet.reply(200)).end()
+    await stand.ended(generation)
     await stand.hub.close(BOUND)
 
 

@@ -18,6 +18,7 @@ from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 __all__ = ["Conversations"]
 
 TURN = 320  # bytes of a turn in memory besides its texts
+LOOKS = 16  # conversations that are looked at, at most, when one is used over the limit
 UTF8 = 4  # bytes of a character in UTF-8 at most
 
 
@@ -131,10 +132,16 @@ class Conversations:
             return
         self._known.move_to_end(key)
         excess = len(self._known) - self._settings.conversations
-        if excess > 0:
-            idle = (key for key, known in self._known.items() if known.idle)
-            for unused in tuple(itertools.islice(idle, excess)):
-                self.forget(self._known[unused])
+        # A few per call are enough, as each call adds one at most. Those in use go to the end, so
+        # that no later call looks at them again and again.
+        for oldest in tuple(itertools.islice(self._known.values(), LOOKS if excess > 0 else 0)):
+            if oldest.idle:
+                self.forget(oldest)
+                excess -= 1
+                if not excess:
+                    return
+            else:
+                self._known.move_to_end((oldest.owner, oldest.id))
 
     def forget(self, conversation: Conversation) -> None:
         """Drop a conversation from memory, unless its id has another object by now."""
