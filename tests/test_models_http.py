@@ -224,9 +224,18 @@ async def test_compressed_bodies_are_decompressed_though_not_asked_for(
     coding: bytes, pack: Callable[[bytes], bytes], size: int
 ) -> None:
     packed = pack(b"hello " * 50_000)
-    parts = [packed[start : start + size] for start in range(0, len(packed), size)][:2000]
-    answer = OK + b"content-encoding: %b\r\ntransfer-encoding: chunked\r\n\r\n" % coding
-    async with answering(answer + b"".join(map(chunk, parts)) + LAST) as (raw, _), pool() as client:
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await head_of(reader)
+        writer.write(OK + b"content-encoding: %b\r\ntransfer-encoding: chunked\r\n\r\n" % coding)
+        for start in range(0, len(packed), size):
+            writer.write(chunk(packed[start : start + size]))
+            if start < 10:
+                await asyncio.sleep(0.001)  # the first bytes, each in a read of its own
+        writer.write(LAST)
+        await reader.read()
+
+    async with Raw(handle) as raw, pool() as client:
         assert await whole(await client.post(template(raw.port), b"{}")) == b"hello " * 50_000
 
 
@@ -552,6 +561,17 @@ async def test_connection_that_the_server_closed_is_noticed_before_its_use() -> 
                 gone.clear()
         socket.create_connection(("127.0.0.1", port)).close()
         thread.join(SECONDS)
+
+
+async def test_connection_that_closes_at_once_is_an_error() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        pass
+
+    async with Raw(handle) as raw, pool(limit=1) as client:
+        for _ in range(5):
+            with pytest.raises(NoResponse):
+                await client.post(template(raw.port), b"{}")
+        await client.warm(template(raw.port).origin)
 
 
 async def test_request_is_not_sent_twice_when_a_kept_connection_ends_without_an_answer() -> None:

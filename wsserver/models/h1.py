@@ -97,8 +97,8 @@ class Connection(asyncio.Protocol):
     def usable(self) -> bool:
         """Whether a request can be sent: the connection is open, and nothing has arrived unasked.
 
-        An idle connection that is readable has been closed by the server, or says something that
-        nobody asked for. The event loop may not have noticed yet.
+        An idle connection that is readable was closed by the server, or has bytes that no request
+        asked for. The event loop may not have read them yet.
         """
         if self._closing or self._transport is None or self._transport.is_closing():
             return False
@@ -117,10 +117,10 @@ class Connection(asyncio.Protocol):
             NoResponse: the connection ended before the response began.
             MalformedResponse: what came is no response.
         """
+        if self._closing:
+            raise NoResponse("the server closed the connection before the request was sent")
         assert self._transport is not None
         assert self._response is None
-        if self._closing:
-            raise NoResponse("the server closed the connection at once")
         self._head_size = 0
         self._interim = self._ended = self._until_close = False
         response = self._response = Response(self)
@@ -167,7 +167,7 @@ class Connection(asyncio.Protocol):
             await self.wait_closed()
 
     def abort(self) -> None:
-        """Close the connection without a farewell: a closing handshake of TLS would take time."""
+        """Close the connection at once, without the closing handshake of TLS."""
         self._closing = True
         self._response = None
         if self._transport is not None:
@@ -228,7 +228,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse some bytes, and hand on what they have of a body."""
         response = self._response
-        if response is None:  # nothing was asked
+        if response is None:  # no request asked for the bytes
             self.abort()
             return
         failure: Exception | None = None
@@ -276,7 +276,7 @@ class Connection(asyncio.Protocol):
             self._drain_timer.cancel()
             self._drain_timer = None
 
-    # For the parser. What follows the end of the response is not looked at: nobody asked for it.
+    # For the parser. Bytes after the end of the response are ignored, and end the connection.
 
     def on_message_begin(self) -> None:
         """Begin a response."""

@@ -16,9 +16,12 @@ __all__ = [
     "Response",
 ]
 
-MAX_UNREAD = 65_536  # bytes of a body that wait for a reader before the socket is read no more
+MAX_UNREAD = 65_536  # bytes of a body that wait for a reader; then the socket is not read
 MAX_BUFFER = 1_048_576  # bytes of a decompressed body that wait for a reader
 INFLATE_SIZE = 65_536  # bytes that one step of decompression makes at most
+
+_GZIP = zlib.MAX_WBITS + 16
+_ZLIB_HEADER = 2  # bytes
 
 
 class Source(Protocol):
@@ -152,16 +155,16 @@ class Response:
 
     def receive(self, data: bytes) -> None:
         """Take a part of the body."""
-        if self._error is not None:
-            return
         if self._decoder is None:
             self._deliver(data)
-            return
-        try:
-            for part in self._decoder.decode(data):
-                self._deliver(part)
-        except DamagedBody as error:
-            self.fail(error)
+        elif self._error is None:
+            try:
+                for part in self._decoder.decode(data):
+                    self._deliver(part)
+                    if len(self._buffer) > MAX_BUFFER:
+                        raise DamagedBody("the body is too large when decompressed")
+            except DamagedBody as error:
+                self.fail(error)
 
     def finish(self) -> None:
         """Take the end of the body."""
@@ -184,8 +187,6 @@ class Response:
         take, over = self._take, self._over
         if take is None or over is None or over.done():
             self._buffer += data
-            if len(self._buffer) > MAX_BUFFER:
-                raise DamagedBody("the body is too large when decompressed")
             if len(self._buffer) > MAX_UNREAD:
                 self._source.pause_reading()
             return
@@ -204,20 +205,19 @@ class _Decoder:
         DamagedBody: the coding is unknown.
     """
 
-    __slots__ = ("_inflate", "_raw_allowed", "_started")
+    __slots__ = ("_first", "_inflate", "_started")
 
     def __init__(self, coding: bytes) -> None:
         if coding not in {b"gzip", b"x-gzip", b"deflate"}:
             raise DamagedBody("the body has a content coding that was not asked for")
-        # `deflate` is zlib's format (RFC 9110 section 8.4.1.2), but some servers send it bare.
-        self._raw_allowed = coding == b"deflate"
-        self._inflate = zlib.decompressobj(zlib.MAX_WBITS if self._raw_allowed else 31)
         self._started = False
+        self._first = b""
+        self._inflate = None if coding == b"deflate" else zlib.decompressobj(_GZIP)
 
     @property
     def finished(self) -> bool:
-        """Whether the compressed data has come to its end, or never began."""
-        return self._inflate.eof or not self._started
+        """Whether the compressed data has ended, or never began."""
+        return not self._started or (self._inflate is not None and self._inflate.eof)
 
     def decode(self, data: bytes) -> Iterator[bytes]:
         """Decompress in steps of bounded size.
@@ -225,18 +225,20 @@ class _Decoder:
         Raises:
             DamagedBody: the data is not in the format of the coding.
         """
+        self._started = True
+        if self._inflate is None:
+            # `deflate` is the zlib format (RFC 9110 section 8.4.1.2), but some servers send the
+            # bare data. Two bytes tell (RFC 1950 section 2.2).
+            self._first = data = self._first + data
+            if len(data) < _ZLIB_HEADER:
+                return
+            zlib_format = data[0] & 0x0F == zlib.DEFLATED and (data[0] << 8 | data[1]) % 31 == 0
+            self._inflate = zlib.decompressobj(zlib.MAX_WBITS * (1 if zlib_format else -1))
         try:
-            yield from self._decode(data)
+            while data and not self._inflate.eof:
+                part = self._inflate.decompress(data, INFLATE_SIZE)
+                data = self._inflate.unconsumed_tail
+                if part:
+                    yield part
         except zlib.error as error:
-            if self._started or not self._raw_allowed:
-                raise DamagedBody("the compressed data is damaged") from error
-            self._inflate, self._raw_allowed = zlib.decompressobj(-zlib.MAX_WBITS), False
-            yield from self.decode(data)
-
-    def _decode(self, data: bytes) -> Iterator[bytes]:
-        while data and not self._inflate.eof:
-            part = self._inflate.decompress(data, INFLATE_SIZE)
-            self._started = True
-            data = self._inflate.unconsumed_tail
-            if part:
-                yield part
+            raise DamagedBody("the compressed data is damaged") from error
