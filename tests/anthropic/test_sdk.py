@@ -139,7 +139,7 @@ async def test_renewed_token_that_is_refused_too_is_the_end(
 async def test_token_is_renewed_before_it_expires(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.model.TEMPLATE_TIME", 0.0)
+    monkeypatch.setattr("wsserver.models.anthropic.templates.TEMPLATE_TIME", 0.0)
     issuer.lifetime = 20  # seconds, in which the SDK renews for each request
     received = await ask(upstream, 2)
     tokens = [each.headers["authorization"] for each in received]

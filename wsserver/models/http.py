@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from urllib.parse import quote, urljoin, urlsplit
 
+from wsserver.errors import WsserverError
 from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, dial
 from wsserver.models.h1 import Connection
 from wsserver.models.proxy import PORTS
@@ -27,7 +28,7 @@ MAX_REDIRECTS = 20
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SAME_REQUEST = frozenset({307, 308})  # method and body stay as they are
 _TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110 section 5.6.2
-_VALUE = re.compile(rb"[^\x00\r\n]*")
+_VALUE = re.compile(rb"[^\x00-\x08\x0a-\x1f\x7f]*")  # RFC 9110 section 5.5
 _SAFE = "!$%&'()*+,/:;=?@~"  # in a path and its query, with escapes that are there already
 _SET_HERE = frozenset({b"connection", b"content-length", b"transfer-encoding", b"keep-alive"})
 
@@ -36,16 +37,16 @@ class Redirected(HttpError):
     """The server redirects to where a prompt must not be sent, or without end."""
 
 
-class InvalidRequest(HttpError):
+class InvalidRequest(WsserverError):
     """A header has characters that no header may have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The same for all requests: where they go and their headers.
+    """What is the same for all requests: where they go, and their headers.
 
     Attributes:
-        origin: where they go.
+        origin: the server.
         target: path and query.
         headers: the lines of the headers.
     """

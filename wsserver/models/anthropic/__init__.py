@@ -1,7 +1,8 @@
 """Claude, or any server that speaks the Messages API.
 
-``model`` asks for a reply; ``request`` is what it sends, ``events`` and ``reply`` read what comes,
-``failures`` names what can go wrong. ``sdk`` is the only module that imports Anthropic's SDK.
+``model`` asks for replies. ``request`` makes the body of a request, ``events`` and ``reply`` read
+the response, ``failures`` has the codes of errors. ``templates`` keeps the URL and the headers, and
+``sdk`` gets them from Anthropic's SDK; no other module imports the SDK.
 """
 
 from wsserver.models.anthropic.model import Anthropic

@@ -10,8 +10,8 @@ import time
 from typing import Any
 
 from wsserver.errors import Code, ModelError, WsserverError
-from wsserver.models.dial import CannotConnect, ConnectTimeout, Untrusted
-from wsserver.models.http import InvalidRequest, Redirected
+from wsserver.models.dial import CannotConnect, ConnectTimeout, ProxyRefused, Untrusted
+from wsserver.models.http import Redirected
 from wsserver.models.response import ClosedEarly, HttpError, NoResponse
 
 __all__ = ["ApiError", "TransientError", "of_event", "of_http"]
@@ -22,6 +22,7 @@ _BY_STATUS = {
     402: Code.SPEND_LIMIT,
     403: Code.CREDENTIALS,
     404: Code.MODEL_NOT_FOUND,
+    407: Code.UNREACHABLE,  # of a proxy
     408: Code.TIMEOUT,
     413: Code.REQUEST_TOO_LARGE,
     429: Code.RATE_LIMITED,
@@ -47,7 +48,6 @@ _BY_FAILURE: tuple[tuple[type[HttpError], Code], ...] = (  # a class before its 
     (NoResponse, Code.UNREACHABLE),
     (ClosedEarly, Code.INCOMPLETE),
     (Redirected, Code.REDIRECTED),
-    (InvalidRequest, Code.INTERNAL),
 )
 _PASSING = (Code.TIMEOUT, Code.UNREACHABLE, Code.INCOMPLETE)
 _BAD_REQUEST = 400
@@ -115,6 +115,8 @@ def of_http(error: HttpError) -> ModelError | TransientError:
     """Return what to raise for an exchange that failed."""
     code = next((code for kind, code in _BY_FAILURE if isinstance(error, kind)), Code.MALFORMED)
     model_error = ModelError(code)
+    if isinstance(error, ProxyRefused):
+        model_error.kind = "proxy_refused"
     return TransientError(model_error) if code in _PASSING else model_error
 
 

@@ -6,11 +6,8 @@ says.
 
 import asyncio
 import contextlib
-import os
 import random
-import ssl
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 from pydantic_core import to_json
 
@@ -21,21 +18,18 @@ from wsserver.models.anthropic.events import parse
 from wsserver.models.anthropic.failures import ApiError, TransientError, of_http
 from wsserver.models.anthropic.reply import Reply
 from wsserver.models.anthropic.request import arguments
+from wsserver.models.anthropic.templates import Templates
 from wsserver.models.base import Request, Take
-from wsserver.models.http import PORTS, Pool, Template
+from wsserver.models.http import Pool, Template
 from wsserver.models.response import HttpError, Response
 from wsserver.settings import Settings
 from wsserver.telemetry import RequestSpan
-
-if TYPE_CHECKING:
-    from wsserver.models.anthropic.sdk import Sdk
 
 __all__ = ["Anthropic"]
 
 MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
 MAX_TEMPERATURE = 1  # that the API accepts
 MAX_ERROR = 65_536  # bytes of an error's body
-TEMPLATE_TIME = 20.0  # seconds; the SDK gives out no token that expires within 30
 
 _OK = 200
 _UNAUTHORIZED = 401
@@ -45,8 +39,7 @@ class Anthropic:
     """A model of Anthropic's, or of any server that speaks the Messages API.
 
     Credentials, ``ANTHROPIC_BASE_URL`` and whatever else the SDK reads from the environment are
-    honoured. The SDK takes most of a second to import. If the environment has a key or a token, a
-    thread imports the SDK later: for :meth:`prepare`, or for the first prompt.
+    honoured.
 
     Args:
         name: the id of the model.
@@ -62,14 +55,8 @@ class Anthropic:
         self.name = name
         self._settings = settings
         self._without_temperature: set[str] = set()  # models that refused one
-        self._sdk: Sdk | None = None
-        self._loading: asyncio.Task[Sdk] | None = None
-        self._pool = Pool(settings.generations, settings.connect_timeout, self._tls)
-        self._template: Template | None = None
-        self._recorded = 0.0  # when, by the clock of the event loop
-        self._recording: asyncio.Task[Template] | None = None
-        if not _has_key():
-            self._sdk = _load(name)
+        self._templates = Templates(name)
+        self._pool = Pool(settings.generations, settings.connect_timeout, self._templates.tls)
 
     async def prepare(self) -> None:
         """Import the SDK.
@@ -77,23 +64,18 @@ class Anthropic:
         Raises:
             ConfigError: the SDK cannot be used as the environment configures it.
         """
-        await self._load_sdk()
+        await self._templates.load()
 
     async def warm(self) -> None:
         """Have one connection to the API ready, if none is idle. Failures are left to prompts."""
         with contextlib.suppress(ConfigError, HttpError, ModelError, TransientError):
-            template = await self._current_template()
+            template = await self._templates.current()
             await self._pool.warm(template.origin)
 
     async def aclose(self) -> None:
         """Close all connections and the SDK."""
-        for task in (self._loading, self._recording):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
         await self._pool.aclose()
-        if self._sdk is not None:
-            await self._sdk.aclose()
+        await self._templates.aclose()
 
     async def push(self, request: Request, take: Take, /) -> None:
         """Stream a reply, with new attempts while no text of it has come.
@@ -137,7 +119,7 @@ class Anthropic:
         refused: Template | None = None
         while True:
             try:
-                template = await self._current_template(refused)
+                template = await self._templates.current(refused)
                 origin = template.origin
                 with RequestSpan(origin.host, origin.port, template.url, resent) as span:
                     await self._exchange(template, to_json(body), reply, span)
@@ -145,7 +127,7 @@ class Anthropic:
                 raise of_http(error) from error
             except ApiError as error:
                 resent += 1
-                if error.status == _UNAUTHORIZED and refused is None and self._renews:
+                if error.status == _UNAUTHORIZED and refused is None and self._templates.renewable:
                     refused = template
                 elif not self._leave_out_temperature(error, body):
                     raise error.failure() from error
@@ -168,7 +150,7 @@ class Anthropic:
                 end = reply.end()
             finally:
                 reply.close()
-            response.release()  # the end of the body is not worth waiting for
+            response.release()  # `done` does not wait for the end of the body
         finally:
             await response.aclose()
         reply.take(end)
@@ -189,93 +171,6 @@ class Anthropic:
         self._without_temperature.add(body["model"])
         del body["temperature"]
         return True
-
-    # What the SDK knows.
-
-    @property
-    def _renews(self) -> bool:
-        return self._sdk is not None and self._sdk.renews
-
-    def _tls(self) -> ssl.SSLContext:
-        assert self._sdk is not None
-        return self._sdk.tls()
-
-    async def _current_template(self, refused: Template | None = None) -> Template:
-        """Return where requests go and their headers.
-
-        Args:
-            refused: the template whose credentials the API refused.
-
-        Raises:
-            ConfigError: the SDK cannot be used.
-            InvalidRequest: a header of the environment is malformed.
-            ModelError: there are no credentials.
-            TransientError: there are no credentials now.
-        """
-        loop = asyncio.get_running_loop()
-        template = self._template
-        fresh = loop.time() < self._recorded + TEMPLATE_TIME
-        if template is not None and fresh and template is not refused:
-            return template
-        recording = self._recording
-        if recording is None:
-            renew = refused is not None and template is refused
-            recording = self._recording = loop.create_task(self._record(renew=renew))
-            recording.add_done_callback(_retrieve)
-        await asyncio.wait({recording})
-        return recording.result()
-
-    async def _record(self, *, renew: bool) -> Template:
-        try:
-            sdk = await self._load_sdk()
-            self._template = await sdk.record(renew=renew)
-            self._recorded = asyncio.get_running_loop().time()
-            return self._template
-        finally:
-            self._recording = None
-
-    async def _load_sdk(self) -> "Sdk":
-        if self._sdk is None:
-            if self._loading is None:
-                loading = asyncio.to_thread(_load, self.name)
-                self._loading = asyncio.get_running_loop().create_task(loading)
-            await asyncio.wait({self._loading})
-            self._sdk = self._loading.result()
-        return self._sdk
-
-
-def _load(name: str) -> "Sdk":
-    from wsserver.models.anthropic.sdk import Sdk  # noqa: PLC0415
-
-    return Sdk(name)
-
-
-def _retrieve(task: asyncio.Task[Template]) -> None:
-    if not task.cancelled():
-        task.exception()  # whoever waited may have been cancelled
-
-
-def _has_key() -> bool:
-    """Return whether the environment has a key or a token, which the SDK then uses.
-
-    Raises:
-        ConfigError: a setting of the environment is malformed.
-    """
-    address = os.environ.get("ANTHROPIC_BASE_URL")
-    if address is not None:
-        try:
-            url = urlsplit(address)
-            sound = url.scheme in PORTS and url.hostname and url.port != 0
-        except ValueError:
-            sound = False
-        if not sound:
-            raise ConfigError("model: ANTHROPIC_BASE_URL is no http:// or https:// address")
-    for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
-        if value := os.environ.get(name):
-            if not (value.isascii() and value.isprintable()):
-                raise ConfigError(f"model: {name} has characters that no HTTP header may have")
-            return True
-    return False
 
 
 async def _error(response: Response) -> ApiError:

@@ -6,8 +6,8 @@ and not sent. Prompts are then sent with the recorded headers: if the SDK made e
 would cost more CPU than all the rest of a short reply. Only public names of the SDK and of httpx2
 are used.
 
-This module takes most of a second to import, so only :mod:`wsserver.models.anthropic.model` imports
-it, in a thread.
+To import this module takes most of a second: :mod:`wsserver.models.anthropic.templates` does so in
+a thread.
 """
 
 import ssl
@@ -20,7 +20,7 @@ import httpx2
 from wsserver.errors import Code, ConfigError, ModelError
 from wsserver.models.anthropic.failures import TransientError
 from wsserver.models.dial import Origin
-from wsserver.models.http import Template
+from wsserver.models.http import InvalidRequest, Template
 from wsserver.models.proxy import PORTS, proxy_for
 
 __all__ = ["Sdk"]
@@ -112,6 +112,7 @@ class Sdk:
             renew: whether to renew the credentials first, as the API has refused them.
 
         Raises:
+            ConfigError: a header of the environment is malformed.
             ModelError: the credentials cannot be had.
             TransientError: the credentials cannot be had now.
         """
@@ -130,7 +131,10 @@ class Sdk:
             raise ModelError(Code.CREDENTIALS) from error
         request = self._recorder.request
         origin = _origin(request.url, request.extensions)
-        return Template.make(origin, request.url.raw_path, request.headers.raw)
+        try:
+            return Template.make(origin, request.url.raw_path, request.headers.raw)
+        except InvalidRequest as error:
+            raise ConfigError(f"model: {error}") from error
 
     async def aclose(self) -> None:
         """Close what the SDK holds."""
