@@ -1,6 +1,9 @@
 """What the environment configures of Anthropic's SDK, and how its credentials are renewed."""
 
 import json
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from tests.support.client import client
 from tests.support.upstream import Answer, Received, Script, Upstream, error, reply
 from wsserver.errors import ConfigError
 from wsserver.models.anthropic import Anthropic
+from wsserver.models.anthropic.sdk import Sdk
 from wsserver.settings import Settings
 
 MODEL = "claude-sonnet-4-6"
@@ -193,6 +197,35 @@ async def test_profile_of_the_config_folder_is_used(
     monkeypatch.delenv("ANTHROPIC_BASE_URL")
     (received,) = await ask(upstream)
     assert received.headers["authorization"] == "Bearer token-of-profile"
+
+
+# When the SDK is imported
+
+
+def test_server_starts_without_the_sdk() -> None:
+    program = "import sys, wsserver.cli, wsserver.models.anthropic; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    assert not {"anthropic", "httpx2"} & set(done.stdout.decode().split())
+
+
+async def test_sdk_is_imported_once_the_server_listens(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    made: list[str] = []
+
+    def load(model: str) -> Sdk:
+        made.append(threading.current_thread().name)
+        return Sdk(model)
+
+    monkeypatch.setattr("wsserver.models.anthropic.templates._load", load)
+    async with wsserver.serve(port=0, drain_timeout=0) as server:
+        await server.prepared()
+        assert len(made) == 1
+        assert made[0] != threading.main_thread().name
+        async with client(server) as chat:
+            assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
+    assert len(made) == 1
 
 
 # What is found at the start
