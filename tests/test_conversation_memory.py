@@ -1,4 +1,4 @@
-"""The turns of conversations in memory: counted as they are, and dropped when nobody needs them."""
+"""Turns of conversations in memory: how they are counted, and when they are dropped."""
 
 import sys
 import tracemalloc
@@ -36,7 +36,7 @@ def known(server: wsserver.Server, name: str) -> Conversation | None:
 
 
 def fill(memory: Memory) -> dict[str, int]:
-    """Take nearly all that is free, as many clients together can; return what each has."""
+    """Take nearly all free memory with many accounts; return the bytes of each account."""
     taken: dict[str, int] = {}
     size = memory.limit // 10
     while size > 100:
@@ -59,7 +59,7 @@ async def test_turns_count_with_their_size_in_memory(
         conversation = known(server, ONE)
         assert conversation is not None
         (turn,) = conversation.turns
-        # Four bytes for each character, and four for its UTF-8 where Python keeps that too.
+        # Four bytes for each character, and four more if Python caches its UTF-8.
         size = sys.getsizeof(turn.text) + sys.getsizeof(turn.prompt)
         assert 40_000 < size < 81_000
         assert size < server.memory.used - before < size + 1000
@@ -72,7 +72,7 @@ async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
     async with client(server) as chat:
         await say(chat, puppet, "one", "x" * 10_000, ONE)
         await say(chat, puppet, "two", "y" * 10_000, TWO)
-        server._hub.conversations._shed(1)  # those used longest ago first
+        server._hub.conversations._shed(1)  # the least recently used first
         assert known(server, ONE) is None
         assert known(server, TWO) is not None
         taken = fill(server.memory)
@@ -153,7 +153,7 @@ async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
         reply.say(*pieces).end()
         await chat.text(start["id"])
         server._hub.conversations._shed(10**9)
-        # Each short piece is an object of its own, and has a place of 8 bytes in a list.
+        # Each piece is an object, and takes 8 bytes of a list.
         size = 1000 * (sys.getsizeof(pieces[0]) + 8)
         assert size < server.memory.cached < size + 8000
         assert server._hub.retention.size == server.memory.cached == server.memory.used
@@ -195,4 +195,4 @@ async def test_opened_histories_are_not_kept_in_memory(
     await until(lambda: not server._connections)
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert held < 400_000, "twenty histories would be 1.6 MB"
+    assert held < 400_000, "twenty histories in memory would take 1.6 MB"

@@ -1,4 +1,4 @@
-"""What models say, on its way into the log, whether they are iterated or push."""
+"""The way from a model into the log, for models that are iterated and models that push."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ from wsserver.protocol import encode_run
 
 
 class Pusher:
-    """The same model as one that calls back."""
+    """The same model as a PushModel."""
 
     name = "pusher"
 
@@ -149,4 +149,4 @@ async def test_followers_in_the_same_place_share_one_frame(
         reply.end()
         said = [(await chat.text(generation))[0] for chat in (one, two, three)]
     assert said == 3 * ["".join(f"{number} " for number in range(20))]
-    assert made == list(range(1, 21)), "each was made once"
+    assert made == list(range(1, 21)), "each frame is encoded once"

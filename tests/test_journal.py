@@ -26,7 +26,7 @@ FAILURES: dict[str, BaseException] = {
 
 
 class Scripted(MemoryStore):
-    """A store that fails as often as it is told to."""
+    """A store that fails on demand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Scripted(MemoryStore):
 
 
 class Stand:
-    """A journal with its store, and what it told of each end."""
+    """A journal with its store. ``told`` has whether each end was saved."""
 
     def __init__(self, **options: float) -> None:
         self.store = Scripted()
@@ -172,7 +172,7 @@ async def test_unsaved_replies_are_kept_up_to_a_number_and_a_size(
     assert sorted(kept) == ["g2", "g3", "g4", "g5", "running"]
     for number in range(6, 8):
         record = stand.begin(f"g{number}")
-        record.log.append("🎈" * 20_000)  # four bytes each, as Python has them
+        record.log.append("🎈" * 20_000)  # a str with an emoji has four bytes a character
         stand.end(record)
     await until(lambda: len(stand.told) == 8)
     await until(lambda: len(stand.journal._unsaved) == 2)

@@ -1,4 +1,4 @@
-"""Conversations that last: restarts, and stores that fail or hang."""
+"""Conversations over restarts, and with stores that fail or hang."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +31,7 @@ async def test_conversations_survive_a_restart(puppet: Puppet, file: str) -> Non
             assert [m["content"] for m in history["messages"]] == ["I am Ann", "Hello Ann"]
             await resume(chat)
             assert await chat.text(ID) == ("Hello Ann", done)
-            await chat.prompt("I am Ann", conversation=ONE, id=ID)  # paid for already
+            await chat.prompt("I am Ann", conversation=ONE, id=ID)  # its reply exists already
             assert (await chat.next("done", id=ID)) == done
             await chat.prompt("Who am I?")
             await puppet.reply(1)
@@ -54,7 +54,7 @@ async def test_shutdown_mid_stream_loses_nothing(puppet: Puppet, file: str) -> N
 
 
 class Broken(MemoryStore):
-    """A store that fails when it is told to, or never comes back."""
+    """A store that fails or hangs on demand."""
 
     failing = False
     hanging: asyncio.Event | None = None
@@ -102,12 +102,12 @@ async def test_stream_goes_on_with_a_failing_store_and_done_is_unsaved(
         assert (text, done["saved"], done["reason"]) == ("still here", False, "end_turn")
         assert "secret" not in str(chat.frames)
         errors = [r for r in caplog.records if "cannot be saved" in r.getMessage()]
-        assert len(errors) == 1, "an outage is told once"
+        assert len(errors) == 1, "an outage is logged once"
         store.failing = False
         await exchange(chat, puppet, "Saved again", "x")
         assert "saved" not in chat.frames[-1]
         said = [m.content for m in puppet.replies[2].request.messages]
-        assert "still here" in said, "it is remembered all the same"
+        assert "still here" in said, "the model still sees the unsaved turn"
 
 
 async def test_unsaved_replies_are_saved_when_the_store_is_back(
@@ -148,7 +148,9 @@ async def test_hanging_store_delays_an_end_by_the_store_timeout(
         assert "saved" not in chat.frames[-1]
         history = await opened(chat, start["conversation"])
         said = [m["content"] for m in history["messages"]]
-        assert said == ["Talk", "x", "Meanwhile", "y", "Next", "z"], "saved after all"
+        assert said == ["Talk", "x", "Meanwhile", "y", "Next", "z"], (
+            "all turns are saved in the end"
+        )
 
 
 async def test_hanging_store_does_not_block_the_shutdown(

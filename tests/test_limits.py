@@ -1,4 +1,4 @@
-"""Rates, shares and a budget as plain data; and each limit as a client meets it."""
+"""Limits as plain data, and each limit as a client sees it."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ def test_bucket_gives_a_burst_and_then_a_rate() -> None:
     assert [bucket.take(1000) for _ in range(4)] == [0, 0, 0, 0.5]
 
 
-def test_refused_prompt_takes_nothing_from_the_limits() -> None:
+def test_refused_take_leaves_the_bucket_unchanged() -> None:
     bucket = Bucket(rate=1, burst=1, now=0)
     assert bucket.take(0) == 0
     for step in range(1, 10):
@@ -88,7 +88,7 @@ def test_wider_network_has_a_larger_share_and_a_refusal_takes_nothing() -> None:
     assert len(shares) == 0
 
 
-# The bytes in memory.
+# Memory.
 
 
 def test_memory_is_refused_over_the_share_of_an_account_and_nothing_is_taken() -> None:
@@ -134,7 +134,7 @@ def test_caches_are_shed_before_anything_in_use_is_refused() -> None:
             memory.give(CACHE, cached.pop(0))
 
     asked: list[int] = []
-    memory.shed_by(asked.append)  # one that has nothing
+    memory.shed_by(asked.append)  # a cache with nothing to drop
     memory.shed_by(shed)
     for size in cached:
         assert memory.take(CACHE, size)
@@ -142,10 +142,10 @@ def test_caches_are_shed_before_anything_in_use_is_refused() -> None:
     assert (len(cached), asked) == (7, [150, 150])
     assert memory.used == 950
     assert memory.take(("a",), 120)
-    assert memory.take(CACHE, 100)  # in the place of an older one
+    assert memory.take(CACHE, 100)  # an older entry is dropped for it
     assert memory.used == 970 == memory.cached + 370
-    assert not memory.take(CACHE, 631)  # which would not fit beside what is in use
-    assert memory.cached == 600, "and so nothing was dropped for it"
+    assert not memory.take(CACHE, 631)  # too large beside the bytes in use
+    assert memory.cached == 600, "nothing is dropped for a request that cannot fit"
 
 
 def test_cache_that_cannot_shed_enough_refuses_and_takes_nothing() -> None:
@@ -166,7 +166,7 @@ def test_budget_reserves_settles_and_begins_anew_each_day() -> None:
     budget = Budget(100)
     assert not budget.knows("ada", 1)
     budget.learn("ada", 1, 30)
-    budget.learn("ada", 1, 99)  # somebody was quicker
+    budget.learn("ada", 1, 99)  # another request has learned it before
     assert budget.left("ada") == 70
     budget.reserve("ada", 50)
     assert budget.left("ada") == 20
@@ -210,11 +210,11 @@ def test_no_budget_counts_nothing() -> None:
     assert len(budget) == 0
 
 
-# As clients meet them.
+# Limits as clients see them.
 
 
 async def named(token: str | None, _: object) -> Principal | None:
-    """Believe whatever a client says."""
+    """Take the token as the name of the principal."""
     return None if token is None else Principal(token)
 
 
@@ -280,7 +280,7 @@ async def test_prompt_rate_counts_all_sockets_of_a_principal(puppet: Puppet) -> 
     ):
         for chat in (one, two):
             assert (await chat.prompt())["type"] == "start"
-        assert (await one.prompt())["code"] == "busy"  # and took nothing
+        assert (await one.prompt())["code"] == "busy"  # a refusal takes nothing from the rate
         assert (await one.prompt(conversation="conversation-two"))["type"] == "start"
         error = await two.prompt(conversation="conversation-three")
         assert error["code"] == "limit"
@@ -387,12 +387,14 @@ async def test_rest_of_the_day_bounds_the_next_replies(puppet: Puppet) -> None:
         first = await ada.prompt(conversation="conversation-one")
         await ada.prompt(conversation="conversation-two")
         replies = [await puppet.reply(number) for number in range(2)]
-        # Less what their prompts are likely to cost.
+        # The estimated cost of the prompts is reserved as well.
         assert [reply.request.max_tokens for reply in replies] == [700, 298]
         assert (await ada.prompt(conversation="conversation-three"))["code"] == "limit"
         await ada.send({"type": "stop", "id": first["id"]})
         await ada.text(first["id"])
-        third = await ada.prompt(conversation="conversation-three")  # what the stop gave back
+        third = await ada.prompt(
+            conversation="conversation-three"
+        )  # the stop released its reservation
         assert third["type"] == "start"
         assert 690 < (await puppet.reply(2)).request.max_tokens <= 700
 
@@ -446,7 +448,7 @@ async def test_address_behind_a_proxy_is_the_clients_address(puppet: Puppet) -> 
             return client(server, additional_headers=headers)
 
         async with behind("203.0.113.1"), behind("203.0.113.2"):
-            # What the client itself claims stands to the left of what the proxy saw.
+            # The entry of the client itself is to the left of the entry of the proxy.
             for claim in ("203.0.113.1", "203.0.113.9, 203.0.113.1", "x, 203.0.113.1, 127.0.0.9"):
                 with pytest.raises(InvalidStatus) as raised:
                     async with behind(claim):

@@ -151,7 +151,7 @@ async def test_prompt_of_a_watching_tab_gets_one_start(
     await exchange(chat, puppet, "Before", "Yes", conversation=ONE)
     async with client(server) as tab:
         await opened(tab)
-        start = await tab.prompt("From the tab")  # the conversation is the tab's own now
+        start = await tab.prompt("From the tab")  # the prompt goes to the open conversation
         assert (start["conversation"], "prompt" in start) == (ONE, False)
         (await puppet.reply(1)).say("x").end()
         await tab.text(start["id"])
@@ -311,7 +311,7 @@ async def test_client_that_does_not_read_gets_the_next_answer_once_it_reads(
             await slow.send('{"type": "open", "conversation": "conversation-one"}')
         await until(lambda: any(not socket.writable for socket in server._connections))
         while sum('"history"' in text for text in slow.texts) < 20:
-            assert await slow.read(), "it was cut off"
+            assert await slow.read(), "the server aborted the connection"
 
 
 async def test_delete_is_told_to_clients_with_the_conversation_open(

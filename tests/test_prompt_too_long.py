@@ -1,4 +1,4 @@
-"""Conversations that are within the server's limits, and too long for the model."""
+"""Conversations within the limits of the server that are too long for the model."""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,7 +10,7 @@ from tests.support.client import Client, client
 from tests.support.upstream import Script, Upstream, error, error_event, reply, stream
 from wsserver import Code, ModelError
 
-LIMIT = 20_000  # tokens that the stand-in takes, one for each character
+LIMIT = 20_000  # tokens of the largest request that the test model accepts, one a character
 
 
 def refusal(tokens: int, *_: object) -> Script:
@@ -82,8 +82,8 @@ async def test_history_too_long_for_the_model_is_shortened_within_the_same_promp
         last = texts(upstream.requests[-1].body)
         assert last[-1].startswith(f"{number}字")
         if number:
-            assert len(last) > 1, "some of the conversation is shown"
-    # The first refusal is remembered: what is sent stays below it from then on.
+            assert len(last) > 1, "the model sees a part of the conversation"
+    # The first refusal is remembered: later requests stay below it.
     tried = sizes(upstream)
     assert len(tried) - 40 <= 3
     refused = [size for size in tried if size > LIMIT]
@@ -106,7 +106,7 @@ async def test_prompt_too_long_alone_is_an_error_and_the_conversation_goes_on(
     start = await chat.prompt("And on")
     assert (await chat.text(start["id"]))[1]["type"] == "done"
     shown = texts(upstream.requests[-1].body)
-    assert len(shown) == 9, "all but the prompt that failed"
+    assert len(shown) == 9, "all turns but the failed prompt"
 
 
 async def test_messages_of_a_client_are_not_shortened(chat: Client, upstream: Upstream) -> None:

@@ -1,4 +1,4 @@
-"""How much of the store an owner may fill, and for how long conversations are kept."""
+"""Quotas of the store, and the retention time of conversations."""
 
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ ONE = "conversation-0001"
 
 
 async def say(chat: Client, puppet: Puppet, text: str, **keys: Any) -> dict[str, Any]:
-    """Have a prompt answered with a text; return its `start`, or the error that refuses it."""
+    """Prompt, have the model answer, and return the `start` or the error."""
     number = len(puppet.replies)
     answer = await chat.prompt("Hello", **keys)
     if answer["type"] == "start":
@@ -72,7 +72,7 @@ async def test_owner_over_the_byte_limit_is_refused(
             assert "bytes_per_principal" in refused["message"]
         assert len(puppet.replies) == 2
         again = await chat.prompt("Hello", **first)
-        assert again["type"] == "start", "nothing is stored for a prompt that is sent again"
+        assert again["type"] == "start", "a prompt that is sent again stores nothing"
         await chat.send({"type": "delete", "conversation": "conversation-0002"})
         await chat.next("deleted")
         assert (await say(chat, puppet, "x", conversation="conversation-0001"))["type"] == "start"

@@ -1,4 +1,4 @@
-"""What requests cost an account, and what becomes of them when their client leaves."""
+"""Costs of requests: bytes that an account reads, and memory. Requests whose client leaves."""
 
 import asyncio
 import gc
@@ -44,7 +44,7 @@ async def gated(
         yield store, server
 
 
-# What reading costs.
+# Reads.
 
 
 async def test_account_over_its_read_limit_waits_and_others_do_not(
@@ -97,7 +97,7 @@ async def test_account_pays_for_ended_replies_that_are_read_from_the_store(
             assert error["retry_after"] > 0
 
 
-# Requests of clients that do not stay.
+# Requests whose client leaves.
 
 
 @pytest.mark.parametrize("kind", ["rename", "delete"])
@@ -146,7 +146,7 @@ async def test_waiting_rename_is_done_before_the_server_closes(
     assert stored.title == "New"
 
 
-# What waits is counted.
+# Memory.
 
 
 async def test_bytes_that_wait_are_counted_and_given_back(
@@ -248,6 +248,6 @@ async def test_ended_replies_make_room_for_what_is_in_use(puppet: Puppet, tmp_pa
             memory.limit = memory.used
             assert memory.take(("somebody",), 10_000)
             assert before - 2 * 45_000 <= memory.cached <= before - 10_000
-            for number in range(5):  # the one that made room is still in the store
+            for number in range(5):  # the store still has the reply that was dropped
                 await chat.send({"type": "resume", "id": f"{ID}-{number}"})
                 assert (await chat.next("token"))["text"] == "🙂" * 10_000

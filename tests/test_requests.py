@@ -126,7 +126,7 @@ async def test_start_of_a_whole_reply_has_no_after(chat: Client) -> None:
     assert "after" not in await chat.prompt()
 
 
-# What the server says of itself.
+# Hello.
 
 
 async def test_hello_comes_first_if_the_subprotocol_is_offered(
@@ -339,7 +339,7 @@ async def test_retry_lasts_in_the_store(puppet: Puppet, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-# Decisions and awaits.
+# Races.
 
 
 @pytest.mark.parametrize("store", ["memory:", "sqlite"])
@@ -379,9 +379,9 @@ async def test_prompt_that_races_a_delete_sees_nothing_deleted(
             await other.next("start", "error")
             await chat.send({"type": "open", "conversation": ONE})
             seen = await chat.next("history", "error")
-            if seen["type"] == "error":  # the delete came last
+            if seen["type"] == "error":  # the delete was decided last
                 assert seen["code"] == "not_found"
-            else:  # the prompt came last, and began anew
+            else:  # the prompt was decided last, in a new conversation
                 await until(lambda: len(puppet.replies) == 3)
                 assert [m.content for m in puppet.replies[2].request.messages] == ["New"]
                 assert seen["messages"] == []

@@ -27,7 +27,7 @@ async def test_client_whose_connection_breaks_in_each_frame_gets_smaller_frames(
     heard, last, sizes = "", 0, []
     async with Proxy(server.port, *[Cut(after=4000)] * 60) as proxy:
         while last < len(said):
-            assert proxy.cuts, "the client never gets on"
+            assert proxy.cuts, "the client makes no progress"
             async with connect(proxy.url, proxy=None) as socket:
                 other = Client(socket)
                 await other.send({"type": "resume", "id": ID, "after": last})
@@ -38,7 +38,7 @@ async def test_client_whose_connection_breaks_in_each_frame_gets_smaller_frames(
                         sizes.append(len(frame["text"]))
     assert heard == "".join(said)
     assert max(sizes) < 4000
-    assert min(sizes[:-1]) >= 1024, "no smaller than needed"
+    assert min(sizes[:-1]) >= 1024, "frames are no smaller than needed"
 
 
 async def test_frames_keep_their_size_for_clients_that_make_progress(
@@ -157,7 +157,7 @@ async def test_unread_reply_is_stopped_after_the_grace_tokens(puppet: Puppet) ->
             await resume(other)
             text, done = await other.text(ID)
             assert done["by"] == "disconnect"
-            assert text == "read " + "unread " * 6, "the piece that crosses the limit is the last"
+            assert text == "read " + "unread " * 6, "the last piece crosses the limit"
 
 
 async def test_unread_tokens_do_not_count_until_the_client_can_notice_a_dead_connection(
@@ -181,7 +181,7 @@ async def test_unread_tokens_do_not_count_until_the_client_can_notice_a_dead_con
         async with client(server) as other:
             await resume(other, after=1)
             await other.next("token", seq=201)
-        # The next client closes. It knows that it does.
+        # The next client closes its connection itself.
         await until(lambda: not generation.readers)
         reply.say(*["unread "] * 20)
         async with asyncio.timeout(BOUND):
@@ -283,7 +283,7 @@ async def test_other_owners_data_looks_like_missing_data(
         await other.send({"type": "list"})
         assert (await other.next("conversations"))["items"] == []
 
-        # A prompt begins one of the same name, and neither owner notices the other.
+        # The other owner has a conversation of the same id. Neither owner notices the other.
         watched = (await opened(chat))["messages"]
         await exchange(other, puppet, "Yours", "y", conversation=ONE, id=ID)
         assert [m.content for m in puppet.replies[1].request.messages] == ["Yours"]

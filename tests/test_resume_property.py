@@ -1,4 +1,4 @@
-"""Wherever the line is lost, who resumes has what the model said, to the byte and once."""
+"""A client that resumes after a break at any byte has the whole reply, each piece once."""
 
 import asyncio
 import json
@@ -72,7 +72,9 @@ async def test_drop_at_any_frame_loses_nothing(
             await chat.send(story.prompt)
             await transcript.hear(chat, index)
             if meanwhile != "nothing":
-                await story.reply()  # it was accepted, whether or not the client knows
+                await (
+                    story.reply()
+                )  # the server has accepted the prompt, even if the client does not know
         if meanwhile == "something":
             await story.tell(3)
         elif meanwhile == "all":
@@ -108,9 +110,9 @@ async def test_new_socket_for_each_frame_loses_nothing(
 
 visits = st.lists(
     st.tuples(
-        st.integers(0, 8),  # frames that are received
-        st.integers(1, 5),  # pieces that are said where none waits
-        st.integers(0, 4),  # pieces that are said while nobody is there
+        st.integers(0, 8),  # frames that the client receives
+        st.integers(1, 5),  # pieces that the model says when the client has everything
+        st.integers(0, 4),  # pieces that the model says while no client is connected
         st.sampled_from(DROPS),
     ),
     max_size=6,
@@ -178,18 +180,18 @@ async def test_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
 
 
 async def overwhelm(server: Server, story: Story) -> None:
-    """Have all said, more than the buffers of the one reader can hold."""
+    """Have the model say more than the buffers of the one reader can hold."""
     reply = await story.reply()
     (socket,) = server._connections
     while socket.writable:
-        assert not story.over, "the reader cannot be that fast"
+        assert not story.over, "the reader has not read everything yet"
         await story.tell(1)
         await until(reply.heard_out)
     await story.tell_all()
 
 
 async def read_late(slow: Sluggard, transcript: Transcript, frames: int = 10**9) -> None:
-    """Take so many frames, or all up to the terminal."""
+    """Read so many frames, or all up to the terminal."""
     for _ in range(frames):
         while not slow.texts:
             assert await slow.read()
@@ -276,7 +278,7 @@ LOST = (ConnectionClosed, InvalidHandshake, EOFError, OSError)
 async def follow_through(
     proxy: Proxy, transcript: Transcript, *, talk: int = 1, resumes: bool = True
 ) -> int:
-    """Come back as often as the line is cut, until the terminal is there; return how often."""
+    """Reconnect after each cut until the terminal comes; return the number of connections."""
     sockets = 0
     while transcript.terminal is None:
         with suppress(*LOST):
@@ -321,7 +323,7 @@ def short_story(server: Server, puppet: Puppet) -> Story:
     return Story(server, puppet, ("é🙂", Thinking("🤔")))
 
 
-@pytest.mark.parametrize("store", ["memory:"])  # which knows nothing of bytes
+@pytest.mark.parametrize("store", ["memory:"])  # the cuts do not depend on the store
 @pytest.mark.parametrize("offset", range(4))
 async def test_cut_at_each_byte_from_the_handshake_to_the_terminal_loses_nothing(
     server: Server, puppet: Puppet, offset: int
@@ -357,7 +359,7 @@ async def test_prompt_whose_start_is_lost_is_answered_once(server: Server, puppe
                     await chat.send(story.prompt)
                     await chat.receive()
             assert not chat.frames
-            await story.reply()  # it has been accepted all the same
+            await story.reply()  # the server has accepted the prompt
             async with line(proxy.url) as chat:
                 await chat.send(resumption(story, 0) if after % 2 else story.prompt)
                 await transcript.hear(chat)
@@ -382,7 +384,7 @@ async def test_resume_after_any_piece_at_any_time_gets_the_rest(
                 await come_back(chat, transcript)
                 followers.append((chat, transcript))
             await story.tell(1)
-        # And as it ends, and when it has.
+        # The same while the reply ends, and after its end.
         for _ in range(2):
             for after in range(story.seq + 1):
                 chat = await lines.enter_async_context(line(server.url))
@@ -470,7 +472,7 @@ async def test_resumes_on_one_socket_each_start_at_their_after(
             if not story.over:
                 await transcript.catch_up(chat)
         await transcript.hear(chat)
-        assert not await chat.quiet(), "for all of them there is one terminal"
+        assert not await chat.quiet(), "all resumes together get one terminal"
         transcript.check()
         for after in range(story.seq + 1):
             again = Transcript(story, after)
@@ -513,7 +515,7 @@ async def test_resume_after_an_open_starts_at_its_after(server: Server, puppet: 
         shown.take(await chat.receive())
         await shown.catch_up(chat)
         for after in range(story.seq + 1):
-            await open_conversation(chat, story)  # which does not restart what is followed
+            await open_conversation(chat, story)  # an open does not restart what the socket follows
             resumed = Transcript(story, after)
             await come_back(chat, resumed)
             await resumed.catch_up(chat)

@@ -106,7 +106,7 @@ async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
             await chat.send(story.prompt)
             if ending == "shutdown":
                 await say(story, len(PIECES))
-                await server.close()  # which ends what still runs
+                await server.close()  # the close stops running replies
                 story.over = True
             await first[-1].hear(chat)
             first[-1].check()
@@ -116,7 +116,7 @@ async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
                 story = known.story
                 transcripts = [Transcript(story, after) for after in range(len(story.log) + 1)]
                 async with crowd(server, len(transcripts)) as chats:
-                    # All at once: one of them finds it in the file, the others where that put it.
+                    # At once: one resume reads the file, the others find the reply in memory.
                     for chat, transcript in zip(chats, transcripts, strict=True):
                         await chat.send(resumption(story, transcript.after))
                     for chat, transcript in zip(chats, transcripts, strict=True):
@@ -139,7 +139,7 @@ async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
 @given(
     said=st.lists(pieces, max_size=12),
     ending=endings,
-    # Pieces that are said before and while a part of them is saved.
+    # The model says some pieces before and some during a save.
     parts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=5),
     after=st.floats(0, 1),
     alone=st.booleans(),

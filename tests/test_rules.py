@@ -1,4 +1,4 @@
-"""The rules that hold always, over random interleavings of everything that can happen.
+"""The rules that hold always, over random interleavings of all events.
 
 The machine drives the hub and connections on ports of its own, without sockets: what is said,
 stopped, lost, delayed and sent again, and how far the event loop gets in between, is random.
@@ -70,11 +70,13 @@ class FakePort:
         self.machine = machine
         self.writable = True
         self.gone = False
-        # Per generation: the seq of what came last since its last `start`; None for nothing yet.
+        # By generation: the seq of the last frame after its last `start`; None before the first.
         self.following: dict[str, int | None] = {}
-        self.afters: dict[str, set[int]] = {}  # from where it may go on after a `start`
+        self.afters: dict[
+            str, set[int]
+        ] = {}  # by generation: the seqs after which frames may follow a `start`
         self.ended: set[str] = set()
-        self.asked: set[str] = set()  # by a prompt or a resume
+        self.asked: set[str] = set()  # generations that this client prompted or resumed
         self.accepted: set[str] = set()
 
     def write(self, data: bytes) -> None:
@@ -96,7 +98,7 @@ class FakePort:
             self.leave(frame["conversation"])
 
     def leave(self, conversation: str) -> None:
-        """Of a closed conversation only what this client asked for goes on."""
+        """After a `close` only the generations that this client asked for go on."""
         for name in set(self.accepted) - self.asked:
             if self.machine.within(name) == conversation:
                 self.following.pop(name, None)
@@ -104,8 +106,8 @@ class FakePort:
                 self.ended.discard(name)
 
     def check_text(self, frame: dict[str, Any]) -> None:
-        """Rules 1 to 3: between start and terminal, growing, and as the model said it."""
-        assert self.writable, "text was written to a client that does not keep up"
+        """Rules 1 to 3: text comes between start and terminal, seq grows, no text is changed."""
+        assert self.writable, "a client that does not keep up gets no text"
         name, seq = frame["id"], frame["seq"]
         before = self.following[name]
         said = self.machine.said(name)
@@ -116,11 +118,11 @@ class FakePort:
             and all(type(piece) is kind for piece in said[before:seq])
             and "".join(said[before:seq]) == frame["text"]
             for before in befores
-        ), "seq grows, and the text is what the model said up to it"
+        ), "seq grows, and the frame has the model's text up to it"
         self.following[name] = seq
 
     def check_terminal(self, frame: dict[str, Any]) -> None:
-        """Rules 1 and 4: one, after all text, when the request to the model is closed."""
+        """Rules 1 and 4: one terminal, after all text, after the close of the model."""
         name = frame["id"]
         seq = self.following.pop(name)  # a second one would fail here
         self.ended.add(name)
@@ -128,11 +130,11 @@ class FakePort:
         assert frame["seq"] in seqs, "the terminal comes after all text"
         reply = self.machine.reply_of(name)
         if reply is not None and reply.said:
-            assert reply.closed.is_set(), "closed before the terminal"
+            assert reply.closed.is_set(), "the model is closed before the terminal"
 
 
 class Rules(RuleBasedStateMachine):
-    """All that clients, the network and the model can do to the hub, in any order."""
+    """Everything that clients, the network, the model and the store do, in any order."""
 
     clients = Bundle("clients")
     prompts = Bundle("prompts")
@@ -144,7 +146,9 @@ class Rules(RuleBasedStateMachine):
         self.ports: dict[Connection, FakePort] = {}
         self.sent: dict[str, dict[str, Any]] = {}
         self.stopped_at: dict[Log[Terminal], int] = {}
-        self.deleted: list[tuple[int, set[str]]] = []  # by how many replies there were before
+        self.deleted: list[
+            tuple[int, set[str]]
+        ] = []  # number of replies before the delete, and the prompts that it deleted
 
     @initialize(
         grace=st.sampled_from([0.0, 1000.0]),
@@ -159,7 +163,7 @@ class Rules(RuleBasedStateMachine):
             frame_size=frame_size,
             queue_size=2,
             conversations=kept,
-            save_interval=1e-9,  # so that the clock decides nothing
+            save_interval=1e-9,  # the order of events does not depend on the clock
         )
 
         self.store = YieldingStore(turns)
@@ -181,7 +185,7 @@ class Rules(RuleBasedStateMachine):
         return {name: generation for name, generation in found.items() if generation is not None}
 
     def call(self, function: Any, *arguments: Any) -> Any:
-        """Call from inside the event loop, as callbacks of the transport are."""
+        """Call inside the event loop, as a transport does."""
 
         async def run() -> Any:
             return function(*arguments)
@@ -202,9 +206,9 @@ class Rules(RuleBasedStateMachine):
         return None
 
     def said(self, name: str) -> list[str]:
-        """Return the pieces of a reply as its log has them, or will have them at its end."""
+        """Return the pieces that the log of a reply has at its end."""
         reply = self.reply_of(name)
-        size = self.settings.frame_size  # by which larger pieces are cut
+        size = self.settings.frame_size  # larger pieces are split at this size
         return [
             type(piece)(piece[start : start + size])
             for piece in joined(reply.said if reply else [])
@@ -359,7 +363,7 @@ class Rules(RuleBasedStateMachine):
     def go_on(self, turns: int) -> None:
         self.turn(turns)
 
-    # What holds at any time.
+    # Invariants.
 
     @invariant()
     def nothing_is_said_after_a_stop(self) -> None:
@@ -387,7 +391,7 @@ class Rules(RuleBasedStateMachine):
                 assert gone.isdisjoint(m.content for m in reply.request.messages)
 
     def note_deleted(self, conversation: str) -> None:
-        """All that was accepted in a conversation before it was deleted is gone."""
+        """Note the prompts that were accepted in a conversation before its delete."""
         accepted = set().union(*(port.accepted for port in self.ports.values()))
         gone = {f"prompt {name}" for name in accepted if self.within(name) == conversation}
         self.deleted.append((len(self.puppet.replies), gone))
@@ -401,12 +405,12 @@ class Rules(RuleBasedStateMachine):
             self.loop.close()
             return
         self.store.failure = None
-        # In the end everything ends: each prompt that a client follows gets its terminal.
+        # At the end each prompt that a client follows gets its terminal.
         for connection, port in self.ports.items():
             if not port.gone:
                 port.writable = True
                 self.call(connection.wake)
-        self.turn(80)  # in which what waited for its client is answered
+        self.turn(80)  # requests that waited for their client are answered
         for _ in range(len(self.generations) + 1):
             for reply in self.puppet.replies:
                 reply.end()
@@ -428,7 +432,7 @@ class Rules(RuleBasedStateMachine):
 
 
 class RulesAtLength(Rules):
-    """The same, many times as often."""
+    """The same with more examples."""
 
 
 TestRules = Rules.TestCase

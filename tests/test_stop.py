@@ -1,4 +1,4 @@
-"""Stop, at every moment at which it can come."""
+"""A stop at every moment of a reply."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -39,7 +39,7 @@ async def test_stop_before_first_token_closes_upstream(chat: Client, puppet: Pup
 
 async def test_stop_before_the_model_is_called_ends_the_reply(chat: Client, puppet: Puppet) -> None:
     await chat.send('{"prompt": "Hello", "id": "chosen-by-client"}')
-    await chat.send('{"type": "stop"}')  # read in one go with the prompt, or soon after
+    await chat.send('{"type": "stop"}')  # the server reads it with the prompt, or soon after
     _, done = await chat.text("chosen-by-client")
     assert done["by"] == "client"
     assert all(reply.closed.is_set() for reply in puppet.replies if reply.said)
@@ -52,7 +52,7 @@ async def test_next_prompt_after_a_stop_works_on_the_same_socket(
     (await puppet.reply()).say("Half an")
     await chat.next("token")
     await chat.send({"type": "stop"})
-    second = await chat.prompt("Second")  # without waiting for the terminal of the first
+    second = await chat.prompt("Second")  # before the terminal of the first reply
     (await puppet.reply(1)).say("whole").end()
     text, done = await chat.text(second["id"])
     assert (text, done["reason"]) == ("whole", "end_turn")
@@ -69,7 +69,7 @@ async def test_next_prompt_after_a_stop_works_on_the_same_socket(
 async def test_stop_twice_gives_one_terminal(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
     reply = await puppet.reply()
-    reply.hold = asyncio.Event()  # still closing when the second one comes
+    reply.hold = asyncio.Event()  # the model still closes when the second stop comes
     await chat.send({"type": "stop"})
     await chat.send({"type": "stop", "id": start["id"]})
     assert await chat.quiet() == []
@@ -85,7 +85,7 @@ async def test_stop_of_an_unknown_id_or_of_nothing_is_harmless(chat: Client) -> 
     error = await chat.receive()
     assert error["code"] == "not_running"
     assert error["about"] == "no-such-generation"
-    assert "id" not in error, "it is no terminal of anything"
+    assert "id" not in error, "the error is no terminal"
     await chat.send({"type": "stop"})
     assert (await chat.receive())["code"] == "not_running"
 
@@ -117,7 +117,7 @@ async def test_stop_without_an_id_stops_all_that_the_socket_follows(
             done = await chat.next("done")
             assert done["by"] == "client"
         assert {f["id"] for f in chat.frames if f["type"] == "done"} == {f["id"] for f in mine}
-        assert len(puppet.replies) == 3, "what was queued never reached the model"
+        assert len(puppet.replies) == 3, "the queued prompt never reached the model"
         puppet.replies[0].say("untouched").end()
         assert (await other.text(foreign["id"]))[0] == "untouched"
 
@@ -143,7 +143,7 @@ async def test_stop_by_id_from_another_socket(
 async def test_stop_at_the_moment_of_the_end_gives_one_terminal(
     chat: Client, puppet: Puppet
 ) -> None:
-    # The reply ends and the stop is on its way: whichever is first, there is one terminal.
+    # The reply ends while the stop is on its way. There is one terminal in either order.
     for number in range(20):
         start = await chat.prompt(f"Prompt {number}")
         (await puppet.reply(number)).say("all").end()

@@ -1,4 +1,4 @@
-"""A reply as a story that the model tells, and what clients have of it over all their sockets."""
+"""A reply that the model says step by step, and what clients receive of it over many sockets."""
 
 import asyncio
 import secrets
@@ -46,8 +46,8 @@ __all__ = [
     "texts",
 ]
 
-SIZE = 32  # characters by which larger pieces are cut, and up to which they are merged
-# Nothing is too late here, and nobody waits too long.
+SIZE = 32  # characters: larger pieces are split, smaller ones merged up to it
+# No time limit ends anything in these tests.
 LASTING: dict[str, Any] = {
     "port": 0,
     "frame_size": SIZE,
@@ -81,7 +81,7 @@ DROPS = ("fin", "rst", "close")
 
 
 def cut_up(said: Sequence[str], size: int = SIZE) -> list[str]:
-    """Return the pieces that have a seq: without empty ones, and large ones in parts."""
+    """Return the pieces as the log has them: no empty ones, large ones split."""
     return [
         type(piece)(piece[start : start + size])
         for piece in said
@@ -97,7 +97,7 @@ def joined(said: Sequence[str]) -> dict[str, str]:
 
 
 class Story:
-    """A reply: what the model will say, how it will end, and how far it has come."""
+    """A reply: the pieces that the model says, the ending, and the progress."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Story:
         self.log = cut_up(said, server.settings.frame_size)
         self.over = False
         self._before = len(puppet.replies)
-        self._next = 0  # of what is to be said
+        self._next = 0  # the index of the next piece
         self._reply: Reply | None = None
 
     def replies(self) -> list[Reply]:
@@ -140,16 +140,16 @@ class Story:
 
     @property
     def seq(self) -> int:
-        """The number of the last piece that the model has said so far."""
+        """The seq of the last piece that the model has said."""
         return len(cut_up(self.said[: self._next], self.server.settings.frame_size))
 
     @property
     def left(self) -> int:
-        """How many pieces are still to be said."""
+        """The number of pieces that the model has not said."""
         return len(self.said) - self._next
 
     async def tell(self, count: int) -> None:
-        """Have the model say so many pieces more; after the last one it ends."""
+        """Have the model say more pieces. After the last piece the reply ends."""
         reply = await self.reply()
         part = self.said[self._next : self._next + count]
         self._next += len(part)
@@ -167,7 +167,7 @@ class Story:
                     await other.quiet()
 
     async def tell_more(self, than: int, count: int = 1) -> None:
-        """Have the model say something, if all has been read up to here."""
+        """Have the model say more if the client has everything so far."""
         while self.seq <= than and not self.over:
             await self.tell(count)
 
@@ -197,16 +197,16 @@ class Story:
 
 
 class Transcript:
-    """What one client has of a story, over all its sockets."""
+    """What one client has received of a story over all its sockets."""
 
     def __init__(self, story: Story, after: int = 0) -> None:
         self.story = story
         self.after = after
-        self.last = after  # the seq that it resumes from
+        self.last = after  # the seq after which the client resumes
         self.heard = {"token": "", "thinking": ""}
         self.start: Frame | None = None
         self.terminal: Frame | None = None
-        self.following = False  # on this socket there was a start, and no terminal yet
+        self.following = False  # between start and terminal on this socket
 
     def take(self, frame: Frame) -> None:
         kind, story = frame["type"], self.story
@@ -216,10 +216,10 @@ class Transcript:
             self.following = True
             assert frame.get("after", 0) in {0, self.last}
             start = {k: value for k, value in frame.items() if k not in {"prompt", "after"}}
-            assert self.start in (None, start), "it is found again as it was"
+            assert self.start in (None, start), "each `start` is the same"
             self.start = start
             return
-        assert self.following, "all comes between a start and a terminal"
+        assert self.following, "frames come between a start and a terminal"
         if kind in self.heard:
             assert self.terminal is None, "no text follows the terminal"
             seq = frame["seq"]
@@ -231,7 +231,7 @@ class Transcript:
             self.last = seq
         else:
             assert frame["seq"] == self.last, "the terminal comes after all text"
-            assert self.terminal in (None, frame), "there is one terminal, and no other"
+            assert self.terminal in (None, frame), "each terminal is the same"
             self.terminal = frame
             self.following = False
 
@@ -240,13 +240,13 @@ class Transcript:
         self.following = False
 
     def start_over(self) -> None:
-        """The prompt was sent again: all comes again from the beginning."""
+        """Expect everything from the beginning, as the prompt was sent again."""
         self.following = False
         self.last = 0
         self.heard = {"token": "", "thinking": ""}
 
     async def hear(self, chat: Client, frames: int = 10**9, talk: int = 1) -> None:
-        """Receive so many frames, or up to the terminal; let the model speak where none waits."""
+        """Receive frames up to a number or the terminal. When none waits, the model says more."""
         for _ in range(frames):
             if self.following:
                 await self.story.tell_more(self.last, talk)
@@ -255,7 +255,7 @@ class Transcript:
                 return
 
     async def catch_up(self, chat: Client) -> None:
-        """Receive all that was said so far, and nothing else."""
+        """Receive everything that the model has said, and nothing else."""
         while self.last < self.story.seq:
             self.take(await chat.receive())
         assert not await chat.quiet()
@@ -273,8 +273,8 @@ class Transcript:
 
 @asynccontextmanager
 async def line(url: str, drop: str = "fin") -> AsyncIterator[Client]:
-    """Connect; in the end be gone without having read what came."""
-    # Without a bound on its queue: a client whose queue is full cannot say farewell.
+    """Connect. At the end drop the connection with unread data."""
+    # The queue has no bound: a client with a full queue cannot close properly.
     async with connect(url, proxy=None, compression=None, max_queue=None) as socket:
         try:
             yield Client(socket)
@@ -283,7 +283,7 @@ async def line(url: str, drop: str = "fin") -> AsyncIterator[Client]:
                 reset(socket.transport)
             elif drop == "fin":
                 socket.transport.abort()
-            # Else it says farewell.
+            # Else the client sends a close frame.
 
 
 def resumption(story: Story, after: int) -> Frame:
@@ -291,14 +291,14 @@ def resumption(story: Story, after: int) -> Frame:
 
 
 async def begin(server: Server, story: Story) -> None:
-    """Ask, and be gone."""
+    """Send the prompt and disconnect."""
     async with line(server.url) as chat:
         await chat.send(story.prompt)
         await story.reply()
 
 
 async def come_back(chat: Client, transcript: Transcript) -> None:
-    """Resume from what was received; send the prompt where the server knows of none."""
+    """Resume after the last piece. If the server does not know the reply, send the prompt."""
     transcript.lose()
     story = transcript.story
     await chat.send(resumption(story, transcript.last))
@@ -312,7 +312,7 @@ async def come_back(chat: Client, transcript: Transcript) -> None:
 
 
 async def check_again(url: str, transcript: Transcript) -> None:
-    """Who has it all gets nothing but the start and the same terminal."""
+    """Resume after the last piece: only the start and the same terminal come."""
     async with line(url) as chat:
         await come_back(chat, transcript)
         transcript.take(await chat.receive())
@@ -336,11 +336,11 @@ cuts = st.builds(
 
 
 def on_one_server(examples: int) -> hypothesis_settings:
-    """Let the examples share the server: each has a generation of its own."""
+    """Let the examples share one server. Each example has its own generation."""
     return hypothesis_settings(
         max_examples=examples,
         deadline=None,
-        # One that fails may do so by waiting in vain: too long to make it smaller.
+        # No shrinking: a failing example may wait for its time limit each time.
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
         report_multiple_bugs=False,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -348,7 +348,7 @@ def on_one_server(examples: int) -> hypothesis_settings:
 
 
 class Gate:
-    """Holds back what a server is about to save, until it is opened."""
+    """Holds back the commits of a server until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
         self.opened = asyncio.Event()
@@ -363,7 +363,7 @@ class Gate:
         monkeypatch.setattr(server._store, "commit", commit_later)
 
     async def reached_or(self, other: asyncio.Future[None]) -> None:
-        """Wait until something is held back, or until there was nothing to save."""
+        """Wait until a commit is held back, or until there is nothing to save."""
         await until(lambda: self.reached.is_set() or other.done())
 
 
@@ -374,6 +374,6 @@ async def crowd(server: Server, size: int) -> AsyncIterator[list[Client]]:
 
 
 async def say(story: Story, count: int) -> None:
-    """Have the model say so many pieces more, but not end."""
+    """Have the model say more pieces without an end."""
     await story.tell(min(count, story.left))
     await until((await story.reply()).heard_out)

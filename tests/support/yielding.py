@@ -1,4 +1,4 @@
-"""A store that lets others run in the midst of each call, as one on a disk does."""
+"""A store whose calls let other tasks run, as those of a store on a disk do."""
 
 import asyncio
 import functools
@@ -18,16 +18,16 @@ CALLS = [
 
 
 class YieldingStore(MemoryStore):
-    """A memory store whose calls take some turns of the event loop, before and after the work.
+    """A memory store whose calls take turns of the event loop before and after the work.
 
     Args:
-        turns: of the event loop, for each part.
+        turns: turns of the event loop before the work, and as many after it.
     """
 
     def __init__(self, turns: int = 1) -> None:
         super().__init__()
         self.turns = turns
-        self.failure: Exception | None = None  # of each commit
+        self.failure: Exception | None = None  # raised by each commit
         for name in CALLS:
             setattr(self, name, self._slowly(getattr(self, name)))
 
