@@ -210,7 +210,7 @@ async def test_hidden_idle_page_does_not_reconnect_for_other_tabs(
     await expect(rows(tab)).to_have_count(1)
     dismiss(server, 1000, "idle")
     for each in (page, tab):
-        await expect(state(each)).to_have_text("Resting until you ask")
+        await expect(state(each)).to_have_text("Idle until you ask")
     await tab.evaluate("""() => {
         Object.defineProperty(document, 'visibilityState', { value: 'hidden' });
         const others = new BroadcastChannel('wsserver');
@@ -219,7 +219,7 @@ async def test_hidden_idle_page_does_not_reconnect_for_other_tabs(
     await rename(page, "Second")
     await tab.evaluate("heard")
     await expect(state(page)).to_have_text("Connected")
-    assert await state(tab).text_content() == "Resting until you ask"
+    assert await state(tab).text_content() == "Idle until you ask"
 
 
 async def test_conversation_deleted_by_another_browser_disappears(

@@ -21,7 +21,7 @@ async def test_page_asks_for_a_token_if_the_server_needs_one(puppet: Puppet, bla
         assert await violations(blank) == []
         await field.fill("wrong")
         await field.press("Enter")
-        await expect(state(blank)).to_contain_text("your token is not good")
+        await expect(state(blank)).to_contain_text("your token is invalid")
         await expect(field).to_be_focused()
         await field.fill("sesame")
         await field.press("Enter")
@@ -74,7 +74,7 @@ async def test_token_of_one_tab_is_used_by_the_others(puppet: Puppet, blank: Pag
         cut(server)
         for each in (blank, tab):
             await expect(each.get_by_label("Your token")).to_be_visible()
-            await expect(state(each)).to_contain_text("your token is not good")
+            await expect(state(each)).to_contain_text("your token is invalid")
         await expect(text(tab)).to_have_text("Reply")  # and can still be read
         good.add("new")
         await tab.get_by_label("Your token").fill("new")

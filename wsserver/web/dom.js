@@ -1,5 +1,5 @@
 /**
- * Find a part of the page that has to be there.
+ * Return the element for a selector. Throws if the page has none of this type.
  * @template {Element} T
  * @param {ParentNode} root
  * @param {string} selector
@@ -12,14 +12,14 @@ export function find(root, selector, type) {
   return found
 }
 
-/** A copy of what a template holds. @param {string} id @returns {HTMLElement} */
-export function copyOf(id) {
+/** Return a copy of a template's element. @param {string} id @returns {HTMLElement} */
+export function cloneTemplate(id) {
   const { content } = find(document, `template#${id}`, HTMLTemplateElement)
   return /** @type {HTMLElement} */ (find(content, '*', HTMLElement).cloneNode(true))
 }
 
 /**
- * Put text on the clipboard, also where the page is not one that may use the API for it.
+ * Copy text to the clipboard, also in a page without access to the Clipboard API.
  * @param {string} text
  */
 export async function copy(text) {

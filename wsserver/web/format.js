@@ -1,17 +1,16 @@
 /**
- * Shows text as it comes: paragraphs, headings, lists, code, and what is `code`, **strong** or
- * *stressed* in a line. It only ever adds to the end of what is there, and what it adds is nodes and
- * text, never HTML. What it does not know it shows as it is. Whatever comes, it takes no longer than
- * that is long.
+ * Formats a subset of Markdown while the text streams: paragraphs, headings, lists, code blocks, and
+ * `code`, **strong** and *emphasized* text in a line. It appends nodes and text at the end, never HTML.
+ * Unknown marks stay as text. The time is linear in the length of the text.
  */
 
-import { copyOf, find } from './dom.js'
+import { cloneTemplate, find } from './dom.js'
 
 const FENCE = /^ *(`{3,})([^`\n]*)\n/
 const HEADING = /^(#{1,6}) +/
 const ITEM = /^( *)([-*+]|\d{1,9}[.)]) +/
 const RULE = /^ {0,3}-{3,} *\n/
-// The beginning of a line, without spaces around it, that may yet become one of these.
+// The beginning of a line, trimmed, that may become one of these with more text.
 const UNDECIDED = /^(?:`{1,2}|`{3,}[^`\n]{0,80}|#{1,6}|[*+]|-+|\d{1,9}[.)]?)?$/
 const UNDECIDED_CODE = /^`*$/
 const LARGE = 2_000 // characters
@@ -20,12 +19,12 @@ const ELEMENTS = /** @type {Record<string, string>} */ ({ '**': 'strong', '*': '
 
 export class Formatter {
   #root
-  #held = '' // the end of what has come, as long as it is not known what it is
-  #atStart = true // of a line
+  #held = '' // the end of the text, while its meaning depends on the text that follows
+  #atLineStart = true
   /** @type {{element: HTMLElement, text: Text, fence: string} | undefined} */ #code
-  /** @type {HTMLElement | undefined} What a line goes on in. */ #block
-  /** @type {{list: HTMLElement, indent: number}[]} Those that are open, from the outermost. */ #lists = []
-  /** @type {{element: HTMLElement, mark: string}[]} Those that are open in this line. */ #marked = []
+  /** @type {HTMLElement | undefined} The element that the current line is appended to. */ #block
+  /** @type {{list: HTMLElement, indent: number}[]} The open lists, outermost first. */ #lists = []
+  /** @type {{element: HTMLElement, mark: string}[]} The open marks of this line. */ #marked = []
 
   /** @param {HTMLElement} root */
   constructor(root) {
@@ -42,20 +41,20 @@ export class Formatter {
     }
   }
 
-  /** Show what was held back too. */
+  /** Format the text that was held back. */
   end() {
     this.write('\n')
   }
 
-  /** @param {string} line Or the end of one; all but the last have a newline. */
+  /** @param {string} line A line or its end. All but the last have a newline. */
   #line(line) {
     const whole = line.endsWith('\n')
-    if (this.#atStart) {
+    if (this.#atLineStart) {
       if (!whole && UNDECIDED.test(line.trim())) return void (this.#held = line)
       const [, fence, language] = FENCE.exec(line) ?? []
       if (fence !== undefined) return this.#openCode(line, fence, language.trim())
       line = this.#open(line)
-      this.#atStart = false
+      this.#atLineStart = false
     }
     if (whole) {
       this.#inline(line.slice(0, -1))
@@ -68,7 +67,7 @@ export class Formatter {
     }
   }
 
-  /** Make the block that a line begins, if it does. @param {string} line @returns {string} The rest. */
+  /** Open the block that a line begins. @param {string} line @returns {string} The line without its mark. */
   #open(line) {
     const [begin, indent, bullet] = ITEM.exec(line) ?? []
     if (!line.trim()) this.#block = undefined
@@ -78,7 +77,7 @@ export class Formatter {
     } else if (HEADING.test(line)) {
       const [marks, { length }] = HEADING.exec(line) ?? ['', '']
       this.#lists = []
-      // Below the page's own headings, which are there for each turn.
+      // The page uses the levels 1 and 2 itself.
       this.#block = this.#add(`h${Math.min(6, length + 2)}`)
       return line.slice(marks.length)
     } else if (RULE.test(line)) {
@@ -92,7 +91,7 @@ export class Formatter {
       return line.trimStart()
     } else {
       this.#append('\n')
-      // The browser lays out a block anew for each change in it, so none is to get large.
+      // The browser lays out a whole block after each change, so a long paragraph continues in another one.
       if (this.#block.localName === 'p' && (this.#block.textContent ?? '').length > LARGE) {
         this.#block = this.#add('p')
         this.#block.className = 'on'
@@ -118,7 +117,7 @@ export class Formatter {
     this.#lists.at(-1)?.list.append(this.#block)
   }
 
-  /** Add a block where blocks go now. @param {string | HTMLElement} block */
+  /** Append a block to the open list item, or to the root. @param {string | HTMLElement} block */
   #add(block) {
     const element = typeof block === 'string' ? document.createElement(block) : block
     const home = this.#lists.at(-1)?.list.lastElementChild ?? this.#root
@@ -145,13 +144,13 @@ export class Formatter {
     })
   }
 
-  /** Whether asterisks stand before a word, and not in one or between spaces. @param {string[]} tokens @param {number} place */
+  /** Whether asterisks begin an emphasis: they stand before a word, not inside one or between spaces. @param {string[]} tokens @param {number} place */
   #opens(tokens, place) {
     const last = this.#place().lastChild?.textContent?.slice(-1) ?? ''
     return !/\w/.test(last) && !/^(\s|$)/.test(tokens[place + 1] + (tokens[place + 2] ?? ''))
   }
 
-  /** What was opened and not closed in its line is no mark. */
+  /** Turn the marks that the line did not close into text. */
   #endLine() {
     for (const { element, mark } of this.#marked.splice(0).reverse()) {
       // One by one, as a call takes only so many arguments.
@@ -159,7 +158,7 @@ export class Formatter {
       while (element.firstChild) element.before(element.firstChild)
       element.remove()
     }
-    this.#atStart = true
+    this.#atLineStart = true
   }
 
   #place() {
@@ -179,7 +178,7 @@ export class Formatter {
   /** @param {string} line @param {string} fence @param {string} language */
   #openCode(line, fence, language) {
     if (!line.startsWith('  ')) this.#lists = []
-    const figure = this.#add(copyOf('code'))
+    const figure = this.#add(cloneTemplate('code'))
     find(figure, '.language', HTMLElement).textContent = language || 'code'
     this.#block = undefined
     this.#code = { element: find(figure, 'code', HTMLElement), text: new Text(), fence }
@@ -189,14 +188,14 @@ export class Formatter {
   /** @param {string} line @param {{element: HTMLElement, text: Text, fence: string}} code */
   #codeLine(line, code) {
     const whole = line.endsWith('\n')
-    if (this.#atStart && !whole && UNDECIDED_CODE.test(line.trim())) return void (this.#held = line)
-    if (this.#atStart && UNDECIDED_CODE.test(line.trim()) && line.includes(code.fence)) {
+    if (this.#atLineStart && !whole && UNDECIDED_CODE.test(line.trim())) return void (this.#held = line)
+    if (this.#atLineStart && UNDECIDED_CODE.test(line.trim()) && line.includes(code.fence)) {
       this.#code = undefined
       return
     }
-    if (this.#atStart && code.text.length > LARGE) this.#codePart(code)
+    if (this.#atLineStart && code.text.length > LARGE) this.#codePart(code)
     code.text.appendData(line)
-    this.#atStart = whole
+    this.#atLineStart = whole
   }
 
   /** @param {{text: Text, element: HTMLElement}} code */

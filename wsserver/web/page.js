@@ -1,17 +1,17 @@
-/** The page at /: one conversation of a chat, and a list of the others. */
+/** The page at `/`: one conversation, and the list of all conversations. */
 
 import { connect, newId } from './client.js'
 import { copy, find } from './dom.js'
 import { Sidebar } from './sidebar.js'
-import { GONE, Turn } from './turn.js'
+import { REPLY_GONE, Turn } from './turn.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').History} History */
 
-const NEW = 'New conversation'
+const NEW_TITLE = 'New conversation'
 const ID = /^[A-Za-z0-9_-]{16,64}$/
-const NEAR = 40 // pixels from the end, in which a reader who scrolls down is taken to be there
-const hovers = matchMedia('(hover: hover)') // else the keyboard comes up with the focus
+const NEAR_END = 40 // pixels: a reader who scrolls down to here is at the end
+const hovers = matchMedia('(hover: hover)') // on other devices the focus opens the keyboard
 const root = document.documentElement
 const side = find(document, '#side', HTMLElement)
 const main = find(document, 'main', HTMLElement)
@@ -29,56 +29,56 @@ const token = find(document, '#token', HTMLInputElement)
 const form = find(document, '#ask', HTMLFormElement)
 const box = find(document, '#prompt', HTMLTextAreaElement)
 const send = find(document, '#send', HTMLButtonElement)
-const kept = storage()
+const storage = openStorage()
 
-/** @type {Map<string, Turn>} What is on the page, in order. */ let turns = new Map()
-/** @type {string | undefined} The conversation on the page; none: one that is to begin. */ let current
-/** @type {string | undefined} The one whose news come here by themselves. */ let followed
-/** @type {number | undefined} Where the messages on the page begin, if there are earlier ones. */ let before
-let told = '' // the title, as far as the list does not know it
-let given = kept.token // the token that this tab has tried
-let atEnd = true // is where the reader wants to be
-let height = 0 // at which the reader was
+/** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
+/** @type {string | undefined} The conversation on the page; undefined before the first prompt of a new one. */ let current
+/** @type {string | undefined} The conversation that the server sends news of. */ let followed
+/** @type {number | undefined} The `before` of the earlier messages, if there are any. */ let before
+let fallbackTitle = '' // for a conversation that is not in the list
+let usedToken = storage.token // the token that this tab has used
+let atEnd = true // the reader follows the end of the text
+let lastScrollY = 0
 
-const chat = connect(new URL('ws', location.href), { token: given })
+const chat = connect(new URL('ws', location.href), { token: usedToken })
 const sidebar = new Sidebar(chat, {
-  changed: showTitle,
-  deleted(id) {
+  onChange: showTitle,
+  onDelete(id) {
     if (id !== current) return
-    begin()
-    say('This conversation was deleted.')
+    startNew()
+    showNotice('This conversation was deleted.')
   },
 })
 
 // The connection.
 
 chat.on('state', ({ state: now, reason }) => {
-  const had = given !== undefined
+  const hadToken = usedToken !== undefined
   if (now === 'unauthenticated') {
-    const { token: other } = kept // another tab's
-    if (other !== undefined && other !== given) return enter(other)
-    given = undefined
-    delete kept.token
+    const { token: other } = storage // entered in another tab
+    if (other !== undefined && other !== usedToken) return useToken(other)
+    usedToken = undefined
+    delete storage.token
   }
   document.body.dataset.state = now
   state.textContent = {
     connecting: 'Connecting…',
     open: 'Connected',
     waiting: 'Not connected, trying again…',
-    idle: 'Resting until you ask',
-    unauthenticated: had ? 'Not connected: your token is not good, or no longer.' : 'Not connected',
+    idle: 'Idle until you ask',
+    unauthenticated: hadToken ? 'Not connected: your token is invalid or has expired.' : 'Not connected',
     closed: `The server closed the connection${reason && `: ${reason}`}. Reload the page to connect again.`,
   }[now]
   door.hidden = now !== 'unauthenticated'
   form.hidden = !door.hidden
   box.disabled = send.disabled = now === 'closed'
   if (!door.hidden) token.focus()
-  for (const turn of turns.values()) wait(turn)
+  for (const turn of turns.values()) showWaiting(turn)
   if (now === 'open') sidebar.refresh()
 })
 
 chat.on('history', (history) => {
-  if (history.conversation === current) show(history)
+  if (history.conversation === current) showHistory(history)
 })
 
 chat.on('reply', (reply) => {
@@ -87,22 +87,22 @@ chat.on('reply', (reply) => {
 
 chat.on('error', (error) => {
   const { code, message } = /** @type {Partial<import('./client.js').ReplyError>} */ (error)
-  if (code !== 'not_found') say(message ?? String(error))
+  if (code !== 'not_found') showNotice(message ?? String(error))
   else if (current !== undefined && chat.conversation !== current) {
     followed = undefined
-    say('The server no longer has this conversation. What you ask next begins it anew.')
+    showNotice('The server no longer has this conversation. Your next message begins it anew.')
   }
 })
 
-/** Say why nothing comes, while that is so. @param {Turn} turn */
-function wait(turn) {
-  const sent = turn.reply?.started
-  const why = sent ? 'Cut off, as the connection was lost. The rest follows when it is back.' : 'Not sent yet.'
-  turn.wait(chat.state === 'open' ? '' : why)
+/** Show in a running turn that there is no connection. @param {Turn} turn */
+function showWaiting(turn) {
+  const started = turn.reply?.started
+  const note = started ? 'Cut off, as the connection was lost. The rest follows when it is back.' : 'Not sent yet.'
+  turn.setWaiting(chat.state === 'open' ? '' : note)
 }
 
-/** What the browser keeps; nothing, where it lets no page keep anything. @returns {Record<string, any>} */
-function storage() {
+/** Return the local storage, or an empty object where the browser forbids it. @returns {Record<string, any>} */
+function openStorage() {
   try {
     return localStorage
   } catch {
@@ -111,40 +111,42 @@ function storage() {
 }
 
 /** @param {string | undefined} token */
-function enter(token) {
-  given = token
+function useToken(token) {
+  usedToken = token
   chat.setToken(token)
 }
 
-// Which conversation.
+// The conversation.
 
-function route() {
+/** Show the conversation of the address. */
+function showAddress() {
   const id = location.hash.slice(1)
   if (id === current) return
   if (ID.test(id)) open(id)
-  else begin()
+  else startNew()
 }
 
-/** Have nothing on the page. @param {string | undefined} id Whose place it becomes. */
+/** Remove all turns from the page. @param {string | undefined} id The conversation that comes next. */
 function clear(id) {
-  for (const turn of turns.values()) turn.leave()
+  for (const turn of turns.values()) turn.remove()
   turns = new Map()
   current = id
   followed = before = undefined
-  told = ''
+  fallbackTitle = ''
   atEnd = jump.hidden = older.hidden = true
-  say('')
+  showNotice('')
   sidebar.select(id)
   update()
 }
 
-function begin() {
+/** Begin a new conversation. */
+function startNew() {
   clear(undefined)
   chat.conversation = newId()
   if (location.hash) history.replaceState(null, '', location.pathname + location.search)
 }
 
-/** @param {string} id */
+/** Load a conversation. @param {string} id */
 async function open(id) {
   clear(id)
   log.ariaBusy = 'true'
@@ -154,49 +156,49 @@ async function open(id) {
   } catch (error) {
     if (id !== current) return
     const { message, code, retryable } = /** @type {import('./client.js').ReplyError} */ (error)
-    if (code === 'not_found') begin()
-    say(code === 'not_found' ? 'There is no such conversation.' : message, retryable ? () => open(id) : undefined)
+    if (code === 'not_found') startNew()
+    showNotice(code === 'not_found' ? 'There is no such conversation.' : message, retryable ? () => open(id) : undefined)
   } finally {
     if (id === current) log.ariaBusy = null
     update()
   }
 }
 
-/** Show a history: all of it, or what is new in it since the last time. @param {History} history */
-function show({ conversation, title, messages, before: earlier }) {
+/** Show a history: all messages, or after a reconnect the new ones. @param {History} history */
+function showHistory({ conversation, title, messages, before: earlier }) {
   if (followed === undefined) {
     before = earlier
     older.hidden = before === undefined
   }
   followed = conversation
-  told = title
-  insert(messages, /** @type {HTMLElement | null} */ (log.firstElementChild))
+  fallbackTitle = title
+  insertTurns(messages, /** @type {HTMLElement | null} */ (log.firstElementChild))
   for (const reply of chat.replies.values()) if (reply.conversation === conversation) follow(reply)
   update()
 }
 
 /**
- * Put what is not there yet where it belongs among what is.
+ * Show the turns of a history. A turn that the page shows as a whole stays.
  * @param {History['messages']} messages
- * @param {Element | null} place Before which the first of them goes.
+ * @param {Element | null} place The element before which the first new turn goes.
  */
-function insert(messages, place) {
-  /** @type {Map<string, {prompt?: string, text: string, partial?: string}>} */
-  const said = new Map()
-  for (const { role, content, id = newId(), partial } of messages) {
-    const turn = said.get(id) ?? { text: '' }
+function insertTurns(messages, place) {
+  /** @type {Map<string, import('./turn.js').SavedTurn>} */
+  const saved = new Map()
+  for (const message of messages) {
+    const { role, content, id = newId() } = message
+    const turn = saved.get(id) ?? {}
     if (role === 'user') turn.prompt = content
-    else Object.assign(turn, { text: content, partial })
-    said.set(id, turn)
+    else turn.reply = message
+    saved.set(id, turn)
   }
-  for (const [id, what] of said) {
+  for (const [id, each] of saved) {
     let turn = turns.get(id)
     if (turn) place = turn.element.nextElementSibling
-    else log.insertBefore((turn = make(id)).element, place)
-    if (!turn.has(what)) turn.tell(what)
+    else log.insertBefore((turn = addTurn(id)).element, place)
+    if (!turn.shows(each)) turn.showSaved(each)
   }
-  // As on a page that was there, only the last can be tried again.
-  for (const turn of turns.values()) if (said.has(turn.id) && turn.element.nextElementSibling) turn.settle()
+  for (const turn of turns.values()) if (saved.has(turn.id) && turn.element.nextElementSibling) turn.hideRetry()
 }
 
 older.addEventListener('click', async () => {
@@ -209,103 +211,103 @@ older.addEventListener('click', async () => {
     const y = first?.getBoundingClientRect().top ?? 0
     before = page.before
     older.hidden = before === undefined
-    insert(page.messages, first)
-    scrollBy(0, (first?.getBoundingClientRect().top ?? 0) - y) // what was read stays where it is
+    insertTurns(page.messages, first)
+    scrollBy(0, (first?.getBoundingClientRect().top ?? 0) - y) // keeps the text in place that was visible
     if (older.hidden) box.focus({ preventScroll: true })
   } catch (error) {
-    say(error instanceof Error ? error.message : String(error))
+    showNotice(error instanceof Error ? error.message : String(error))
   }
 })
 
 /** @param {string} id */
-function make(id) {
-  const turn = new Turn(id, { retry, ended })
+function addTurn(id) {
+  const turn = new Turn(id, { onRetry: retry, onEnd: showEnd })
   turns.set(id, turn)
   return turn
 }
 
-/** Show a reply that runs. @param {Reply} reply */
+/** Show a running reply. @param {Reply} reply */
 function follow(reply) {
   if (turns.has(reply.id)) return
-  const turn = make(reply.id)
+  const turn = addTurn(reply.id)
   turn.follow(reply)
-  wait(turn)
+  showWaiting(turn)
   log.append(turn.element)
-  const changed = () => {
+  const onChange = () => {
     if (!reply.started && !reply.ended) return
-    reply.removeEventListener('change', changed)
+    reply.removeEventListener('change', onChange)
     const replaced = reply.started && reply.retryOf !== undefined && turns.get(reply.retryOf)
     if (replaced) remove(replaced)
-    // From here on also what others ask in it comes here.
+    // The conversation exists now, so the page can follow the prompts of other tabs.
     if (current !== undefined && reply.started && reply.conversation === current && followed !== current) {
       followed = current
       chat.open(current).catch(() => {})
-      sidebar.share()
+      sidebar.announce()
     }
   }
-  reply.addEventListener('change', changed)
+  reply.addEventListener('change', onChange)
   reply.done.catch(() => {}).then(update)
-  changed()
+  onChange()
   update()
 }
 
-// A turn.
+// Turns.
 
-/** @param {string} text @param {string} [retryOf] The id of the turn whose place the new one takes. */
+/** @param {string} text @param {string} [retryOf] The id of the turn that the new one replaces. */
 function ask(text, retryOf) {
   if (current === undefined) {
     current = chat.conversation
     history.replaceState(null, '', `#${current}`)
-    told = text.trim().replace(/\s+/g, ' ').slice(0, 60)
+    fallbackTitle = text.trim().replace(/\s+/g, ' ').slice(0, 60)
     sidebar.select(current)
   }
   atEnd = true
-  say('')
-  for (const turn of turns.values()) turn.settle()
+  showNotice('')
+  for (const turn of turns.values()) turn.hideRetry()
   heard.textContent = 'Sent.'
   follow(chat.prompt(text, { conversation: current, retryOf }))
-  toEnd()
+  scrollToEnd()
 }
 
 /** @param {Turn} turn */
 function retry(turn) {
   const { prompt, refused } = turn
-  if (running()) return
-  if (refused) remove(turn) // the server knows nothing of it
+  if (isRunning()) return
+  if (refused) remove(turn) // the server has no such turn to replace
   ask(prompt, refused ? turn.retryOf : turn.id)
   box.focus()
 }
 
 /** @param {Turn} turn @param {string} note */
-function ended(turn, note) {
+function showEnd(turn, note) {
   const { error, text } = turn
   heard.textContent = `${text.length > 1500 ? `The reply is there; it has ${text.length} characters.` : text} ${note}`
   if (turn.refused && !error?.retryable && error?.code !== 'closed') {
     box.value ||= turn.prompt
-    grow()
+    growBox()
   }
-  if (error && GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})
+  if (error && REPLY_GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})
   update()
-  sidebar.share()
+  sidebar.announce()
 }
 
 /** @param {Turn} turn */
 function remove(turn) {
-  turn.leave()
+  turn.remove()
   turns.delete(turn.id)
 }
 
-/** What runs or waits here. */
-const running = () => [...turns.values()].some(({ reply }) => reply && !reply.ended)
+/** Whether a reply runs or waits. */
+const isRunning = () => [...turns.values()].some(({ reply }) => reply && !reply.ended)
 
 function stop() {
   for (const { reply } of turns.values()) reply?.stop()
 }
 
-// What is shown.
+// Title, notice, buttons.
 
 function update() {
-  const busy = running()
+  const busy = isRunning()
   send.classList.toggle('stop', busy)
   send.setAttribute('aria-label', busy ? 'Stop' : 'Send')
   hint.hidden = turns.size > 0 || log.ariaBusy === 'true'
@@ -313,61 +315,61 @@ function update() {
 }
 
 function showTitle() {
-  const title = current === undefined ? NEW : (sidebar.title(current) ?? told) || NEW
+  const title = current === undefined ? NEW_TITLE : (sidebar.title(current) ?? fallbackTitle) || NEW_TITLE
   if (heading.textContent !== title) heading.textContent = title
   document.title = current === undefined ? 'wsserver' : `${title} · wsserver`
 }
 
-/** @param {string} words @param {() => void} [again] */
-function say(words, again) {
+/** @param {string} text @param {() => void} [retry] What the button of the notice does. */
+function showNotice(text, retry) {
   const button = find(notice, 'button', HTMLButtonElement)
-  find(notice, 'span', HTMLElement).textContent = words
-  notice.hidden = !words
-  button.hidden = !again
-  button.onclick = again ?? null
+  find(notice, 'span', HTMLElement).textContent = text
+  notice.hidden = !text
+  button.hidden = !retry
+  button.onclick = retry ?? null
 }
 
-// Where the reader is.
+// Scrolling.
 
-function toEnd() {
+function scrollToEnd() {
   scrollTo({ top: root.scrollHeight, behavior: 'instant' })
 }
 
-const left = () => root.scrollHeight - innerHeight - scrollY
+const belowView = () => root.scrollHeight - innerHeight - scrollY
 
 addEventListener('scroll', () => {
-  atEnd = scrollY < height ? atEnd && left() < 1 : atEnd || left() < NEAR
-  height = scrollY
+  atEnd = scrollY < lastScrollY ? atEnd && belowView() < 1 : atEnd || belowView() < NEAR_END
+  lastScrollY = scrollY
   jump.hidden = atEnd
 }, { passive: true })
 
-// Whatever grows, the end stays in view of who is there. This comes after layout and before paint.
+// If the page grows, a reader at the end stays there. The observer runs after layout and before paint.
 const sizes = new ResizeObserver(() => {
-  if (atEnd) toEnd()
+  if (atEnd) scrollToEnd()
 })
 sizes.observe(main)
 addEventListener('resize', () => {
-  if (atEnd) toEnd()
+  if (atEnd) scrollToEnd()
 })
 
 jump.addEventListener('click', () => {
   atEnd = jump.hidden = true
-  toEnd()
+  scrollToEnd()
   if (hovers.matches) box.focus()
 })
 
-// What the reader does.
+// Input.
 
 function submit() {
   const text = box.value.toWellFormed?.() ?? box.value
-  if (running() || !text.trim() || box.disabled) return
+  if (isRunning() || !text.trim() || box.disabled) return
   box.value = ''
-  grow()
+  growBox()
   ask(text)
 }
 
-// Where a field does not grow by itself.
-function grow() {
+// For browsers without `field-sizing`.
+function growBox() {
   if (CSS.supports('field-sizing', 'content')) return
   box.style.height = 'auto'
   box.style.height = `${box.scrollHeight}px`
@@ -375,83 +377,83 @@ function grow() {
 
 form.addEventListener('submit', (event) => event.preventDefault())
 send.addEventListener('click', (event) => {
-  if (event.detail > 1) return // the second click of two must not stop what the first one sent
-  if (running()) stop()
+  if (event.detail > 1) return // the second click of a double click must not stop the reply
+  if (isRunning()) stop()
   else submit()
   if (hovers.matches) box.focus()
 })
-box.addEventListener('input', grow)
+box.addEventListener('input', growBox)
 box.addEventListener('keydown', (event) => {
-  // Safari ends a composition before the key that ended it, and tells by this code alone.
+  // In Safari the key that ends a composition comes after its end, with this code.
   if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return
   event.preventDefault()
   submit()
 })
 addEventListener('keydown', (event) => {
   if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented || document.querySelector('dialog[open]')) return
-  if (document.body.classList.contains('listing')) drawer(false)
+  if (document.body.classList.contains('listing')) setDrawer(false)
   else stop()
 })
 log.addEventListener('click', ({ target }) => {
   if (!(target instanceof Element)) return
-  if (target.closest('summary')) { // what unfolds is what the reader wants to see, and not the end
+  if (target.closest('summary')) { // the reader wants to see the opened text, not the end
     atEnd = false
-    requestAnimationFrame(() => { atEnd = jump.hidden = left() < 1 })
+    requestAnimationFrame(() => { atEnd = jump.hidden = belowView() < 1 })
   }
   const button = target.closest('.copy-code')
   if (button) copy(button.closest('figure')?.querySelector('code')?.textContent ?? '')
 })
 door.addEventListener('submit', (event) => {
   event.preventDefault()
-  kept.token = token.value.trim()
+  storage.token = token.value.trim()
   token.value = ''
-  enter(kept.token)
+  useToken(storage.token)
   box.focus()
 })
 addEventListener('storage', ({ key, newValue }) => {
-  if (key === 'token' && newValue && chat.state === 'unauthenticated') enter(newValue)
+  if (key === 'token' && newValue && chat.state === 'unauthenticated') useToken(newValue)
 })
 find(document, '#skip', HTMLElement).addEventListener('click', (event) => {
-  event.preventDefault() // the hash is the conversation's
+  event.preventDefault() // the address keeps the hash of the conversation
   box.focus()
 })
 
-// The list, which is a drawer where there is little room.
+// The list is a drawer on narrow screens.
 
 const narrow = matchMedia('(max-width: 52rem)')
 
-/** @param {boolean} out */
-function drawer(out) {
-  const was = document.body.classList.contains('listing')
-  document.body.classList.toggle('listing', out)
-  menu.setAttribute('aria-expanded', String(out))
-  side.inert = narrow.matches && !out
-  main.inert = narrow.matches && out
-  if (out) find(side, '#shut', HTMLElement).focus()
-  else if (was) menu.focus()
+/** @param {boolean} open */
+function setDrawer(open) {
+  const wasOpen = document.body.classList.contains('listing')
+  document.body.classList.toggle('listing', open)
+  menu.setAttribute('aria-expanded', String(open))
+  side.inert = narrow.matches && !open
+  main.inert = narrow.matches && open
+  if (open) find(side, '#shut', HTMLElement).focus()
+  else if (wasOpen) menu.focus()
 }
 
-menu.addEventListener('click', () => drawer(true))
-find(document, '#shut', HTMLElement).addEventListener('click', () => drawer(false))
-find(document, '#shade', HTMLElement).addEventListener('click', () => drawer(false))
-narrow.addEventListener('change', () => drawer(false))
-drawer(false)
+menu.addEventListener('click', () => setDrawer(true))
+find(document, '#shut', HTMLElement).addEventListener('click', () => setDrawer(false))
+find(document, '#shade', HTMLElement).addEventListener('click', () => setDrawer(false))
+narrow.addEventListener('change', () => setDrawer(false))
+setDrawer(false)
 side.addEventListener('click', (event) => {
   const link = event.target instanceof Element && event.target.closest('a')
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return
-  if (link.id === 'new') { // with an address that has no hash
+  if (link.id === 'new') { // its address has no hash
     event.preventDefault()
     if (current !== undefined) history.pushState(null, '', location.pathname + location.search)
-    begin()
+    startNew()
   }
-  drawer(false)
+  setDrawer(false)
   if (hovers.matches || link.id === 'new') box.focus({ preventScroll: true })
 })
 
-addEventListener('hashchange', route)
-addEventListener('popstate', route)
+addEventListener('hashchange', showAddress)
+addEventListener('popstate', showAddress)
 addEventListener('visibilitychange', () => {
   if (document.visibilityState === 'visible' && chat.state === 'open') sidebar.refresh()
 })
 if (hovers.matches) box.focus()
-route()
+showAddress()

@@ -1,40 +1,40 @@
-/** The list of conversations: open, rename, delete, and more of them. */
+/** The list of conversations: open, rename, delete, load more. */
 
-import { copyOf, find } from './dom.js'
+import { cloneTemplate, find } from './dom.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
 /** @typedef {import('./client.js').Item} Item */
 
-const PAGE = 30
+const PAGE_SIZE = 30
 const list = find(document, '#list', HTMLElement)
 const more = find(document, '#more', HTMLButtonElement)
-const trouble = find(document, '#trouble', HTMLElement)
-const sure = find(document, '#sure', HTMLDialogElement)
-const others = new BroadcastChannel('wsserver') // tabs of the same browser
-const day = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' })
+const failure = find(document, '#trouble', HTMLElement)
+const dialog = find(document, '#sure', HTMLDialogElement)
+const otherTabs = new BroadcastChannel('wsserver') // of this browser
+const dateFormat = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' })
 
 export class Sidebar {
-  /** @type {Map<string, Item>} From the one used last. */ #items = new Map()
+  /** @type {Map<string, Item>} The one used last first. */ #items = new Map()
   /** @type {Map<string, HTMLElement>} */ #rows = new Map()
-  /** @type {string | undefined} Where the next page begins. */ #next
-  /** @type {Promise<void> | undefined} */ #asking
-  #again = false
+  /** @type {string | undefined} The `before` of the next page. */ #next
+  /** @type {Promise<void> | undefined} */ #loading
+  #loadAgain = false
   /** @type {string | undefined} */ #current
 
   /**
    * @param {Chat} chat
-   * @param {{changed: () => void, deleted: (id: string) => void}} told Whose titles may have
-   *   changed; what is no longer there, whoever deleted it.
+   * @param {{onChange: () => void, onDelete: (id: string) => void}} listener `onChange`: the titles may
+   *   have changed. `onDelete`: this or another client deleted the conversation.
    */
-  constructor(chat, told) {
+  constructor(chat, listener) {
     this.chat = chat
-    this.told = told
+    this.listener = listener
     more.addEventListener('click', () => this.#loadMore())
     chat.on('renamed', () => this.refresh()) // by another browser
     chat.on('deleted', ({ conversation }) => this.#forget(conversation)) // by another browser
-    others.addEventListener('message', ({ data }) => {
+    otherTabs.addEventListener('message', ({ data }) => {
       if (typeof data === 'string') this.#forget(data)
-      // A page that nobody sees and that rests is not to connect for this.
+      // An idle page does not connect for this while it is hidden.
       if (chat.state !== 'idle' || document.visibilityState === 'visible') this.refresh()
     })
   }
@@ -50,57 +50,57 @@ export class Sidebar {
     for (const [other, row] of this.#rows) this.#mark(other, row)
   }
 
-  /** Let this browser's other tabs know that there is something new. @param {string} [deleted] */
-  share(deleted) {
-    others.postMessage(deleted)
+  /** Tell the other tabs of this browser to refresh the list. @param {string} [deleted] */
+  announce(deleted) {
+    otherTabs.postMessage(deleted)
     this.refresh()
   }
 
-  /** Look again at what was used last. */
+  /** Load the first page again. */
   refresh() {
-    if (this.#asking) this.#again = true
-    else this.#asking = this.#load().finally(() => {
-      this.#asking = undefined
-      if (this.#again) this.refresh()
-      this.#again = false
+    if (this.#loading) this.#loadAgain = true
+    else this.#loading = this.#load().finally(() => {
+      this.#loading = undefined
+      if (this.#loadAgain) this.refresh()
+      this.#loadAgain = false
     })
   }
 
   async #load() {
     try {
-      const { items, next } = await this.chat.list({ limit: PAGE })
+      const { items, next } = await this.chat.list({ limit: PAGE_SIZE })
       const oldest = items.at(-1)?.updated ?? 0
       const seen = new Set(items.map(({ id }) => id))
       const older = next === undefined ? [] : [...this.#items.values()].filter(({ id, updated }) => !seen.has(id) && updated <= oldest)
       if (!older.length) this.#next = next
       this.#show([...items, ...older])
     } catch (error) {
-      this.#complain(error)
+      this.#showFailure(error)
     }
   }
 
   async #loadMore() {
     try {
-      const { items, next } = await this.chat.list({ limit: PAGE, before: this.#next })
+      const { items, next } = await this.chat.list({ limit: PAGE_SIZE, before: this.#next })
       this.#next = next
       const first = items.find(({ id }) => !this.#items.has(id))
       this.#show([...new Map([...this.#items.values(), ...items].map((item) => [item.id, item])).values()])
       if (first) this.#rows.get(first.id)?.querySelector('a')?.focus()
     } catch (error) {
-      this.#complain(error)
+      this.#showFailure(error)
     }
   }
 
   /** @param {unknown} error */
-  #complain(error) {
-    trouble.textContent = error instanceof Error ? error.message : String(error)
-    trouble.hidden = false
+  #showFailure(error) {
+    failure.textContent = error instanceof Error ? error.message : String(error)
+    failure.hidden = false
   }
 
-  /** Show what there is after all, and then why, as the list takes back what it complained of. @param {unknown} error */
-  async #undo(error) {
+  /** Load the list again after a failed change, and show the failure: loading hides it. @param {unknown} error */
+  async #revert(error) {
     await this.#load()
-    this.#complain(error)
+    this.#showFailure(error)
   }
 
   /** @param {Item[]} items */
@@ -108,15 +108,15 @@ export class Sidebar {
     this.#items = new Map(items.map((item) => [item.id, item]))
     const rows = items.map((item) => this.#row(item))
     for (const id of this.#rows.keys()) if (!this.#items.has(id)) this.#rows.delete(id)
-    const renaming = list.querySelector('.renamed') // which would end if it moved
+    const renaming = list.querySelector('.renamed') // moving the row would end the editing
     if (!renaming && (rows.length !== list.children.length || rows.some((row, place) => row !== list.children[place]))) {
       const focused = document.activeElement
       list.replaceChildren(...rows)
       if (focused instanceof HTMLElement && list.contains(focused)) focused.focus({ preventScroll: true })
     }
-    trouble.hidden = true
+    failure.hidden = true
     more.hidden = this.#next === undefined
-    this.told.changed()
+    this.listener.onChange()
   }
 
   /** @param {Item} item */
@@ -124,7 +124,7 @@ export class Sidebar {
     const row = this.#rows.get(id) ?? this.#newRow(id)
     const link = find(row, 'a', HTMLAnchorElement)
     link.textContent = title
-    link.title = `${title}\n${day.format(updated * 1000)}`
+    link.title = `${title}\n${dateFormat.format(updated * 1000)}`
     find(row, '.rename', HTMLElement).setAttribute('aria-label', `Rename “${title}”`)
     find(row, '.delete', HTMLElement).setAttribute('aria-label', `Delete “${title}”`)
     return row
@@ -132,7 +132,7 @@ export class Sidebar {
 
   /** @param {string} id */
   #newRow(id) {
-    const row = copyOf('row')
+    const row = cloneTemplate('row')
     find(row, 'a', HTMLAnchorElement).href = `#${id}`
     find(row, '.rename', HTMLElement).addEventListener('click', () => this.#rename(id, row))
     find(row, '.delete', HTMLElement).addEventListener('click', () => this.#delete(id))
@@ -148,17 +148,17 @@ export class Sidebar {
     else link.removeAttribute('aria-current')
   }
 
-  /** Have the title's place taken by a field. @param {string} id @param {HTMLElement} row */
+  /** Replace the title with a text field. @param {string} id @param {HTMLElement} row */
   #rename(id, row) {
     const field = document.createElement('input')
     Object.assign(field, { value: this.title(id) ?? '', maxLength: 200, ariaLabel: 'Title' })
-    let over = false
-    const leave = (/** @type {boolean} */ save, back = true) => {
-      if (over) return
-      over = true
+    let closed = false
+    const close = (/** @type {boolean} */ save, refocus = true) => {
+      if (closed) return
+      closed = true
       row.classList.remove('renamed')
       field.remove()
-      if (back) find(row, 'a', HTMLElement).focus()
+      if (refocus) find(row, 'a', HTMLElement).focus()
       const title = field.value.trim()
       if (save && title && title !== this.title(id)) this.#setTitle(id, title)
       else this.refresh()
@@ -167,9 +167,9 @@ export class Sidebar {
       if (event.isComposing || event.keyCode === 229 || (event.key !== 'Enter' && event.key !== 'Escape')) return
       event.preventDefault()
       event.stopPropagation()
-      leave(event.key === 'Enter')
+      close(event.key === 'Enter')
     })
-    field.addEventListener('blur', () => leave(true, false))
+    field.addEventListener('blur', () => close(true, false))
     row.classList.add('renamed')
     row.prepend(field)
     field.select()
@@ -181,28 +181,28 @@ export class Sidebar {
     if (item) this.#show([...this.#items.values()].map((other) => (other === item ? { ...item, title } : other)))
     try {
       await this.chat.rename(id, title)
-      this.share()
+      this.announce()
     } catch (error) {
-      await this.#undo(error)
+      await this.#revert(error)
     }
   }
 
   /** @param {string} id */
   #delete(id) {
-    find(sure, '#sure-text', HTMLElement).textContent = `“${this.title(id)}” will be gone for good.`
-    sure.returnValue = ''
-    sure.showModal()
-    sure.addEventListener('close', async () => {
-      if (sure.returnValue !== 'delete') return
+    find(dialog, '#sure-text', HTMLElement).textContent = `“${this.title(id)}” will be gone for good.`
+    dialog.returnValue = ''
+    dialog.showModal()
+    dialog.addEventListener('close', async () => {
+      if (dialog.returnValue !== 'delete') return
       const row = this.#rows.get(id)
       const neighbour = row?.nextElementSibling ?? row?.previousElementSibling
       try {
         await this.chat.delete(id)
         this.#forget(id)
-        this.share(id)
+        this.announce(id)
         find(neighbour ?? document, neighbour ? 'a' : '#new', HTMLElement).focus()
       } catch (error) {
-        await this.#undo(error)
+        await this.#revert(error)
       }
     }, { once: true })
   }
@@ -210,6 +210,6 @@ export class Sidebar {
   /** @param {string} id */
   #forget(id) {
     this.#show([...this.#items.values()].filter((item) => item.id !== id))
-    this.told.deleted(id)
+    this.listener.onDelete(id)
   }
 }

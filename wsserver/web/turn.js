@@ -1,41 +1,41 @@
-/** One prompt and its reply, on the page. */
+/** One turn on the page: a prompt and its reply. */
 
 import { ReplyError } from './client.js'
-import { copy, copyOf, find } from './dom.js'
+import { copy, cloneTemplate, find } from './dom.js'
 import { Formatter } from './format.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').Result} Result */
-/** @typedef {{prompt?: string, text: string, partial?: string}} Told A turn as a history tells it. */
+/** @typedef {import('./client.js').Message} Message */
+/** @typedef {{prompt?: string, reply?: Message}} SavedTurn A turn of a history. */
 
-const MOST = 6_000 // characters that are shown in one frame, so that no frame takes long
-const BY = /** @type {Record<string, string>} */ ({
+const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
+const STOPPED_BY = /** @type {Record<string, string>} */ ({
   client: 'Stopped.',
   disconnect: 'Stopped, as the connection was lost.',
   replaced: 'Stopped for another prompt.',
   timeout: 'Stopped, as it took too long.',
   shutdown: 'Stopped, as the server shut down.',
 })
-const WHY = /** @type {Record<string, string>} */ ({
-  ...BY,
+const PARTIAL = /** @type {Record<string, string>} */ ({
+  ...STOPPED_BY,
   cut: 'Shortened here, as it is too long to be sent again.',
   interrupted: 'Broken off, as the server went away.',
   refusal: 'The model declined to go on.',
 })
-// Codes of errors that another try can mend.
-const PASSING = [
+const RETRYABLE = [ // codes of errors after which a retry can succeed
   'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted',
 ]
-// Codes of errors after which only the conversation's history knows the reply.
-export const GONE = ['not_found', 'forgotten']
-const count = new Intl.NumberFormat('en')
+/** Codes of errors after which only the history may have the reply. */
+export const REPLY_GONE = ['not_found', 'forgotten']
+const numbers = new Intl.NumberFormat('en')
 
 export class Turn {
-  /** @type {Reply | undefined} What it shows, while that is not over. */ reply
-  /** @type {string | undefined} The id of the turn whose place this one takes, once it has started. */ retryOf
-  element = copyOf('turn')
+  /** @type {Reply | undefined} The reply, until it has ended. */ reply
+  /** @type {string | undefined} The id of the turn that this one replaces. */ retryOf
+  element = cloneTemplate('turn')
   #prompt = find(this.element, '.you p', HTMLElement)
-  #shown = find(this.element, '.reply', HTMLElement)
+  #reply = find(this.element, '.reply', HTMLElement)
   #details = find(this.element, 'details', HTMLDetailsElement)
   #summary = find(this.element, 'summary', HTMLElement)
   #thinking = find(this.element, 'details p', HTMLElement)
@@ -45,24 +45,24 @@ export class Turn {
   #copy = find(this.element, '.copy', HTMLButtonElement)
   #retry = find(this.element, '.retry', HTMLButtonElement)
   #formatter = new Formatter(this.#text)
-  /** @type {{text: number, thinking: number}} Characters that are on the page. */ #drawn = { text: 0, thinking: 0 }
-  /** @type {{result?: Result, error?: ReplyError} | undefined} How it ended. */ #end
-  /** @type {number | undefined} */ #frame
-  /** @type {ReturnType<typeof setInterval> | undefined} */ #countdown
+  /** Number of characters that are on the page. */ #drawn = { text: 0, thinking: 0 }
+  /** @type {{result?: Result, error?: ReplyError} | undefined} How the reply ended. */ #end
+  /** @type {number | undefined} The animation frame that will draw. */ #frame
+  /** @type {ReturnType<typeof setInterval> | undefined} Of the retry button. */ #countdown
   #started = false
-  #over = false
-  #waiting = ''
-  #said = '' // all of the text, for a copy
+  #ended = false
+  #waitingNote = ''
+  #wholeText = '' // of an ended reply
 
   /**
    * @param {string} id
-   * @param {{retry: (turn: Turn) => void, ended: (turn: Turn, words: string) => void}} told
+   * @param {{onRetry: (turn: Turn) => void, onEnd: (turn: Turn, note: string) => void}} listener
    */
-  constructor(id, told) {
+  constructor(id, listener) {
     this.id = id
-    this.told = told
+    this.listener = listener
     this.#copy.addEventListener('click', () => {
-      copy(this.#said)
+      copy(this.#wholeText)
       this.#copy.classList.add('done')
       this.#copy.setAttribute('aria-label', 'Copied')
       setTimeout(() => {
@@ -71,78 +71,80 @@ export class Turn {
       }, 2000)
     })
     this.#retry.addEventListener('click', () => {
-      if (this.#retry.getAttribute('aria-disabled') !== 'true') told.retry(this)
+      if (this.#retry.getAttribute('aria-disabled') !== 'true') listener.onRetry(this)
     })
   }
 
-  /** All that it says, once it is over. */
+  /** The text of a reply that has ended. */
   get text() {
-    return this.#said
+    return this.#wholeText
   }
 
-  /** Why it failed. */
+  /** The error with which the reply failed. */
   get error() {
     return this.#end?.error
   }
 
-  /** Whether the server did not accept it, so that nothing of it is there. */
+  /** Whether the server refused the prompt, so that the conversation has no such turn. */
   get refused() {
     return this.error !== undefined && !this.#started
   }
 
-  /** What was asked, where that is known. */
   get prompt() {
     return this.#prompt.textContent ?? ''
   }
 
-  /** Whether a history tells less than is here, or the same. @param {Told} told */
-  has({ text, partial }) {
-    if (!this.#over) return this.reply !== undefined
-    return partial === 'cut' || (this.#said === text && !GONE.includes(this.error?.code ?? ''))
+  /** Whether the page shows as much as a history has, or more. @param {SavedTurn} saved */
+  shows({ reply }) {
+    if (!this.#ended) return this.reply !== undefined
+    return reply?.partial === 'cut' || (this.#wholeText === (reply?.content ?? '') && !REPLY_GONE.includes(this.error?.code ?? ''))
   }
 
-  /** Show what is over. @param {Told} told */
-  tell({ prompt, text, partial }) {
+  /** Show a turn of a history. @param {SavedTurn} saved */
+  showSaved({ prompt, reply }) {
+    const { content: text = '', thinking = '', partial, model, usage } = reply ?? {}
     if (prompt !== undefined) this.#prompt.textContent = prompt
     this.#end = undefined
-    this.#text.textContent = ''
-    this.#formatter = new Formatter(this.#text)
+    this.#clear()
+    this.#showThinking(thinking)
+    this.#summary.textContent = 'Thought'
     this.#formatter.write(text)
-    this.#said = text
-    const why = partial ? (WHY[partial] ?? `Broken off by an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
-    this.#finish(why, partial !== undefined && !(partial in BY) && partial !== 'cut')
-    if (partial !== undefined && PASSING.includes(partial)) this.#offer(0)
+    this.#wholeText = text
+    this.#usage.textContent = describeUsage(model, usage)
+    const note = partial ? (PARTIAL[partial] ?? `Broken off by an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
+    this.#finish(note, partial !== undefined && !(partial in STOPPED_BY) && partial !== 'cut')
+    if (partial !== undefined && RETRYABLE.includes(partial)) this.#offerRetry(0)
   }
 
-  /** Show what is under way. @param {Reply} reply */
+  /** Show a running reply. @param {Reply} reply */
   follow(reply) {
     this.reply = reply
     this.retryOf = reply.retryOf
     if (reply.prompt !== undefined) this.#prompt.textContent = reply.prompt
-    const soon = () => { this.#frame ??= requestAnimationFrame(() => this.#draw()) }
+    const drawSoon = () => { this.#frame ??= requestAnimationFrame(() => this.#draw()) }
     reply.addEventListener('change', () => {
-      if (this.reply === reply) soon()
+      if (this.reply === reply) drawSoon()
     })
-    reply.done.then((result) => { this.#end = { result } }, (error) => { this.#end = { error } }).then(soon)
-    soon()
+    reply.done.then((result) => { this.#end = { result } }, (error) => { this.#end = { error } }).then(drawSoon)
+    drawSoon()
   }
 
-  /** Leave the page; the reply goes on. */
-  leave() {
+  /** Remove the turn from the page. The reply continues. */
+  remove() {
     this.reply = undefined
     if (this.#frame !== undefined) cancelAnimationFrame(this.#frame)
     clearInterval(this.#countdown)
     this.element.remove()
   }
 
-  /** Say why nothing comes at the moment; the reply's own words if there is no reason. @param {string} why */
-  wait(why) {
-    this.#waiting = why
-    if (this.reply && !this.reply.ended) this.#say(why)
+  /** Show why no text arrives now; an empty note if text may arrive. @param {string} note */
+  setWaiting(note) {
+    this.#waitingNote = note
+    if (this.reply && !this.reply.ended) this.#setNote(note)
   }
 
-  /** No longer offer to try again, as something else was asked since. */
-  settle() {
+  /** Hide the retry button, since only the last turn can be retried. */
+  hideRetry() {
     clearInterval(this.#countdown)
     this.#retry.hidden = true
   }
@@ -151,16 +153,14 @@ export class Turn {
     this.#frame = undefined
     const { reply } = this
     if (!reply) return
-    if (reply.text.length < this.#drawn.text || reply.thinking.length < this.#drawn.thinking) this.#clear() // the server lost a part
+    // After a crash the server may have less text than the page shows.
+    if (reply.text.length < this.#drawn.text || reply.thinking.length < this.#drawn.thinking) this.#clear()
     const drawn = this.#drawn
     if (reply.prompt !== undefined && !this.prompt) this.#prompt.textContent = reply.prompt
-    if (reply.thinking.length > drawn.thinking) {
-      this.#details.hidden = false
-      const thought = reply.thinking.slice(drawn.thinking, drawn.thinking + MOST)
-      this.#thinking.append(thought)
-      drawn.thinking += thought.length
-    }
-    const text = reply.text.slice(drawn.text, drawn.text + MOST)
+    const thinking = reply.thinking.slice(drawn.thinking, drawn.thinking + FRAME_TEXT)
+    this.#showThinking(thinking)
+    drawn.thinking += thinking.length
+    const text = reply.text.slice(drawn.text, drawn.text + FRAME_TEXT)
     if (text) {
       this.#summary.textContent = 'Thought'
       this.#formatter.write(text)
@@ -168,11 +168,18 @@ export class Turn {
     }
     const all = drawn.text === reply.text.length && drawn.thinking === reply.thinking.length
     if (!all) this.#frame = requestAnimationFrame(() => this.#draw())
-    else if (this.#end) this.#close(reply, this.#end)
-    else this.#say(reply.queued ? 'Waiting for its turn.' : this.#waiting)
+    else if (this.#end) this.#showEnd(reply, this.#end)
+    else this.#setNote(reply.queued ? 'Waiting for its turn.' : this.#waitingNote)
   }
 
-  /** Show no text and no thinking. */
+  /** @param {string} thinking */
+  #showThinking(thinking) {
+    if (!thinking) return
+    this.#details.hidden = false
+    this.#thinking.append(thinking)
+  }
+
+  /** Remove all text and thinking. */
   #clear() {
     this.#text.textContent = this.#thinking.textContent = ''
     this.#formatter = new Formatter(this.#text)
@@ -181,66 +188,66 @@ export class Turn {
   }
 
   /** @param {Reply} reply @param {{result?: Result, error?: ReplyError}} end */
-  #close(reply, { result, error }) {
+  #showEnd(reply, { result, error }) {
     this.reply = undefined
-    this.#said = reply.text
+    this.#wholeText = reply.text
     this.#started = reply.started
     this.#summary.textContent = 'Thought'
     if (error) {
       this.#finish(error.message, true)
-      if (error.retryable) this.#offer(error.retryAfter ?? 0)
-    } else this.#finish(result ? ending(result) : '', result?.saved === false)
-    this.#usage.textContent = used(reply.model, result?.usage ?? error?.usage)
-    this.told.ended(this, this.#note.textContent ?? '')
+      if (error.retryable) this.#offerRetry(error.retryAfter ?? 0)
+    } else this.#finish(result ? describeEnd(result) : '', result?.saved === false)
+    this.#usage.textContent = describeUsage(reply.model, result?.usage ?? error?.usage)
+    this.listener.onEnd(this, this.#note.textContent ?? '')
   }
 
-  /** @param {string} note @param {boolean} wrong */
-  #finish(note, wrong) {
-    this.#over = true
+  /** @param {string} note @param {boolean} isError */
+  #finish(note, isError) {
+    this.#ended = true
     this.#formatter.end()
-    this.#shown.setAttribute('aria-busy', 'false')
-    this.#say(note, wrong)
-    this.#copy.hidden = !this.#said
+    this.#reply.setAttribute('aria-busy', 'false')
+    this.#setNote(note, isError)
+    this.#copy.hidden = !this.#wholeText
   }
 
-  /** @param {string} words @param {boolean} [wrong] */
-  #say(words, wrong = false) {
-    if (this.#note.textContent !== words) this.#note.textContent = words
-    this.#note.classList.toggle('wrong', wrong)
-    this.#text.classList.toggle('writing', this.reply !== undefined && !words)
+  /** @param {string} note @param {boolean} [isError] */
+  #setNote(note, isError = false) {
+    if (this.#note.textContent !== note) this.#note.textContent = note
+    this.#note.classList.toggle('wrong', isError)
+    this.#text.classList.toggle('writing', this.reply !== undefined && !note)
   }
 
-  /** Let it be tried again. @param {number} after In seconds. */
-  #offer(after) {
+  /** Show the retry button. @param {number} after Seconds until it can be used. */
+  #offerRetry(after) {
     const due = Date.now() + after * 1000
-    const tick = () => {
+    const update = () => {
       const left = Math.ceil((due - Date.now()) / 1000)
       this.#retry.textContent = left > 0 ? `Retry in ${left < 100 ? `${left} s` : `${Math.ceil(left / 60)} min`}` : 'Retry'
       this.#retry.setAttribute('aria-disabled', String(left > 0))
       if (left <= 0) clearInterval(this.#countdown)
     }
     this.#retry.hidden = false
-    this.#countdown = setInterval(tick, 1000)
-    tick()
+    this.#countdown = setInterval(update, 1000)
+    update()
   }
 }
 
 /** @param {Result} result */
-function ending({ reason, by = '', saved }) {
-  const lost = saved === false ? ' It could not be saved.' : ''
-  if (reason === 'stopped') return (BY[by] ?? 'Stopped.') + lost
-  if (reason === 'max_tokens') return `Cut short, as it reached the longest length allowed.${lost}`
+function describeEnd({ reason, by = '', saved }) {
+  const unsaved = saved === false ? ' It could not be saved.' : ''
+  if (reason === 'stopped') return (STOPPED_BY[by] ?? 'Stopped.') + unsaved
+  if (reason === 'max_tokens') return `Cut short, as it reached the longest length allowed.${unsaved}`
   const whole = ['end_turn', 'stop_sequence'].includes(reason)
-  return ((whole ? '' : `Ended early: ${reason.replaceAll('_', ' ')}.`) + lost).trim()
+  return ((whole ? '' : `Ended early: ${reason.replaceAll('_', ' ')}.`) + unsaved).trim()
 }
 
 /** @param {string | undefined} model @param {Record<string, any> | undefined} usage */
-function used(model, usage) {
-  const said = model === undefined ? [] : [model]
+function describeUsage(model, usage) {
+  const parts = model === undefined ? [] : [model]
   if (usage) {
-    const { input_tokens: own = 0, output_tokens: output = 0, estimated } = usage
-    const input = own + (usage.cache_creation_input_tokens ?? 0) + (usage.cache_read_input_tokens ?? 0)
-    said.push(`${count.format(input)} tokens in, ${estimated ? 'about ' : ''}${count.format(output)} out`)
+    const { input_tokens: uncached = 0, output_tokens: output = 0, estimated } = usage
+    const input = uncached + (usage.cache_creation_input_tokens ?? 0) + (usage.cache_read_input_tokens ?? 0)
+    parts.push(`${numbers.format(input)} tokens in, ${estimated ? 'about ' : ''}${numbers.format(output)} out`)
   }
-  return said.join(' · ')
+  return parts.join(' · ')
 }
