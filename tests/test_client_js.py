@@ -1,4 +1,4 @@
-"""The client in JavaScript: its types, its own tests under Node, and what every client must do."""
+"""The JavaScript client: its types, its own tests under Node, exchanges and sequences."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 async def succeed(*command: str) -> None:
-    """Run a program; fail with all that it says if it does."""
+    """Run a program; fail with its output if it fails."""
     program = await asyncio.create_subprocess_exec(
         *command,
         cwd=ROOT,
@@ -40,23 +40,23 @@ async def succeed(*command: str) -> None:
     assert program.returncode == 0, said.decode()
 
 
-async def test_its_types_are_sound() -> None:
+async def test_types_are_correct() -> None:
     require_npm_package("@types/react")
     await succeed(
         require_node(), str(require_npm_package("typescript") / "bin/tsc"), "-p", "tests/js"
     )
 
 
-@pytest.mark.timeout(120)  # each wait in there is bounded by itself
-async def test_it_does_what_its_tests_ask() -> None:
+@pytest.mark.timeout(120)  # each wait in it has its own bound
+async def test_javascript_tests_pass() -> None:
     require_npm_package("ws")
-    tests = ("tests/js/client.test.mjs", "tests/js/timers.test.mjs")
-    # The flag is for Node 20, as later ones have one anyway.
+    tests = sorted(str(path) for path in (ROOT / "tests/js").glob("*.test.mjs"))
+    # Node 20 needs the flag; later versions have a WebSocket without it.
     await succeed(require_node(), "--experimental-websocket", "--test", *tests)
 
 
 class Script:
-    """A driver that is a program of its own."""
+    """A driver in another process."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -92,7 +92,7 @@ class Script:
         return await self.tell("request", kind=kind, **keys)
 
     async def mended(self) -> None:
-        """It connects by itself."""
+        """The client reconnects by itself."""
 
 
 @asynccontextmanager
@@ -114,7 +114,9 @@ async def script(url: str, *token: str) -> AsyncIterator[Script]:
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-async def test_it_conforms(name: str, server: wsserver.Server, puppet: Puppet) -> None:
+async def test_client_conforms_to_exchanges(
+    name: str, server: wsserver.Server, puppet: Puppet
+) -> None:
     async with Line(server.port) as line, script(line.url) as driver:
         await play(EXCHANGES[name], driver, puppet, line)
         assert await driver.tell("close") == []
@@ -125,7 +127,7 @@ UNABLE = frozenset({"repeat", "later", "foreign", "list"})
 
 
 @pytest.mark.parametrize(("name", "socket"), playable(UNABLE))
-async def test_it_says_and_shows_what_the_sequence_says(name: str, socket: int) -> None:
+async def test_client_plays_sequences(name: str, socket: int) -> None:
     async with (
         ScriptedServer(load()[name], socket) as server,
         script(server.url, *server.tokens) as driver,

@@ -1,4 +1,5 @@
-// A stage (tests/support/stage.py) in the hands of a test, and clients that a test can look into.
+// A server in another process (tests/support/stage.py) that a test controls, and clients that it can inspect.
+import assert from 'node:assert/strict'
 import { spawn } from 'node:child_process'
 import { createRequire } from 'node:module'
 import { createInterface } from 'node:readline'
@@ -8,7 +9,7 @@ const require = createRequire(new URL('../../.tools/node_modules/', import.meta.
 export const { WebSocket } = require('ws')
 const BOUND = 10_000 // milliseconds that any wait may take
 
-/** Give what a promise gives, but fail if that takes too long. */
+/** Await a promise, but fail after a bound. */
 export async function soon(promise, what = 'it') {
   let timer
   const late = new Promise((_, reject) => {
@@ -21,7 +22,7 @@ export async function soon(promise, what = 'it') {
   }
 }
 
-/** Wait for the next event whose detail (or target) fits. */
+/** Wait for the next event whose detail (or target) passes a test. */
 export function event(target, type, fits = () => true) {
   return soon(new Promise((resolve) => {
     const hear = (event) => {
@@ -38,8 +39,9 @@ export const until = (reply, fits) => (fits(reply) ? Promise.resolve(reply) : ev
 export const says = (reply, text) => until(reply, (reply) => reply.text === text)
 export const state = (chat, wanted) =>
   chat.state === wanted ? Promise.resolve() : event(chat, 'state', ({ state }) => state === wanted)
-/** Wait for a change of state that may have come already. */
+/** Wait for a change of state that may have happened already. */
 export const passed = ({ chat, states }, fits) => (states.some(fits) ? Promise.resolve() : event(chat, 'state', fits))
+export const rejects = (reply, expected) => assert.rejects(soon(reply.done, 'the end'), expected)
 export const read = async (reply) => {
   let text = ''
   for await (const piece of reply) text += piece
@@ -77,14 +79,14 @@ export class Stage {
   asked(prompt) { return this.tell('asked', { prompt }) }
   closed(prompt) { return this.tell('closed', { prompt }) }
 
-  /** End it, gently or as a machine does that fails. */
+  /** End the process, or kill it with a signal. */
   async end(signal) {
     if (signal) this.#process.kill(signal)
     else this.#process.stdin.end()
     await soon(this.#gone, 'the end of the stage')
   }
 
-  /** A server with a client: `chat`, `line('cut')`, and `sockets`, all that the client has made. */
+  /** Start a server and a client: `chat`, `line('cut')`, and `sockets`, all sockets of the client. */
   async serve(t, { settings = {}, tokens, ...options } = {}) {
     const { server, url, port } = await this.tell('serve', { settings, tokens })
     const client = join(t, url, options)
@@ -121,4 +123,18 @@ export function join(t, url, options = {}) {
     for (const socket of sockets) socket.terminate?.() // or Node waits for the dead ones to answer
   })
   return { chat, sockets, frames, errors, states }
+}
+
+// The socket of an older server: it sends no `hello`, and refuses the key `request`.
+export class OlderWebSocket extends WebSocket {
+  set onmessage(hear) {
+    super.onmessage = ({ data }) => {
+      const { request, after, expires_in, ...frame } = JSON.parse(data)
+      if (frame.type !== 'hello') hear({ data: JSON.stringify(frame) })
+    }
+  }
+  send(data) {
+    assert.equal(JSON.parse(data).request, undefined)
+    super.send(data)
+  }
 }

@@ -1,9 +1,10 @@
-// What the client does with time, without any.
+// Timers of the JavaScript client, with fake time.
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { connect } from '../../wsserver/web/client.js'
+import { advance, connectFake, pong, turn } from './fakes.mjs'
 
-test('pauses are random below a bound that doubles up to a limit', async (t) => {
+test('back-off is random below a doubling bound', async (t) => {
   const pauses = [], { random } = Math
   t.after(() => { Math.random = random })
   t.mock.timers.enable({ apis: ['setTimeout'] })
@@ -22,7 +23,7 @@ test('pauses are random below a bound that doubles up to a limit', async (t) => 
   assert.deepEqual(pauses, bounds.map((pause) => Math.ceil(pause / 125) * 125))
 })
 
-test('a page that slept gives its connection another chance', async (t) => {
+test('a suspended page sends another ping before it closes', async (t) => {
   t.mock.timers.enable({ apis: ['setTimeout'] })
   let clock = 0
   t.mock.method(Date, 'now', () => clock)
@@ -64,54 +65,10 @@ test('a page that slept gives its connection another chance', async (t) => {
   other.close()
 })
 
-// A server of fakes: each socket answers by `answer`, and notes what it gets.
-function world(t, answer = () => {}, options = { firstPause: 1, longestPause: 1 }) {
-  t.mock.timers.enable({ apis: ['setTimeout', 'Date'] })
-  const sockets = []
-  class Fake {
-    sent = []
-    greeted = false // no server answers before its `hello`
-    terminated = false
-    constructor() {
-      sockets.push(this)
-      queueMicrotask(() => {
-        this.onopen()
-        this.greeted = true
-        this.say({ type: 'hello' })
-      })
-    }
-    say(frame) { this.onmessage({ data: JSON.stringify(frame) }) }
-    send(data) {
-      const frame = JSON.parse(data)
-      this.sent.push(frame)
-      if (this.greeted) answer(this, frame, sockets.length)
-    }
-    close() {}
-    terminate() { this.terminated = true }
-  }
-  const chat = connect('ws://localhost:1/', { WebSocket: Fake, ...options })
-  t.after(() => chat.close())
-  return { chat, sockets }
-}
-
-const turn = () => new Promise((resolve) => { setImmediate(resolve) })
-
-/** Let time pass until something is so; how much passed, in milliseconds. */
-async function passes(t, so, most = 120_000) {
-  let passed = 0
-  for (; !so() && passed < most; passed += 100) {
-    t.mock.timers.tick(100)
-    await turn()
-  }
-  return passed
-}
-
-const pong = (socket, { type }) => { if (type === 'ping') socket.say({ type: 'pong' }) }
-
 for (const [when, before] of [['the link falls silent after the prompt', false], ['it was silent before', true]]) {
-  test(`a silent link is given up within 10 s while a reply is expected: ${when}`, async (t) => {
+  test(`silence during a reply closes the connection within 10 s: ${when}`, async (t) => {
     let silent = false
-    const { chat, sockets } = world(t, (socket, frame) => {
+    const { chat, sockets } = connectFake(t, (socket, frame) => {
       if (silent) return
       pong(socket, frame)
       if (frame.type === 'prompt') socket.say({ type: 'start', id: frame.id, request: frame.request })
@@ -120,31 +77,31 @@ for (const [when, before] of [['the link falls silent after the prompt', false],
     t.mock.timers.tick(100)
     silent = before
     const reply = chat.prompt('Hi')
-    await passes(t, () => false, 5_000 * !before)
+    await advance(t, () => false, 5_000 * !before)
     silent = true
     const [socket] = sockets
-    assert.ok(await passes(t, () => sockets.length > 1) <= 10_000)
+    assert.ok(await advance(t, () => sockets.length > 1) <= 10_000)
     assert.ok(socket.terminated) // and not waited for
     assert.equal(reply.ended, false)
   })
 }
 
-test('a silent link is looked at less often while nothing is expected', async (t) => {
-  const { chat, sockets } = world(t, pong)
+test('an idle connection gets fewer pings', async (t) => {
+  const { chat, sockets } = connectFake(t, pong)
   await turn()
-  await passes(t, () => false, 60_000)
+  await advance(t, () => false, 60_000)
   assert.ok(sockets[0].sent.filter(({ type }) => type === 'ping').length <= 6)
   assert.equal(chat.state, 'open')
 })
 
-test('a large answer may take longer than a sign of life', async (t) => {
-  const { chat, sockets } = world(t, (socket, { type, id, request }) => {
+test('a large answer may take longer than the heartbeat', async (t) => {
+  const { chat, sockets } = connectFake(t, (socket, { type, id, request }) => {
     if (type === 'prompt') socket.say({ type: 'start', id, request })
   })
   await turn()
   chat.prompt('Hi')
   const opened = chat.open('c'.repeat(16))
-  await passes(t, () => false, 9_000)
+  await advance(t, () => false, 9_000)
   assert.equal(sockets.length, 1)
   const { request } = sockets[0].sent.find(({ type }) => type === 'open')
   sockets[0].say({ type: 'history', conversation: 'c'.repeat(16), messages: [], running: [], request })
@@ -167,8 +124,8 @@ for (const [how, answer] of Object.entries({
     else socket.say({ type: 'error', code: 'shutting_down', message: 'Later.', retryable: true, request })
   },
 })) {
-  test(`every call settles where it is answered ${how}`, async (t) => {
-    const { chat, sockets } = world(t, answer)
+  test(`every call settles if it is answered ${how}`, async (t) => {
+    const { chat, sockets } = connectFake(t, answer)
     await turn()
     const settled = new Set()
     const conversation = 'c'.repeat(16)
@@ -177,7 +134,7 @@ for (const [how, answer] of Object.entries({
       prompt: chat.prompt('Hi').done, resume: chat.resume('r'.repeat(16)).done, stop: chat.prompt('Ho').stop(),
     }
     for (const [name, call] of Object.entries(calls)) call.catch(() => {}).then(() => settled.add(name))
-    const passed = await passes(t, () => settled.size === 7)
+    const passed = await advance(t, () => settled.size === 7)
     assert.deepEqual([...settled].sort(), Object.keys(calls).sort())
     assert.ok(passed <= 60_000, `${passed} ms`)
     assert.equal(chat.replies.size, 0)
@@ -185,18 +142,18 @@ for (const [how, answer] of Object.entries({
   })
 }
 
-test('a reply that nobody waits for any more is stopped', async (t) => {
-  const { chat, sockets } = world(t, pong)
+test('a prompt without an answer in time is stopped', async (t) => {
+  const { chat, sockets } = connectFake(t, pong)
   await turn()
   const reply = chat.prompt('Hi')
-  await passes(t, () => reply.ended)
+  await advance(t, () => reply.ended)
   await assert.rejects(reply.done, { code: 'no_answer', retryable: true })
   assert.equal(sockets[0].sent.at(-1).id, reply.id)
   assert.equal(sockets[0].sent.at(-1).type, 'stop')
 })
 
 for (const [skew, name] of [[0, 'right'], [3_600_000, 'an hour ahead'], [-3_600_000, 'an hour behind']]) {
-  test(`a token is renewed once in its life where the clock is ${name}`, async (t) => {
+  test(`a token is renewed once if the clock is ${name}`, async (t) => {
     t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
     const start = Date.now()
     let asked = 0, socket
@@ -216,16 +173,16 @@ for (const [skew, name] of [[0, 'right'], [3_600_000, 'an hour ahead'], [-3_600_
     t.after(() => chat.close())
     await turn()
     assert.deepEqual([chat.state, asked], ['open', 1])
-    await passes(t, () => asked > 1, 700_000)
+    await advance(t, () => asked > 1, 700_000)
     const after = (Date.now() - start) / 1000
     assert.ok(after > 300 && after < 600, `${after} s`)
-    await passes(t, () => asked > 2, 100_000)
+    await advance(t, () => asked > 2, 100_000)
     assert.equal(asked, 2)
     assert.ok(socket)
   })
 }
 
-test('a server that tells a time alone is not asked without end where the clock is ahead', async (t) => {
+test('`expires` alone does not cause endless renewals if the clock is ahead', async (t) => {
   t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
   let asked = 0
   class Former {
@@ -239,11 +196,11 @@ test('a server that tells a time alone is not asked without end where the clock 
   const chat = connect('ws://localhost:1/', { WebSocket: Former, token: async () => `t${++asked}` })
   t.after(() => chat.close())
   await turn()
-  await passes(t, () => false, 60_000)
+  await advance(t, () => false, 60_000)
   assert.deepEqual([chat.state, asked], ['open', 1])
 })
 
-test('a renewal that fails for a while is tried again, and blamed on nothing else', async (t) => {
+test('a failed renewal is retried, and fails nothing else', async (t) => {
   t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
   let auths = 0, socket
   class Fake {
@@ -263,9 +220,9 @@ test('a renewal that fails for a while is tried again, and blamed on nothing els
   const errors = []
   chat.on('error', ({ code }) => errors.push(code))
   await turn()
-  await passes(t, () => false, 9_000)
+  await advance(t, () => false, 9_000)
   const list = chat.list()
-  await passes(t, () => auths === 3, 60_000)
+  await advance(t, () => auths === 3, 60_000)
   assert.deepEqual([auths, errors], [3, ['auth_unavailable']])
   socket.say({ type: 'conversations', items: [], request: socket.list })
   assert.deepEqual(await list, { items: [], next: undefined })
@@ -275,7 +232,7 @@ for (const [why, Class, reason] of [
   ['there is no WebSocket', undefined, /no WebSocket/],
   ['the address is one that WebSocket refuses', class { constructor() { throw new DOMException('mixed content', 'SecurityError') } }, /mixed content/],
 ]) {
-  test(`all ends at once where ${why}`, async (t) => {
+  test(`all calls fail at once if ${why}`, async (t) => {
     const global = Object.getOwnPropertyDescriptor(globalThis, 'WebSocket')
     t.after(() => { if (global) Object.defineProperty(globalThis, 'WebSocket', global) })
     delete globalThis.WebSocket
@@ -291,7 +248,7 @@ for (const [why, Class, reason] of [
   })
 }
 
-test('a server that turns everybody away is not asked in a row', async (t) => {
+test('a server that refuses every token is not called without pauses', async (t) => {
   t.mock.timers.enable({ apis: ['setTimeout'] })
   let tried = 0
   class Busy {
@@ -315,25 +272,25 @@ test('a server that turns everybody away is not asked in a row', async (t) => {
   const chat = connect('ws://localhost:1/', { WebSocket: Busy, token: 'token' })
   t.after(() => chat.close())
   await turn()
-  await passes(t, () => false, 60_000)
+  await advance(t, () => false, 60_000)
   assert.ok(tried <= 9, `${tried} attempts in a minute`)
 })
 
-test('a line that ends each connection before anything gets on is not tried in a row', async (t) => {
+test('connections that end before any answer do not reset the back-off', async (t) => {
   const { random } = Math
   Math.random = () => 1
   t.after(() => { Math.random = random })
-  const { chat, sockets } = world(t, (socket, { type }) => {
+  const { chat, sockets } = connectFake(t, (socket, { type }) => {
     if (type === 'ping') socket.say({ type: 'pong' })
     else queueMicrotask(() => socket.onclose({ code: 1006, reason: '' })) // in the midst of the answer
   }, { firstPause: 500, longestPause: 15_000 })
   chat.list().catch(() => {})
-  await passes(t, () => false, 60_000)
+  await advance(t, () => false, 60_000)
   assert.ok(sockets.length > 3 && sockets.length <= 10, `${sockets.length} attempts in a minute`)
 })
 
-test('a server that resumes elsewhere than it was asked to is not asked for ever', async (t) => {
-  const { chat, sockets } = world(t, (socket, { type, id, request }) => {
+test('a resume that begins at another piece closes the chat', async (t) => {
+  const { chat, sockets } = connectFake(t, (socket, { type, id, request }) => {
     if (type === 'resume') socket.say({ type: 'start', id, after: 3, request })
   })
   await turn()
@@ -342,9 +299,9 @@ test('a server that resumes elsewhere than it was asked to is not asked for ever
   assert.equal(sockets[0].sent.filter(({ type }) => type === 'resume').length, 1)
 })
 
-test('a conversation that is opened again waits where the server asks for it', async (t) => {
+test('a repeated open waits for `retry_after`', async (t) => {
   let limits = 0
-  const { chat, sockets } = world(t, (socket, frame, number) => {
+  const { chat, sockets } = connectFake(t, (socket, frame, number) => {
     const { type, request, conversation } = frame
     pong(socket, frame)
     if (type !== 'open') return
@@ -357,6 +314,6 @@ test('a conversation that is opened again waits where the server asks for it', a
   await turn()
   await chat.open('c'.repeat(16))
   sockets[0].onclose({ code: 1006, reason: '' })
-  await passes(t, () => histories.length > 1)
+  await advance(t, () => histories.length > 1)
   assert.deepEqual([histories.length, limits, sockets.length, errors], [2, 4, 2, []])
 })
