@@ -9,7 +9,10 @@ import pytest
 from tests.support.puppet import BOUND, until
 from tests.support.stand import ONE, OWNER, Stand
 from wsserver.connection import REQUESTS
-from wsserver.protocol import Close
+from wsserver.cursor import Cursor
+from wsserver.live import Generation
+from wsserver.pieces import Run
+from wsserver.protocol import Close, Terminal
 
 ID = "0123456789abcdef"
 
@@ -29,6 +32,60 @@ async def test_piece_is_written_in_the_call_that_appends_it(stand: Stand) -> Non
     assert generation is not None
     generation.log.append("at once")
     assert [frame["text"] for frame in port.of("token")] == ["at once"]
+
+
+class Lines:
+    """A dialect of plain lines, as another protocol may have it."""
+
+    @staticmethod
+    def start(generation: Generation, *, after: int, shown: bool, request: str | None) -> bytes:
+        return b"start\n"
+
+    @staticmethod
+    def run(generation: Generation, run: Run) -> bytes:
+        return f"{run.seq} {run.data}\n".encode()
+
+    @staticmethod
+    def terminal(terminal: Terminal) -> bytes:
+        return b"end\n"
+
+
+class LineReader:
+    """A follower of one generation, and where it writes."""
+
+    writable = True
+
+    def __init__(self, generation: Generation) -> None:
+        self.lines: list[bytes] = []
+        self.cursor = Cursor(generation, self, Lines(), self, 1000)
+
+    def write(self, frame: bytes) -> None:
+        self.lines.append(frame)
+
+    def merged(self, pieces: int) -> None: ...
+
+    def leave(self, cursor: Cursor) -> None:
+        cursor.generation.log.followers.remove(cursor)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+
+async def test_followers_of_two_dialects_read_one_log(stand: Stand) -> None:
+    connection, port = stand.client()
+    connection.receive(json.dumps({"prompt": "Hello?", "id": ID}))
+    reply = await stand.puppet.reply()
+    generation = stand.hub.known(OWNER, ID)
+    assert generation is not None
+    reader = LineReader(generation)
+    stand.hub.follow(generation, reader.cursor)
+    reader.cursor.begin(0, 1000, shown=True, request=None)
+    reply.say("one ")
+    await port.next("token")
+    reply.say("two").end()
+    await port.next("done")
+    assert reader.lines == [b"start\n", b"1 one \n", b"2 two\n", b"end\n"]
+    assert [frame["text"] for frame in port.of("token")] == ["one ", "two"]
 
 
 async def test_client_whose_transport_fails_is_closed_and_no_other_notices(

@@ -10,6 +10,7 @@ import pytest
 from tests.support.puppet import BOUND, until
 from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
 from wsserver import Code
+from wsserver.context import messages_of
 from wsserver.errors import Refused, StoreError
 from wsserver.live import Conversation, Generation
 from wsserver.protocol import Prompt
@@ -62,6 +63,26 @@ async def test_failing_follower_keeps_no_generation_alive(
     assert stand.memory.used == stand.memory.cached
     assert "follower failed" in caplog.text
     assert "secret" not in caplog.text
+
+
+async def test_queued_prompt_whose_request_cannot_be_made_ends_and_the_next_one_runs(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generations = [await stand.prompt(text, on_busy="queue") for text in ("x", "0", "1")]
+
+    def broken(turns: Any, prompt: str, **sizes: int) -> Any:
+        if prompt == "0":
+            raise ZeroDivisionError("secret")
+        return messages_of(turns, prompt, **sizes)
+
+    monkeypatch.setattr("wsserver.running.messages_of", broken)
+    (await stand.puppet.reply()).end()
+    (await stand.puppet.reply(1)).end()
+    for generation in generations:
+        await stand.ended(generation)
+    codes = [getattr(generation.log.terminal, "code", None) for generation in generations]
+    assert codes == [None, Code.INTERNAL, None]
+    assert stand.hub.live == len(stand.hub.accounts) == 0
 
 
 async def test_deletes_of_one_owner_make_no_other_read_the_store_again(

@@ -153,11 +153,11 @@ class Scheduler:
             conversation=conversation,
             accepted=self._loop.time(),
         )
-        if not self._memory.take(account, generation.prompt_size):
-            raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
-        generation.memory = generation.prompt_size
         request = self.runner.request(generation)
         generation.asked = self.runner.estimate(request)
+        generation.memory = generation.prompt_size
+        if not self._memory.take(account, generation.memory):
+            raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
         self._accounts.book(generation)
         self._retention.add(generation)
         self.live.add(generation)
@@ -200,6 +200,8 @@ class Scheduler:
     def _ended(self, generation: Generation) -> None:
         """Give back what a generation held, and start the next prompt of its conversation."""
         self.live.discard(generation)
+        if not self.live:
+            self.idle.set()
         self._accounts.settle(generation)
         self._memory.give(generation.account, generation.memory)
         conversation = generation.conversation
@@ -209,8 +211,6 @@ class Scheduler:
             self._retention.keep(generation)
         if conversation is not None:
             self._go_on(conversation, generation)
-        if not self.live:
-            self.idle.set()
 
     def _go_on(self, conversation: Conversation, ended: Generation) -> None:
         conversation.version += 1
