@@ -1,5 +1,6 @@
 """The proxies of the environment: which one a request takes, and the way through it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import wsserver
 from tests.support.client import client
 from tests.support.http_proxy import HttpProxy
+from tests.support.raw import Raw
 from tests.support.upstream import Upstream, certificate, refused_url, tls_server
 from wsserver.errors import ConfigError
 from wsserver.models.proxy import Proxy, proxy_for
@@ -191,6 +193,38 @@ async def test_proxy_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPat
     with refused_url() as url:
         monkeypatch.setenv("ALL_PROXY", url)
         assert (await ask(monkeypatch, "https://api.example"))["code"] == "unreachable"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"hello\r\n\r\n",
+        b"HTTP/2 200 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\nbytes before the TLS handshake",
+        b"HTTP/1.1 200 OK\r\nname: " + b"x" * 70_000,
+    ],
+    ids=lambda answer: repr(answer[:50]),
+)
+async def test_proxy_that_does_not_speak_http_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+
+    async with Raw(handle) as raw:
+        monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{raw.port}")
+        assert (await ask(monkeypatch, "https://api.example"))["code"] == "unreachable"
+
+
+async def test_socks_proxy_is_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    assert (await ask(monkeypatch, "https://api.example"))["code"] == "internal"
+    assert "socks5" in caplog.text
 
 
 @pytest.mark.usefixtures("trusted")

@@ -255,11 +255,26 @@ def test_environment_that_cannot_work_is_refused_at_the_start(
     assert "secr" not in str(refused.value)
 
 
-async def test_header_that_would_be_two_is_not_sent(
-    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+async def test_trust_settings_that_cannot_be_read_are_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", "https://127.0.0.1:1")
+    monkeypatch.setenv("SSL_CERT_FILE", "/does/not/exist")
+    async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
+        await server.prepared()
+        async with client(server) as chat:
+            failed = (await chat.text((await chat.prompt())["id"]))[1]
+    assert failed["code"] == "internal"
+    assert "SSL_CERT_FILE" in caplog.text
+
+
+async def test_header_that_would_be_two_is_not_sent_and_named_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
     monkeypatch.setenv("ANTHROPIC_CUSTOM_HEADERS", "x-one: a\rx-two: b")
     async with wsserver.serve(port=0, drain_timeout=0) as server, client(server) as chat:
         failed = (await chat.text((await chat.prompt())["id"]))[1]
     assert (failed["code"], upstream.requests) == ("internal", [])
+    assert "x-one" in caplog.text

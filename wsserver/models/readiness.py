@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 
@@ -56,5 +57,7 @@ async def _attempt(work: Callable[[], Awaitable[Any]]) -> None:
     """Do what a prompt would do later. The prompt reports a failure to its client."""
     try:
         await work()
+    except ConfigError as error:
+        log.error("model not ready", reason=str(error))
     except Exception as error:  # noqa: BLE001
         log.error("model not ready", failure=error)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from wsserver.content import Usage
-from wsserver.errors import Code, ConfigError, ModelError
+from wsserver.errors import Code, ModelError
 from wsserver.logs import log
 from wsserver.models.anthropic.events import parse
 from wsserver.models.anthropic.failures import ApiError, TransientError, of_http
@@ -67,8 +67,12 @@ class Anthropic:
         await self._templates.load()
 
     async def warm(self) -> None:
-        """Have one connection to the API ready, if none is idle. Failures are left to prompts."""
-        with contextlib.suppress(ConfigError, HttpError, ModelError, TransientError):
+        """Have one connection to the API ready, if none is idle. The next prompt has its own error.
+
+        Raises:
+            ConfigError: the SDK cannot be used as the environment configures it.
+        """
+        with contextlib.suppress(ModelError, TransientError):
             template = await self._templates.current()
             await self._pool.warm(template.origin)
 
