@@ -22,7 +22,7 @@ from tests.support.crowd import CROWD
 from tests.support.process import run
 from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.support.sequences import VECTORS, load, written
-from tests.test_terminal import terminal
+from tests.support.terminal import terminal
 from wsserver import Code, Settings
 from wsserver.connection import REQUESTS
 from wsserver.protocol import (

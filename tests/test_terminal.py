@@ -1,21 +1,17 @@
-"""``wsserver chat``, in a real pseudo-terminal and through pipes."""
+"""``wsserver chat`` as a dialogue, in a real pseudo-terminal and in this process."""
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pexpect
 import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
@@ -27,99 +23,32 @@ from tests.support.line import Line
 from tests.support.older import older
 from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet, until
-from wsserver import Code, End, ModelError
-from wsserver.cli import main
+from tests.support.replies import Frame, Send, scripted
+from tests.support.terminal import terminal
+from wsserver import Code, End, ModelError, Thinking, Usage
 from wsserver.client import connect
 from wsserver.line_editor import open_history
 from wsserver.terminal import Options, Terminal, escape
 
 CONVERSATION = "a-conversation-of-mine"
 
-# Python 3.12 warns of any fork beside threads, as that of a pseudo-terminal is.
+# Python 3.12 warns about a fork in a process with threads, as for a pseudo-terminal.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning"),
     pytest.mark.slow,
 ]
 
 
-class Person:
-    """A user at a terminal."""
-
-    def __init__(self, child: Any) -> None:
-        self.child = child
-
-    async def sees(self, text: str) -> str:
-        """Wait until a text is in sight; return what came before it."""
-        await asyncio.to_thread(self.child.expect_exact, text, timeout=BOUND)
-        return str(self.child.before)
-
-    async def ready(self) -> None:
-        """Wait until there is a prompt: it lets pasted text be told from typed text."""
-        await self.sees("\x1b[?2004h")
-
-    def types(self, text: str) -> None:
-        self.child.send(text)
-
-    async def leaves(self) -> int:
-        await asyncio.to_thread(self.child.expect, pexpect.EOF, timeout=BOUND)
-        await asyncio.to_thread(self.child.wait)
-        return int(self.child.exitstatus)
-
-
-@asynccontextmanager
-async def terminal(*arguments: str, **env: str) -> AsyncIterator[Person]:
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "wsserver", "chat", *arguments],
-        env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **env},
-        encoding="utf-8",
-        dimensions=(40, 200),
-        echo=False,
-        timeout=BOUND,
-    )
-    try:
-        yield Person(child)
-    finally:
-        await asyncio.to_thread(child.close, force=True)
-
-
-@asynccontextmanager
-async def once(*arguments: str, **env: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "wsserver", "chat", *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, **env},
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
-
-
-async def outcome(process: asyncio.subprocess.Process, given: str = "") -> tuple[int, str, str]:
-    async with asyncio.timeout(BOUND):
-        out, err = await process.communicate(given.encode())
-    assert process.returncode is not None
-    assert "Traceback" not in err.decode()
-    return process.returncode, out.decode(), err.decode()
-
-
-# In a terminal.
-
-
 async def test_dialogue(server: wsserver.Server, puppet: Puppet, tmp_path: Path) -> None:
     async with terminal(server.url, XDG_STATE_HOME=str(tmp_path / "state")) as person:
         await person.ready()
         person.types("Tell me a story\r")
-        said = (await puppet.reply()).say("Once upon\n")
+        said = (await puppet.reply()).say(Thinking("Hm,\nhm."), "Once upon\n")
+        await person.sees("[thought: Hm, hm.]")
         await person.sees("Once upon\r\n")
-        said.say("a time").end()
+        said.say("a time", Usage(1234, 5)).end()
         await person.sees("a time")
+        await person.sees("[puppet · 1,234 tokens in, 5 out]")
         await person.ready()
         person.types("Go on\r")
         (await puppet.reply(1)).say("The end").end()
@@ -326,9 +255,6 @@ def test_escape_keeps_line_ends_and_tabs(text: str, shown: str) -> None:
     assert escape(text) == shown
 
 
-# The same in this process, where its parts can be had hold of.
-
-
 @asynccontextmanager
 async def dialogue(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyncio.Task[int]]]:
     """Run a dialogue without a terminal; yield the input and the task."""
@@ -339,6 +265,36 @@ async def dialogue(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyn
         finally:
             talking.cancel()
             await asyncio.wait({talking}, timeout=BOUND)
+
+
+async def test_history_shows_thinking_model_and_usage(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    blocks = [
+        {"type": "thinking", "thinking": "x" * 1000, "signature": "s"},
+        {"type": "text", "text": "Hello"},
+    ]
+    reply: Frame = {"role": "assistant", "content": "Hello", "id": "i", "model": "m"}
+    usage: Frame = {"input_tokens": 1, "cache_read_input_tokens": 2000, "output_tokens": 7}
+    messages: list[Frame] = [
+        {"role": "user", "content": "Hi", "id": "i"},
+        {**reply, "blocks": blocks, "usage": {**usage, "estimated": True}},
+    ]
+
+    async def answer(frame: Frame, send: Send) -> None:
+        history = {"type": "history", "title": "T", "messages": messages, "running": []}
+        await send(history, conversation=CONVERSATION, request=frame["request"])
+
+    shown = ""
+
+    def sees(text: str) -> bool:
+        nonlocal shown
+        shown += capsys.readouterr().out
+        return text in shown
+
+    async with scripted(answer) as url, dialogue(url=url, conversation=CONVERSATION):
+        await until(lambda: sees("[m · 2,001 tokens in, about 7 out]"))
+    assert f"> Hi\n[thought: {'x' * 300}…]\nHello\n" in shown
 
 
 async def test_end_of_each_reply_is_marked(
@@ -434,195 +390,6 @@ async def test_ctrl_c_while_connecting_exits() -> None:
             assert await opening == 130
 
 
-# Through pipes.
-
-
-async def test_once_prints_only_the_text(server: wsserver.Server, puppet: Puppet) -> None:
-    async with once(
-        server.url, "--once", "Hi", "--system", "Be kind", "--conversation", CONVERSATION
-    ) as process:
-        reply = await puppet.reply()
-        reply.say("Héllo\x1b[1m\r\n", "you").end()
-        assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou", "")
-        assert reply.request.system == "Be kind"
-    async with connect(server.url) as chat:
-        assert [known.id for known in await chat.conversations()] == [CONVERSATION]
-
-
-async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet: Puppet) -> None:
-    async with once(server.url, "--once", "-") as process:
-        assert process.stdin is not None
-        process.stdin.write("two\nlines 🦆\n".encode())
-        process.stdin.close()
-        reply = await puppet.reply()
-        assert reply.request.prompt == "two\nlines 🦆\n"
-        reply.say("x").end()
-        assert process.stdout is not None
-        async with asyncio.timeout(BOUND):
-            assert await process.stdout.read() == b"x"
-            assert await process.wait() == 0
-
-
-async def test_once_without_url_starts_a_private_server() -> None:
-    async with once("--once", "Hello", WSSERVER_DEMO_RATE="0", WSSERVER_TOKEN_FILE="") as process:
-        code, out, err = await outcome(process)
-    assert (code, out[:23]) == (0, "This is the demo model:")
-    assert "demo" in err
-
-
-async def test_once_exits_with_1_after_an_error(server: wsserver.Server, puppet: Puppet) -> None:
-    async with once(server.url, "--once", "Hi") as process:
-        (await puppet.reply()).say("Half").fail(ModelError(Code.UNREACHABLE, "No \x1b[2J way."))
-        code, out, err = await outcome(process)
-    assert (code, out) == (1, "Half")
-    assert err == "wsserver: No \\x1b[2J way. (unreachable); try again\n"
-
-
-async def test_once_exits_with_1_without_a_server() -> None:
-    # Without the patience that it has for ten seconds.
-    async with once("ws://127.0.0.1:1/", "--once", "Hi") as process:
-        code, out, err = await outcome(process)
-    assert (code, out) == (1, "")
-    assert err.startswith("wsserver: cannot connect to ws://127.0.0.1:1/: ")
-    assert err.count("\n") == 1
-
-
-async def test_once_exits_with_130_after_ctrl_c_and_stops_the_reply(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    async with once(server.url, "--once", "Hi") as process:
-        said = (await puppet.reply()).say("Half")
-        assert process.stdout is not None
-        async with asyncio.timeout(BOUND):
-            assert await process.stdout.read(4) == b"Half"
-        process.send_signal(signal.SIGINT)
-        assert await outcome(process) == (130, "", "")
-        assert said.closed.is_set()
-
-
-async def test_sigterm_stops_the_reply_before_exit(server: wsserver.Server, puppet: Puppet) -> None:
-    async with once(server.url, "--once", "Hi") as process:
-        said = (await puppet.reply()).say("Half")
-        assert process.stdout is not None
-        async with asyncio.timeout(BOUND):
-            assert await process.stdout.read(4) == b"Half"
-        process.terminate()
-        assert await outcome(process) == (128 + signal.SIGTERM, "", "")
-        assert said.closed.is_set()
-
-
-async def test_once_exits_quietly_after_a_closed_pipe(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    read, write = os.pipe()
-    async with asyncio.timeout(BOUND):
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "wsserver", "chat", server.url, "--once", "Hi"),
-            stdout=write,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        os.close(write)
-        reply = await puppet.reply()
-        os.close(read)
-        reply.say("into the void")
-        _, err = await process.communicate()
-        assert (process.returncode, err) == (1, b"")
-        await reply.closed.wait()
-
-
-async def test_token_comes_from_environment_or_flag(puppet: Puppet) -> None:
-    tokens = f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
-    async with wsserver.serve(puppet, port=0, tokens=tokens, drain_timeout=0) as server:
-        for number, (arguments, env) in enumerate(
-            [((), {"WSSERVER_CHAT_TOKEN": "good"}), (("--token", "good"), {})]
-        ):
-            async with once(server.url, "--once", "Hi", *arguments, **env) as process:
-                (await puppet.reply(number)).say("Ada").end()
-                code, said, noted = await outcome(process)
-                assert (code, said) == (0, "Ada")
-                assert ("can see --token" in noted) is bool(arguments)
-        async with once(server.url, "--once", "Hi", WSSERVER_CHAT_TOKEN="bad") as process:
-            code, out, err = await outcome(process)
-        assert (code, out) == (1, "")
-        assert "token" in err
-        assert "bad" not in err
-
-
-async def test_private_server_refuses_other_clients(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "import json, sys\n"
-        "from websockets.sync.client import connect\n"
-        "import asyncio, gc, wsserver\n"
-        "def intrude():\n"
-        "    (server,) = [o for o in gc.get_objects() if isinstance(o, wsserver.Server)]\n"
-        "    with connect(server.url, proxy=None) as socket:\n"
-        '        socket.send(\'{"prompt": "Hi"}\')\n'
-        "        return json.loads(socket.recv())['code']\n"
-        "async def model(request):\n"
-        "    yield await asyncio.to_thread(intrude)\n"
-    )
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    async with once("--once", "Hi", "--model", "mine:model", PYTHONPATH=path) as process:
-        assert await outcome(process) == (0, "unauthenticated", "")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--once", " "], "empty"),
-        (["--once", "\udcff"], "UTF-8"),
-        (["--once", "Hi", "--system", "\udcff"], "--system"),
-        (["--once", "Hi", "--conversation", "short"], "--conversation"),
-        (["http://localhost", "--once", "Hi"], "not an address"),
-        (["--once", "Hi", "--model", "gpt"], "model"),
-        (["--colour", "red"], "--colour"),
-        ([], "not a terminal"),
-    ],
-)
-def test_unusable_arguments_exit_with_2_and_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["chat", *arguments])
-    captured = capsys.readouterr()
-    assert (exit_.value.code, captured.out) == (2, "")
-    assert captured.err.count("\n") == 1, captured.err
-    assert says in captured.err
-
-
-@pytest.mark.parametrize("missing", ["<&-", ">&-", "2>&-"])
-async def test_closed_standard_stream_is_an_error(missing: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        "/bin/sh",
-        "-c",
-        f'exec "$0" -m wsserver chat --once - {missing}',
-        sys.executable,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    code, out, err = await outcome(process, "Hi")
-    assert (code, out) == (2, "")
-    assert "have to be open" in err or missing == "2>&-"
-
-
-async def test_full_disk_is_reported(server: wsserver.Server, puppet: Puppet) -> None:
-    process = await asyncio.create_subprocess_exec(
-        "/bin/sh",
-        "-c",
-        'exec "$0" -m wsserver chat "$1" --once Hi >/dev/full',
-        *(sys.executable, server.url),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    reply = (await puppet.reply()).say("Hello")
-    _, err = await process.communicate()
-    assert process.returncode == 1
-    assert err == b"wsserver: cannot write: No space left on device\n"
-    async with asyncio.timeout(BOUND):
-        await reply.closed.wait()
-
-
 async def test_ctrl_c_while_the_history_loads_exits() -> None:
     asked = asyncio.Event()
 
@@ -665,27 +432,6 @@ def test_history_file_that_is_a_device_keeps_its_mode(
     monkeypatch.setattr(os, "fchmod", lambda _, mode: changed.append(mode))
     open_history()
     assert changed == []
-
-
-def test_help_names_the_environment_variable_of_the_token(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        main(["chat", "--help"])
-    assert exit_.value.code == 0
-    assert "WSSERVER_CHAT_TOKEN" in capsys.readouterr().out
-
-
-def test_server_does_not_import_the_terminal() -> None:
-    program = (
-        "import sys, json, wsserver.cli\n"
-        "print(json.dumps([m for m in sys.modules if m.partition('.')[0] == 'prompt_toolkit'"
-        " or m.startswith(('wsserver.terminal', 'wsserver.client'))]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, check=True, timeout=BOUND
-    )
-    assert json.loads(done.stdout) == []
 
 
 async def test_server_forgets_the_connection_of_a_killed_terminal(

@@ -22,10 +22,12 @@ from wsserver.client import (
     Chat,
     ChatError,
     ConnectionFailed,
+    Message,
     Reply,
     ReplyError,
     ServerError,
     State,
+    Usage,
     connect,
 )
 from wsserver.errors import Code, ConfigError
@@ -38,6 +40,7 @@ __all__ = ["Options", "Terminal", "escape", "run"]
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 SIGNAL_BASE = 128  # exit code after a signal: this and the signal's number, as in shells
 OPEN_TIMEOUT = 5.0  # seconds to connect; short, since a wrong address is likely
+THOUGHT_SHOWN = 300  # characters of the model's thinking
 MESSAGES_SHOWN = 6  # of a conversation that continues
 
 # Characters that change the writing direction: with them a text can look like another one.
@@ -267,9 +270,7 @@ class Terminal:
             return
         self._print_line(escape(history.title))
         for message in history.messages[-MESSAGES_SHOWN:]:
-            mark = f"\n[not whole: {escape(message.partial)}]" if message.partial else ""
-            said = escape(message.text)
-            self._print_line(f"> {said}" if message.role == "user" else f"{said}{mark}")
+            self._print_message(message)
         for name in history.running:
             await self._show(self._chat.resume(name))
         if history.running:  # the history has the prompts of replies that have ended
@@ -278,6 +279,18 @@ class Terminal:
         asked = [message for message in history.messages if message.role == "user"]
         if asked:
             self._last = asked[-1].text, asked[-1].id
+
+    def _print_message(self, message: Message) -> None:
+        if message.role == "user":
+            self._print_line(f"> {escape(message.text)}")
+            return
+        if message.thinking:
+            self._print_line(_thought(message.thinking))
+        self._print_line(escape(message.text))
+        if message.partial:
+            self._print_line(f"[not whole: {escape(message.partial)}]")
+        if message.model or message.usage:
+            self._print_line(_facts(message.model, message.usage))
 
     async def _show(self, reply: Reply) -> None:
         mark = ""
@@ -305,6 +318,8 @@ class Terminal:
             self._write("\n")
         if mark:
             self._print_line(mark)
+        if reply.usage:
+            self._print_line(_facts(reply.model, reply.usage))
 
     # For both.
 
@@ -337,8 +352,12 @@ class Terminal:
         return interrupted
 
     async def _write_all(self, reply: Reply, *, raw: bool) -> None:
+        shown = False
         try:
             async for text in reply:
+                if self._options.once is None and reply.thoughts and not shown:
+                    self._print_line(_thought(reply.thoughts))
+                shown = True
                 self._write(text if raw else escape(text))
         except ServerError:
             pass  # `Reply.done` raises it again
@@ -368,6 +387,21 @@ class Terminal:
 
 def _note(line: str) -> None:
     print(f"wsserver: {escape(line)}", file=sys.stderr, flush=True)
+
+
+def _thought(thinking: str) -> str:
+    shown = escape(" ".join(thinking.split()))
+    return f"[thought: {shown if len(shown) <= THOUGHT_SHOWN else shown[:THOUGHT_SHOWN] + '…'}]"
+
+
+def _facts(model: str | None, usage: Usage | None) -> str:
+    facts = [] if model is None else [escape(model)]
+    if usage is not None:
+        read, written = usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+        about = "about " if usage.estimated else ""
+        given = usage.input_tokens + read + written
+        facts.append(f"{given:,} tokens in, {about}{usage.output_tokens:,} out")
+    return f"[{' · '.join(facts)}]"
 
 
 def _describe_error(error: Exception) -> str:

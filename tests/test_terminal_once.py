@@ -1,0 +1,230 @@
+"""``wsserver chat --once``, and what ends ``wsserver chat`` before it begins."""
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import wsserver
+from tests.support.puppet import BOUND, Puppet
+from tests.support.terminal import once, outcome
+from wsserver import Code, ModelError
+from wsserver.cli import main
+from wsserver.client import connect
+
+CONVERSATION = "a-conversation-of-mine"
+
+pytestmark = pytest.mark.slow
+
+
+async def test_once_prints_only_the_text(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(
+        server.url, "--once", "Hi", "--system", "Be kind", "--conversation", CONVERSATION
+    ) as process:
+        reply = await puppet.reply()
+        reply.say("Héllo\x1b[1m\r\n", "you").end()
+        assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou", "")
+        assert reply.request.system == "Be kind"
+    async with connect(server.url) as chat:
+        assert [known.id for known in await chat.conversations()] == [CONVERSATION]
+
+
+async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(server.url, "--once", "-") as process:
+        assert process.stdin is not None
+        process.stdin.write("two\nlines 🦆\n".encode())
+        process.stdin.close()
+        reply = await puppet.reply()
+        assert reply.request.prompt == "two\nlines 🦆\n"
+        reply.say("x").end()
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read() == b"x"
+            assert await process.wait() == 0
+
+
+async def test_once_without_url_starts_a_private_server() -> None:
+    async with once("--once", "Hello", WSSERVER_DEMO_RATE="0", WSSERVER_TOKEN_FILE="") as process:
+        code, out, err = await outcome(process)
+    assert (code, out[:23]) == (0, "This is the demo model:")
+    assert "demo" in err
+
+
+async def test_once_exits_with_1_after_an_error(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(server.url, "--once", "Hi") as process:
+        (await puppet.reply()).say("Half").fail(ModelError(Code.UNREACHABLE, "No \x1b[2J way."))
+        code, out, err = await outcome(process)
+    assert (code, out) == (1, "Half")
+    assert err == "wsserver: No \\x1b[2J way. (unreachable); try again\n"
+
+
+async def test_once_exits_with_1_without_a_server() -> None:
+    # Without the patience that it has for ten seconds.
+    async with once("ws://127.0.0.1:1/", "--once", "Hi") as process:
+        code, out, err = await outcome(process)
+    assert (code, out) == (1, "")
+    assert err.startswith("wsserver: cannot connect to ws://127.0.0.1:1/: ")
+    assert err.count("\n") == 1
+
+
+async def test_once_exits_with_130_after_ctrl_c_and_stops_the_reply(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with once(server.url, "--once", "Hi") as process:
+        said = (await puppet.reply()).say("Half")
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read(4) == b"Half"
+        process.send_signal(signal.SIGINT)
+        assert await outcome(process) == (130, "", "")
+        assert said.closed.is_set()
+
+
+async def test_sigterm_stops_the_reply_before_exit(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(server.url, "--once", "Hi") as process:
+        said = (await puppet.reply()).say("Half")
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read(4) == b"Half"
+        process.terminate()
+        assert await outcome(process) == (128 + signal.SIGTERM, "", "")
+        assert said.closed.is_set()
+
+
+async def test_once_exits_quietly_after_a_closed_pipe(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    read, write = os.pipe()
+    async with asyncio.timeout(BOUND):
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "wsserver", "chat", server.url, "--once", "Hi"),
+            stdout=write,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(write)
+        reply = await puppet.reply()
+        os.close(read)
+        reply.say("into the void")
+        _, err = await process.communicate()
+        assert (process.returncode, err) == (1, b"")
+        await reply.closed.wait()
+
+
+async def test_token_comes_from_environment_or_flag(puppet: Puppet) -> None:
+    tokens = f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
+    async with wsserver.serve(puppet, port=0, tokens=tokens, drain_timeout=0) as server:
+        for number, (arguments, env) in enumerate(
+            [((), {"WSSERVER_CHAT_TOKEN": "good"}), (("--token", "good"), {})]
+        ):
+            async with once(server.url, "--once", "Hi", *arguments, **env) as process:
+                (await puppet.reply(number)).say("Ada").end()
+                code, said, noted = await outcome(process)
+                assert (code, said) == (0, "Ada")
+                assert ("can see --token" in noted) is bool(arguments)
+        async with once(server.url, "--once", "Hi", WSSERVER_CHAT_TOKEN="bad") as process:
+            code, out, err = await outcome(process)
+        assert (code, out) == (1, "")
+        assert "token" in err
+        assert "bad" not in err
+
+
+async def test_private_server_refuses_other_clients(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import json, sys\n"
+        "from websockets.sync.client import connect\n"
+        "import asyncio, gc, wsserver\n"
+        "def intrude():\n"
+        "    (server,) = [o for o in gc.get_objects() if isinstance(o, wsserver.Server)]\n"
+        "    with connect(server.url, proxy=None) as socket:\n"
+        '        socket.send(\'{"prompt": "Hi"}\')\n'
+        "        return json.loads(socket.recv())['code']\n"
+        "async def model(request):\n"
+        "    yield await asyncio.to_thread(intrude)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    async with once("--once", "Hi", "--model", "mine:model", PYTHONPATH=path) as process:
+        assert await outcome(process) == (0, "unauthenticated", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--once", " "], "empty"),
+        (["--once", "\udcff"], "UTF-8"),
+        (["--once", "Hi", "--system", "\udcff"], "--system"),
+        (["--once", "Hi", "--conversation", "short"], "--conversation"),
+        (["http://localhost", "--once", "Hi"], "not an address"),
+        (["--once", "Hi", "--model", "gpt"], "model"),
+        (["--colour", "red"], "--colour"),
+        ([], "not a terminal"),
+    ],
+)
+def test_unusable_arguments_exit_with_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["chat", *arguments])
+    captured = capsys.readouterr()
+    assert (exit_.value.code, captured.out) == (2, "")
+    assert captured.err.count("\n") == 1, captured.err
+    assert says in captured.err
+
+
+@pytest.mark.parametrize("missing", ["<&-", ">&-", "2>&-"])
+async def test_closed_standard_stream_is_an_error(missing: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh",
+        "-c",
+        f'exec "$0" -m wsserver chat --once - {missing}',
+        sys.executable,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    code, out, err = await outcome(process, "Hi")
+    assert (code, out) == (2, "")
+    assert "have to be open" in err or missing == "2>&-"
+
+
+async def test_full_disk_is_reported(server: wsserver.Server, puppet: Puppet) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh",
+        "-c",
+        'exec "$0" -m wsserver chat "$1" --once Hi >/dev/full',
+        *(sys.executable, server.url),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    reply = (await puppet.reply()).say("Hello")
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err == b"wsserver: cannot write: No space left on device\n"
+    async with asyncio.timeout(BOUND):
+        await reply.closed.wait()
+
+
+def test_help_names_the_environment_variable_of_the_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["chat", "--help"])
+    assert exit_.value.code == 0
+    assert "WSSERVER_CHAT_TOKEN" in capsys.readouterr().out
+
+
+def test_server_does_not_import_the_terminal() -> None:
+    program = (
+        "import sys, json, wsserver.cli\n"
+        "print(json.dumps([m for m in sys.modules if m.partition('.')[0] == 'prompt_toolkit'"
+        " or m.startswith(('wsserver.terminal', 'wsserver.client'))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=True, timeout=BOUND
+    )
+    assert json.loads(done.stdout) == []
