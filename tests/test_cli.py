@@ -16,7 +16,7 @@ from tests.support.client import Client
 from tests.support.process import Process, run
 from wsserver import Settings
 from wsserver.cli import _loop_factory, main
-from wsserver.settings import SECRETS
+from wsserver.settings import REMOVED, SECRETS
 
 pytestmark = pytest.mark.slow
 
@@ -203,11 +203,38 @@ def test_a_bad_environment_variable_is_named(
     assert "WSSERVER_SEND_TIMEOUT: " in fails(capsys, "serve")
 
 
-def test_help_has_a_line_for_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run it in this process; return its stdout."""
     with pytest.raises(SystemExit) as exit_:
-        main(["serve", "--help"])
+        main(arguments)
     assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_fits_two_screens_and_has_the_first_settings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = shown(capsys, "serve", "--help").splitlines()
+    assert len(lines) <= 48
+    assert max(map(len, lines)) <= 80
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    first = [name for names in Settings.sections(tuning=False).values() for name in names]
+    assert flags == ["--" + name.replace("_", "-") for name in first]
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_removed_setting_says_what_holds_now(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert REMOVED[name] in fails(capsys, "serve", "--" + name.replace("_", "-"), "1")
+    monkeypatch.setenv(f"WSSERVER_{name.upper()}", "1")
+    line = fails(capsys, "serve")
+    assert line.startswith(f"wsserver: WSSERVER_{name.upper()}: there is no such setting any more")
+    assert REMOVED[name] in line
+
+
+def test_help_all_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "serve", "--help-all")
     words = "".join(text.split())  # without any space, as the help breaks lines at hyphens too
     for name, field in Settings.model_fields.items():
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name

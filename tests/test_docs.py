@@ -1,6 +1,6 @@
 """The documents tell the truth.
 
-The table of settings is made here: ``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes it.
+The tables of settings are made here: ``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes them.
 """
 
 import json
@@ -54,26 +54,33 @@ SAFETY = (Path(wsserver.__file__).parent / "SAFETY.md").read_text()
 ABUSE = rows(SAFETY, "## What abuse comes to")
 
 
-def settings_table() -> str:
-    lines = ["| variable | default | unit | |", "|---|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        value = field.default
-        shown = "" if str(value) in {"", "()", "None"} else f"`{str(value).lower()}`"
-        text = " ".join((field.description or "").split())
-        unit = Settings.unit(name)
-        lines.append(f"| `WSSERVER_{name.upper()}` | {shown} | {unit} | {text} |")
-    return "\n".join(lines)
+def settings_tables(*, tuning: bool, heading: str) -> str:
+    parts = []
+    for title, names in Settings.sections(tuning=tuning).items():
+        parts.append(f"{heading} {title[0].upper()}{title[1:]}\n")
+        parts.append("| variable | default | unit | |\n|---|---|---|---|")
+        for name in names:
+            default = Settings.shown_default(name)
+            shown = f"`{default}`" if default else ""
+            text = " ".join((Settings.model_fields[name].description or "").split())
+            unit = Settings.unit(name)
+            parts.append(f"| `WSSERVER_{name.upper()}` | {shown} | {unit} | {text} |")
+        parts.append("")
+    return "\n".join(parts)
 
 
-def test_the_readme_has_every_setting() -> None:
-    before, _, rest = README.partition("<!-- settings -->\n")
-    table, _, after = rest.partition("\n<!-- /settings -->")
+@pytest.mark.parametrize(
+    ("document", "tuning", "heading"),
+    [("README.md", False, "###"), ("wsserver/SETTINGS.md", True, "##")],
+)
+def test_documents_have_every_setting(document: str, tuning: bool, heading: str) -> None:
+    path = ROOT / document
+    before, _, rest = path.read_text().partition("<!-- settings -->\n")
+    tables, _, after = rest.partition("<!-- /settings -->")
     if os.environ.get("UPDATE_DOCS"):
-        (ROOT / "README.md").write_text(
-            f"{before}<!-- settings -->\n{settings_table()}\n<!-- /settings -->{after}"
-        )
-    else:
-        assert table == settings_table()
+        tables = settings_tables(tuning=tuning, heading=heading)
+        path.write_text(f"{before}<!-- settings -->\n{tables}<!-- /settings -->{after}")
+    assert tables == settings_tables(tuning=tuning, heading=heading)
 
 
 def test_the_protocol_document_has_every_error_code_and_whether_to_retry() -> None:
@@ -343,6 +350,7 @@ def test_the_make_targets_in_the_readme_exist() -> None:
         "CHANGELOG.md",
         "wsserver/PROTOCOL.md",
         "wsserver/SAFETY.md",
+        "wsserver/SETTINGS.md",
         "examples/wscat.md",
         "examples/deploy/README.md",
     ],

@@ -21,14 +21,18 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log, set_up, tell_left_out
 from wsserver.schema import asyncapi, json_schema
 from wsserver.server import Server, serve
-from wsserver.settings import SECRETS, SECTIONS, Settings
+from wsserver.settings import REMOVED, SECRETS, Settings
 
 __all__ = ["main"]
 
 USAGE_ERROR = 2
 OUT_OF_MEMORY = 1  # the exit code, with which a service manager starts the program again
 LAST_WORDS = b"wsserver: out of memory; it ends at once, and loses no more than a crash would\n"
-LAST_MOMENT = 1.0  # seconds for Python to end when all is done
+LAST_MOMENT = 1.0  # seconds for Python to end after the shutdown
+SERVE_USAGE = "wsserver serve [--SETTING VALUE ...]"
+SERVE_ABOUT = """\
+Start the server. Each setting is also an environment variable, which the flag
+overrides: --log-level is WSSERVER_LOG_LEVEL."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings = Settings.load(**arguments)
             set_up(settings.log_level)
             for name in arguments.keys() & set(SECRETS):
-                flag = "--" + name.replace("_", "-")
+                flag = _flag(name)
                 log.warning(
                     "every user of this machine can see a secret that is a flag; use a file or "
                     "the environment",
@@ -124,29 +128,70 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument(
         "--days", type=_days, help="for how many days it is good; default: for ever"
     )
+    _add_serve(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
     serving = commands.add_parser(
         "serve",
         help="start the server",
-        usage="wsserver serve [--SETTING VALUE ...]",
-        description="Start the server. A flag wins over its environment variable.",
+        usage=SERVE_USAGE,
+        description=f"{SERVE_ABOUT} --help shows the first settings only.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
-    section = serving.add_argument_group()
-    for name, field in Settings.model_fields.items():
-        if name in SECTIONS:
-            section = serving.add_argument_group(SECTIONS[name])
-        shown = (
-            f" Default: {field.default}." if str(field.default) not in {"", "()", "None"} else ""
-        )
-        text = f"{field.description}{shown} [WSSERVER_{name.upper()}]".replace("%", "%%")
-        options: dict[str, Any] = {"help": text}
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["metavar"] = Settings.unit(name).upper()
-        section.add_argument("--" + name.replace("_", "-"), **options)
-    return parser
+    serving.add_argument("-h", "--help", action=_FirstHelp, nargs=0, help="show the first settings")
+    serving.add_argument("--help-all", action="help", help="show all settings")
+    for tuning in (False, True):
+        for title, names in Settings.sections(tuning=tuning).items():
+            section = serving.add_argument_group(f"tuning: {title}" if tuning else title)
+            for name in names:
+                _add_setting(section, name)
+    for name in REMOVED:
+        serving.add_argument(_flag(name), help=argparse.SUPPRESS)
+
+
+def _add_setting(section: Any, name: str) -> None:
+    field = Settings.model_fields[name]
+    default = _default(name)
+    shown = f" Default: {default}." if default else ""
+    text = f"{field.description}{shown} [WSSERVER_{name.upper()}]".replace("%", "%%")
+    options: dict[str, Any] = {"help": text}
+    if field.annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["metavar"] = Settings.unit(name).upper()
+    section.add_argument(_flag(name), **options)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _default(name: str) -> str:
+    return "a file of the user" if name == "store" else Settings.shown_default(name)
+
+
+class _FirstHelp(argparse.Action):
+    """Print one line for each setting that an operator decides."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        lines = [f"usage: {SERVE_USAGE}", "", *SERVE_ABOUT.splitlines()]
+        for title, names in Settings.sections(tuning=False).items():
+            lines += ["", f"{title}:"]
+            for name in names:
+                boolean = Settings.model_fields[name].annotation is bool
+                value = "" if boolean else f" {Settings.unit(name).upper()}"
+                about = (Settings.model_fields[name].description or "").partition(".\n")[0]
+                about = about.replace("\n", " ").partition(". ")[0].removesuffix(".")
+                default = _default(name)
+                shown = f" [{default}]" if default and not boolean else ""
+                lines.append(f"  {_flag(name) + value:27} {about}{shown}")
+        lines += ["", "--help-all shows the settings for tuning too."]
+        print("\n".join(lines))
+        parser.exit(0)
 
 
 def _add_chat(commands: Any) -> None:

@@ -1,8 +1,12 @@
-"""Everything that can be configured: one field each, with a default, a unit and a reason.
+"""The settings: one field each, with a default, a unit and a reason.
 
-A field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, the flag
-``--send-timeout`` of ``wsserver serve`` and the keyword ``send_timeout`` of
-:func:`wsserver.serve`. A flag or keyword wins over the environment.
+The field ``send_timeout`` is the environment variable ``WSSERVER_SEND_TIMEOUT``, the flag
+``--send-timeout`` of ``wsserver serve`` and the keyword ``send_timeout`` of :func:`wsserver.serve`.
+A flag or keyword wins over the environment.
+
+An operator decides the settings of the first sections. The sections from :data:`TUNING` on have
+defaults that rarely need a change. The first sentence of a description is its line in
+``wsserver serve --help``.
 """
 
 import os
@@ -15,11 +19,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from wsserver.errors import ConfigError
 
-__all__ = ["SECRETS", "SECTIONS", "Settings"]
+__all__ = ["REMOVED", "SECRETS", "SECTIONS", "TUNING", "Settings"]
 
 
 class Unit(str):
-    """What a field's number counts; part of its type."""
+    """The unit of a field's value, as part of the field's type."""
 
     __slots__ = ()
 
@@ -30,40 +34,54 @@ Bytes = Annotated[int, Field(ge=1), Unit("bytes")]
 Characters = Annotated[int, Field(ge=1), Unit("characters")]
 Tokens = Annotated[int, Field(ge=1), Unit("tokens")]
 Count = Annotated[int, Field(ge=0), Unit("number")]
-Names = Annotated[tuple[str, ...], NoDecode]
+Names = Annotated[tuple[str, ...], NoDecode, Unit("names")]
+File = Annotated[str, Unit("path")]
 PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
 PREFIX = "WSSERVER_"
-CHAT_TOKEN = f"{PREFIX}CHAT_TOKEN"  # is no setting of a server's, but of `wsserver chat`
-ANSWER_ROOM = 8192  # bytes of an answer besides the text in it
-ESCAPED = 6  # bytes that JSON makes of one character at most
-LEAST_SHARES = 32  # conversations or messages in memory: fewer, and a few clients take all of it
-MIN_THINKING_BUDGET = 1024  # the least that the Messages API takes
-
+CHAT_TOKEN = f"{PREFIX}CHAT_TOKEN"  # a variable of `wsserver chat`, and no setting of a server
+ANSWER_ROOM = 8192  # bytes of an answer besides its text
+ESCAPED = 6  # most bytes of one character in JSON
+LEAST_SHARES = 32  # conversations, or messages, of the largest size that must fit into memory
+MIN_THINKING_BUDGET = 1024  # smallest budget that the Messages API accepts
 
 SECRETS = ("jwt_secret", "metrics_token")
-"""Settings that nobody else may see. Each may be in a file, which ``NAME_file`` names."""
+"""Settings that are secret. The setting ``NAME_file`` names a file with the secret instead."""
+
+REMOVED = {
+    "jwt_leeway": "the clocks may always differ by 10 seconds",
+    "retry_budget": "the pauses between attempts are always at most 15 seconds together",
+}
+"""Settings of earlier versions, and what holds now."""
 
 SECTIONS = {
     "host": "where it listens",
-    "model": "what answers",
-    "tokens": "who may use it",
-    "store": "what lasts",
+    "model": "the model",
+    "token_file": "who may connect",
+    "store": "what it keeps",
+    "prompts_per_minute": "what it may cost",
+    "metrics_token_file": "operation",
+    "unix_socket_mode": "listening",
+    "max_tokens_limit": "the model's API",
+    "tokens": "tokens and handshakes",
+    "save_interval": "the store",
     "message_size": "what a client may send",
-    "generations": "how much runs at once",
-    "connect_timeout": "how long things may take",
-    "open_timeout": "how it treats readers",
-    "metrics_token": "what its operator sees",
-    "drain_timeout": "how it ends",
+    "generations_per_socket": "numbers at once",
+    "history_messages": "conversations and replies",
+    "open_timeout": "sockets",
+    "metrics_token": "metrics and shutdown",
 }
-"""Where each section of the settings below begins, and what it is about."""
+"""Title of each section of the settings, by the first field of the section."""
+
+TUNING = "unix_socket_mode"
+"""First field of the sections that rarely need a change."""
 
 
 class Settings(BaseSettings):
-    """How this server behaves.
+    """The settings of a server.
 
     Raises:
-        pydantic.ValidationError: a value does not fit; :meth:`load` makes that one clear line.
+        pydantic.ValidationError: a value is invalid; :meth:`load` raises a one-line error instead.
     """
 
     model_config = SettingsConfigDict(
@@ -72,247 +90,270 @@ class Settings(BaseSettings):
         frozen=True,
         env_ignore_empty=True,
         use_attribute_docstrings=True,
-        hide_input_in_errors=True,  # which may be a secret
+        hide_input_in_errors=True,  # the input may be a secret
     )
 
     # Where it listens.
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to listen on. Loopback, so that nobody else's machine reaches it until you decide
-    otherwise."""
+    """Address to listen on. Loopback keeps all other machines out until you decide otherwise."""
     port: Annotated[int, Field(ge=0, le=65535), Unit("port")] = 3001
-    """Port to listen on; 0 lets the system choose."""
-    unix_socket: str = ""
-    """Path of a unix socket to listen on, in place of `host` and `port`; for a proxy on the same
-    machine."""
-    unix_socket_mode: str = "660"
-    """Who may connect to the unix socket: its file's permissions, in octal."""
-    cert: str = ""
-    """TLS certificate, as a PEM file with the intermediate ones; the server then speaks `wss` and
-    `https` alone. SIGHUP has it read again, for new connections."""
-    key: str = ""
-    """Its private key, as a PEM file without a password. Default: it is in the file of `cert`."""
-    event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
-    """What reads and writes: `uvloop` costs less per token, `asyncio` is Python's own; `auto`
-    takes the first where it is installed. Of `wsserver serve` alone."""
+    """Port to listen on. 0 lets the system choose."""
+    unix_socket: File = ""
+    """Unix socket to listen on instead. A proxy on the same machine can then reach the server
+    without a port."""
+    cert: File = ""
+    """TLS certificate, a PEM file. The file includes the intermediate certificates. With a
+    certificate the server speaks `wss` and `https` only. SIGHUP reloads the file for new
+    connections."""
+    key: File = ""
+    """Private key of the certificate, a PEM file. The key has no password. Empty: the key is in the
+    file of `cert`."""
 
-    # What answers.
+    # The model.
     model: str = ""
-    """What answers: `demo`, `anthropic:MODEL` (or a bare `claude-…`), or
-    `package.module:attribute` for a model of your own. Default: claude-sonnet-4-6 where
-    the environment has Anthropic credentials, else demo."""
+    """Model that answers. `demo`, `anthropic:MODEL`, a bare `claude-…`, or
+    `package.module:attribute` for a model of your own. Empty: claude-sonnet-4-6 if the environment
+    has Anthropic credentials, else demo."""
     models: Names = ()
-    """Other model ids that a prompt may ask for, separated by commas. Empty, as each is a price
-    that you agree to pay."""
+    """Other models that a prompt may ask for. Separated by commas. Empty, because each model has a
+    price that you have to agree to."""
     system: str = ""
-    """System prompt where a prompt brings none."""
+    """System prompt, if a prompt has none."""
     max_tokens: Tokens = 8192
-    """Output tokens per reply where a prompt says nothing."""
-    max_tokens_limit: Tokens = 32_768
-    """The most output tokens that a prompt may ask for; a higher wish is lowered to this."""
-    thinking: str = ""
-    """Extended thinking: `adaptive`, `disabled`, or a budget in tokens (1024 or more). Default:
-    whatever the model does by itself."""
-    prompt_caching: bool = True
-    """Let Anthropic cache the conversation so far, which makes every further turn cheaper."""
-    demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("words/s")] = 25.0
-    """Pace of the demo model, by default a human reading pace; 0 is as fast as it can."""
+    """Output tokens per reply. A prompt may ask for another number."""
 
-    # Who may use it.
-    tokens: str = ""
-    """Tokens that let principals in, `NAME sha256:DIGEST` each, separated by commas;
-    `wsserver token new NAME` makes one. Digests, so that whoever reads them cannot use them."""
-    token_file: str = ""
-    """A file of such lines, read again on SIGHUP; sockets whose token is gone are then closed."""
-    jwt_secret: SecretStr = SecretStr("")
-    """Secret of 32 bytes or more that JSON Web Tokens are signed with (HS256). Better not as a
-    flag, which other users of the machine can see."""
-    jwt_secret_file: str = ""
-    """A file that has the secret in place of `jwt_secret`, read again on SIGHUP. One line end
-    after the secret is not a part of it."""
+    # Who may connect.
+    token_file: File = ""
+    """Tokens of principals, one per line. A line is `NAME sha256:DIGEST`; `wsserver token new NAME`
+    makes one. SIGHUP reloads the file, and closes the sockets whose token is gone."""
+    jwt_secret_file: File = ""
+    """Secret that signs JSON Web Tokens (HS256). 32 bytes or more. The file replaces `jwt_secret`.
+    SIGHUP reloads the file. One line end after the secret is not part of the secret."""
     jwt_jwks: str = ""
-    """Keys that JSON Web Tokens are signed with (RS256, PS256, ES256, EdDSA), instead of a secret:
-    the path of a JSON Web Key Set, or the `https://` address where their issuer has it."""
+    """Public keys that check JSON Web Tokens. The path of a JSON Web Key Set, or the `https://`
+    address where the issuer publishes the keys (RS256, PS256, ES256, EdDSA)."""
     jwt_audience: str = ""
-    """The `aud` that a token must name. An address in `jwt_jwks` demands it, as its keys sign
-    tokens for others too. Empty: a token that names any is refused, as it is meant for another."""
-    jwt_issuer: str = ""
-    """The `iss` that a token must name; empty for any, as the keys tell enough."""
-    jwt_claim: Annotated[str, Field(min_length=1)] = "sub"
-    """Which claim of a token is the user's name. It must never pass from one person to another, as
-    an e-mail address can: conversations belong to it."""
-    jwt_leeway: Seconds = 10.0
-    """That the clocks of a token's issuer and of this server may differ."""
-    allow_anonymous: bool = False
-    """Serve whoever can reach an address that is not loopback. Off, as they spend your money and
-    share all their conversations."""
-    auth_timeout: PositiveSeconds = 10.0
-    """For a client to send its `auth` frame; it takes a slot that others may need."""
+    """Audience (`aud`) that a JSON Web Token must name. Required if `jwt_jwks` is an address,
+    because the issuer signs tokens for other services with the same keys. Empty: a token that names
+    an audience is refused, because the token is meant for another service."""
     hosts: Names = ()
-    """Names under which browsers reach this server, separated by commas, `*.example.com` for all
-    below one. Addresses and localhost are always served; any other name may be an attacker's that
-    was made to lead here."""
+    """Host names of this server. Separated by commas; `*.example.com` for all subdomains. Addresses
+    and localhost always work. Any other name could belong to an attacker whose DNS leads to this
+    server."""
     origins: Names = ()
-    """Web pages of other origins that may connect, separated by commas: `https://example.com`,
-    `https://*.example.com`, `null` for pages opened as files, which any page can pass for, or
-    `*`. By default only this server's own, and while it listens on loopback those of
-    localhost."""
+    """Web pages of other origins that may connect. Separated by commas: `https://example.com`,
+    `https://*.example.com`, `*`, or `null` for pages opened as files, an origin that any page can
+    claim. Empty: the server's own page, and pages of localhost while the server listens on
+    loopback."""
     proxies: Names = ()
-    """Addresses or networks of proxies whose `X-Forwarded-For` is believed, separated by commas;
-    `unix` for whoever is at the unix socket. From anyone else it is a claim."""
+    """Proxies whose X-Forwarded-For is believed. Addresses or networks, separated by commas; `unix`
+    for every client of the unix socket. Without this setting a client could claim any address."""
+    allow_anonymous: bool = False
+    """Serve everyone who can connect. Off, because strangers spend your money and share all their
+    conversations."""
 
-    # What lasts.
+    # What it keeps.
     store: str = "memory:"
-    """Where conversations last: `memory:` for as long as the process, or `sqlite:///PATH` for a
-    file (with four slashes for an absolute path). `wsserver serve` by itself uses a file in the
-    user's data folder."""
-    save_interval: PositiveSeconds = 0.1
-    """Between two writes of what replies have said since. A crash loses no more than that, and
-    what is said while it is written."""
-    store_timeout: PositiveSeconds = 5.0
-    """For the store to save; a reply then ends as not saved."""
-    bytes_per_principal: Bytes = 268_435_456
-    """What one principal's conversations may take in the store; more prompts are then refused until
-    some are deleted. All the anonymous are one."""
-    conversations_per_principal: PositiveCount = 10_000
-    """Conversations that one principal may have in the store."""
+    """Where conversations are kept. `memory:` until the process ends, or `sqlite:///PATH` for a
+    file (four slashes for an absolute path). `wsserver serve` without this setting uses a file in
+    the user's data folder."""
     retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("days")] = 0.0
-    """That a conversation is kept after its last use, and then deleted; 0 keeps it for ever."""
+    """Days after its last use that a chat is deleted. 0 keeps conversations for ever."""
 
-    # What a client may send.
-    message_size: Bytes = 65_536
-    """Largest WebSocket message accepted; a larger one closes the socket with 1009."""
-    prompt_size: Bytes = 32_768
-    """Largest prompt, or messages together, as UTF-8."""
-    bad_frames: PositiveCount = 20
-    """Unusable frames, or those over the rate, in a row after which a socket is closed with 1008.
-    Enough for a person who tries things out by hand."""
-    frame_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("frames/s")] = 5.0
-    """Frames of one socket in the long run, and more than a person at a keyboard sends. A `stop`
-    is always obeyed. WebSocket's own pings are counted apart; too many close the socket."""
-    frame_burst: PositiveCount = 40
-    """Frames at once: a client that comes back asks again for all that it had open."""
+    # What it may cost.
     prompts_per_minute: PositiveCount = 60
-    """Prompts of one principal, or of one address where nobody says who they are."""
-    tokens_per_day: Count = 1_000_000
-    """Tokens of one principal per day (UTC), input and output. What is read from Anthropic's cache
-    counts a tenth, what is written to it a quarter more. All the anonymous are one. 0 sets no
-    limit."""
-    dollars_per_day: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("US dollars")] = 15.0
-    """The same in money, by the prices of the models; a million tokens of claude-sonnet cost at
-    most that. 0 sets no limit."""
-    prices: Names = ()
-    """Prices of other models, or other prices, in US dollars for a million tokens:
-    `MODEL=INPUT/OUTPUT` or `MODEL=INPUT/OUTPUT/CACHE WRITE/CACHE READ`, separated by commas.
-    Claude's are known; a model of your own costs nothing until you say."""
-
-    # How much runs at once.
+    """Prompts per minute of one principal. Or of one address, if the client is anonymous."""
+    tokens_per_day: Annotated[int, Field(ge=0), Unit("tokens")] = 1_000_000
+    """Tokens per day (UTC) of one principal. Input and output together. A token read from
+    Anthropic's cache counts a tenth, a token written to the cache counts 1.25. All anonymous
+    clients are one principal. 0 sets no limit."""
+    dollars_per_day: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("dollars")] = 15.0
+    """US dollars per day (UTC) of one principal. By the prices of the models; a million output
+    tokens of claude-sonnet cost 15 dollars. 0 sets no limit."""
     generations: PositiveCount = 800
-    """Replies running or queued in this process, and connections to the model's API with them."""
-    generations_per_socket: PositiveCount = 4
-    """Replies running or queued for one socket, so that one client cannot take them all."""
-    generations_per_principal: PositiveCount = 32
-    """Replies running or queued for one principal, or one address where nobody says who they
-    are, on however many sockets."""
+    """Replies that run or wait at once. Each running reply has one connection to the model's
+    API."""
     connections: PositiveCount = 10_000
-    """Open connections of this process, about 60 MB of them, without TLS; more get 503. Where the
-    limit of file descriptors (`ulimit -n`) allows fewer, it is lowered at the start, and so are
-    `generations`."""
+    """Open connections. 10,000 take about 60 MB without TLS. Further connections get status 503.
+    The server lowers this limit and `generations` at the start if the limit of file descriptors
+    (`ulimit -n`) is too low."""
+    memory: Bytes = 536_870_912
+    """Memory for all clients together. The program takes about 120 MiB more, so both fit
+    into 1 GiB. The server first drops conversations and replies that no client uses. One principal
+    or address may hold an eighth of the free memory."""
+
+    # Operation.
+    metrics_token_file: File = ""
+    """Bearer token for `/metrics`. The file replaces `metrics_token`. SIGHUP reloads the file. One
+    line end after the token is not part of the token."""
+    operations_port: Annotated[int | None, Field(ge=0, le=65535), Unit("port")] = None
+    """Separate port for operators. `/metrics`, `/readyz` and `/healthz` need no login there, and
+    the port for clients no longer has the first two. Empty: all three are at the port for clients.
+    On loopback `/metrics` answers only to an address, localhost or a name in `hosts`."""
+    log_level: str = "info"
+    """debug, info, warning or error. The least severe log lines that `wsserver serve` shows. Only
+    debug shows the texts of exceptions, which may contain secrets."""
+    drain_timeout: Seconds = 15.0
+    """Time for running replies to end at a shutdown. After this time the server stops them."""
+
+    # Tuning: listening.
+    unix_socket_mode: str = "660"
+    """Permissions of the unix socket, in octal. They decide which users may connect."""
+    event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
+    """Event loop of `wsserver serve`. `uvloop` needs less CPU per token; `asyncio` is Python's own;
+    `auto` is `uvloop` if it is installed."""
+
+    # Tuning: the model.
+    max_tokens_limit: Tokens = 32_768
+    """Most output tokens that a prompt may ask for. The server lowers a higher value to this
+    limit, because tokens cost money."""
+    thinking: str = ""
+    """Extended thinking. `adaptive`, `disabled`, or a budget in tokens (1024 or more). Empty: the
+    model's own default."""
+    prompt_caching: bool = True
+    """Let Anthropic cache the conversation. Each further turn is then cheaper."""
+    prices: Names = ()
+    """Prices of models that are not Claude, or other prices. US dollars for a million tokens,
+    separated by commas: `MODEL=INPUT/OUTPUT` or `MODEL=INPUT/OUTPUT/CACHE WRITE/CACHE READ`. A
+    model of your own costs nothing until you set a price."""
+    connect_timeout: PositiveSeconds = 5.0
+    """Time to connect to the model's API. A working API answers in much less."""
+    warm_connections: bool = True
+    """Open a connection to the model's API when a client connects or sends its first frame. Only if
+    no connection is idle. The first token then waits for neither TCP nor TLS."""
+    silence_timeout: PositiveSeconds = 60.0
+    """Silence of a model after which its reply fails. Keep-alives of the API do not count, because
+    they say nothing about the reply."""
+    retries: Count = 2
+    """New attempts if the model's API fails before the first token. Most such failures are
+    short."""
+    demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("words/s")] = 25.0
+    """Words per second of the demo model. The default is a human reading pace; 0 sets no pause."""
+
+    # Tuning: who may connect.
+    tokens: str = ""
+    """Tokens of principals, `NAME sha256:DIGEST` each, separated by commas. For environments where
+    a file is hard to have. The digests are no secret: nobody can log in with a digest."""
+    jwt_secret: SecretStr = SecretStr("")
+    """Secret that signs JSON Web Tokens (HS256). 32 bytes or more. Use `jwt_secret_file` or the
+    environment: other users of the machine can see a flag."""
+    jwt_issuer: str = ""
+    """Issuer (`iss`) that a JSON Web Token must name. Empty: any, because the keys identify the
+    issuer."""
+    jwt_claim: Annotated[str, Field(min_length=1)] = "sub"
+    """Claim of a JSON Web Token that is the principal's name. The claim must never pass from one
+    person to another, as an e-mail address can: conversations belong to the name."""
+    auth_timeout: PositiveSeconds = 10.0
+    """Time for a client to send its `auth` frame. The open socket takes a slot that others may
+    need."""
+
+    # Tuning: the store.
+    save_interval: PositiveSeconds = 0.1
+    """Time between two writes of the text of running replies. A crash loses the text of this time
+    and of one write."""
+    store_timeout: PositiveSeconds = 5.0
+    """Time for the store to save the end of a reply. After this time the reply ends as not
+    saved, so that the client does not wait for ever."""
+    bytes_per_principal: Bytes = 268_435_456
+    """Size of one principal's conversations in the store. The server refuses prompts over the limit
+    until the client deletes conversations. All anonymous clients are one principal."""
+    conversations_per_principal: PositiveCount = 10_000
+    """Conversations of one principal in the store. The limit keeps the lists of one principal
+    short."""
+
+    # Tuning: what a client may send.
+    message_size: Bytes = 65_536
+    """Largest WebSocket message. A larger message closes the socket with 1009."""
+    prompt_size: Bytes = 32_768
+    """Largest prompt, or all messages of one prompt, as UTF-8."""
+    bad_frames: PositiveCount = 20
+    """Unusable frames, or frames over the rate, in a row before the socket is closed with 1008.
+    Enough for a person who types frames by hand."""
+    frame_rate: Annotated[float, Field(gt=0, allow_inf_nan=False), Unit("frames/s")] = 5.0
+    """Frames per second of one socket over time. More than a person at a keyboard sends. A `stop`
+    frame always works. WebSocket pings have a limit of their own."""
+    frame_burst: PositiveCount = 40
+    """Frames of one socket at once. A client that reconnects asks for everything it had open."""
+
+    # Tuning: numbers at once.
+    generations_per_socket: PositiveCount = 4
+    """Replies that run or wait for one socket. One client cannot take all of `generations`."""
+    generations_per_principal: PositiveCount = 32
+    """Replies that run or wait for one principal on all its sockets. Or for one address, if the
+    client is anonymous."""
     connections_per_principal: PositiveCount = 100
     """Open sockets of one principal: tabs, devices and scripts."""
     connections_per_address: PositiveCount = 100
-    """Open connections of one address, or of one /64 network of IPv6, handshakes included; more
-    get 429. Many people may share an address. A /56 gets twice as many, a /48 four times."""
+    """Open connections of one address, or of one /64 network of IPv6, handshakes included. Further
+    connections get status 429. Many people may share an address. A /56 network gets twice as many,
+    a /48 network four times."""
     queue_size: Count = 8
     """Prompts that may wait in one conversation with `on_busy: queue`."""
     conversations: PositiveCount = 10_000
-    """Conversations kept in memory; the one idle for longest is dropped first."""
+    """Conversations in memory. The server drops the conversation that is idle for longest."""
+
+    # Tuning: conversations and replies.
     history_messages: PositiveCount = 200
-    """Messages of a conversation that are sent to the model. Where there are more, the oldest turns
-    are dropped, many at once: the prompt cache then matches until the next time."""
+    """Messages of a conversation that the model sees. Over the limit the server drops the oldest
+    turns, many at once: the prompt cache then matches until the next time."""
     history_size: Characters = 400_000
-    """Characters of a conversation that are kept and sent to the model, about 100,000 tokens of
-    English; the oldest turns are dropped in the same way."""
-    memory: Bytes = 536_870_912
-    """Bytes in memory for all that clients send, ask for and are kept for; the program itself takes
-    about 120 MiB more, so that all fits into 1 GiB. Conversations and replies that nobody needs are
-    dropped first. One principal or address may hold an eighth of what is free."""
+    """Characters of a conversation that the model sees, about 100,000 tokens of English. Over the
+    limit the server drops the oldest turns in the same way."""
     reply_size: Characters = 4_000_000
-    """Characters of one reply, after which it ends as `max_tokens`: a model of one's own may know
-    no end."""
-
-    # How long things may take.
-    connect_timeout: PositiveSeconds = 5.0
-    """To reach the model's API."""
-    warm_connections: bool = True
-    """Open one connection to the model's API when a client connects or sends its first frame, if
-    none is idle, so that the first token waits for neither TCP nor TLS."""
-    silence_timeout: PositiveSeconds = 60.0
-    """Silence of a model after which its reply fails. Its keep-alives do not count."""
+    """Characters of one reply. At the limit the reply ends as `max_tokens`: a model of your own may
+    never end."""
     reply_timeout: PositiveSeconds = 600.0
-    """A whole reply; it is then stopped."""
+    """Time for a whole reply. After this time the server stops the reply."""
     stop_timeout: PositiveSeconds = 5.0
-    """For a stopped model to close its request, before the stop is reported regardless."""
-    retries: Count = 2
-    """New attempts after the model's API failed before its first token."""
-    retry_budget: Seconds = 15.0
-    """For all pauses between attempts together; a longer retry-after is passed on to the client
-    instead."""
+    """Time for a stopped model to close its request. After this time the server reports the stop
+    anyway."""
     grace: Seconds = 30.0
-    """That a reply runs on when its last reader is gone; 0 stops it at once."""
+    """Time that a reply runs on after its last reader is gone. The reader can reconnect. 0 stops
+    the reply at once."""
     grace_tokens: Count = 2000
-    """The same in output tokens, estimated: no more is spent on a reply that nobody reads. Where
-    the connection died without a close frame, the reply runs on for 15 s regardless: the client
-    has to notice first."""
+    """Output tokens (estimated) that a reply may make after its last reader is gone. They cost
+    money. If the connection died without a close frame, the reply runs on for at least 15 s: the
+    client has to notice first."""
     replay: Seconds = 300.0
-    """That an ended reply is kept, so that a prompt sent again gets it and not a second one."""
+    """Time that the server keeps an ended reply. A prompt sent again gets this reply, and not a
+    second one."""
     replay_size: Bytes = 67_108_864
-    """All ended replies that are kept, about; the oldest are forgotten first."""
+    """Size of all ended replies that the server keeps. The oldest replies go first."""
 
-    # How it treats readers.
+    # Tuning: sockets.
     open_timeout: PositiveSeconds = 5.0
-    """For the opening handshake."""
+    """Time for the opening handshake. A slow handshake takes a slot that others may need."""
     ping_interval: PositiveSeconds = 20.0
-    """Between keep-alive pings, well below the 60 s after which common proxies cut a silent
-    connection."""
+    """Time between two keep-alive pings. Common proxies cut a connection that is silent for
+    60 s."""
     ping_timeout: PositiveSeconds = 20.0
-    """For the answer to a ping; the peer is then taken for gone."""
+    """Time for the answer to a ping. After this time the peer counts as gone."""
     idle_timeout: Seconds = 3600.0
-    """That a client may neither ask nor follow anything, before its socket is closed with 1000:
-    one that has been forgotten takes a slot. Pings do not count; 0 waits for ever."""
+    """Time without a request or a reply before the socket is closed with 1000. A forgotten client
+    takes a slot. Pings do not count. 0 never closes the socket."""
     send_timeout: PositiveSeconds = 10.0
-    """That a reader may take nothing of what waits for it; its socket is then aborted."""
+    """Time without progress while data waits for a reader. After this time the server aborts the
+    socket."""
     write_buffer: Bytes = 32_768
-    """Unsent data of one socket above which it gets no more text until it has read; little, so
-    that a stop is seen at once."""
+    """Unsent data of one socket above which the socket gets no more text. Little, so that a stop
+    takes effect at once."""
     max_unsent: Bytes = 262_144
-    """Unsent data of one socket, answers and pongs included, above which it is aborted."""
+    """Unsent data of one socket, answers and pongs included, above which the server aborts the
+    socket."""
     frame_size: Characters = 16_384
-    """Characters up to which text that waited for a slow reader is merged into one frame."""
+    """Characters of merged text in one frame for a slow reader. Larger frames would delay a
+    stop."""
 
-    # What its operator sees.
+    # Tuning: operation.
     metrics_token: SecretStr = SecretStr("")
-    """Bearer token for `/metrics`. Without one they are at `operations_port`, or on a server that
-    is for this machine alone, as they tell how much is going on. Better not as a flag, which
-    other users of the machine can see."""
-    metrics_token_file: str = ""
-    """A file that has the token in place of `metrics_token`, read again on SIGHUP. One line end
-    after the token is not a part of it."""
+    """Bearer token for `/metrics`. Empty: `/metrics` is at `operations_port`, or at a server that
+    serves this machine only. Use `metrics_token_file` or the environment: other users of the
+    machine can see a flag."""
     operations_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address of the port for operators."""
-    operations_port: Annotated[int, Field(ge=0, le=65535), Unit("port")] | None = None
-    """Another port for `/metrics`, `/readyz` and `/healthz`, which ask nobody for anything, so
-    that the port for clients need not have the first two. Without one they are at the same. On
-    loopback it gives the metrics only under an address, localhost or a name in `hosts`."""
-    log_level: str = "info"
-    """Least severe log lines that `wsserver serve` shows: debug, info, warning or error. Only debug
-    shows the texts of exceptions, which may tell what should stay secret."""
-
-    # How it ends.
-    drain_timeout: Seconds = 15.0
-    """That running replies get to finish on SIGTERM or Ctrl-C; they are then stopped."""
+    """Address of `operations_port`. Loopback, because the port needs no login."""
     shutdown_timeout: Seconds = 27.0
-    """For the whole shutdown, within the 30 s that service managers commonly give; what is left
-    is aborted."""
+    """Time for the whole shutdown. Service managers commonly give 30 s. After this time the server
+    aborts everything that is left."""
 
     @field_validator("models", "prices", "hosts", "origins", "proxies", mode="before")
     @classmethod
@@ -356,8 +397,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if self.key and not self.cert:
-            raise ValueError("key needs cert, the certificate that it belongs to")
-        # Else what was meant to keep strangers out would let everybody in.
+            raise ValueError("key needs cert, the certificate of the key")
+        # Without this check, settings that should keep strangers out would let everyone in.
         keys = self.jwt_secret.get_secret_value() or self.jwt_secret_file or self.jwt_jwks
         if (self.jwt_audience or self.jwt_issuer) and not keys:
             raise ValueError("jwt_audience and jwt_issuer need jwt_secret or jwt_jwks")
@@ -369,7 +410,7 @@ class Settings(BaseSettings):
         if self.max_tokens > self.max_tokens_limit:
             raise ValueError("max_tokens must not be over max_tokens_limit")
         if self.thinking.isdigit() and int(self.thinking) >= self.max_tokens:
-            raise ValueError("thinking must be less than max_tokens, of which it is a part")
+            raise ValueError("thinking must be less than max_tokens, which includes thinking")
         if self.write_buffer + 2 * ESCAPED * self.frame_size > self.max_unsent:
             raise ValueError(
                 f"max_unsent must be at least write_buffer and {2 * ESCAPED} times frame_size"
@@ -377,7 +418,7 @@ class Settings(BaseSettings):
         if ESCAPED * self.prompt_size + ANSWER_ROOM > self.answer_size:
             raise ValueError(
                 f"max_unsent must be at least write_buffer and {ESCAPED} times prompt_size and "
-                f"{ANSWER_ROOM}: else a prompt could not be shown again"
+                f"{ANSWER_ROOM}: a history with the largest prompt must fit"
             )
         if 4 * self.history_size * LEAST_SHARES > self.memory:  # Python's 4 bytes a character
             raise ValueError(f"memory must be at least {4 * LEAST_SHARES} times history_size")
@@ -389,11 +430,11 @@ class Settings(BaseSettings):
 
     @property
     def answer_size(self) -> int:
-        """Bytes of the largest frame that the server sends: one that an idle socket may hold."""
+        """Bytes of the largest frame that the server sends to a socket without unsent data."""
         return self.max_unsent - self.write_buffer
 
     def secret(self, name: str) -> str:
-        """Return a secret, from its file where it has one; empty where there is none.
+        """Return a secret, from its file if there is one; empty without a secret.
 
         Args:
             name: one of :data:`SECRETS`.
@@ -418,25 +459,62 @@ class Settings(BaseSettings):
 
     @classmethod
     def unit(cls, name: str) -> str:
-        """Return what a field's value is: a unit for a number, else the kind of value."""
+        """Return the unit of a field's value, or the kind of value if there is no unit."""
         field = cls.model_fields[name]
         units = [str(item) for item in field.metadata if isinstance(item, Unit)]
-        return units[0] if units else "yes or no" if field.annotation is bool else "text"
+        if units:
+            return units[0]
+        return "yes or no" if field.annotation is bool else "text"
+
+    @classmethod
+    def shown_default(cls, name: str) -> str:
+        """Return a field's default for people; empty if the field is empty by default."""
+        default = cls.model_fields[name].default
+        if isinstance(default, bool):
+            return str(default).lower()
+        if isinstance(default, float):
+            return f"{default:g}"
+        return "" if str(default) in {"", "()", "None"} else str(default)
+
+    @classmethod
+    def sections(cls, *, tuning: bool) -> dict[str, list[str]]:
+        """Return the fields of each section by its title.
+
+        Args:
+            tuning: the sections that rarely need a change; else the sections that an operator
+                decides.
+        """
+        found: dict[str, list[str]] = {}
+        wanted = not tuning
+        for name in cls.model_fields:
+            if name == TUNING:
+                wanted = tuning
+            if name in SECTIONS:
+                title = SECTIONS[name]
+            if wanted:
+                found.setdefault(title, []).append(name)
+        return found
 
     @classmethod
     def load(cls, **given: Any) -> Self:
-        """Read the environment, and let what is given win over it.
+        """Read the environment; the keywords win over the environment.
 
         Raises:
-            ConfigError: a value does not fit, or there is no such setting.
+            ConfigError: a value is invalid, or there is no such setting.
         """
+        for name in given.keys() & REMOVED.keys():
+            raise ConfigError(f"{name}: there is no such setting any more; {REMOVED[name]}")
         known = {CHAT_TOKEN, *(PREFIX + name.upper() for name in cls.model_fields)}
         for variable in os.environ:
-            if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-                hint = ""
-                if "://" in os.environ[variable] or "_SERVICE_" in variable:
-                    hint = " (Kubernetes makes such ones; see enableServiceLinks of a pod)"
-                raise ConfigError(f"{variable}: there is no such setting{hint}")
+            name = variable.upper()
+            if not name.startswith(PREFIX) or name in known:
+                continue
+            if (old := name.removeprefix(PREFIX).lower()) in REMOVED:
+                raise ConfigError(f"{variable}: there is no such setting any more; {REMOVED[old]}")
+            hint = ""
+            if "://" in os.environ[variable] or "_SERVICE_" in variable:
+                hint = " (Kubernetes sets such variables; see enableServiceLinks of a pod)"
+            raise ConfigError(f"{variable}: there is no such setting{hint}")
         try:
             return cls(**given)
         except ValidationError as error:

@@ -28,6 +28,7 @@ from wsserver.telemetry import RequestSpan
 __all__ = ["Anthropic"]
 
 MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
+RETRY_BUDGET = 15.0  # seconds of all pauses together; a client can wait longer ones by itself
 MAX_TEMPERATURE = 1  # that the API accepts
 MAX_ERROR = 65_536  # bytes of an error's body
 
@@ -89,7 +90,7 @@ class Anthropic:
         """
         takes_temperature = request.model not in self._without_temperature
         body = arguments(request, self._settings, takes_temperature=takes_temperature)
-        budget = self._settings.retry_budget
+        budget = RETRY_BUDGET
         spent: Usage | None = None
         for attempt in range(self._settings.retries + 1):
             reply = Reply(take, request.max_tokens, spent)
