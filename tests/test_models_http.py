@@ -105,6 +105,29 @@ async def test_request_is_not_sent_twice_when_a_kept_connection_ends_without_an_
         assert (requests, raw.accepted) == (2, 1)
 
 
+@pytest.mark.parametrize("value", [b"timeout=1", b"max=100, timeout=1", b"Timeout=0"])
+async def test_idle_connection_is_closed_before_the_server_closes_it(value: bytes) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await head_of(reader)
+        writer.write(OK + b"content-length: 5\r\nkeep-alive: %b\r\n\r\nhello" % value)
+        assert await reader.read() == b""
+        closed.set()
+
+    closed = asyncio.Event()
+    async with Raw(handle) as raw, pool() as client:
+        assert await whole(await client.post(template(raw.port), b"{}")) == b"hello"
+        await closed.wait()
+
+
+@pytest.mark.parametrize("value", [b"timeout=100", b"timeout=x", b"max=1"])
+async def test_other_keep_alive_hints_keep_the_connection(value: bytes) -> None:
+    answer = OK + b"content-length: 5\r\nkeep-alive: %b\r\n\r\nhello" % value
+    async with answering(answer) as (raw, _), pool() as client:
+        for _ in range(2):
+            assert await whole(await client.post(template(raw.port), b"{}")) == b"hello"
+        assert raw.accepted == 1
+
+
 async def test_idle_connections_are_closed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsserver.models.http.IDLE_TIME", 0.01)
     closed = asyncio.Event()

@@ -5,6 +5,8 @@ the socket, without a coroutine in between: a token costs one callback.
 """
 
 import asyncio
+import math
+import re
 import select
 from typing import Protocol, cast
 
@@ -24,7 +26,9 @@ MAX_HEAD = 65_536  # bytes of a response's status line and headers, interim resp
 WRITE_SIZE = 65_536  # bytes of a request's body that are written at once
 DRAIN_TIME = 1.0  # seconds for the end of a body that nobody reads; then the connection is closed
 DRAIN_SIZE = 65_536  # bytes of a body that nobody reads; then the connection is closed
+KEEP_ALIVE_MARGIN = 1.0  # seconds between our end of an idle connection and the server's
 
+_TIMEOUT = re.compile(rb"\btimeout=(\d{1,9})\b", re.IGNORECASE)
 _SWITCHING_PROTOCOLS = 101
 _OK = 200
 _BODILESS = (204, 304)
@@ -47,7 +51,7 @@ class Connection(asyncio.Protocol):
         owner: the pool.
 
     Attributes:
-        idle_since: when the last request ended, by the clock of the event loop.
+        keep_alive: for how many seconds the connection may be idle, if the server tells.
     """
 
     __slots__ = (
@@ -68,11 +72,11 @@ class Connection(asyncio.Protocol):
         "_transport",
         "_until_close",
         "_writable",
-        "idle_since",
+        "keep_alive",
     )
 
     def __init__(self, owner: Owner) -> None:
-        self.idle_since = 0.0
+        self.keep_alive = math.inf
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
@@ -308,10 +312,16 @@ class Connection(asyncio.Protocol):
         if codings and (len(codings) > 1 or codings[0].lower() != b"chunked"):
             raise MalformedResponse("the response has an unknown transfer coding")
         self._reusable = self._reusable and self._parser.should_keep_alive()
+        self._set_keep_alive()
         sized = codings or any(name == b"content-length" for name, _ in self._headers)
         self._until_close = not sized and status not in _BODILESS
         response.begin(status, self._headers)
         self._headers = []
+
+    def _set_keep_alive(self) -> None:
+        for name, value in self._headers:
+            if name == b"keep-alive" and (found := _TIMEOUT.search(value)) is not None:
+                self.keep_alive = max(0.0, int(found[1]) - KEEP_ALIVE_MARGIN)
 
     def on_body(self, data: bytes) -> None:
         """Keep a part of the body until all the read has been parsed."""

@@ -126,11 +126,11 @@ class Pool:
         self._tls = tls
         self._connections: dict[Connection, Origin] = {}  # those being made included
         self._dialing = 0
-        self._idle: dict[Origin, dict[Connection, None]] = {}  # the one used last is the last
+        # The connection that was used last is the last. Its timer closes it.
+        self._idle: dict[Origin, dict[Connection, asyncio.TimerHandle]] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._warming: asyncio.Task[None] | None = None
         self._warmed_for_someone = False
-        self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def post(self, template: Template, body: bytes) -> Response:
@@ -167,7 +167,7 @@ class Pool:
         Failures are not raised: the next request has its own.
         """
         if self._warming is None:
-            if self._closed or self._dialing or self._full or self._usable(origin):
+            if self._closed or self._dialing or self._full or self._has_idle(origin):
                 return
             self._warmed_for_someone = False
             self._warming = asyncio.get_running_loop().create_task(self._warm(origin))
@@ -179,8 +179,6 @@ class Pool:
         if self._warming is not None:
             self._warming.cancel()
             await asyncio.wait({self._warming})
-        if self._sweep is not None:
-            self._sweep.cancel()
         for connection in tuple(self._connections):
             connection.abort()
             await connection.wait_closed()
@@ -234,6 +232,9 @@ class Pool:
         finally:
             self._warming = None
 
+    def _has_idle(self, origin: Origin) -> bool:
+        return any(connection.usable for connection in self._idle.get(origin, ()))
+
     async def _wait(self) -> None:
         """Wait until a connection may be free."""
         waiter = asyncio.get_running_loop().create_future()
@@ -255,18 +256,12 @@ class Pool:
                 waiter.set_result(None)
                 return
 
-    def _usable(self, origin: Origin) -> bool:
-        connection = self._take_idle(origin)
-        if connection is None:
-            return False
-        self._idle[origin][connection] = None
-        return True
-
     def _take_idle(self, origin: Origin) -> Connection | None:
         """Return the connection that was used last: it is the least likely to be closed."""
         idle = self._idle.get(origin)
         while idle:
-            connection, _ = idle.popitem()
+            connection, timer = idle.popitem()
+            timer.cancel()
             if connection.usable:
                 return connection
             connection.abort()
@@ -282,32 +277,18 @@ class Pool:
     # For the connections.
 
     def on_free(self, connection: Connection) -> None:
-        """Keep a connection for the next request."""
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
+        """Keep a connection for the next request, for no longer than the server keeps it."""
         origin = self._connections.get(connection)
-        if origin is None:  # it has closed in the meantime
-            return
-        self._idle.setdefault(origin, {})[connection] = None
-        if self._sweep is None:
-            self._sweep = loop.call_later(IDLE_TIME, self._close_idle)
-        self._wake()
+        if origin is not None:  # else it has closed in the meantime
+            seconds = min(IDLE_TIME, connection.keep_alive)
+            timer = asyncio.get_running_loop().call_later(seconds, connection.abort)
+            self._idle.setdefault(origin, {})[connection] = timer
+            self._wake()
 
     def on_lost(self, connection: Connection) -> None:
         """Forget a connection that has closed."""
         origin = self._connections.pop(connection, None)
-        if origin in self._idle:
-            self._idle[origin].pop(connection, None)
+        timer = self._idle[origin].pop(connection, None) if origin in self._idle else None
+        if timer is not None:
+            timer.cancel()
         self._wake()
-
-    def _close_idle(self) -> None:
-        """Close connections that were idle for too long, and look again when the next one is."""
-        loop = asyncio.get_running_loop()
-        self._sweep = None
-        idle = [connection for each in self._idle.values() for connection in each]
-        for connection in idle:
-            if connection.idle_since + IDLE_TIME <= loop.time():
-                connection.abort()
-        left = [each.idle_since for each in idle if each.idle_since + IDLE_TIME > loop.time()]
-        if left:
-            self._sweep = loop.call_at(min(left) + IDLE_TIME, self._close_idle)
