@@ -15,11 +15,11 @@ from wsserver.stores.base import Store
 __all__ = ["Accounts"]
 
 READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
-READ_BURST = 2**24  # bytes of them at once: more than a window full of tabs asks for
+READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
 
 
 class Accounts:
-    """Refuses what is over a limit, and books what is not.
+    """Checks the limits, and books what is within them.
 
     Args:
         settings: the limits.
@@ -116,6 +116,6 @@ class Accounts:
         self._spending.reserve(generation.owner, generation.reserved)
 
     def settle(self, generation: Generation) -> None:
-        """Replace what a generation had reserved by what it has cost."""
+        """Release what was booked for a generation, and count what it has cost."""
         self._generations.give(generation.account)
         self._spending.settle(generation.owner, generation.reserved, generation.spent)

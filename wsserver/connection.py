@@ -48,7 +48,7 @@ class Connection:
         transport: the way to the client.
         hub: where generations live.
         settings: the limits.
-        visitor: who the client acts for, or has yet to say.
+        visitor: the principal of the client, once the client has authenticated.
 
     Attributes:
         frames: the number of frames that came.
@@ -85,7 +85,7 @@ class Connection:
 
     @property
     def principal(self) -> str | None:
-        """Who the client acts for; None as long as it has not said so."""
+        """The name of the principal; None before the client has authenticated."""
         principal = self._session.visitor.principal
         return None if principal is None else principal.name
 
@@ -95,7 +95,7 @@ class Connection:
         return None if self._following.cursors or self._requests else self.heard
 
     def greet(self) -> None:
-        """Tell a client of this protocol the limits, and whether it has to send ``auth``."""
+        """Send ``hello``: the limits, and whether the client has to send ``auth``."""
         settings, principal = self._session.settings, self._session.visitor.principal
         limits = Limits(
             message_size=settings.message_size,
@@ -144,7 +144,7 @@ class Connection:
     # What comes in.
 
     def receive(self, message: str | bytes) -> None:
-        """Answer one message, now or once the store has told what the answer needs."""
+        """Answer one message, at once or after the requests before it."""
         if self._session.ended:
             return
         self.frames += 1
@@ -154,7 +154,7 @@ class Connection:
         try:
             frame = self._parse(message, stranger, wait)
             self._dispatch(frame, stranger, wait, held(message))
-            # A ping between unusable frames excuses none of them, nor does a stranger's frame.
+            # A ping does not reset the count, nor does a frame before authentication.
             if not (stranger or isinstance(frame, Ping)):
                 self._wasted = 0
         except Refused as refused:
@@ -169,13 +169,13 @@ class Connection:
             self._end(Close.POLICY_VIOLATION, "too many unusable frames")
 
     def _parse(self, message: str | bytes, stranger: bool, wait: float) -> ClientFrame:  # noqa: FBT001
-        """Parse a frame, unless its size alone tells how it is answered."""
+        """Parse a frame, unless its size is enough to refuse it."""
         if wait and len(message) > LONGEST_STOP:
             raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
         if isinstance(message, bytes):
             raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
         if stranger and parts(message) > AUTH_PARTS:
-            _ = self._session.owner  # raises: the client has not said who it is
+            _ = self._session.owner  # raises: the client has not authenticated
         return parse(message)
 
     def _dispatch(self, frame: ClientFrame, stranger: bool, wait: float, size: int) -> None:  # noqa: FBT001
@@ -183,13 +183,13 @@ class Connection:
 
         Args:
             frame: which one.
-            stranger: the client has not said who it is, and has sent no ``auth``.
-            wait: the seconds by which the frame is over the frame rate.
+            stranger: the client has not authenticated, and no ``auth`` of it waits.
+            wait: seconds until the frame rate allows another frame; 0 if it allows this one.
             size: bytes of its message in memory.
         """
         if isinstance(frame, Stop):
             if stranger:
-                _ = self._session.owner  # raises: the client has not said who it is
+                _ = self._session.owner  # raises: the client has not authenticated
             self._stop(frame, wait)
         elif wait:
             raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
@@ -210,7 +210,7 @@ class Connection:
     # Stops.
 
     def _stop(self, stop: Stop, wait: float) -> None:
-        """Stop what a frame names. The answer comes when all of it has ended.
+        """Stop what a frame names. The answer comes when all generations have ended.
 
         Raises:
             Refused: there is nothing to stop.
@@ -223,7 +223,7 @@ class Connection:
         else:
             known = None if owner is None else self._session.hub.known(owner, stop.id)
             targets = [] if known is None else [known]
-        # Stops without end must not add followers without end to what is being stopped already.
+        # Many stops of one generation must not add as many followers to its log.
         flood = bool(wait) or self._stops >= REQUESTS
         settled = {State.STOPPING, State.SAVING, State.ENDED} if flood else {State.ENDED}
         running = [generation for generation in targets if generation.state not in settled]
@@ -250,19 +250,19 @@ class Connection:
         elif stop.request is not None:
             self._session.write(Stopped(ids=ids, request=stop.request))
 
-    # Who the client is.
+    # Authentication.
 
-    def let_in(self) -> None:
-        """The client has said who it is: serve it until that expires."""
+    def authenticated(self) -> None:
+        """Serve the client until its token expires: its ``auth`` was accepted."""
         self._set_expiry()
 
-    def turn_away(self, refused: Refused) -> None:
-        """Close on a client that could not say who it is. It may try again on a new connection."""
+    def not_authenticated(self, refused: Refused) -> None:
+        """Close the connection: the first ``auth`` failed. The client may connect and try again."""
         code = Close.TRY_AGAIN_LATER if refused.retryable else Close.POLICY_VIOLATION
         self._end(code, refused.code)
 
     async def still_welcome(self) -> bool:
-        """Whether the client would be let in again now. Its time of expiry may have changed."""
+        """Whether the client's credentials are still valid. Their expiry may have changed."""
         visitor = self._session.visitor
         before = visitor.principal
         welcome = await visitor.still_welcome()
@@ -271,20 +271,20 @@ class Connection:
         return welcome
 
     def revoke(self) -> None:
-        """Shut the client out, and stop what nobody else follows of its own generations."""
+        """Shut the client out, and stop its own generations that nobody else follows."""
         for generation, cursor in tuple(self._following.cursors.items()):
             if cursor.own and generation.readers == 1:
                 self._session.hub.stop(generation, "disconnect")
         self.shut_out("The token is not valid any more.")
 
     def shut_out(self, why: str) -> None:
-        """Tell the client that it acts for nobody any more, and close the connection."""
+        """Tell the client that its authentication is over, and close the connection."""
         if not self._session.ended:
             self._session.refuse(Refused(Code.UNAUTHENTICATED, why), None)
             self._end(Close.POLICY_VIOLATION, "unauthenticated")
 
     def _set_expiry(self) -> None:
-        """Set the timer that shuts out a client: without ``auth`` in time, or with an old token."""
+        """Set the timer for the first ``auth``, or for the expiry of the token."""
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None

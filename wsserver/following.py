@@ -76,7 +76,7 @@ class Following:
         """Follow a generation no more.
 
         Args:
-            cursor: of which generation.
+            cursor: the cursor in that generation.
             lost: the connection died, and the client may not know yet.
         """
         del self.cursors[cursor.generation]

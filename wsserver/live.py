@@ -165,7 +165,7 @@ class Generation:
         heard: when the model last gave a sign of life.
         spoke: when the first piece came.
         task: reads the model's answer.
-        why: who stopped the reply, or which time limit did.
+        why: who stopped the reply, or the error of a time limit.
         stopped: when it was stopped.
         failure: what has failed, until the end is logged.
         ended: when the reply was complete, and the store began to save its end.

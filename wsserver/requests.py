@@ -56,15 +56,15 @@ class Waiting:
     stops: list[Stopping] = field(default_factory=list)
 
 
-class Door(Protocol):
-    """The connection, to its requests."""
+class Connection(Protocol):
+    """The connection of the client."""
 
-    def let_in(self) -> None:
-        """The client has said who it is."""
+    def authenticated(self) -> None:
+        """An ``auth`` was accepted."""
         ...
 
-    def turn_away(self, refused: Refused) -> None:
-        """The client could not say who it is."""
+    def not_authenticated(self, refused: Refused) -> None:
+        """An ``auth`` failed, and the client has not authenticated before."""
         ...
 
 
@@ -74,12 +74,12 @@ class Requests:
     Args:
         session: the client.
         following: what the client follows.
-        door: learns how an ``auth`` has ended.
+        connection: learns how an ``auth`` ends.
     """
 
     __slots__ = (
+        "_connection",
         "_done",
-        "_door",
         "_following",
         "_session",
         "_waiting",
@@ -87,10 +87,10 @@ class Requests:
         "_writable",
     )
 
-    def __init__(self, session: Session, following: Following, door: Door) -> None:
+    def __init__(self, session: Session, following: Following, connection: Connection) -> None:
         self._session = session
         self._following = following
-        self._door = door
+        self._connection = connection
         # The first one is being answered. An empty tuple takes no memory.
         self._waiting: tuple[Waiting, ...] = ()
         self._worker: asyncio.Task[None] | None = None  # answers them; None while none waits
@@ -220,7 +220,7 @@ class Requests:
         except Exception as error:  # noqa: BLE001
             refused = self._session.fail(error, request)
             if isinstance(request, Auth) and self._session.visitor.principal is None:
-                self._door.turn_away(refused)
+                self._connection.not_authenticated(refused)
 
     async def _do(
         self, request: Auth | Resume | Open | List | Rename | Delete | CloseConversation
@@ -234,7 +234,7 @@ class Requests:
             case Open():
                 await self._open(request)
             case CloseConversation():
-                _ = session.owner  # raises if the client has not said who it is
+                _ = session.owner  # raises if the client has not authenticated
                 self._following.close(request.conversation)
                 session.write(Closed(conversation=request.conversation, request=request.request))
             case List():
@@ -248,7 +248,7 @@ class Requests:
 
     async def _authenticate(self, auth: Auth) -> None:
         principal = await self._session.visitor.authenticate(auth.token)
-        self._door.let_in()
+        self._connection.authenticated()
         expires = principal.expires
         left = None if expires is None else round(max(0.0, expires - time.time()), 3)
         self._session.write(
@@ -271,7 +271,7 @@ class Requests:
         generation = await hub.prompt(prompt, owner, session.account, following.own, following)
         if prompt.conversation is None and generation.conversation_id is not None:
             following.own = generation.conversation_id
-        # After each `start` comes everything, so that a client need not know what it has had.
+        # A prompt that is sent again gets everything from the first piece on.
         following.follow(generation, own=True, request=request)
         return generation
 
@@ -313,7 +313,7 @@ class Requests:
         self._write_read(conversations(found, request.limit, room, request.request))
 
     async def _rename(self, request: Rename) -> None:
-        """Give a conversation another title. The account pays for the frames to all who see it."""
+        """Give a conversation another title. The account pays for the frames to its watchers."""
         session, hub = self._session, self._session.hub
         hub.accounts.check_reads(session.account)
         name, title = request.conversation, request.title

@@ -208,7 +208,7 @@ class Runner:
 
         Args:
             generation: the one to stop.
-            why: who stops it, for ``done``; or what has failed, for ``error``.
+            why: who stops it, for ``done``; or the error, for ``error``.
         """
         if generation.state is State.QUEUED:
             generation.stop(why, self._time())

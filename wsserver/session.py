@@ -1,4 +1,4 @@
-"""One client, as all that serves it knows it: who it acts for, and how it gets frames."""
+"""One client: its principal, its account, and how it gets frames."""
 
 import secrets
 from typing import Protocol
@@ -24,13 +24,13 @@ class Transport(Sink, Protocol):
 
 
 class Session:
-    """Who a client acts for, and how it gets frames.
+    """What all that serves one client has in common.
 
     Args:
         transport: the way to the client.
         hub: where generations live.
         settings: the limits.
-        visitor: who the client acts for, or has yet to say.
+        visitor: the principal of the client, once the client has authenticated.
 
     Attributes:
         ended: nothing more is heard of the client: the connection is being closed, or is gone.
@@ -52,7 +52,7 @@ class Session:
         """The name of the principal.
 
         Raises:
-            Refused: the client has not said who it is.
+            Refused: the client has not authenticated.
         """
         if self.visitor.principal is None:
             raise Refused(
