@@ -477,7 +477,7 @@ async def test_the_conversation_idle_for_longest_is_dropped_first(puppet: Puppet
             start = await chat.prompt("x", conversation=name)
             (await puppet.reply(number)).say("y").end()
             await chat.text(start["id"])
-        kept = {name for _, name in server._hub.conversations._known}
+        kept = {known.id for known in server._hub.conversations}
         assert kept == {names[0], names[2]}
 
 

@@ -166,7 +166,9 @@ async def test_closed_tab_gets_nothing(
     async with client(server) as tab:
         await opened(tab)
     await until(lambda: len(server._connections) == 1)
-    assert not server._hub.conversations._known["anonymous", ONE].watchers
+    conversation = server._hub.conversations.known("anonymous", ONE)
+    assert conversation is not None
+    assert not conversation.watchers
     await exchange(chat, puppet, "After", "Yes")
 
 
@@ -286,7 +288,7 @@ async def test_delete_is_done_after_its_client_has_gone(
         await other.send({"type": "rename", "conversation": ONE, "title": "x"})
         await other.send({"type": "delete", "conversation": ONE})
     await until(lambda: len(server._connections) == 1)
-    await until(lambda: ("anonymous", ONE) not in server._hub.conversations._known)
+    await until(lambda: server._hub.conversations.known("anonymous", ONE) is None)
     assert (await opened(chat))["code"] == "not_found"
 
 

@@ -127,7 +127,7 @@ async def test_conversations_are_deleted_after_the_retention_time(
         listed = await server._store.list("anonymous", 10, None)
         assert [summary.id for summary in listed] == [names[2]]
         assert isinstance(await server._store.find(start["id"], "anonymous"), Forgotten)
-        assert server._hub.conversations._known.keys() == {("anonymous", names[2])}
+        assert [known.id for known in server._hub.conversations] == [names[2]]
         answer = await say(chat, puppet, "x", conversation=names[0])
         assert answer["type"] == "start"
         assert [m.content for m in puppet.replies[-1].request.messages] == ["Hello"]

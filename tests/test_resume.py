@@ -303,7 +303,7 @@ async def test_other_owners_data_looks_like_missing_data(
         await other.next("deleted")
         assert (await resume(other))["code"] == "forgotten"
         assert (await opened(other))["code"] == "not_found"
-        assert "somebody else" not in {owner for owner, _ in server._hub.conversations._known}
+        assert "somebody else" not in {known.owner for known in server._hub.conversations}
         assert await chat.quiet() == []
         assert (await resume(chat))["type"] == "start"
         assert (await chat.next("token", id=ID))["text"] == "x"

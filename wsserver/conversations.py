@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
 from wsserver.context import newest
@@ -38,8 +38,24 @@ class Conversations:
         self._journal = journal
         self._settings = settings
         self._memory = memory
-        memory.shed_by(self._shed)
+        memory.shed_by(self.shed)
         self._known: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter(tuple(self._known.values()))
+
+    def known(self, owner: str, name: str) -> Conversation | None:
+        """Return a conversation that is in memory."""
+        return self._known.get((owner, name))
+
+    def shed(self, size: int) -> None:
+        """Drop so many bytes of turns that are not in use, the least recently used first."""
+        for conversation in tuple(self._known.values()):
+            if size <= 0:
+                return
+            if conversation.size and not (conversation.holders or conversation.live):
+                size -= conversation.size
+                self._unload(conversation)
 
     @contextlib.asynccontextmanager
     async def hold(
@@ -176,15 +192,6 @@ class Conversations:
                 return False
             conversation.size = size
         return True
-
-    def _shed(self, size: int) -> None:
-        """Drop the turns of conversations that are not in use, the least recently used first."""
-        for conversation in tuple(self._known.values()):
-            if size <= 0:
-                return
-            if conversation.size and not (conversation.holders or conversation.live):
-                size -= conversation.size
-                self._unload(conversation)
 
     def _unload(self, conversation: Conversation) -> None:
         """Drop the turns of a conversation, and the conversation itself if it is idle.
