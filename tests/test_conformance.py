@@ -15,7 +15,7 @@ import wsserver
 from tests.support.conformance import EXCHANGES, Seen, play
 from tests.support.line import Line
 from tests.support.puppet import Puppet
-from wsserver.client import Chat, ChatError, Reply, ServerError, dial
+from wsserver.client import Chat, ChatError, Reply, ServerError, Subscription, dial
 from wsserver.client import connect as connect_client
 
 Frame = dict[str, Any]
@@ -135,11 +135,13 @@ async def test_raw_frames(name: str, puppet: Puppet, line: Line) -> None:
 
 
 class Python:
-    """The Python client, which does by itself what the other driver does by hand."""
+    """Drives the Python client, which reconnects and resumes by itself."""
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
         self._replies: dict[str, Reply] = {}
+        self._subscriptions: dict[str, Subscription] = {}
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def prompt(
         self,
@@ -149,7 +151,7 @@ class Python:
         on_busy: str,
         retry_of: str | None = None,
     ) -> None:
-        retried = None if retry_of is None else self._replies[retry_of].id
+        retried = self._replies[retry_of].id if retry_of in self._replies else retry_of
         assert on_busy in {"reject", "queue", "interrupt"}
         self._replies[reply] = self._chat.prompt(
             text if isinstance(text, str) else None,
@@ -166,6 +168,8 @@ class Python:
         self._replies[reply] = self._chat.resume(named or self._replies[of or ""].id)
 
     async def seen(self, reply: str) -> Seen:
+        if reply not in self._replies:  # of another client, and not announced yet
+            return {"started": False, "text": "", "thinking": "", "done": None, "error": None}
         known = self._replies[reply]
         seen: Seen = {
             "started": known.started,
@@ -187,8 +191,12 @@ class Python:
 
     async def request(self, kind: str, **keys: str) -> Any:
         try:
-            if kind == "history":
-                history = await self._chat.history(**keys)
+            if kind == "open":
+                opened = await self._chat.open(**keys)
+                self._subscriptions[keys["conversation"]] = opened
+                self._tasks.append(asyncio.create_task(self._follow(opened)))
+            if kind in {"history", "open"}:
+                history = await self._chat.history(**keys) if kind == "history" else opened.history
                 told = [[m.role, m.text, m.partial] for m in history.messages]
                 return {"title": history.title, "messages": told}
             if kind == "conversations":
@@ -197,6 +205,14 @@ class Python:
         except ServerError as error:
             return {"error": error.code}
         return {}
+
+    async def close_conversation(self, conversation: str) -> None:
+        await self._subscriptions[conversation].close()
+
+    async def _follow(self, subscription: Subscription) -> None:
+        with contextlib.suppress(ChatError):  # the chat was closed
+            async for reply in subscription:
+                self._replies[reply.id] = reply
 
     async def mended(self) -> None:
         pass

@@ -1,4 +1,4 @@
-// The client in the hands of tests/conformance.md: orders and answers are lines of JSON.
+// Drives the client for tests/conformance.md. Commands and answers are lines of JSON.
 import { createInterface } from 'node:readline'
 import { connect } from '../../wsserver/web/client.js'
 import { WebSocket } from './stage.mjs'
@@ -19,11 +19,12 @@ function show(name, reply) {
 }
 
 const requests = {
-  history: async ({ conversation, ...options }) => {
+  open: async ({ conversation, ...options }) => {
     const { title, messages, replies: running } = await chat.open(conversation, options)
     for (const reply of running) show(reply.id, reply)
     return { title, messages: messages.map(({ role, content, partial = null }) => [role, content, partial]) }
   },
+  history: (keys) => requests.open(keys),
   conversations: async () => (await chat.list()).items.map(({ id, title }) => [id, title]),
   rename: async ({ conversation, title }) => ({ ...await chat.rename(conversation, title) }),
   delete: async ({ conversation }) => ({ ...await chat.delete(conversation) }),
@@ -31,7 +32,7 @@ const requests = {
 
 const orders = {
   prompt: ({ reply, text, conversation, on_busy, retry_of }) => show(reply, chat.prompt(text, {
-    conversation: conversation ?? undefined, onBusy: on_busy, retryOf: replies.get(retry_of)?.id,
+    conversation: conversation ?? undefined, onBusy: on_busy, retryOf: replies.get(retry_of)?.id ?? retry_of ?? undefined,
   })),
   stop: ({ reply }) => { replies.get(reply).stop() },
   resume: ({ reply, of, named }) => show(reply, chat.resume(named ?? replies.get(of).id)),

@@ -19,8 +19,8 @@ from wsserver.schema import ANSWERS
 
 __all__ = ["Client", "ScriptedServer"]
 
-ANSWERED = frozenset({"history", "renamed", "deleted"})
-DEFAULTS = {"on_busy": "reject", "after": 0}
+ANSWERED = frozenset({"history", "renamed", "deleted", "conversations"})
+DEFAULTS = {"on_busy": "reject", "after": 0, "limit": 20}
 LIMITS = {
     "message_size": 65536,
     "prompt_size": 32768,
@@ -61,7 +61,14 @@ class Client(Protocol):
         ...
 
     async def request(self, kind: str, **keys: Any) -> Any:
-        """Do ``history``, ``rename`` or ``delete``; return the answer, as exchanges say it."""
+        """Do ``open``, ``conversations``, ``rename`` or ``delete``; return the answer.
+
+        The answer has the form of an exchange. ``open`` without ``before`` also follows.
+        """
+        ...
+
+    async def close_conversation(self, conversation: str) -> None:
+        """Close an open conversation, unless the client closes it by itself."""
         ...
 
 
@@ -197,7 +204,11 @@ class ScriptedServer:
         # What the vector leaves to the server has a name in the `start`.
         name = frame.get("id") or str(self._lines[0]["frame"].get("id"))
         shown = self._shown.get(name)
+        if kind == "ping":  # the reader answers each, as a client pings when it likes
+            del self._lines[0]
+            return
         if kind == "close":
+            await client.close_conversation(frame["conversation"])
             await until(lambda: frame["conversation"] in self._closed)
             del self._lines[0]  # its answer
             return
@@ -216,9 +227,9 @@ class ScriptedServer:
             await client.resume(f"{name} again", known, None if known else name)
         elif kind == "stop":
             await client.stop(self._shown[name].name)
-        elif kind in {"open", "rename", "delete"}:
-            keys = {key: frame[key] for key in frame.keys() - {"type", "request"}}
-            asking = client.request("history" if kind == "open" else kind, **keys)
+        elif kind in {"open", "list", "rename", "delete"}:
+            keys = {key: frame[key] for key in frame.keys() - {"type", "request", "limit"}}
+            asking = client.request("conversations" if kind == "list" else kind, **keys)
             self._request = asyncio.ensure_future(asking)
         # Else the client does it by itself.
         sent = await self._inbox.get()
@@ -252,6 +263,8 @@ class ScriptedServer:
             if frame["type"] == "history":
                 told = [[m["role"], m["content"], m.get("partial")] for m in frame["messages"]]
                 assert answer == {"title": frame["title"], "messages": told}
+            elif frame["type"] == "conversations":
+                assert answer == [[item["id"], item["title"]] for item in sent["items"]]
             else:
                 assert answer == {}
         elif shown is not None:

@@ -121,6 +121,8 @@ def playable(unable: frozenset[str]) -> list[tuple[str, int]]:
                 if line.get("from") == "client":
                     frame = line["frame"]
                     does |= {frame.get("type", "messages" if "messages" in frame else "prompt")}
+                    if frame.get("type") == "open" and "before" in frame:
+                        does.add("page")
                     if "prompt" in frame and frame.get("id") in ids:
                         does.add("repeat")
                     if frame.get("retry_of", "") not in {"", *ids}:

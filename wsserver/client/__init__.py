@@ -16,6 +16,7 @@ from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, Se
 from wsserver.client.history import Conversation, History
 from wsserver.client.limits import Limits
 from wsserver.client.reply import Done, Reply
+from wsserver.client.subscriptions import Subscription
 from wsserver.client.sync import connect as connect_sync
 from wsserver.content import Message, Usage
 
@@ -32,6 +33,7 @@ __all__ = [
     "ReplyError",
     "ServerError",
     "State",
+    "Subscription",
     "Token",
     "Usage",
     "connect",

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import functools
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
 
@@ -17,19 +15,18 @@ from wsserver.client.history import (
     Conversation,
     History,
     parse_conversations,
-    parse_history,
     parse_nothing,
 )
 from wsserver.client.limits import Limits
 from wsserver.client.queries import Queries
 from wsserver.client.replies import Replies
 from wsserver.client.reply import Reply
-from wsserver.protocol import Delete, List, Open, Prompt, Rename, Resume, Turn
+from wsserver.client.subscriptions import Subscription, Subscriptions
+from wsserver.protocol import Delete, List, Prompt, Rename, Resume, Turn
 
 __all__ = ["Chat", "connect", "new_id"]
 
 PAGE_SIZE = 100  # conversations per request
-AFTER_ALL = 2**53 - 1  # a `before` above all messages: `open` then follows nothing
 
 
 def new_id() -> str:
@@ -95,7 +92,9 @@ class Chat:
         self._connection = Connection(url, token, timeouts, on_state)
         self._replies = Replies(self._connection, timeouts.patience)
         self._queries = Queries(self._connection, timeouts.patience)
-        self._connection.requesters = (self._replies, self._queries)
+        self._subscriptions = Subscriptions(self._connection, self._replies, self._queries)
+        # Subscriptions come first: they create the reply that the other requesters then know.
+        self._connection.requesters = (self._subscriptions, self._replies, self._queries)
 
     @property
     def state(self) -> State:
@@ -239,15 +238,20 @@ class Chat:
             ConnectionFailed: there is no connection.
         """
         self._connection.check()
-        name = conversation or self.conversation
-        pages: list[tuple[History, int | None]] = []
-        before: int | None = AFTER_ALL
-        while before is not None:
-            parse = functools.partial(parse_history, name, before)
-            pages.append(await self._queries.ask(Open(conversation=name, before=before), parse))
-            before = pages[-1][1]
-        messages = tuple(message for page, _ in reversed(pages) for message in page.messages)
-        return replace(pages[0][0], messages=messages)
+        return await self._queries.history(conversation or self.conversation)
+
+    async def open(self, conversation: str | None = None) -> Subscription:
+        """Open a conversation, to follow the replies that other clients ask for in it.
+
+        Args:
+            conversation: the id. Default: the chat's own.
+
+        Raises:
+            ServerError: there is no such conversation, or the server cannot read it now.
+            ConnectionFailed: there is no connection.
+        """
+        self._connection.check()
+        return await self._subscriptions.open(conversation or self.conversation)
 
     async def conversations(self, limit: int = 20) -> list[Conversation]:
         """Return at most ``limit`` conversations of the client, the one used last first.

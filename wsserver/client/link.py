@@ -24,6 +24,7 @@ from wsserver.protocol import (
     Auth,
     ClientFrame,
     Close,
+    CloseConversation,
     Delete,
     List,
     Open,
@@ -43,6 +44,7 @@ MESSAGES_PER_TURN = 16  # messages read before other tasks run
 
 _ANSWERS: dict[str, type[ClientFrame]] = {
     "authenticated": Auth,
+    "closed": CloseConversation,
     "conversations": List,
     "deleted": Delete,
     "history": Open,

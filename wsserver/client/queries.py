@@ -3,18 +3,21 @@
 import asyncio
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from wsserver.client.connection import Connection
 from wsserver.client.failures import ConnectionFailed, ServerError
+from wsserver.client.history import History, parse_history
 from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
 from wsserver.errors import Code
-from wsserver.protocol import Delete, List, Open, Rename
+from wsserver.protocol import CloseConversation, Delete, List, Open, Rename
 
 __all__ = ["SHORTEST_WAIT", "Queries"]
 
 T = TypeVar("T")
 
+AFTER_ALL = 2**53 - 1  # a `before` above all messages: `open` then follows nothing
 SHORTEST_WAIT = 0.05  # seconds before a refused request is sent again
 
 
@@ -32,7 +35,9 @@ class Queries:
         self._open: dict[asyncio.Future[Any], Request] = {}  # oldest first
 
     async def ask(
-        self, frame: Open | List | Rename | Delete, parse: Callable[[Mapping[str, Any]], T]
+        self,
+        frame: Open | CloseConversation | List | Rename | Delete,
+        parse: Callable[[Mapping[str, Any]], T],
     ) -> T:
         """Send a query and return its parsed answer.
 
@@ -68,6 +73,39 @@ class Queries:
                     self._connection.link.remove(request)
             await asyncio.sleep(max(SHORTEST_WAIT, wait * CLOCK_MARGIN))
             self._connection.check()
+
+    async def history(
+        self, conversation: str, on_open: Callable[[History], None] | None = None
+    ) -> History:
+        """Return all pages of a history.
+
+        Args:
+            conversation: the id.
+            on_open: called with the newest page at once. If given, the conversation is opened.
+
+        Raises:
+            ServerError: there is no such conversation, or the server cannot read it now.
+            ConnectionFailed: there is no connection.
+        """
+
+        def parse(page: Mapping[str, Any]) -> tuple[History, int | None]:
+            found, before = parse_history(conversation, asked, page)
+            if on_open is not None and not pages:
+                on_open(found)
+            return found, before
+
+        pages: list[History] = []
+        asked = AFTER_ALL
+        frame = Open(conversation=conversation, before=None if on_open else asked)
+        while True:
+            page, before = await self.ask(frame, parse)
+            pages.append(page)
+            if before is None:
+                break
+            asked = before
+            frame = Open(conversation=conversation, before=before)
+        messages = tuple(message for page in reversed(pages) for message in page.messages)
+        return replace(pages[0], messages=messages)
 
     # The connection's `Requester`.
 

@@ -89,15 +89,34 @@ class Replies:
 
     def start(self, reply: Reply, prompt: Prompt | None) -> Reply:
         """Send a prompt, or a ``resume`` if there is no prompt."""
+        self._send(self._add(reply, prompt))
+        self._connection.reopen()
+        return reply
+
+    def _add(self, reply: Reply, prompt: Prompt | None) -> _Active:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience
         active = self._active[reply.id] = _Active(reply, prompt, deadline)
         active.request = Request(active.frame, functools.partial(self._on_answer, active))
         active.timer = loop.call_at(deadline, self._on_timeout, active)
+        return active
+
+    def _send(self, active: _Active) -> None:
         if self._connection.link is not None:
             self._connection.link.send_prompt(active.request)
-        self._connection.reopen()
+
+    def adopt(self, reply_id: str, conversation: str) -> Reply:
+        """Return a reply that the server sends without a request, because of ``open``."""
+        reply = Reply(reply_id, conversation, 0, self.stop)
+        active = self._add(reply, None)
+        active.timer.cancel()
         return reply
+
+    def follow_again(self, conversation: str) -> None:
+        """Request the running replies of a conversation that other clients asked for."""
+        for active in self._active.values():
+            if active.prompt is None and active.reply.conversation == conversation:
+                self._send(active)
 
     def stop(self, reply: Reply) -> None:
         """Stop a reply, now or as soon as there is a connection."""

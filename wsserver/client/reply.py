@@ -56,6 +56,8 @@ class Reply:
     Attributes:
         id: identifies the reply, for example for :meth:`Chat.resume`.
         conversation: id of the conversation; None for a prompt with ``messages``.
+        prompt: text of the prompt, for a reply of a :class:`Subscription`; else None.
+        retry_of: id of the reply that this one replaces, for a reply of a :class:`Subscription`.
         model: the model's name; None before the start.
         queued: place in the queue when the server accepted the prompt, from 1; None if the prompt
             did not have to wait.
@@ -72,6 +74,8 @@ class Reply:
     ) -> None:
         self.id = reply_id
         self.conversation = conversation
+        self.prompt: str | None = None
+        self.retry_of: str | None = None
         self.model: str | None = None
         self.queued: int | None = None
         self.started = False
@@ -168,6 +172,8 @@ class Reply:
             self.model = frame["model"]
             self.queued = frame.get("queued")
             self.conversation = frame.get("conversation")
+            self.prompt = frame.get("prompt", self.prompt)
+            self.retry_of = frame.get("retry_of", self.retry_of)
         elif kind in CONTENT:
             seq = frame["seq"]
             if type(seq) is not int:
