@@ -1,16 +1,15 @@
 import { useCallback, useEffect, useRef, useState } from 'react'
-import { connect, newId } from '../../wsserver/web/client.js' // in a project of your own, a copy of it
+import { connect, newId } from '../../wsserver/web/client.js' // in your own project: a copy of the file
 
 /**
  * @typedef {import('../../wsserver/web/client.js').Chat} Chat
  * @typedef {import('../../wsserver/web/client.js').Reply} Reply
- * @typedef {{id: string, role: 'user' | 'assistant', content: string, thinking?: string, partial?: string}} ChatMessage
- *   Both messages of a turn have its id.
+ * @typedef {import('../../wsserver/web/client.js').Message & {id: string}} ChatMessage Both messages of a turn have its id.
  * @typedef {'submitted' | 'streaming' | 'ready' | 'error'} Status Of the newest reply.
  *
- * @typedef {object} View What is on show: one conversation.
+ * @typedef {object} View The conversation that the component shows.
  * @property {string} url
- * @property {string | undefined} given The option `conversation`.
+ * @property {string | undefined} option The option `conversation`.
  * @property {string} conversation
  * @property {ChatMessage[]} messages
  * @property {Status} status
@@ -19,29 +18,29 @@ import { connect, newId } from '../../wsserver/web/client.js' // in a project of
  */
 
 /**
- * A chat in a component.
+ * A React hook for one conversation.
  *
- * `conversation` in what it returns is the id of the conversation on show. Keep the id once there are
- * messages, in the address of the page for example: given as the option it brings them back after a
- * reload. To give it while the conversation is on show changes nothing.
+ * It returns `conversation`, the id of the conversation that it shows. Save the id once there are messages, for
+ * example in the address of the page. After a reload, pass it as the option to get the messages back. Passing it
+ * while the hook shows the conversation changes nothing.
  * @param {object} options
  * @param {string} options.url
  * @param {string | (() => string | Promise<string>)} [options.token]
- * @param {string} [options.conversation] One that exists: its messages are loaded, and what any
- *   other page asks in it is shown as well. Without it a new one begins. Another value switches;
- *   replies in the conversation before go on.
+ * @param {string} [options.conversation] An existing conversation: the hook loads its messages, and shows the
+ *   prompts of other pages too. Default: a new one. Another value switches to another conversation; the replies
+ *   of the former one continue.
  */
-export function useChat({ url, token, conversation: given }) {
-  const [shown, setView] = useState(() => begin(url, given))
+export function useChat({ url, token, conversation: option }) {
+  const [shown, setView] = useState(() => newView(url, option))
   const [connection, setConnection] = useState(/** @type {Chat['state']} */ ('connecting'))
   const chat = useRef(/** @type {Chat | undefined} */ (undefined))
-  const heard = useRef(/** @type {WeakSet<Reply>} */ (new WeakSet()))
+  const followed = useRef(/** @type {WeakSet<Reply>} */ (new WeakSet()))
   const tokens = useRef(token)
   const fixed = typeof token === 'function' ? fresh : token
 
   let view = shown
-  if (view.url !== url || view.given !== given) { // switch before anything is drawn
-    view = view.url === url && view.conversation === given ? { ...view, given } : begin(url, given)
+  if (view.url !== url || view.option !== option) { // switch before React draws
+    view = view.url === url && view.conversation === option ? { ...view, option } : newView(url, option)
     setView(view)
   }
   const { conversation, messages, status, error, newest } = view
@@ -50,24 +49,24 @@ export function useChat({ url, token, conversation: given }) {
     return typeof tokens.current === 'function' ? tokens.current() : tokens.current ?? ''
   }
 
-  const show = useCallback((/** @type {Reply} */ reply) => {
+  const follow = useCallback((/** @type {Reply} */ reply) => {
     const from = chat.current
-    /** Change what is on show, if it is the conversation of this reply. */
+    /** Update the view, if it shows the conversation of this reply. */
     const change = (/** @type {(view: View) => Partial<View>} */ change) => {
       if (chat.current === from) setView((view) => (view.conversation === reply.conversation ? { ...view, ...change(view) } : view))
     }
     const update = () => change(({ messages, status, newest }) => {
       const now = reply.text || reply.thinking ? 'streaming' : 'submitted'
-      return { messages: placed(messages, reply), status: newest === reply && !reply.ended ? now : status }
+      return { messages: withReply(messages, reply), status: newest === reply && !reply.ended ? now : status }
     })
     const end = (/** @type {string | undefined} */ partial, /** @type {Error | undefined} */ error) => change(({ messages, newest }) => ({
-      messages: placed(messages, reply, partial),
+      messages: withReply(messages, reply, partial),
       ...(newest === reply && { status: error ? 'error' : 'ready', error }),
     }))
     change(() => ({ newest: reply, error: undefined }))
     update()
-    if (heard.current.has(reply)) return
-    heard.current.add(reply)
+    if (followed.current.has(reply)) return
+    followed.current.add(reply)
     reply.addEventListener('change', update)
     reply.done.then(({ by }) => end(by, undefined), (error) => end(error.code, error))
   }, [])
@@ -77,20 +76,20 @@ export function useChat({ url, token, conversation: given }) {
     chat.current = current
     setConnection(current.state)
     current.on('state', ({ state }) => { if (chat.current === current) setConnection(state) })
-    current.on('reply', show)
+    current.on('reply', follow)
     current.on('history', ({ conversation, messages, replies }) => {
-      const told = messages.map(({ id = '', role, content, partial }) => ({ id, role, content, partial }))
-      setView((view) => (view.conversation === conversation ? { ...view, messages: told } : view))
-      for (const reply of replies) show(reply)
+      const saved = messages.map((message) => ({ ...message, id: message.id ?? '' }))
+      setView((view) => (view.conversation === conversation ? { ...view, messages: saved } : view))
+      for (const reply of replies) follow(reply)
     })
     return () => {
       chat.current = undefined
       current.close()
     }
-  }, [url, show])
+  }, [url, follow])
 
   useEffect(() => {
-    if (given !== conversation) return // it begins here
+    if (option !== conversation) return // a new conversation has no history
     chat.current?.open(conversation).catch((error) => {
       if (error.code !== 'closed') setView((view) => (view.conversation === conversation ? { ...view, error } : view))
     })
@@ -102,22 +101,22 @@ export function useChat({ url, token, conversation: given }) {
   }, [token])
 
   const ask = useCallback((/** @type {string} */ text, /** @type {string | undefined} */ retryOf) => {
-    if (chat.current) show(chat.current.prompt(text, { conversation, retryOf, onBusy: 'interrupt' }))
-  }, [conversation, show])
+    if (chat.current) follow(chat.current.prompt(text, { conversation, retryOf, onBusy: 'interrupt' }))
+  }, [conversation, follow])
 
-  /** Ask; a reply that still runs is interrupted. */
+  /** Send a prompt. It interrupts a running reply. */
   const send = useCallback((/** @type {string} */ text) => ask(text, undefined), [ask])
 
-  /** Ask the last prompt again, in place of its reply. */
+  /** Repeat the last prompt; the new turn replaces the old one. */
   const retry = useCallback(() => {
     const last = messages.findLast(({ role }) => role === 'user')
     if (!last) return
-    const refused = newest?.id === last.id && newest.ended && !newest.started // the server knows nothing of it
+    const refused = newest?.id === last.id && newest.ended && !newest.started // the server has no such turn
     if (refused) setView((view) => ({ ...view, messages: view.messages.filter(({ id }) => id !== last.id) }))
     ask(last.content, refused ? newest.retryOf : last.id)
   }, [ask, messages, newest])
 
-  /** Stop what runs. */
+  /** Stop the running replies. */
   const stop = useCallback(() => {
     for (const reply of chat.current?.replies.values() ?? []) if (reply.conversation === conversation) reply.stop()
   }, [conversation])
@@ -125,23 +124,23 @@ export function useChat({ url, token, conversation: given }) {
   return { conversation, messages, status, send, retry, stop, error, connection }
 }
 
-/** @param {string} url @param {string | undefined} given @returns {View} */
-function begin(url, given) {
-  return { url, given, conversation: given ?? newId(), messages: [], status: 'ready' }
+/** @param {string} url @param {string | undefined} option @returns {View} */
+function newView(url, option) {
+  return { url, option, conversation: option ?? newId(), messages: [], status: 'ready' }
 }
 
 /**
- * Put a reply where it is already, or at the end; the turn that it replaces goes once it has started.
+ * Insert or update the messages of a reply, and remove the turn that a started reply replaces.
  * @param {ChatMessage[]} messages
  * @param {Reply} reply
  * @param {string} [partial]
  * @returns {ChatMessage[]}
  */
-function placed(messages, { id, prompt = '', text, thinking, started, retryOf }, partial) {
+function withReply(messages, { id, prompt = '', text, thinking, model, started, retryOf }, partial) {
   /** @type {ChatMessage[]} */
   const turn = [
     { id, role: 'user', content: prompt },
-    { id, role: 'assistant', content: text, thinking, partial },
+    { id, role: 'assistant', content: text, thinking, partial, model },
   ]
   const others = started && retryOf ? messages.filter((message) => message.id !== retryOf) : messages
   const place = others.findIndex((message) => message.id === id)
