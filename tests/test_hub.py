@@ -12,6 +12,7 @@ from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
 from wsserver import Code
 from wsserver.context import messages_of
 from wsserver.errors import Refused, StoreError
+from wsserver.generation import State
 from wsserver.live import Conversation, Generation
 from wsserver.protocol import Prompt
 
@@ -278,3 +279,15 @@ async def test_close_saves_the_end_of_a_reply_whose_model_does_not_close() -> No
     assert await stand.terminal(generation.id) is not None
     reply.hold.set()
     await until(reply.closed.is_set)
+
+
+async def test_prompt_is_accepted_while_the_end_before_it_is_being_saved(stand: Stand) -> None:
+    first = await stand.prompt()
+    stand.store.turns = 50
+    (await stand.puppet.reply()).end()
+    await until(lambda: first.state is State.SAVING)
+    second = await stand.prompt("And then?")
+    assert second.state is State.QUEUED
+    (await stand.puppet.reply(1)).end()
+    await stand.ended(second)
+    assert [m.content for m in stand.puppet.replies[1].request.messages] == ["Hello?", "And then?"]
