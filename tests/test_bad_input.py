@@ -10,7 +10,7 @@ from websockets.frames import Frame, Opcode
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, until
-from wsserver import connection, protocol
+from wsserver import connection, parsing
 from wsserver.protocol import ClientFrame
 
 ID = "0123456789abcdef"
@@ -25,7 +25,7 @@ BAD = {
     "unknown type": ('{"type": "shout"}', "unknown_type", '"shout"'),
     "type of a wrong type": ('{"type": {}}', "unknown_type", "{}"),
     "unknown key": ('{"prompt": "x", "colour": 1}', "invalid_frame", "colour: no such key"),
-    "wrong type": ('{"prompt": 5}', "invalid_frame", "prompt: must be a valid string"),
+    "wrong type": ('{"prompt": 5}', "invalid_frame", "prompt: must be a text"),
     "wrong type deep": (
         '{"messages": [{"role": "user", "content": 5}]}',
         "invalid_frame",
@@ -201,7 +201,7 @@ async def test_frame_of_many_parts_before_auth_is_not_parsed(
 
     def parse(text: str) -> ClientFrame:
         parsed.append(text)
-        return protocol.parse(text)
+        return parsing.parse(text)
 
     async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
         return None if token is None else wsserver.Principal(token)

@@ -22,7 +22,12 @@ CONVERSATION = "conversation-one"
 
 
 def turn(number: int, prompt: str, text: str, partial: str | None = None) -> Turn:
-    return Turn(number, f"{number}", prompt, text, partial)
+    reply = Message("assistant", text, partial, id=f"{number}")
+    return Turn(number, Message("user", prompt), reply)
+
+
+def asked(turns: list[Turn], prompt: str, *, count: int = COUNT, size: int = SIZE) -> list[Message]:
+    return messages_of(turns, Message("user", prompt), count=count, size=size)
 
 
 def long_conversation(sizes: Iterable[int]) -> Iterable[tuple[list[Turn], str]]:
@@ -50,9 +55,9 @@ def test_the_newest_turns_are_shown_whole_and_within_the_limits(
     turns = [
         turn(n, f"{n}?".ljust(a), f"{n}!".ljust(b) * (b > 0)) for n, (a, b) in enumerate(sizes, 1)
     ]
-    everything = messages_of(turns, "p" * prompt, count=10**9, size=10**9)
+    everything = asked(turns, "p" * prompt, count=10**9, size=10**9)
     assert len(everything) == 1 + sum(1 + bool(turn.text) for turn in turns)
-    shown = messages_of(turns, "p" * prompt, count=count, size=size)
+    shown = asked(turns, "p" * prompt, count=count, size=size)
     assert shown == everything[-len(shown) :]
     assert shown[0].role == "user"
     if len(shown) > 1:
@@ -66,7 +71,7 @@ def test_nine_tenths_of_what_is_sent_begin_as_the_request_before(sizes: tuple[in
     sent = same = 0
     before: list[Message] = []
     for turns, prompt in long_conversation(chance.randint(*sizes) for _ in range(600)):
-        messages = messages_of(turns, prompt, count=COUNT, size=SIZE)
+        messages = asked(turns, prompt)
         sent += sum(len(message.content) for message in messages)
         for old, new in zip(before, messages, strict=False):
             if old != new:
@@ -80,16 +85,14 @@ def test_where_the_history_begins_does_not_depend_on_what_is_in_memory() -> None
     everything: list[Turn] = []
     for turns, prompt in long_conversation([2000] * 600):
         after_a_restart = newest(everything[-COUNT:], COUNT, SIZE)
-        assert messages_of(after_a_restart, prompt, count=COUNT, size=SIZE) == messages_of(
-            turns, prompt, count=COUNT, size=SIZE
-        )
+        assert asked(after_a_restart, prompt) == asked(turns, prompt, count=COUNT, size=SIZE)
         number = len(everything) + 1
         everything.append(turn(number, prompt, f"{number}".ljust(2000, "!")))
 
 
 def test_all_is_shown_that_fits_where_the_first_turn_was_replaced() -> None:
     turns = [turn(number, "?" * 1000, "!" * 1000) for number in range(2, 90)]
-    assert len(messages_of(turns, "p", count=COUNT, size=SIZE)) == 2 * len(turns) + 1
+    assert len(asked(turns, "p")) == 2 * len(turns) + 1
 
 
 # Turns that failed
@@ -120,7 +123,7 @@ def test_a_prompt_that_failed_without_a_word_is_not_shown_again(
     prompt: str, text: str, partial: str | None, shown: list[tuple[str, str]]
 ) -> None:
     turns = [turn(1, "Fine", "Yes"), turn(2, prompt, text, partial)]
-    messages = messages_of(turns, "Y", count=COUNT, size=SIZE)
+    messages = asked(turns, "Y")
     assert [(m.role, m.content) for m in messages] == [*SAID, *shown, ("user", "Y")]
 
 

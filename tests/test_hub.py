@@ -10,6 +10,7 @@ import pytest
 from tests.support.puppet import BOUND, until
 from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
 from wsserver import Code
+from wsserver.content import Message
 from wsserver.context import messages_of
 from wsserver.errors import Refused, StoreError
 from wsserver.generation import State
@@ -71,8 +72,8 @@ async def test_queued_prompt_whose_request_cannot_be_made_ends_and_the_next_one_
 ) -> None:
     generations = [await stand.prompt(text, on_busy="queue") for text in ("x", "0", "1")]
 
-    def broken(turns: Any, prompt: str, **sizes: int) -> Any:
-        if prompt == "0":
+    def broken(turns: Any, prompt: Message, **sizes: int) -> Any:
+        if prompt.text == "0":
             raise ZeroDivisionError("secret")
         return messages_of(turns, prompt, **sizes)
 

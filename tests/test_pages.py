@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsserver import Settings
+from wsserver.content import Message, Text, Thinking, Usage
 from wsserver.errors import ConfigError
 from wsserver.pages import conversations, history, room_of
 from wsserver.protocol import encode
@@ -21,9 +22,18 @@ texts = st.builds(
     st.sampled_from(["a", "\x01", '"', "🙂", "é", "\u2028"]),
     st.sampled_from([0, 1, 100, 2_000, 40_000]),
 )
-turns = st.lists(st.tuples(texts, texts), max_size=30).map(
+replies = st.builds(
+    lambda blocks, partial, usage: Message(
+        "assistant", blocks, partial, id=ID, model="m" * 256, usage=usage, began=1e9, ended=2e9
+    ),
+    texts | st.lists(st.builds(Text, texts) | st.builds(Thinking, texts, texts), max_size=4),
+    st.none() | st.just("client"),
+    st.none() | st.just(Usage(10**12, 10**12, 10**12, 10**12, estimated=True)),
+)
+turns = st.lists(st.tuples(texts, replies), max_size=30).map(
     lambda said: [
-        Turn(number, ID, prompt, text, None) for number, (prompt, text) in enumerate(said, start=1)
+        Turn(number, Message("user", prompt, id=ID, began=1e9), reply)
+        for number, (prompt, reply) in enumerate(said, start=1)
     ]
 )
 
@@ -39,7 +49,7 @@ def test_history_fits_into_a_frame_and_leads_to_all_turns(said: list[Turn], olde
     assert (page.before is not None) == bool(said and (older or len(told) < len(said)))
     if page.before is not None:
         assert page.before == said[len(said) - len(told)].number
-    whole = [message.partial is None for message in page.messages if message.role == "assistant"]
+    whole = [m.partial != "cut" for m in page.messages if m.role == "assistant"]
     assert all(whole) or len(told) == 1, "a turn is cut only where it is alone"
 
 

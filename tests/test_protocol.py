@@ -8,13 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from wsserver import protocol
+from wsserver import parsing
 from wsserver.content import Usage
 from wsserver.errors import Code, Refused
+from wsserver.parsing import DEPTH, KEYS, parse, parts
 from wsserver.pieces import Kind, Run
 from wsserver.protocol import (
-    DEPTH,
-    KEYS,
     MESSAGES,
     BlockFrame,
     ClientFrame,
@@ -30,8 +29,6 @@ from wsserver.protocol import (
     UsageCounts,
     encode,
     encode_run,
-    parse,
-    parts,
 )
 
 
@@ -179,8 +176,8 @@ def test_an_unusable_frame_takes_little_memory_and_builds_few_errors(
         built.append(error.error_count())
         return refuse(error)
 
-    refuse = protocol._refusal
-    monkeypatch.setattr(protocol, "_refusal", refusal)
+    refuse = parsing._refusal
+    monkeypatch.setattr(parsing, "_refusal", refusal)
     assert len(frame) <= 65_536
     tracemalloc.start()
     try:
@@ -206,13 +203,13 @@ def test_depth_of_a_frame_is_found_with_one_look_at_each_bracket(
             looks.append(bracket)
             return super().__getitem__(bracket)
 
-    monkeypatch.setattr(protocol, "_STEPS", Steps(protocol._STEPS))
+    monkeypatch.setattr(parsing, "_STEPS", Steps(parsing._STEPS))
     group = (pair[0] + gap) * DEPTH + pair[1] * DEPTH  # as deep as a frame may be, again and again
     frame = group * (65_536 // len(group))
     with pytest.raises(Refused) as raised:
         parse(frame)
     assert "nested" not in raised.value.message
-    assert 0 < len(looks) <= 2 * protocol.PARTS
+    assert 0 < len(looks) <= 2 * parsing.PARTS
     with pytest.raises(Refused, match="nested too deeply"):
         parse(group + pair[0] * (DEPTH + 1))
 

@@ -1,6 +1,6 @@
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import event, example, given, settings
@@ -10,8 +10,10 @@ from pydantic import BaseModel
 
 from tests.support.schemas import OF_CLIENT, OF_SERVER, of
 from tests.support.tools import require_npm_package
+from wsserver.content import Message, Role, Text, Thinking, Usage
 from wsserver.errors import Code, Refused
-from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Ping, ServerFrame, encode, parse
+from wsserver.parsing import parse
+from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Ping, ServerFrame, encode
 from wsserver.schema import ANSWERS, asyncapi, json_schema
 
 ID = "0123456789abcdef"
@@ -195,6 +197,21 @@ def models(kind: type[BaseModel]) -> st.SearchStrategy[BaseModel]:
 
 JSON = st.recursive(st.booleans() | st.integers() | st.text(), st.lists, max_leaves=3)
 st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
+blocks = st.builds(Text, st.text()) | st.builds(Thinking, st.text(), st.text())
+st.register_type_strategy(
+    Message,
+    st.builds(
+        Message,
+        st.sampled_from(get_args(Role)),
+        st.text() | st.lists(blocks, max_size=3),
+        st.none() | st.text(),
+        id=st.text(),
+        model=st.none() | st.text(),
+        usage=st.none() | st.builds(Usage, st.integers(0), estimated=st.booleans()),
+        began=st.none() | st.floats(0, 1e10),
+        ended=st.none() | st.floats(0, 1e10),
+    ),
+)
 for nested in {
     field
     for frame in SERVER_FRAMES.values()

@@ -19,8 +19,9 @@ async def test_the_server_says_what_the_sequence_says(name: str, tmp_path: Path)
 
 
 # Not played, as no call of the client does it: `repeat` (each prompt has an id of its own), `page`
-# (`Chat.history` loads all pages), and `later` (a renewal after 48 minutes).
-UNABLE = frozenset({"repeat", "later", "page"})
+# (`Chat.history` loads all pages), `later` (a renewal after 48 minutes), and `blocks` (prompts are
+# texts).
+UNABLE = frozenset({"repeat", "later", "page", "blocks"})
 
 
 @pytest.mark.parametrize(("name", "socket"), playable(UNABLE))

@@ -24,12 +24,11 @@ import pytest
 from tests.support.pieces import Thinking, heard, said
 from tests.support.puppet import until
 from wsserver import Settings
-from wsserver.content import Usage
+from wsserver.content import Message, Usage
 from wsserver.errors import Code, ConfigError, Refused, StoreError
 from wsserver.limits import Memory
 from wsserver.prices import Prices, Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
-from wsserver.protocol import Turn as Message
 from wsserver.stores import MemoryStore, Store, fair, make, sqlite
 from wsserver.stores.base import (
     TRACE_KEPT,
@@ -229,7 +228,7 @@ def header(
     began: float = 500.0,
 ) -> Header:
     if conversation is None:
-        messages = [Message(role="user", content=prompt)]
+        messages = [Message("user", prompt)]
         return Header(name, owner, None, Prompt(messages=messages), "m", began)
     return Header(name, owner, conversation, Prompt(prompt=prompt), "m", began)
 
@@ -393,7 +392,7 @@ async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
     assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     (turn,) = (await loaded(store)).turns
-    assert turn.prompt == prompt.prompt
+    assert turn.prompt.blocks == prompt.prompt
 
 
 @pytest.mark.parametrize(
@@ -422,7 +421,6 @@ async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
             message="Später. 🐌",
             id="g",
             seq=7,
-            about="b",
             retryable=True,
             retry_after=1.5,
             usage=TOKENS,
@@ -659,7 +657,7 @@ async def test_a_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: 
     await store.commit([whole(header("1"), "one"), entry(queued, new=True)])
     await store.commit([whole(header("3"), "three")])
     assert await texts(store) == [(1, "one"), (2, ""), (3, "three")]
-    end = done("stopped", "client").model_copy(update={"seq": 0})
+    end = done("stopped", "client").model_copy(update={"id": "2", "seq": 0})
     for _ in range(2):
         await store.commit([entry(queued, terminal=end, unsaid=True)])
         assert await texts(store) == [(1, "one"), (3, "three")]
@@ -691,7 +689,7 @@ async def test_a_queued_prompt_whose_process_died_is_interrupted_and_costs_nothi
     await store.close()
     await store.open()
     (turn,) = (await loaded(store)).turns
-    assert (turn.id, turn.prompt, turn.text, turn.partial) == (
+    assert (turn.id, turn.prompt.text, turn.text, turn.partial) == (
         "queued",
         "Hello?",
         "",
@@ -711,7 +709,7 @@ async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store
         await store.commit([whole(asked, Thinking("hm"), f"Answer {number}", ".")])
     stored = await loaded(store)
     assert (stored.id, stored.owner, stored.title) == ("c", "me", "Question 0?")
-    assert [(turn.id, turn.prompt, turn.text, turn.partial) for turn in stored.turns] == [
+    assert [(turn.id, turn.prompt.text, turn.text, turn.partial) for turn in stored.turns] == [
         (f"g{number}", f"Question {number}?", f"Answer {number}.", None) for number in range(3)
     ]
     assert [turn.number for turn in stored.turns] == [1, 2, 3]
@@ -763,7 +761,13 @@ async def test_turns_are_read_newest_first_until_their_bytes_reach_a_bound(store
     for number, size in enumerate(sizes, start=1):
         prompt = "é" * (size // 4)  # of two bytes each
         await store.commit(
-            [whole(header(f"g{number}", prompt=prompt), Thinking("x" * 9999), "x" * (size // 2))]
+            [
+                whole(
+                    header(f"g{number}", prompt=prompt),
+                    Thinking("x" * (size // 4)),
+                    "x" * (size // 4),
+                )
+            ]
         )
 
     async def read(size: int, before: int | None = None) -> tuple[list[int], bool]:
@@ -1379,7 +1383,7 @@ async def test_a_conversation_is_named_after_its_first_prompt(store: Store) -> N
 
 
 def test_a_history_that_the_client_keeps_has_no_title() -> None:
-    assert title_of(Prompt(messages=[Message(role="user", content="Hi")])) == ""
+    assert title_of(Prompt(messages=[Message("user", "Hi")])) == ""
 
 
 # The store in memory.
@@ -1695,7 +1699,7 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
         ("d", "Second", 2.0, 4.0),
     ]
     assert [
-        [(t.number, t.id, t.prompt, t.text, t.partial) for t in stored.turns]
+        [(t.number, t.id, t.prompt.text, t.text, t.partial) for t in stored.turns]
         for stored in (
             await loaded(store),
             await loaded(store, "d", "you"),
@@ -1710,7 +1714,7 @@ async def test_a_file_from_before_ids_were_their_owners_is_migrated(
     assert isinstance(outside, StoredGeneration)
     assert outside.header.conversation is None
     assert (outside.terminal, kinds(heard(outside.pieces))) == (
-        done(),
+        done().model_copy(update={"id": "o"}),
         kinds(["3", Thinking("t"), "3", Thinking("t")]),
     )
     assert await found(store, "g1", "you") == ["2", "t", "2", "t"]
@@ -2252,8 +2256,8 @@ async def test_a_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
         ("UPDATE generation SET lengths = '[1, 1]'", "find"),
         ("UPDATE generation SET lengths = '[3, -5]'", "find"),
         ("UPDATE generation SET lengths = x'ff'", "find"),
-        ("UPDATE generation SET thinking = 'secret'", "find"),
-        ("UPDATE generation SET thinking = 5", "find"),
+        ("UPDATE generation SET thinking = 'secret'", "both"),
+        ("UPDATE generation SET thinking = 5", "both"),
         ("DROP TABLE generation", "both"),
         ("UPDATE piece SET texts = '[\"secret'", "both"),
         ('UPDATE piece SET texts = \'[["secret", "secret"]]\'', "both"),
@@ -2857,7 +2861,7 @@ async def test_a_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
 async def test_no_more_is_read_than_the_answer_has_room_for(file: SqliteStore) -> None:
     await file.commit(
         [
-            whole(header(f"g{number}", prompt="p" * 5_000), Thinking("t" * 50_000), "x" * 5_000)
+            whole(header(f"g{number}", prompt="p" * 5_000), Thinking("t" * 500), "x" * 4_500)
             for number in range(201)
         ]
     )
@@ -2924,7 +2928,7 @@ async def test_pieces_of_an_older_version_are_packed_by_and_by(
     monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
     pieces = ["a", Thinking("b"), "c"]
     await file.commit([whole(header(f"g{number}"), *pieces) for number in range(5)])
-    query(path, "UPDATE generation SET lengths = NULL, thinking = NULL")
+    query(path, "UPDATE generation SET lengths = NULL, thinking = NULL, runs = NULL")
     query(
         path,
         'INSERT INTO piece SELECT number, 0, \'["a", ["b"]]\' FROM generation '

@@ -15,6 +15,7 @@ from wsserver.following import Following
 from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
 from wsserver.limits import Bucket, held
+from wsserver.parsing import first_request, parse, parts
 from wsserver.protocol import (
     ClientFrame,
     Close,
@@ -25,9 +26,6 @@ from wsserver.protocol import (
     Prompt,
     Stop,
     Stopped,
-    first_request,
-    parse,
-    parts,
 )
 from wsserver.requests import REQUESTS, Requests
 from wsserver.session import Session, Transport, name_frame

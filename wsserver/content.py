@@ -13,6 +13,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 __all__ = [
@@ -78,6 +79,13 @@ class Usage:
         return replace(self, **counts)  # type: ignore[arg-type]
 
 
+_NO_EXTRA: Mapping[str, Any] = MappingProxyType({})
+
+
+def _no_extra() -> Mapping[str, Any]:
+    return _NO_EXTRA  # one for all blocks, as nearly none has an extra key
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """Text. Citations of the text are in ``extra``."""
@@ -86,7 +94,7 @@ class Text:
     fields: ClassVar[dict[str, Any]] = {"text": str}
 
     text: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,7 @@ class Thinking:
 
     thinking: str
     signature: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +117,7 @@ class RedactedThinking:
     fields: ClassVar[dict[str, Any]] = {"data": str}
 
     data: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +130,7 @@ class ToolUse:
     id: str
     name: str
     input: Mapping[str, Any]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +147,7 @@ class ToolResult:
     tool_use_id: str
     content: str | list[Any] = ""
     is_error: bool = False
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +158,7 @@ class Image:
     fields: ClassVar[dict[str, Any]] = {"source": dict}
 
     source: Mapping[str, Any]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +169,7 @@ class Document:
     fields: ClassVar[dict[str, Any]] = {"source": dict}
 
     source: Mapping[str, Any]
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +179,7 @@ class Other:
     fields: ClassVar[dict[str, Any]] = {}
 
     type: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=_no_extra)
 
 
 Block = Text | Thinking | RedactedThinking | ToolUse | ToolResult | Image | Document | Other
@@ -249,8 +257,12 @@ class Message:
 
     @property
     def size(self) -> int:
-        """Characters of the message; see :func:`written`."""
-        return sum(len(written(block)) for block in self.blocks)
+        """Characters of the message without its thinking; see :func:`written`."""
+        return sum(
+            len(written(block))
+            for block in self.blocks
+            if not isinstance(block, Thinking | RedactedThinking)
+        )
 
 
 def parse_content(value: object) -> tuple[Block, ...]:
@@ -314,8 +326,8 @@ def parse_block(value: object) -> Block:
         if key not in found and key not in _OPTIONAL:
             raise ValueError(f"{key}: missing")
     if known is None:
-        return Other(name, extra)
-    block: Block = known(**found, extra=extra)
+        return Other(name, extra or _NO_EXTRA)
+    block: Block = known(**found, extra=extra or _NO_EXTRA)
     return block
 
 

@@ -9,39 +9,55 @@ started finds the same one.
 
 from collections.abc import Sequence
 
-from wsserver.content import Message
+from wsserver.content import (
+    Block,
+    Document,
+    Image,
+    Message,
+    RedactedThinking,
+    Thinking,
+    ToolResult,
+    written,
+)
 from wsserver.errors import Code
+from wsserver.generation import tokens_in
+from wsserver.models.base import Request
 from wsserver.stores.base import Turn
 
-__all__ = ["less_than", "messages_of", "newest"]
+__all__ = ["less_than", "messages_of", "newest", "tokens_of"]
+
+IMAGE = 1600  # tokens of an image at most, as the API scales larger ones down
+DOCUMENT = 32  # characters of a PDF's base64 data for each token, about
 
 _WHOLE_OR_STOPPED = frozenset({None, "client", "replaced"})
 
 
-def messages_of(turns: Sequence[Turn], prompt: str, *, count: int, size: int) -> list[Message]:
+def messages_of(turns: Sequence[Turn], prompt: Message, *, count: int, size: int) -> list[Message]:
     """Make the messages that a model is asked with.
 
     Args:
         turns: the newest turns of the conversation, oldest first, numbered from 1 in it.
         prompt: what the user says now; it is never dropped.
         count: messages at most.
-        size: characters at most. Where not all turns fit, a third of it is used, or more.
+        size: characters at most, without thinking. Where not all turns fit, a third of it is used,
+            or more.
     """
     shown = [turn for turn in turns if _shown(turn)]
     # The first turn may have been replaced, so that the second is the first of all.
     complete = not turns or turns[0].number <= 1 or _size(turns) <= size * 2 // 3
     messages: list[Message] = []
 
-    def say(text: str) -> None:
-        # A prompt that was stopped before the first word and is sent again is said once.
-        if not messages or messages[-1] != Message("user", text):
-            messages.append(Message("user", text))
+    def ask(message: Message) -> None:
+        # A prompt that was stopped before the first word and is sent again is shown once.
+        last = messages[-1] if messages else None
+        if last is None or (last.role, last.blocks) != ("user", message.blocks):
+            messages.append(message)
 
-    for turn in shown[_first(shown, len(prompt), count, size, complete=complete) :]:
-        say(turn.prompt)
-        if turn.text.strip():  # an empty message is one that models refuse
-            messages.append(Message("assistant", turn.text, turn.partial))
-    say(prompt)
+    for turn in shown[_first(shown, prompt.size, count, size, complete=complete) :]:
+        ask(turn.prompt)
+        if turn.answered:  # models refuse an empty message
+            messages.append(turn.reply)
+    ask(prompt)
     return messages
 
 
@@ -50,13 +66,39 @@ def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
     kept = list(turns[-count:])
     total = _size(kept)
     while len(kept) > 1 and total > size:
-        total -= _size([kept.pop(0)])
+        total -= kept.pop(0).size
     return kept
 
 
 def less_than(size: int) -> int:
     """Return how many characters to send where so many were too long for the model."""
     return size * 3 // 4
+
+
+def tokens_of(request: Request) -> int:
+    """Return about how many tokens a request has, without the thinking of its messages."""
+    blocks = [block for message in request.messages for block in message.blocks]
+    data = sum(map(_tokens_of_data, blocks))
+    texts = (written(block) for block in blocks if not _has_data(block) and not _is_thinking(block))
+    return data + tokens_in("".join((request.system or "", *texts)))
+
+
+def _has_data(block: Block) -> bool:
+    return isinstance(block, Image | Document) and block.source.get("type") == "base64"
+
+
+def _is_thinking(block: Block) -> bool:
+    return isinstance(block, Thinking | RedactedThinking)
+
+
+def _tokens_of_data(block: Block) -> int:
+    """Return about how many tokens the base64 data of a block is for the model."""
+    if not _has_data(block):
+        return 0
+    if isinstance(block, Image):
+        return IMAGE
+    assert isinstance(block, Document)
+    return len(str(block.source.get("data"))) // DOCUMENT
 
 
 def _first(turns: Sequence[Turn], prompt: int, count: int, size: int, *, complete: bool) -> int:
@@ -71,7 +113,13 @@ def _first(turns: Sequence[Turn], prompt: int, count: int, size: int, *, complet
         return 0
     least = _fitting(turns, (count - 1) // 3, size // 3)
     places = range(most, min(max(most, least) + 1, len(turns)))
-    return max(places, key=lambda place: _factors(turns[place].number), default=len(turns))
+    begins = [place for place in places if not _has_results(turns[place].prompt)]
+    return max(begins, key=lambda place: _factors(turns[place].number), default=len(turns))
+
+
+def _has_results(prompt: Message) -> bool:
+    """Whether a prompt has results of tools, which models take only after the tools' calls."""
+    return any(isinstance(block, ToolResult) for block in prompt.blocks)
 
 
 def _fitting(turns: Sequence[Turn], count: int, size: int) -> int:
@@ -79,8 +127,8 @@ def _fitting(turns: Sequence[Turn], count: int, size: int) -> int:
     place = len(turns)
     while place:
         turn = turns[place - 1]
-        count -= 2 if turn.text.strip() else 1
-        size -= _size([turn])
+        count -= 2 if turn.answered else 1
+        size -= turn.size
         if count < 0 or size < 0:
             break
         place -= 1
@@ -89,7 +137,7 @@ def _fitting(turns: Sequence[Turn], count: int, size: int) -> int:
 
 def _size(turns: Sequence[Turn]) -> int:
     """Return the characters of turns."""
-    return sum(len(turn.prompt) + len(turn.text) for turn in turns)
+    return sum(turn.size for turn in turns)
 
 
 def _factors(number: int) -> int:
@@ -105,4 +153,4 @@ def _shown(turn: Turn) -> bool:
     """
     if turn.partial == Code.REFUSAL:
         return False
-    return turn.partial in _WHOLE_OR_STOPPED or bool(turn.text.strip())
+    return turn.partial in _WHOLE_OR_STOPPED or turn.answered

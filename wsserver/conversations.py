@@ -7,10 +7,11 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
+from wsserver.content import memory_of
 from wsserver.context import newest
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.journal import Journal
-from wsserver.limits import CACHE, Memory, account_of, held
+from wsserver.limits import CACHE, Memory, account_of
 from wsserver.live import Conversation, Watcher
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, StoredConversation, Summary, Turn
@@ -180,7 +181,8 @@ class Conversations:
         account = account_of(conversation.owner) if in_use else CACHE
         if conversation.measured is not conversation.turns:  # each change makes a new list
             conversation.measured = conversation.turns
-            sizes = (TURN + held(turn.prompt) + held(turn.text) for turn in conversation.turns)
+            turns = conversation.turns
+            sizes = (TURN + memory_of(turn.prompt) + memory_of(turn.reply) for turn in turns)
             conversation.turns_size = sum(sizes)
         size = conversation.turns_size
         if (account, size) != (conversation.account, conversation.size):

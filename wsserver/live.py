@@ -5,7 +5,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wsserver.content import Usage
+from wsserver.content import Message, Usage, memory_of
 from wsserver.errors import NOT_TAKEN, Code, ModelError, Refused
 from wsserver.generation import (
     End,
@@ -272,10 +272,9 @@ class Generation:
     @property
     def prompt_size(self) -> int:
         """The bytes of the prompt in memory."""
-        prompt = self.prompt
-        messages = prompt.messages or ()
-        texts = (prompt.prompt or "", prompt.system or "", *(turn.content for turn in messages))
-        return PROMPT + MESSAGE * len(messages) + sum(map(held, texts))
+        messages = self.prompt.said
+        size = held(self.prompt.system or "") + sum(map(memory_of, messages))
+        return PROMPT + MESSAGE * len(messages) + size
 
     @property
     def seconds(self) -> float:
@@ -332,8 +331,15 @@ class Generation:
 
     def turn(self, number: int) -> Turn:
         """Return the prompt and the reply as the turn of that number, from 1."""
-        text, how = self.log.text, partial(self.log.terminal)
-        return Turn(number, self.id, self.prompt.prompt or "", text, how)
+        (prompt,) = self.prompt.said
+        reply = Message(
+            "assistant",
+            self.log.pieces.blocks(),
+            partial(self.log.terminal),
+            id=self.id,
+            model=self.model,
+        )
+        return Turn(number, prompt, reply)
 
 
 def restored(stored: StoredGeneration) -> Generation:

@@ -4,14 +4,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from json.encoder import encode_basestring
 
-from wsserver.protocol import ConversationItem, Conversations, History, HistoryMessage
+from pydantic import TypeAdapter
+
+from wsserver.content import Message, parse_content
+from wsserver.protocol import ConversationItem, Conversations, History
 from wsserver.settings import ANSWER_ROOM, ESCAPED, Settings
 from wsserver.stores.base import StoredConversation, Summary, Turn
+from wsserver.wire import HistoryMessage
 
 __all__ = ["conversations", "history", "room_of"]
 
+_JSON = TypeAdapter(list[HistoryMessage])
+
 FRAME_ROOM = ANSWER_ROOM // 2  # bytes of a frame besides its items
-ITEM_ROOM = 512  # bytes of a turn or a conversation besides its text
+ITEM_ROOM = 512  # bytes of a conversation besides its title
 
 
 def room_of(settings: Settings) -> int:
@@ -29,17 +35,21 @@ def history(stored: StoredConversation, live: list[str], room: int, request: str
         request: the ``request`` of the frame that is answered.
     """
     turns: list[Turn] = []
+    messages: list[Message] = []
     for turn in reversed(stored.turns):
-        size = ITEM_ROOM + _size(turn.prompt) + _size(turn.text)
-        if size > room and turns:
-            break
-        turns.insert(0, turn if size <= room else _beginning(turn, room - ITEM_ROOM))
+        shown = _messages(turn)
+        if (size := _size(shown)) > room:
+            if turns:
+                break
+            shown = _cut(shown, room)
+        turns.insert(0, turn)
+        messages = shown + messages
         room -= size
     older = stored.older or len(turns) < len(stored.turns)
     return History(
         conversation=stored.id,
         title=stored.title,
-        messages=[message for turn in turns for message in _messages(turn)],
+        messages=messages,
         running=live,
         before=turns[0].number if turns and older else None,
         request=request,
@@ -59,7 +69,7 @@ def conversations(
     """
     items: list[ConversationItem] = []
     for summary in found[:limit]:
-        room -= ITEM_ROOM + _size(summary.title)
+        room -= ITEM_ROOM + len(encode_basestring(summary.title).encode())
         if room < 0 and items:
             break
         items.append(
@@ -75,24 +85,25 @@ def conversations(
     return Conversations(items=items, next=following, request=request)
 
 
-def _beginning(turn: Turn, room: int) -> Turn:
-    """Cut a turn to what fits into so many bytes of JSON, its prompt to half of that at most."""
-    prompt = turn.prompt
-    if _size(prompt) > room // 2:
-        prompt = prompt[: room // 2 // ESCAPED]
-    text = turn.text[: max(0, room - _size(prompt)) // ESCAPED]
-    return replace(turn, prompt=prompt, text=text, partial=turn.partial or "cut")
+def _messages(turn: Turn) -> list[Message]:
+    """Return the messages of a turn, without a reply that has neither content nor an end."""
+    return [turn.prompt, turn.reply] if turn.reply.blocks or turn.partial else [turn.prompt]
 
 
-def _messages(turn: Turn) -> list[HistoryMessage]:
-    messages = [HistoryMessage(role="user", content=turn.prompt, id=turn.id)]
-    if turn.text or turn.partial:
-        reply = HistoryMessage(
-            role="assistant", content=turn.text, id=turn.id, partial=turn.partial
-        )
-        messages.append(reply)
-    return messages
+def _cut(messages: list[Message], room: int) -> list[Message]:
+    """Cut the messages of a turn to their texts, and these to so many bytes, half for each."""
+    found = []
+    for message in messages:
+        text = message.text
+        left = room // 2 - _size([replace(message, blocks=(), partial="cut")])
+        if len(encode_basestring(text).encode()) > left:
+            text = text[: max(0, left) // ESCAPED]
+        cut = message.role == "assistant" and message.partial is None
+        partial = "cut" if cut else message.partial
+        found.append(replace(message, blocks=parse_content(text), partial=partial))
+    return found
 
 
-def _size(text: str) -> int:
-    return len(encode_basestring(text).encode())
+def _size(messages: list[Message]) -> int:
+    """Return the bytes of messages in a frame."""
+    return len(_JSON.dump_json(messages))

@@ -5,10 +5,9 @@ import functools
 import math
 from collections.abc import Awaitable, Callable
 
-from wsserver.content import Message
-from wsserver.context import less_than, messages_of
+from wsserver.context import less_than, messages_of, tokens_of
 from wsserver.errors import TOO_LONG, Code, ModelError
-from wsserver.generation import End, State, tokens_in
+from wsserver.generation import End, State
 from wsserver.intake import Intake
 from wsserver.journal import Journal
 from wsserver.limits import Memory
@@ -107,13 +106,13 @@ class Runner:
         """
         prompt, settings, conversation = generation.prompt, self._settings, generation.conversation
         if conversation is None:
-            messages = [Message(turn.role, turn.content) for turn in prompt.messages or ()]
+            messages = list(prompt.said)
         else:
             if size is None and (refused := conversation.refused.get(generation.model)) is not None:
                 size = less_than(refused)
             messages = messages_of(
                 conversation.turns,
-                prompt.prompt or "",
+                prompt.said[0],
                 count=settings.history_messages,
                 size=settings.history_size if size is None else min(settings.history_size, size),
             )
@@ -127,8 +126,7 @@ class Runner:
 
     def estimate(self, request: Request) -> int:
         """Return about how many tokens a request has."""
-        texts = [request.system or "", *(message.content for message in request.messages)]
-        return tokens_in("".join(texts))
+        return tokens_of(request)
 
     async def _run(self, generation: Generation, request: Request | None) -> End:
         """Have the model answer, with less of the conversation if the model finds it too long."""
@@ -145,7 +143,7 @@ class Runner:
                 if error.code not in TOO_LONG or alone or generation.log.seq:
                     raise
                 assert conversation is not None
-                size = sum(len(message.content) for message in request.messages)
+                size = sum(message.size for message in request.messages)
                 conversation.refused[generation.model] = size
                 events.info("prompt too long", id=generation.id, messages=len(request.messages))
                 request = self.request(generation, None if attempt < SHORTER else 0)

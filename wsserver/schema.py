@@ -43,7 +43,10 @@ SERVER = (
 PROMPT_OR_MESSAGES = [
     {
         "required": ["prompt"],
-        "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}},
+        "properties": {
+            "prompt": {"type": ["string", "array"]},
+            "messages": {"type": "null"},
+        },
     },
     {
         "required": ["messages"],

@@ -14,7 +14,8 @@ from tests.support.puppet import BOUND, until
 from tests.support.schemas import OF_CLIENT
 from tests.support.sequences import Frame, Line, renamed
 from wsserver import Code
-from wsserver.protocol import SUBPROTOCOL, parse
+from wsserver.parsing import parse
+from wsserver.protocol import SUBPROTOCOL
 from wsserver.schema import ANSWERS
 
 __all__ = ["Client", "ScriptedServer"]
@@ -88,11 +89,12 @@ class _Shown:
             if frame.get("after", 0) < self.seq:  # the server sends all that it has
                 self.seq = frame.get("after", 0)
                 self.text = {"token": "", "thinking": ""}
-        elif frame["type"] not in self.text:
+        elif frame["type"] in {"done", "error"}:
             self.terminal = frame
         elif frame["seq"] > self.seq:
             self.seq = frame["seq"]
-            self.text[frame["type"]] += frame["text"]
+            if frame["type"] in self.text:
+                self.text[frame["type"]] += frame["text"]
 
     def fits(self, seen: dict[str, Any]) -> bool:
         if (seen["text"], seen["thinking"]) != (self.text["token"], self.text["thinking"]):

@@ -19,6 +19,8 @@ from tests.support.puppet import BOUND, Puppet, Reply, until
 from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.support.sequences import Frame, Line, alike, renamed
 from wsserver import Code, End, Handshake, ModelError, Principal, Server, Thinking, Usage
+from wsserver.content import Block, parse_block, parse_content
+from wsserver.models.base import Output
 from wsserver.protocol import SUBPROTOCOL
 
 __all__ = ["play_to_server"]
@@ -69,7 +71,7 @@ class _Play:
         self._started = 0
         self._closing: asyncio.Task[None] | None = None
         self._sockets: dict[int, _Socket] = {}
-        self._texts: dict[str, str] = {}  # of prompts, by id
+        self._asked: dict[str, tuple[Block, ...]] = {}  # the blocks of prompts, by id
         self._replies: dict[str, Reply] = {}
         self._said: dict[str, int] = {}  # seq of the last piece that the model was told to say
         self._over: set[str] = set()  # whose end the model was told
@@ -191,21 +193,21 @@ class _Play:
         socket = await self._socket(number)
         self._last = number
         if "prompt" in frame:
-            self._texts.setdefault(frame.get("id", "ID-0123456789abcdef"), frame["prompt"])
+            name = frame.get("id", "ID-0123456789abcdef")
+            self._asked.setdefault(name, parse_content(frame["prompt"]))
         elif "messages" in frame:
-            self._texts[frame["id"]] = frame["messages"][-1]["content"]
+            self._asked[frame["id"]] = parse_content(frame["messages"][-1]["content"])
         await socket.connection.send(json.dumps(frame))
 
     async def _expect(self, number: int, frame: Frame) -> None:
         await self._cue(frame)
         socket, name, kind = await self._socket(number), frame.get("id"), frame["type"]
-        if kind in {"token", "thinking"}:
-            text, seq = "", 0
-            while seq < frame["seq"]:
+        if kind in {"token", "thinking", "block"}:
+            seen = await socket.take(lambda frame: frame.get("id") == name)
+            while seen["seq"] < frame["seq"]:
                 part = await socket.take(lambda frame: frame.get("id") == name)
-                assert part["type"] == kind, part
-                text, seq = text + part["text"], part["seq"]
-            assert (text, seq) == (frame["text"], frame["seq"])
+                seen = part | {"text": seen["text"] + part["text"]}
+            assert seen == frame
             return
         if kind == "start" and self._unnamed:
             self._unnamed = False
@@ -222,15 +224,13 @@ class _Play:
         name, kind = frame.get("id"), frame["type"]
         if name is None or kind == "start" or name in self._over:
             return
-        if kind in {"token", "thinking"}:
+        if kind in {"token", "thinking", "block"}:
             said = self._said.get(name, 0)
             if (count := frame["seq"] - said) > 0:
                 if self._has("crashed"):
                     await self._save()
                 reply = await self._reply(name)
-                text = frame["text"]
-                pieces = [*text[: count - 1], text[count - 1 :]]
-                reply.say(*(Thinking(p) if kind == "thinking" else p for p in pieces))
+                reply.say(*_outputs(frame, count))
                 self._said[name] = frame["seq"]
         elif kind == "done" and frame["reason"] != "stopped":
             self._over.add(name)
@@ -243,18 +243,28 @@ class _Play:
     async def _reply(self, name: str) -> Reply:
         """Wait until the model is asked the prompt of a generation."""
         if name not in self._replies:
-            text, taken = self._texts[name], list(self._replies.values())
+            blocks, taken = self._asked[name], list(self._replies.values())
 
             def asked() -> list[Reply]:
                 return [
                     reply
                     for reply in self._puppet.replies
-                    if reply.request.messages[-1].content == text and reply not in taken
+                    if reply.request.messages[-1].blocks == blocks and reply not in taken
                 ]
 
             await until(asked)
             self._replies[name] = asked()[0]
         return self._replies[name]
+
+
+def _outputs(frame: Frame, count: int) -> list[Output]:
+    """Return what a model yields so that a frame has so many pieces."""
+    if frame["type"] == "block":
+        return [parse_block(json.loads(frame["partial_json"]))]
+    if "signature" in frame:
+        return [Thinking("", frame["signature"])]
+    texts = [*frame["text"][: count - 1], frame["text"][count - 1 :]]
+    return [Thinking(text) if frame["type"] == "thinking" else text for text in texts]
 
 
 async def play_to_server(lines: list[Line], folder: Path) -> None:

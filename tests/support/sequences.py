@@ -34,7 +34,7 @@ EVENTS = {
 """What happens besides frames, as the document says it and as the vectors do."""
 
 ANY = "…"  # the value of a key that may be any text
-TIMES = frozenset({"expires", "expires_in", "created", "updated", "retry_after"})
+TIMES = frozenset({"expires", "expires_in", "created", "updated", "began", "ended", "retry_after"})
 
 
 def written() -> list[str]:
@@ -123,6 +123,8 @@ def playable(unable: frozenset[str]) -> list[tuple[str, int]]:
                     does |= {frame.get("type", "messages" if "messages" in frame else "prompt")}
                     if frame.get("type") == "open" and "before" in frame:
                         does.add("page")
+                    if isinstance(frame.get("prompt"), list):
+                        does.add("blocks")
                     if "prompt" in frame and frame.get("id") in ids:
                         does.add("repeat")
                     if frame.get("retry_of", "") not in {"", *ids}:

@@ -22,7 +22,8 @@ from wsserver.client.queries import Queries
 from wsserver.client.replies import Replies
 from wsserver.client.reply import Reply
 from wsserver.client.subscriptions import Subscription, Subscriptions
-from wsserver.protocol import Delete, List, Prompt, Rename, Resume, Turn
+from wsserver.content import Message
+from wsserver.protocol import Delete, List, Prompt, Rename, Resume
 
 __all__ = ["Chat", "connect", "new_id"]
 
@@ -196,7 +197,7 @@ class Chat:
         if messages is None:
             conversation = conversation or self.conversation
         else:
-            turns = [Turn(role=role, content=content) for role, content in messages]
+            turns = [Message(role, content) for role, content in messages]
         reply_id = new_id()
         frame = Prompt(
             prompt=text,

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from wsserver.client.reply import parse_usage
-from wsserver.content import Message, parse_content
+from wsserver.content import Message
+from wsserver.wire import parse_message
 
 __all__ = [
     "Conversation",
@@ -52,30 +52,12 @@ def parse_history(
     Raises:
         KeyError, TypeError, ValueError: the frame breaks the protocol.
     """
-    messages = tuple(map(_parse_message, frame["messages"]))
+    messages = tuple(map(parse_message, frame["messages"]))
     running = tuple(_text(reply) for reply in frame["running"])
     before = frame.get("before")
     if before is not None and not 0 <= before < asked:
         raise ValueError("the pages of a history do not end")
     return History(conversation, _text(frame["title"]), messages, running), before
-
-
-def _parse_message(message: Mapping[str, Any]) -> Message:
-    """Convert a message of a ``history`` frame. ``blocks`` is left out if the text is all."""
-    role, text = message["role"], _text(message["content"])
-    if role not in {"user", "assistant"}:
-        raise ValueError("a role is neither `user` nor `assistant`")
-    blocks, usage = message.get("blocks"), message.get("usage")
-    return Message(
-        role,
-        text if blocks is None else parse_content(blocks),
-        _optional(_text, message.get("partial")),
-        id=_text(message["id"]),
-        model=_optional(_text, message.get("model")),
-        usage=_optional(parse_usage, usage),
-        began=_optional(float, message.get("began")),
-        ended=_optional(float, message.get("ended")),
-    )
 
 
 def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:

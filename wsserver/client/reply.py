@@ -9,8 +9,9 @@ from wsserver.client.failures import ChatError, ReplyError
 from wsserver.client.reply_content import GrowingText, ReplyContent
 from wsserver.content import Block, Usage
 from wsserver.errors import Code
+from wsserver.wire import parse_usage
 
-__all__ = ["Done", "Reply", "parse_usage"]
+__all__ = ["Done", "Reply"]
 
 CONTENT = frozenset({"token", "thinking", "block"})  # types of frames
 
@@ -217,11 +218,6 @@ class Reply:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def parse_usage(usage: Mapping[str, Any]) -> Usage:
-    """Convert the ``usage`` of a frame. Unknown keys are ignored."""
-    return Usage(**{key: usage[key] for key in Usage.__slots__ if key in usage})
 
 
 class _Reader:

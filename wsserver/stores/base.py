@@ -1,11 +1,11 @@
 """What a store is: where conversations and logs last."""
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from wsserver.content import Block, Message, RedactedThinking, Text, Thinking, Usage
 from wsserver.errors import StoreError
 from wsserver.pieces import Pieces
 from wsserver.prices import Spent
@@ -24,10 +24,10 @@ __all__ = [
     "Summary",
     "Turn",
     "Unsavable",
-    "asked_in",
     "day_of",
     "partial",
     "title_of",
+    "turn_of",
 ]
 
 TITLE_LENGTH = 60  # characters of a title that is made from a prompt
@@ -98,13 +98,39 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt and its reply. ``number`` counts from 1 in a conversation, ``id`` is the reply's."""
+    """A prompt and its reply. ``number`` counts from 1 in a conversation."""
 
     number: int
-    id: str
-    prompt: str
-    text: str
-    partial: str | None
+    prompt: Message
+    reply: Message
+
+    @property
+    def id(self) -> str:
+        """The id of the generation."""
+        return self.reply.id or ""
+
+    @property
+    def text(self) -> str:
+        """The text of the reply."""
+        return self.reply.text
+
+    @property
+    def partial(self) -> str | None:
+        """Why the reply is not whole; None where it is."""
+        return self.reply.partial
+
+    @property
+    def answered(self) -> bool:
+        """Whether the reply has more than thinking and white space."""
+        silent = (Text, Thinking, RedactedThinking)
+        return any(not isinstance(block, silent) for block in self.reply.blocks) or bool(
+            self.text.strip()
+        )
+
+    @property
+    def size(self) -> int:
+        """Characters of both messages, without thinking."""
+        return self.prompt.size + self.reply.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +225,7 @@ class Store(Protocol):
             conversation: its id.
             owner: whose.
             limit: how many turns at most.
-            size: bytes of prompts and texts at most, as UTF-8.
+            size: bytes of prompts and replies at most, about, as UTF-8.
             before: the number of the turn before which they end; None for the end.
         """
         ...
@@ -275,24 +301,39 @@ def partial(terminal: Terminal | None) -> str | None:
     return str(terminal.code) if isinstance(terminal, Error) else terminal.by
 
 
-def asked_in(prompt: str | bytes) -> str:
-    """Return the user's text in a prompt's JSON, without checking the rest of it.
-
-    Raises:
-        ValueError: there is none.
-    """
-    try:
-        text = json.loads(prompt).get("prompt", "")
-    except (AttributeError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError("a prompt without its text")  # noqa: TRY004 - it is about a saved value
-    return text
+def turn_of(
+    number: int,
+    generation: str,
+    contents: tuple[Iterable[Block], Iterable[Block]],
+    terminal: Terminal | None,
+    *,
+    model: str,
+    began: float,
+    ended: float | None,
+) -> Turn:
+    """Make a turn of what a store has of it; ``contents`` are those of prompt and reply."""
+    usage = None
+    if terminal is not None and terminal.usage is not None:
+        usage = Usage(**terminal.usage.model_dump(exclude_none=True))
+    return Turn(
+        number,
+        Message("user", contents[0], id=generation, began=began),
+        Message(
+            "assistant",
+            contents[1],
+            partial(terminal),
+            id=generation,
+            model=model,
+            usage=usage,
+            began=began,
+            ended=ended,
+        ),
+    )
 
 
 def title_of(prompt: Prompt) -> str:
     """Make a conversation's title from its first prompt: one line, cut where a word ends."""
-    text = " ".join((prompt.prompt or "").split())
+    text = "" if prompt.prompt is None else " ".join(prompt.said[0].text.split())
     if len(text) <= TITLE_LENGTH:
         return text
     space = text.rfind(" ", TITLE_LENGTH // 2, TITLE_LENGTH)

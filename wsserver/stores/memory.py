@@ -12,7 +12,7 @@ from operator import attrgetter
 from wsserver.limits import CACHE, Memory
 from wsserver.pieces import Pieces
 from wsserver.prices import NOTHING, Prices, Spent
-from wsserver.protocol import Prompt, Terminal
+from wsserver.protocol import Terminal
 from wsserver.stores.base import (
     TRACE_KEPT,
     TRACES,
@@ -24,12 +24,11 @@ from wsserver.stores.base import (
     StoredGeneration,
     Summary,
     Turn,
-    asked_in,
     day_of,
-    partial,
     title_of,
+    turn_of,
 )
-from wsserver.stores.records import Packed
+from wsserver.stores.records import Packed, content_in, dump_prompt, load_prompt
 
 __all__ = ["MemoryStore"]
 
@@ -70,7 +69,7 @@ class _Generation:
             header.began,
             header.model,
             header.retry_of,
-            header.prompt.model_dump_json(exclude_none=True).encode(),
+            dump_prompt(header.prompt).encode(),
         )
 
     @property
@@ -96,7 +95,7 @@ class _Generation:
 
     def stored(self) -> StoredGeneration:
         """Return it whole."""
-        prompt = Prompt.model_validate_json(self.prompt)
+        prompt = load_prompt(self.prompt)
         header = Header(
             self.id, self.owner, self.conversation, prompt, self.model, self.began, self.retry_of
         )
@@ -106,8 +105,17 @@ class _Generation:
 
     def turn(self) -> Turn:
         """Return it as a turn."""
-        text = self.pieces.text if self.lengths is None else self.text.decode()
-        return Turn(self.number, self.id, asked_in(self.prompt), text, partial(self.terminal))
+        packed = self.packed()
+        blocks = (self.pieces if packed is None else packed).blocks()
+        return turn_of(
+            self.number,
+            self.id,
+            (content_in(self.prompt), blocks),
+            self.terminal,
+            model=self.model,
+            began=self.began,
+            ended=self.ended,
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -368,7 +376,7 @@ class MemoryStore:
         turns: list[Turn] = []
         older = False
         for generation in _newest(found.generations, before):
-            size -= len(generation.prompt) + len(generation.text)
+            size -= len(generation.prompt) + len(generation.text) + len(generation.other)
             older = len(turns) == limit or (size < 0 and bool(turns))
             if older:
                 break

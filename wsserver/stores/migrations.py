@@ -213,5 +213,8 @@ MIGRATIONS = [
     -- The kinds and blocks of the pieces; NULL where there are text and thinking alone, of which
     -- `lengths` tells the one from the other. `thinking` has the data of all pieces but text.
     ALTER TABLE generation ADD COLUMN runs TEXT;
+    -- A history has the thinking too, which counts with the text from now on.
+    UPDATE generation SET size = size + length(CAST(thinking AS BLOB)),
+        rest = rest - length(CAST(thinking AS BLOB)) WHERE thinking <> '';
     """,
 ]

@@ -11,12 +11,37 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Self, get_args
 
-from wsserver.content import Block, Text
+from wsserver.content import Block, Message, Role, Text, dump_content, parse_content
+from wsserver.errors import Code
 from wsserver.pieces import TEXT, Kind, Pieces
+from wsserver.protocol import Done, Error, Prompt, Terminal, UsageCounts
 
-__all__ = ["Packed", "dump_batch", "load_batch"]
+__all__ = [
+    "Packed",
+    "content_in",
+    "dump_batch",
+    "dump_prompt",
+    "dump_terminal",
+    "load_batch",
+    "load_prompt",
+    "load_terminal",
+]
+
+VERSION = 2  # of all records; those of version 1 do not say so
 
 _KINDS = frozenset(get_args(Kind))
+_PROMPT_KEYS = (
+    "id",
+    "conversation",
+    "on_busy",
+    "retry_of",
+    "model",
+    "system",
+    "max_tokens",
+    "temperature",
+)
+_DONE_KEYS = ("seq", "reason", "by")
+_ERROR_KEYS = ("code", "message", "seq", "retryable", "retry_after", "ref")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +121,96 @@ class Packed:
         return self.pieces().blocks()
 
 
+def dump_prompt(prompt: Prompt) -> str:
+    """Return the record of a prompt."""
+    messages = None
+    if prompt.messages is not None:
+        messages = [{"role": m.role, "content": dump_content(m.blocks)} for m in prompt.said]
+    record = {
+        "v": VERSION,
+        "prompt": None if prompt.prompt is None else dump_content(prompt.said[0].blocks),
+        "messages": messages,
+        **{key: getattr(prompt, key) for key in _PROMPT_KEYS},
+    }
+    return _dump({key: value for key, value in record.items() if value is not None})
+
+
+def load_prompt(record: str | bytes) -> Prompt:
+    """Return the prompt of a record, of version 1 too, which had the same keys.
+
+    Raises:
+        ValueError: the record is damaged, or of a later version.
+    """
+    value = _load(record)
+    content, messages = value.get("prompt"), value.get("messages")
+    return Prompt(
+        prompt=None if content is None else parse_content(content),
+        messages=None if messages is None else [_message(message) for message in messages],
+        **{key: value[key] for key in _PROMPT_KEYS if key in value},
+    )
+
+
+def _message(value: Any) -> Message:
+    if not isinstance(value, dict) or value.get("role") not in get_args(Role):
+        raise ValueError("a message that is none")
+    return Message(value["role"], parse_content(value.get("content")))
+
+
+def content_in(record: str | bytes) -> tuple[Block, ...]:
+    """Return the content of a prompt's record, without a look at the rest.
+
+    Raises:
+        ValueError: the record is damaged, or of a later version.
+    """
+    return parse_content(_load(record).get("prompt", ""))
+
+
+def dump_terminal(terminal: Terminal) -> str:
+    """Return the record of a terminal. The id of its generation is not in it."""
+    usage = None if terminal.usage is None else terminal.usage.model_dump(exclude_none=True)
+    record: dict[str, Any] = {"v": VERSION, "type": terminal.type, "usage": usage}
+    keys = _DONE_KEYS if isinstance(terminal, Done) else _ERROR_KEYS
+    record |= {key: getattr(terminal, key) for key in keys}
+    return _dump({key: value for key, value in record.items() if value is not None})
+
+
+def load_terminal(record: str, generation: str) -> Terminal:
+    """Return the terminal of a record, of version 1 too, which had the same keys.
+
+    Args:
+        record: the record.
+        generation: the id of the generation.
+
+    Raises:
+        ValueError: the record is damaged, or of a later version.
+    """
+    value = _load(record)
+    usage = value.get("usage")
+    about: dict[str, Any] = {
+        "id": generation,
+        "usage": None if usage is None else UsageCounts.model_validate(usage),
+    }
+    if value.get("type") == "done":
+        return Done(**about, **{key: value[key] for key in _DONE_KEYS if key in value})
+    if value.get("type") != "error":
+        raise ValueError("a terminal that is none")
+    about |= {key: value[key] for key in _ERROR_KEYS if key in value}
+    about["code"] = next((code for code in Code if code == value.get("code")), None)
+    return Error(**about)
+
+
+def _load(record: str | bytes) -> dict[str, Any]:
+    value = json.loads(record)
+    if not isinstance(value, dict):
+        raise ValueError("a record that is none")  # noqa: TRY004 - it is about a saved value
+    if value.get("v", 1) not in range(1, VERSION + 1):
+        raise ValueError("a record of a later version")
+    return value
+
+
 def dump_batch(pieces: Pieces) -> str:
     """Return the record of some consecutive pieces of a generation that still runs."""
-    return _dump({"v": 2, "runs": list(pieces.runs())})
+    return _dump({"v": VERSION, "runs": list(pieces.runs())})
 
 
 def load_batch(record: str, pieces: Pieces, after: int) -> None:

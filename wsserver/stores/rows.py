@@ -2,21 +2,17 @@
 
 import sqlite3
 
-from pydantic import TypeAdapter
-
 from wsserver.pieces import Pieces
 from wsserver.prices import Prices
-from wsserver.protocol import Terminal
 from wsserver.stores.base import Entry, Header, day_of, title_of
-from wsserver.stores.records import Packed, dump_batch, load_batch
+from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal, load_batch
 
-__all__ = ["COUNT", "add", "begin", "loose", "pack", "said", "terminal_in"]
+__all__ = ["COUNT", "add", "begin", "loose", "pack", "said"]
 
 ROW = 256  # bytes of a generation besides its ids and what was said in it, about
 KEYS = 3  # times that the ids of a generation are in tables and indexes
 
 COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
-_TERMINAL: TypeAdapter[Terminal] = TypeAdapter(Terminal)
 
 
 def begin(database: sqlite3.Connection, header: Header, now: float) -> None:
@@ -28,7 +24,7 @@ def begin(database: sqlite3.Connection, header: Header, now: float) -> None:
             "FROM conversation WHERE owner = ?)) ON CONFLICT (owner, id) DO NOTHING",
             (owner, conversation, title_of(header.prompt), now, now, owner),
         )
-    prompt = header.prompt.model_dump_json(exclude_none=True)
+    prompt = dump_prompt(header.prompt)
     added = database.execute(
         "INSERT INTO generation (owner, id, began, prompt, model, retry_of, size, rest, "
         "conversation, turn) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, CASE WHEN ? THEN (SELECT "
@@ -90,7 +86,7 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
         "UPDATE generation SET terminal = ?, ended = ?, hidden = coalesce(?, hidden), "
         "rest = rest + ? WHERE number = ?",
         (
-            end := terminal.model_dump_json(exclude_none=True),
+            end := dump_terminal(terminal),
             now,
             "unsaid" if entry.unsaid else None,
             len(end.encode()),
@@ -131,16 +127,16 @@ def pack(database: sqlite3.Connection, number: int, pieces: Pieces) -> None:
     assert packed.runs is not None
     database.execute(
         "UPDATE generation SET text = ?, lengths = ?, thinking = ?, runs = ?, "
-        "size = length(CAST(prompt AS BLOB)) + ?, rest = rest + ? "
-        "- coalesce(length(lengths) + length(CAST(thinking AS BLOB)) + length(runs), 0) "
+        "size = length(CAST(prompt AS BLOB)) + ?, "
+        "rest = rest + ? - coalesce(length(lengths) + coalesce(length(runs), 0), 0) "
         "WHERE number = ?",
         (
             packed.text,
             packed.lengths,
             packed.other,
             packed.runs,
-            len(packed.text.encode()),
-            len(packed.lengths) + len(packed.other.encode()) + len(packed.runs),
+            len(packed.text.encode()) + len(packed.other.encode()),
+            len(packed.lengths) + len(packed.runs),
             number,
         ),
     )
@@ -149,8 +145,3 @@ def pack(database: sqlite3.Connection, number: int, pieces: Pieces) -> None:
 
 def _key(header: Header) -> tuple[str, str, float]:
     return header.owner, header.id, header.began
-
-
-def terminal_in(json_text: str | None) -> Terminal | None:
-    """Return the terminal in a row; None where the generation has none."""
-    return None if json_text is None else _TERMINAL.validate_json(json_text)

@@ -21,13 +21,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
+from wsserver.content import Text
 from wsserver.errors import ConfigError, StoreError
 from wsserver.generation import tokens_in
 from wsserver.logs import log
 from wsserver.prices import NOTHING, Prices, Spent
-from wsserver.protocol import Prompt
 from wsserver.stores.base import (
     TRACE_KEPT,
     TRACES,
@@ -40,14 +40,14 @@ from wsserver.stores.base import (
     Summary,
     Turn,
     Unsavable,
-    asked_in,
     day_of,
-    partial,
+    turn_of,
 )
 from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
-from wsserver.stores.rows import COUNT, add, begin, loose, pack, said, terminal_in
+from wsserver.stores.records import Packed, content_in, load_prompt, load_terminal
+from wsserver.stores.rows import COUNT, add, begin, loose, pack, said
 
 __all__ = ["SqliteStore"]
 
@@ -77,7 +77,9 @@ _DEAD = (
 )
 # The turns of a history, newest first, until either bound is reached.
 _TURNS = """
-    SELECT number, turn, id, terminal, prompt, text FROM generation WHERE number IN (
+    SELECT number, turn, id, began, ended, model, terminal, prompt, text, thinking, runs,
+        CASE WHEN thinking <> '' OR runs LIKE '%],[%' THEN lengths END -- long, and seldom needed
+    FROM generation WHERE number IN (
         SELECT number FROM (
             SELECT number, row_number() OVER w AS place, sum(size) OVER w AS total FROM (
                 SELECT number, turn, size FROM generation
@@ -279,9 +281,10 @@ class SqliteStore:
                 "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1",
                 (owner, generation),
             ):
-                parsed = Prompt.model_validate_json(prompt)
+                parsed = load_prompt(prompt)
                 header = Header(generation, owner, conversation, parsed, model, began, retry_of)
-                return StoredGeneration(header, said(database, number), terminal_in(terminal))
+                end = None if terminal is None else load_terminal(terminal, generation)
+                return StoredGeneration(header, said(database, number), end)
             for (when,) in database.execute(
                 "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
             ):
@@ -303,16 +306,8 @@ class SqliteStore:
                 (owner, conversation),
             ):
                 turns = [
-                    Turn(
-                        turn,
-                        name,
-                        asked_in(prompt),
-                        loose(database, number).text if text is None else text,
-                        partial(terminal_in(terminal)),
-                    )
-                    for number, turn, name, terminal, prompt, text in database.execute(
-                        _TURNS, (owner, conversation, end, limit, size)
-                    )
+                    _turn(database, row)
+                    for row in database.execute(_TURNS, (owner, conversation, end, limit, size))
                 ]
                 first = turns[0].number if turns else end
                 older = database.execute(
@@ -513,6 +508,23 @@ class SqliteStore:
 
         async with self._writing.of(owner):
             return await _opened(self._writer).transact(write)
+
+
+def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
+    """Return a row of :data:`_TURNS` as a turn."""
+    number, turn, name, began, ended, model, terminal, prompt, text, other, runs, lengths = row
+    if text is not None and other is not None:
+        blocks = Packed(text, other, lengths or "[]", runs).blocks()
+    else:
+        try:
+            blocks = loose(database, number).blocks()
+        except ValueError:
+            if text is None:
+                raise
+            blocks = (Text(text),)  # an older version kept the text of an ended reply beside
+    end = None if terminal is None else load_terminal(terminal, name)
+    contents = content_in(prompt), blocks
+    return turn_of(turn, name, contents, end, model=model, began=began, ended=ended)
 
 
 def _delete_some(database: sqlite3.Connection, owner: str, conversation: str) -> bool:

@@ -1,0 +1,191 @@
+"""Content in the frames of the protocol: how pydantic validates, encodes and describes it."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+
+from wsserver.content import Block, Message, Text, Usage, dump_content, parse_content
+
+__all__ = ["Content", "HistoryMessage", "PromptMessage", "parse_message", "parse_usage"]
+
+T = TypeVar("T")
+
+BLOCK = {
+    "type": "object",
+    "description": "A content block of the Messages API, such as `text`, `image` or `document`.",
+    "properties": {"type": {"type": "string", "minLength": 1, "maxLength": 64}},
+    "required": ["type"],
+}
+CONTENT = {
+    "anyOf": [
+        {"type": "string", "pattern": r"\S"},
+        {"type": "array", "minItems": 1, "items": BLOCK},
+    ]
+}
+PROMPT_MESSAGE = {
+    "type": "object",
+    "description": "One message of a history that the client keeps itself.",
+    "properties": {"role": {"enum": ["user", "assistant"]}, "content": CONTENT},
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+USAGE = {
+    "type": "object",
+    "properties": {
+        "input_tokens": {"type": "integer"},
+        "output_tokens": {"type": "integer"},
+        "cache_creation_input_tokens": {"type": "integer"},
+        "cache_read_input_tokens": {"type": "integer"},
+        "estimated": {"const": True},
+    },
+    "required": ["input_tokens", "output_tokens"],
+}
+HISTORY_MESSAGE = {
+    "type": "object",
+    "description": (
+        "A message of a conversation; `id` is that of the generation to which the message belongs. "
+        "`partial` tells why a reply is not whole: `cut` if it is longer than a frame can hold. "
+        "`content` is the text. `blocks` has all content, and is left out where the text is all. "
+        "Times are in seconds since 1970."
+    ),
+    "properties": {
+        "role": {"anyOf": [{"enum": ["user", "assistant"]}, {"type": "string"}]},
+        "content": {"type": "string"},
+        "id": {"type": "string"},
+        "partial": {"type": "string"},
+        "blocks": {"type": "array", "items": BLOCK},
+        "model": {"type": "string"},
+        "usage": USAGE,
+        "began": {"type": "number"},
+        "ended": {"type": "number"},
+    },
+    "required": ["role", "content", "id"],
+}
+
+
+def _content(value: object) -> tuple[Block, ...]:
+    blocks = value if isinstance(value, tuple) else parse_content(value)
+    for place, block in enumerate(blocks):
+        if isinstance(block, Text) and not block.text.strip():
+            raise ValueError("empty" if isinstance(value, str) else f"{place}.text: empty")
+    if not blocks:
+        raise ValueError("empty")
+    return blocks
+
+
+def _prompt_message(value: object) -> Message:
+    if isinstance(value, Message):
+        return Message(value.role, _content(value.blocks))
+    if not isinstance(value, dict):
+        raise ValueError("must be an object with `role` and `content`")  # noqa: TRY004 - pydantic
+    for key in ("role", "content"):
+        if value.get(key) is None:
+            raise ValueError(f"{key}: missing")
+    for key, item in value.items():
+        if key not in {"role", "content"} and item is not None:
+            raise ValueError(f"{ascii(key[:40])[1:-1]}: no such key")
+    if value["role"] not in ("user", "assistant"):
+        raise ValueError("role: must be 'user' or 'assistant'")
+    try:
+        return Message(value["role"], _content(value["content"]))
+    except ValueError as error:
+        raise ValueError(f"content: {error}") from None
+
+
+def _dump_prompt_message(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": dump_content(message.blocks)}
+
+
+def parse_message(value: Mapping[str, Any]) -> Message:
+    """Parse a message of a ``history`` frame. Unknown keys are ignored.
+
+    Raises:
+        KeyError, TypeError, ValueError: the message breaks the protocol.
+    """
+    role, text = value["role"], _text(value["content"])
+    if role not in {"user", "assistant"}:
+        raise ValueError("a role is neither `user` nor `assistant`")
+    blocks = value.get("blocks")
+    return Message(
+        role,
+        text if blocks is None else parse_content(blocks),
+        _optional(_text, value.get("partial")),
+        id=_text(value["id"]),
+        model=_optional(_text, value.get("model")),
+        usage=_optional(parse_usage, value.get("usage")),
+        began=_optional(float, value.get("began")),
+        ended=_optional(float, value.get("ended")),
+    )
+
+
+def parse_usage(usage: Mapping[str, Any]) -> Usage:
+    """Parse the ``usage`` of a frame. Unknown keys are ignored."""
+    return Usage(**{key: usage[key] for key in Usage.__slots__ if key in usage})
+
+
+def _optional(parse: Callable[[Any], T], value: object) -> T | None:
+    return None if value is None else parse(value)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a value is not a string")
+    return value
+
+
+def _history_message(value: Any) -> Message:
+    return value if isinstance(value, Message) else parse_message(value)
+
+
+def _dump_usage(usage: Usage) -> dict[str, Any]:
+    """Return usage as a frame has it: without the counts of the cache where they are 0."""
+    counts: dict[str, Any] = {
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cache_creation_input_tokens": usage.cache_creation_input_tokens or None,
+        "cache_read_input_tokens": usage.cache_read_input_tokens or None,
+        "estimated": usage.estimated or None,
+    }
+    return _without_none(counts)
+
+
+def _dump_history_message(message: Message) -> dict[str, Any]:
+    content = dump_content(message.blocks)
+    return _without_none(
+        {
+            "role": message.role,
+            "content": message.text,
+            "id": message.id,
+            "partial": message.partial,
+            "blocks": None if isinstance(content, str) else content,
+            "model": message.model,
+            "usage": None if message.usage is None else _dump_usage(message.usage),
+            "began": message.began,
+            "ended": message.ended,
+        }
+    )
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if item is not None}
+
+
+Content = Annotated[
+    str | tuple[Block, ...],  # a text is given; once it is validated, there are blocks
+    PlainValidator(_content),
+    PlainSerializer(dump_content),
+    WithJsonSchema(CONTENT),
+]
+PromptMessage = Annotated[
+    Message,
+    PlainValidator(_prompt_message),
+    PlainSerializer(_dump_prompt_message),
+    WithJsonSchema(PROMPT_MESSAGE),
+]
+HistoryMessage = Annotated[
+    Message,
+    PlainValidator(_history_message),
+    PlainSerializer(_dump_history_message),
+    WithJsonSchema(HISTORY_MESSAGE),
+]
