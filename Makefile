@@ -58,6 +58,7 @@ soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"
 $(TOOLS)/bench/stamp: tests/bench/peers/package.json tests/bench/peers/requirements.txt | $(BIN)/python
 	@mkdir -p $(TOOLS)/bench && cp tests/bench/peers/package.json $(TOOLS)/bench/
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
+	@command -v redis-server >/dev/null || $(MAKE) --no-print-directory redis-server || true
 	@npm install --silent --no-fund --no-audit --prefix $(TOOLS)/bench \
 		&& $(BIN)/python -m venv $(TOOLS)/bench/venv \
 		&& $(TOOLS)/bench/venv/bin/python -m pip install --quiet --disable-pip-version-check \
@@ -96,19 +97,20 @@ $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 system: $(TOOLS)/npm.stamp
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
 	@command -v openssl >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=openssl || true
-	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(MAKE) --no-print-directory nginx || true
+	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(MAKE) --no-print-directory nginx-light || true
 	@command -v systemd-analyze >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=systemd || true
 
 $(TOOLS)/npm.stamp: Makefile
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
 	@command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(TOOLS) $(NPM_PACKAGES) && touch $@ || true
 
-# Its package starts it on port 80, now and at each boot, which nobody asked for here.
-.PHONY: nginx
-nginx:
-	@$(MAKE) --no-print-directory apt PACKAGES=nginx-light
+# The packages start a service, now and at each boot. The tests need only the programs.
+.PHONY: nginx-light redis-server
+nginx-light redis-server:
+	@$(MAKE) --no-print-directory apt PACKAGES=$@
 	@if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO="sudo -n"; fi; \
-		! command -v systemctl >/dev/null || $$SUDO systemctl disable --now --quiet nginx 2>/dev/null || true
+		! command -v systemctl >/dev/null \
+		|| $$SUDO systemctl disable --now --quiet $(@:-light=) 2>/dev/null || true
 
 .PHONY: apt
 apt:

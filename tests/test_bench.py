@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import load, report
+from tests.bench import load, promises, report
 from tests.bench.load import CLOSE, PING, TEXT, Failure, Frames, Load, masked, quantile
 from tests.bench.servers import PEERS, SERVERS, Running, Upstream, serve, upstream
 
@@ -149,6 +149,56 @@ def test_a_server_that_does_not_start_tells_why(model: Upstream) -> None:
             type(broken)("wsserver", broken.command, env={"WSSERVER_LOG_LEVEL": "loud"}), model.url
         ):
             pass
+
+
+@pytest.mark.slow
+def test_after_stop_wsserver_lets_the_model_make_next_to_nothing(
+    model: Upstream, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promises, "REPLIES", 4)
+    assert promises.after_stop(server, model)["tokens"] < 100  # of the 3,000 that are left
+
+
+@pytest.mark.slow
+def test_cut_and_resumed_replies_of_wsserver_are_whole(
+    model: Upstream, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(promises, "REPLIES", 10)
+    assert promises.resumed(server, model) == {"lost": 0, "doubled": 0}
+
+
+class Forgetful(promises.WebSocketTalk):
+    """A client that resumes from the wrong piece."""
+
+    async def resume(self) -> None:
+        self.seq += self.shift
+        await super().resume()
+
+    shift = 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("shift", "lost", "doubled"), [(2, True, False), (-2, False, True)])
+def test_lost_and_doubled_pieces_are_counted(
+    model: Upstream,
+    server: Running,
+    monkeypatch: pytest.MonkeyPatch,
+    shift: int,
+    lost: bool,
+    doubled: bool,
+) -> None:
+    monkeypatch.setattr(promises, "REPLIES", 5)
+    monkeypatch.setattr(promises, "WebSocketTalk", Forgetful)
+    monkeypatch.setattr(Forgetful, "shift", shift)
+    figures = promises.resumed(server, model)
+    assert (figures["lost"] > 0, figures["doubled"] > 0) == (lost, doubled)
+
+
+def test_the_readme_s_table_has_medians_and_who_cannot_resume() -> None:
+    text = report.short_table(results(), ["wsserver", "bun"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["CPU per token (µs)", "30.0", "45.0"] in rows
+    assert ["pieces doubled over these replies", "–", "no resume"] in rows
 
 
 def results() -> report.Results:

@@ -5,6 +5,7 @@
     python -m tests.bench              # all of it, about 15 minutes
     python -m tests.bench --quick      # about one minute
     python -m tests.bench --only cpu100,stop --servers wsserver,bun --rounds 5
+    python -m tests.bench --promises   # what a stop and a lost connection cost, in two minutes
 
 Each case has a fresh process of a server, one fake of the model's API for all of them
 (`tests/bench/upstream.py`), and the clients, which are this process (`tests/bench/load.py`). The
@@ -19,7 +20,17 @@ from collections.abc import Callable
 from time import monotonic
 
 from tests.bench.load import Client, Failure, Load, quantile, raise_limit
-from tests.bench.report import RESULTS, Figures, Results, table, write
+from tests.bench.promises import after_stop, resumed
+from tests.bench.report import (
+    README,
+    RESULTS,
+    Figures,
+    Results,
+    between_marks,
+    short_table,
+    table,
+    write,
+)
 from tests.bench.servers import (
     DEMO,
     INSTALLED,
@@ -147,16 +158,24 @@ def first(stand: Stand) -> Figures:
     """Send 100 prompts at once, some times over, after once to warm up."""
     stand.upstream.plan(tokens=10, rate=50)
     firsts: list[float] = []
+    bursts, used = 6, 0.0
     with stand.load() as load:
         clients = load.connect(100)
-        for burst in range(6):
+        for burst in range(bursts):
+            if burst == 1:
+                used = stand.server.cpu()
             for client in clients:
                 client.prompt(f"go #{client.number}")
             load.until(lambda: not any(client.running for client in clients), "ends of replies")
             load.run(0.1)
             if burst:
                 firsts += [client.first_at - client.asked_at for client in clients]
-    return {"p50": quantile(firsts, 0.5) * 1e3, "p99": quantile(firsts, 0.99) * 1e3}
+        used = stand.server.cpu() - used
+    return {
+        "p50": quantile(firsts, 0.5) * 1e3,
+        "p99": quantile(firsts, 0.99) * 1e3,
+        "cpu": used / (len(clients) * (bursts - 1)) * 1e3,
+    }
 
 
 def stop(stand: Stand) -> Figures:
@@ -204,6 +223,11 @@ CASES: dict[str, Case] = {
     "memory": memory,
     "start": lambda stand: {},  # it is noted for each process in any case
 }
+# Counts and no times: one round is enough, and servers without WebSocket take part.
+PROMISES: dict[str, Case] = {
+    "after_stop": lambda stand: after_stop(stand.running, stand.upstream),
+    "resumed": lambda stand: resumed(stand.running, stand.upstream),
+}
 # As many tokens in all each time: a server that is rarely busy pays for each wake-up.
 GROWTH: dict[str, Case] = {
     "10 streams": lambda stand: relay(stand, 10, 500),
@@ -212,6 +236,7 @@ GROWTH: dict[str, Case] = {
     "after 100 tokens": lambda stand: relay(stand, 20, 250, ahead=100),
     "after 100,000 tokens": lambda stand: relay(stand, 20, 250, ahead=100_000),
 }
+ALL = (*CASES, *PROMISES, "growth")
 QUICK = ("cpu100", "throughput", "first", "stop", "memory", "start")
 
 
@@ -223,8 +248,9 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="one short round with Bun alone, in about a minute"
     )
+    parser.add_argument("--only", metavar="CASES", help=f"some of {','.join(ALL)}; default: all")
     parser.add_argument(
-        "--only", metavar="CASES", help=f"some of {','.join([*CASES, 'growth'])}; default: all"
+        "--promises", action="store_true", help=f"the same as --only {','.join(PROMISES)}"
     )
     parser.add_argument(
         "--servers",
@@ -232,17 +258,21 @@ def options() -> argparse.Namespace:
         help=f"some of {','.join(SERVERS)}; default: all that are installed",
     )
     parser.add_argument("--rounds", type=int, help="how often; default: 3, or 1 with --quick")
-    parser.add_argument("--seconds", type=float, help="to look at what runs; default: 4, or 2")
-    parser.add_argument("--write", action="store_true", help=f"put the results into {RESULTS.name}")
+    parser.add_argument("--seconds", type=float, help="to look at what runs; default: 3, or 2")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"put the results into {RESULTS.name}, and those of all cases into {README.name}",
+    )
     chosen = parser.parse_args()
-    cases = QUICK if chosen.quick else (*CASES, "growth")
+    cases = QUICK if chosen.quick else tuple(PROMISES) if chosen.promises else ALL
     servers = ("wsserver", DEMO, "bun") if chosen.quick else tuple(SERVERS)
     chosen.cases = chosen.only.split(",") if chosen.only else cases
     chosen.names = chosen.servers.split(",") if chosen.servers else servers
-    for name in set(chosen.cases) - {*CASES, "growth"} | set(chosen.names) - {*SERVERS}:
+    for name in set(chosen.cases) - {*ALL} | set(chosen.names) - {*SERVERS}:
         parser.error(f"there is no {name!r}")
     chosen.rounds = chosen.rounds or (1 if chosen.quick else 3)
-    chosen.seconds = chosen.seconds or (2.0 if chosen.quick else 4.0)
+    chosen.seconds = chosen.seconds or (2.0 if chosen.quick else 3.0)
     return chosen
 
 
@@ -256,27 +286,32 @@ def main() -> int:
         for path in PEERS.iterdir():
             shutil.copy(path, INSTALLED)
     turns: list[tuple[str, str, Case]] = []
+    once: list[tuple[str, str, Case]] = []
     for case in chosen.cases:
         if case == "growth":
             turns += [(name, "wsserver", run) for name, run in GROWTH.items()]
+        elif case in PROMISES:
+            some = [name for name in names if name != DEMO]
+            some = [name for name in some if case != "resumed" or SERVERS[name].resumes]
+            once += [(case, name, PROMISES[case]) for name in some]
         else:
             # The demo model has no upstream, and is there for how fast it starts; the others start
             # for every other case.
-            some = [name for name in names if name != DEMO]
+            some = [name for name in names if name != DEMO and not SERVERS[name].http]
             if case == "start":
                 some = names if chosen.cases == ["start"] else [n for n in names if n == DEMO]
             turns += [(case, name, CASES[case]) for name in some]
     results = Results()
     with upstream() as model:
-        for number in range(chosen.rounds * len(turns)):
-            case, name, run = turns[number % len(turns)]
-            print(f"{number + 1}/{chosen.rounds * len(turns)} {case}, {name}", file=sys.stderr)
+        plan = [*once, *turns * chosen.rounds]
+        for number, (case, name, run) in enumerate(plan, 1):
+            print(f"{number}/{len(plan)} {case}, {name}", file=sys.stderr)
             try:
                 with serve(SERVERS[name], model.url) as running:
                     results.add("start", name, {"start": running.started})
                     stand = Stand(running, model, chosen.seconds)
                     results.add(case, name, run(stand) | {"others": stand.others()})
-            except (Failure, OSError) as failure:
+            except (Failure, OSError, ExceptionGroup) as failure:
                 model.program.check()
                 results.failed(case, name, str(failure))
                 print(f"{case}, {name}: {failure}\n", file=sys.stderr)
@@ -284,6 +319,8 @@ def main() -> int:
     print(text)
     if chosen.write:
         write(text, chosen.rounds)
+        if not {case for case in ALL if case != "growth"} - {*chosen.cases}:
+            between_marks(README, short_table(results, [name for name in names if name != DEMO]))
     return bool(results.failures)
 
 

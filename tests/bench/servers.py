@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -48,10 +49,22 @@ class Server:
     command: Sequence[str]
     needs: Sequence[Path] = ()
     env: Mapping[str, str] = field(default_factory=dict)
+    source: Path | None = None  # file or folder of the program
+    resumes: bool = False  # whether a reply outlives its connection
+    http: bool = False  # speaks HTTP and server-sent events, and not WebSocket
+    redis: bool = False  # needs a Redis, at the unix socket REDIS_SOCKET
 
     def ready(self) -> bool:
         """Whether it is installed."""
-        return all(path.exists() for path in self.needs)
+        has_redis = not self.redis or shutil.which("redis-server") is not None
+        return has_redis and all(path.exists() for path in self.needs)
+
+    def lines(self) -> int:
+        """Return the number of lines of its program that are neither empty nor comments."""
+        assert self.source is not None
+        files = self.source.rglob("*.py") if self.source.is_dir() else [self.source]
+        found = (line.strip() for file in files for line in file.read_text().splitlines())
+        return sum(1 for line in found if line and not line.startswith(("#", "//")))
 
 
 MODULES = INSTALLED / "node_modules"
@@ -61,21 +74,44 @@ OURS = ("-m", "wsserver", "serve", "--port", "{port}", "--model")
 SERVERS = {
     server.name: server
     for server in (
-        Server("wsserver", (sys.executable, *OURS, "claude-sonnet-4-6"), env=LIMITS),
+        Server(
+            "wsserver",
+            (sys.executable, *OURS, "claude-sonnet-4-6"),
+            env=LIMITS,
+            source=ROOT / "wsserver",
+            resumes=True,
+        ),
         Server(DEMO, (sys.executable, *OURS, "demo"), env=LIMITS),
-        Server("bun", (str(MODULES / ".bin" / "bun"), "bun.ts"), [MODULES / "bun"]),
-        Server("node", ("node", "node.mjs"), [MODULES / "ws"]),
+        Server(
+            "bun",
+            (str(MODULES / ".bin" / "bun"), "bun.ts"),
+            [MODULES / "bun"],
+            source=PEERS / "bun.ts",
+        ),
+        Server("node", ("node", "node.mjs"), [MODULES / "ws"], source=PEERS / "node.mjs"),
         # Its base address has the version in it.
         Server(
             "ai-sdk",
             ("node", "ai-sdk.mjs"),
             [MODULES / "ai"],
             {"ANTHROPIC_BASE_URL": "{upstream}/v1"},
+            source=PEERS / "ai-sdk.mjs",
+        ),
+        Server(
+            "ai-sdk-resume",
+            ("node", "ai-sdk-resume.mjs"),
+            [MODULES / "resumable-stream"],
+            {"ANTHROPIC_BASE_URL": "{upstream}/v1"},
+            source=PEERS / "ai-sdk-resume.mjs",
+            resumes=True,
+            http=True,
+            redis=True,
         ),
         Server(
             "fastapi",
             (str(PYTHON), "-m", "uvicorn", "fastapi_app:app", "--port", "{port}"),
             [PYTHON],
+            source=PEERS / "fastapi_app.py",
         ),
     )
 }
@@ -187,6 +223,10 @@ class Upstream:
         """Return its counts."""
         return self._ask("/stats", None)
 
+    def writes(self) -> dict[int, list[float]]:
+        """Return when the tokens of each numbered stream were written, by its prompt's number."""
+        return {int(number): moments for number, moments in self._ask("/writes", None).items()}
+
     def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
         self.program.check()
         with urllib.request.urlopen(self.url + path, body, BOUND) as answer:
@@ -227,26 +267,46 @@ def serve(server: Server, base: str) -> Iterator[Running]:
     env |= {name: value.replace("{upstream}", base) for name, value in server.env.items()}
     command = [part.replace("{port}", str(port)) for part in server.command]
     cwd = ROOT if server.name.startswith("wsserver") else INSTALLED
-    began = monotonic()
-    with program(command, cwd=cwd, env=env) as running:
-        while not answers(port):
+    with contextlib.ExitStack() as stack:
+        if server.redis:
+            env["REDIS_SOCKET"] = stack.enter_context(redis())
+        began = monotonic()
+        running = stack.enter_context(program(command, cwd=cwd, env=env))
+        while not answers(port, b"HTTP/1.1 " if server.http else b"HTTP/1.1 101 "):
             running.check()
             if monotonic() > began + BOUND:
                 raise Failure(f"{server.name} does not answer on its port")
             sleep(0.002)
         started = monotonic() - began
         try:
-            yield Running(server, running, f"ws://127.0.0.1:{port}/", started)
+            scheme = "http" if server.http else "ws"
+            yield Running(server, running, f"{scheme}://127.0.0.1:{port}/", started)
         except Failure:
             sleep(0.1)  # in which it may end, and then tells more than its clients
             running.check()
             raise
 
 
-def answers(port: int) -> bool:
+@contextlib.contextmanager
+def redis() -> Iterator[str]:
+    """Run a Redis that keeps nothing on the disk, and return its unix socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "redis")
+        command = ("redis-server", "--port", "0", "--unixsocket", str(path), "--save", "")
+        with program(command, cwd=Path(folder)) as running:
+            end = monotonic() + BOUND
+            while not path.exists():
+                running.check()
+                if monotonic() > end:
+                    raise Failure("Redis does not start")
+                sleep(0.01)
+            yield str(path)
+
+
+def answers(port: int, status: bytes) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), BOUND) as sock:
             sock.sendall(HANDSHAKE % port)
-            return sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+            return sock.recv(4096).startswith(status)
     except OSError:
         return False

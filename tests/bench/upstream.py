@@ -4,14 +4,19 @@
 events of the real API, each in an HTTP chunk of its own, but for the faults, which the tests' own
 fake has (`tests/support/upstream.py`). How it answers ``POST /v1/messages`` is set by
 
-``POST /plan``: ``{"tokens": 0, "rate": 50, "ahead": 0}``. A reply has `ahead` tokens as fast as the
-    socket takes them, and after them `tokens` more (0: without end), `rate` per second (0: as fast
-    as the socket takes them too). Begins the counts below anew. The first of paced tokens comes at
-    once, the others at moments that are spread evenly among the streams.
+``POST /plan``: ``{"tokens": 0, "rate": 50, "ahead": 0, "numbered": false}``. A reply has `ahead`
+    tokens as fast as the socket takes them, and after them `tokens` more (0: without end), `rate`
+    per second (0: as fast as the socket takes them too). Begins the counts below anew. The first of
+    paced tokens comes at once, the others at moments that are spread evenly among the streams. With
+    `numbered` the text of a paced token has the token's number in its reply, from 0, in place of
+    the moment.
 
 ``GET /stats`` gives ``open`` (streams now), ``requests``, ``tokens`` (written so far) and
     ``closes``: of each stream that the peer closed early, the moment, by the number N that its
     prompt has as ``#N``.
+
+``GET /writes`` gives, by the same number, the moments at which the tokens of `numbered` streams
+    were written.
 
 The text of a paced token is ``@MICROSECONDS word``, with the moment at which it was written by the
 monotonic clock, which is the same for all processes of a machine; that of others is ``@word``. So
@@ -101,7 +106,9 @@ class Upstream:
         self.serial = 0
         self.plan(tokens=100)
 
-    def plan(self, tokens: int = 0, rate: float = 0.0, ahead: int = 0) -> None:
+    def plan(
+        self, tokens: int = 0, rate: float = 0.0, ahead: int = 0, *, numbered: bool = False
+    ) -> None:
         self.endless = tokens == 0
         self.ahead = ahead if rate else ahead + tokens
         self.paced = tokens if rate else 0
@@ -109,6 +116,8 @@ class Upstream:
         self.requests = 0
         self.written = 0
         self.closes: dict[int, float] = {}
+        self.numbered = numbered
+        self.writes: dict[int, list[float]] = {}
 
     def serve(self) -> None:
         """Serve until stdin closes."""
@@ -180,7 +189,8 @@ class Upstream:
             self.plan(**json.loads(body))
         busy = sum(1 for each in self.connections.values() if each.busy)
         stats = {"open": busy, "requests": self.requests, "tokens": self.written}
-        answer = json.dumps(stats | {"closes": self.closes}).encode()
+        told = self.writes if request == b"GET /writes" else stats | {"closes": self.closes}
+        answer = json.dumps(told).encode()
         head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
         self.write(connection, head % len(answer) + answer)
 
@@ -203,13 +213,21 @@ class Upstream:
     def pace(self, connection: Connection, opening: bytes = b"") -> None:
         """Write the first of the paced tokens, and plan the others."""
         now = monotonic()
-        self.write(connection, opening + STAMPED % int(now * 1e6))
-        self.written += 1
-        connection.sent += 1
+        self.write(connection, opening + self.next_token(connection, now))
         phase = connection.busy * GOLDEN % 1 * self.interval
         due = now - now % self.interval + phase
         due += self.interval * (due <= now)
         heapq.heappush(self.due, (due, connection.busy, connection))
+
+    def next_token(self, connection: Connection, now: float) -> bytes:
+        """Count one more paced token, and return it."""
+        stamp = int(now * 1e6)
+        if self.numbered:
+            stamp = connection.sent
+            self.writes.setdefault(connection.number, []).append(now)
+        self.written += 1
+        connection.sent += 1
+        return STAMPED % stamp
 
     def tick(self, due: float, busy: int, connection: Connection) -> None:
         if connection.busy != busy:
@@ -218,9 +236,7 @@ class Upstream:
             self.finish(connection)
             return
         if not connection.unsent:  # else its peer is the slower one, and the token not yet made
-            self.write(connection, STAMPED % int(monotonic() * 1e6))
-            self.written += 1
-            connection.sent += 1
+            self.write(connection, self.next_token(connection, monotonic()))
         heapq.heappush(self.due, (due + self.interval, busy, connection))
 
     def finish(self, connection: Connection) -> None:
