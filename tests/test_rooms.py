@@ -23,8 +23,8 @@ FLOORS: list[dict[str, str]] = [
     {"words": "generation parsing prices protocol schema telemetry wire"},
     {"models": "models", "stores": "stores", "visitors": "admission auth", "clients": "client"},
     {
-        "application": "accounts app connection context conversations cursor dialects following "
-        "hub intake journal live pages quota reporting requests retention routes running "
+        "application": "accounts app connection context conversations cursor dialects endings "
+        "following hub intake journal live pages quota reporting requests retention routes running "
         "scheduling session spending stopping upkeep",
         "sockets": "http listener listening transport websocket",
     },

@@ -1,28 +1,24 @@
 """Generations and their conversations in memory, as data: no tasks are started here."""
 
 import asyncio
-import secrets
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from wsserver.content import Message, Usage, memory_of
-from wsserver.errors import NOT_TAKEN, Code, ModelError, Refused
+from wsserver.errors import Code, ModelError, Refused
 from wsserver.generation import (
     End,
     Event,
     Log,
     State,
     state_after,
-    tokens_in,
-    well_formed,
 )
 from wsserver.journal import Record
 from wsserver.limits import CACHE, Account, held
-from wsserver.logs import log as events
 from wsserver.pieces import Run
 from wsserver.prices import NOTHING, Spent
-from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
-from wsserver.stores.base import StoredGeneration, Turn, partial
+from wsserver.protocol import Prompt, StoppedBy, Terminal
+from wsserver.stores.base import Turn, partial
 from wsserver.telemetry import Span
 
 __all__ = [
@@ -30,7 +26,6 @@ __all__ = [
     "Generation",
     "Outcome",
     "Watcher",
-    "restored",
 ]
 
 SMALLEST_FRAME = 256  # characters of a frame: the least for a client whose connections break
@@ -293,42 +288,6 @@ class Generation:
             return None
         return self.conversation.queue.index(self) + 1
 
-    def terminal(self, how: Outcome) -> Terminal:
-        """Make the terminal frame."""
-        if isinstance(how, End):
-            usage = UsageCounts.of(how.usage or self.used())
-            reason = well_formed(how.reason)
-            return Done(id=self.id, seq=self.log.seq, reason=reason, usage=usage)
-        if isinstance(how, str):
-            usage = UsageCounts.of(self.used())
-            return Done(id=self.id, seq=self.log.seq, reason="stopped", by=how, usage=usage)
-        error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
-        unanswered = self.usage is None and not self.log.seq
-        free = unanswered and error.code in NOT_TAKEN
-        usage = UsageCounts.of(Usage() if free else self.used())
-        return Error(
-            code=error.code,
-            message=well_formed(error.message),
-            id=self.id,
-            seq=self.log.seq,
-            retryable=error.retryable,
-            retry_after=error.retry_after,
-            usage=usage,
-            ref=_new_ref(),
-        )
-
-    def used(self) -> Usage:
-        """Return the usage that the model told, or an estimate if the model told none."""
-        if self.began is None:
-            return Usage()
-        if (usage := self.usage) is not None and not usage.estimated:
-            return usage
-        if usage is None:
-            usage = Usage(input_tokens=self.asked, estimated=True)
-        thought = tokens_in(self.log.pieces.joined("thinking"))
-        said = tokens_in(self.log.text) + max(thought, usage.thinking_tokens)
-        return usage.but(output_tokens=max(usage.output_tokens, said))
-
     def turn(self, number: int) -> Turn:
         """Return the prompt and the reply as the turn of that number, from 1."""
         (prompt,) = self.prompt.said
@@ -340,39 +299,3 @@ class Generation:
             model=self.model,
         )
         return Turn(number, prompt, reply)
-
-
-def restored(stored: StoredGeneration) -> Generation:
-    """Make a generation from the store. A reply whose process died ends as ``interrupted``."""
-    header = stored.header
-    generation = Generation(
-        header.id,
-        header.owner,
-        header.prompt,
-        header.model,
-        header.conversation,
-        log=Log(stored.pieces),
-    )
-    log = generation.log
-    terminal = stored.terminal
-    if terminal is None:
-        if stored.pieces:  # else the model was perhaps not asked
-            generation.began = 0.0
-            generation.asked = tokens_in(header.prompt.text)
-        code, ref = Code.INTERRUPTED, _new_ref()
-        events.info("interrupted", id=header.id, conversation=header.conversation, ref=ref)
-        terminal = Error(
-            code=code,
-            message=code.meaning,
-            id=header.id,
-            seq=log.seq,
-            retryable=code.retryable,
-            usage=UsageCounts.of(generation.used()),
-            ref=ref,
-        )
-    generation.restore(terminal)
-    return generation
-
-
-def _new_ref() -> str:
-    return secrets.token_hex(4)

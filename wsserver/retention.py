@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Iterator
 
 from wsserver.accounts import Accounts
+from wsserver.endings import restored
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
 from wsserver.limits import CACHE, Account, Memory, held
-from wsserver.live import Generation, restored
+from wsserver.live import Generation
 from wsserver.settings import Settings
 from wsserver.stores.base import Forgotten, Store, StoredGeneration
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Awaitable, Callable
 
 from wsserver.context import less_than, messages_of, tokens_of
+from wsserver.endings import terminal_of
 from wsserver.errors import TOO_LONG, Code, ModelError
 from wsserver.generation import End, State
 from wsserver.intake import Intake
@@ -245,10 +246,10 @@ class Runner:
         """Save the end of a generation, and then tell it."""
         generation.save(how, self._time())
         try:
-            terminal = generation.terminal(how)
+            terminal = terminal_of(generation, how)
         except Exception as error:  # noqa: BLE001
             generation.failure = error
-            terminal = generation.terminal(error)
+            terminal = terminal_of(generation, error)
         generation.spent = self._price(generation.model).spent(terminal.usage)
         if generation.span is not None:
             generation.span.end(terminal, generation.first_token)

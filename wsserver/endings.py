@@ -1,0 +1,87 @@
+"""The end of a reply: its terminal, and its usage where the model told none."""
+
+import secrets
+
+from wsserver.content import Usage
+from wsserver.errors import NOT_TAKEN, Code, ModelError
+from wsserver.generation import End, Log, tokens_in, well_formed
+from wsserver.live import Generation, Outcome
+from wsserver.logs import log as events
+from wsserver.protocol import Done, Error, Terminal, UsageCounts
+from wsserver.stores.base import StoredGeneration
+
+__all__ = ["restored", "terminal_of", "usage_of"]
+
+
+def terminal_of(generation: Generation, how: Outcome) -> Terminal:
+    """Make the terminal of a generation."""
+    if isinstance(how, End):
+        usage = UsageCounts.of(how.usage or usage_of(generation))
+        reason = well_formed(how.reason)
+        return Done(id=generation.id, seq=generation.log.seq, reason=reason, usage=usage)
+    if isinstance(how, str):
+        usage = UsageCounts.of(usage_of(generation))
+        return Done(id=generation.id, seq=generation.log.seq, reason="stopped", by=how, usage=usage)
+    error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
+    unanswered = generation.usage is None and not generation.log.seq
+    free = unanswered and error.code in NOT_TAKEN
+    usage = UsageCounts.of(Usage() if free else usage_of(generation))
+    return Error(
+        code=error.code,
+        message=well_formed(error.message),
+        id=generation.id,
+        seq=generation.log.seq,
+        retryable=error.retryable,
+        retry_after=error.retry_after,
+        usage=usage,
+        ref=_new_ref(),
+    )
+
+
+def usage_of(generation: Generation) -> Usage:
+    """Return the usage that the model told, or an estimate if the model told none."""
+    if generation.began is None:
+        return Usage()
+    if (usage := generation.usage) is not None and not usage.estimated:
+        return usage
+    if usage is None:
+        usage = Usage(input_tokens=generation.asked, estimated=True)
+    thought = tokens_in(generation.log.pieces.joined("thinking"))
+    said = tokens_in(generation.log.text) + max(thought, usage.thinking_tokens)
+    return usage.but(output_tokens=max(usage.output_tokens, said))
+
+
+def restored(stored: StoredGeneration) -> Generation:
+    """Make a generation from the store. A reply whose process died ends as ``interrupted``."""
+    header = stored.header
+    generation = Generation(
+        header.id,
+        header.owner,
+        header.prompt,
+        header.model,
+        header.conversation,
+        log=Log(stored.pieces),
+    )
+    log = generation.log
+    terminal = stored.terminal
+    if terminal is None:
+        if stored.pieces:  # else the model was perhaps not asked
+            generation.began = 0.0
+            generation.asked = tokens_in(header.prompt.text)
+        code, ref = Code.INTERRUPTED, _new_ref()
+        events.info("interrupted", id=header.id, conversation=header.conversation, ref=ref)
+        terminal = Error(
+            code=code,
+            message=code.meaning,
+            id=header.id,
+            seq=log.seq,
+            retryable=code.retryable,
+            usage=UsageCounts.of(usage_of(generation)),
+            ref=ref,
+        )
+    generation.restore(terminal)
+    return generation
+
+
+def _new_ref() -> str:
+    return secrets.token_hex(4)
