@@ -204,6 +204,42 @@ async def test_requests_fail_after_patience_and_the_next_one_connects(
         assert await read(chat.resume(reply.id, after=reply.seq)) == "upon"
 
 
+async def test_history_arrives_over_connections_that_each_carry_a_few_bytes(
+    line: Line, puppet: Puppet
+) -> None:
+    async with connect(line.url) as chat:
+        texts = [str(number) * 5_000 for number in range(6)]
+        for number, text in enumerate(texts):
+            reply = chat.prompt(f"Prompt {number}")
+            (await puppet.reply(number)).say(text).end()
+            await end_of(reply)
+        line.narrow(20_000)
+        line.reset()
+        messages = (await asyncio.wait_for(chat.history(), BOUND)).messages
+        assert [message.text for message in messages[1::2]] == texts
+        assert [message.text for message in messages[::2]] == [f"Prompt {n}" for n in range(6)]
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_older_server_without_page_size_gets_the_request_without_it() -> None:
+    sizes: list[int | None] = []
+
+    async def answer(frame: Frame, send: Send) -> None:
+        sizes.append(frame.get("size"))
+        if len(sizes) < 3:
+            raise OSError  # closes with 1011
+        if "size" in frame:
+            error = {"type": "error", "code": "invalid_frame", "message": "size: unknown key."}
+            await send(error, retryable=False, request=frame["request"])
+        else:
+            page = {"type": "history", "title": "T", "messages": [], "running": []}
+            await send(page, conversation=frame["conversation"], request=frame["request"])
+
+    async with scripted(answer) as url, connect(url) as chat:
+        assert (await asyncio.wait_for(chat.history(), BOUND)).messages == ()
+    assert sizes == [None, None, 32768, None]
+
+
 # Servers that restart.
 
 

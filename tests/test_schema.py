@@ -119,6 +119,7 @@ KEYS: dict[str, st.SearchStrategy[object]] = {
     "token": st.sampled_from(["t", "", "t" * 8193]),
     "after": WHOLE,
     "before": WHOLE | TEXTS,
+    "size": WHOLE,
     "limit": WHOLE,
     "title": TEXTS,
     "unknown": TEXTS,
@@ -155,7 +156,7 @@ def beyond_json_schema(frame: dict[str, object]) -> bool:
         last = messages[-1]
         if isinstance(last, dict) and last.get("role") != "user":
             return True
-    whole = (frame.get(name) for name in ("max_tokens", "after", "before", "limit"))
+    whole = (frame.get(name) for name in ("max_tokens", "after", "before", "limit", "size"))
     return any(isinstance(value, float) and value.is_integer() for value in whole)
 
 

@@ -203,12 +203,14 @@ class Resume(_Request):
 class Open(_Request):
     """Get the history of a conversation, and follow what runs in it, now and later.
 
-    With ``before``, only get the part of the history that ends there.
+    With ``before``, only get the part of the history that ends there. ``size`` limits the bytes of
+    the messages in the answer, for a connection that breaks during large ones.
     """
 
     type: Literal["open"] = "open"
     conversation: Id
     before: Annotated[int, Field(ge=1)] | None = None
+    size: Annotated[int, Field(ge=1024)] | None = None
 
 
 class List(_Request):

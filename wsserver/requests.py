@@ -294,6 +294,8 @@ class Requests:
             if request.before is None:
                 self._following.check_open(conversation)
             room = room_of(session.settings)
+            if request.size is not None:
+                room = min(room, request.size)
             stored = await hub.conversations.history(conversation, request.before, room)
             live = [generation.id for generation in conversation.live]
             self._write_read(history(stored, live, room, request.request))

@@ -32,6 +32,45 @@ test('a reply arrives over connections that each carry a few bytes', async (t) =
 const SCRIPT = 'think h; say one; say  two; think m; say  three'
 const LAST = 7 // frames: pong, start, five pieces or fewer merged ones, done
 
+test('a history arrives over connections that each carry a few bytes', async (t) => {
+  const { chat, line } = await stage.serve(t)
+  const said = Array.from({ length: 1_000 }, (_, n) => `${n} `).join('')
+  for (let n = 0; n < 6; n++) assert.equal((await soon(chat.prompt('count 1000').done)).reason, 'end_turn')
+  await line('narrow', { width: 12_000 })
+  await line('reset')
+  const messages = []
+  let before
+  do {
+    const page = await soon(chat.open(chat.conversation, { before: before ?? 2 ** 53 - 1 }))
+    messages.unshift(...page.messages)
+    before = page.before
+  } while (before !== undefined)
+  assert.deepEqual(messages.filter(({ role }) => role === 'assistant').map(({ content }) => content), Array(6).fill(said))
+})
+
+test('an older server gets `open` without `size`', async (t) => {
+  const sizes = []
+  class Broken extends EventTarget {
+    constructor() {
+      super()
+      setTimeout(() => { this.onopen(); this.onmessage({ data: '{"type":"hello"}' }) })
+    }
+    send(data) {
+      const { type, conversation, size, request } = JSON.parse(data)
+      if (type !== 'open') return
+      sizes.push(size)
+      if (sizes.length < 3) setTimeout(() => this.onclose({ code: 1006, reason: '' }))
+      const answer = size ? { type: 'error', code: 'invalid_frame', message: 'size: unknown.', retryable: false, request }
+        : { type: 'history', conversation, title: 'T', messages: [], running: [], request }
+      if (sizes.length >= 3) setTimeout(() => this.onmessage({ data: JSON.stringify(answer) }))
+    }
+    close() {}
+  }
+  const { chat } = join(t, 'ws://localhost', { WebSocket: Broken })
+  assert.deepEqual((await soon(chat.open(newId()))).messages, [])
+  assert.deepEqual(sizes, [undefined, undefined, 32768, undefined])
+})
+
 for (const how of ['before', 'after']) {
   for (let count = 1; count <= LAST; count++) {
     test(`nothing is lost nor doubled if the connection is lost ${how} frame ${count}`, async (t) => {

@@ -18,6 +18,7 @@ __all__ = ["SHORTEST_WAIT", "Queries"]
 T = TypeVar("T")
 
 AFTER_ALL = 2**53 - 1  # a `before` above all messages: `open` then follows nothing
+LARGEST_PAGE, SMALLEST_PAGE = 65536, 1024  # bytes of messages, after lost connections
 SHORTEST_WAIT = 0.05  # seconds before a refused request is sent again
 
 
@@ -32,6 +33,8 @@ class Queries:
     def __init__(self, connection: Connection, patience: float) -> None:
         self._connection = connection
         self._patience = patience
+        self._page_size: int | None = None  # bytes; None for the server's limit
+        self._accepts_size = True
         self._open: dict[asyncio.Future[Any], Request] = {}  # oldest first
 
     async def ask(
@@ -50,6 +53,8 @@ class Queries:
         while True:
             answer: asyncio.Future[T] = loop.create_future()
             request = Request(lambda: frame, functools.partial(_settle, answer, parse))
+            if isinstance(frame, Open):
+                request.make_frame = functools.partial(self._sized, frame, request)
             self._open[answer] = request
             if self._connection.link is not None:
                 self._connection.link.send_query(request)
@@ -64,6 +69,9 @@ class Queries:
                 sent_before = request.times_sent > 1
                 if isinstance(frame, Delete) and sent_before and error.code == Code.NOT_FOUND:
                     return parse({})
+                if error.code == Code.INVALID_FRAME and self._page_size is not None:
+                    self._page_size, self._accepts_size = None, False  # an older server
+                    continue
                 wait = error.retry_after
                 if not error.retryable or wait is None or loop.time() + wait > deadline:
                     raise
@@ -73,6 +81,15 @@ class Queries:
                     self._connection.link.remove(request)
             await asyncio.sleep(max(SHORTEST_WAIT, wait * CLOCK_MARGIN))
             self._connection.check()
+
+    def _sized(self, frame: Open, request: Request) -> Open:
+        """Return a frame that asks for less after two connections broke before the answer.
+
+        A connection that breaks after a number of bytes never carries a larger page.
+        """
+        if request.times_sent > 1 and self._accepts_size:
+            self._page_size = max(SMALLEST_PAGE, (self._page_size or LARGEST_PAGE) // 2)
+        return frame.model_copy(update={"size": self._page_size})
 
     async def history(
         self, conversation: str, on_open: Callable[[History], None] | None = None
