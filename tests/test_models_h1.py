@@ -16,13 +16,13 @@ from tests.support.http_client import (
     CHUNKED,
     LAST,
     OK,
-    SECONDS,
     Reader,
     answering,
     pool,
     template,
     whole,
 )
+from tests.support.proxy import reset
 from tests.support.raw import Raw, chunk, head_of
 from wsserver.models.response import (
     ClosedEarly,
@@ -329,7 +329,7 @@ async def test_released_response_gives_its_connection_to_the_next_request() -> N
 async def test_released_response_that_does_not_end_closes_its_connection(
     monkeypatch: pytest.MonkeyPatch, rest: bytes
 ) -> None:
-    monkeypatch.setattr("wsserver.models.h1.DRAIN_TIME", 0.01 if not rest else SECONDS)
+    monkeypatch.setattr("wsserver.models.h1.DRAIN_TIME", 60 if rest else 0.01)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
@@ -368,6 +368,7 @@ async def test_released_response_that_does_not_end_closes_its_connection(
         OK + b"name\r\n\r\n",
         OK + b"na me: value\r\n\r\n",
         OK + b"name: val\x00ue\r\n\r\n",
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
         b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
         OK + b"name: " + b"x" * 70_000 + b"\r\n\r\n",
         OK + b"name: " + b"x" * 70_000,
@@ -433,6 +434,21 @@ async def test_body_that_is_cut_is_an_error_after_the_text_before_it(framing: by
         with pytest.raises(ClosedEarly):
             await response.read_body(some)
         assert b"one" in some.text
+
+
+async def test_body_that_lasts_until_the_connection_closes_is_cut_by_a_reset() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await head_of(reader)
+        writer.write(OK + b"\r\nhel")
+        await some.read.acquire()
+        reset(writer.transport)
+
+    some = Reader()
+    async with Raw(handle) as raw, pool() as client:
+        response = await client.post(template(raw.port), b"{}")
+        with pytest.raises(ClosedEarly):
+            await response.read_body(some)
+        assert some.text == b"hel"
 
 
 # Bytes at random: what begins like a response, and goes on in any way.

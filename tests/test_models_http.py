@@ -1,6 +1,7 @@
 """The HTTP client for a model's API: which connection a request gets, and where it goes."""
 
 import asyncio
+import contextlib
 import socket
 import threading
 import tracemalloc
@@ -8,9 +9,20 @@ from typing import Any
 
 import pytest
 
-from tests.support.http_client import CHUNKED, LAST, OK, SECONDS, answering, pool, template, whole
+from tests.support.http_client import (
+    CHUNKED,
+    LAST,
+    OK,
+    SECONDS,
+    Reader,
+    answering,
+    pool,
+    template,
+    whole,
+)
 from tests.support.raw import Raw, chunk, head_of
 from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin
+from wsserver.models.h1 import Connection
 from wsserver.models.http import InvalidRequest, Redirected, Template
 from wsserver.models.response import NoResponse
 
@@ -179,6 +191,27 @@ async def test_request_that_is_cancelled_while_it_waits_passes_its_turn_on() -> 
                 assert await whole(await task) == b"hello"
 
 
+async def test_request_that_is_cancelled_as_its_turn_comes_passes_the_turn_on() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            await head_of(reader)
+            writer.write(CHUNKED)
+            await go.wait()
+            writer.write(LAST)
+
+    go = asyncio.Event()
+    async with Raw(handle) as raw, pool(limit=1) as client:
+        ask = template(raw.port)
+        response = await client.post(ask, b"{}")
+        waiting = [asyncio.create_task(client.post(ask, b"{}")) for _ in range(2)]
+        await asyncio.sleep(0)
+        go.set()
+        await response.read_body(Reader())
+        waiting[0].cancel()  # which was woken in the same turn of the loop
+        assert await whole(await waiting[1]) == b""
+        assert raw.accepted == 1
+
+
 async def test_room_is_made_by_closing_an_idle_connection_to_another_server() -> None:
     answer = OK + b"content-length: 5\r\n\r\nhello"
     async with answering(answer) as (one, _), answering(answer) as (other, _):
@@ -233,6 +266,40 @@ async def test_answer_before_the_end_of_an_upload_is_read(status: int) -> None:
         read.set()
         await (await client.post(template(raw.port), b"{}")).aclose()
         assert raw.accepted == 2, "half a request is on the first"
+
+
+async def test_connection_with_half_a_request_serves_no_other() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        if raw.accepted > 1:
+            writer.write(OK + b"content-length: 0\r\n\r\n")
+            await reader.read()
+        writer.write(b"HTTP/1.1 413 No\r\ntransfer-encoding: chunked\r\n\r\n")
+        with contextlib.suppress(TimeoutError):
+            while True:  # until the client has nothing more that it would send
+                async with asyncio.timeout(0.1):
+                    await reader.read(65536)
+        writer.write(LAST)
+        await reader.read()
+
+    async with Raw(handle) as raw, pool() as client:
+        response = await client.post(template(raw.port), bytes(20_000_000))
+        assert (response.status, await whole(response)) == (413, b"")
+        assert (await client.post(template(raw.port), b"{}")).status == 200
+        assert raw.accepted == 2
+
+
+async def test_nothing_is_sent_over_a_connection_that_has_closed() -> None:
+    class Owner:
+        def on_free(self, connection: Connection) -> None: ...
+
+        def on_lost(self, connection: Connection) -> None: ...
+
+    connection = Connection(Owner())
+    connection.connection_made(asyncio.Transport())
+    connection.connection_lost(None)
+    with pytest.raises(NoResponse):
+        await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
 
 
 async def test_request_that_is_cancelled_closes_its_connection() -> None:
@@ -435,6 +502,15 @@ async def test_request_waits_for_the_connection_that_is_being_made_ahead() -> No
         await asyncio.sleep(0)
         await whole(await client.post(template(raw.port), b"{}"))
         await warming
+        assert raw.accepted == 1
+
+
+async def test_no_connection_is_made_ahead_while_a_request_makes_one() -> None:
+    async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
+        posting = asyncio.create_task(client.post(template(raw.port), b"{}"))
+        await asyncio.sleep(0)
+        await client.warm(template(raw.port).origin)
+        assert await whole(await posting) == b"hello"
         assert raw.accepted == 1
 
 

@@ -211,8 +211,9 @@ async def test_proxy_that_does_not_speak_http_is_an_error(
 ) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(answer)
-        await writer.drain()
+        if answer:
+            writer.write(answer)
+            await reader.read()
 
     async with Raw(handle) as raw:
         monkeypatch.setenv("ALL_PROXY", f"http://127.0.0.1:{raw.port}")

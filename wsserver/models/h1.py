@@ -29,7 +29,6 @@ DRAIN_SIZE = 65_536  # bytes of a body that nobody reads; then the connection is
 KEEP_ALIVE_MARGIN = 1.0  # seconds between our end of an idle connection and the server's
 
 _TIMEOUT = re.compile(rb"\btimeout=(\d{1,9})\b", re.IGNORECASE)
-_SWITCHING_PROTOCOLS = 101
 _OK = 200
 _BODILESS = (204, 304)
 
@@ -301,9 +300,7 @@ class Connection(asyncio.Protocol):
         if self._ended or response is None:
             return
         status = self._parser.get_status_code()
-        if status < _OK:
-            if status == _SWITCHING_PROTOCOLS:
-                raise MalformedResponse("101 was not asked for")
+        if status < _OK:  # the parser itself refuses 101, which has no end
             self._interim = True
             return
         if sum(len(name) + len(value) + 4 for name, value in self._headers) > MAX_HEAD:

@@ -68,7 +68,6 @@ class Sdk:
         http_client = httpx2.AsyncClient(
             transport=self._recorder,
             headers={"accept-encoding": "identity"},  # to decompress costs time for each token
-            trust_env=False,
         )
         try:
             self._client = anthropic.AsyncAnthropic(
