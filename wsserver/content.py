@@ -41,6 +41,7 @@ Role = Literal["user", "assistant"]
 
 DEPTH = 48  # objects and lists within each other; a frame around the block has some more
 TYPE_LENGTH = 64  # characters of a type
+PLAIN = 128  # bytes of a text block in memory besides its text
 KEY_SHOWN = 40  # characters of a key in an error
 
 _COUNTS = (
@@ -243,6 +244,8 @@ class Message:
     @property
     def text(self) -> str:
         """The text of the message, without its other blocks."""
+        if len(self.blocks) == 1 and isinstance(block := self.blocks[0], Text):  # the common case
+            return block.text
         return "".join(block.text for block in self.blocks if isinstance(block, Text))
 
     @property
@@ -258,6 +261,8 @@ class Message:
     @property
     def size(self) -> int:
         """Characters of the message without its thinking; see :func:`written`."""
+        if len(self.blocks) == 1 and isinstance(block := self.blocks[0], Text):  # the common case
+            return len(written(block))
         return sum(
             len(written(block))
             for block in self.blocks
@@ -350,7 +355,13 @@ def written(block: Block) -> str:
 
 def memory_of(message: Message) -> int:
     """Return the bytes of memory that the blocks of a message take."""
-    return sum(_memory_of(dump_block(block)) for block in message.blocks)
+    size = 0
+    for block in message.blocks:
+        if isinstance(block, Text) and not block.extra:  # nearly all blocks
+            size += PLAIN + sys.getsizeof(block.text)
+        else:
+            size += _memory_of(dump_block(block))
+    return size
 
 
 def _memory_of(value: object) -> int:

@@ -122,10 +122,10 @@ class Turn:
     @property
     def answered(self) -> bool:
         """Whether the reply has more than thinking and white space."""
+        if self.text.strip():
+            return True
         silent = (Text, Thinking, RedactedThinking)
-        return any(not isinstance(block, silent) for block in self.reply.blocks) or bool(
-            self.text.strip()
-        )
+        return any(not isinstance(block, silent) for block in self.reply.blocks)
 
     @property
     def size(self) -> int:
