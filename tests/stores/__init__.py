@@ -1,0 +1,1 @@
+"""One contract that every store keeps, and what is SQLite's own."""

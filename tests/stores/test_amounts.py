@@ -1,0 +1,242 @@
+"""How much owners have and spend, and the clock."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from tests.stores.support import (
+    DAY,
+    SECONDS,
+    Clock,
+    costing,
+    done,
+    entry,
+    failed,
+    found,
+    header,
+    loaded,
+    names,
+    tokens_spent,
+    whole,
+)
+from tests.support.pieces import Thinking
+from wsserver.content import Usage
+from wsserver.errors import Code
+from wsserver.prices import Spent
+from wsserver.protocol import UsageCounts
+from wsserver.stores import Store
+from wsserver.stores.base import (
+    Entry,
+    Held,
+    day_of,
+)
+
+pytestmark = pytest.mark.slow
+
+
+async def test_an_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
+    assert await store.held("me") == Held(0, 0)
+    await store.commit([whole(header("1"), "x" * 10_000), whole(header("2"), Thinking("é" * 1000))])
+    first = await store.held("me")
+    assert 12_000 < first.bytes < 17_000
+    assert first.conversations == 1
+    await store.commit(
+        [
+            whole(header("3", "d"), "x" * 1000),
+            whole(header("4", None), "x" * 5000),
+            whole(header("1", owner="you"), "x"),
+        ]
+    )
+    held = await store.held("me")
+    assert first.bytes + 6000 < held.bytes < first.bytes + 11_000
+    assert held.conversations == 2
+    assert (await store.held("you")).conversations == 1
+    await store.commit([whole(header("1"), "x" * 10_000)])  # once more
+    assert await store.held("me") == held
+    await store.delete("c", "me")
+    await store.purge(1e12)
+    left = await store.held("me")
+    assert 1000 < left.bytes < 4000
+    assert left.conversations == 1
+    await store.delete("d", "me")
+    assert await store.held("me") == Held(0, 0)
+
+
+async def test_the_conversation_used_last_is_first_though_the_clock_was_set_back(
+    store: Store, clock: Clock
+) -> None:
+    for name in "abc":
+        clock.now += 1
+        await store.commit([whole(header(name, name))])
+    clock.now -= 3600
+    await store.commit([whole(header("b2", "b"))])
+    await store.commit([whole(header("d", "d"))])
+    assert await names(store) == ["d", "b", "c", "a"]
+    summaries = {summary.id: summary for summary in await store.list("me", 10, None)}
+    assert (summaries["b"].created, summaries["b"].updated) == (1002.0, 1002.0)
+    assert summaries["d"].updated == clock.now
+    page = await store.list("me", 1, summaries["d"].place)
+    assert [summary.id for summary in page] == ["b"]
+
+
+async def test_conversations_that_were_not_used_for_long_are_told(
+    store: Store, clock: Clock
+) -> None:
+    for name in "abc":
+        await store.commit([whole(header(name, name, owner=f"of {name}"))])
+        clock.now += 10
+    await store.commit([whole(header("a2", "a", owner="of a"))])
+    assert await store.idle(1000.0, 10) == []
+    assert await store.idle(1025.0, 10) == [("of b", "b"), ("of c", "c")]
+    assert await store.idle(1025.0, 1) == [("of b", "b")]
+    assert {owner for owner, _ in await store.idle(1e9, 10)} == {"of a", "of b", "of c"}
+
+
+async def test_a_probe_changes_nothing(store: Store) -> None:
+    await store.commit([whole(header())])
+    await store.probe()
+    assert await found(store) == ["Hi."]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "day"),
+    [(0.0, 0), (DAY - 0.1, 0), (DAY, 1), (-0.1, -1), (1_700_000_000.5, 19675)],
+)
+def test_a_day_is_one_in_utc(seconds: float, day: int) -> None:
+    assert day_of(seconds) == day
+    assert type(day_of(seconds)) is int
+
+
+async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
+    store: Store, clock: Clock
+) -> None:
+    assert await tokens_spent(store, "me", 0) == 0
+    await store.commit(
+        [
+            whole(header("1"), terminal=costing(10)),
+            whole(header("2", None), terminal=costing(200)),
+            whole(header("2", None, owner="you"), terminal=costing(3000)),
+            whole(header("2", None, began=501.0), terminal=costing(40_000)),
+            whole(header("3"), terminal=failed(Code.OVERLOADED)),
+        ]
+    )
+    clock.now = DAY - 1
+    await store.commit([whole(header("4"), terminal=costing(500_000))])
+    clock.now = DAY
+    await store.commit([whole(header("5"), terminal=costing(7))])
+    assert [await tokens_spent(store, "me", day) for day in (-1, 0, 1, 2)] == [0, 540_210, 7, 0]
+    assert [await tokens_spent(store, "you", day) for day in (0, 1)] == [3000, 0]
+    assert await tokens_spent(store, "nobody", 0) == 0
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+async def test_a_reply_is_counted_when_it_ends_and_not_before(store: Store, clock: Clock) -> None:
+    await store.commit([entry(header(), True, 0, ["a"])])
+    await store.commit([entry(header(), False, 1, ["b"])])
+    assert await tokens_spent(store, "me", 0) == 0
+    clock.now = DAY
+    await store.commit([entry(header(), False, 2, ["c"], costing(10))])
+    assert [await tokens_spent(store, "me", day) for day in (0, 1)] == [0, 10]
+
+
+@pytest.mark.parametrize("conversation", ["c", None])
+async def test_what_is_committed_again_is_counted_once(
+    store: Store, clock: Clock, conversation: str | None
+) -> None:
+    asked = header(conversation=conversation)
+    first = whole(asked, terminal=costing(10))
+    end = entry(asked, False, 1, [], costing(10))
+    for batch in ([first], [first, first], [end], [first, end]):
+        await store.commit(batch)
+        assert await tokens_spent(store, "me", 0) == 10
+    clock.now = DAY
+    await store.purge(0.0)
+    await store.commit([end])
+    assert [await tokens_spent(store, "me", day) for day in (0, 1)] == [10, 0]
+
+
+@pytest.mark.parametrize("repeated", [entry(header(), False, 1, [], done()), whole(header())])
+async def test_to_delete_a_conversation_gives_no_tokens_back(
+    store: Store, clock: Clock, repeated: Entry
+) -> None:
+    await store.commit([whole(header()), whole(header("h"))])
+    assert await tokens_spent(store, "me", 0) == 16
+    assert await store.delete("c", "me")
+    assert await tokens_spent(store, "me", 0) == 16
+    await store.commit([repeated])  # as nobody knew that it was saved
+    assert await tokens_spent(store, "me", 0) == 16
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+async def test_a_reply_that_ends_after_its_conversation_was_deleted_is_counted(
+    store: Store, clock: Clock
+) -> None:
+    await store.commit([entry(header(), True, 0, ["a"])])
+    assert await store.delete("c", "me")
+    for _ in range(2):
+        await store.commit([entry(header(), False, 1, ["b"], done())])
+        assert await tokens_spent(store, "me", 0) == 8
+    assert await names(store) == []
+
+
+async def test_a_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
+    asked = header(conversation=None)
+    await store.commit([whole(asked), whole(header("h"))])
+    await store.purge(1e12)
+    assert await found(store) is None
+    await store.commit([entry(asked, False, 1, [], done())])
+    assert await tokens_spent(store, "me", 0) == 16
+
+
+async def test_a_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Clock) -> None:
+    await store.commit([whole(header("1"))])
+    clock.now = DAY
+    await store.purge(1e12)
+    assert await tokens_spent(store, "me", 0) == 8
+    clock.now = 91 * DAY
+    await store.commit([whole(header("2"))])
+    await store.purge(0.0)
+    assert [await tokens_spent(store, "me", day) for day in (0, 91)] == [0, 8]
+
+
+async def test_what_costs_more_than_can_be_is_counted_as_far_as_can_be(
+    store: Store, clock: Clock
+) -> None:
+    huge = Usage(input_tokens=10**30, cache_read_input_tokens=10**30)
+    terminal = done().model_copy(update={"usage": UsageCounts.of(huge)})
+    await store.commit([whole(header(str(number)), terminal=terminal) for number in range(3)])
+    assert await tokens_spent(store, "me", 0) == 3 * 10**12
+
+
+async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> None:
+    async def converse(name: str) -> None:
+        for number in range(5):
+            asked = header(f"{name}{number}", name)
+            await store.commit([entry(asked, True, 0, ["a"])])
+            await store.commit([entry(asked, False, 1, ["b"], done())])
+            assert await found(store, f"{name}{number}") == ["a", "b"]
+
+    async with asyncio.timeout(SECONDS):
+        await asyncio.gather(*(converse(name) for name in "abcdefgh"))
+    assert sorted(await names(store)) == list("abcdefgh")
+    for name in "abcdefgh":
+        turns = (await loaded(store, name)).turns
+        assert [(turn.id, turn.text) for turn in turns] == [(f"{name}{n}", "ab") for n in range(5)]
+
+
+async def test_a_store_can_be_closed_twice(store: Store) -> None:
+    await store.close()
+    await store.close()
+
+
+@pytest.mark.usefixtures("clock")
+async def test_money_is_counted_by_the_price_of_the_model(store: Store) -> None:
+    usage = UsageCounts.of(Usage(100, 10, 1000, 10_000))
+    for name, model in (("1", "claude-sonnet-4-6"), ("2", "claude-opus-5"), ("3", "demo")):
+        terminal = done().model_copy(update={"usage": usage})
+        await store.commit([whole(replace(header(name), model=model), terminal=terminal)])
+    tokens = 100 + 10 + 1250 + 1000
+    sonnet = 100 * 3 + 10 * 15 + 1000 * 3.75 + 10_000 * 0.3
+    opus = 100 * 5 + 10 * 25 + 1000 * 6.25 + 10_000 * 0.5
+    assert await store.spent("me", 0) == Spent(3 * tokens, int(sonnet + opus))

@@ -1,0 +1,314 @@
+"""What goes wrong in a SQLite file."""
+
+# ruff: noqa: ASYNC240 - the files are small, and nothing else is in the way of waiting for them
+
+import asyncio
+import random
+import sqlite3
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.stores.support import (
+    SECONDS,
+    ask,
+    entry,
+    found,
+    header,
+    load,
+    names,
+    query,
+    refused,
+    whole,
+)
+from tests.support.puppet import until
+from wsserver.errors import ConfigError, StoreError
+from wsserver.stores import sqlite
+from wsserver.stores.base import (
+    Unsavable,
+)
+from wsserver.stores.sqlite import SqliteStore
+
+pytestmark = pytest.mark.slow
+
+
+async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: SqliteStore) -> None:
+    await file.commit([entry(header(), True, 0, ["Hi."]), whole(header("o", None))])
+    ((pages,),) = await ask(file._writer, "PRAGMA page_count")
+    await ask(file._writer, f"PRAGMA max_page_count = {pages + 2}")
+    batch = [
+        entry(header(), False, 1, ["more"]),
+        *(whole(header(f"h{number}", f"d{number}"), "x" * 5000) for number in range(20)),
+    ]
+    for _ in range(2):
+        with pytest.raises(StoreError, match="full"):
+            await file.commit(batch)
+        assert await found(file) == ["Hi."]
+        assert await names(file) == ["c"]
+        assert await found(file, "h0") is None
+        assert query(file._path, "SELECT tokens FROM spent") == [(8,)]
+    await file.commit([entry(header(), False, 1, ["little"])])  # for which there is room
+    assert await found(file) == ["Hi.", "little"]
+    await ask(file._writer, "PRAGMA max_page_count = 1000000")
+    await file.commit(batch[1:])
+    assert len(await names(file)) == 21
+    assert await found(file, "h19") == ["x" * 5000]
+
+
+async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: SqliteStore) -> None:
+    bad = whole(header("h"), "half a pair: \ud800")
+    with pytest.raises(Unsavable) as raised:
+        await file.commit([whole(header()), bad, whole(header("i"))])
+    assert raised.value.entry is bad
+    assert "half" not in str(raised.value)
+    assert await names(file) == []
+    await file.commit([whole(header())])
+    assert await names(file) == ["c"]
+
+
+async def test_no_text_that_cannot_be_asked_for_is_another_error(file: SqliteStore) -> None:
+    for attempt in (
+        lambda: file.find("\ud800", "me"),
+        lambda: load(file, "\ud800", "me", 1),
+        lambda: file.list("\ud800", 1, None),
+        lambda: file.rename("\ud800", "me", "x"),
+        lambda: file.delete("\ud800", "me"),
+        lambda: file.spent("\ud800", 0),
+    ):
+        with pytest.raises(StoreError):
+            await attempt()
+    assert await names(file) == []
+
+
+async def all_that_can_be_asked(store: SqliteStore) -> int:
+    """Ask a store in a broken file for everything, and return how much of it failed."""
+    failures = 0
+    for attempt in (
+        lambda: store.find("g3", "me"),
+        lambda: store.find("g9", "me"),
+        lambda: load(store, "c3", "me", 100),
+        lambda: load(store, "c3", "me", 2, 50),
+        lambda: store.list("me", 100, None),
+        lambda: store.rename("c3", "me", "New"),
+        lambda: store.commit([whole(header(f"n{number}", f"c{number}")) for number in range(9)]),
+        lambda: store.delete("c5", "me"),
+        lambda: store.purge(1e12),
+        lambda: store.spent("me", 0),
+    ):
+        try:
+            await attempt()
+        except StoreError:
+            failures += 1
+    return failures
+
+
+async def test_a_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    for turn in range(3):
+        await store.commit(
+            [
+                whole(header(f"g{turn * 10 + n}", f"c{n}" if turn else None), "text " * 100, "🎈")
+                for n in range(10)
+            ]
+        )
+    await store.close()
+    content = path.read_bytes()
+    page = 4096
+    assert len(content) > 10 * page
+    chance = random.Random(5)
+    breakages: list[tuple[int, bytes]] = []
+    for start in range(page, len(content), page):
+        breakages += [(start, bytes(page)), (start, b"\xff" * page)]
+        breakages += [(start, chance.randbytes(page)), (start + 8, chance.randbytes(40))]
+    for _ in range(40):  # and single bytes, by which one kind of value becomes another
+        breakages.append((chance.randrange(page, len(content)), chance.randbytes(1)))
+    failures = 0
+    async with asyncio.timeout(2 * SECONDS):
+        for number, (start, rubbish) in enumerate(breakages):
+            broken = path.with_name(f"{number}.db")
+            broken.write_bytes(content[:start] + rubbish + content[start + len(rubbish) :])
+            store = SqliteStore(broken)
+            try:
+                await store.open()
+            except ConfigError:
+                failures += 1
+            else:
+                failures += await all_that_can_be_asked(store)
+            await store.close()
+    assert failures > len(breakages) / 2
+
+
+async def test_a_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.close()
+    path.write_bytes(path.read_bytes().replace(b"WITHOUT ROWID", b"WITHOUT R\xffWID"))
+    assert str(path) in await refused(store)
+
+
+@pytest.mark.parametrize("size", [0, 50, 4096, 3 * 4096 + 17])
+async def test_a_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
+    path: Path, size: int
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}", f"c{n}"), "text " * 100) for n in range(10)])
+    await store.close()
+    with path.open("r+b") as file:
+        file.truncate(size)
+    try:
+        await store.open()
+    except ConfigError:
+        assert size
+    else:
+        assert bool(await all_that_can_be_asked(store)) == bool(size)
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "fails"),
+    [
+        ('UPDATE generation SET prompt = \'{"prompt": "secret\'', "both"),
+        ('UPDATE generation SET prompt = \'{"prompt": ["secret"]}\'', "both"),
+        ('UPDATE generation SET prompt = \'{"prompt": "", "system": "secret"}\'', "find"),
+        ("UPDATE generation SET prompt = '[\"secret\"]'", "both"),
+        ("UPDATE generation SET prompt = x'ff'", "both"),
+        ("UPDATE generation SET prompt = 5", "both"),
+        ('UPDATE generation SET terminal = \'{"type": "secret"}\'', "both"),
+        ("UPDATE generation SET terminal = '[]'", "both"),
+        ("UPDATE generation SET text = 'secret'", "find"),
+        ("UPDATE generation SET text = CAST(x'736563726574ff' AS TEXT)", "both"),
+        ("UPDATE generation SET lengths = '[3, \"secret\"]'", "find"),
+        ("UPDATE generation SET lengths = '{\"secret\": 1}'", "find"),
+        ("UPDATE generation SET lengths = '[3'", "find"),
+        ("UPDATE generation SET lengths = '[1, 1]'", "find"),
+        ("UPDATE generation SET lengths = '[3, -5]'", "find"),
+        ("UPDATE generation SET lengths = x'ff'", "find"),
+        ("UPDATE generation SET thinking = 'secret'", "both"),
+        ("UPDATE generation SET thinking = 5", "both"),
+        ("DROP TABLE generation", "both"),
+        ("UPDATE piece SET texts = '[\"secret'", "both"),
+        ('UPDATE piece SET texts = \'[["secret", "secret"]]\'', "both"),
+        ("UPDATE piece SET texts = '[\"secret\", []]'", "both"),
+        ("UPDATE piece SET texts = '\"secret\"'", "both"),
+        ("UPDATE piece SET texts = x'ff'", "both"),
+        ("UPDATE piece SET texts = CAST(x'736563726574ff' AS TEXT)", "both"),
+        ("UPDATE piece SET texts = 5", "both"),
+        ("UPDATE piece SET after = 'secret'", "both"),
+        ("UPDATE piece SET after = 0.5", "both"),
+        ("DROP TABLE piece", "both"),
+    ],
+)
+async def test_damage_is_an_error_that_does_not_tell_what_was_said(
+    path: Path, damage: str, fails: str
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    running = "piece" in damage
+    await store.commit([entry(header(), True, 0, ["Hi."]) if running else whole(header())])
+    query(path, damage)
+    attempts: dict[str, Callable[[], Awaitable[object]]] = {
+        "find": lambda: store.find("g", "me"),
+        "load": lambda: load(store, "c", "me", 10),
+    }
+    for name, attempt in attempts.items():
+        if fails not in {name, "both"}:
+            await attempt()
+            continue
+        with pytest.raises(StoreError) as raised:
+            await attempt()
+        assert "secret" not in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert raised.value.__cause__ is None
+        assert raised.value.__suppress_context__
+    assert await names(store) == ["c"]
+    await store.close()
+
+
+async def test_a_closed_store_fails(file: SqliteStore) -> None:
+    await file.close()
+    assert await all_that_can_be_asked(file) == 10
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+async def test_a_file_that_is_gone_fails_what_would_be_written_to_it(
+    path: Path, suffix: str, how: str
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header())])
+    file, aside = Path(f"{path}{suffix}"), path.with_name("aside")
+    file.rename(aside)
+    if how == "replaced":
+        file.write_bytes(aside.read_bytes())
+    for attempt in (
+        store.probe,
+        lambda: store.commit([whole(header("h"))]),
+        lambda: store.rename("c", "me", "New"),
+        lambda: store.delete("c", "me"),
+        lambda: store.purge(1e12),
+    ):
+        with pytest.raises(StoreError, match="was deleted or replaced"):
+            await attempt()
+    assert await found(store) == ["Hi."]
+    aside.rename(file)
+    await store.probe()
+    await store.commit([whole(header("h"))])
+    await store.close()
+    assert len(query(path, "SELECT * FROM generation")) == 2
+
+
+async def test_a_damaged_file_is_refused_at_the_start(path: Path) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}"), "x" * 10_000) for n in range(100)])
+    await store.close()
+    content = bytearray(path.read_bytes())
+    for start in range(30 * 4096, len(content) - 4096, 3 * 4096):
+        content[start : start + 4096] = b"\xa5" * 4096
+    path.write_bytes(content)
+    message = await refused(store)
+    assert "is damaged" in message
+    assert ".recover" in message
+
+
+async def test_a_large_file_is_checked_while_it_is_used(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}"), "x" * 10_000) for n in range(100)])
+    await store.close()
+    monkeypatch.setattr(sqlite, "CHECKED_AT_ONCE", 100_000)
+    await store.open()
+    await store.probe()
+    await store.close()
+    content = bytearray(path.read_bytes())
+    for start in range(30 * 4096, len(content) - 4096, 3 * 4096):
+        content[start : start + 4096] = b"\xa5" * 4096
+    path.write_bytes(content)
+    try:
+        await store.open()
+        await until(lambda: "the store is damaged" in caplog.text)
+        with pytest.raises(StoreError, match="damaged"):
+            await store.probe()
+    finally:
+        await store.close()
+
+
+async def test_damage_that_a_read_meets_is_told_by_the_probe(file: SqliteStore) -> None:
+    await file.probe()
+
+    def meet(database: sqlite3.Connection) -> None:
+        error = sqlite3.DatabaseError("database disk image is malformed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT_VTAB
+        raise error
+
+    assert file._reader is not None
+    with pytest.raises(StoreError, match="malformed"):
+        await file._reader.transact(meet, "BEGIN")
+    with pytest.raises(StoreError, match="damaged"):
+        await file.probe()

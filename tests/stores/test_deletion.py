@@ -1,0 +1,205 @@
+"""What is deleted is gone from the SQLite file."""
+
+# ruff: noqa: ASYNC240 - the files are small, and nothing else is in the way of waiting for them
+
+import asyncio
+import contextlib
+import itertools
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from tests.stores.support import (
+    SECONDS,
+    done,
+    entry,
+    header,
+    load,
+    loaded,
+    names,
+    query,
+    trace,
+    whole,
+)
+from tests.support.pieces import Thinking
+from wsserver.errors import StoreError
+from wsserver.stores import fair, sqlite
+from wsserver.stores.base import (
+    Forgotten,
+)
+from wsserver.stores.sqlite import SqliteStore
+
+pytestmark = pytest.mark.slow
+
+
+def traces_in(path: Path, word: bytes) -> list[str]:
+    """Return the files beside a database in which a word is."""
+    return [file.name for file in path.parent.glob("chat.db*") if word in file.read_bytes()]
+
+
+@pytest.mark.parametrize("size", [1, 300, 3000, 100_000])
+async def test_deleted_text_is_in_none_of_the_files(
+    file: SqliteStore, path: Path, size: int
+) -> None:
+    def said(number: int, word: str) -> str:
+        return f"{word}{number} ".rjust(size, "x")
+
+    for number in range(60):
+        conversation = "secret" if number % 3 else "kept"
+        word = "Geheimnis" if number % 3 else "Bekanntes"
+        asked = header(f"g{number}", conversation, prompt=said(number, word))
+        await file.commit([entry(asked, True, 0, [said(number, word)])])
+        await file.commit(
+            [entry(asked, False, 1, [Thinking(said(number, word)), said(number, word)], done())]
+        )
+    await file.rename("secret", "me", "Geheimnis")
+    await file.commit([whole(header("o", None, prompt="Geheimnis?"), "Geheimnis.")])
+    assert traces_in(path, b"Geheimnis")
+    assert await file.delete("secret", "me")
+    await file.purge(1e12)
+    assert traces_in(path, b"Geheimnis") == []
+    assert traces_in(path, b"Bekanntes")
+    assert len((await loaded(file, "kept")).turns) == 20
+
+
+async def test_deleted_text_goes_from_the_wal_when_nobody_reads_it_any_more(
+    file: SqliteStore, path: Path
+) -> None:
+    await file.commit([whole(header(), "Geheimnis")])
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT * FROM generation").fetchall()
+    assert await file.delete("c", "me")
+    assert traces_in(path, b"Geheimnis")  # the other program still may ask for it
+    other.execute("COMMIT")
+    other.close()
+    await file.purge(0.0)
+    assert traces_in(path, b"Geheimnis") == []
+
+
+async def test_delete_does_not_wait_for_another_program_that_reads_the_file(path: Path) -> None:
+    store = SqliteStore(path, timeout=3600.0)
+    await store.open()
+    await store.commit([whole(header(), "Geheimnis")])
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM generation").fetchall()
+        try:
+            async with asyncio.timeout(SECONDS):
+                assert await store.delete("c", "me")
+                await store.purge(0.0)
+                await store.commit([whole(header("g2"), "x")])
+        finally:
+            other.execute("COMMIT")
+    await store.close()
+
+
+async def test_a_large_conversation_is_deleted_in_steps_between_which_others_write(
+    file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "DELETED_AT_ONCE", 50_000)
+    monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 7)
+    await file.commit([whole(header(f"g{n}"), "x" * 1000) for n in range(20)])
+    await file.commit([whole(header(f"h{n}"), "x" * 30_000) for n in range(6)])
+    statements = await trace(file._writer)
+    deleting = asyncio.ensure_future(file.delete("c", "me"))
+    writing = [asyncio.ensure_future(file.commit([whole(header(f"o{n}", "o"))])) for n in range(3)]
+    assert await deleting
+    await asyncio.gather(*writing)
+    kinds = {"DELETE FROM generation": "step", "INSERT INTO counted": "commit"}
+    found = [kind for said in statements for word, kind in kinds.items() if said.startswith(word)]
+    order = [kind for kind, _ in itertools.groupby(found)]
+    assert order[:3] == ["step", "commit", "step"]
+    assert await names(file) == ["o"]
+
+
+async def test_deletes_at_once_empty_the_wal_together_and_none_is_refused(
+    file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fair, "MOST_WAITING", 30)
+    owners = ["me", "you", "they"]
+    for owner in owners:
+        await file.commit(
+            [
+                whole(header(f"g{n}", f"c{n}", prompt="Geheimnis", owner=owner))
+                for n in range(fair.MOST_WAITING)
+            ]
+        )
+    statements = await trace(file._writer)
+    deletes = [file.delete(f"c{n}", owner) for n in range(30) for owner in owners]
+    deleting = [asyncio.ensure_future(delete) for delete in deletes]
+    await asyncio.wait(deleting, timeout=0)
+    writing = asyncio.ensure_future(file.commit([whole(header("o", "o"))]))
+    assert all(await asyncio.gather(*deleting))
+    await writing
+    order = [
+        kind
+        for said in statements
+        for word, kind in {"PRAGMA wal": "empty", "INSERT INTO counted": "commit"}.items()
+        if said.startswith(word)
+    ]
+    assert order.count("empty") <= 30 + 2
+    assert order.index("commit") <= 2
+    assert traces_in(path, b"Geheimnis") == []
+
+
+async def test_a_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header(f"g{n}")) for n in range(5)])
+    await store.commit([whole(header("h", "d"))])
+    monkeypatch.setattr(store, "_erase", None)
+    steps = 0
+    delete_some = sqlite._delete_some
+
+    def dies(database: sqlite3.Connection, owner: str, conversation: str) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            raise sqlite3.OperationalError("the process dies here")
+        return delete_some(database, owner, conversation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "_delete_some", dies)
+        with pytest.raises(StoreError):
+            await store.delete("c", "me")
+    assert await names(store) == ["d"]
+    assert await load(store, "c", "me", 10) is None
+    await store.close()
+    await store.open()
+    assert await names(store) == ["d"]
+    assert len(query(path, "SELECT * FROM generation")) == 1
+    assert isinstance(await store.find("g4", "me"), Forgotten)
+    await store.close()
+
+
+async def test_a_turn_that_is_accepted_after_half_a_delete_is_kept(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SqliteStore(path)
+    await store.open()
+    await store.commit([whole(header("1"), "one")])
+    query(path, "INSERT INTO deleting VALUES ('me', 'c')")
+    await store.commit([whole(header("2"), "two")])
+    await store.close()
+    await store.open()
+    assert [turn.text for turn in (await loaded(store)).turns] == ["one", "two"]
+    await store.close()
+
+
+@pytest.mark.parametrize("size", [1, 100, 2000, 50_000])
+async def test_what_an_owner_has_is_about_what_it_takes_on_the_disk(
+    file: SqliteStore, path: Path, size: int
+) -> None:
+    count = max(40, 400_000 // size // 10)
+    for number in range(count):
+        pieces = [f"{word} " for word in ("x" * size).replace("xxxxx", "xxxx ").split()]
+        name = f"generation-{number:012}"
+        await file.commit([whole(header(name, f"conversation-{number % 20:010}"), *pieces)])
+    await file._erase()
+    held, taken = (await file.held("me")).bytes, path.stat().st_size
+    assert 0.6 < held / (taken - 90_000) < 1.6, (held, taken)

@@ -1,0 +1,158 @@
+"""The store in memory: what it counts, and what it drops."""
+
+import random
+import tracemalloc
+from typing import Any
+
+import pytest
+
+from tests.stores.support import (
+    DAY,
+    Clock,
+    done,
+    entry,
+    found,
+    header,
+    loaded,
+    names,
+    tokens_spent,
+    trace_of,
+    whole,
+)
+from wsserver.limits import Memory
+from wsserver.stores import MemoryStore
+from wsserver.stores.base import (
+    Forgotten,
+)
+
+pytestmark = pytest.mark.slow
+
+
+async def test_memory_drops_the_conversation_that_was_idle_for_longest() -> None:
+    store = MemoryStore(2)
+    await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
+    await store.commit([entry(header("3", "a"), True, 0, ["x"])])
+    await store.commit([whole(header("4", None))])  # is in no conversation, and counts as none
+    await store.commit([whole(header("5", "c"))])
+    assert sorted(await names(store)) == ["a", "c"]
+    assert await found(store, "2") is None
+    await store.commit([entry(header("3", "a"), False, 1, ["y"])])  # is not idle either
+    await store.commit([whole(header("6", "d"))])
+    assert sorted(await names(store)) == ["a", "d"]
+    assert await found(store, "3") == ["x", "y"]
+    assert await found(store, "4") == ["Hi."]
+
+
+async def test_memory_drops_a_conversation_and_not_another_owners_of_the_same_id() -> None:
+    store = MemoryStore(2)
+    await store.commit([whole(header()), whole(header(owner="you")), whole(header("h", "d"))])
+    assert await names(store) == ["d"]
+    assert await names(store, "you") == ["c"]
+    assert (await found(store), await found(store, owner="you")) == (None, ["Hi."])
+
+
+async def test_memory_drops_what_is_said_in_a_conversation_that_it_dropped() -> None:
+    store = MemoryStore(1)
+    await store.commit([entry(header("1", "a"), new=True), entry(header("2", "b"), new=True)])
+    await store.commit([entry(header("1", "a"), False, 0, ["x"], done())])
+    assert await names(store) == ["b"]
+    assert await found(store, "1") is None
+
+
+async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
+    store = MemoryStore(1)
+    for day in range(5):
+        clock.now = day * DAY
+        await store.commit([whole(header(f"{day} {name}", name)) for name in "ab"])
+        await store.purge(0.0)
+        assert await tokens_spent(store, "me", day) == 16
+    assert [await tokens_spent(store, "me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
+    assert sorted(store._spent) == [3, 4]
+
+
+async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
+    store = MemoryStore(memory=Memory(100_000))
+    for name in "abc":
+        await store.commit([whole(header(name, name), "x" * 20_000)])
+    await store.commit([whole(header("o", None), "x" * 20_000)])
+    assert await names(store) == ["c", "b", "a"]
+    await store.commit([whole(header("a2", "a"), "x" * 12_000)])
+    assert await found(store, "o") is None
+    assert await names(store) == ["a", "c", "b"]
+    await store.commit([whole(header("a3", "a"), "x" * 30_000)])
+    assert await names(store) == ["a", "c"]
+    await store.commit([whole(header("a4", "a"), "x" * 90_000)])
+    assert [turn.id for turn in (await loaded(store, "a")).turns] == ["a4"]
+    assert (await loaded(store, "a")).turns[0].number == 4
+    assert isinstance(await store.find("a", "me"), Forgotten)
+    assert store._size < 100_000
+    await store.delete("a", "me")
+    assert (store._size, store._sizes) == (0, {})
+
+
+async def test_memory_counts_what_it_holds_as_it_is() -> None:
+    store = MemoryStore()
+    chance = random.Random(3)
+    for text in ("plain " * 200, "é" * 800, "漢" * 700, "🎈" * 600, "x🎈" * 500):
+        await store.commit([whole(header("warm", "warm"), "x")])
+        tracemalloc.start()
+        before, counted = tracemalloc.get_traced_memory()[0], store._size
+        for number in range(300):
+            name = f"{text[0]}{number}"
+            pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
+            batch = whole(header(name, f"c{chance.randrange(20)}", prompt=text), *pieces)
+            await store.commit([batch])
+            del batch, pieces
+        held = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert 0.8 < (store._size - counted) / held < 1.3, (text[:2], store._size - counted, held)
+
+
+async def test_memory_lists_a_page_without_looking_at_the_other_conversations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    await store.commit([whole(header(f"g{n}", f"c{n}")) for n in range(5000)])
+    looked_at = 0
+
+    class Place:
+        def __call__(self, conversation: Any) -> int:
+            nonlocal looked_at
+            looked_at += 1
+            place: int = conversation.place
+            return place
+
+    monkeypatch.setattr("wsserver.stores.memory._place", Place())
+    page = await store.list("me", 20, None)
+    assert [summary.id for summary in page] == [f"c{n}" for n in range(4999, 4979, -1)]
+    page = await store.list("me", 20, page[-1].place)
+    assert page[0].id == "c4979"
+    await store.commit([whole(header("again", "c7"))])
+    assert looked_at < 50
+
+
+async def test_memory_purges_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsserver.stores.memory.PURGED_AT_ONCE", 2)
+    store = MemoryStore()
+    await store.commit([whole(header(f"g{n}", None)) for n in range(5)])
+    await store.commit([whole(header(f"h{n}")) for n in range(5)])
+    left = []
+    while await store.purge(1e12):
+        left.append(len(store._generations))
+    assert (left, len(store._generations)) == ([8, 6], 5)
+
+
+async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wsserver.stores.memory.ALL_TRACES", 3)
+    store = MemoryStore()
+    for number in range(5):
+        await store.commit([whole(header("g", None, owner=f"o{number}"))])
+        await store.purge(1e12)
+    assert [await trace_of(store, "g", f"o{n}") is None for n in range(5)] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert len(store._traced) == 3
