@@ -5,6 +5,7 @@
 import asyncio
 import random
 import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -286,6 +287,8 @@ async def test_a_large_file_is_checked_while_it_is_used(
     await store.open()
     await store.probe()
     await store.close()
+    # The check of the whole file must not see the damage.
+    await until(lambda: all(t.name != "wsserver-store-check" for t in threading.enumerate()))
     content = bytearray(path.read_bytes())
     for start in range(30 * 4096, len(content) - 4096, 3 * 4096):
         content[start : start + 4096] = b"\xa5" * 4096
