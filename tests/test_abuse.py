@@ -42,7 +42,7 @@ from tests.support.process import run
 from tests.support.puppet import BOUND, until
 from tests.support.upstream import Answer, Hang, Received, Script, Upstream, reply
 from wsserver.limits import SWEEP, Budget, Rates, Shares
-from wsserver.logs import MOST, WINDOW
+from wsserver.logs import MAX_LINES, WINDOW
 from wsserver.prices import NOTHING
 
 pytestmark = pytest.mark.slow
@@ -243,7 +243,7 @@ async def test_strangers_leave_descriptors_for_everybody_else(loop: str) -> None
                 await meanwhile(server, abuse(server))
             # Besides those of the replies of who chats meanwhile.
             others = [line for line in server.log[lines:] if '"event": "generation"' not in line]
-            assert len(others) <= 2 * MOST + 20
+            assert len(others) <= 2 * MAX_LINES + 20
             assert all('"level": "info"' in line for line in others)
 
 
@@ -779,7 +779,7 @@ def left_out(server: Served, name: str) -> int:
 
 async def test_strangers_cannot_fill_the_log(token_file: Path) -> None:
     async def come_and_go(server: Served) -> None:
-        for _ in range(MOST):
+        for _ in range(MAX_LINES):
             async with Peer.websocket(server):
                 pass
             async with Peer.open(server) as peer:
@@ -793,11 +793,11 @@ async def test_strangers_cannot_fill_the_log(token_file: Path) -> None:
         windows = 2 + (time.monotonic() - began) // WINDOW
         for name in ("connection", "connection refused"):
             written = len(of_strangers(server, name))
-            assert MOST <= written <= windows * MOST, name
+            assert MAX_LINES <= written <= windows * MAX_LINES, name
             async with asyncio.timeout(2 * BOUND):
-                while written + left_out(server, name.replace(" ", "_")) < 10 * MOST:
+                while written + left_out(server, name.replace(" ", "_")) < 10 * MAX_LINES:
                     await server.metrics()
-        assert len(server.log) - lines <= 2 * windows * MOST + 50
+        assert len(server.log) - lines <= 2 * windows * MAX_LINES + 50
         assert max(map(len, server.log[lines:])) < 1500
         # A flood of strangers takes no line of those who say who they are.
         assert any(event.get("principal") == "alice" for event in server.events("connection"))

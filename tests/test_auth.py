@@ -33,7 +33,7 @@ def digest(token: str) -> str:
 # Tokens.
 
 
-async def test_a_token_that_was_made_lets_its_principal_in_and_no_other_does(
+async def test_new_token_authenticates_its_principal_only(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "tokens"
@@ -51,12 +51,12 @@ async def test_a_token_that_was_made_lets_its_principal_in_and_no_other_does(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-async def test_a_person_may_have_several_tokens() -> None:
+async def test_principal_may_have_several_tokens() -> None:
     check = Tokens(f"ada sha256:{digest('one')}, ada sha256:{digest('two')}")
     assert await check("one", HERE) == await check("two", HERE) == Principal("ada")
 
 
-async def test_comments_blank_lines_and_a_missing_last_line_end_are_fine(tmp_path: Path) -> None:
+async def test_file_may_have_comments_blank_lines_and_no_last_line_end(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text(f"# Ours\n\n  ada   sha256:{digest('one')}  # since May")
     tokens.add(path, f"bob sha256:{digest('two')}")
@@ -65,7 +65,7 @@ async def test_comments_blank_lines_and_a_missing_last_line_end_are_fine(tmp_pat
     assert await check("two", HERE) == Principal("bob")
 
 
-async def test_a_token_ends_with_its_last_day() -> None:
+async def test_token_expires_after_its_last_day() -> None:
     check = Tokens(f"ada sha256:{digest('old')} 2020-02-29, ada sha256:{digest('new')} 2999-12-31")
     assert await check("old", HERE) is None
     principal = await check("new", HERE)
@@ -89,7 +89,9 @@ async def test_a_token_ends_with_its_last_day() -> None:
         (f"ok sha256:{digest('x')}\nada {digest('x')}", "entry 2 is not"),
     ],
 )
-def test_a_line_that_is_none_is_said_without_itself(line: str, says: str, tmp_path: Path) -> None:
+def test_error_about_an_invalid_line_does_not_quote_it(
+    line: str, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "t").write_text(line)
     with pytest.raises(ConfigError, match=says) as raised:
         Tokens(path=tmp_path / "t")
@@ -99,27 +101,27 @@ def test_a_line_that_is_none_is_said_without_itself(line: str, says: str, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a,b", "#a", "a#b", "a\n", "a\x1b[2J", "x" * 257])
-def test_a_name_that_a_file_could_not_hold_is_refused(name: str) -> None:
+def test_name_that_does_not_fit_a_file_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="a token's name"):
         tokens.new(name)
 
 
-def test_no_token_is_made_that_lets_nobody_in() -> None:
+def test_too_many_days_are_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be 'anonymous'"):
         tokens.new("anonymous")
 
 
-def test_a_file_that_cannot_be_read_is_one_clear_line(tmp_path: Path) -> None:
+def test_unreadable_file_is_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"token_file: cannot read .*: No such file"):
         Tokens(path=tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"token_file: cannot read .*: it is no text"):
+    with pytest.raises(ConfigError, match=r"token_file: cannot read .*: the file is not text"):
         Tokens(path=tmp_path / "binary")
     with pytest.raises(ConfigError, match=r"cannot write .*: No such file"):
         tokens.add(tmp_path / "none" / "t", "x")
 
 
-async def test_a_file_that_was_broken_meanwhile_changes_nothing(
+async def test_reload_of_an_invalid_file_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "tokens"
@@ -135,7 +137,7 @@ async def test_a_file_that_was_broken_meanwhile_changes_nothing(
     assert await check("two", HERE) == Principal("bob")
 
 
-async def test_tokens_of_both_kinds_can_hold_at_once() -> None:
+async def test_both_kinds_of_tokens_work_together() -> None:
     import jwt
 
     secret = "x" * 32
@@ -151,14 +153,14 @@ async def test_tokens_of_both_kinds_can_hold_at_once() -> None:
     await close(check)
 
 
-def test_nobody_is_asked_where_nothing_is_set() -> None:
+def test_no_settings_make_no_authenticator() -> None:
     assert make(wsserver.Settings.load()) is None
 
 
 # The command line.
 
 
-async def test_the_command_line_makes_tokens(tmp_path: Path) -> None:
+async def test_command_line_makes_tokens(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     async with run("-m", "wsserver", "token", "new", "ada", "--file", str(path)) as process:
         made = (await process.line(r"^(wss_\S+)$"))[1]
@@ -191,7 +193,7 @@ async def entered(server: wsserver.Server, token: str) -> AsyncIterator[Client]:
         yield chat
 
 
-async def test_a_program_says_it_with_the_handshake(puppet: Puppet) -> None:
+async def test_token_in_the_handshake_authenticates(puppet: Puppet) -> None:
     async with serving(puppet) as server:
         async with client(server, additional_headers={"Authorization": "Bearer ada-token"}) as chat:
             assert (await chat.prompt())["type"] == "start"
@@ -203,14 +205,14 @@ async def test_a_program_says_it_with_the_handshake(puppet: Puppet) -> None:
         assert raised.value.response.status_code == 401
 
 
-async def test_a_browser_says_it_with_its_first_frame(puppet: Puppet) -> None:
+async def test_token_in_the_first_frame_authenticates(puppet: Puppet) -> None:
     async with serving(puppet) as server, client(server) as chat:
         await chat.send({"type": "auth", "token": "ada-token"})
         assert await chat.receive() == {"type": "authenticated", "principal": "ada"}
         assert (await chat.prompt())["type"] == "start"
 
 
-async def test_what_follows_at_once_waits_for_the_answer(puppet: Puppet) -> None:
+async def test_frames_right_after_auth_wait_for_its_answer(puppet: Puppet) -> None:
     asked: asyncio.Queue[str | None] = asyncio.Queue()
     answer = asyncio.Event()
 
@@ -233,7 +235,7 @@ async def test_what_follows_at_once_waits_for_the_answer(puppet: Puppet) -> None
             assert types == ["authenticated", "start", "conversations"]
 
 
-async def test_a_stop_overtakes_the_answer(puppet: Puppet) -> None:
+async def test_stop_right_after_auth_does_not_wait(puppet: Puppet) -> None:
     answer = asyncio.Event()
 
     async def slow(token: str | None, _: Handshake) -> Principal | None:
@@ -263,7 +265,7 @@ async def test_a_stop_overtakes_the_answer(puppet: Puppet) -> None:
         {"type": "delete", "conversation": ID},
     ],
 )
-async def test_nothing_is_had_before_it(puppet: Puppet, frame: dict[str, Any]) -> None:
+async def test_frames_before_auth_are_refused(puppet: Puppet, frame: dict[str, Any]) -> None:
     async with serving(puppet) as server, client(server) as chat:
         await chat.send(frame)
         error = await chat.next("error")
@@ -277,7 +279,7 @@ async def test_nothing_is_had_before_it(puppet: Puppet, frame: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("token", ["bad", "ada-token ", "x" * 8192])
-async def test_a_bad_one_ends_the_socket(puppet: Puppet, token: str) -> None:
+async def test_invalid_token_closes_the_socket(puppet: Puppet, token: str) -> None:
     async with serving(puppet) as server, client(server) as chat:
         await chat.send({"type": "auth", "token": token})
         await chat.send({"prompt": "Hello"})
@@ -290,7 +292,7 @@ async def test_a_bad_one_ends_the_socket(puppet: Puppet, token: str) -> None:
         assert puppet.replies == []
 
 
-async def test_who_never_says_it_is_closed_on(puppet: Puppet) -> None:
+async def test_socket_without_auth_is_closed_after_auth_timeout(puppet: Puppet) -> None:
     async with serving(puppet, auth_timeout=0.05) as server:
         async with client(server) as chat, entered(server, "ada-token") as other:
             closed = await chat.closed()
@@ -300,7 +302,7 @@ async def test_who_never_says_it_is_closed_on(puppet: Puppet) -> None:
             await other.quiet()
 
 
-async def test_a_token_that_ends_ends_the_socket_but_one_that_is_renewed_does_not(
+async def test_expired_token_closes_the_socket_unless_renewed(
     puppet: Puppet,
 ) -> None:
     async def until_then(token: str | None, _: Handshake) -> Principal | None:
@@ -324,7 +326,7 @@ async def test_a_token_that_ends_ends_the_socket_but_one_that_is_renewed_does_no
         assert (await renewed.next("start"))["id"] == start["id"]
 
 
-async def test_a_socket_cannot_pass_to_another_principal(puppet: Puppet) -> None:
+async def test_socket_cannot_change_its_principal(puppet: Puppet) -> None:
     async with serving(puppet) as server, entered(server, "ada-token") as chat:
         for token in ("bob-token", "nonsense"):
             await chat.send({"type": "auth", "token": token})
@@ -333,12 +335,14 @@ async def test_a_socket_cannot_pass_to_another_principal(puppet: Puppet) -> None
         assert (await chat.next("authenticated"))["principal"] == "ada"
 
 
-async def test_a_server_that_asks_nobody_takes_any(server: wsserver.Server, chat: Client) -> None:
+async def test_server_without_authenticator_accepts_any_auth_frame(
+    server: wsserver.Server, chat: Client
+) -> None:
     await chat.send({"type": "auth", "token": "whatever"})
     assert await chat.receive() == {"type": "authenticated", "principal": "anonymous"}
 
 
-async def test_nobody_can_be_called_anonymous(puppet: Puppet) -> None:
+async def test_no_principal_can_be_named_anonymous(puppet: Puppet) -> None:
     async with serving(puppet, tokens=f"anonymous sha256:{digest('x')}") as server:
         async with client(server) as chat:
             await chat.send({"type": "auth", "token": "x"})
@@ -346,7 +350,7 @@ async def test_nobody_can_be_called_anonymous(puppet: Puppet) -> None:
 
 
 @pytest.mark.parametrize("failure", [Unavailable(), ValueError("secret")])
-async def test_who_it_is_cannot_be_told_now(
+async def test_unavailable_authenticator_is_a_retryable_error(
     puppet: Puppet, failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def failing(token: str | None, _: Handshake) -> Principal | None:
@@ -368,7 +372,7 @@ async def test_who_it_is_cannot_be_told_now(
     assert "secret" not in caplog.text
 
 
-async def test_who_goes_while_it_is_being_found_out_leaves_nothing(puppet: Puppet) -> None:
+async def test_disconnect_during_authentication_leaves_nothing(puppet: Puppet) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
     answered = asyncio.Event()
 
@@ -397,7 +401,7 @@ async def test_who_goes_while_it_is_being_found_out_leaves_nothing(puppet: Puppe
     del reader
 
 
-async def test_a_way_of_ones_own_sees_the_handshake(puppet: Puppet) -> None:
+async def test_custom_authenticator_gets_the_handshake(puppet: Puppet) -> None:
     seen: list[Handshake] = []
 
     async def by_cookie(token: str | None, handshake: Handshake) -> Principal | None:
@@ -419,7 +423,7 @@ async def test_a_way_of_ones_own_sees_the_handshake(puppet: Puppet) -> None:
     "answer",
     [lambda: "ada", lambda: Principal(42), lambda: Principal("")],  # type: ignore[arg-type]
 )
-async def test_one_that_does_not_answer_with_a_principal_is_told_of_in_the_log(
+async def test_result_that_is_no_principal_is_logged(
     puppet: Puppet, answer: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def wrong(token: str | None, _: Handshake) -> Any:
@@ -433,7 +437,7 @@ async def test_one_that_does_not_answer_with_a_principal_is_told_of_in_the_log(
     assert "the authenticator failed failure=TypeError" in caplog.text
 
 
-async def test_a_principal_that_ended_at_the_epoch_has_ended(puppet: Puppet) -> None:
+async def test_principal_that_expired_at_the_epoch_is_expired(puppet: Puppet) -> None:
     async def ended(token: str | None, _: Handshake) -> Principal | None:
         return Principal("ada", expires=0)
 
@@ -444,7 +448,7 @@ async def test_a_principal_that_ended_at_the_epoch_has_ended(puppet: Puppet) -> 
 
 
 @pytest.mark.parametrize("hangs", [True, False])
-async def test_one_that_cannot_be_closed_is_not_in_the_way(puppet: Puppet, *, hangs: bool) -> None:
+async def test_failing_aclose_does_not_block_shutdown(puppet: Puppet, *, hangs: bool) -> None:
     class Stubborn:
         async def __call__(self, token: str | None, _: Handshake, /) -> Principal | None:
             return None
@@ -462,7 +466,7 @@ async def test_one_that_cannot_be_closed_is_not_in_the_way(puppet: Puppet, *, ha
 # What a principal owns.
 
 
-async def test_what_is_one_principals_does_not_exist_for_another(puppet: Puppet) -> None:
+async def test_data_of_one_principal_is_not_found_for_another(puppet: Puppet) -> None:
     async with (
         serving(puppet) as server,
         entered(server, "ada-token") as ada,
@@ -502,7 +506,7 @@ async def test_what_is_one_principals_does_not_exist_for_another(puppet: Puppet)
         assert "secret" not in json.dumps(bob.frames)
 
 
-async def test_two_sockets_of_one_principal_share_all(puppet: Puppet) -> None:
+async def test_sockets_of_one_principal_share_conversations(puppet: Puppet) -> None:
     async with (
         serving(puppet) as server,
         entered(server, "ada-token") as one,
@@ -518,9 +522,7 @@ async def test_two_sockets_of_one_principal_share_all(puppet: Puppet) -> None:
 # Reloading.
 
 
-async def test_a_reload_lets_new_ones_in_and_shuts_out_only_those_that_are_gone(
-    puppet: Puppet, tmp_path: Path
-) -> None:
+async def test_reload_closes_only_sockets_of_removed_tokens(puppet: Puppet, tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     ada, bob = (f"{name} sha256:{digest(name + '-token')}\n" for name in ("ada", "bob"))
     path.write_text(ada + bob)
@@ -547,7 +549,7 @@ async def test_a_reload_lets_new_ones_in_and_shuts_out_only_those_that_are_gone(
         await until(lambda: len(server._endpoint.connections) == 2)
 
 
-async def test_a_reload_can_have_a_token_end_sooner(puppet: Puppet) -> None:
+async def test_reload_can_shorten_a_token(puppet: Puppet) -> None:
     seconds: list[float | None] = [None]
 
     async def lasting(token: str | None, _: Handshake) -> Principal | None:
@@ -566,7 +568,7 @@ async def test_a_reload_can_have_a_token_end_sooner(puppet: Puppet) -> None:
         await undecided.quiet()
 
 
-async def test_who_is_asked_for_while_it_reloads_is_asked_for_again(puppet: Puppet) -> None:
+async def test_authentication_during_a_reload_is_repeated(puppet: Puppet) -> None:
     good = {"ada"}
     asked: asyncio.Queue[str] = asyncio.Queue()
     answer = asyncio.Event()
@@ -596,7 +598,7 @@ async def test_who_is_asked_for_while_it_reloads_is_asked_for_again(puppet: Pupp
                 await shaking
 
 
-async def test_who_renews_while_it_reloads_goes_by_the_newer_token(puppet: Puppet) -> None:
+async def test_token_renewed_during_a_reload_counts(puppet: Puppet) -> None:
     good = {"ada old"}
     asked, answer = asyncio.Event(), asyncio.Event()
 
@@ -622,7 +624,7 @@ async def test_who_renews_while_it_reloads_goes_by_the_newer_token(puppet: Puppe
 
 
 @pytest.mark.parametrize("expires", [0, 0.0, -1.0])
-async def test_who_ended_long_ago_is_nobody(puppet: Puppet, expires: float) -> None:
+async def test_principal_that_expired_long_ago_is_refused(puppet: Puppet, expires: float) -> None:
     async def ended(_: str | None, __: Handshake) -> Principal | None:
         return Principal("ada", expires)
 
@@ -632,7 +634,7 @@ async def test_who_ended_long_ago_is_nobody(puppet: Puppet, expires: float) -> N
                 raise AssertionError
 
 
-async def test_what_a_principal_alone_asked_for_ends_with_its_token(
+async def test_replies_of_a_principal_stop_when_its_token_is_removed(
     puppet: Puppet, tmp_path: Path
 ) -> None:
     path = tmp_path / "tokens"
@@ -654,7 +656,7 @@ async def test_what_a_principal_alone_asked_for_ends_with_its_token(
         assert (await stays.text(both["id"]))[0] == "x"
 
 
-async def test_one_whose_check_hangs_holds_up_nobody(puppet: Puppet) -> None:
+async def test_hanging_check_on_reload_delays_no_other_socket(puppet: Puppet) -> None:
     hanging = False
 
     async def some(token: str | None, _: Handshake) -> Principal | None:
@@ -675,7 +677,7 @@ async def test_one_whose_check_hangs_holds_up_nobody(puppet: Puppet) -> None:
         await slow.quiet()
 
 
-async def test_guests_are_limited_by_their_addresses_alone(puppet: Puppet) -> None:
+async def test_anonymous_clients_are_limited_by_address(puppet: Puppet) -> None:
     async def guests(_: str | None, __: Handshake) -> Principal | None:
         return wsserver.ANONYMOUS
 
@@ -687,7 +689,7 @@ async def test_guests_are_limited_by_their_addresses_alone(puppet: Puppet) -> No
             await two.quiet()
 
 
-async def test_nobody_is_shut_out_because_it_cannot_be_told_now(puppet: Puppet) -> None:
+async def test_unavailable_authenticator_on_reload_closes_no_socket(puppet: Puppet) -> None:
     down = False
 
     async def shaky(token: str | None, _: Handshake) -> Principal | None:

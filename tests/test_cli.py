@@ -38,7 +38,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-async def test_it_says_where_it_is_and_that_the_demo_is_no_language_model() -> None:
+async def test_start_prints_addresses_and_says_that_the_demo_is_no_language_model() -> None:
     async with run(*SERVE) as process:
         match = await process.line(r"(http://127\.0\.0\.1:\d+/)")
         assert "demo" in process.output
@@ -52,7 +52,7 @@ async def test_it_says_where_it_is_and_that_the_demo_is_no_language_model() -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_drains_and_the_exit_code_is_0(number: signal.Signals) -> None:
+async def test_signal_drains_and_exits_with_0(number: signal.Signals) -> None:
     async with run(*SERVE, "--demo-rate", "0") as process:
         async with connect(await url(process), proxy=None) as socket_:
             chat = Client(socket_)
@@ -68,7 +68,7 @@ async def test_a_signal_drains_and_the_exit_code_is_0(number: signal.Signals) ->
         assert "Traceback" not in process.output
 
 
-async def test_a_second_ctrl_c_quits_at_once() -> None:
+async def test_second_ctrl_c_exits_at_once() -> None:
     # A reply that would take an hour, and a drain that would wait for it.
     slow = ("--demo-rate", "0.001", "--drain-timeout", "3600", "--shutdown-timeout", "3600")
     async with run(*SERVE, *slow) as process:
@@ -83,7 +83,7 @@ async def test_a_second_ctrl_c_quits_at_once() -> None:
             await chat.closed()
 
 
-async def test_a_model_that_does_not_let_go_does_not_keep_the_program(tmp_path: Path) -> None:
+async def test_model_that_ignores_cancellation_does_not_block_exit(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import asyncio, threading\n"
         "async def stubborn(request):\n"
@@ -105,7 +105,7 @@ async def test_a_model_that_does_not_let_go_does_not_keep_the_program(tmp_path: 
         assert "Traceback" not in process.output
 
 
-async def test_flags_win_over_the_environment(tmp_path: Path) -> None:
+async def test_flags_override_the_environment(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("async def parrot(request): yield request.prompt\n")
     environment = {"WSSERVER_MODEL": "demo", "WSSERVER_MODELS": "other-model"}
     async with run(*SERVE, "--model", "mine:parrot", cwd=tmp_path, **environment) as process:
@@ -119,7 +119,7 @@ async def test_flags_win_over_the_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "runs"), [("auto", "uvloop"), ("uvloop", "uvloop"), ("asyncio", "asyncio")]
 )
-async def test_the_event_loop_is_the_one_asked_for(asked: str, runs: str, tmp_path: Path) -> None:
+async def test_event_loop_setting_chooses_the_loop(asked: str, runs: str, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import asyncio\n"
         "async def mine(request): yield type(asyncio.get_running_loop()).__module__\n"
@@ -132,7 +132,7 @@ async def test_the_event_loop_is_the_one_asked_for(asked: str, runs: str, tmp_pa
             assert text.partition(".")[0] == runs
 
 
-def test_without_uvloop_it_is_pythons_own_unless_uvloop_is_asked_for(
+def test_missing_uvloop_falls_back_to_asyncio_unless_required(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not installed
@@ -140,7 +140,7 @@ def test_without_uvloop_it_is_pythons_own_unless_uvloop_is_asked_for(
     assert "uvloop is not installed" in fails(capsys, "serve", "--event-loop", "uvloop")
 
 
-async def test_a_second_server_says_how_to_run_beside_the_first(
+async def test_second_server_says_how_to_use_another_store(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async with run(*SERVE) as process:
@@ -156,7 +156,7 @@ async def test_a_second_server_says_how_to_run_beside_the_first(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SECRETS))
-async def test_secret_as_a_flag_is_warned_of_and_not_repeated(name: str) -> None:
+async def test_secret_in_a_flag_logs_a_warning_without_the_secret(name: str) -> None:
     flag, secret = "--" + name.replace("_", "-"), "hunter2-hunter2-hunter2-hunter2-hunter2"
     async with run("-m", "wsserver", "serve", "--port", "0", flag, secret) as process:
         await process.line("can see a secret")
@@ -168,7 +168,7 @@ async def test_secret_as_a_flag_is_warned_of_and_not_repeated(name: str) -> None
     assert "hunter2" not in process.output
 
 
-def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         line = fails(capsys, "serve", "--port", port)
@@ -190,13 +190,13 @@ def test_a_port_in_use_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> 
         ([], "COMMAND"),
     ],
 )
-def test_what_is_wrong_is_one_clear_line_and_exit_code_2(
+def test_invalid_arguments_are_a_one_line_error_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     assert says in fails(capsys, *arguments)
 
 
-def test_a_bad_environment_variable_is_named(
+def test_invalid_environment_variable_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WSSERVER_SEND_TIMEOUT", "soon")
@@ -242,14 +242,14 @@ def test_help_all_describes_every_setting(capsys: pytest.CaptureFixture[str]) ->
         assert "".join((field.description or "?").split()) in words, name
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"wsserver {wsserver.__version__}\n"
 
 
-def test_schema_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_prints_the_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["schema"])
     assert exit_.value.code == 0

@@ -200,7 +200,7 @@ async def fetched(check: JwtAuthenticator) -> None:
 # What is taken.
 
 
-async def test_a_good_token_names_its_principal_and_when_that_ends() -> None:
+async def test_valid_token_names_its_principal_and_expiry() -> None:
     end = int(time.time()) + 60
     check = with_secret()
     for exp in (end, end + 0.5):
@@ -217,7 +217,7 @@ async def test_a_good_token_names_its_principal_and_when_that_ends() -> None:
     [("rsa-1", "RS256"), ("rsa-1", "PS256"), ("ec-1", "ES256"), ("ed-1", "EdDSA")],
 )
 @pytest.mark.parametrize("kid", ["", None])
-async def test_every_kind_of_key_verifies_with_and_without_a_kid(
+async def test_each_kind_of_key_verifies_with_and_without_kid(
     key: str, algorithm: str, kid: str | None, keys_file: Callable[..., str]
 ) -> None:
     check = authenticator(jwt_jwks=keys_file("rsa-2", "ec-2", "rsa-1", "ec-1", "ed-1"))
@@ -226,14 +226,14 @@ async def test_every_kind_of_key_verifies_with_and_without_a_kid(
     assert await check(sign(f"{key}0", algorithm, kid), HERE) is None
 
 
-async def test_a_kid_may_name_several_keys(keys_file: Callable[..., str]) -> None:
+async def test_kid_may_name_several_keys(keys_file: Callable[..., str]) -> None:
     one, two = public("rsa-1", kid=False), public("ec-1", kid=False)
     check = authenticator(jwt_jwks=keys_file(one | {"kid": "a"}, two | {"kid": "a"}))
     assert await check(sign("rsa-1", kid="a"), HERE) is not None
     assert await check(sign("ec-1", "ES256", kid="a"), HERE) is not None
 
 
-async def test_a_private_key_in_the_file_serves_as_the_public_one(
+async def test_private_key_in_the_file_is_used_as_public_key(
     keys_file: Callable[..., str],
 ) -> None:
     key: Any = ECAlgorithm.to_jwk(private("ec-1"), as_dict=True)
@@ -283,13 +283,13 @@ async def test_a_private_key_in_the_file_serves_as_the_public_one(
         lambda: b'{"exp": ' + b"9" * 5000 + b"}",
     ],
 )
-async def test_claims_that_do_not_hold_are_not_good(payload: Callable[[], Any]) -> None:
+async def test_invalid_claims_are_refused(payload: Callable[[], Any]) -> None:
     header = {"alg": "HS256"}
     assert await with_secret()(forged(header, claims(), SECRET.encode()), HERE) is not None
     assert await with_secret()(forged(header, payload(), SECRET.encode()), HERE) is None
 
 
-async def test_the_longest_name_is_taken() -> None:
+async def test_name_of_maximum_length_is_accepted() -> None:
     assert await with_secret()(secretly(claims(sub="é" * 256)), HERE) is not None
 
 
@@ -302,7 +302,7 @@ async def test_clocks_may_differ_by_ten_seconds() -> None:
         assert await check(secretly(payload), HERE) is None
 
 
-async def test_the_issuer_must_match_where_one_is_set() -> None:
+async def test_issuer_must_match_if_set() -> None:
     check = with_secret(jwt_issuer="https://issuer.example")
     assert await check(secretly(claims(iss="https://issuer.example")), HERE) is not None
     for other in ("https://issuer.example/", "issuer", "", None, ["https://issuer.example"]):
@@ -312,13 +312,13 @@ async def test_the_issuer_must_match_where_one_is_set() -> None:
     assert await check(secretly(), HERE) is None
 
 
-async def test_without_an_audience_of_ones_own_a_token_for_another_is_not_good() -> None:
+async def test_token_with_audience_is_refused_without_jwt_audience() -> None:
     check = with_secret(jwt_audience="")
     assert await check(secretly(without("aud")), HERE) is not None
     assert await check(secretly(), HERE) is None
 
 
-async def test_another_claim_may_be_the_name() -> None:
+async def test_jwt_claim_chooses_the_name() -> None:
     check = with_secret(jwt_claim="user_id")
     principal = await check(secretly(claims(user_id="bob")), HERE)
     assert principal is not None
@@ -350,7 +350,7 @@ async def test_another_claim_may_be_the_name() -> None:
     ],
     ids=lambda header: str(header)[:40],
 )
-async def test_a_header_does_not_choose_how_it_is_verified(header: Any) -> None:
+async def test_header_does_not_choose_the_algorithm(header: Any) -> None:
     token = forged(header, claims(), SECRET.encode())
     assert await with_secret()(token, HERE) is None
     assert await with_secret()(token.rpartition(".")[0] + ".", HERE) is None
@@ -358,7 +358,7 @@ async def test_a_header_does_not_choose_how_it_is_verified(header: Any) -> None:
 
 @pytest.mark.parametrize("name", ["rsa-1", "ec-1", "ed-1"])
 @pytest.mark.parametrize("kid", [True, False])
-async def test_a_public_key_is_no_secret(
+async def test_token_signed_with_the_public_key_as_secret_is_refused(
     name: str, kid: bool, keys_file: Callable[..., str]
 ) -> None:
     check = authenticator(jwt_jwks=keys_file(name))
@@ -372,14 +372,14 @@ async def test_a_public_key_is_no_secret(
         assert await check(forged(header, claims()), HERE) is None
 
 
-async def test_a_key_that_the_token_brings_is_not_used(keys_file: Callable[..., str]) -> None:
+async def test_key_in_the_token_is_not_used(keys_file: Callable[..., str]) -> None:
     check = authenticator(jwt_jwks=keys_file("rsa-1"))
     for kid in ("rsa-1", None):
         assert await check(sign("rsa-9", kid=kid, jwk=public("rsa-9")), HERE) is None
         assert await check(sign("rsa-9", kid=kid, jku="https://evil.example/keys"), HERE) is None
 
 
-async def test_a_signature_holds_for_all_that_is_signed() -> None:
+async def test_changed_token_is_refused() -> None:
     header, payload, signature = secretly().split(".")
     other = secretly(claims(sub="eve")).split(".")
     assert await with_secret()(f"{header}.{other[1]}.{signature}", HERE) is None
@@ -404,11 +404,11 @@ async def test_a_signature_holds_for_all_that_is_signed() -> None:
         "a" * 9000,
     ],
 )
-async def test_what_is_no_token_is_not_good(token: str) -> None:
+async def test_malformed_token_is_refused(token: str) -> None:
     assert await with_secret()(token, HERE) is None
 
 
-async def test_a_long_token_is_not_even_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_token_over_the_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     long = secretly(claims(more="x" * 6500))
     assert len(long) > 8192
     short = secretly(claims(more="x" * 5000))
@@ -418,14 +418,12 @@ async def test_a_long_token_is_not_even_read(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("algorithm", ["RS384", "RS512", "PS512"])
-async def test_other_algorithms_are_not_taken(
-    algorithm: str, keys_file: Callable[..., str]
-) -> None:
+async def test_other_algorithms_are_refused(algorithm: str, keys_file: Callable[..., str]) -> None:
     check = authenticator(jwt_jwks=keys_file("rsa-1"))
     assert await check(sign("rsa-1", algorithm), HERE) is None
 
 
-async def test_an_algorithm_that_the_key_set_names_is_the_only_one(
+async def test_alg_of_a_key_allows_only_this_algorithm(
     keys_file: Callable[..., str],
 ) -> None:
     check = authenticator(jwt_jwks=keys_file(public("rsa-1", alg="RS256")))
@@ -433,7 +431,7 @@ async def test_an_algorithm_that_the_key_set_names_is_the_only_one(
     assert await check(sign("rsa-1", "PS256"), HERE) is None
 
 
-async def test_a_refused_token_is_not_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_refused_token_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "wsserver")
     check = with_secret()
     tokens = [secretly(claims(exp=1, sub="lovelace")), "secret.token.here", "a.b"]
@@ -468,7 +466,7 @@ async def test_a_refused_token_is_not_in_the_log(caplog: pytest.LogCaptureFixtur
         ({"jwt_jwks": "https://i.example:port/k"}, "not an address"),
     ],
 )
-def test_settings_that_cannot_work_are_one_clear_line(settings: dict[str, Any], says: str) -> None:
+def test_invalid_settings_are_a_one_line_error(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as raised:
         authenticator(**settings)
     assert says in str(raised.value)
@@ -486,12 +484,12 @@ def test_settings_that_cannot_work_are_one_clear_line(settings: dict[str, Any], 
         "http://[::1]:8080/keys",
     ],
 )
-async def test_addresses_that_may_be(url: str) -> None:
+async def test_allowed_addresses(url: str) -> None:
     async with fetching(url):
         pass
 
 
-def test_a_public_key_as_the_secret_is_a_mistake() -> None:
+def test_public_key_as_secret_is_refused() -> None:
     key = private("rsa-1").public_key()
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
     with pytest.raises(ConfigError, match=r"^jwt_secret: that is a key of another kind") as raised:
@@ -499,7 +497,7 @@ def test_a_public_key_as_the_secret_is_a_mistake() -> None:
     assert "BEGIN" not in str(raised.value)
 
 
-def test_the_secret_is_shown_nowhere(
+def test_secret_is_in_no_repr_and_no_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WSSERVER_JWT_SECRET", SECRET)
@@ -521,7 +519,7 @@ def test_the_secret_is_shown_nowhere(
     assert SECRET not in str(raised.value)
 
 
-async def test_the_secret_may_be_in_a_file_and_is_read_again_on_a_reload(
+async def test_reload_reads_the_secret_file_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "secret"
@@ -543,7 +541,7 @@ async def test_the_secret_may_be_in_a_file_and_is_read_again_on_a_reload(
         authenticator(jwt_secret_file=str(file))
 
 
-def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyjwt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "wsserver.auth.jwt")
     with pytest.raises(ConfigError, match=r"pip install wsserver\[jwt\]"):
@@ -584,9 +582,7 @@ UNUSABLE: list[Any] = [
         lambda: public("rsa-1", kid=False) | {"kid": 7},
     ],
 )
-async def test_a_key_that_is_not_for_this_is_left_out(
-    key: Any, keys_file: Callable[..., str]
-) -> None:
+async def test_key_for_another_purpose_is_left_out(key: Any, keys_file: Callable[..., str]) -> None:
     key = key() if callable(key) else key
     with pytest.raises(ConfigError, match="no usable key"):
         authenticator(jwt_jwks=keys_file(key))
@@ -599,14 +595,14 @@ async def test_a_key_that_is_not_for_this_is_left_out(
 
 
 @pytest.mark.parametrize("document", [b"", b"{", b"[]", b"7", b"{}", b'{"keys": {}}', b"\xff"])
-def test_a_file_that_is_no_key_set_is_one_clear_line(document: bytes, tmp_path: Path) -> None:
+def test_invalid_key_set_is_a_one_line_error(document: bytes, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_bytes(document)
     with pytest.raises(ConfigError, match="not a JSON Web Key Set"):
         authenticator(jwt_jwks=str(path))
 
 
-async def test_a_file_is_read_again_when_asked_to_and_a_bad_one_changes_nothing(
+async def test_reload_reads_the_key_file_and_ignores_an_invalid_one(
     keys_file: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = keys_file("rsa-1")
@@ -629,9 +625,7 @@ async def test_a_file_is_read_again_when_asked_to_and_a_bad_one_changes_nothing(
 # Keys at an address.
 
 
-async def test_keys_are_fetched_when_first_needed_and_when_they_are_old(
-    issuer: Issuer, clock: Clock
-) -> None:
+async def test_keys_are_fetched_at_first_use_and_when_old(issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url) as check:
         assert issuer.paths == []
         for _ in range(2):
@@ -648,7 +642,7 @@ async def test_keys_are_fetched_when_first_needed_and_when_they_are_old(
         assert len(issuer.paths) == 2
 
 
-async def test_a_key_withdrawn_while_nobody_came_is_not_good(issuer: Issuer, clock: Clock) -> None:
+async def test_key_withdrawn_during_a_pause_is_refused(issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         issuer.body = key_set("rsa-2")
@@ -656,7 +650,7 @@ async def test_a_key_withdrawn_while_nobody_came_is_not_good(issuer: Issuer, clo
         assert await check(sign("rsa-1"), HERE) is None
 
 
-async def test_known_tokens_do_not_wait_for_an_issuer_that_hangs(
+async def test_hanging_issuer_does_not_delay_known_keys(
     issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT", 3600.0)
@@ -685,7 +679,7 @@ async def test_known_tokens_do_not_wait_for_an_issuer_that_hangs(
         assert await check(sign("rsa-2"), HERE) is not None
 
 
-async def test_a_reload_that_fails_says_so_each_time_and_changes_nothing(
+async def test_failed_reload_is_reported_each_time_and_changes_nothing(
     issuer: Issuer, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with fetching(issuer.url) as check:
@@ -697,7 +691,7 @@ async def test_a_reload_that_fails_says_so_each_time_and_changes_nothing(
         assert await check(sign("rsa-1"), HERE) is not None
 
 
-async def test_unknown_keys_while_the_issuer_hangs_cost_known_logins_nothing(
+async def test_unknown_keys_at_a_hanging_issuer_do_not_delay_known_logins(
     issuer: Issuer, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(
@@ -724,7 +718,7 @@ async def test_unknown_keys_while_the_issuer_hangs_cost_known_logins_nothing(
 
 
 @pytest.mark.parametrize("kid", ["", None])
-async def test_a_key_that_is_new_is_fetched(kid: str | None, issuer: Issuer, clock: Clock) -> None:
+async def test_unknown_key_is_fetched(kid: str | None, issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url) as check:
         assert await check(sign("rsa-1", kid=kid), HERE) is not None
         issuer.body = key_set("rsa-1", "rsa-2")
@@ -734,7 +728,7 @@ async def test_a_key_that_is_new_is_fetched(kid: str | None, issuer: Issuer, clo
         assert len(issuer.paths) == 2
 
 
-async def test_made_up_tokens_do_not_hammer_the_issuer(issuer: Issuer, clock: Clock) -> None:
+async def test_made_up_tokens_cause_few_fetches(issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         for second in range(1, 62):
@@ -754,7 +748,7 @@ async def test_made_up_tokens_do_not_hammer_the_issuer(issuer: Issuer, clock: Cl
         assert len(issuer.paths) == 3
 
 
-async def test_all_who_wait_share_one_fetch_whatever_becomes_of_one(issuer: Issuer) -> None:
+async def test_concurrent_logins_share_a_fetch_and_survive_a_cancellation(issuer: Issuer) -> None:
     issuer.open.clear()
     async with fetching(issuer.url) as check:
         waiting = [asyncio.create_task(check(sign("rsa-1"), HERE)) for _ in range(20)]
@@ -768,7 +762,7 @@ async def test_all_who_wait_share_one_fetch_whatever_becomes_of_one(issuer: Issu
         assert len(issuer.paths) == 1
 
 
-async def test_known_tokens_do_not_wait_for_a_fetch_that_another_needs(
+async def test_known_key_does_not_wait_for_the_fetch_of_another(
     issuer: Issuer, clock: Clock
 ) -> None:
     async with fetching(issuer.url) as check:
@@ -829,7 +823,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("spoil", "says"), FAULTS)
-async def test_without_any_keys_there_is_no_answer_and_then_there_is(
+async def test_without_keys_authentication_is_unavailable_until_a_fetch_works(
     spoil: Callable[[Issuer], None],
     says: str,
     issuer: Issuer,
@@ -860,7 +854,7 @@ async def test_without_any_keys_there_is_no_answer_and_then_there_is(
 
 
 @pytest.mark.parametrize(("spoil", "says"), FAULTS)
-async def test_keys_that_cannot_be_renewed_go_on_to_serve(
+async def test_old_keys_stay_in_use_while_renewal_fails(
     spoil: Callable[[Issuer], None],
     says: str,
     issuer: Issuer,
@@ -884,7 +878,9 @@ async def test_keys_that_cannot_be_renewed_go_on_to_serve(
         assert "keys stay as they were" in caplog.text
 
 
-async def test_an_issuer_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+async def test_unreachable_issuer_is_unavailable_and_logged(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with refused_url() as url:
         async with fetching(f"{url}/keys?private=part") as check:
             with pytest.raises(Unavailable):
@@ -893,7 +889,7 @@ async def test_an_issuer_that_is_not_there(caplog: pytest.LogCaptureFixture) -> 
     assert "private" not in caplog.text
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_not_trusted() -> None:
+async def test_untrusted_certificate_is_refused() -> None:
     async with serving(tls_server()) as issuer:
         issuer.body = key_set("rsa-1")
         async with fetching(issuer.url) as check:
@@ -902,7 +898,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_not_trusted() -> None:
         assert issuer.paths == []
 
 
-async def test_a_proxy_of_the_environment_sees_nothing_that_is_not_encrypted(
+async def test_environment_proxy_is_not_used_for_http(
     issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving() as proxy:
@@ -914,7 +910,7 @@ async def test_a_proxy_of_the_environment_sees_nothing_that_is_not_encrypted(
         assert proxy.paths == []
 
 
-async def test_a_reload_has_keys_fetched_at_once(issuer: Issuer, clock: Clock) -> None:
+async def test_reload_fetches_keys_at_once(issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         issuer.body = key_set("rsa-2")
@@ -923,7 +919,7 @@ async def test_a_reload_has_keys_fetched_at_once(issuer: Issuer, clock: Clock) -
         assert len(issuer.paths) == 2
 
 
-async def test_closing_ends_a_fetch_that_is_under_way(issuer: Issuer) -> None:
+async def test_aclose_cancels_a_running_fetch(issuer: Issuer) -> None:
     issuer.open.clear()
     async with fetching(issuer.url) as check:
         waiting = asyncio.create_task(check(sign("rsa-1"), HERE))

@@ -123,7 +123,7 @@ async def stop_at_once(server: Served, count: int) -> None:
 
 
 @pytest.mark.timeout(120)
-async def test_a_server_is_as_it_was_after_thousands_of_clients(tmp_path: Path) -> None:
+async def test_thousands_of_clients_leave_no_descriptors_threads_or_memory(tmp_path: Path) -> None:
     settings = BRIEF | {"store": f"sqlite:///{tmp_path}/conversations.sqlite"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     async with served(*flags) as server:
@@ -144,7 +144,7 @@ async def test_a_server_is_as_it_was_after_thousands_of_clients(tmp_path: Path) 
         )
 
 
-async def test_no_task_is_left_of_hundreds_of_clients() -> None:
+async def test_hundreds_of_clients_leave_no_task() -> None:
     before = asyncio.all_tasks()
     settings: dict[str, Any] = {**BRIEF, "port": 0, "store": "memory:", "drain_timeout": 0}
     async with wsserver.serve(talker, **settings) as server:

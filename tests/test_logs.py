@@ -18,7 +18,7 @@ from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet
 from tests.support.upstream import Script, Upstream, error
 from wsserver import Code, ModelError, logs
-from wsserver.logs import MOST, NAMES, WINDOW, log, printable, set_up, tell_left_out
+from wsserver.logs import MAX_LINES, NAMES, WINDOW, log, printable, set_up, write_left_out
 
 NASTY = "a\nb\x1b[31m\x00\r\x85\u2028\u202e\u200bé\ud800 end"
 SECRET = "hunter2-planted"
@@ -49,7 +49,7 @@ def failing(text: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
-def test_an_event_is_one_line_whatever_it_holds(stream: io.StringIO) -> None:
+def test_event_is_one_line_for_any_value(stream: io.StringIO) -> None:
     set_up("info", stream)
     log.info("generation", id=NASTY, seconds=1.5, missing=None)
     logging.getLogger("other").warning("foreign %s", NASTY)
@@ -60,12 +60,12 @@ def test_an_event_is_one_line_whatever_it_holds(stream: io.StringIO) -> None:
     assert "missing" not in stream.getvalue()
 
 
-def test_what_cannot_be_seen_is_escaped_and_all_else_is_left() -> None:
+def test_invisible_characters_are_escaped() -> None:
     assert printable("grüße ☃ 日本 🙂") == "grüße ☃ 日本 🙂"
     assert printable("\x1b\u202e\u2028\x7f\ud800") == r"\x1b\u202e\u2028\x7f\ud800"
 
 
-def test_a_pipe_gets_json_with_a_time_and_a_level() -> None:
+def test_pipe_gets_json_with_timestamp_and_level() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     log.info("generation", id="x", seconds=1.25, code=Code.BUSY)
@@ -88,14 +88,14 @@ def test_a_pipe_gets_json_with_a_time_and_a_level() -> None:
     )
 
 
-def test_a_terminal_gets_lines_that_can_be_read() -> None:
+def test_terminal_gets_readable_lines() -> None:
     stream = Terminal()
     set_up("info", stream)
     log.warning("generation", id="x", reason='a "b" c')
     assert stream.getvalue()[8:] == ' warning generation id=x reason="a \\"b\\" c"\n'
 
 
-def test_setting_up_again_takes_the_place_of_the_first() -> None:
+def test_second_set_up_replaces_the_first() -> None:
     first, second = io.StringIO(), io.StringIO()
     set_up("info", first)
     set_up("info", second)
@@ -106,9 +106,7 @@ def test_setting_up_again_takes_the_place_of_the_first() -> None:
 
 @pytest.mark.parametrize("foreign", [True, False])
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_of_an_exception_there_are_types_and_places_and_at_debug_its_text(
-    level: str, foreign: bool
-) -> None:
+def test_exception_has_types_and_places_and_text_at_debug_only(level: str, foreign: bool) -> None:
     stream = io.StringIO()
     set_up(level, stream)
     try:
@@ -127,7 +125,7 @@ def test_of_an_exception_there_are_types_and_places_and_at_debug_its_text(
     assert ("Traceback" in event.get("traceback", "")) is (level == "debug")
 
 
-def test_a_group_and_a_ring_of_exceptions_come_to_an_end() -> None:
+def test_exception_group_and_cyclic_causes_are_logged() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     one, two = ValueError(SECRET), TypeError(SECRET)
@@ -140,7 +138,7 @@ def test_a_group_and_a_ring_of_exceptions_come_to_an_end() -> None:
     assert SECRET not in stream.getvalue()
 
 
-async def test_an_exception_that_nobody_took_from_a_task_is_not_told() -> None:
+async def test_unretrieved_task_exception_is_logged_without_its_text() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     loop = asyncio.get_running_loop()
@@ -158,7 +156,7 @@ async def test_an_exception_that_nobody_took_from_a_task_is_not_told() -> None:
     assert SECRET not in stream.getvalue()
 
 
-def test_libraries_do_not_tell_of_each_client_that_went_away() -> None:
+def test_library_records_about_disconnects_are_dropped() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     logging.getLogger("asyncio").warning("socket.send() raised exception.")
@@ -174,19 +172,19 @@ def counted(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
-def test_an_event_has_so_many_lines_in_a_window_and_one_that_counts_the_rest(
+def test_window_limits_lines_and_counts_the_others(
     stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     counted(clock, monkeypatch)
     set_up("info", stream)
-    for _ in range(MOST + 900):
+    for _ in range(MAX_LINES + 900):
         log.info("connection refused", why="origin")
-    for _ in range(MOST + 5):
+    for _ in range(MAX_LINES + 5):
         log.info("connection", principal=None)
         log.debug("too small to count")
     log.error("another severity of the same event")
-    assert stream.getvalue().count("\n") == 2 * MOST + 1
+    assert stream.getvalue().count("\n") == 2 * MAX_LINES + 1
     clock[0] += WINDOW
     log.info("connection refused", why="origin")
     *_, summary, line = stream.getvalue().splitlines()
@@ -204,28 +202,28 @@ def test_an_event_has_so_many_lines_in_a_window_and_one_that_counts_the_rest(
         }
 
 
-def test_errors_left_out_are_told_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_left_out_errors_are_counted_at_level_error(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, stream = [0.0], io.StringIO()
     counted(clock, monkeypatch)
     set_up("error", stream)
-    for _ in range(MOST + 1):
+    for _ in range(MAX_LINES + 1):
         log.error("it failed", failure=ValueError())
         logging.getLogger("asyncio").error("socket.accept() out of system resource")
-    assert len(objects(stream.getvalue())) == 2 * MOST
-    tell_left_out()
-    tell_left_out()
+    assert len(objects(stream.getvalue())) == 2 * MAX_LINES
+    write_left_out()
+    write_left_out()
     *_, summary = objects(stream.getvalue())
-    assert len(objects(stream.getvalue())) == 2 * MOST + 1
+    assert len(objects(stream.getvalue())) == 2 * MAX_LINES + 1
     assert (summary["level"], summary["it_failed"], summary["asyncio"]) == ("error", 1, 1)
 
 
-def test_a_flood_of_strangers_takes_no_line_of_a_principal(
+def test_anonymous_flood_takes_no_lines_of_a_principal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted([0.0], monkeypatch)
     stream = io.StringIO()
     set_up("info", stream)
-    for _ in range(10 * MOST):
+    for _ in range(10 * MAX_LINES):
         log.info("connection", address="192.0.2.1")
         log.info("connection", principal="mallory")
     log.info("connection", principal="alice")
@@ -233,10 +231,10 @@ def test_a_flood_of_strangers_takes_no_line_of_a_principal(
     for number in range(10 * NAMES):  # principals whom the count has no room for are one
         log.info("connection", principal=f"user {number}")
     assert len(logs._limit._written) <= NAMES + 1
-    assert len(objects(stream.getvalue())) <= NAMES + 4 * MOST
+    assert len(objects(stream.getvalue())) <= NAMES + 4 * MAX_LINES
 
 
-async def test_lines_left_out_are_told_when_all_is_quiet_again(
+async def test_left_out_count_is_written_after_the_window_without_new_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told = asyncio.Event()
@@ -251,14 +249,14 @@ async def test_lines_left_out_are_told_when_all_is_quiet_again(
     counted(clock, monkeypatch)
     monkeypatch.setattr(logs, "WINDOW", 0.01)
     set_up("info", Watched())
-    for _ in range(MOST + 1):
+    for _ in range(MAX_LINES + 1):
         log.info("connection")
     clock[0] += WINDOW
     async with asyncio.timeout(BOUND):
         await told.wait()
 
 
-async def test_a_library_that_logs_prompts_is_not_heard(tmp_path: Path) -> None:
+async def test_library_records_with_prompts_are_dropped(tmp_path: Path) -> None:
     async with Upstream() as upstream:
         for level in ("debug", "info"):
             arguments = ("-m", "wsserver", "serve", "--port", "0", "--log-level", level)
@@ -279,7 +277,7 @@ async def test_a_library_that_logs_prompts_is_not_heard(tmp_path: Path) -> None:
             assert '"event": "generation"' in process.output
 
 
-def test_a_program_that_embeds_us_gets_readable_records(caplog: pytest.LogCaptureFixture) -> None:
+def test_embedding_program_gets_readable_records(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "wsserver"):
         log.info("generation", id="x y", reason="end_turn", seconds=1.2)
         log.error("it failed", failure=ValueError(SECRET))
@@ -294,7 +292,7 @@ def test_a_program_that_embeds_us_gets_readable_records(caplog: pytest.LogCaptur
     assert SECRET not in caplog.text
 
 
-def test_importing_us_configures_nothing() -> None:
+def test_import_configures_no_logging() -> None:
     program = (
         "import logging, structlog, wsserver\n"
         "assert not structlog.is_configured()\n"
@@ -308,7 +306,7 @@ def test_importing_us_configures_nothing() -> None:
 # What the server says.
 
 
-async def test_a_generation_is_one_event(
+async def test_generation_is_one_event(
     chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wsserver"):
@@ -334,7 +332,7 @@ async def test_a_generation_is_one_event(
     assert "reply" not in caplog.text
 
 
-async def test_a_stop_is_told_with_who_asked_for_it(
+async def test_stop_event_says_who_stopped(
     chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wsserver"):
@@ -355,7 +353,7 @@ async def test_a_stop_is_told_with_who_asked_for_it(
         (ModelError(Code.BAD_REQUEST, SECRET), "INFO"),
     ],
 )
-async def test_the_ref_of_an_error_finds_its_one_line(
+async def test_ref_of_an_error_is_in_one_log_line(
     chat: Client,
     puppet: Puppet,
     caplog: pytest.LogCaptureFixture,
@@ -374,7 +372,7 @@ async def test_the_ref_of_an_error_finds_its_one_line(
     assert SECRET not in caplog.text
 
 
-async def test_nonsense_from_strangers_is_for_debugging_only(
+async def test_unusable_frames_are_logged_at_debug_only(
     server: wsserver.Server, chat: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
@@ -402,7 +400,7 @@ async def test_nonsense_from_strangers_is_for_debugging_only(
         assert f"frame refused ref={told['ref']} code=invalid_json" in caplog.messages
 
 
-async def test_a_connection_is_one_event(
+async def test_connection_is_one_event(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wsserver"):
@@ -419,7 +417,7 @@ async def serve(process: Process) -> str:
     return (await process.line(r"(ws://\S+)"))[1]
 
 
-async def test_a_served_model_of_ones_own_gives_no_secret_away(tmp_path: Path) -> None:
+async def test_exception_text_of_a_custom_model_is_not_logged(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import asyncio\n"
         f"SECRET = {SECRET!r}\n"
@@ -457,7 +455,7 @@ async def test_a_served_model_of_ones_own_gives_no_secret_away(tmp_path: Path) -
     assert "mine.py:11 in leaky" in event["where"]
 
 
-async def test_an_api_gives_no_secret_away(tmp_path: Path) -> None:
+async def test_error_text_of_the_api_is_not_logged(tmp_path: Path) -> None:
     async with Upstream() as upstream:
         upstream.default = Script((error(401, "authentication_error", SECRET),))
         serving = ("-m", "wsserver", "serve", "--port", "0")
@@ -474,4 +472,4 @@ async def test_an_api_gives_no_secret_away(tmp_path: Path) -> None:
     events = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
     (event,) = [event for event in events if event.get("ref") == failed["ref"]]
     assert (event["level"], event["error"]) == ("warning", "credentials")
-    assert event["cause"] == "AuthenticationError"
+    assert event["cause"] == "ApiError"

@@ -13,13 +13,13 @@ from wsserver.settings import SECRETS
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_setting_says_what_it_is_for() -> None:
+def test_every_setting_has_a_description() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
 
 
-def test_the_environment_is_read_and_what_is_given_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keywords_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WSSERVER_PORT", "4000")
     monkeypatch.setenv("WSSERVER_MODELS", "a, b,")
     monkeypatch.setenv("WSSERVER_PROMPT_CACHING", "no")
@@ -54,7 +54,7 @@ def test_the_environment_is_read_and_what_is_given_wins(monkeypatch: pytest.Monk
         ("colour", "red", "colour: "),
     ],
 )
-def test_a_bad_setting_is_one_clear_line(name: str, value: object, says: str) -> None:
+def test_invalid_setting_is_a_one_line_error(name: str, value: object, says: str) -> None:
     with pytest.raises(ConfigError) as raised:
         Settings.load(**{name: value})
     assert says in str(raised.value)
@@ -62,7 +62,7 @@ def test_a_bad_setting_is_one_clear_line(name: str, value: object, says: str) ->
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_a_secret_may_be_in_a_file(
+def test_secret_can_be_in_a_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "secret"
@@ -86,7 +86,7 @@ def test_a_secret_may_be_in_a_file(
             settings.secret(name)
 
 
-def test_the_environment_is_told_of_by_its_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WSSERVER_GRACE", "soon")
     with pytest.raises(ConfigError, match=r"^WSSERVER_GRACE: "):
         Settings.load()
@@ -97,15 +97,15 @@ def test_the_environment_is_told_of_by_its_own_names(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("value", ["", "adaptive", "disabled", "1024", "8000"])
-def test_thinking_takes_a_word_or_a_budget(value: str) -> None:
+def test_thinking_accepts_a_word_or_a_budget(value: str) -> None:
     assert Settings.load(thinking=value).thinking == value
 
 
-def test_the_log_level_may_be_shouted() -> None:
+def test_log_level_may_be_in_upper_case() -> None:
     assert Settings.load(log_level="DEBUG").log_level == "debug"
 
 
-def test_on_windows_it_says_at_once_where_it_runs() -> None:
+def test_import_on_windows_names_the_supported_systems() -> None:
     program = "import sys; sys.platform = 'win32'; import wsserver"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -113,7 +113,7 @@ def test_on_windows_it_says_at_once_where_it_runs() -> None:
     assert done.stderr.endswith("runs on Linux and macOS; on Windows run it in WSL\n")
 
 
-def test_the_supported_pythons_are_said_in_one_voice() -> None:
+def test_documents_and_metadata_name_the_same_pythons() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     classified = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
     (tested,) = re.findall(r"^PYTHONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -53,7 +53,7 @@ async def fail(chat: Client, puppet: Puppet, failure: Exception) -> None:
 # Metrics
 
 
-async def test_connections_are_counted(server: wsserver.Server) -> None:
+async def test_connections_are_counted_by_outcome(server: wsserver.Server) -> None:
     assert value(server, "connections_open") == 0
     assert value(server, "connections_total", "served") == 0
     async with client(server) as chat:
@@ -65,7 +65,7 @@ async def test_connections_are_counted(server: wsserver.Server) -> None:
     assert value(server, "connections_total", "origin") == 1
 
 
-async def test_a_reply_is_counted_and_timed(
+async def test_reply_is_counted_and_timed(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt()
@@ -87,7 +87,7 @@ async def test_a_reply_is_counted_and_timed(
     assert value(server, "store_commits_failed_total") == 0
 
 
-async def test_a_reason_of_a_models_own_is_other(
+async def test_unknown_stop_reason_counts_as_other(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await say(chat, puppet, End("reason-1"))
@@ -97,7 +97,7 @@ async def test_a_reason_of_a_models_own_is_other(
     assert value(server, "time_to_first_token_seconds_count") == 0
 
 
-async def test_a_stop_is_counted_by_who_and_timed(
+async def test_stop_is_counted_by_stopper_and_timed(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt()
@@ -140,7 +140,7 @@ async def test_refused_frames_and_prompts_are_counted(
     assert value(server, "frames_refused_total", "prompt", "busy") == 1
 
 
-async def test_what_a_slow_reader_gets_merged_is_counted(
+async def test_pieces_merged_for_a_slow_reader_are_counted(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as quick:
@@ -155,7 +155,7 @@ async def test_what_a_slow_reader_gets_merged_is_counted(
     assert value(server, "pieces_merged_total") > 1000
 
 
-async def test_an_aborted_reader_is_counted(puppet: Puppet) -> None:
+async def test_aborted_reader_is_counted(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, send_timeout=0.05, drain_timeout=0) as server:
         async with sluggard(server) as slow:
             await slow.send('{"prompt": "Talk"}')
@@ -163,7 +163,7 @@ async def test_an_aborted_reader_is_counted(puppet: Puppet) -> None:
             await until(lambda: value(server, "readers_aborted_total", "does not read"))
 
 
-async def test_the_event_loop_is_watched_until_the_server_closes(
+async def test_event_loop_lag_is_measured_until_close(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     monkeypatch.setattr(telemetry, "BEAT", 0.001)
@@ -173,7 +173,7 @@ async def test_the_event_loop_is_watched_until_the_server_closes(
     assert server.metrics._beat.cancelled()
 
 
-async def test_servers_in_one_process_count_each_its_own(puppet: Puppet) -> None:
+async def test_servers_of_one_process_have_separate_metrics(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0) as one, wsserver.serve(puppet, port=0) as two:
         async with client(one) as chat:
             await say(chat, puppet, "x")
@@ -181,7 +181,7 @@ async def test_servers_in_one_process_count_each_its_own(puppet: Puppet) -> None
         assert value(two, "generations_total", "done", "end_turn") == 0
 
 
-async def test_the_process_is_measured_too(server: wsserver.Server) -> None:
+async def test_metrics_include_the_process(server: wsserver.Server) -> None:
     names = {name for name, _ in samples(server.metrics)}
     assert "python_info" in names
     assert not sys.platform.startswith("linux") or "process_resident_memory_bytes" in names
@@ -191,7 +191,7 @@ async def test_the_process_is_measured_too(server: wsserver.Server) -> None:
 # Whether the model's API fails
 
 
-async def test_an_api_that_keeps_failing_is_known_to_until_it_works_or_time_goes_by(
+async def test_outage_of_the_api_lasts_until_a_success_or_a_time_limit(
     monkeypatch: pytest.MonkeyPatch, server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     def failing() -> bool:
@@ -215,7 +215,7 @@ async def test_an_api_that_keeps_failing_is_known_to_until_it_works_or_time_goes
 
 
 @pytest.mark.parametrize("failure", [ModelError(Code.BAD_REQUEST), RuntimeError()])
-async def test_a_prompts_own_fault_is_not_the_apis(
+async def test_fault_of_a_prompt_is_no_outage_of_the_api(
     server: wsserver.Server, chat: Client, puppet: Puppet, failure: Exception
 ) -> None:
     for _ in range(6):
@@ -262,7 +262,7 @@ async def claude(
         yield server
 
 
-async def test_a_reply_is_a_span_and_the_request_to_the_api_a_part_of_it(
+async def test_reply_is_a_span_with_the_api_request_as_its_child(
     claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
 ) -> None:
     upstream.default = reply("a private reply", output_tokens=9)
@@ -308,7 +308,7 @@ async def test_a_reply_is_a_span_and_the_request_to_the_api_a_part_of_it(
     assert not [s for s in spans.get_finished_spans() if "private" in s.to_json()]
 
 
-async def test_each_attempt_is_a_span_with_its_number(
+async def test_each_attempt_is_a_span_with_its_resend_count(
     claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
 ) -> None:
     upstream.play(error(529, "overloaded_error", headers={"retry-after": "0"}))
@@ -320,7 +320,7 @@ async def test_each_attempt_is_a_span_with_its_number(
     assert [each.get("http.request.resend_count") for each in told] == [None, 1]
 
 
-async def test_a_failure_is_a_type_in_the_span_and_no_text(
+async def test_failed_span_has_the_error_type_without_text(
     claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
 ) -> None:
     upstream.default = Script((error(401, "authentication_error", SECRET),))
@@ -342,7 +342,7 @@ async def test_a_failure_is_a_type_in_the_span_and_no_text(
     assert value(claude, "upstream_errors_total", "credentials") == 1
 
 
-async def test_a_fault_of_a_models_own_is_no_text_in_the_span(
+async def test_exception_text_of_a_custom_model_is_not_in_the_span(
     spans: InMemorySpanExporter, chat: Client, puppet: Puppet
 ) -> None:
     await fail(chat, puppet, RuntimeError(SECRET))
@@ -353,7 +353,7 @@ async def test_a_fault_of_a_models_own_is_no_text_in_the_span(
     assert SECRET not in span.to_json()
 
 
-async def test_each_reply_is_a_trace_of_its_own_and_a_stop_says_who(
+async def test_each_reply_is_a_new_trace_that_names_the_stopper(
     spans: InMemorySpanExporter, server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     first = await chat.prompt()
@@ -376,7 +376,7 @@ async def test_each_reply_is_a_trace_of_its_own_and_a_stop_says_who(
 
 
 @pytest.mark.parametrize("moment", ["on_start", "on_end"])
-async def test_a_span_processor_that_fails_keeps_no_reply_from_its_end(
+async def test_failing_span_processor_does_not_fail_the_reply(
     spans: InMemorySpanExporter,
     chat: Client,
     puppet: Puppet,
@@ -394,7 +394,7 @@ async def test_a_span_processor_that_fails_keeps_no_reply_from_its_end(
     assert SECRET not in caplog.text
 
 
-async def test_without_opentelemetry_there_is_nothing_and_all_works() -> None:
+async def test_replies_work_without_opentelemetry() -> None:
     program = (
         "import sys\n"
         "sys.modules['opentelemetry'] = None\n"

@@ -18,7 +18,7 @@ import wsserver
 from wsserver import descriptors, listening
 from wsserver.auth import tokens
 from wsserver.errors import ConfigError
-from wsserver.logs import log, set_up, tell_left_out
+from wsserver.logs import log, set_up, write_left_out
 from wsserver.schema import asyncapi, json_schema
 from wsserver.server import Server, serve
 from wsserver.settings import REMOVED, SECRETS, Settings
@@ -26,8 +26,8 @@ from wsserver.settings import REMOVED, SECRETS, Settings
 __all__ = ["main"]
 
 USAGE_ERROR = 2
-OUT_OF_MEMORY = 1  # the exit code, with which a service manager starts the program again
-LAST_WORDS = b"wsserver: out of memory; it ends at once, and loses no more than a crash would\n"
+OUT_OF_MEMORY = 1  # exit code; a service manager then restarts the program
+LAST_WORDS = b"wsserver: out of memory; the process ends now and loses no more than in a crash\n"
 LAST_MOMENT = 1.0  # seconds for Python to end after the shutdown
 SERVE_USAGE = "wsserver serve [--SETTING VALUE ...]"
 SERVE_ABOUT = """\
@@ -36,7 +36,7 @@ overrides: --log-level is WSSERVER_LOG_LEVEL."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"wsserver: {message}; see {self.prog} --help\n")
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line.
 
     Raises:
-        SystemExit: always; 0 after a normal end, 2 after one line on stderr about what is wrong.
-            ``wsserver chat`` has others, see :func:`wsserver.terminal.run`.
+        SystemExit: always. 0 after a normal end, 2 after an error, which is one line on stderr.
+            ``wsserver chat`` has further codes, see :func:`wsserver.terminal.run`.
     """
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
@@ -66,35 +66,35 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in arguments.keys() & set(SECRETS):
                 flag = _flag(name)
                 log.warning(
-                    "every user of this machine can see a secret that is a flag; use a file or "
-                    "the environment",
+                    "every user of this machine can see a secret in a flag; use a file or the "
+                    "environment",
                     flag=flag,
                     file=f"{flag}-file",
                     variable=f"WSSERVER_{name.upper()}",
                 )
             descriptors.raise_limit(settings)
-            gc.disable()  # until all that stays is there
+            gc.disable()  # until _start_gc
             with asyncio.Runner(loop_factory=_loop_factory(settings)) as runner:
                 runner.run(_serve(settings))
     except MemoryError:
-        _give_up()
+        _exit_out_of_memory()
     except ConfigError as error:
-        if sys.stderr is not None:  # else it would be printed on stdout
+        if sys.stderr is not None:  # print writes to stdout if its file is None
             print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
 
 
 def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]:
-    """Return what makes the event loop that the settings ask for.
+    """Return the function that makes the event loop of the settings.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: the event loop is not installed.
     """
     if settings.event_loop != "asyncio":
         try:
             import uvloop  # noqa: PLC0415
-        except ImportError as error:  # no wheel for this machine, or this Python
+        except ImportError as error:  # no wheel for this machine or Python
             if settings.event_loop == "uvloop":
                 raise ConfigError("event_loop: uvloop is not installed") from error
         else:
@@ -103,7 +103,7 @@ def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]
 
 
 def _data_file() -> Path:
-    """Return where a user's programs keep data (XDG Base Directory Specification)."""
+    """Return the default file for conversations (XDG Base Directory Specification)."""
     home = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(home) / "wsserver" / "conversations.sqlite"
 
@@ -113,20 +113,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     schema = commands.add_parser("schema", help="print the JSON Schema of all frames")
-    schema.add_argument("--asyncapi", action="store_true", help="the protocol as AsyncAPI instead")
+    schema.add_argument(
+        "--asyncapi", action="store_true", help="print the protocol as AsyncAPI instead"
+    )
     _add_chat(commands)
-    token = commands.add_parser("token", help="make tokens that let clients in")
+    token = commands.add_parser("token", help="make tokens for clients")
     making = token.add_subparsers(required=True, metavar="new").add_parser(
         "new",
-        help="make one, and print it",
-        description="Make a token and print it. It is not kept: the server needs only its digest, "
-        "which goes into the file of the setting token_file.",
+        help="make a token and print it",
+        description="Make a token and print it. The token is saved nowhere: the server needs only "
+        "its digest, in the file of the setting token_file.",
         allow_abbrev=False,
     )
-    making.add_argument("name", metavar="NAME", help="who it is for, as clients and logs see")
+    making.add_argument("name", metavar="NAME", help="name of the principal, as in the logs")
     making.add_argument("--file", type=Path, help="append the digest to this file")
     making.add_argument(
-        "--days", type=_days, help="for how many days it is good; default: for ever"
+        "--days", type=_days, help="days that the token is valid; default: for ever"
     )
     _add_serve(commands)
     return parser
@@ -197,20 +199,20 @@ class _FirstHelp(argparse.Action):
 def _add_chat(commands: Any) -> None:
     chat = commands.add_parser(
         "chat",
-        help="talk to a server in this terminal",
-        description="Talk to a server in this terminal. Without an address, to a private one that "
-        "lasts as long as the talk, with the settings of the environment.",
-        epilog="With --once the exit code is 0, 1 after an error, 2 if it cannot be done as asked, "
-        "130 after Ctrl-C; the reply alone is on stdout.",
+        help="chat with a server in this terminal",
+        description="Chat with a server in this terminal. Without an address, start a private "
+        "server with the settings of the environment; the server ends with the chat.",
+        epilog="With --once only the reply is on stdout. The exit code is 0, 1 after an error, 2 "
+        "if the request is invalid, 130 after Ctrl-C.",
         allow_abbrev=False,
     )
     chat.add_argument("url", nargs="?", metavar="URL", help="such as ws://localhost:3001")
-    chat.add_argument("--once", metavar="PROMPT", help="ask this alone; - reads it from stdin")
-    chat.add_argument("--conversation", metavar="ID", help="the conversation that goes on")
+    chat.add_argument("--once", metavar="PROMPT", help="send one prompt; - reads it from stdin")
+    chat.add_argument("--conversation", metavar="ID", help="the conversation to continue")
     chat.add_argument(
         "--token",
-        help="who you are, where the server asks. Other users of this machine can see it; better "
-        "is the environment variable WSSERVER_CHAT_TOKEN",
+        help="token for the server. Other users of this machine can see it: use the environment "
+        "variable WSSERVER_CHAT_TOKEN instead",
     )
     chat.add_argument("--model", help="the model that answers")
     chat.add_argument("--system", metavar="TEXT", help="the system prompt")
@@ -219,7 +221,7 @@ def _add_chat(commands: Any) -> None:
 def _chat(**options: str | None) -> int:
     if options["token"]:
         _note("every user of this machine can see --token; WSSERVER_CHAT_TOKEN hides the token")
-    # Imported here, as a server needs nothing of it.
+    # Imported here, because a server does not need prompt_toolkit.
     from wsserver import terminal  # noqa: PLC0415
 
     return terminal.run(terminal.Options(**options))
@@ -227,7 +229,7 @@ def _chat(**options: str | None) -> int:
 
 def _days(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of days")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of days")
     return int(text)
 
 
@@ -242,36 +244,36 @@ def _make_token(name: str, file: Path | None, days: int | None) -> None:
 
 
 def _note(text: str) -> None:
-    # What a script takes is on stdout, and what a person reads on stderr.
+    # stdout has only the token, for scripts; people read stderr.
     print(text, file=sys.stderr)
 
 
-def _give_up() -> NoReturn:
-    """End at once, without a line of Python that could need memory."""
+def _exit_out_of_memory() -> NoReturn:
+    """End the process now, without code that could need memory."""
     os.write(2, LAST_WORDS)
     os._exit(OUT_OF_MEMORY)
 
 
 def _watch_failures(stack: contextlib.ExitStack) -> None:
-    """Log what Python would print of failures that nobody takes; end where memory is used up.
+    """Log unhandled exceptions that Python would print; end the process after a MemoryError.
 
-    A callback that ran out of memory has left something half done, and there will be more of them:
-    event loops go on, log each, and even crash. A restart keeps all that the store has.
+    A callback without memory leaves an inconsistent state, and the event loop goes on with it. A
+    restart keeps everything that the store has.
     """
 
     def on_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if isinstance(context.get("exception"), MemoryError):
-            _give_up()
+            _exit_out_of_memory()
         loop.default_exception_handler(context)
 
     def on_unraisable(failed: Any) -> None:
         if issubclass(failed.exc_type, MemoryError):
-            _give_up()
+            _exit_out_of_memory()
         log.error("exception ignored", failure=failed.exc_value)
 
     def on_thread(failed: Any) -> None:
         if issubclass(failed.exc_type, MemoryError):
-            _give_up()
+            _exit_out_of_memory()
         log.error("a thread failed", failure=failed.exc_value)
 
     asyncio.get_running_loop().set_exception_handler(on_failure)
@@ -292,7 +294,7 @@ async def _serve(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
         hung_up = asyncio.Event()
-        # Started from a terminal, and not to outlive it (as by nohup).
+        # The program ends with its terminal, unless nohup ignores SIGHUP.
         tied = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and _has_terminal()
 
         def on_signal() -> None:
@@ -310,28 +312,28 @@ async def _serve(settings: Settings) -> None:
             loop.add_signal_handler(number, on_signal)
         loop.add_signal_handler(signal.SIGHUP, on_hangup)
         reloading = loop.create_task(_reload(server, hung_up))
-        settling = loop.create_task(_settle(server))
-        _announce(server)  # last, as who reads this may send a signal
+        starting_gc = loop.create_task(_start_gc(server))
+        _announce(server)  # after the signal handlers: a reader of these lines may send a signal
         listening.notify("READY=1")
         await asked.wait()
-        for task in (reloading, settling):
+        for task in (reloading, starting_gc):
             task.cancel()
-        await asyncio.wait({reloading, settling})
+        await asyncio.wait({reloading, starting_gc})
         listening.notify("STOPPING=1")
-        _say("stopping; once more to stop at once")
+        _say("stopping; press Ctrl-C once more to stop at once")
         await server.close()
-        tell_left_out()
-        # A model that holds on to a thread or to its task would keep the program from ending.
+        write_left_out()
+        # A model with a thread or task that does not end must not keep the process.
         last = threading.Timer(LAST_MOMENT, os._exit, [0])
         last.daemon = True
         last.start()
 
 
-async def _settle(server: Server) -> None:
-    """Collect garbage from now on, and look for it only among what comes later.
+async def _start_gc(server: Server) -> None:
+    """Start garbage collection, for objects that are made from now on.
 
-    Libraries are a hundred thousand objects that stay. To look through them takes a fifth of the
-    start, and would later stop all replies for a tenth of a second now and then.
+    The libraries are a hundred thousand objects that stay. Looking through them takes a fifth of
+    the start, and later would stop all replies for 0.1 s now and then.
     """
     await server.prepared()
     gc.freeze()
@@ -339,7 +341,7 @@ async def _settle(server: Server) -> None:
 
 
 async def _reload(server: Server, asked: asyncio.Event) -> None:
-    """Reload each time that it is asked for; once for those that come while it is at it."""
+    """Reload after each SIGHUP; once for all signals that arrive during a reload."""
     while True:
         await asked.wait()
         asked.clear()
@@ -354,7 +356,7 @@ async def _reload(server: Server, asked: asyncio.Event) -> None:
 
 
 def _has_terminal() -> bool:
-    """Whether there is a terminal that this program belongs to."""
+    """Return whether this process has a controlling terminal."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:
@@ -365,7 +367,7 @@ def _has_terminal() -> bool:
 def _cannot_listen(settings: Settings, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {settings.port} of {settings.host} is in use; choose another with --port"
-    number = error.errno or 0  # negative for a name that is not found
+    number = error.errno or 0  # negative if the host name is unknown
     reason = os.strerror(number) if number > 0 else error.strerror
     return f"cannot listen on {settings.host} port {settings.port}: {reason}"
 
@@ -383,12 +385,12 @@ def _announce(server: Server) -> None:
             f"  operations http://{server.settings.operations_host}:{server.operations_port}/"
         )
     if server.open_to_users and not server.settings.allow_anonymous:
-        lines.append("  EVERY USER of this machine can use it; a --token-file keeps the others out")
+        lines.append("  EVERY USER of this machine can use it; --token-file keeps other users out")
     if server.settings.allow_anonymous:
-        lines.append("  ANYONE who reaches it can spend your money and read all conversations")
+        lines.append("  ANYONE who can connect can spend your money and read all conversations")
     _say("\n".join([*lines, "  Ctrl-C stops"]))
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
+    with contextlib.suppress(OSError):  # stdout is closed
         print(text, flush=True)

@@ -3,7 +3,7 @@
 import secrets
 
 from wsserver.content import Usage
-from wsserver.errors import NOT_TAKEN, Code, ModelError
+from wsserver.errors import UNBILLED, Code, ModelError
 from wsserver.generation import End, Log, tokens_in, well_formed
 from wsserver.live import Generation, Outcome
 from wsserver.logs import log as events
@@ -24,7 +24,7 @@ def terminal_of(generation: Generation, how: Outcome) -> Terminal:
         return Done(id=generation.id, seq=generation.log.seq, reason="stopped", by=how, usage=usage)
     error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
     unanswered = generation.usage is None and not generation.log.seq
-    free = unanswered and error.code in NOT_TAKEN
+    free = unanswered and error.code in UNBILLED
     usage = UsageCounts.of(Usage() if free else usage_of(generation))
     return Error(
         code=error.code,

@@ -1,14 +1,15 @@
-"""What can go wrong, as one table of codes and one tree of exceptions.
+"""The error codes of the protocol, and the tree of exceptions.
 
 ::
 
     WsserverError
-     ├── ConfigError    the program cannot start as it was told to
-     ├── StoreError     conversations could not be read or saved
-     ├── Refused        a client frame was not accepted; nothing changed
+     ├── ConfigError    the configuration is invalid, so the program cannot start
+     ├── StoreError     the store could not read or save conversations
+     ├── Refused        the server refused a client frame, and changed nothing
      └── ModelError     a model could not finish its reply
 
-Clients see codes and messages of these alone; the text of any other exception stays in the log.
+Clients see the codes and messages of ``Refused`` and ``ModelError`` only. The text of any other
+exception stays in the log.
 """
 
 import math
@@ -16,9 +17,9 @@ from enum import StrEnum
 from typing import Self
 
 __all__ = [
-    "NOT_TAKEN",
     "OUTAGE",
     "TOO_LONG",
+    "UNBILLED",
     "UPSTREAM",
     "Code",
     "ConfigError",
@@ -30,23 +31,24 @@ __all__ = [
 
 
 class Code(StrEnum):
-    """The ``code`` of an ``error`` frame. Stable: a client may switch on it.
+    """The ``code`` of an ``error`` frame. The codes are stable: a client may branch on a code.
 
-    ``retryable`` is the answer to "can the same prompt succeed later, unchanged?".
+    ``retryable`` says whether the same prompt can succeed later without a change. ``meaning`` is
+    the default message.
     """
 
     retryable: bool
     meaning: str
 
     def __new__(cls, value: str, retryable: bool, meaning: str) -> Self:  # noqa: FBT001
-        """Give the code, which is its own string value, its two other columns."""
+        """Create a code from its string value and its two attributes."""
         code = str.__new__(cls, value)
         code._value_ = value
         code.retryable = retryable
         code.meaning = meaning
         return code
 
-    # What a client sent.
+    # Errors in a client's frame.
     INVALID_JSON = "invalid_json", False, "The frame is not JSON."
     INVALID_FRAME = "invalid_frame", False, "The frame is JSON, but not one of the protocol's."
     UNKNOWN_TYPE = "unknown_type", False, "The frame's `type` is not one of the protocol's."
@@ -59,14 +61,14 @@ class Code(StrEnum):
     GAP = "gap", False, "The generation has no pieces up to that `after`."
     NOT_RUNNING = "not_running", False, "There is nothing (of that `id`) to stop. Harmless."
     UNAUTHENTICATED = "unauthenticated", False, "The token is missing, not valid, or has expired."
-    # What the server cannot do now.
+    # The server cannot do the request now.
     BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
     LIMIT = "limit", True, "This client, conversation or server does as much as it may."
     QUOTA = "quota", True, "Too little of this day's tokens or dollars is left; see `retry_after`."
     AUTH_UNAVAILABLE = "auth_unavailable", True, "The server cannot check tokens now."
     STORE = "store", True, "The server cannot read or save conversations now."
     SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."
-    # How a generation failed.
+    # Failures of a generation.
     BAD_REQUEST = "bad_request", False, "The model's API refused the request."
     CREDENTIALS = "credentials", False, "The model's API refused the server's credentials."
     MODEL_NOT_FOUND = "model_not_found", False, "The model's API knows no such model."
@@ -103,31 +105,30 @@ UPSTREAM = frozenset(
         Code.UPSTREAM_ERROR,
     }
 )
-"""What the model's API, and not its client, is to blame for."""
+"""Failures that the model's API caused, and not the client."""
 
 OUTAGE = UPSTREAM - {Code.MODEL_NOT_FOUND, Code.RATE_LIMITED}
-"""What says that it does not serve us now, whatever it is asked."""
-
+"""Error codes that mean the API is down for every request."""
 
 TOO_LONG = frozenset({Code.PROMPT_TOO_LONG, Code.REQUEST_TOO_LARGE})
-"""Failures that less of the conversation may mend."""
+"""Failures after which a shorter history may succeed."""
 
-NOT_TAKEN = (
+UNBILLED = (
     TOO_LONG | UPSTREAM - {Code.INCOMPLETE, Code.MALFORMED, Code.TIMEOUT} | {Code.BAD_REQUEST}
 )
-"""Failures of requests that the model's API did not answer, and does not bill."""
+"""Failures of requests that the model's API rejected, and does not bill."""
 
 
 class WsserverError(Exception):
-    """The root of the tree."""
+    """Base class of all exceptions of this package."""
 
 
 class ConfigError(WsserverError):
-    """The program cannot start as it was told to; the message is one clear line."""
+    """The configuration is invalid. The message is one line for the operator."""
 
 
 class StoreError(WsserverError):
-    """Conversations could not be read or saved; the message is for the log."""
+    """The store could not read or save conversations. The message is for the log."""
 
 
 class _Coded(WsserverError):
@@ -154,16 +155,16 @@ class _Coded(WsserverError):
 
 
 class Refused(_Coded):
-    """A client frame was not accepted, and nothing changed.
+    """The server refused a client frame, and changed nothing.
 
-    ``about`` is the ``id`` or the ``conversation`` of that frame, ``request`` its ``request``,
-    once they are known.
+    ``about`` is the ``id`` or the ``conversation`` of the frame, and ``request`` is the frame's
+    ``request``. Both are None until the server knows them.
 
     Args:
-        code: one of :class:`Code`, or its string value.
-        message: for people; sent to the client. Default: the code's meaning.
-        retryable: whether the same frame can succeed later. Default: the code's.
-        retry_after: seconds, where known; one that is not finite counts as unknown.
+        code: a member of :class:`Code`, or its string value.
+        message: text for people, sent to the client. Default: the code's meaning.
+        retryable: whether the same frame can succeed later. Default: the code's ``retryable``.
+        retry_after: seconds to wait, or None if unknown. An infinite number counts as unknown.
 
     Raises:
         ValueError: there is no such code.
@@ -173,7 +174,7 @@ class Refused(_Coded):
     request: str | None = None
 
     def bare(self) -> Self:
-        """Return a copy without traceback and context, which would keep the message in memory."""
+        """Return a copy without traceback and context: these would keep the frame in memory."""
         copy = type(self)(
             self.code, self.message, retryable=self.retryable, retry_after=self.retry_after
         )
@@ -182,15 +183,15 @@ class Refused(_Coded):
 
 
 class ModelError(_Coded):
-    """A model could not finish its reply; what it said so far is kept.
+    """A model could not finish its reply. The server keeps the text of the reply so far.
 
-    A model of your own raises this to tell the client what happened. Any other exception becomes
-    :attr:`Code.INTERNAL`, whose text stays in the log. The arguments are those of :class:`Refused`.
-    After :attr:`Code.PROMPT_TOO_LONG` before any text, the model is asked again with less of the
-    conversation, while there is any.
+    A model of your own raises this error to tell the client what happened. Any other exception
+    becomes :attr:`Code.INTERNAL`, and its text stays in the log. The arguments are the same as for
+    :class:`Refused`. After :attr:`Code.PROMPT_TOO_LONG` before any text, the server calls the model
+    again with a shorter history, as long as there is a history.
 
-    ``kind`` is the model's own name of the error, for the log: a fixed word, and never a text that
-    may quote a prompt.
+    ``kind`` is the model's own name of the error, for the log. It is a fixed word, and never a text
+    that may quote a prompt.
     """
 
     kind: str | None = None

@@ -1,16 +1,16 @@
-"""The log: one event a line, which whatever it tells of cannot break or disguise.
+"""The log: one line per event. No logged value can break a line or look like another line.
 
-The one module that knows structlog. Importing it configures nothing: in a program that embeds the
-server, events are records of the logger ``wsserver`` whose message is a line by itself
-(``generation id=… reason=end_turn seconds=1.2``) and whose attribute ``event`` has the same as a
-dict. :func:`set_up` is for ``wsserver serve``, which owns its process.
+Only this module imports structlog. The import configures nothing: in a program that embeds the
+server, an event is a record of the logger ``wsserver``. Its message is a whole line
+(``generation id=… reason=end_turn seconds=1.2``), and its attribute ``event`` is the same as a
+dict. ``wsserver serve`` owns its process and calls :func:`set_up`.
 
-Nobody can say what an exception's text holds: a key, a prompt, what an API answered. So an event
-has the types of the exceptions and the places they came through, and their text at level ``debug``
-only.
+The text of an exception may contain a key, a prompt or the answer of an API. So an event shows the
+types of the exceptions and the code lines they passed. Only level ``debug`` shows their text.
 
-No client can fill a disk: in each :data:`WINDOW` an event gets :data:`MOST` lines for each
-principal, and as many for all strangers together. The event ``lines left out`` counts the rest.
+No client can fill the disk: in each :data:`WINDOW` an event gets :data:`MAX_LINES` lines for each
+principal, and as many for all anonymous clients together. The event ``lines left out`` counts the
+others.
 """
 
 import asyncio
@@ -29,27 +29,27 @@ from typing import Any, TextIO
 
 import structlog
 
-__all__ = ["log", "printable", "set_up", "tell_left_out"]
+__all__ = ["log", "printable", "set_up", "write_left_out"]
 
-MOST_PLACES = 20  # of one traceback, the innermost; a recursion has a thousand
-CALLER = 4  # frames of structlog's between whoever logs and the standard library
+MAX_PLACES = 20  # innermost frames of a traceback; a recursion has a thousand
+CALLER = 4  # stack frames of structlog between the caller and the standard library
 WINDOW = 10.0  # seconds
-MOST = 100  # lines: more than anybody reads, and 220 MB a day at most for each event
+MAX_LINES = 100  # more than a person reads; at most 220 MB a day for each event
 LEVELS = logging.getLevelNamesMapping()
-NAMES = 1000  # counts kept in a window; who comes later shares the strangers' count
+NAMES = 1000  # counts in a window; later principals share the count of anonymous clients
 
 logger = logging.getLogger("wsserver")
 
 
 class _Event(dict[str, Any]):
-    """What one line says, under ``event`` and further keys, safe to show as it is."""
+    """The ``event`` of one line and further keys. All values are escaped."""
 
 
 def printable(text: str) -> str:
-    """Return text with all escaped that is neither to be seen nor a space.
+    """Escape all characters that are neither visible nor a space.
 
-    That is line ends of any kind, what terminals obey, and characters without a width or that
-    change the direction of others.
+    These are line ends of any kind, control characters of terminals, characters without a width,
+    and characters that change the direction of text.
     """
     if text.isprintable():
         return text
@@ -57,13 +57,13 @@ def printable(text: str) -> str:
 
 
 def set_up(level: str, stream: TextIO | None = None) -> None:
-    """Send all records of this process to a stream: lines on a terminal, else JSON objects.
+    """Write all records of this process to a stream: text on a terminal, else JSON objects.
 
     Args:
-        level: the least severe one of our own: debug, info, warning or error. Other libraries'
-            records are shown from warnings on, whatever level those libraries set for themselves:
-            below, the Anthropic SDK logs prompts.
-        stream: where to; the default is stderr.
+        level: least severe level of this package's events: debug, info, warning or error. Records
+            of other libraries are written from level warning on, whatever level the library sets:
+            at lower levels the Anthropic SDK logs prompts.
+        stream: destination; the default is stderr.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Formatter(as_json=not handler.stream.isatty(), full=level == "debug"))
@@ -77,11 +77,11 @@ def set_up(level: str, stream: TextIO | None = None) -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Makes a line of any record.
+    """Formats any record as one line.
 
     Args:
-        as_json: as a JSON object and not as text.
-        full: with the text of exceptions.
+        as_json: format a JSON object instead of text.
+        full: include the text of exceptions.
     """
 
     def __init__(self, *, as_json: bool, full: bool) -> None:
@@ -90,10 +90,10 @@ class _Formatter(logging.Formatter):
         self._full = full
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, without its end."""
+        """Return the line without its line end."""
         event = getattr(record, "event", None)
         if not isinstance(event, _Event):
-            event = _foreign(record, full=self._full)
+            event = _library_event(record, full=self._full)
         if self._full and record.exc_info and record.exc_info[0]:
             text = "".join(traceback.format_exception(*record.exc_info))
             event = _Event(event, traceback=printable(text))
@@ -110,12 +110,12 @@ class _Limit:
     """Decides which lines are written, and counts the lines that are not.
 
     Args:
-        clock: seconds that never go back.
+        clock: monotonic clock, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()  # libraries log from their threads
+        self._lock = threading.Lock()  # libraries log from threads of their own
         self.clear()
 
     def clear(self) -> None:
@@ -123,37 +123,39 @@ class _Limit:
         self._began = self._clock()
         self._written: Counter[Hashable] = Counter()
         self._left_out: Counter[str] = Counter()
-        self._level = logging.NOTSET  # the most severe one of the lines that were left out
+        self._level = logging.NOTSET  # most severe level of the lines left out
 
     def allows(self, event: str, level: int, name: object = None) -> bool:
-        """Count a line; return whether it is to be written.
+        """Count a line; return whether to write it.
 
         Args:
-            event: what it tells of; a bounded set of texts.
-            level: its severity.
-            name: who is counted apart from others.
+            event: name of the event, from a bounded set.
+            level: severity of the line.
+            name: principal with a count of its own; None for anonymous clients.
         """
         key: Hashable = event, level, name
-        self._tell_if_over()
+        self._write_if_over()
         with self._lock:
             if key not in self._written and len(self._written) >= NAMES:
                 key = event, level, None
             self._written[key] += 1
-            if self._written[key] <= MOST:
+            if self._written[key] <= MAX_LINES:
                 return True
             first = not self._left_out
             self._left_out[event] += 1
             self._level = max(self._level, level)
         if first:
-            with contextlib.suppress(RuntimeError):  # no event loop: the next line tells
-                asyncio.get_running_loop().call_later(WINDOW, self._tell_if_over)
+            with contextlib.suppress(
+                RuntimeError
+            ):  # no event loop: the next line writes the counts
+                asyncio.get_running_loop().call_later(WINDOW, self._write_if_over)
         return False
 
-    def _tell_if_over(self) -> None:
+    def _write_if_over(self) -> None:
         if self._clock() - self._began >= WINDOW:
-            self.tell()
+            self.write_left_out()
 
-    def tell(self) -> None:
+    def write_left_out(self) -> None:
         """Write how many lines were left out, if any, and begin a new window."""
         with self._lock:
             left_out, level = self._left_out, self._level
@@ -166,13 +168,13 @@ class _Limit:
 _limit = _Limit()
 
 
-def tell_left_out() -> None:
-    """Write now how many lines were left out: for a program that is about to end."""
-    _limit.tell()
+def write_left_out() -> None:
+    """Write now how many lines were left out. For a program that is about to end."""
+    _limit.write_left_out()
 
 
 def _from_libraries(record: logging.LogRecord) -> bool:
-    """Keep out what libraries log of prompts, and of each client that went away."""
+    """Drop records of libraries about prompts and about each client that disconnected."""
     if isinstance(getattr(record, "event", None), _Event):
         return True
     if record.name == "asyncio" and record.msg == "socket.send() raised exception.":
@@ -181,24 +183,24 @@ def _from_libraries(record: logging.LogRecord) -> bool:
     return record.levelno >= least and _limit.allows(record.name, record.levelno)
 
 
-def _foreign(record: logging.LogRecord, *, full: bool) -> _Event:
-    """Return what another library says; of an exception, only where it happened."""
+def _library_event(record: logging.LogRecord, *, full: bool) -> _Event:
+    """Return the record of another library as an event, without the text of an exception."""
     failure = record.exc_info[1] if record.exc_info else None
     if full or failure is None:
         message = record.getMessage()
     else:
-        # What it puts into its message may well be that exception. asyncio's has been put
-        # together already: from the second line on, or where it shows an object.
+        # The message may contain the text of the exception. In a message of asyncio that text is
+        # after the first line, or after the first bracket.
         first, *_ = str(record.msg).split("\n")
         message = first.partition("(")[0].partition("<")[0].rstrip()
     event = _Event(event=printable(message), logger=printable(record.name))
     if failure is not None:
-        event.update(_told(failure))
+        event.update(_describe(failure))
     return event
 
 
-def _told(failure: BaseException) -> dict[str, str]:
-    """Say what is known of a failure, without what it says itself."""
+def _describe(failure: BaseException) -> dict[str, str]:
+    """Return the types and places of a failure, without its text."""
     chain = list(_chain(failure))
     types = " from ".join(type(link).__name__ for link in chain)
     places = " from ".join(", ".join(_places(link)) or "nowhere" for link in chain)
@@ -206,7 +208,7 @@ def _told(failure: BaseException) -> dict[str, str]:
 
 
 def _chain(failure: BaseException) -> Iterator[BaseException]:
-    """Yield a failure, its cause, that one's cause, and so on."""
+    """Yield a failure, its cause, the cause of its cause, and so on."""
     seen: set[int] = set()
     link: BaseException | None = failure
     while link is not None and id(link) not in seen:
@@ -222,16 +224,16 @@ def _places(failure: BaseException) -> list[str]:
     walked = list(traceback.walk_tb(failure.__traceback__))
     return [
         f"{Path(frame.f_code.co_filename).name}:{line} in {frame.f_code.co_name}"
-        for frame, line in walked[-MOST_PLACES:]
+        for frame, line in walked[-MAX_PLACES:]
     ]
 
 
 def _line(event: Mapping[str, object]) -> str:
-    keys = (f"{key}={_shown(value)}" for key, value in event.items() if key != "event")
+    keys = (f"{key}={_quoted(value)}" for key, value in event.items() if key != "event")
     return " ".join([str(event["event"]), *keys])
 
 
-def _shown(value: object) -> str:
+def _quoted(value: object) -> str:
     text = str(value)
     if text and not any(c in ' "=' for c in text):
         return text
@@ -250,7 +252,7 @@ def _as_record(
     """Return the arguments for the standard library's logger."""
     failure = event.pop("failure", None)
     if isinstance(failure, BaseException):
-        event.update(_told(failure))
+        event.update(_describe(failure))
     safe = _Event(
         (key, value if isinstance(value, int | float) else printable(str(value)))
         for key, value in event.items()
@@ -258,7 +260,7 @@ def _as_record(
     )
     return (_line(safe),), {
         "extra": {"event": safe},
-        # With it whoever formats the record shows the text too.
+        # A formatter shows the text of the exception only if it gets `exc_info`.
         "exc_info": failure if logger.isEnabledFor(logging.DEBUG) else None,
         "stacklevel": CALLER,
     }
@@ -271,4 +273,4 @@ log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     context_class=dict,
     cache_logger_on_first_use=True,
 )
-"""``log.info("event", key=value)``. What is None is left out; ``failure`` is an exception."""
+"""``log.info("event", key=value)``. A None value is left out; ``failure`` is an exception."""

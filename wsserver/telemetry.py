@@ -1,9 +1,9 @@
-"""What an operator sees of a running server: numbers for Prometheus, spans for OpenTelemetry.
+"""Metrics for Prometheus and spans for OpenTelemetry.
 
-The one module that knows either library. Every label has a bounded set of values, whatever clients
-and models say. What is counted is counted at the ends of things, so that a token costs nothing.
-Spans are made where OpenTelemetry is installed, and cost next to nothing where no program has set
-it up; neither prompts nor replies are in them.
+Only this module imports these two libraries. Every label has a bounded set of values, whatever
+clients and models send. Metrics are counted at the end of a reply, a connection or a batch, so a
+token costs nothing. Spans are made if OpenTelemetry is installed; they cost next to nothing if no
+program has configured OpenTelemetry. Spans contain neither prompts nor replies.
 """
 
 import asyncio
@@ -40,9 +40,9 @@ else:
 __all__ = ["Aborted", "Metrics", "Refusal", "RequestSpan", "Span", "span"]
 
 Refusal = Literal["host", "origin", "unauthenticated", "limit", "unavailable"]
-"""Why a connection was not served."""
+"""Reason for refusing a connection."""
 Aborted = Literal["too much unsent", "does not read"]
-"""Why a connection was cut by us."""
+"""Reason for aborting a connection."""
 
 REASONS = frozenset(
     {
@@ -54,11 +54,11 @@ REASONS = frozenset(
         "tool_use",
     }
 )
-OTHER = "other"  # the reason of a model that has reasons of its own
+OTHER = "other"  # any other reason of a model
 
-BEAT = 1.0  # seconds between two looks at how late the event loop is
+BEAT = 1.0  # seconds between two measurements of the event loop
 
-# Seconds. The upper bounds are the defaults of what the settings limit.
+# Bounds of histograms, in seconds. The last bounds are the defaults of the settings.
 _TO_FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60)
 _REPLY = (0.1, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
 _STOP = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -67,10 +67,10 @@ _COMMIT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2
 
 
 class Metrics:
-    """The numbers of one server, in a registry of its own, as there may be several in a process."""
+    """The metrics of one server. Each server of a process has a registry of its own."""
 
     content_type = CONTENT_TYPE_PLAIN_0_0_4
-    """Of what :meth:`exposition` returns."""
+    """Content type of :meth:`exposition`."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -87,54 +87,60 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"wsserver_{name}_seconds", text, buckets=buckets, registry=registry)
 
-        self._open = gauge("connections_open", "WebSockets that are open.")
+        self._open = gauge("connections_open", "Open WebSocket connections.")
         self._connections = counter(
-            "connections_total", "WebSockets served, and refused for what reason.", "outcome"
+            "connections_total",
+            "WebSocket connections, by outcome: served, or the reason for refusing.",
+            "outcome",
         )
-        self._memory = gauge("memory_bytes", "Bytes that are kept for clients, of the `memory`.")
-        self._running = gauge("generations_running", "Replies that a model is being asked for.")
+        self._memory = gauge("memory_bytes", "Bytes kept for clients, of the setting `memory`.")
+        self._running = gauge("generations_running", "Replies that a model generates now.")
         self._generations = counter(
             "generations_total",
-            "Replies that ended: done with which reason, stopped by whom, or which error.",
+            "Replies that ended, by outcome and reason, stopper or error code.",
             "outcome",
             "why",
         )
         self._first_token = histogram(
-            "time_to_first_token", "From a prompt to the first piece.", _TO_FIRST_TOKEN
+            "time_to_first_token",
+            "Time from a prompt to the first piece of its reply.",
+            _TO_FIRST_TOKEN,
         )
         self._duration = histogram(
-            "generation_duration", "From asking a model to the end of its reply.", _REPLY
+            "generation_duration",
+            "Time from the request to a model to the end of the reply.",
+            _REPLY,
         )
         self._tokens = counter(
-            "tokens_total", "Tokens that models said they used, or likely did.", "kind", "model"
+            "tokens_total", "Tokens that models reported, or an estimate.", "kind", "model"
         )
         self._dollars = counter(
-            "dollars_total", "What replies have cost, by the prices in the settings.", "model"
+            "dollars_total", "US dollars that replies cost, by the known prices.", "model"
         )
         self._stop = histogram(
-            "stop_latency", "From a stop to the model's request being closed.", _STOP
+            "stop_latency", "Time from a stop to the end of the request to the model.", _STOP
         )
         self._upstream = counter(
-            "upstream_errors_total", "Replies that failed for the model's API.", "code"
+            "upstream_errors_total", "Replies that failed because of the model's API.", "code"
         )
         self._merged = counter(
-            "pieces_merged_total", "Pieces that readers got merged with others into one frame."
+            "pieces_merged_total", "Pieces sent in one frame with others to slow readers."
         )
         self._aborted = counter(
-            "readers_aborted_total", "Connections cut as they read too little.", "why"
+            "readers_aborted_total", "Connections aborted because the client did not read.", "why"
         )
-        self._lag = histogram("event_loop_lag", "How late a timer fires, once a second.", _LAG)
-        self._commit = histogram("store_commit", "The store's time for a batch.", _COMMIT)
+        self._lag = histogram("event_loop_lag", "Delay of a timer that fires once a second.", _LAG)
+        self._commit = histogram("store_commit", "Time of the store for one batch.", _COMMIT)
         self._commits_failed = counter(
             "store_commits_failed_total", "Batches that the store could not save."
         )
         self._frames = counter(
-            "frames_refused_total", "Frames refused, prompts among them.", "type", "code"
+            "frames_refused_total", "Refused frames, including prompts.", "type", "code"
         )
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
-        """Make what may happen visible before it has happened, so that its rate is right."""
+        """Create all known label values: a rate needs a counter that begins at zero."""
         for outcome in ("served", *get_args(Refusal)):
             self._connections.labels(outcome)
         for reason in (*REASONS, OTHER):
@@ -149,63 +155,63 @@ class Metrics:
             self._aborted.labels(why)
 
     def exposition(self) -> bytes:
-        """Return all numbers in Prometheus' text format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def watch_memory(self, memory: Memory) -> None:
-        """Show how much of a memory is used, whenever somebody asks."""
+        """Report the used bytes of a memory at each scrape."""
         self._memory.set_function(lambda: memory.used)
 
     def watch_loop(self) -> None:
-        """Measure how late the running event loop is, until :meth:`close`."""
+        """Measure the delay of the running event loop, until :meth:`close`."""
         loop = asyncio.get_running_loop()
 
-        def look(due: float) -> None:
+        def measure(due: float) -> None:
             now = loop.time()
             self._lag.observe(max(0.0, now - due))
-            self._beat = loop.call_at(now + BEAT, look, now + BEAT)
+            self._beat = loop.call_at(now + BEAT, measure, now + BEAT)
 
-        self._beat = loop.call_later(BEAT, look, loop.time() + BEAT)
+        self._beat = loop.call_later(BEAT, measure, loop.time() + BEAT)
 
     def close(self) -> None:
-        """Measure no more. Idempotent."""
+        """Stop measuring. Idempotent."""
         if self._beat is not None:
             self._beat.cancel()
 
-    # What happens.
+    # Events.
 
     def connection_opened(self) -> None:
-        """A WebSocket is served."""
+        """Count a WebSocket connection that opened."""
         self._connections.labels("served").inc()
         self._open.inc()
 
     def connection_closed(self) -> None:
-        """It is served no more."""
+        """Count a WebSocket connection that closed."""
         self._open.dec()
 
     def connection_refused(self, why: Refusal) -> None:
-        """A handshake was answered with an HTTP error."""
+        """Count a handshake that was answered with an HTTP error."""
         self._connections.labels(why).inc()
 
     def reader_aborted(self, why: Aborted) -> None:
-        """A connection was cut by us."""
+        """Count a connection that the server aborted."""
         self._aborted.labels(why).inc()
 
     def frame_refused(self, kind: str, code: Code) -> None:
-        """A frame was refused.
+        """Count a refused frame.
 
         Args:
-            kind: the type of the frame; ``none`` where it is unusable.
-            code: why.
+            kind: type of the frame; ``none`` if the frame is unusable.
+            code: error code of the refusal.
         """
         self._frames.labels(kind, code).inc()
 
     def pieces_merged(self, count: int) -> None:
-        """A reader got so many pieces as one frame."""
+        """Count pieces that were sent as one frame."""
         self._merged.inc(count)
 
     def generation_began(self) -> None:
-        """A model was asked."""
+        """Count a request to a model that began."""
         self._running.inc()
 
     def generation_ended(
@@ -217,14 +223,14 @@ class Metrics:
         seconds: float | None,
         first_token: float | None,
     ) -> None:
-        """A reply is over.
+        """Count a reply that ended.
 
         Args:
-            terminal: how.
-            model: of all those that the settings allow.
-            dollars: what the reply has cost.
-            seconds: since the model was asked; None if it never was.
-            first_token: seconds from the prompt to the first piece; None if there was none.
+            terminal: end of the reply.
+            model: one of the models that the settings allow.
+            dollars: cost of the reply.
+            seconds: time since the request to the model; None without a request.
+            first_token: seconds from the prompt to the first piece; None without a piece.
         """
         if isinstance(terminal, Done) and terminal.by is None:
             reason = terminal.reason if terminal.reason in REASONS else OTHER
@@ -253,18 +259,18 @@ class Metrics:
                     self._tokens.labels(kind, model).inc(count)
 
     def stop_took(self, seconds: float) -> None:
-        """A stopped model has closed its request, so long after it was asked to."""
+        """Record the time from a stop until the model closed its request."""
         self._stop.observe(seconds)
 
     def commit_took(self, seconds: float, *, saved: bool) -> None:
-        """The store has saved a batch, or has failed to."""
+        """Record the time of the store for a batch, and whether the batch was saved."""
         self._commit.observe(seconds)
         if not saved:
             self._commits_failed.inc()
 
 
 class Span:
-    """One generation in a trace; nothing at all without OpenTelemetry.
+    """The span of one generation. It does nothing without OpenTelemetry.
 
     See https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-spans/ for its attributes.
     """
@@ -275,32 +281,32 @@ class Span:
         self._span = inner
 
     def context(self) -> contextvars.Context:
-        """Return a context in which the span is current, so that libraries' spans belong to it."""
+        """Return a context in which the span is current. Spans made there become its children."""
         context = contextvars.copy_context()
         if self._span is not None:
             context.run(attach, trace.set_span_in_context(self._span))
         return context
 
     def end(self, terminal: Terminal, first_token: float | None) -> None:
-        """Say how the generation ended.
+        """End the span.
 
         Args:
-            terminal: how.
-            first_token: seconds from the prompt to the first piece, if there was one.
+            terminal: end of the generation.
+            first_token: seconds from the prompt to the first piece; None without a piece.
         """
         if self._span is None:
             return
-        with _firewall():
+        with _log_exceptions():
             if self._span.is_recording():
-                self._tell(self._span, terminal, first_token)
+                self._set_attributes(self._span, terminal, first_token)
             self._span.end()
 
     @staticmethod
-    def _tell(span: "trace.Span", terminal: Terminal, first_token: float | None) -> None:
+    def _set_attributes(span: "trace.Span", terminal: Terminal, first_token: float | None) -> None:
         if (usage := terminal.usage) is not None:
             created = usage.cache_creation_input_tokens or 0
             read = usage.cache_read_input_tokens or 0
-            # Here, and not in our frames, the cache's are a part of the whole.
+            # By convention `input_tokens` includes the cached tokens. In our frames it does not.
             span.set_attribute("gen_ai.usage.input_tokens", usage.input_tokens + created + read)
             span.set_attribute("gen_ai.usage.output_tokens", usage.output_tokens)
             span.set_attribute("gen_ai.usage.cache_creation.input_tokens", created)
@@ -318,7 +324,9 @@ class Span:
 
 
 class RequestSpan:
-    """One HTTP request to a model's API, as a part of the current span, if that is recorded.
+    """The span of one HTTP request to a model's API, a child of the current span.
+
+    It does nothing if the current span is not recorded.
 
     See https://opentelemetry.io/docs/specs/semconv/http/http-spans/ for its attributes.
 
@@ -344,7 +352,7 @@ class RequestSpan:
         }
         if resent:
             attributes["http.request.resend_count"] = resent
-        with _firewall():
+        with _log_exceptions():
             tracer = trace.get_tracer("wsserver")
             self._span = tracer.start_span(
                 "POST", kind=trace.SpanKind.CLIENT, attributes=attributes
@@ -360,7 +368,7 @@ class RequestSpan:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._span is None:
             return
-        with _firewall():
+        with _log_exceptions():
             if self._status:
                 self._span.set_attribute("http.response.status_code", self._status)
             if kind is not None and issubclass(kind, WsserverError):
@@ -381,7 +389,7 @@ def span(
     max_tokens: int,
     temperature: float | None,
 ) -> Span:
-    """Begin the span of a generation; the arguments are what the model is asked, and for what."""
+    """Start the span of a generation. The arguments become attributes of the span."""
     if not TRACING:
         return Span(None)
     attributes: dict[str, str | int | float] = {
@@ -395,20 +403,20 @@ def span(
         attributes["gen_ai.request.temperature"] = temperature
     if conversation is not None:
         attributes["gen_ai.conversation.id"] = conversation
-    # A trace of its own: what is current where it begins may be another generation, whose end
-    # lets this one begin.
+    # An empty context makes a new trace. The current span may be another generation, whose end
+    # started this one.
     name, kind = f"chat {model}", trace.SpanKind.CLIENT
-    with _firewall():
+    with _log_exceptions():
         tracer = trace.get_tracer("wsserver")
         inner = tracer.start_span(name, Context(), kind=kind, attributes=attributes)
-        if inner.get_span_context().is_valid:  # else no program has set up OpenTelemetry
+        if inner.get_span_context().is_valid:  # invalid if no program has configured OpenTelemetry
             return Span(inner)
     return Span(None)
 
 
 @contextlib.contextmanager
-def _firewall() -> Iterator[None]:
-    """Log an exception of the program's own span processor, which must not end a generation."""
+def _log_exceptions() -> Iterator[None]:
+    """Log an exception of a span processor of the program: it must not end a generation."""
     try:
         yield
     except Exception as error:  # noqa: BLE001

@@ -1,4 +1,4 @@
-"""Authentication: who a client acts for."""
+"""Authentication: which principal a client acts for."""
 
 from pathlib import Path
 
@@ -27,10 +27,10 @@ __all__ = [
 
 
 def make(settings: Settings) -> Authenticator | None:
-    """Make what the settings ask for: tokens, JSON Web Tokens, both, or nothing.
+    """Make the authenticator of the settings: tokens, JSON Web Tokens, both, or None.
 
     Raises:
-        ConfigError: it cannot be made of what they say.
+        ConfigError: the settings are invalid.
     """
     ways: list[Authenticator] = []
     if settings.tokens or settings.token_file:
@@ -47,7 +47,7 @@ def _path(name: str) -> Path | None:
 
 
 class _Any:
-    """Lets in whom one of several lets in."""
+    """Accepts a client that one of several authenticators accepts."""
 
     def __init__(self, ways: list[Authenticator]) -> None:
         self._ways = ways

@@ -1,4 +1,4 @@
-"""What authentication is: from a token and a handshake to a principal."""
+"""The interface of authenticators: a token and a handshake in, a principal out."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,65 +19,68 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a socket acts for. ``expires``: seconds since the epoch at which that ends, if it does.
+    """The person or program that a socket acts for.
 
-    Conversations and generations belong to the ``name``: two principals of one name are one.
+    Conversations and generations belong to the ``name``. Two principals with the same name are the
+    same principal. ``expires`` is the end of the login, in seconds since the epoch; None if it
+    does not end.
     """
 
     name: str
     expires: float | None = None
 
     def __post_init__(self) -> None:
-        # What is no text, such as a number from a database, would not be found again after a
-        # restart; "" is nobody.
+        # The store finds conversations by a text. A number from a database would not match after a
+        # restart.
         if not (isinstance(self.name, str) and self.name):  # type: ignore[redundant-expr]
-            raise TypeError("a Principal's name is a text, and not an empty one")
+            raise TypeError("a Principal's name must be a str that is not empty")
 
 
 ANONYMOUS = Principal("anonymous")
-"""All who need not say who they are, together; an authenticator may return it for guests."""
+"""All clients without a login, as one principal. An authenticator may return it for guests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """What is known of a client when it connects."""
+    """The request of a client that connects."""
 
-    address: str  # of the client; behind a listed proxy that which the proxy tells
-    path: str  # with the query
+    address: str  # of the client; behind a proxy of `proxies` the address in X-Forwarded-For
+    path: str  # including the query
     headers: Mapping[str, str]  # names in lower case
 
 
 class Unavailable(Exception):
-    """Who it is cannot be found out now: neither yes nor no."""
+    """The authenticator cannot decide now, for example because its database is down."""
 
 
 class Authenticator(Protocol):
-    """A callable that tells who a client is; an ``async def`` will do.
+    """A callable that finds the principal of a client. An ``async def`` function is enough.
 
-    It is called at the handshake, with the token of ``Authorization: Bearer`` or None. Where it
-    returns nobody for None, the client has to send an ``auth`` frame, and it is called again with
-    that one's token; and once more for each open socket on a reload, to see who has been shut out.
+    The server calls it at the handshake, with the token of ``Authorization: Bearer`` or with None.
+    If it returns None for None, the client has to send an ``auth`` frame, and the server calls it
+    with the token of this frame. On a reload the server calls it again for each open socket, and
+    closes the sockets whose principal is gone.
 
-    It may have ``async def reload() -> bool``, which reads anew what it goes by and tells whether
-    it could, and ``async def aclose()``; the server calls them.
+    An authenticator may have ``async def reload() -> bool``, which reads its data again and returns
+    whether that worked, and ``async def aclose()``. The server calls both.
 
     Raises:
-        Unavailable: it cannot tell now. Any other exception means the same, and is logged.
+        Unavailable: it cannot decide now. Any other exception means the same, and is logged.
     """
 
     async def __call__(self, token: str | None, handshake: Handshake, /) -> Principal | None:
-        """Return who it is, or None for nobody whom it knows."""
+        """Return the principal, or None if the token or handshake names none."""
         ...
 
 
 async def reload(authenticator: Authenticator) -> bool:
-    """Have it read anew what it goes by, if it says how; return whether it could."""
+    """Call the authenticator's ``reload``, if it has one; return whether that worked."""
     method = getattr(authenticator, "reload", None)
     return method is None or await method() is not False
 
 
 async def close(authenticator: Authenticator) -> None:
-    """Release what it holds, if it says how. An error of its own is logged."""
+    """Call the authenticator's ``aclose``, if it has one. An exception is logged."""
     method = getattr(authenticator, "aclose", None)
     if method is None:
         return

@@ -1,8 +1,7 @@
-"""When the keys of JSON Web Tokens are read, and which keys hold when they cannot be.
+"""When the server reads or fetches the keys of JSON Web Tokens, and how long it uses them.
 
-What a file or a key set says is read elsewhere.
-The rules about an address all have one reason: whoever sends a token must not be able to make
-this server ask the issuer more often than it would by itself.
+``auth.jwt`` parses the keys. The rules for an address have one reason: a client with made-up tokens
+must not make this server send more requests to the issuer.
 """
 
 import asyncio
@@ -22,16 +21,16 @@ from wsserver.logs import log
 __all__ = ["FetchedKeys", "FixedKeys", "Key", "Keys", "Parse", "ReadKeys"]
 
 FETCH_TIMEOUT = 5.0  # seconds for the whole of one fetch
-PATIENCE = 2.0  # seconds that a token waits for a fetch; the fetch goes on without the token
-MAX_DOCUMENT = 256 * 1024  # bytes; the key sets of large issuers have a few thousand
-FRESH = 3600.0  # seconds after which keys are fetched anew, so that a withdrawn one ends
-COOLDOWN = 30.0  # seconds between two fetches while there are keys
-RETRY = 5.0  # seconds between two fetches while there are none, when nobody can get in
+PATIENCE = 2.0  # seconds that a login waits for a fetch; the fetch itself goes on
+MAX_DOCUMENT = 256 * 1024  # bytes; the key sets of large issuers have a few thousand bytes
+FRESH = 3600.0  # seconds until keys are fetched again, so that a withdrawn key ends
+COOLDOWN = 30.0  # seconds between two fetches while keys are known
+RETRY = 5.0  # seconds between two fetches while no key is known and nobody can log in
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key and the algorithms that it may be used with, which its kind alone decides."""
+    """A key and its algorithms. The kind of key decides the algorithms."""
 
     kid: str | None
     algorithms: tuple[str, ...]
@@ -39,11 +38,11 @@ class Key:
 
 
 Keys = tuple[Key, ...]
-Parse = Callable[[bytes], Keys]  # never none at all; raises ValueError with a reason of ours
+Parse = Callable[[bytes], Keys]  # returns at least one key, or raises ValueError
 
 
 class FixedKeys:
-    """Keys that stay as they are; the rest of this module knows others."""
+    """Keys that never change, and the interface of the other classes."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
@@ -52,34 +51,34 @@ class FixedKeys:
         """Return the keys.
 
         Raises:
-            Unavailable: there never were any.
+            Unavailable: no key was ever known.
         """
         return self._keys
 
     async def newer(self) -> Keys:
-        """Return the keys for a token that none of those from :meth:`get` fits.
+        """Return the keys for a token that no key from :meth:`get` verifies.
 
         Raises:
-            Unavailable: there may be newer ones, and they cannot be had now.
+            Unavailable: there may be newer keys, and they cannot be fetched now.
         """
         return self._keys
 
     async def reload(self) -> bool:
-        """Take what has changed since; tell whether it could be read."""
+        """Read the keys again; return whether that worked."""
         return True
 
     async def aclose(self) -> None:
-        """Release what is held."""
+        """Release all resources."""
 
 
 class ReadKeys(FixedKeys):
-    """Keys that are read at once, and again when asked to.
+    """Keys that are read at the start and on each reload.
 
     Args:
-        read: reads the keys; raises ConfigError where it cannot.
+        read: reads the keys, or raises ConfigError.
 
     Raises:
-        ConfigError: as ``read``.
+        ConfigError: ``read`` raised it.
     """
 
     def __init__(self, read: Callable[[], Keys]) -> None:
@@ -87,7 +86,7 @@ class ReadKeys(FixedKeys):
         super().__init__(read())
 
     async def reload(self) -> bool:
-        """Read the keys again. Such as cannot be used change nothing, and are logged."""
+        """Read the keys again. Invalid keys change nothing, and are logged."""
         try:
             self._keys = await asyncio.to_thread(self._read)
         except ConfigError as error:
@@ -97,20 +96,20 @@ class ReadKeys(FixedKeys):
 
 
 class FetchedKeys(FixedKeys):
-    """The keys at an address: fetched when first needed, and again when they are old or unknown.
+    """Keys at an address. Fetched at the first login, when they are old, and for an unknown key.
 
-    All tokens share one fetch. While the issuer fails or hangs, the keys that there are go on to
-    serve: old keys are renewed in the background. A token waits only where no keys are there, where
-    none of them fits it, or where nobody has asked for keys in two hours.
+    All logins share one fetch. While the issuer fails or hangs, the server uses the keys it has,
+    and renews old keys in the background. A login waits only if no key is known, if no key verifies
+    its token, or if no login came for two hours.
 
     Args:
         address: ``https://…``, or ``http://…`` of this machine.
-        parse: makes keys of the document.
-        patience: the longest wait of a token, in seconds.
-        clock: seconds that never go back.
+        parse: parses the document.
+        patience: longest wait of a login, in seconds.
+        clock: monotonic clock, in seconds.
 
     Raises:
-        ConfigError: it is not such an address.
+        ConfigError: the address is not allowed.
     """
 
     def __init__(
@@ -130,60 +129,60 @@ class FetchedKeys(FixedKeys):
         self._down = False
         self._client = httpx2.AsyncClient(
             timeout=FETCH_TIMEOUT,
-            follow_redirects=False,  # the address that was named is the one that is trusted
-            # A proxy from the environment would carry what is not encrypted off this machine.
+            follow_redirects=False,  # the operator trusts this address only
+            # With http:// a proxy of the environment would see the request unencrypted.
             trust_env=self._url.scheme == "https",
             limits=httpx2.Limits(max_keepalive_connections=0),
-            # As it comes, so that the limit holds for what was sent and nothing can swell here.
+            # Uncompressed, so that MAX_DOCUMENT bounds the memory too.
             headers={"accept": "application/json", "accept-encoding": "identity"},
         )
 
     async def get(self) -> Keys:
-        """Return the keys; fetch them first where there are none.
+        """Return the keys; fetch them first if no key is known.
 
         Raises:
-            Unavailable: there never were any, and none can be had now.
+            Unavailable: no key is known, and none can be fetched now.
         """
         now = self._clock()
         if not self._keys:
             await self._wait_for(self._fetch(RETRY))
         elif now - self._fetched >= FRESH:
-            # A key may have been withdrawn long ago, and nobody has looked since.
+            # After a long pause a key may have been withdrawn long ago: wait for the fetch.
             idle = self._fetching is None and now - self._tried >= 2 * FRESH
             fetching = self._fetch(COOLDOWN)
             if idle:
                 await self._wait_for(fetching)
         if not self._keys:
-            raise Unavailable("the issuer's keys cannot be had")
+            raise Unavailable("the issuer's keys cannot be fetched")
         return self._keys
 
     async def newer(self) -> Keys:
-        """Return the keys, fetched anew unless that was just done.
+        """Fetch the keys again, unless the last fetch was just now; return the keys.
 
         Raises:
-            Unavailable: the issuer fails or hangs, and may have newer ones.
+            Unavailable: the issuer fails or hangs, and may have newer keys.
         """
         await self._wait_for(self._fetch(COOLDOWN))
         if self._down or self._fetching is not None:
-            raise Unavailable("the issuer's newer keys cannot be had")
+            raise Unavailable("the issuer's newer keys cannot be fetched")
         return self._keys
 
     async def reload(self) -> bool:
-        """Fetch the keys anew; tell whether that worked. If it did not, the log says why."""
+        """Fetch the keys again; return whether that worked. A failure is logged."""
         self._down, self._tried = False, float("-inf")
         if (fetching := self._fetch(0)) is not None:
             await asyncio.wait({fetching})
         return not self._down
 
     async def aclose(self) -> None:
-        """End a fetch that is under way, and close the HTTP client."""
+        """Cancel a running fetch, and close the HTTP client."""
         if self._fetching is not None:
             self._fetching.cancel()
             await asyncio.wait({self._fetching})
         await self._client.aclose()
 
     def _fetch(self, cooldown: float) -> asyncio.Task[None] | None:
-        """Return the fetch that is under way, begun here unless the last one was just now."""
+        """Return the running fetch. Start one if the last fetch is at least ``cooldown`` ago."""
         now = self._clock()
         if self._fetching is None and now - self._tried >= cooldown:
             self._tried = now
@@ -192,7 +191,7 @@ class FetchedKeys(FixedKeys):
 
     async def _wait_for(self, fetching: asyncio.Task[None] | None) -> None:
         if fetching is not None:
-            # Not awaited itself: the token may be cancelled, and other tokens want the keys.
+            # asyncio.wait does not cancel the fetch if this login is cancelled: others wait too.
             await asyncio.wait({fetching}, timeout=self._patience)
 
     async def _refresh(self) -> None:
@@ -226,9 +225,9 @@ class FetchedKeys(FixedKeys):
         return bytes(document)
 
     def _failed(self, reason: str) -> None:
-        if not self._down:  # once per outage
+        if not self._down:  # one line per outage
             rest = "; the keys stay as they were" if self._keys else ""
-            # The host alone, as the rest of an address may hold what is not for a log.
+            # Only the host: the rest of an address may contain a secret.
             log.warning(f"cannot fetch keys{rest}", host=self._url.host, reason=reason)
         self._down = True
 
@@ -237,12 +236,12 @@ def _checked(address: str) -> httpx2.URL:
     try:
         url = httpx2.URL(address)
     except (httpx2.InvalidURL, ValueError):
-        raise ConfigError("jwt_jwks: that is not an address") from None
+        raise ConfigError("jwt_jwks: not an address") from None
     if url.userinfo or not url.host:
         raise ConfigError("jwt_jwks: the address needs a host, and no user")
     if url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.host)):
         return url
-    # Whoever can change what comes over the wire could sign for anybody.
+    # Someone who can change an unencrypted response could replace the keys.
     raise ConfigError("jwt_jwks: the address must be https://, or http:// of this machine")
 
 

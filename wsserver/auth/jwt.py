@@ -1,7 +1,7 @@
-"""JSON Web Tokens (RFC 7519), signed with a shared secret or by an issuer whose keys are known.
+"""JSON Web Tokens (RFC 7519), signed with a shared secret or with the keys of an issuer.
 
-The only module that knows PyJWT. It follows the best current practices of RFC 8725: which
-algorithm verifies a token is decided by the key (section 3.1), and by nothing that the token says.
+Only this module imports PyJWT. It follows the best current practices of RFC 8725: the key decides
+which algorithm verifies a token (section 3.1), and the header of the token does not.
 """
 
 from pathlib import Path
@@ -23,14 +23,14 @@ except ImportError as missing:
 
 __all__ = ["JwtAuthenticator"]
 
-MAX_TOKEN = 8192  # characters; a header of that length is more than most proxies let through
+MAX_TOKEN = 8192  # characters; most proxies refuse a longer header
 MAX_NAME = 256  # characters
-MIN_SECRET = 32  # bytes: as many as the hash has (RFC 7518 section 3.2)
+MIN_SECRET = 32  # bytes, the size of the hash (RFC 7518 section 3.2)
 MIN_RSA = 2048  # bits (RFC 7518 section 3.3)
 CLOCK_DIFFERENCE = 10.0  # seconds between the clocks of issuer and server; NTP keeps them closer
-DOTS = 2  # in a token that is signed; one that is encrypted has more
+DOTS = 2  # in a signed token; an encrypted token has more
 
-# What each kind of key is used with, and what of it is public.
+# For each kind of key: its class, its algorithms, and the names of its public members.
 _KINDS: dict[tuple[str, str | None], tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     ("RSA", None): (RSAAlgorithm, ("RS256", "PS256"), ("n", "e")),
     ("EC", "P-256"): (ECAlgorithm, ("ES256",), ("x", "y")),
@@ -38,39 +38,39 @@ _KINDS: dict[tuple[str, str | None], tuple[Any, tuple[str, ...], tuple[str, ...]
 }
 _ASYMMETRIC = tuple(name for _, names, _ in _KINDS.values() for name in names)
 _SYMMETRIC = ("HS256",)
-# What PyJWT and the libraries below it raise about what is malformed; some of it only by versions.
+# Exceptions of PyJWT and its libraries for malformed input. They differ between versions.
 _FAULTS = (jwt.PyJWTError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class _Refused(Exception):
-    """The token is not good; the message is its kind of fault and holds nothing of the token."""
+    """The token is invalid. The message is the kind of fault, and contains no part of the token."""
 
 
 class JwtAuthenticator:
-    """Takes JSON Web Tokens.
+    """Authenticates clients by JSON Web Tokens.
 
-    A token has to be signed by a known key, to say when it ends (``exp``), and to carry the name
-    of a principal: 1 to 256 printable characters. ``nbf`` and ``iat`` hold where they are given,
-    and ``aud`` where either side names one (RFC 7519 section 4.1.3).
+    A token must have the signature of a known key, an end (``exp``), and the name of a principal:
+    1 to 256 printable characters. ``nbf`` and ``iat`` are checked if the token has them. ``aud`` is
+    checked if the token or the settings have an audience (RFC 7519 section 4.1.3).
 
     Raises:
-        ConfigError: the settings name no keys, two kinds of them, or such as cannot be used.
+        ConfigError: the settings have no key, two kinds of keys, or a key that cannot be used.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         shared = bool(settings.jwt_secret.get_secret_value() or settings.jwt_secret_file)
-        self._has_kids = not shared  # one secret needs no name, whatever a token calls it
+        self._has_kids = not shared  # a token may have any `kid` if there is one secret
         self._algorithms = _SYMMETRIC if shared else _ASYMMETRIC
         if shared == bool(settings.jwt_jwks):
             raise ConfigError("JSON Web Tokens need one of jwt_secret and jwt_jwks, and not both")
         self._source = ReadKeys(lambda: _of_secret(settings)) if shared else _of_issuer(settings)
 
     async def __call__(self, token: str | None, _handshake: Handshake, /) -> Principal | None:
-        """Return whom the token names, or None where it is not good.
+        """Return the principal of the token, or None if the token is invalid.
 
         Raises:
-            Unavailable: the issuer's keys cannot be had now.
+            Unavailable: the issuer's keys cannot be fetched now.
         """
         if token is None:
             return None
@@ -79,12 +79,12 @@ class JwtAuthenticator:
         except _Refused as refused:
             kind = str(refused)
         except _FAULTS as error:
-            kind = type(error).__name__  # not its text, which may quote the token
+            kind = type(error).__name__  # the text of the error may quote the token
         log.debug("token refused", kind=kind)
         return None
 
     async def reload(self) -> bool:
-        """Read the keys anew. Such as cannot be used change nothing, and are logged."""
+        """Read the keys again. Invalid keys change nothing, and are logged."""
         return await self._source.reload()
 
     async def aclose(self) -> None:
@@ -99,7 +99,7 @@ class JwtAuthenticator:
             raise _Refused("crit")
         algorithm = header.get("alg")
         kid = header.get("kid") if self._has_kids else None
-        if algorithm not in self._algorithms:  # and nothing is fetched for it
+        if algorithm not in self._algorithms:  # checked before a fetch of keys
             raise _Refused("alg")
         keys = await self._source.get()
         claims = self._claims(token, algorithm, kid, keys)
@@ -112,7 +112,7 @@ class JwtAuthenticator:
     def _claims(
         self, token: str, algorithm: object, kid: str | None, keys: Keys
     ) -> dict[str, Any] | None:
-        """Return what a token says, or None where none of the keys made it."""
+        """Return the claims of a token, or None if no key verifies its signature."""
         for key in keys:
             if algorithm in key.algorithms and (kid is None or key.kid == kid):
                 try:
@@ -131,11 +131,10 @@ class JwtAuthenticator:
 
     def _principal(self, claims: dict[str, Any]) -> Principal:
         name = claims.get(self._settings.jwt_claim)
-        # Not printable are the ends of lines, which a log would break at, and half characters,
-        # which no store can write down.
+        # A line end would break a line of the log. A store cannot write half of a surrogate pair.
         if not (isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()):
             raise _Refused("name")
-        # PyJWT takes text for a number as well, which is none (RFC 7519 section 2).
+        # PyJWT accepts a text as a number; RFC 7519 section 2 does not.
         if any(type(claims.get(claim, 0)) not in {int, float} for claim in ("exp", "nbf", "iat")):
             raise _Refused("time")
         return Principal(name, claims["exp"] + CLOCK_DIFFERENCE)
@@ -145,14 +144,14 @@ def _of_secret(settings: Settings) -> Keys:
     """Read the shared secret.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: the secret cannot be read, is too short, or is a public key.
     """
     material = settings.secret("jwt_secret").encode()
     if len(material) < MIN_SECRET:
         raise ConfigError(f"jwt_secret: must have at least {MIN_SECRET} bytes")
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(material)
-    except jwt.InvalidKeyError:  # what everybody may know is no secret
+    except jwt.InvalidKeyError:  # PyJWT refuses a public key as a secret
         raise ConfigError("jwt_secret: that is a key of another kind; see jwt_jwks") from None
     return (Key(None, _SYMMETRIC, material),)
 
@@ -163,9 +162,10 @@ def _of_issuer(settings: Settings) -> FixedKeys:
         return ReadKeys(lambda: _of_file(place))
     if not settings.jwt_audience:
         raise ConfigError(
-            "jwt_jwks: an address needs jwt_audience, as its keys sign tokens for others too"
+            "jwt_jwks: an address needs jwt_audience, because the issuer signs tokens for other "
+            "services with the same keys"
         )
-    # Admission gives an authenticator half of the time for a handshake.
+    # Admission gives an authenticator half of `open_timeout`.
     return FetchedKeys(place, _parse, min(PATIENCE, settings.open_timeout / 4))
 
 
@@ -173,27 +173,25 @@ def _of_file(place: str) -> Keys:
     """Read a file with a JWK Set.
 
     Raises:
-        ConfigError: it cannot be read, or is none.
+        ConfigError: the file cannot be read, or is not a JWK Set.
     """
     try:
         return _parse(Path(place).expanduser().read_bytes())
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: there is no such user
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: no such user in `~user`
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"jwt_jwks: {place}: {reason}") from None
 
 
 def _parse(document: bytes) -> Keys:
-    """Read a JWK Set; what is in it for others, or is not understood, is left out.
-
-    RFC 7517 section 5.
+    """Read a JWK Set. Keys for other purposes and unknown keys are left out (RFC 7517 section 5).
 
     Raises:
-        ValueError: it is not one, or has no key for this.
+        ValueError: the document is not a JWK Set, or has no usable key.
     """
     try:
         items = from_json(document)["keys"]
         if not isinstance(items, list):
-            raise TypeError("keys that are none")
+            raise TypeError("keys is not a list")
     except (ValueError, TypeError, LookupError):
         raise ValueError("not a JSON Web Key Set") from None
     keys = tuple(key for key in map(_key, items) if key is not None)

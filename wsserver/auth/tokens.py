@@ -1,8 +1,8 @@
-"""Tokens that the operator hands out, each to somebody by name. Only their digests are kept.
+"""Tokens that the operator gives to principals. The server knows only the digests.
 
-One line each, ``NAME sha256:DIGEST`` and if it ends one day ``YYYY-MM-DD``; ``#`` begins a
-comment. A token is 256 random bits, so that its plain SHA-256 tells nothing and a slow hash would
-protect nothing.
+A file has one line per token: ``NAME sha256:DIGEST``, and optionally the last day of the token as
+``YYYY-MM-DD``. ``#`` begins a comment. A token has 256 random bits. Nobody can find the token for a
+SHA-256 digest by trying, so a slow hash would add no protection.
 """
 
 import datetime as dt
@@ -21,8 +21,8 @@ from wsserver.logs import log
 
 __all__ = ["Tokens", "add", "new"]
 
-PREFIX = "wss_"  # so that tools which look for leaked secrets can know one
-LONGEST = 256  # characters of a token, before it is hashed
+PREFIX = "wss_"  # lets tools that search for leaked secrets recognize a token
+MAX_TOKEN = 256  # characters; a longer token is not hashed
 _LINE = re.compile(
     r"(?P<name>[^\s#]\S{0,255})\s+sha256:(?P<digest>[0-9a-f]{64})(?:\s+(?P<last>\d{4}-\d\d-\d\d))?"
 )
@@ -34,14 +34,14 @@ class _Known(NamedTuple):
 
 
 class Tokens:
-    """Knows principals by their tokens.
+    """Finds principals by their tokens.
 
     Args:
-        lines: tokens as they stand in a file, separated by commas or line ends.
-        path: a file of them, read again by :meth:`reload`.
+        lines: lines of a token file, separated by commas or line ends.
+        path: a token file, which :meth:`reload` reads again.
 
     Raises:
-        ConfigError: a line is none, or the file cannot be read.
+        ConfigError: a line is invalid, or the file cannot be read.
     """
 
     def __init__(self, lines: str = "", path: Path | None = None) -> None:
@@ -50,12 +50,12 @@ class Tokens:
         self._known = self._given + self._read()
 
     async def __call__(self, token: str | None, _: Handshake, /) -> Principal | None:
-        """Return whose token it is."""
-        if token is None or len(token) > LONGEST:
+        """Return the principal of a token, or None if no principal has the token."""
+        if token is None or len(token) > MAX_TOKEN:
             return None
         digest = hashlib.sha256(token.encode(errors="replace")).digest()
         found = None
-        for known in self._known:  # all of them, so that the time tells nothing
+        for known in self._known:  # no early exit: the time must not depend on the token
             if hmac.compare_digest(known.digest, digest):
                 found = known.principal
         if found is not None and found.expires is not None and found.expires <= time.time():
@@ -63,7 +63,7 @@ class Tokens:
         return found
 
     async def reload(self) -> bool:
-        """Read the file again. One that has become unusable changes nothing."""
+        """Read the file again. An invalid file changes nothing, and is logged."""
         try:
             self._known = self._given + self._read()
         except ConfigError as error:
@@ -77,7 +77,7 @@ class Tokens:
         try:
             text = self._path.expanduser().read_text()
         except (OSError, UnicodeDecodeError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
+            reason = getattr(error, "strerror", None) or "the file is not text"
             raise ConfigError(f"token_file: cannot read {self._path}: {reason}") from error
         return _parse(text, f"token_file: {self._path}")
 
@@ -90,7 +90,7 @@ def _parse(text: str, where: str) -> list[_Known]:
             continue
         match = _LINE.fullmatch(content)
         if match is None:
-            # Without the line itself: somebody may have put a token where its digest belongs.
+            # The message does not quote the line: it may contain a token instead of a digest.
             raise ConfigError(
                 f"{where}: entry {number} is not NAME sha256:DIGEST; "
                 "`wsserver token new NAME` makes one"
@@ -112,14 +112,14 @@ def _end_of(day: dt.date) -> float:
 
 
 def new(name: str, days: int | None = None) -> tuple[str, str]:
-    """Make a token: return it, and the line that lets it in.
+    """Make a token; return the token and its line for a token file.
 
     Args:
-        name: the principal's; no white space.
-        days: for how many it is good, today not counted; None for ever.
+        name: name of the principal, without white space.
+        days: days from tomorrow on that the token is valid; None for ever.
 
     Raises:
-        ConfigError: the name cannot be one.
+        ConfigError: the name is not allowed, or there are too many days.
     """
     token = PREFIX + secrets.token_urlsafe(32)
     line = f"{name} sha256:{hashlib.sha256(token.encode()).hexdigest()}"
@@ -131,16 +131,16 @@ def new(name: str, days: int | None = None) -> tuple[str, str]:
         line += f" {last}"
     if not name.isprintable() or not {",", "#"}.isdisjoint(name) or not _LINE.fullmatch(line):
         raise ConfigError("a token's name is 1 to 256 characters without spaces, commas and #")
-    if name == ANONYMOUS.name:  # which no token lets in
-        raise ConfigError(f"a token's name cannot be {name!r}: so are called all who have none")
+    if name == ANONYMOUS.name:
+        raise ConfigError(f"a token's name cannot be {name!r}, the name of clients without a token")
     return token, line
 
 
 def add(path: Path, line: str) -> None:
-    """Append a line to a file of tokens, which is made if need be, for its owner's eyes alone.
+    """Append a line to a token file. A new file is readable by its owner only.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: the file cannot be written.
     """
     try:
         descriptor = os.open(path.expanduser(), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
