@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -283,6 +284,37 @@ async def test_reply_leaves_an_unfinished_block_out() -> None:
         reply = chat.prompt("Hi")
         await end_of(reply)
         assert reply.blocks == (content.Text("Hm"),)
+
+
+async def test_prompt_with_content_blocks(server: wsserver.Server, puppet: Puppet) -> None:
+    image = content.Image({"type": "url", "url": "https://example.com/duck.png"})
+    async with connect(server.url) as chat:
+        reply = chat.prompt([content.Text("What is this?"), image])
+        (await puppet.reply()).say("A duck").end()
+        await end_of(reply)
+        asked, said = (await chat.history()).messages
+        assert asked.blocks == (content.Text("What is this?"), image)
+        again = chat.prompt(messages=[asked, said, ("user", "Are you sure?")])
+        (await puppet.reply(1)).say("Yes").end()
+        await end_of(again)
+        first, _, last = puppet.replies[1].request.messages
+        assert (first.blocks, last.text) == (asked.blocks, "Are you sure?")
+
+
+async def test_history_of_the_server_keeps_thinking_model_usage_and_times(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with connect(server.url) as chat:
+        before = time.time()
+        reply = chat.prompt("Hi")
+        (await puppet.reply()).say(Thinking("Hm, "), Thinking("hm."), "Hello", Usage(3, 4)).end()
+        await end_of(reply)
+        asked, said = (await chat.history()).messages
+        assert (said.text, said.thinking, said.model) == ("Hello", "Hm, hm.", reply.model)
+        assert (said.usage, said.blocks) == (reply.usage, reply.blocks)
+        assert asked.began is not None
+        assert said.ended is not None
+        assert before - 1 < asked.began <= said.ended < time.time() + 1
 
 
 async def test_history_keeps_blocks_model_usage_and_times() -> None:

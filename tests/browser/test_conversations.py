@@ -19,6 +19,7 @@ from tests.browser.page import (
     idle,
     note,
     rename,
+    reply,
     rows,
     second_tab,
     state,
@@ -29,6 +30,7 @@ from tests.browser.page import (
 )
 from tests.support.client import client
 from tests.support.puppet import Puppet
+from wsserver import Thinking, Usage
 from wsserver.errors import StoreError
 from wsserver.stores import MemoryStore
 
@@ -50,6 +52,21 @@ async def test_reload_continues_the_running_reply(page: Page, puppet: Puppet) ->
     await converse(page, puppet, "Third", "Done")
     said = [message.content for message in puppet.replies[2].request.messages]
     assert said == ["First", "Reply", "Count", "one two three", "Third"]
+
+
+async def test_reload_keeps_thinking_model_and_usage(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Hello")
+    model = await puppet.reply()
+    model.say(Thinking("A greeting. "), Thinking("I greet back."), "Hi!", Usage(1234, 56)).end()
+    await expect(text(page)).to_have_text("Hi!")
+    for _ in range(2):
+        thinking = reply(page).locator("details")
+        await expect(thinking.locator("summary")).to_have_text("Thought")
+        await thinking.locator("summary").click()
+        await expect(thinking.locator("p")).to_have_text("A greeting. I greet back.")
+        await expect(reply(page).locator(".usage")).to_have_text("puppet · 1,234 tokens in, 56 out")
+        await page.reload()
+        await expect(text(page)).to_have_text("Hi!")
 
 
 async def test_two_tabs_show_the_same_reply_and_each_can_stop_it(

@@ -246,3 +246,26 @@ test('another socket gets the new title', async (t) => {
   await soon(chat.rename(chat.conversation, 'News'))
   assert.deepEqual(await told, { conversation: chat.conversation, title: 'News' })
 })
+
+test('a history of the server has thinking, model, usage and times', async (t) => {
+  const { chat } = await stage.serve(t)
+  const reply = chat.prompt('think Hm.; say Hello')
+  const { usage } = await soon(reply.done)
+  const { messages: [asked, said] } = await soon(chat.open(chat.conversation))
+  assert.deepEqual([said.content, said.thinking, said.model], ['Hello', 'Hm.', 'troupe'])
+  assert.deepEqual([said.usage, said.blocks.map(({ type }) => type)], [usage, ['thinking', 'text']])
+  assert.ok(asked.began <= said.ended)
+})
+
+test('a prompt may be content blocks', async (t) => {
+  const { chat } = await stage.serve(t)
+  const image = { type: 'image', source: { type: 'url', url: 'https://example.com/duck.png' } }
+  const prompt = [{ type: 'text', text: 'say A duck' }, image]
+  const reply = chat.prompt(prompt)
+  await soon(reply.done)
+  const { messages: [asked] } = await soon(chat.open(chat.conversation))
+  assert.deepEqual([asked.content, asked.blocks], ['say A duck', prompt])
+  const apart = chat.prompt([{ role: 'user', content: prompt }])
+  await soon(apart.done)
+  assert.deepEqual([reply.text, apart.text, apart.conversation], ['A duck', 'A duck', undefined])
+})

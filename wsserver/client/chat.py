@@ -22,7 +22,7 @@ from wsserver.client.queries import Queries
 from wsserver.client.replies import Replies
 from wsserver.client.reply import Reply
 from wsserver.client.subscriptions import Subscription, Subscriptions
-from wsserver.content import Message
+from wsserver.content import Block, Message, Role
 from wsserver.protocol import Delete, List, Prompt, Rename, Resume
 
 __all__ = ["Chat", "connect", "new_id"]
@@ -157,9 +157,9 @@ class Chat:
 
     def prompt(
         self,
-        text: str | None = None,
+        text: str | Sequence[Block] | None = None,
         *,
-        messages: Sequence[tuple[Literal["user", "assistant"], str]] | None = None,
+        messages: Sequence[Message | tuple[Role, str]] | None = None,
         conversation: str | None = None,
         on_busy: Literal["reject", "queue", "interrupt"] = "reject",
         retry_of: str | None = None,
@@ -174,9 +174,10 @@ class Chat:
         prompt again under the same id. The server runs a prompt of one id once.
 
         Args:
-            text: the next user message of a conversation.
-            messages: role and content of each message, instead of ``text``: a history that the
-                program keeps itself.
+            text: the next user message of a conversation: text, or content blocks such as
+                ``wsserver.content.Image``.
+            messages: a history that the program keeps itself, instead of ``text``. A tuple of role
+                and text stands for a message.
             conversation: id of the conversation. An unknown one is created. Default: the chat's.
             on_busy: what the server does if the conversation is generating: refuse the prompt with
                 ``busy``, let it wait, or stop the running reply.
@@ -197,10 +198,10 @@ class Chat:
         if messages is None:
             conversation = conversation or self.conversation
         else:
-            turns = [Message(role, content) for role, content in messages]
+            turns = [m if isinstance(m, Message) else Message(*m) for m in messages]
         reply_id = new_id()
         frame = Prompt(
-            prompt=text,
+            prompt=text if text is None or isinstance(text, str) else tuple(text),
             messages=turns,
             id=reply_id,
             conversation=conversation,
