@@ -6,42 +6,21 @@ import json
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import wsserver
 from tests.support.client import client
+from tests.support.gated import Gated, GatedStore, gated_server
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.talk import ID, ONE, exchange
 from tests.test_slow_reader import sluggard
-from wsserver.stores import MemoryStore
-
-
-class GatedStore(MemoryStore):
-    """A memory store whose answers wait until the test opens the gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = asyncio.Event()
-
-    async def list(self, *arguments: Any) -> Any:
-        await self.gate.wait()
-        return await super().list(*arguments)
-
-    async def rename(self, *arguments: Any) -> Any:
-        await self.gate.wait()
-        return await super().rename(*arguments)
 
 
 @pytest.fixture
-async def gated(
-    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
-) -> AsyncIterator[tuple[GatedStore, wsserver.Server]]:
-    store = GatedStore()
-    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
-    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
-        yield store, server
+async def gated(monkeypatch: pytest.MonkeyPatch, puppet: Puppet) -> AsyncIterator[Gated]:
+    async with gated_server(monkeypatch, puppet) as made:
+        yield made
 
 
 # Reads.
@@ -130,7 +109,7 @@ async def test_delete_of_a_client_that_does_not_read_and_leaves_is_done(
 
 
 async def test_waiting_rename_is_done_before_the_server_closes(
-    gated: tuple[GatedStore, wsserver.Server], puppet: Puppet
+    gated: Gated, puppet: Puppet
 ) -> None:
     store, server = gated
     async with client(server) as chat:
@@ -150,7 +129,7 @@ async def test_waiting_rename_is_done_before_the_server_closes(
 
 
 async def test_bytes_that_wait_are_counted_and_given_back(
-    gated: tuple[GatedStore, wsserver.Server],
+    gated: Gated,
 ) -> None:
     store, server = gated
     async with client(server) as chat, client(server) as gone:

@@ -11,6 +11,7 @@ import pytest
 
 import wsserver
 from tests.support.client import Client, Frame, client
+from tests.support.gated import Gated, gated_server
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.talk import ID, ONE, OTHER, TWO, exchange, turns
 from tests.support.yielding import YieldingStore
@@ -18,30 +19,10 @@ from wsserver import Code, ModelError
 from wsserver.stores import MemoryStore
 
 
-class GatedStore(MemoryStore):
-    """A memory store whose answers wait until the test opens the gate."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = asyncio.Event()
-
-    async def list(self, *arguments: Any) -> Any:
-        await self.gate.wait()
-        return await super().list(*arguments)
-
-    async def rename(self, *arguments: Any) -> Any:
-        await self.gate.wait()
-        return await super().rename(*arguments)
-
-
 @pytest.fixture
-async def gated(
-    monkeypatch: pytest.MonkeyPatch, puppet: Puppet
-) -> AsyncIterator[tuple[GatedStore, wsserver.Server]]:
-    store = GatedStore()
-    monkeypatch.setattr("wsserver.stores.make", lambda *_: store)
-    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
-        yield store, server
+async def gated(monkeypatch: pytest.MonkeyPatch, puppet: Puppet) -> AsyncIterator[Gated]:
+    async with gated_server(monkeypatch, puppet) as made:
+        yield made
 
 
 # The name of a request.
@@ -159,7 +140,7 @@ async def test_client_without_the_subprotocol_is_not_greeted(chat: Client) -> No
 
 
 async def test_error_of_an_unusable_frame_waits_for_the_answers_before_it(
-    gated: tuple[GatedStore, wsserver.Server],
+    gated: Gated,
 ) -> None:
     store, server = gated
     async with client(server) as chat:
@@ -181,7 +162,7 @@ async def test_error_of_an_unusable_frame_waits_for_the_answers_before_it(
 
 
 async def test_more_waiting_requests_than_allowed_are_refused_at_once(
-    gated: tuple[GatedStore, wsserver.Server],
+    gated: Gated,
 ) -> None:
     store, server = gated
     async with client(server) as chat:
@@ -241,7 +222,7 @@ async def test_stop_of_nothing_is_not_running_and_names_the_request(chat: Client
 
 
 async def test_stop_of_a_waiting_prompt_that_is_refused_is_answered(
-    gated: tuple[GatedStore, wsserver.Server],
+    gated: Gated,
 ) -> None:
     store, server = gated
     async with client(server) as chat:
