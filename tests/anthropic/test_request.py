@@ -1,5 +1,7 @@
 """What is sent: the body, where it goes, and over which connection."""
 
+import asyncio
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,11 @@ import pytest
 from tests.support.claude import claude
 from tests.support.client import Client, client
 from tests.support.puppet import until
-from tests.support.upstream import Answer, Script, Upstream, error, refused_url, reply
+from tests.support.upstream import Answer, Hang, Script, Upstream, error, refused_url, reply
+from wsserver.content import Message
+from wsserver.models.anthropic import Anthropic
+from wsserver.models.base import Output, Request
+from wsserver.settings import Settings
 
 MODEL = "claude-sonnet-4-6"
 
@@ -234,3 +240,31 @@ async def test_closing_the_server_closes_the_connections_to_the_api(
         await chat.next("done")
         assert len(upstream.connections) == 1
     await until(lambda: not upstream.connections)
+
+
+async def test_request_body_is_not_kept_while_the_reply_streams(upstream: Upstream) -> None:
+    upstream.play(reply("ready"), reply("some ", Hang()))
+    said = asyncio.Event()
+
+    def take(output: Output) -> None:
+        if output == "some ":
+            said.set()
+
+    def request(text: str) -> Request:
+        return Request((Message("user", text),), MODEL, 100)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANTHROPIC_BASE_URL", upstream.url)
+        model = Anthropic(MODEL, Settings())
+        await model.push(request("Hello"), take)
+        asked = request("word " * 200_000)
+        tracemalloc.start()
+        reading = asyncio.create_task(model.push(asked, take))
+        await said.wait()
+        ours = tracemalloc.Filter(inclusive=True, filename_pattern="*/wsserver/*")
+        kept = tracemalloc.take_snapshot().filter_traces([ours]).statistics("filename")
+        tracemalloc.stop()
+        reading.cancel()
+        await asyncio.wait({reading})
+        await model.aclose()
+    assert sum(each.size for each in kept) < 100_000

@@ -120,6 +120,7 @@ class Response:
             self._source.resume_reading()
             if take(data):
                 return False
+            del data  # which would last as long as the body
         if self._error is not None:
             raise self._error
         if self.complete:

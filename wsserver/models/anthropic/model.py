@@ -143,6 +143,7 @@ class Anthropic:
         self, template: Template, body: bytes, reply: Reply, span: RequestSpan
     ) -> None:
         response = await self._pool.post(template, body)
+        del body  # which would last as long as the reply
         try:
             span.on_status(response.status)
             if response.status != _OK:
