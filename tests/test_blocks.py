@@ -145,3 +145,16 @@ async def test_what_no_block_is_made_of_is_an_internal_error(chat: Client, puppe
         await chat.prompt()
         (await puppet.reply(len(puppet.replies) - 1)).say("a", wrong)
         assert (await chat.next("error"))["code"] == "internal"
+
+
+async def test_client_that_knows_only_text_and_thinking_gets_both(
+    chat: Client, puppet: Puppet
+) -> None:
+    """Clients of before this version ignore unknown types and keys, as PROTOCOL.md tells them."""
+    outputs = Thinking("1", "s"), "a", CALL, Text("b", {"citations": [CITATION]}), "c"
+    known = {"type", "text"}
+    found = await frames(chat, puppet, *outputs)
+    old = [{k: v for k, v in frame.items() if k in known} for frame in found]
+    assert all(frame.keys() == known for frame in old if frame["type"] != "block")
+    assert "".join(frame["text"] for frame in old if frame["type"] == "token") == "abc"
+    assert "".join(frame["text"] for frame in old if frame["type"] == "thinking") == "1"

@@ -90,7 +90,8 @@ def _prompt_message(value: object) -> Message:
     try:
         return Message(value["role"], _content(value["content"]))
     except ValueError as error:
-        raise ValueError(f"content: {error}") from None
+        within = str(error)[0].isdigit()  # the error names a block
+        raise ValueError(f"content{'.' if within else ': '}{error}") from None
 
 
 def _dump_prompt_message(message: Message) -> dict[str, Any]:
