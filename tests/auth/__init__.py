@@ -1,0 +1,1 @@
+"""Authentication: tokens, JSON Web Tokens, and the sockets of principals."""
