@@ -23,33 +23,33 @@ EXCHANGES: dict[str, list[Step]] = {
 
 
 class Driver(Protocol):
-    """A client, as the exchanges use it. Conversations are ids; replies have short names."""
+    """Drives a client. Conversations have ids; replies have the short names of the exchange."""
 
     async def prompt(self, reply: str, text: str, conversation: str, on_busy: str) -> None:
-        """Ask, and wait for nothing."""
+        """Send a prompt, without waiting."""
         ...
 
     async def stop(self, reply: str) -> None:
-        """Stop a reply, and wait for nothing."""
+        """Stop a reply, without waiting."""
         ...
 
     async def resume(self, reply: str, of: str | None, named: str | None) -> None:
-        """Follow, as ``reply``, what was asked as ``of`` or has that id, from its beginning."""
+        """Resume a reply from its beginning: that of the name ``of``, or of the id ``named``."""
         ...
 
     async def seen(self, reply: str) -> Seen:
-        """Return what the client shows of a reply now.
+        """Return the state of a reply in the client.
 
         ``started``, ``queued``, ``text``, ``thinking``, and the whole ``done`` or ``error``.
         """
         ...
 
     async def request(self, kind: str, **keys: str) -> Any:
-        """Do ``history``, ``conversations``, ``rename`` or ``delete``; return the answer."""
+        """Send ``history``, ``conversations``, ``rename`` or ``delete``; return the answer."""
         ...
 
     async def mended(self) -> None:
-        """New connections get through; a client that connects by itself has nothing to do."""
+        """Reconnect, unless the client reconnects by itself."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A line to a server that tests cut, mend and make deaf at the moment of their choice."""
+"""A proxy whose connections a test can cut and restore."""
 
 import asyncio
 import contextlib
@@ -11,12 +11,12 @@ __all__ = ["Line"]
 
 
 class Line:
-    """Stands before a server on this machine.
+    """A proxy in front of a local server.
 
     Attributes:
-        url: what clients connect to.
-        port: where the server is; another one may take its place.
-        tried: connections that came so far, those that were not let through included.
+        url: the address for clients.
+        port: the port of the server; a test may change it.
+        tried: number of connections so far, including those that were refused.
     """
 
     def __init__(self, port: int) -> None:
@@ -49,34 +49,34 @@ class Line:
         return len(self._tasks)
 
     def cut(self) -> None:
-        """Reset all connections, and let no new one through."""
+        """Reset all connections, and refuse new ones."""
         self._whole.clear()
         self._deaf = False
         self.reset()
 
     def reset(self) -> None:
-        """Reset all connections; new ones get through."""
+        """Reset all connections; accept new ones."""
         for end in tuple(self._ends):
             reset(end.transport)
 
     def mend(self) -> None:
-        """Let new connections through."""
+        """Accept new connections."""
         self._whole.set()
 
     def deafen(self) -> None:
-        """Pass on nothing of the server's any more, until the next cut."""
+        """Drop all data from the server, until the next cut."""
         self._deaf = True
 
     def hush(self) -> None:
-        """Pass on nothing more of the connections that there are, in either direction.
+        """Drop all data of the open connections, in both directions.
 
-        No new connection gets through, until :meth:`mend`.
+        Refuse new connections until :meth:`mend`.
         """
         self._whole.clear()
         self._hushed |= self._ends
 
     def narrow(self, width: int | None) -> None:
-        """Cut each new connection after so many bytes of the server's; None: do not."""
+        """Cut each new connection after a number of bytes from the server; None: do not."""
         self._width = width
 
     def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
@@ -114,10 +114,10 @@ class Line:
                 if left is not None:
                     left -= len(data)
                     if left <= 0:
-                        to.close()  # which delivers what was written
+                        to.close()  # after the written bytes
                         await to.wait_closed()
                         return
-        if to in self._hushed:  # the other side does not learn that this one has gone
+        if to in self._hushed:  # the other side gets no end of the stream
             await asyncio.Event().wait()
         with contextlib.suppress(OSError):
             to.write_eof()

@@ -1,4 +1,4 @@
-"""A server of this protocol as it was before ``hello``: a relay before a real server of today."""
+"""A server of the protocol before ``hello``: a relay in front of a current server."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,12 @@ from websockets.exceptions import ConnectionClosed
 
 __all__ = ["NEW_KEYS", "older"]
 
-NEW_KEYS = {"request", "retry_of"}
+NEW_KEYS = {"request", "retry_of", "size"}
 
 
 @contextlib.asynccontextmanager
 async def older(url: str, **settings: Any) -> AsyncIterator[str]:
-    """Yield the address of an older server, which refuses keys that it does not know."""
+    """Yield the address of an older server, which refuses newer keys."""
 
     async def relay(client: ServerConnection) -> None:
         assert client.request is not None

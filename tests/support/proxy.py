@@ -1,4 +1,4 @@
-"""A proxy that lets so many bytes of the server's through, and then cuts the line."""
+"""A proxy that cuts each connection after a number of bytes from the server."""
 
 import asyncio
 import contextlib
@@ -14,12 +14,12 @@ __all__ = ["Cut", "Proxy", "reset"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a connection is cut, and how.
+    """The place and the way of a cut.
 
     Args:
-        after: bytes from the server that the client still gets.
-        reset: with RST, and not with FIN.
-        late: only when there is more to pass on, and not as soon as so much has been passed.
+        after: number of bytes from the server that the client gets.
+        reset: with RST instead of FIN.
+        late: when the next byte arrives, instead of right after the last one.
     """
 
     after: int
@@ -28,11 +28,11 @@ class Cut:
 
 
 class Proxy:
-    """Stands before a server on this machine. Each connection takes the next cut, if any is left.
+    """A proxy in front of a local server. Each connection gets the next cut, until none is left.
 
     Attributes:
         url: what clients connect to.
-        passed: bytes from the server that the clients got, one number per connection.
+        passed: number of bytes that the client got, per connection.
     """
 
     def __init__(self, port: int, *cuts: Cut) -> None:

@@ -1,4 +1,4 @@
-"""A model that says what the test tells it to, when it tells it to."""
+"""A model whose replies the test writes, piece by piece."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -13,21 +13,21 @@ __all__ = ["BOUND", "Puppet", "Reply", "Thinking", "until"]
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Let the event loop turn until something is so that sends no event of its own."""
+    """Run the event loop until a condition holds. For conditions that signal no event."""
     async with asyncio.timeout(BOUND):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 
 
 class Reply:
-    """One call of the model, as the test sees it."""
+    """One call of the model."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.said: list[str] = []  # what has been taken from the model so far
+        self.said: list[str] = []  # the texts that the server has taken so far
         self.closed = asyncio.Event()
-        self.stubborn = False  # keep cancellations to itself and talk on
-        self.hold: asyncio.Event | None = None  # what closing waits for
+        self.stubborn = False  # ignores cancellations
+        self.hold: asyncio.Event | None = None  # delays the end of a cancelled call
         self._lines: asyncio.Queue[Output | BaseException | None] = asyncio.Queue()
 
     def say(self, *pieces: Output) -> "Reply":
@@ -36,11 +36,11 @@ class Reply:
         return self
 
     def heard_out(self) -> bool:
-        """Whether all that was to be said has been taken."""
+        """Whether the server has taken all pieces."""
         return self._lines.empty()
 
     def end(self) -> None:
-        """Return, as a generator does that has no more to say."""
+        """End the generator."""
         self._lines.put_nowait(None)
 
     def fail(self, error: BaseException) -> None:
@@ -71,7 +71,7 @@ class Reply:
 
 
 class Puppet:
-    """A model whose replies are in the hands of the test."""
+    """A model whose replies the test controls."""
 
     name = "puppet"
 
@@ -87,7 +87,7 @@ class Puppet:
         return reply.speak()
 
     async def reply(self, number: int = 0) -> Reply:
-        """Wait for the call of that number, from 0."""
+        """Wait for a call of the model; the first has number 0."""
         if len(self.replies) > number:
             return self.replies[number]
         waiter: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()

@@ -1,4 +1,4 @@
-"""Plays the sequences of ``PROTOCOL.md`` to a client, as a server that goes by a script."""
+"""Plays the sequences of ``PROTOCOL.md`` to a client, as a scripted server."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ LIMITS = {
 
 
 class Client(Protocol):
-    """A client in the hands of a script. The id that the vector has for a reply names the reply."""
+    """Drives a client. A reply has the id of the vector as its name."""
 
     async def prompt(
         self,
@@ -46,15 +46,15 @@ class Client(Protocol):
         on_busy: str,
         retry_of: str | None,
     ) -> None:
-        """Ask, and wait for nothing. A list is one of messages."""
+        """Send a prompt, without waiting. A list has messages."""
         ...
 
     async def stop(self, reply: str) -> None:
-        """Stop a reply, and wait for nothing."""
+        """Stop a reply, without waiting."""
         ...
 
     async def resume(self, reply: str, of: str | None, named: str | None) -> None:
-        """Follow, as ``reply``, what was asked as ``of`` or has that id, from its beginning."""
+        """Resume a reply from its beginning: that of the name ``of``, or of the id ``named``."""
         ...
 
     async def seen(self, reply: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Client(Protocol):
         ...
 
     async def request(self, kind: str, **keys: Any) -> Any:
-        """Do ``open``, ``conversations``, ``rename`` or ``delete``; return the answer.
+        """Send ``open``, ``conversations``, ``rename`` or ``delete``; return the answer.
 
         The answer has the form of an exchange. ``open`` without ``before`` also follows.
         """
@@ -75,7 +75,7 @@ class Client(Protocol):
 
 @dataclass
 class _Shown:
-    """What a client has to show of a reply."""
+    """The state of a reply that the client has to show."""
 
     name: str
     seq: int = 0
@@ -110,15 +110,15 @@ class _Shown:
 
 
 class ScriptedServer:
-    """A server that plays one socket of a sequence to a client. Use in ``async with``.
+    """A server that plays one socket of a sequence to a client.
 
     Args:
-        lines: of the sequence.
-        socket: whose lines the client plays.
+        lines: the lines of the sequence.
+        socket: the number of the socket whose lines the client plays.
 
     Attributes:
-        url: where the client connects.
-        tokens: of the `auth` frames of the client.
+        url: the address for the client.
+        tokens: the tokens of the client's ``auth`` frames.
     """
 
     def __init__(self, lines: list[Line], socket: int = 1) -> None:
@@ -166,10 +166,10 @@ class ScriptedServer:
                     self._inbox.put_nowait(frame)
 
     async def play(self, client: Client) -> None:
-        """Have the client do what the sequence says, and see that it shows what it is told.
+        """Let the client play its lines, and check its frames and its state.
 
         Raises:
-            AssertionError: it sends or shows something else.
+            AssertionError: a frame or the state differs from the sequence.
         """
         async with asyncio.timeout(BOUND):
             self._connection = await self._connections.get()
@@ -203,7 +203,7 @@ class ScriptedServer:
 
     async def _receive(self, frame: Frame, client: Client) -> None:
         kind = frame.get("type", "prompt")
-        # What the vector leaves to the server has a name in the `start`.
+        # An id that the server chooses is in the vector's `start`.
         name = frame.get("id") or str(self._lines[0]["frame"].get("id"))
         shown = self._shown.get(name)
         if kind == "ping":  # the reader answers each, as a client pings when it likes
@@ -233,7 +233,7 @@ class ScriptedServer:
             keys = {key: frame[key] for key in frame.keys() - {"type", "request", "limit"}}
             asking = client.request("conversations" if kind == "list" else kind, **keys)
             self._request = asyncio.ensure_future(asking)
-        # Else the client does it by itself.
+        # The client sends all other frames by itself.
         sent = await self._inbox.get()
         self._match(frame, sent)
         if kind == "auth":  # a client may wait for the answer
@@ -242,9 +242,9 @@ class ScriptedServer:
             await self._send(answer["frame"], client)
 
     def _match(self, frame: Frame, sent: Frame) -> None:
-        """Compare a client's frame with the vector's; learn the ids that the client has chosen."""
+        """Compare a client's frame with the vector's; note the ids that the client chose."""
         for key in sent.keys() & {"id", "conversation"}:
-            # What the vector leaves to the server has a name in the `start`.
+            # An id that the server chooses is in the vector's `start`.
             self._ids.setdefault(frame.get(key) or self._lines[0]["frame"][key], sent[key])
         got, wanted = _plain(sent), _plain(renamed(frame, self._ids))
         got = {key: got[key] for key in got if key in wanted or key not in {"id", "conversation"}}
@@ -270,19 +270,19 @@ class ScriptedServer:
             else:
                 assert answer == {}
         elif shown is not None:
-            # A refusal after which the client asks again is not the end of the reply.
+            # A refusal after which the client repeats the request does not end the reply.
             refused = frame["type"] == "error" and "id" not in frame
             again = any(line.get("frame", {}).get("id") == name for line in self._lines)
             if not (refused and (again or frame["code"] == Code.NOT_RUNNING)):
                 shown.take(frame)
             while not shown.fits(await client.seen(shown.name)):  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        elif frame["type"] == "start":  # news of what another socket has asked
+        elif frame["type"] == "start":  # a prompt of another socket
             self._shown[frame["id"]] = shown = _Shown(frame["id"])
             shown.take(frame)
 
     def _asked(self, frame: Frame) -> Frame | None:
-        """Return the client's frame that a frame of the vector answers."""
+        """Return the client's frame that the vector's frame answers."""
         kind, about = frame["type"], frame.get("about")
         if "prompt" in frame or (kind == "error" and "id" in frame):
             return None
@@ -308,7 +308,7 @@ class ScriptedServer:
 
 
 def _plain(frame: Frame) -> Frame:
-    """Return a client's frame without what may differ, and without defaults."""
+    """Return a client's frame without defaults, and without keys that may differ."""
     sent = parse(json.dumps(frame)).model_dump(exclude_none=True, exclude={"request", "token"})
     return {key: value for key, value in sent.items() if value != DEFAULTS.get(key)}
 

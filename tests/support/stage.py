@@ -1,6 +1,6 @@
-"""Servers for programs that are not in Python: orders come as lines of JSON, and so do answers.
+"""Servers for tests that are not in Python. Commands and answers are lines of JSON.
 
-``python -m tests.support.stage``. The model takes each prompt for a script, such as
+``python -m tests.support.stage``. The model runs each prompt as a script, such as
 ``say one; think hm; wait GATE; say two; end max_tokens`` or ``say half; fail overloaded 7``.
 """
 
@@ -22,11 +22,11 @@ __all__ = ["Stage", "Troupe"]
 
 
 class Troupe:
-    """A model that does what prompts say.
+    """A model that runs its prompts as scripts.
 
     Attributes:
-        asked: how often it was asked, by prompt.
-        closed: how many of those requests were closed, by prompt.
+        asked: number of calls, by prompt.
+        closed: number of calls that have ended, by prompt.
     """
 
     name = "troupe"
@@ -56,7 +56,7 @@ class Troupe:
                             yield f"{number} "
                     case "think":
                         yield Thinking(rest)
-                    case "recall":  # what has been said before
+                    case "recall":  # the messages before
                         yield " | ".join(m.content for m in request.messages[:-1])
                     case "wait":
                         await self.gate(rest).wait()
@@ -72,7 +72,7 @@ class Troupe:
 
 
 class Stage:
-    """Serves, and does what it is told."""
+    """Runs servers, and obeys the commands."""
 
     def __init__(self) -> None:
         self._troupe = Troupe()
