@@ -95,7 +95,7 @@ async def test_turns_of_a_watched_conversation_may_be_dropped(
         server._hub.conversations.shed(10**9)
         conversation = known(server, ONE)
         assert conversation is not None
-        assert (conversation.turns, conversation.loaded, conversation.size) == ([], False, 0)
+        assert (conversation.turns, conversation.loaded, conversation.size) == ((), False, 0)
         await say(chat, puppet, "two", "y", ONE)
         assert len(puppet.replies[-1].request.messages) == 3
         assert (await watcher.next("start"))["prompt"] == "two"

@@ -179,7 +179,7 @@ class Conversations:
             return True
         in_use = conversation.holders or conversation.live
         account = account_of(conversation.owner) if in_use else CACHE
-        if conversation.measured is not conversation.turns:  # each change makes a new list
+        if conversation.measured is not conversation.turns:  # each change makes new ones
             conversation.measured = conversation.turns
             turns = conversation.turns
             sizes = (TURN + memory_of(turn.prompt) + memory_of(turn.reply) for turn in turns)
@@ -202,7 +202,7 @@ class Conversations:
         """
         self._memory.give(conversation.account, conversation.size)
         conversation.size = 0
-        conversation.turns, conversation.loaded = [], False
+        conversation.turns, conversation.loaded = (), False
         if conversation.idle:
             self.forget(conversation)
 

@@ -1,6 +1,7 @@
 """Generations and their conversations in memory, as data: no tasks are started here."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,36 +59,36 @@ class Conversation:
     """A conversation of one owner: its turns, its generations that have not ended, its watchers.
 
     Attributes:
-        turns: the newest turns that ended, oldest first.
+        turns: the newest turns that ended, oldest first. Each change makes a new sequence.
         running: the generation whose model is asked, or whose end is being saved.
         queue: the generations that wait for it, in order.
         watchers: the clients that have the conversation open.
         version: grows by one with each reply that ends.
-        refused: by model, how many characters of messages the model has found too long.
+        refused: by model, the characters of messages that were too long for it; None if none were.
         exists: the conversation has a turn, or a generation was accepted in it.
         loaded: ``exists`` and ``turns`` are known.
         deleted: the conversation was deleted, or is being deleted.
         holders: the number of requests that decide something about the conversation. While there
             is one, the process has no second object for the conversation.
         loading: held while the turns are read from the store.
-        measured: the list of turns whose bytes are ``turns_size``.
+        measured: the turns whose bytes are ``turns_size``.
         account: pays for the ``size`` bytes of the turns that are counted in memory.
     """
 
     id: str
     owner: str
-    turns: list[Turn] = field(default_factory=list)
+    turns: Sequence[Turn] = ()
     running: "Generation | None" = None
     queue: "list[Generation]" = field(default_factory=list)
     watchers: dict[Watcher, None] = field(default_factory=dict)
     version: int = 0
-    refused: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] | None = None
     exists: bool = False
     loaded: bool = False
     deleted: bool = False
     holders: int = 0
     loading: asyncio.Lock | None = None
-    measured: list[Turn] | None = None
+    measured: Sequence[Turn] = ()
     turns_size: int = 0
     account: Account = CACHE
     size: int = 0

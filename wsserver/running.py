@@ -109,7 +109,8 @@ class Runner:
         if conversation is None:
             messages = list(prompt.said)
         else:
-            if size is None and (refused := conversation.refused.get(generation.model)) is not None:
+            refused = (conversation.refused or {}).get(generation.model)
+            if size is None and refused is not None:
                 size = less_than(refused)
             messages = messages_of(
                 conversation.turns,
@@ -145,7 +146,7 @@ class Runner:
                     raise
                 assert conversation is not None
                 size = sum(message.size for message in request.messages)
-                conversation.refused[generation.model] = size
+                conversation.refused = {**(conversation.refused or {}), generation.model: size}
                 events.info("prompt too long", id=generation.id, messages=len(request.messages))
                 request = self.request(generation, None if attempt < SHORTER else 0)
                 generation.heard = self._time()
