@@ -48,7 +48,7 @@ class Reply:
         self.begun = False
         self.spent = spent
         self.take = take
-        self._before = Usage() if spent is None else spent
+        self._before = spent
         self._limit = limit
         self._thinking_since: float | None = None
         self._thought = 0.0  # seconds
@@ -107,6 +107,9 @@ class Reply:
     def _total(self) -> Usage:
         """Add this attempt's usage to the usage of the attempts before it."""
         before, now = self._before, self._usage
+        if before is None:
+            self.spent = now
+            return now
         sums = {name: getattr(before, name) + getattr(now, name) for name in _COUNTS}
         self.spent = Usage(
             **sums,
