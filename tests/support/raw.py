@@ -6,14 +6,11 @@ import ssl
 from collections.abc import Awaitable, Callable
 from typing import Self
 
+from tests.support.script import chunk
+
 __all__ = ["Raw", "chunk", "head_of"]
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-def chunk(data: bytes) -> bytes:
-    """Return an HTTP chunk (RFC 9112 section 7.1)."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 async def head_of(reader: asyncio.StreamReader) -> bytes:

@@ -18,352 +18,77 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import signal
 import socket
 import ssl
-import struct
-import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from http.client import responses
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Self, cast
+
+from tests.support.certificate import certificate, tls_server
+from tests.support.script import (
+    END,
+    GARBAGE,
+    INVALID_UTF8,
+    MALFORMED_JSON,
+    PING,
+    UNKNOWN_EVENT,
+    Answer,
+    Cut,
+    Events,
+    Gate,
+    Hang,
+    Head,
+    Script,
+    Start,
+    Step,
+    ToolUse,
+    chunk,
+    delta,
+    error,
+    error_event,
+    event,
+    reply,
+    stream,
+)
+
+__all__ = [
+    "END",
+    "GARBAGE",
+    "INVALID_UTF8",
+    "MALFORMED_JSON",
+    "PING",
+    "UNKNOWN_EVENT",
+    "Answer",
+    "Cut",
+    "Events",
+    "Gate",
+    "Hang",
+    "Head",
+    "Received",
+    "Script",
+    "Start",
+    "Step",
+    "ToolUse",
+    "Upstream",
+    "certificate",
+    "delta",
+    "error",
+    "error_event",
+    "event",
+    "refused_url",
+    "reply",
+    "stream",
+    "tls_server",
+]
 
 Ending = Literal["closed", "finished", "stopped"]
 """How an exchange ended: the peer closed early, the script was over, or the upstream stopped."""
-
-BATCH = 256
-REQUEST_ID = "{request_id}"
-
-
-def event(kind: str, **fields: object) -> bytes:
-    """Return one server-sent event as the API frames it, its type both its name and in its data."""
-    data = json.dumps({"type": kind, **fields}, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {kind}\ndata: {data}\n\n".encode()
-
-
-def delta(kind: str, index: int, name: str, value: str) -> bytes:
-    """Return a content_block_delta, as in ``delta("text_delta", 0, "text", "Hello")``."""
-    return event("content_block_delta", index=index, delta={"type": kind, name: value})
-
-
-PING = event("ping")
-UNKNOWN_EVENT = event("content_block_confetti", index=0, colours=["red", "green"])
-GARBAGE = b"]]> this is: no event\n\0\x01\x02\n{}\n\n"
-MALFORMED_JSON = b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,\n\n'
-INVALID_UTF8 = delta("text_delta", 0, "text", "?").replace(b"?", b"\xc3\x28\xff")
-
-
-def _head(status: int, headers: Mapping[str, str]) -> bytes:
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"HTTP/1.1 {status} {responses.get(status, '')}\r\n{lines}\r\n".encode()
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-def _pieces(text: str | Sequence[str]) -> Sequence[str]:
-    return re.findall(r"\S+\s*|\s+", text) if isinstance(text, str) else text
-
-
-class Step:
-    """One thing done for an answer; tests may add kinds. Nothing follows one that is the last."""
-
-    last: bool = False
-
-    async def play(self, wire: Connection) -> None:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Head(Step):
-    """The status line and headers of a stream, which go ahead: a script may stop after them."""
-
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    async def play(self, wire: Connection) -> None:
-        wire.chunked = True
-        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-        headers |= {"request-id": wire.received.request_id, "transfer-encoding": "chunked"}
-        wire.write(_head(200, {**headers, **self.headers}))
-
-
-@dataclass(frozen=True)
-class Answer(Step):
-    """A whole response, be it an error or a proxy's page. Its ``connection: close`` is obeyed."""
-
-    status: int
-    content_type: str
-    body: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    last: bool = True
-
-    async def play(self, wire: Connection) -> None:
-        wire.keep_alive &= self.headers.get("connection") != "close"
-        body = self.body.replace(REQUEST_ID, wire.received.request_id).encode()
-        headers = {"content-type": self.content_type, "content-length": str(len(body))}
-        headers["request-id"] = wire.received.request_id
-        wire.write(_head(self.status, {**headers, **self.headers}) + body)
-
-
-@dataclass(frozen=True)
-class Start(Step):
-    """The message_start event, which names the model that the request asked for."""
-
-    usage: Mapping[str, int]
-
-    async def play(self, wire: Connection) -> None:
-        asked = wire.received.body
-        message: dict[str, object] = {"id": f"msg_{wire.received.index:06d}", "type": "message"}
-        message |= {"role": "assistant", "content": [], "stop_reason": None, "stop_sequence": None}
-        message |= {"model": asked.get("model") if isinstance(asked, dict) else None}
-        await wire.emit(event("message_start", message=message | {"usage": self.usage}))
-
-
-@dataclass(frozen=True)
-class Events(Step):
-    """Events as they go on the wire, sound or broken, all at once or one every so many seconds."""
-
-    events: tuple[bytes, ...]
-    interval: float = 0.0
-    last: bool = False
-
-    @cached_property
-    def chunks(self) -> tuple[bytes, ...]:
-        """The events as HTTP chunks, made once for all the streams that play them."""
-        return tuple(map(_chunk, self.events))
-
-    async def play(self, wire: Connection) -> None:
-        if wire.script.chop or wire.script.crlf:
-            for number, each in enumerate(self.events):
-                await asyncio.sleep(self.interval if number else 0)
-                await wire.emit(each)
-        elif self.interval and self.events:
-            await self._pace(wire)
-        else:
-            for first in range(0, len(self.chunks), BATCH):
-                batch = self.chunks[first : first + BATCH]
-                await wire.drain()
-                wire.write(b"".join(batch), len(batch))
-
-    async def _pace(self, wire: Connection) -> None:
-        """Write from timers, which spare each stream a task switch per event; late ones join."""
-        loop = asyncio.get_running_loop()
-        over, began, done = loop.create_future(), loop.time(), 0
-
-        def tick() -> None:
-            nonlocal done
-            if over.done():  # the peer has gone
-                return
-            if not wire.unblocked.is_set():
-                loop.call_later(self.interval, tick)
-                return
-            due = max(done + 1, int((loop.time() - began) / self.interval) + 1)
-            batch = self.chunks[done:due]
-            wire.write(b"".join(batch), len(batch))
-            done = due
-            if done < len(self.chunks):
-                loop.call_at(began + done * self.interval, tick)
-            else:
-                over.set_result(None)
-
-        tick()
-        await over
-
-
-@dataclass(frozen=True)
-class Gate(Step):
-    """Stops until the test sets ``upstream.gates[name]``, or the event given instead of a name."""
-
-    gate: str | asyncio.Event
-
-    async def play(self, wire: Connection) -> None:
-        await (wire.upstream.gates[self.gate] if isinstance(self.gate, str) else self.gate).wait()
-
-
-@dataclass(frozen=True)
-class Hang(Step):
-    """Stops for good, silent or with a ping every so many seconds."""
-
-    ping_every: float | None = None
-
-    async def play(self, wire: Connection) -> None:
-        while self.ping_every is not None:
-            await wire.emit(PING)
-            await asyncio.sleep(self.ping_every)
-        await asyncio.get_running_loop().create_future()
-
-
-@dataclass(frozen=True)
-class Cut(Step):
-    """Closes the connection in mid-event, with a FIN and no final chunk, or with a reset."""
-
-    reset: bool = False
-    last: bool = True
-
-    async def play(self, wire: Connection) -> None:
-        if wire.chunked:
-            wire.write(_chunk(b'event: content_block_delta\ndata: {"type":"content_bl'))
-        await wire.drain()
-        if self.reset:
-            linger = struct.pack("ii", 1, 0)
-            raw = wire.transport.get_extra_info("socket")
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            wire.transport.abort()
-        else:
-            wire.transport.close()
-
-
-END = Events((), last=True)
-"""A clean end of the body, whatever the message still lacks."""
-
-
-def error_event(kind: str, message: str = "No luck") -> Events:
-    """Return an error in mid-stream, after which the API ends the body."""
-    return Events((event("error", error={"type": kind, "message": message}),), last=True)
-
-
-def error(
-    status: int,
-    kind: str,
-    message: str = "No luck",
-    *,
-    error_code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Answer:
-    """Return an HTTP error: ``error(429, "rate_limit_error", headers={"retry-after": "1"})``."""
-    cause: dict[str, object] = {"type": kind, "message": message}
-    if error_code is not None:
-        cause["details"] = {"error_code": error_code}
-    body = json.dumps({"type": "error", "error": cause, "request_id": REQUEST_ID})
-    return Answer(status, "application/json", body, headers or {})
-
-
-@dataclass(frozen=True)
-class Script:
-    """The answer to one request.
-
-    `chop` is the number of bytes per write, wherever that cuts; `crlf` is how its lines end.
-    """
-
-    steps: tuple[Step, ...]
-    chop: int = 0
-    crlf: bool = False
-
-    def after(self, *steps: Step) -> Script:
-        """Return the same answer after these steps: ``reply("Hi").after(Gate("go"))``."""
-        return replace(self, steps=(*steps, *self.steps))
-
-
-def stream(*parts: bytes | Step, chop: int = 0, crlf: bool = False) -> Script:
-    """Return a stream of just these bytes and steps, for what `reply` is too orderly to send.
-
-    A line that does not end is ``stream(b"data: ", *[b"x" * 65536] * 1000)``.
-    """
-    steps = (Events((part,)) if isinstance(part, bytes) else part for part in parts)
-    return Script((Head(), *steps), chop, crlf)
-
-
-@dataclass(frozen=True)
-class ToolUse:
-    """A tool_use content block, as a part of a reply."""
-
-    name: str
-    input: Mapping[str, object]
-    id: str = "toolu_000001"
-
-
-def reply(
-    *parts: str | Sequence[str] | bytes | ToolUse | Step,
-    thinking: str | Sequence[str] = (),
-    stop_reason: str = "end_turn",
-    stop_sequence: str | None = None,
-    stop_details: Mapping[str, object] | None = None,
-    input_tokens: int = 25,
-    output_tokens: int | None = None,
-    cache_creation_input_tokens: int = 0,
-    cache_read_input_tokens: int = 0,
-    interval: float = 0.0,
-    chop: int = 0,
-    crlf: bool = False,
-) -> Script:
-    """Return a whole well-formed message, with anything else between its pieces of text.
-
-    A string is split into words, a list of strings is taken as it is, bytes go out as they are, and
-    a step happens where it stands: ``reply("one two ", Gate("go"), "three", Cut())``. `interval` is
-    the seconds between pieces, each of which is an output token unless `output_tokens` is given.
-    """
-    message = _Message(interval)
-    if thinking:
-        message.open("thinking", thinking="", signature="")
-        message.add("thinking_delta", "thinking", _pieces(thinking))
-        message.do(Events((delta("signature_delta", 0, "signature", "EqQBCgIYAhIM1gbcDa9GJw=="),)))
-    for part in parts:
-        if isinstance(part, Step):
-            message.do(part)
-        elif isinstance(part, bytes):
-            message.do(Events((part,)))
-        elif isinstance(part, ToolUse):
-            message.open("tool_use", id=part.id, name=part.name, input={})
-            message.add("input_json_delta", "partial_json", ["", *_pieces(json.dumps(part.input))])
-        elif pieces := _pieces(part):
-            if message.kind != "text":
-                message.open("text", text="")
-            message.add("text_delta", "text", pieces)
-    message.close()
-    usage = {"input_tokens": input_tokens, "output_tokens": 1}
-    usage |= {"cache_creation_input_tokens": cache_creation_input_tokens}
-    usage |= {"cache_read_input_tokens": cache_read_input_tokens}
-    total = message.pieces or 1 if output_tokens is None else output_tokens
-    stop = {"stop_reason": stop_reason, "stop_sequence": stop_sequence}
-    last = {**stop, "stop_details": stop_details}
-    end = event("message_delta", delta=last, usage=usage | {"output_tokens": total})
-    message.do(Events((end, event("message_stop"))))
-    return Script((Head(), Start(usage), *message.steps), chop, crlf)
-
-
-class _Message:
-    """Collects the steps of a message: numbers content blocks, joins neighbouring events."""
-
-    def __init__(self, interval: float) -> None:
-        self.steps: list[Step] = []
-        self.kind = ""
-        self.pieces = 0
-        self._interval = interval
-        self._index = -1
-
-    def do(self, step: Step) -> None:
-        match self.steps, step:
-            case [*_, Events(last=False) as one], Events() if one.interval == step.interval:
-                self.steps[-1] = replace(step, events=one.events + step.events)
-            case _:
-                self.steps.append(step)
-
-    def open(self, kind: str, **block: object) -> None:
-        self.close()
-        self.kind = kind
-        self._index += 1
-        block = {"type": kind, **block}
-        start = event("content_block_start", index=self._index, content_block=block)
-        self.do(Events((start,) if self._index else (start, PING)))
-
-    def add(self, kind: str, name: str, pieces: Sequence[str]) -> None:
-        self.pieces += len(pieces)
-        events = tuple(delta(kind, self._index, name, piece) for piece in pieces)
-        self.do(Events(events, self._interval))
-
-    def close(self) -> None:
-        if self.kind:
-            self.do(Events((event("content_block_stop", index=self._index),)))
-        self.kind = ""
 
 
 @asynccontextmanager
@@ -544,7 +269,7 @@ class Connection(asyncio.Protocol):
                 0
             )  # with the one in drain, gives a client in this loop time to read
             await self.drain()
-            self.write(_chunk(data[first : first + size]))
+            self.write(chunk(data[first : first + size]))
         self.received.sent += 1
 
     async def drain(self) -> None:
@@ -650,30 +375,6 @@ class Upstream:
         self._tasks.discard(task)
         if not task.cancelled() and (failure := task.exception()):
             self._failures.append(failure)
-
-
-@cache
-def _self_signed() -> tuple[ssl.SSLContext, str]:
-    """Return the settings of a TLS server, and the text of its certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with tempfile.TemporaryDirectory() as folder:
-        pem, key = f"{folder}/certificate.pem", f"{folder}/key.pem"
-        command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=127.0.0.1 -addext"
-        names = "subjectAltName=IP:127.0.0.1,DNS:localhost,DNS:api.example"
-        files = ("-keyout", key, "-out", pem)
-        subprocess.run((*command.split(), names, *files), check=True, capture_output=True)
-        context.load_cert_chain(pem, key)
-        return context, Path(pem).read_text()
-
-
-def tls_server() -> ssl.SSLContext:
-    """Return the settings of a TLS server that nobody trusts, unless told so."""
-    return _self_signed()[0]
-
-
-def certificate() -> str:
-    """Return the certificate of the TLS servers of the tests, to be written to a file."""
-    return _self_signed()[1]
 
 
 @contextmanager
