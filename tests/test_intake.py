@@ -9,9 +9,9 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, Reply, Thinking
 from wsserver import Code, End, ModelError, Request, Usage
+from wsserver.encoding import encode_run
 from wsserver.models.base import Take
 from wsserver.pieces import Run
-from wsserver.protocol import encode_run
 
 
 class Pusher:

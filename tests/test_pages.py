@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from wsserver import Settings
 from wsserver.content import Message, Text, Thinking, Usage
+from wsserver.encoding import encode
 from wsserver.errors import ConfigError
 from wsserver.pages import conversations, history, room_of
-from wsserver.protocol import encode
 from wsserver.stores.base import StoredConversation, Summary, Turn
 
 SETTINGS = Settings(

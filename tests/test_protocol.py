@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from wsserver import parsing
 from wsserver.content import Usage
+from wsserver.encoding import encode, encode_run
 from wsserver.errors import Code, Refused
 from wsserver.parsing import DEPTH, KEYS, parse, parts
 from wsserver.pieces import Kind, Run
@@ -27,8 +28,6 @@ from wsserver.protocol import (
     ThinkingFrame,
     Token,
     UsageCounts,
-    encode,
-    encode_run,
 )
 
 

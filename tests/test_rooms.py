@@ -20,7 +20,7 @@ FLOORS: list[dict[str, str]] = [
         "basics": "content descriptors errors limits logs pieces responses settings",
         "keyboard": "line_editor",
     },
-    {"words": "generation parsing prices protocol schema telemetry wire"},
+    {"words": "encoding generation parsing prices protocol schema telemetry wire"},
     {"models": "models", "stores": "stores", "visitors": "admission auth", "clients": "client"},
     {
         "application": "accounts app connection context conversations cursor dialects endings "

@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from tests.support.schemas import OF_CLIENT, OF_SERVER, of
 from tests.support.tools import require_npm_package
 from wsserver.content import Message, Role, Text, Thinking, Usage
+from wsserver.encoding import encode
 from wsserver.errors import Code, Refused
 from wsserver.parsing import parse
-from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Ping, ServerFrame, encode
+from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Ping, ServerFrame
 from wsserver.schema import ANSWERS, asyncapi, json_schema
 
 ID = "0123456789abcdef"

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from wsserver.errors import Code, Refused
 from wsserver.logs import printable
-from wsserver.protocol import CLIENT_FRAMES, ID_PATTERN, MESSAGES, REQUEST_PATTERN, ClientFrame
+from wsserver.protocol import CLIENT_FRAMES, MESSAGES, ClientFrame
+from wsserver.wire import ID_PATTERN, REQUEST_PATTERN
 
 __all__ = ["first_request", "parse", "parts"]
 

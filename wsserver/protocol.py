@@ -5,11 +5,9 @@ form. Nothing here does I/O.
 """
 
 from enum import IntEnum
-from json.encoder import encode_basestring
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,14 +17,19 @@ from pydantic import (
 
 from wsserver.content import Message, Usage, written
 from wsserver.errors import Code
-from wsserver.pieces import TEXT, Kind, Run
-from wsserver.wire import Content, HistoryMessage, PromptMessage
+from wsserver.wire import (
+    Content,
+    HistoryMessage,
+    Id,
+    NonBlank,
+    PromptMessage,
+    RequestId,
+    WellFormed,
+)
 
 __all__ = [
     "CLIENT_FRAMES",
-    "ID_PATTERN",
     "MESSAGES",
-    "REQUEST_PATTERN",
     "SERVER_FRAMES",
     "SUBPROTOCOL",
     "Auth",
@@ -57,8 +60,6 @@ __all__ = [
     "Stopped",
     "StoppedBy",
     "Terminal",
-    "encode",
-    "encode_run",
 ]
 
 SUBPROTOCOL = "wsserver.v1"
@@ -66,31 +67,7 @@ SUBPROTOCOL = "wsserver.v1"
 StoppedBy = Literal["client", "deleted", "disconnect", "replaced", "timeout", "shutdown"]
 
 
-def _whole(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("has half of a surrogate pair") from None
-    return value
-
-
-def _not_blank(value: str) -> str:
-    if not value.strip():
-        raise ValueError("empty")
-    return value
-
-
-ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
-
-REQUEST_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
-
-MESSAGES = 1000  # of one prompt: 500 turns, beyond what people say in one conversation
-
-
-Id = Annotated[str, Field(pattern=ID_PATTERN)]
-RequestId = Annotated[str, Field(pattern=REQUEST_PATTERN)]
-Text = Annotated[str, AfterValidator(_whole)]
-NonBlank = Annotated[Text, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})]
+MESSAGES = 1000  # of one prompt at most: 500 turns, more than people have in one conversation
 
 
 class Close(IntEnum):
@@ -183,7 +160,7 @@ class Auth(_Request):
     """Say who the client acts for, for those that can set no headers; again before it expires."""
 
     type: Literal["auth"] = "auth"
-    token: Annotated[Text, Field(min_length=1, max_length=8192, repr=False)]
+    token: Annotated[WellFormed, Field(min_length=1, max_length=8192, repr=False)]
 
 
 class Ping(_Request):
@@ -218,7 +195,7 @@ class List(_Request):
 
     type: Literal["list"] = "list"
     limit: Annotated[int, Field(ge=1, le=100)] = 20
-    before: Annotated[Text, Field(max_length=128)] | None = None
+    before: Annotated[WellFormed, Field(max_length=128)] | None = None
 
 
 class Rename(_Request):
@@ -542,34 +519,3 @@ SERVER_FRAMES: dict[str, type[ServerFrame]] = {
     "authenticated": Authenticated,
     "pong": Pong,
 }
-
-
-# What each kind of piece becomes: the beginning of its frame, and the key of the data.
-_FRAMES: dict[Kind, tuple[str, str]] = {
-    "text": ('{"type":"token",', "text"),
-    "thinking": ('{"type":"thinking",', "text"),
-    "signature": ('{"type":"thinking","text":"",', "signature"),
-    "citation": ('{"type":"token","text":"",', "citation"),
-    "block": ('{"type":"block",', "partial_json"),
-}
-
-
-def encode(frame: ServerFrame) -> bytes:
-    """Encode a frame as UTF-8 JSON, without the keys that have no value."""
-    return frame.model_dump_json(exclude_none=True).encode()
-
-
-def encode_run(generation: str, run: Run) -> bytes:
-    """Encode the frame of a run, as :func:`encode` would.
-
-    Written by hand, as this is what the server does most: an id needs no escaping, and the C
-    function that escapes the text is a tenth of the cost of building and dumping a model.
-    """
-    seq, kind, block, data = run
-    if kind == TEXT and not block:
-        text = encode_basestring(data)
-        return f'{{"type":"token","id":"{generation}","seq":{seq},"text":{text}}}'.encode()
-    head, key = _FRAMES[kind]
-    number = f',"block":{block}' if block else ""
-    value = data if kind == "citation" else encode_basestring(data)
-    return f'{head}"id":"{generation}","seq":{seq}{number},"{key}":{value}}}'.encode()

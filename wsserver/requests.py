@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from wsserver.encoding import encode
 from wsserver.errors import Code, Refused
 from wsserver.following import Following
 from wsserver.generation import well_formed
@@ -30,7 +31,6 @@ from wsserver.protocol import (
     Rename,
     Renamed,
     Resume,
-    encode,
 )
 from wsserver.session import Session
 from wsserver.stopping import Stopping

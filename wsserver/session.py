@@ -5,11 +5,12 @@ from typing import Protocol
 
 from wsserver.admission import Visitor
 from wsserver.cursor import Sink
+from wsserver.encoding import encode
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.hub import Hub
 from wsserver.limits import Account
 from wsserver.logs import log
-from wsserver.protocol import ClientFrame, Close, Error, ServerFrame, encode
+from wsserver.protocol import ClientFrame, Close, Error, ServerFrame
 from wsserver.settings import Settings
 
 __all__ = ["Session", "Transport", "name_frame"]

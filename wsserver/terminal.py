@@ -31,9 +31,10 @@ from wsserver.client import (
     connect,
 )
 from wsserver.errors import Code, ConfigError
-from wsserver.protocol import ID_PATTERN, Prompt
+from wsserver.protocol import Prompt
 from wsserver.server import serve
 from wsserver.settings import CHAT_TOKEN, Settings
+from wsserver.wire import ID_PATTERN
 
 __all__ = ["Options", "Terminal", "escape", "run"]
 

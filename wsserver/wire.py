@@ -1,15 +1,31 @@
-"""Content in the frames of the protocol: how pydantic validates, encodes and describes it."""
+"""The values in frames: how pydantic validates, encodes and describes ids, texts and content."""
 
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, WithJsonSchema
 
 from wsserver.content import Block, Message, Text, Usage, dump_content, parse_content
 
-__all__ = ["Content", "HistoryMessage", "PromptMessage", "parse_message", "parse_usage"]
+__all__ = [
+    "ID_PATTERN",
+    "REQUEST_PATTERN",
+    "Content",
+    "HistoryMessage",
+    "Id",
+    "NonBlank",
+    "PromptMessage",
+    "RequestId",
+    "WellFormed",
+    "parse_message",
+    "parse_usage",
+]
 
 T = TypeVar("T")
+
+ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
+
+REQUEST_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 BLOCK = {
     "type": "object",
@@ -62,6 +78,20 @@ HISTORY_MESSAGE = {
     },
     "required": ["role", "content", "id"],
 }
+
+
+def _well_formed(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has half of a surrogate pair") from None
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("empty")
+    return value
 
 
 def _content(value: object) -> tuple[Block, ...]:
@@ -189,4 +219,11 @@ HistoryMessage = Annotated[
     PlainValidator(_history_message),
     PlainSerializer(_dump_history_message),
     WithJsonSchema(HISTORY_MESSAGE),
+]
+
+Id = Annotated[str, Field(pattern=ID_PATTERN)]
+RequestId = Annotated[str, Field(pattern=REQUEST_PATTERN)]
+WellFormed = Annotated[str, AfterValidator(_well_formed)]
+NonBlank = Annotated[
+    WellFormed, AfterValidator(_not_blank), Field(json_schema_extra={"pattern": r"\S"})
 ]

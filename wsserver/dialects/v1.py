@@ -1,8 +1,9 @@
 """The frames of ``wsserver.v1``; see ``PROTOCOL.md``."""
 
+from wsserver.encoding import encode, encode_run
 from wsserver.live import Generation
 from wsserver.pieces import Run
-from wsserver.protocol import Start, Terminal, encode, encode_run
+from wsserver.protocol import Start, Terminal
 
 __all__ = ["V1"]
 

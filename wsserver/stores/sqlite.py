@@ -21,9 +21,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
-from wsserver.content import Text
 from wsserver.errors import ConfigError, StoreError
 from wsserver.generation import tokens_in
 from wsserver.logs import log
@@ -33,21 +32,18 @@ from wsserver.stores.base import (
     TRACES,
     Entry,
     Forgotten,
-    Header,
     Held,
     StoredConversation,
     StoredGeneration,
     Summary,
-    Turn,
     Unsavable,
     day_of,
-    turn_of,
 )
 from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
-from wsserver.stores.records import Packed, content_in, load_prompt, load_terminal
-from wsserver.stores.rows import COUNT, add, begin, loose, pack, said
+from wsserver.stores.reads import find, load
+from wsserver.stores.rows import COUNT, add, begin, loose, pack
 
 __all__ = ["SqliteStore"]
 
@@ -75,20 +71,6 @@ _OLD_SPENT = """
 _DEAD = (
     "SELECT number, owner, id, began, model FROM generation WHERE lengths IS NULL AND ended IS NULL"
 )
-# The turns of a history, newest first, until either bound is reached.
-_TURNS = """
-    SELECT number, turn, id, began, ended, model, terminal, prompt, text, thinking, runs,
-        CASE WHEN thinking <> '' OR runs LIKE '%],[%' THEN lengths END -- long, and seldom needed
-    FROM generation WHERE number IN (
-        SELECT number FROM (
-            SELECT number, row_number() OVER w AS place, sum(size) OVER w AS total FROM (
-                SELECT number, turn, size FROM generation
-                WHERE owner = ? AND conversation = ? AND turn < ? AND hidden IS NULL
-                ORDER BY turn DESC LIMIT ?
-            ) WINDOW w AS (ORDER BY turn DESC ROWS UNBOUNDED PRECEDING)
-        ) WHERE place = 1 OR total <= ?
-    ) ORDER BY turn
-"""
 
 
 class SqliteStore:
@@ -274,51 +256,16 @@ class SqliteStore:
 
     async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
-
-        def find(database: sqlite3.Connection) -> StoredGeneration | Forgotten | None:
-            for number, conversation, model, began, retry_of, terminal, prompt in database.execute(
-                "SELECT number, conversation, model, began, retry_of, terminal, prompt "
-                "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1",
-                (owner, generation),
-            ):
-                parsed = load_prompt(prompt)
-                header = Header(generation, owner, conversation, parsed, model, began, retry_of)
-                end = None if terminal is None else load_terminal(terminal, generation)
-                return StoredGeneration(header, said(database, number), end)
-            for (when,) in database.execute(
-                "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
-            ):
-                return Forgotten(when)
-            return None
-
-        return await self._read(owner, find)
+        return await self._read(owner, lambda database: find(database, generation, owner))
 
     async def load(
         self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
         end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
-
-        def load(database: sqlite3.Connection) -> StoredConversation | None:
-            for (title,) in database.execute(
-                "SELECT title FROM conversation WHERE owner = ? AND id = ? "
-                "AND (owner, id) NOT IN deleting",
-                (owner, conversation),
-            ):
-                turns = [
-                    _turn(database, row)
-                    for row in database.execute(_TURNS, (owner, conversation, end, limit, size))
-                ]
-                first = turns[0].number if turns else end
-                older = database.execute(
-                    "SELECT 1 FROM generation WHERE owner = ? AND conversation = ? AND turn < ? "
-                    "AND hidden IS NULL LIMIT 1",
-                    (owner, conversation, first),
-                ).fetchone()
-                return StoredConversation(conversation, owner, title, turns, older is not None)
-            return None
-
-        return await self._read(owner, load)
+        return await self._read(
+            owner, lambda database: load(database, conversation, owner, (limit, size, end))
+        )
 
     async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
         """Return an owner's conversations, the one used last first."""
@@ -508,23 +455,6 @@ class SqliteStore:
 
         async with self._writing.of(owner):
             return await _opened(self._writer).transact(write)
-
-
-def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
-    """Return a row of :data:`_TURNS` as a turn."""
-    number, turn, name, began, ended, model, terminal, prompt, text, other, runs, lengths = row
-    if text is not None and other is not None:
-        blocks = Packed(text, other, lengths or "[]", runs).blocks()
-    else:
-        try:
-            blocks = loose(database, number).blocks()
-        except ValueError:
-            if text is None:
-                raise
-            blocks = (Text(text),)  # an older version kept the text of an ended reply beside
-    end = None if terminal is None else load_terminal(terminal, name)
-    contents = content_in(prompt), blocks
-    return turn_of(turn, name, contents, end, model=model, began=began, ended=ended)
 
 
 def _delete_some(database: sqlite3.Connection, owner: str, conversation: str) -> bool:

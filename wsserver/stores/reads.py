@@ -1,0 +1,100 @@
+"""What is read from a SQLite file: one generation, or a part of a conversation."""
+
+import sqlite3
+from typing import Any
+
+from wsserver.content import Text
+from wsserver.stores.base import (
+    Forgotten,
+    Header,
+    StoredConversation,
+    StoredGeneration,
+    Turn,
+    turn_of,
+)
+from wsserver.stores.records import Packed, content_in, load_prompt, load_terminal
+from wsserver.stores.rows import loose, said
+
+__all__ = ["find", "load"]
+
+# The turns of a history, newest first, until either bound is reached.
+_TURNS = """
+    SELECT number, turn, id, began, ended, model, terminal, prompt, text, thinking, runs,
+        CASE WHEN thinking <> '' OR runs LIKE '%],[%' THEN lengths END -- long, and seldom needed
+    FROM generation WHERE number IN (
+        SELECT number FROM (
+            SELECT number, row_number() OVER w AS place, sum(size) OVER w AS total FROM (
+                SELECT number, turn, size FROM generation
+                WHERE owner = ? AND conversation = ? AND turn < ? AND hidden IS NULL
+                ORDER BY turn DESC LIMIT ?
+            ) WINDOW w AS (ORDER BY turn DESC ROWS UNBOUNDED PRECEDING)
+        ) WHERE place = 1 OR total <= ?
+    ) ORDER BY turn
+"""
+
+
+def find(
+    database: sqlite3.Connection, generation: str, owner: str
+) -> StoredGeneration | Forgotten | None:
+    """Return an owner's latest generation of an id, or its trace; None where there is neither."""
+    for number, conversation, model, began, retry_of, terminal, prompt in database.execute(
+        "SELECT number, conversation, model, began, retry_of, terminal, prompt "
+        "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1",
+        (owner, generation),
+    ):
+        parsed = load_prompt(prompt)
+        header = Header(generation, owner, conversation, parsed, model, began, retry_of)
+        end = None if terminal is None else load_terminal(terminal, generation)
+        return StoredGeneration(header, said(database, number), end)
+    for (when,) in database.execute(
+        "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
+    ):
+        return Forgotten(when)
+    return None
+
+
+def load(
+    database: sqlite3.Connection, conversation: str, owner: str, bounds: tuple[int, int, int]
+) -> StoredConversation | None:
+    """Return a part of an owner's conversation; None where the owner has no such conversation.
+
+    Args:
+        database: the file.
+        conversation: the id of the conversation.
+        owner: whose.
+        bounds: turns at most, bytes at most, and the number of the turn before which they end.
+    """
+    limit, size, end = bounds
+    for (title,) in database.execute(
+        "SELECT title FROM conversation WHERE owner = ? AND id = ? AND (owner, id) NOT IN deleting",
+        (owner, conversation),
+    ):
+        turns = [
+            _turn(database, row)
+            for row in database.execute(_TURNS, (owner, conversation, end, limit, size))
+        ]
+        first = turns[0].number if turns else end
+        older = database.execute(
+            "SELECT 1 FROM generation WHERE owner = ? AND conversation = ? AND turn < ? "
+            "AND hidden IS NULL LIMIT 1",
+            (owner, conversation, first),
+        ).fetchone()
+        return StoredConversation(conversation, owner, title, turns, older is not None)
+    return None
+
+
+def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
+    """Return a row of :data:`_TURNS` as a turn."""
+    number, turn, name, began, ended, model, terminal, prompt, text, other, runs, lengths = row
+    if text is not None and other is not None:
+        blocks = Packed(text, other, lengths or "[]", runs).blocks()
+    else:
+        try:
+            blocks = loose(database, number).blocks()
+        except ValueError:
+            if text is None:
+                raise
+            blocks = (Text(text),)  # an older version kept the text of an ended reply beside
+    end = None if terminal is None else load_terminal(terminal, name)
+    contents = content_in(prompt), blocks
+    return turn_of(turn, name, contents, end, model=model, began=began, ended=ended)
