@@ -57,6 +57,7 @@ def test_blocking_calls_do_the_same_as_async_ones(threaded_server: str) -> None:
         assert list(reply.thinking) == []
         assert reply.conversation == chat.conversation
         assert [m.text for m in chat.history().messages] == ["Hello", text]
+        assert [block.type for block in reply.blocks] == ["text"]
         chat.rename(chat.conversation, "Greeting")
         assert [c.title for c in chat.conversations()] == ["Greeting"]
         assert "".join(chat.resume(reply.id)) == text
@@ -69,6 +70,19 @@ def test_blocking_calls_do_the_same_as_async_ones(threaded_server: str) -> None:
         assert stopped.done().by == "client"
     with pytest.raises(ConnectionFailed):
         connect_sync("nowhere").__enter__()
+
+
+def test_subscription_yields_replies_of_others(threaded_server: str) -> None:
+    with connect_sync(threaded_server) as chat, connect_sync(threaded_server) as other:
+        other.prompt("Hello").done()
+        subscription = chat.open(other.conversation)
+        assert (subscription.title, len(subscription.history.messages)) == ("Hello", 2)
+        other.prompt("Again")
+        reply = next(iter(subscription))
+        assert "".join(reply) == "Again"
+        subscription.close()
+        assert list(subscription) == []
+        assert not subscription.deleted
 
 
 def test_reply_is_readable_after_the_chat(threaded_server: str) -> None:

@@ -1,12 +1,13 @@
 """The page while connections are lost and servers restart."""
 
+import json
 import re
 import signal
 import socket
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, WebSocketRoute, expect
 
 import wsserver
 from tests.browser.page import (
@@ -229,3 +230,51 @@ async def test_interrupted_reply_after_a_crash_of_the_server(blank: Page, tmp_pa
         await expect(text(blank)).to_contain_text("You said: “Hello”")
         first = blank.locator(".reply").first
         await expect(first.locator(".note")).to_have_text("Broken off, as the server went away.")
+
+
+async def test_text_after_gap_becomes_what_the_server_has(
+    blank: Page, server: wsserver.Server
+) -> None:
+    """A scripted server sends three pieces, dies, and has two of them."""
+    connections = 0
+
+    async def script(socket: WebSocketRoute) -> None:
+        nonlocal connections
+        connections += 1
+        socket.send(json.dumps({"type": "hello", "protocol": "wsserver.v1", "limits": {}}))
+
+        def answer(message: str | bytes) -> None:
+            frame = json.loads(message)
+            kind, request = frame["type"], {"request": frame.get("request")}
+            about = {"id": frame.get("id"), "model": "m"}
+            if kind == "list":
+                socket.send(json.dumps({"type": "conversations", "items": [], **request}))
+            elif kind == "ping":
+                socket.send(json.dumps({"type": "pong", **request}))
+            elif kind == "prompt":
+                socket.send(json.dumps({"type": "start", **about, **request}))
+                for seq, word in enumerate(("one ", "two ", "three"), 1):
+                    token = {"type": "token", "id": frame["id"], "seq": seq, "text": word}
+                    socket.send(json.dumps(token))
+            elif kind == "resume" and frame["after"]:
+                error = {"type": "error", "code": "gap", "message": "Less.", "retryable": False}
+                socket.send(json.dumps({**error, **request}))
+            elif kind == "resume":
+                socket.send(json.dumps({"type": "start", **about, **request}))
+                token = {"type": "token", "id": frame["id"], "seq": 2, "text": "one two "}
+                socket.send(json.dumps(token))
+                error = {"type": "error", "code": "interrupted", "message": "The server died."}
+                socket.send(json.dumps({**error, "id": frame["id"], "seq": 2, "retryable": True}))
+
+        socket.on_message(answer)
+        sockets.append(socket)
+
+    sockets: list[WebSocketRoute] = []
+    await blank.route_web_socket(re.compile("/ws$"), script)
+    await visit(blank, server)
+    await ask(blank, "Count")
+    await expect(text(blank)).to_have_text("one two three")
+    await sockets[0].close(code=1011)
+    await expect(note(blank)).to_have_text("The server died.")
+    await expect(text(blank)).to_have_text("one two")
+    assert connections == 2

@@ -21,9 +21,10 @@ from wsserver.client.connection import State
 from wsserver.client.history import Conversation, History
 from wsserver.client.limits import Limits
 from wsserver.client.reply import Done, Reply
-from wsserver.content import Usage
+from wsserver.client.subscriptions import Subscription
+from wsserver.content import Block, Usage
 
-__all__ = ["SyncChat", "SyncReply", "connect"]
+__all__ = ["SyncChat", "SyncReply", "SyncSubscription", "connect"]
 
 T = TypeVar("T")
 
@@ -116,6 +117,11 @@ class SyncReply:
         return self._reply.usage
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The content blocks so far; see :attr:`wsserver.client.Reply.blocks`."""
+        return self._loop.run(_call(lambda: self._reply.blocks))
+
+    @property
     def thinking(self) -> Iterator[str]:
         """Iterate over the model's thinking."""
         return self._iterate(self._reply.thinking)
@@ -134,6 +140,37 @@ class SyncReply:
     def _iterate(self, pieces: AsyncIterator[str]) -> Iterator[str]:
         while (piece := self._loop.run(_next(pieces))) is not None:
             yield piece
+
+
+class SyncSubscription:
+    """A :class:`~wsserver.client.Subscription` with blocking calls."""
+
+    def __init__(self, subscription: Subscription, loop: _Loop) -> None:
+        self._subscription = subscription
+        self._loop = loop
+
+    @property
+    def history(self) -> History:
+        """The history, as of the last time that the conversation was opened."""
+        return self._subscription.history
+
+    @property
+    def title(self) -> str:
+        """The current title."""
+        return self._subscription.title
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the conversation was deleted."""
+        return self._subscription.deleted
+
+    def __iter__(self) -> Iterator[SyncReply]:
+        while (reply := self._loop.run(_next(self._subscription))) is not None:
+            yield SyncReply(reply, self._loop)
+
+    def close(self) -> None:
+        """Close the conversation; see :meth:`wsserver.client.Subscription.close`."""
+        self._loop.run(self._subscription.close())
 
 
 class SyncChat:
@@ -191,6 +228,10 @@ class SyncChat:
         """Follow a reply; see :meth:`wsserver.client.Chat.resume`."""
         return self._reply(lambda: self._chat.resume(reply_id, after))
 
+    def open(self, conversation: str | None = None) -> SyncSubscription:
+        """Open a conversation; see :meth:`wsserver.client.Chat.open`."""
+        return SyncSubscription(self._loop.run(self._chat.open(conversation)), self._loop)
+
     def history(self, conversation: str | None = None) -> History:
         """Return the history of a conversation; see :meth:`wsserver.client.Chat.history`."""
         return self._loop.run(self._chat.history(conversation))
@@ -235,5 +276,5 @@ async def _call(function: Callable[[], T]) -> T:
     return function()
 
 
-async def _next(pieces: AsyncIterator[str]) -> str | None:
-    return await anext(pieces, None)
+async def _next(items: AsyncIterator[T]) -> T | None:
+    return await anext(items, None)
