@@ -86,6 +86,25 @@ for (const [when, before] of [['the link falls silent after the prompt', false],
   })
 }
 
+test('an error without a close reconnects', async (t) => {
+  const { sockets } = connectFake(t)
+  await turn()
+  t.mock.timers.tick(100)
+  sockets[0].onerror({})
+  const waited = await advance(t, () => sockets.length > 1)
+  assert.ok(waited <= 1_000, `${waited} ms`)
+})
+
+test('an error before a close reconnects once', async (t) => {
+  const { sockets } = connectFake(t)
+  await turn()
+  t.mock.timers.tick(100)
+  sockets[0].onerror({})
+  sockets[0].onclose({ code: 1006, reason: '' })
+  await advance(t, () => false, 2_000)
+  assert.equal(sockets.length, 2)
+})
+
 test('an idle connection gets fewer pings', async (t) => {
   const { chat, sockets } = connectFake(t, pong)
   await turn()
