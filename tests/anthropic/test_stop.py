@@ -1,11 +1,16 @@
 """A stop closes the request to the API, whatever the API is doing."""
 
+import asyncio
+from pathlib import Path
+
 import pytest
 
 import wsserver
+from tests.support.certificate import certificate
 from tests.support.claude import claude, goes_on, stop
 from tests.support.client import Client, client
 from tests.support.puppet import until
+from tests.support.raw import Raw
 from tests.support.upstream import Gate, Hang, Script, Step, Upstream, error, event, reply, stream
 from tests.test_slow_reader import sluggard
 
@@ -99,3 +104,38 @@ async def test_hundreds_of_stops_leave_no_request_open(
         assert await received.closed() == "closed"
     assert upstream.open == 0
     assert server._hub.live == 0
+
+
+async def test_stop_over_tls_does_not_wait_for_the_closing_handshake(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass bytes on in both directions, and from some moment on only take them."""
+        answers, requests = await asyncio.open_connection("127.0.0.1", port)
+
+        async def answer() -> None:
+            while data := await answers.read(65536):
+                writer.write(data)
+
+        answering = asyncio.create_task(answer())
+        while data := await reader.read(65536):
+            if not silent.is_set():
+                requests.write(data)
+        ended.set()
+        answering.cancel()
+        await asyncio.wait({answering})
+        requests.close()
+
+    silent, ended = asyncio.Event(), asyncio.Event()
+    (tmp_path / "certificate.pem").write_text(certificate())
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "certificate.pem"))
+    async with Upstream(tls=True) as upstream, Raw(pass_on) as way:
+        port = int(upstream.url.rpartition(":")[2])
+        upstream.play(reply("some words", Hang()))
+        async with claude(monkeypatch, f"https://127.0.0.1:{way.port}") as server:
+            async with client(server) as chat:
+                start = await chat.prompt()
+                await chat.next("token")
+                silent.set()
+                await stop(chat, start)
+                assert await asyncio.wait_for(ended.wait(), 1)

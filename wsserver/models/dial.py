@@ -48,7 +48,7 @@ class Origin:
         host: name or address, in ASCII.
         port: the port.
         server_name: the name in the TLS handshake, which the certificate must have.
-        proxy: what connections go through.
+        proxy: the proxy that connections go through.
     """
 
     scheme: str
@@ -67,7 +67,7 @@ async def dial(origin: Origin, tls: Callable[[], ssl.SSLContext], connection: Co
         connection: the protocol of the connection.
 
     Raises:
-        CannotConnect: it could not.
+        CannotConnect: no connection could be made.
     """
     proxy = origin.proxy
     target = origin if proxy is None else proxy
@@ -79,7 +79,7 @@ async def dial(origin: Origin, tls: Callable[[], ssl.SSLContext], connection: Co
     except OSError as error:  # ssl.SSLError among them
         raise CannotConnect(str(error)) from error
     except UnicodeError as error:  # a name that is too long for DNS
-        raise CannotConnect("the name of the host is malformed") from error
+        raise CannotConnect("the host name is malformed") from error
 
 
 async def _secure(
@@ -144,7 +144,7 @@ async def _connect(host: str, port: int) -> socket.socket:
 
 
 def _literal(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Return what ``getaddrinfo`` would say of an address, without a thread of its own."""
+    """Return the result of ``getaddrinfo`` for a literal address, without a thread."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError):
             socket.inet_pton(family, host)
@@ -153,7 +153,7 @@ def _literal(host: str, port: int) -> list[tuple[Any, ...]]:
 
 
 def _interleave(found: Sequence[tuple[Any, ...]]) -> list[tuple[int, Address]]:
-    """Order addresses so that those of IPv6 and IPv4 take turns, beginning with the first one's."""
+    """Order addresses so that IPv6 and IPv4 alternate (RFC 8305 section 4)."""
     families: dict[int, list[tuple[int, Address]]] = {}
     for family, _, _, _, address in found:
         families.setdefault(family, []).append((family, address))
@@ -216,7 +216,7 @@ class _Tunnel(asyncio.Protocol):
             return
         status = _STATUS_LINE.match(head + end)
         if not end or status is None or rest:  # a server of TLS says nothing before its client
-            self._fail(ProxyRefused("the proxy sent no answer that is one"))
+            self._fail(ProxyRefused("the proxy sent no HTTP response"))
         elif not status[1].startswith(b"2"):
             self._fail(ProxyRefused(f"the proxy answered {status[1].decode()}"))
         else:

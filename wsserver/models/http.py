@@ -34,7 +34,7 @@ _SET_HERE = frozenset({b"connection", b"content-length", b"transfer-encoding", b
 
 
 class Redirected(HttpError):
-    """The server redirects to where a prompt must not be sent, or without end."""
+    """The server redirects to another origin, or would lose the prompt, or redirects too often."""
 
 
 class InvalidRequest(WsserverError):
@@ -43,7 +43,7 @@ class InvalidRequest(WsserverError):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What is the same for all requests: where they go, and their headers.
+    """The parts that all requests share: the server, the path and the headers.
 
     Attributes:
         origin: the server.
@@ -86,7 +86,7 @@ class Template:
         """Return the template for another path of the same origin.
 
         Raises:
-            Redirected: it is another origin, or no URL.
+            Redirected: the location is another origin, or no URL.
         """
         try:
             url = urlsplit(urljoin(self.url, location.decode("latin-1")))
@@ -114,7 +114,7 @@ class Pool:
 
     Args:
         limit: connections at most.
-        connect_timeout: seconds for a connection to be made, or to become free.
+        connect_timeout: seconds to make a connection, or to wait for a free one.
         tls: gives the trust settings.
     """
 
@@ -159,12 +159,12 @@ class Pool:
                 await response.aclose()
                 raise
             response.release()
-        raise Redirected("there is no end of redirects")
+        raise Redirected("too many redirects")
 
     async def warm(self, origin: Origin) -> None:
         """Make a connection, if none is idle or being made. The next request waits for it.
 
-        Failures are not raised: the next request has its own.
+        A failure is not raised: the next request makes its own connection.
         """
         if self._warming is None:
             if self._closed or self._dialing or self._full or self._has_idle(origin):

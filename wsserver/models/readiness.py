@@ -1,4 +1,4 @@
-"""What can be done before the first prompt: libraries imported, a connection to the API opened."""
+"""Work for a model before its first prompt: imports, and a connection to its API."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -45,7 +45,7 @@ class Readiness:
             self._warming = asyncio.get_running_loop().create_task(_attempt(self._warm))
 
     async def close(self) -> None:
-        """Stop what is under way."""
+        """Cancel the tasks."""
         tasks = {task for task in (self._preparing, self._warming) if task is not None}
         for task in tasks:
             task.cancel()
@@ -54,7 +54,7 @@ class Readiness:
 
 
 async def _attempt(work: Callable[[], Awaitable[Any]]) -> None:
-    """Do what a prompt would do later. The prompt reports a failure to its client."""
+    """Await the work, and log its failure. The next prompt has the same failure, and reports it."""
     try:
         await work()
     except ConfigError as error:

@@ -49,7 +49,7 @@ class NoResponse(HttpError):
 
 
 class MalformedResponse(HttpError):
-    """What the server sent is no HTTP/1.1 response, or one with too many headers."""
+    """The server sent no HTTP/1.1 response, or too many headers."""
 
 
 class ClosedEarly(HttpError):
@@ -103,8 +103,8 @@ class Response:
         """Give the body to a callback: what has arrived by now, then each read as it is made.
 
         Args:
-            take: called with some bytes. It returns True if it needs no more. An exception that it
-                raises ends the reading too, and is raised here.
+            take: gets some bytes, and returns True if it needs no more. An exception of ``take``
+                ends the reading, and is raised here.
 
         Returns:
             Whether the body has ended; False if ``take`` needs no more.

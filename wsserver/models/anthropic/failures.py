@@ -53,7 +53,7 @@ _PASSING = (Code.TIMEOUT, Code.UNREACHABLE, Code.INCOMPLETE)
 _BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
-# What the API says of more than a model takes: of messages alone, or of them and `max_tokens`.
+# Messages of the API about a prompt that is too long, alone or together with `max_tokens`.
 _TOO_LONG = re.compile(r"(prompt|input) is too long|exceeds? (the )?context", re.IGNORECASE)
 
 
@@ -84,7 +84,7 @@ class ApiError(WsserverError):
         self._headers = headers
 
     def failure(self) -> ModelError | TransientError:
-        """Return what to raise for it."""
+        """Return the exception to raise."""
         code = _BY_STATUS.get(self.status)
         if _TOO_LONG.search(self.message):
             code = Code.PROMPT_TOO_LONG
@@ -112,7 +112,7 @@ class ApiError(WsserverError):
 
 
 def of_http(error: HttpError) -> ModelError | TransientError:
-    """Return what to raise for an exchange that failed."""
+    """Return the exception to raise for an exchange that failed."""
     code = next((code for kind, code in _BY_FAILURE if isinstance(error, kind)), Code.MALFORMED)
     model_error = ModelError(code)
     if isinstance(error, ProxyRefused):
@@ -121,7 +121,7 @@ def of_http(error: HttpError) -> ModelError | TransientError:
 
 
 def of_event(error: dict[str, Any]) -> ModelError | TransientError:
-    """Return what to raise for an ``error`` event."""
+    """Return the exception to raise for an ``error`` event."""
     code = _BY_TYPE.get(error["type"], Code.UPSTREAM_ERROR)
     if code is Code.BAD_REQUEST and _TOO_LONG.search(str(error.get("message"))):
         code = Code.PROMPT_TOO_LONG

@@ -108,7 +108,7 @@ class Sdk:
         """Return where requests go now, and their headers.
 
         Args:
-            renew: whether to renew the credentials first, as the API has refused them.
+            renew: whether to renew the credentials first, because the API refused them.
 
         Raises:
             ConfigError: a header of the environment is malformed.
