@@ -1,10 +1,10 @@
-"""What a model is shown of a conversation: which turns, and from where on.
+"""What a model gets of a conversation: which turns, beginning where.
 
-Anthropic's prompt cache reads what a request has in common with an earlier one from its beginning
-(https://platform.claude.com/docs/en/build-with-claude/prompt-caching). Were the oldest turn dropped
-with each prompt of a long conversation, no two requests would begin alike. So the beginning moves
-rarely and far. It depends on the numbers and sizes of the turns alone: a server that has just
-started finds the same one.
+Anthropic's prompt cache serves the beginning that a request has in common with an earlier request
+(https://platform.claude.com/docs/en/build-with-claude/prompt-caching). If each prompt of a long
+conversation dropped the oldest turn, no two requests would begin alike. So the beginning moves
+rarely and far. It depends on the numbers and sizes of the turns alone: after a restart it is the
+same.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ _WHOLE_OR_STOPPED = frozenset({None, "client", "replaced"})
 
 
 def messages_of(turns: Sequence[Turn], prompt: Message, *, count: int, size: int) -> list[Message]:
-    """Make the messages that a model is asked with.
+    """Make the messages of a request to the model.
 
     Args:
         turns: the newest turns of the conversation, oldest first, numbered from 1 in it.
-        prompt: what the user says now; it is never dropped.
+        prompt: the new message of the user. It is never dropped.
         count: messages at most.
         size: characters at most, without thinking. Where not all turns fit, a third of it is used,
             or more.
@@ -62,7 +62,7 @@ def messages_of(turns: Sequence[Turn], prompt: Message, *, count: int, size: int
 
 
 def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
-    """Return the newest turns that a model may be asked with; the store has the others."""
+    """Return the newest turns that a request may have. The store has the others."""
     kept = list(turns[-count:])
     total = _size(kept)
     while len(kept) > 1 and total > size:
@@ -71,7 +71,7 @@ def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
 
 
 def less_than(size: int) -> int:
-    """Return how many characters to send where so many were too long for the model."""
+    """Return how many characters to send after the model refused so many."""
     return size * 3 // 4
 
 
@@ -146,10 +146,10 @@ def _factors(number: int) -> int:
 
 
 def _shown(turn: Turn) -> bool:
-    """Whether a turn belongs to what the model is shown later.
+    """Return whether later requests have the turn.
 
-    A turn that the model declined would have it decline all that follow. A prompt that failed
-    without a word was not heard; one that the user stopped was said.
+    After a refused turn the model would refuse the next turns too. A prompt that failed before the
+    first word did not reach the model; a prompt that the user stopped belongs to the conversation.
     """
     if turn.partial == Code.REFUSAL:
         return False

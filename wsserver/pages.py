@@ -1,4 +1,4 @@
-"""Answers made of what the store has: as much as one frame can hold, and where to go on."""
+"""Histories and lists as frames: as much as one frame can hold, and how to get the next part."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,13 +26,13 @@ def room_of(settings: Settings) -> int:
 
 
 def history(stored: StoredConversation, live: list[str], room: int, request: str | None) -> History:
-    """Make a ``history`` of the newest turns that there is room for.
+    """Make a ``history`` of the newest turns that fit.
 
     Args:
-        stored: the conversation, with at least as many turns as there is room for.
+        stored: the conversation, with at least as many turns as fit.
         live: the ids of the generations that run or wait.
-        room: bytes. A turn that is too long alone is cut.
-        request: the ``request`` of the frame that is answered.
+        room: bytes of the messages. A single turn that is longer is cut.
+        request: the ``request`` of the client's frame.
     """
     turns: list[Turn] = []
     messages: list[Message] = []
@@ -59,13 +59,13 @@ def history(stored: StoredConversation, live: list[str], room: int, request: str
 def conversations(
     found: Sequence[Summary], limit: int, room: int, request: str | None
 ) -> Conversations:
-    """Make a page of a list of conversations, as long as there is room.
+    """Make a page of the list of conversations.
 
     Args:
         found: the conversations, one more than the limit if there are more.
-        limit: how many at most.
-        room: bytes. The first one is there in any case.
-        request: the ``request`` of the frame that is answered.
+        limit: conversations at most.
+        room: bytes of the items. There is one item even if it is longer.
+        request: the ``request`` of the client's frame.
     """
     items: list[ConversationItem] = []
     for summary in found[:limit]:

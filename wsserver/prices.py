@@ -1,7 +1,7 @@
-"""What a reply costs: tokens counted at their share, and dollars by the price of the model.
+"""The cost of a reply: tokens, of which cached ones count at a share, and dollars.
 
-The prices of Claude are those of https://platform.claude.com/docs/en/about-claude/pricing, for the
-cache of five minutes. Plain data; nothing here does I/O.
+The prices of Claude are from https://platform.claude.com/docs/en/about-claude/pricing, with a cache
+of five minutes. Plain data; nothing here does I/O.
 """
 
 import functools
@@ -14,26 +14,26 @@ from wsserver.protocol import UsageCounts
 
 __all__ = ["CACHE_READ", "CACHE_WRITE", "NOTHING", "Price", "Prices", "Spent"]
 
-CACHE_WRITE = 1.25  # tokens that a token counts as, where it is written to a prompt cache
-CACHE_READ = 0.1  # the same, where it is read
-LONG = 100_000  # input tokens up to which the lower of two prices holds
-REMEMBERED = 256  # models whose price is looked up once
-MOST = 10**12  # of one reply, so that no model's mistake is too large for a store
+CACHE_WRITE = 1.25  # tokens that count for one token written to a prompt cache
+CACHE_READ = 0.1  # tokens that count for one token read from a prompt cache
+LONG = 100_000  # input tokens; a longer input has the price `over`, if there is one
+REMEMBERED = 256  # models whose prices are cached
+MOST = 10**12  # of one reply; a larger count is a mistake of the model, and too large for a store
 
 
 class Spent(NamedTuple):
-    """What replies have cost."""
+    """The cost of replies."""
 
     tokens: int = 0
     microdollars: int = 0
 
     def plus(self, other: "Spent") -> "Spent":
-        """Return both together."""
+        """Return the sum."""
         return Spent(self.tokens + other.tokens, self.microdollars + other.microdollars)
 
     @property
     def dollars(self) -> float:
-        """The same money in US dollars."""
+        """The money in US dollars."""
         return self.microdollars / 1e6
 
 
@@ -42,9 +42,9 @@ NOTHING = Spent()
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """US dollars for a million tokens, which are microdollars for one.
+    """US dollars per million tokens, which are microdollars per token.
 
-    ``over`` is the price where the whole input is longer than 100,000 tokens, if that is another.
+    ``over`` is the price of a request with more than 100,000 input tokens, if it differs.
     """
 
     input: float
@@ -54,7 +54,7 @@ class Price:
     over: "Price | None" = None
 
     def spent(self, usage: UsageCounts | None) -> Spent:
-        """Return what a reply has cost, rounded up."""
+        """Return the cost of a reply, rounded up."""
         if usage is None:
             return NOTHING
         fresh, output, written, read = (
@@ -77,12 +77,12 @@ class Price:
         return Spent(_up(tokens), _up(money))
 
     def likely(self, asked: int, output: int) -> Spent:
-        """Return what a reply may cost: none of its input is read from a cache."""
+        """Return the highest cost of a reply: no input is read from a cache."""
         price = self.at(asked)
         return Spent(asked + output, _up(asked * price.cache_write + output * price.output))
 
     def at(self, asked: int) -> "Price":
-        """Return the price that holds for so many input tokens."""
+        """Return the price of a request with so many input tokens."""
         return self.over if self.over is not None and asked > LONG else self
 
 
@@ -92,9 +92,9 @@ def _up(amount: float) -> int:
 
 
 FREE = Price(0, 0, 0, 0)
-"""The price of a model that nobody has set one for: its tokens alone are counted."""
+"""The price of a model without a known price: only tokens are counted."""
 
-# By what the model's name begins with; the longest beginning counts.
+# By the beginning of the model's name; the longest match counts.
 CLAUDE = {
     "claude-fable-5": Price(10, 50, 12.5, 1),
     "claude-fable-5-1": Price(10, 50, 12.5, 0.25),
@@ -112,7 +112,7 @@ CLAUDE = {
     "claude-sonnet-4": Price(3, 15, 3.75, 0.3),
     "claude-haiku-5-5": Price(0.1, 0.5, 0.125, 0.01, over=Price(0.5, 2.5, 0.625, 0.05)),
     "claude-haiku-4-5": Price(1, 5, 1.25, 0.1),
-    # Another Claude is taken for the dearest of these, so that a new one does not go uncounted.
+    # A model that is newer than this table has the highest price, so that its cost is counted.
     "claude-": Price(15, 75, 18.75, 1.5),
 }
 
@@ -122,7 +122,7 @@ class Prices:
 
     Args:
         given: ``MODEL=INPUT/OUTPUT`` or ``MODEL=INPUT/OUTPUT/WRITE/READ``, in US dollars for a
-            million tokens. They win over the known ones.
+            million tokens. They override the known prices.
     """
 
     def __init__(self, given: Iterable[str] = ()) -> None:
@@ -133,7 +133,7 @@ class Prices:
         """Return the price of a model. An unknown model is free."""
         if (price := self._given.get(model)) is not None:
             return price
-        _, claude, rest = model.partition("claude-")  # clouds put a name of their own before it
+        _, claude, rest = model.partition("claude-")  # cloud providers put a prefix before the name
         fitting = [name for name in CLAUDE if (claude + rest).startswith(name)]
         return CLAUDE[max(fitting, key=len)] if fitting else FREE
 

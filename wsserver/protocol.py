@@ -1,7 +1,8 @@
-"""The wire: every frame as a model, parsing what clients send, encoding what they get.
+"""The frames of the protocol as models.
 
 ``PROTOCOL.md`` beside this file is the reference, and :mod:`wsserver.schema` its machine-readable
-form. Nothing here does I/O.
+form. :mod:`wsserver.parsing` parses the frames of clients, :mod:`wsserver.encoding` encodes those
+of the server.
 """
 
 from enum import IntEnum
@@ -91,13 +92,13 @@ class _Frame(BaseModel):
 
 
 class _Request(_Frame):
-    """A frame of a client. Its answer and its error carry the same ``request``."""
+    """A frame of a client. The answer or the error has the same ``request``."""
 
     request: RequestId | None = None
 
 
 class Prompt(_Request):
-    """Ask for a reply: ``prompt`` in a conversation, or ``messages`` that stand for themselves."""
+    """Ask for a reply: to ``prompt`` in a conversation, or to ``messages`` without one."""
 
     type: Literal["prompt"] = "prompt"
     prompt: Content | None = None
@@ -150,27 +151,27 @@ class Prompt(_Request):
 
 
 class Stop(_Request):
-    """Stop the generation ``id``; without it, all that this socket follows."""
+    """Stop the generation ``id``; without an ``id``, all generations that this socket follows."""
 
     type: Literal["stop"] = "stop"
     id: Annotated[str, Field(max_length=64)] | None = None
 
 
 class Auth(_Request):
-    """Say who the client acts for, for those that can set no headers; again before it expires."""
+    """Authenticate a client that cannot set headers; again before the token expires."""
 
     type: Literal["auth"] = "auth"
     token: Annotated[WellFormed, Field(min_length=1, max_length=8192, repr=False)]
 
 
 class Ping(_Request):
-    """A heartbeat that JavaScript can send; answered by ``pong``."""
+    """Check the connection; the answer is ``pong``."""
 
     type: Literal["ping"] = "ping"
 
 
 class Resume(_Request):
-    """Follow the generation ``id`` again: all after piece ``after``, then what comes."""
+    """Follow the generation ``id`` again, from the piece after ``after`` on."""
 
     type: Literal["resume"] = "resume"
     id: Id
@@ -207,14 +208,14 @@ class Rename(_Request):
 
 
 class Delete(_Request):
-    """Stop what runs in a conversation, and delete it."""
+    """Stop the generations of a conversation, and delete the conversation."""
 
     type: Literal["delete"] = "delete"
     conversation: Id
 
 
 class CloseConversation(_Request):
-    """Undo ``open``: follow nothing more in a conversation but what this socket asked for."""
+    """Undo ``open``: follow only the generations that this socket asked for."""
 
     model_config = ConfigDict(title="Close")
 
@@ -244,7 +245,7 @@ CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
 
 
 class _Answer(_Frame):
-    """A frame that can answer a client's; ``request`` is then the one of that frame."""
+    """A frame that may answer a frame of the client, whose ``request`` it then has."""
 
     type: str  # first, so that a person reads it first
     request: str | None = None
@@ -271,8 +272,7 @@ class Limits(_Frame):
 class Hello(_Frame):
     """The first frame of a socket whose client offered the subprotocol.
 
-    ``auth``: the client has to send ``auth`` first. ``principal``: who the client acts for
-    already.
+    ``auth``: the client has to send ``auth`` first. ``principal``: that of the client, if known.
     """
 
     type: Literal["hello"] = "hello"
@@ -283,11 +283,10 @@ class Hello(_Frame):
 
 
 class Start(_Answer):
-    """The prompt was accepted, or found again. ``queued``: its place, where it must wait.
+    """The prompt was accepted, or found again. ``queued`` is the place of a prompt that waits.
 
-    The frames that follow begin after piece ``after``, 0 where it is left out. ``prompt`` is the
-    user's text and ``retry_of`` the turn that is replaced, for those who follow what another
-    socket has asked.
+    The next frames begin after piece ``after``, 0 if left out. ``prompt`` is the text of the prompt
+    and ``retry_of`` the turn that it replaces, if another socket has sent the prompt.
     """
 
     type: Literal["start"] = "start"
@@ -351,7 +350,7 @@ class BlockFrame(_Content):
 
 
 class UsageCounts(_Frame):
-    """Tokens spent. The cache's two are left out where they are 0, ``estimated`` where false."""
+    """Tokens spent. The counts of the cache are left out if 0, ``estimated`` if false."""
 
     model_config = ConfigDict(title="Usage")
 
@@ -363,7 +362,7 @@ class UsageCounts(_Frame):
 
     @classmethod
     def of(cls, usage: Usage) -> Self:
-        """Put a generation's usage into the form of the wire."""
+        """Convert the usage of a generation."""
         return cls(
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
@@ -374,7 +373,7 @@ class UsageCounts(_Frame):
 
 
 class Done(_Frame):
-    """Terminal: the reply is over. ``seq`` is that of its last piece, 0 where it has none."""
+    """Terminal: the reply has ended. ``seq`` is that of the last piece, 0 if there is none."""
 
     type: Literal["done"] = "done"
     id: str
@@ -386,9 +385,9 @@ class Done(_Frame):
 
 
 class Error(_Answer):
-    """With ``id``: terminal for that generation. Without: a client frame was refused.
+    """With ``id``: the terminal of that generation. Without: a frame of the client was refused.
 
-    ``about`` is then the ``id`` of that frame, or its ``conversation``, if the frame had one.
+    ``about`` is then the ``id`` or the ``conversation`` of that frame, if the frame had one.
     """
 
     type: Literal["error"] = "error"
@@ -405,10 +404,10 @@ class Error(_Answer):
 
 
 class Authenticated(_Answer):
-    """The answer to ``auth``: the principal, and when the token expires, if it does.
+    """The answer to ``auth``: the principal, and when the token expires.
 
-    ``expires`` is in seconds since 1970, ``expires_in`` in seconds from now: the clock of the
-    client may be wrong.
+    ``expires`` is in seconds since 1970, ``expires_in`` in seconds from now, for a client whose
+    clock may be wrong.
     """
 
     type: Literal["authenticated"] = "authenticated"
@@ -424,9 +423,9 @@ class Pong(_Answer):
 
 
 class History(_Answer):
-    """The messages of a conversation, oldest first, without what still runs.
+    """The messages of a conversation, oldest first, without those of running generations.
 
-    ``before`` is what gets the older ones; it is left out where there are none.
+    An ``open`` with this ``before`` gets older messages. It is left out if there are none.
     """
 
     type: Literal["history"] = "history"
@@ -447,7 +446,7 @@ class ConversationItem(_Frame):
 
 
 class Conversations(_Answer):
-    """A page of the client's conversations; ``next`` gets the one after it, if there is one."""
+    """A page of the client's conversations. ``next`` is the ``before`` of the next page."""
 
     type: Literal["conversations"] = "conversations"
     items: list[ConversationItem]
@@ -463,14 +462,14 @@ class Renamed(_Answer):
 
 
 class Deleted(_Answer):
-    """The conversation is gone."""
+    """The conversation was deleted."""
 
     type: Literal["deleted"] = "deleted"
     conversation: str
 
 
 class Closed(_Answer):
-    """The socket follows the conversation no more."""
+    """The socket no longer follows the conversation."""
 
     type: Literal["closed"] = "closed"
     conversation: str

@@ -1,8 +1,9 @@
 """The frames of the protocol as JSON Schema, and the protocol as AsyncAPI.
 
-Both are made of the models in :mod:`wsserver.protocol`. The schema of a client's frame accepts what
-:func:`wsserver.protocol.parse` accepts, as far as JSON Schema can tell. The schema of a server's
-frame asks for the keys that are always there and allows others, since a later server may add keys.
+Both are generated from the models in :mod:`wsserver.protocol`. The schema of a client's frame
+accepts what :func:`wsserver.parsing.parse` accepts, as far as JSON Schema can tell. The schema of a
+server's frame requires the keys that are always there and allows others, since a later server may
+add keys.
 """
 
 import json
@@ -28,7 +29,7 @@ ANSWERS = {
     "auth": "authenticated",
     "ping": "pong",
 }
-"""What answers each frame of a client, where no ``error`` does."""
+"""The type of the answer to each frame of a client; any frame may be answered by ``error``."""
 
 CLIENT = (
     "A frame that a client may send. JSON Schema cannot tell some rules: the last of `messages` is "

@@ -1,4 +1,4 @@
-"""What a model is, and how one is found by its name."""
+"""The interface of a model, and how a model is found by its name."""
 
 import importlib
 import inspect
@@ -49,11 +49,10 @@ _CREDENTIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a model is asked: the conversation, whose last message is the user's, and how.
+    """What a model gets: the conversation, whose last message is the user's, and parameters.
 
-    ``model`` is the id that the client chose of the setting ``models``, else the model's own
-    ``name``. It is None where the client chose none and the model has no ``name``: the name of a
-    function is for people, and no API knows it.
+    ``model`` is the id that the client chose from the setting ``models``, else the ``name`` of the
+    model. It is None if there is neither: the name of a function is no id that an API knows.
     """
 
     messages: tuple[Message, ...]
@@ -111,10 +110,10 @@ class PushModel(Protocol):
 
 
 def check(model: object) -> None:
-    """Find the common mistakes before a client does.
+    """Check a model for common mistakes.
 
     Raises:
-        ConfigError: it cannot be a model.
+        ConfigError: the object cannot be a model.
     """
     name = getattr(model, "__name__", repr(model))
     if isinstance(model, PushModel):
@@ -128,7 +127,7 @@ def check(model: object) -> None:
 
 
 def declared_name(model: Model | PushModel) -> str | None:
-    """Return the ``name`` that a model has given itself."""
+    """Return the ``name`` of a model; None if it has none."""
     name = getattr(model, "name", None)
     return str(name) if name else None
 
@@ -139,7 +138,7 @@ def name_of(model: Model | PushModel) -> str:
 
 
 def provider_of(model: Model | PushModel) -> str:
-    """Return who runs it, in the words of OpenTelemetry's conventions where they have one."""
+    """Return the provider of a model, as OpenTelemetry's GenAI conventions call it."""
     return str(getattr(model, "provider", None) or name_of(model))
 
 

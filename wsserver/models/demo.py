@@ -1,4 +1,4 @@
-"""The offline model: no network and no key, so that everything else can be tried out."""
+"""The demo model: it needs neither a network nor a key."""
 
 import asyncio
 import re
@@ -12,10 +12,10 @@ __all__ = ["Demo"]
 
 
 class Demo:
-    """Answers from the prompt, the same every time, word by word.
+    """Answers with facts about the prompt, word by word. The same prompt has the same answer.
 
     Args:
-        rate: words per second; 0 is as fast as it can.
+        rate: words per second; 0 for no pauses.
     """
 
     name = "demo"
@@ -24,14 +24,14 @@ class Demo:
         self._pause = 1 / rate if rate else 0.0
 
     async def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
-        """Speak the answer, a word at a time."""
-        asked = sum(_words(message.content) for message in request.messages)
+        """Yield the answer word by word."""
+        asked = sum(_words(message.text) for message in request.messages)
         usage = Usage(input_tokens=asked)
         yield usage
         words = re.findall(r"\s*\S+", _answer(request))
-        for spoken, word in enumerate(words[: request.max_tokens], start=1):
+        for count, word in enumerate(words[: request.max_tokens], start=1):
             await asyncio.sleep(self._pause)
-            yield usage.but(output_tokens=spoken)
+            yield usage.but(output_tokens=count)
             yield word
         yield End("end_turn" if len(words) <= request.max_tokens else "max_tokens")
 
@@ -45,7 +45,7 @@ def _answer(request: Request) -> str:
         return _remembered(request)
     quoted = " ".join(request.prompt.split())
     words = quoted.split()
-    longest = max(words, key=len)
+    longest = max(words, key=len, default="")
     return f"""\
 This is the demo model: no language model is connected, so what follows is made from your own \
 words. You wrote: “{quoted}”
@@ -69,11 +69,9 @@ def _remembered(request: Request) -> str:
     said = [message for message in request.messages[:-1] if message.role == "user"]
     if not said:
         return "You have not said anything before this. This is the demo model; try it again now."
-    before = " ".join(said[-1].content.split())
+    before = " ".join(said[-1].text.split())
     answer = f"You said: “{before}”"
     last = request.messages[-2]
     if last.role == "assistant" and last.partial:
-        answer += (
-            " My answer to it was cut short after “" + " ".join(last.content.split()[-5:]) + "”."
-        )
+        answer += " My answer to it was cut short after “" + " ".join(last.text.split()[-5:]) + "”."
     return answer

@@ -1,4 +1,4 @@
-"""What a store is: where conversations and logs last."""
+"""The interface of a store, and the types that go in and out."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -30,16 +30,17 @@ __all__ = [
     "turn_of",
 ]
 
-TITLE_LENGTH = 60  # characters of a title that is made from a prompt
-TRACE_KEPT = 30 * 86_400.0  # seconds that the trace of a deleted generation is kept
-TRACES = 1000  # of one owner that are kept; the oldest are dropped first
+TITLE_LENGTH = 60  # characters of a title made from a prompt
+TRACE_KEPT = 30 * 86_400.0  # seconds for which the trace of a deleted generation is kept
+TRACES = 1000  # kept per owner; the oldest are dropped first
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A generation as it was accepted. ``began`` is the time of it, in seconds since the epoch.
+    """A generation as it was accepted.
 
-    ``retry_of`` is the id of the generation that this one replaces in the history.
+    ``began`` is the time of acceptance in seconds since the epoch. ``retry_of`` is the id of the
+    generation that this one replaces in the history.
     """
 
     id: str
@@ -53,10 +54,11 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The unsaved part of one generation: its header, the pieces after a number, its terminal.
+    """The unsaved part of a generation: header, pieces after the first ``after``, terminal.
 
-    ``unsaid`` comes with the terminal of a prompt that never reached the model. Such a
-    generation is in no history, and the generation that it was to replace is back in it.
+    ``new``: the store does not have the generation yet. ``unsaid`` comes with the terminal of a
+    prompt that never reached the model. The generation of such a prompt is in no history, and the
+    generation that it was to replace is shown again.
     """
 
     header: Header
@@ -68,11 +70,11 @@ class Entry:
 
 
 class Unsavable(StoreError):
-    """An entry that no attempt can save, and for which the rest of its batch was not saved.
+    """No attempt can save an entry. The rest of its batch was not saved.
 
     Args:
-        entry: which.
-        message: why, for the log.
+        entry: the entry.
+        message: the reason, for the log.
     """
 
     def __init__(self, entry: Entry, message: str) -> None:
@@ -82,7 +84,7 @@ class Unsavable(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class StoredGeneration:
-    """A saved generation. Without a ``terminal`` it still runs, or its process died."""
+    """A saved generation. It has no ``terminal`` while it runs, nor if its process died."""
 
     header: Header
     pieces: Pieces
@@ -135,9 +137,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class StoredConversation:
-    """A saved conversation with some of its turns, oldest first.
+    """A saved conversation and some of its turns, oldest first.
 
-    ``older`` tells whether the history has turns before them.
+    ``older`` tells whether the history has turns before these.
     """
 
     id: str
@@ -151,8 +153,8 @@ class StoredConversation:
 class Summary:
     """A conversation in a list. Times are in seconds since the epoch.
 
-    ``place`` is its place in the order of use: the one used last has its owner's largest. The
-    wall clock, which can be set back, has no part in it.
+    ``place`` is a number that grows with each use: the conversation used last has the owner's
+    largest. It does not depend on the clock, which can be set back.
     """
 
     id: str
@@ -164,7 +166,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How much an owner has in a store. Generations outside of conversations count too."""
+    """What an owner has in a store. Generations outside of conversations count too."""
 
     bytes: int
     conversations: int
@@ -173,60 +175,59 @@ class Held:
 class Store(Protocol):
     """Keeps conversations and generations.
 
-    A conversation comes into being with its first generation, and its title is made from that
-    one's prompt. Ids of conversations and generations are their owner's: others may have the same
-    ones, and nobody can tell what others have.
+    The first generation of a conversation creates it, and the prompt of that generation is its
+    title. Each owner has ids of their own: two owners may use the same id, and no owner learns of
+    the ids of another.
 
-    All methods raise :class:`~wsserver.errors.StoreError` when the store fails.
+    All methods raise :class:`~wsserver.errors.StoreError` if the store fails.
     """
 
     async def open(self) -> None:
-        """Get ready.
+        """Open the store.
 
         Raises:
-            ConfigError: it cannot be used at all.
+            ConfigError: the store cannot be used.
         """
         ...
 
     async def close(self) -> None:
-        """Release what it holds. Idempotent."""
+        """Close the store. Idempotent."""
         ...
 
     async def commit(self, entries: Sequence[Entry]) -> None:
-        """Save all of it or nothing. What was saved before is not an error to save again.
+        """Save all entries or none. Saving an entry again changes nothing.
 
-        What is new of a generation that was deleted is dropped. What it cost is not: that is
-        added to its owner's account once, with the first terminal that is saved of it.
+        The content of an entry whose generation was deleted is dropped. Its cost is added to the
+        account of the owner once, with the first terminal.
 
         Raises:
-            Unsavable: one entry is to blame; the others can be saved without it.
+            Unsavable: one entry cannot be saved; the others can.
         """
         ...
 
     async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
-        """Return an owner's latest generation of that id.
+        """Return an owner's latest generation of an id.
 
         Returns:
-            The generation, for as long as it is stored. After it was deleted or purged, its
-            trace, for :data:`TRACE_KEPT` seconds and for the :data:`TRACES` of an owner that
-            were left last. None where the store never had it.
+            The generation, as long as it is stored. After a delete or a purge its trace, for
+            :data:`TRACE_KEPT` seconds; an owner has at most :data:`TRACES` traces. Else None.
         """
         ...
 
     async def load(
         self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
-        """Return an owner's conversation with its newest turns, or with those before a number.
+        """Return an owner's conversation with its newest turns, or with the turns before a number.
 
-        Turns are read newest first until either bound is reached. The first one is returned
-        however large it is. Replaced turns and those never said are left out.
+        Turns are read newest first until one of the bounds is reached. One turn is returned
+        whatever its size. Replaced turns, and prompts that never reached the model, are left out.
 
         Args:
-            conversation: its id.
-            owner: whose.
-            limit: how many turns at most.
+            conversation: the id of the conversation.
+            owner: the owner.
+            limit: turns at most.
             size: bytes of prompts and replies at most, about, as UTF-8.
-            before: the number of the turn before which they end; None for the end.
+            before: the number of the turn after the last one; None for the newest turns.
         """
         ...
 
@@ -234,24 +235,24 @@ class Store(Protocol):
         """Return an owner's conversations, the one used last first.
 
         Args:
-            owner: whose.
-            limit: how many at most.
-            before: the place of the last one that is known already.
+            owner: the owner.
+            limit: conversations at most.
+            before: the ``place`` of the last conversation of the page before; None at first.
         """
         ...
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
-        """Give a conversation another title; False if the owner has none of that id."""
+        """Give a conversation another title. Return False if the owner has no such conversation."""
         ...
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
-        """Delete a conversation and all in it.
+        """Delete a conversation and its generations.
 
         Args:
-            conversation: its id.
-            owner: whose.
-            before: delete it only if it was last used before this time, in seconds since the
-                epoch.
+            conversation: the id of the conversation.
+            owner: the owner.
+            before: delete the conversation only if its last use was before this time, in seconds
+                since the epoch.
 
         Returns:
             False if the owner has no such conversation.
@@ -259,21 +260,21 @@ class Store(Protocol):
         ...
 
     async def spent(self, owner: str, day: int) -> Spent:
-        """Return what an owner's replies have cost that ended on a day, deleted ones too.
+        """Return the cost of an owner's replies that ended on a day, deleted ones included.
 
-        It is known of today and yesterday at least. See :func:`day_of`.
+        The costs of today and yesterday are known at least. See :func:`day_of`.
         """
         ...
 
     async def held(self, owner: str) -> Held:
-        """Return how much an owner has here."""
+        """Return how much the store has of an owner."""
         ...
 
     async def purge(self, until: float) -> bool:
         """Delete some generations outside of conversations that ended before a time.
 
-        With them go some of the traces and accounts that nobody asks for any more. One call
-        takes so little that it holds up nothing else.
+        It also deletes some expired traces and accounts. One call deletes so few that other calls
+        are not delayed.
 
         Returns:
             Whether there may be more to delete.
@@ -285,7 +286,7 @@ class Store(Protocol):
         ...
 
     async def probe(self) -> None:
-        """Try whether the store saves: write something that changes nothing."""
+        """Check that the store can write, with a write that changes nothing."""
         ...
 
 
@@ -295,7 +296,7 @@ def day_of(seconds: float) -> int:
 
 
 def partial(terminal: Terminal | None) -> str | None:
-    """Say why a reply is not whole: an error's code, or who stopped it. None where it is whole."""
+    """Return why a reply is not whole: the code of an error, or who stopped it; else None."""
     if terminal is None:
         return "interrupted"
     return str(terminal.code) if isinstance(terminal, Error) else terminal.by
@@ -311,7 +312,7 @@ def turn_of(
     began: float,
     ended: float | None,
 ) -> Turn:
-    """Make a turn of what a store has of it; ``contents`` are those of prompt and reply."""
+    """Make a turn; ``contents`` are the blocks of the prompt and those of the reply."""
     usage = None
     if terminal is not None and terminal.usage is not None:
         usage = Usage(**terminal.usage.model_dump(exclude_none=True))

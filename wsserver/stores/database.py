@@ -1,4 +1,4 @@
-"""A connection to a SQLite file in a thread of its own, and what can be said of the file."""
+"""A connection to a SQLite file in its own thread, and checks of the file."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Connection:
-    """A connection to the file, in a thread that does one thing after another."""
+    """A connection to the file. Its thread does one call after another."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         self._path = path
@@ -32,19 +32,19 @@ class Connection:
         """Open the file.
 
         Raises:
-            sqlite3.Error: it cannot be opened.
+            sqlite3.Error: the file cannot be opened.
         """
         await self._run(self._open)
 
     def close(self) -> "asyncio.Future[None]":
-        """Close it behind all that was asked for before, whether or not anyone waits for it."""
+        """Close the connection after all earlier calls. The caller need not wait."""
         if self._closing is None:
             self._closing = self._run(self._close)
             self._thread.shutdown(wait=False)
         return self._closing
 
     async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do something outside of a transaction."""
+        """Run ``work`` in the thread, outside of a transaction."""
 
         def call() -> T:
             assert self.database is not None
@@ -55,10 +55,10 @@ class Connection:
     async def transact(
         self, work: Callable[[sqlite3.Connection], T], begin: str = "BEGIN IMMEDIATE"
     ) -> T:
-        """Do something in a transaction, of which all happens or nothing.
+        """Run ``work`` in the thread, in one transaction.
 
         Raises:
-            StoreError: it failed.
+            StoreError: ``work`` failed. The transaction was rolled back.
         """
 
         def transact(database: sqlite3.Connection) -> T:
@@ -81,7 +81,7 @@ class Connection:
     def _run(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         try:
             return asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except RuntimeError:  # its thread takes no more work
+        except RuntimeError:  # the thread accepts no more work
             raise StoreError("the store is closed") from None
 
     def _open(self) -> None:
@@ -100,7 +100,7 @@ class Connection:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Have what SQLite and the records' types raise be a :class:`StoreError` that tells no text."""
+    """Raise errors of SQLite and of records as :class:`StoreError`, without text from the file."""
     try:
         yield
     except ValidationError as error:
@@ -112,7 +112,7 @@ def errors() -> Iterator[None]:
 
 
 def check(database: sqlite3.Connection) -> str | None:
-    """Return what is wrong with a file's structure; None where nothing is."""
+    """Return what is wrong with the structure of a file; None if nothing is."""
     ((found,),) = database.execute("PRAGMA quick_check(1)")
     return None if found == "ok" else " ".join(str(found).split())
 
@@ -123,14 +123,14 @@ def _damaged(error: sqlite3.Error) -> bool:
 
 
 def files_of(database: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-    """Return the files of a database, and what tells each from another of its name."""
+    """Return the files of a database and the identity of each."""
     ((path,),) = database.execute("SELECT file FROM pragma_database_list WHERE name = 'main'")
     found = {file: identity(file) for file in (path, f"{path}-wal")}
     return {file: known for file, known in found.items() if known is not None}
 
 
 def identity(path: str) -> tuple[int, int] | None:
-    """Return what tells a file from another of its name; None where there is no file."""
+    """Return the device and inode of a file; None if there is no file."""
     try:
         found = Path(path).stat()
     except OSError:

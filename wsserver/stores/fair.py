@@ -1,4 +1,4 @@
-"""A lock that owners take turns with, so that one who asks for much does not starve the others."""
+"""A lock with a queue per owner: many requests of one owner do not delay the other owners."""
 
 import asyncio
 from collections import deque
@@ -8,11 +8,11 @@ from wsserver.errors import Code, Refused
 
 __all__ = ["FairLock"]
 
-MOST_WAITING = 128  # of one owner; each of its sockets waits for one at a time
+MOST_WAITING = 128  # requests of one owner; each of its sockets has one at a time
 
 
 class FairLock:
-    """Lets in one at a time: the owners in turn, and each owner's own in order.
+    """Serves one request at a time: the owners in turn, and the requests of one owner in order.
 
     ::
 
@@ -22,7 +22,7 @@ class FairLock:
 
     def __init__(self) -> None:
         self._held = False
-        # By owner; whoever waits first is next. None has an empty queue.
+        # Queues by owner, the next owner first. No queue is empty.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
     def of(self, owner: str) -> "_Turn":
@@ -33,7 +33,7 @@ class FairLock:
         """Wait for an owner's turn.
 
         Raises:
-            Refused: as many wait for this owner as may.
+            Refused: the queue of the owner is full.
         """
         if not self._held:
             self._held = True
@@ -48,12 +48,12 @@ class FairLock:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._leave(owner, turn)
-            else:  # its turn came as it was cancelled
+            else:  # the lock was acquired just before the cancellation
                 self.release()
             raise
 
     def release(self) -> None:
-        """Let in the next one."""
+        """Give the lock to the next request."""
         while self._waiting:
             owner = next(iter(self._waiting))
             mine = self._waiting.pop(owner)

@@ -1,4 +1,4 @@
-"""The store that lasts as long as its process."""
+"""The store in memory, which lasts as long as its process."""
 
 import bisect
 import sys
@@ -32,15 +32,15 @@ from wsserver.stores.records import Packed, content_in, dump_prompt, load_prompt
 
 __all__ = ["MemoryStore"]
 
-ROOM = 268_435_456  # bytes, where nobody else counts them
-PURGED_AT_ONCE = 1000  # so that the event loop goes on
-ALL_TRACES = 100_000  # of all owners together
-OBJECTS = 1600  # bytes of a generation besides its texts: objects, and places in dictionaries
+ROOM = 268_435_456  # bytes, if the store has no shared memory account
+PURGED_AT_ONCE = 1000  # generations; the event loop waits for one such step at most
+ALL_TRACES = 100_000  # of all owners
+OBJECTS = 1600  # bytes of a generation besides its texts
 
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """A generation, whose texts are UTF-8, as Python's own strings can take four times that."""
+    """A generation. Its texts are UTF-8, as Python's strings can take four times the memory."""
 
     id: str
     owner: str
@@ -74,19 +74,19 @@ class _Generation:
 
     @property
     def size(self) -> int:
-        """Bytes in memory. Pieces that are still coming are those of the live log."""
+        """Bytes in memory. The log counts the pieces of a generation that runs."""
         texts = (self.prompt, self.text, self.other, self.lengths or b"", self.runs)
         return OBJECTS + sum(map(sys.getsizeof, texts))
 
     def pack(self) -> None:
-        """Put its pieces into the form in which they are kept."""
+        """Replace the pieces by their packed form."""
         packed = Packed.of(self.pieces)
         self.text, self.other = packed.text.encode(), packed.other.encode()
         self.lengths, self.runs = packed.lengths.encode(), (packed.runs or "").encode()
         self.pieces = Pieces()
 
     def packed(self) -> Packed | None:
-        """Return its pieces in that form; None until it has ended."""
+        """Return the packed pieces; None until the generation has ended."""
         if self.lengths is None:
             return None
         return Packed(
@@ -94,7 +94,7 @@ class _Generation:
         )
 
     def stored(self) -> StoredGeneration:
-        """Return it whole."""
+        """Return the generation."""
         prompt = load_prompt(self.prompt)
         header = Header(
             self.id, self.owner, self.conversation, prompt, self.model, self.began, self.retry_of
@@ -104,7 +104,7 @@ class _Generation:
         return StoredGeneration(header, pieces, self.terminal)
 
     def turn(self) -> Turn:
-        """Return it as a turn."""
+        """Return the generation as a turn."""
         packed = self.packed()
         blocks = (self.pieces if packed is None else packed).blocks()
         return turn_of(
@@ -130,27 +130,27 @@ class _Conversation:
     turns: int = 0  # the number of the last one
 
     def summary(self) -> Summary:
-        """Return it as an item of a list."""
+        """Return the conversation as an item of a list."""
         return Summary(self.id, self.title, self.created, self.updated, self.place)
 
 
 @dataclass(slots=True)
 class _Trace:
-    """What is left of a deleted generation."""
+    """The trace of a deleted generation."""
 
     when: float
     began: float
-    counted: bool  # its tokens are in its owner's account
+    counted: bool  # the cost is in the account of the owner
 
 
 class MemoryStore:
-    """Keeps everything in dictionaries, for as long as there is room.
+    """Keeps conversations and generations in dictionaries, as long as there is memory.
 
     Args:
-        conversations: how many are kept; the one idle for longest is dropped first.
-        memory: counts the bytes. When they are needed elsewhere, the conversation idle for longest
-            is dropped too.
-        prices: of the models; those of Claude where nobody gives them.
+        conversations: the number kept; the conversation idle for longest is dropped first.
+        memory: counts the bytes. If other parts of the server need them, the conversation idle for
+            longest is dropped too.
+        prices: the prices of the models; by default those of Claude.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class MemoryStore:
         """Nothing to do."""
 
     async def commit(self, entries: Sequence[Entry]) -> None:
-        """Save all of it."""
+        """Save all entries."""
         now = time.time()
         for entry in entries:
             header, terminal = entry.header, entry.terminal
@@ -212,7 +212,7 @@ class MemoryStore:
         day[owner] = self._prices.of(model).spent(terminal.usage).plus(day.get(owner, NOTHING))
 
     def _count_deleted(self, header: Header, terminal: Terminal | None, now: float) -> None:
-        """Count what a reply has cost that ended after it was deleted."""
+        """Count the cost of a reply that ended after it was deleted."""
         trace = self._traces.get((header.owner, header.id))
         if terminal is None or trace is None or trace.began != header.began or trace.counted:
             return
@@ -269,7 +269,7 @@ class MemoryStore:
         return conversation
 
     def _use(self, conversation: _Conversation, now: float) -> None:
-        """Put a conversation in front of its owner's others."""
+        """Note a use: the conversation becomes the newest of its owner."""
         conversation.updated = max(conversation.updated, now)
         places = self._places.setdefault(conversation.owner, [])
         if not places or places[-1] is not conversation:
@@ -285,7 +285,7 @@ class MemoryStore:
             del self._sizes[owner]
 
     def _settle(self) -> None:
-        """Count what is here now, and drop what there is no room for."""
+        """Take memory for what was added, and drop old content if there is none."""
         while (more := self._size - self._taken) > 0:
             if self._memory.take(CACHE, more):  # which may have dropped something here too
                 self._taken += more
@@ -295,7 +295,7 @@ class MemoryStore:
         self._taken += more
 
     def _shed(self, size: int) -> None:
-        """Drop so many bytes, or all that there are."""
+        """Drop old content of at least so many bytes, or all content."""
         before = self._size
         while before - self._size < size and self._drop_one():
             pass
@@ -304,10 +304,10 @@ class MemoryStore:
         self._taken -= dropped
 
     def _drop_one(self) -> bool:
-        """Make room; False where there is nothing left to drop.
+        """Drop the oldest content; return False if there is none.
 
-        Replies outside of conversations go first, as they are kept for a few minutes only. Then
-        goes the conversation idle for longest, and at last the oldest turn of the only one.
+        Replies outside of conversations are dropped first, as they are kept for minutes only. Then
+        the conversation idle for longest is dropped, or the oldest turn of the only conversation.
         """
         if self._outside:
             generation, _ = self._outside.popitem(last=False)
@@ -323,7 +323,7 @@ class MemoryStore:
         return False
 
     def _drop(self, conversation: _Conversation) -> None:
-        """Delete a conversation and all in it."""
+        """Delete a conversation and its generations."""
         owner = conversation.owner
         del self._conversations[owner, conversation.id]
         places = self._places[owner]
@@ -400,7 +400,7 @@ class MemoryStore:
         return True
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
-        """Delete a conversation and all in it."""
+        """Delete a conversation and its generations."""
         found = self._conversations.get((owner, conversation))
         if found is None or (before is not None and found.updated >= before):
             return False
@@ -409,11 +409,11 @@ class MemoryStore:
         return True
 
     async def spent(self, owner: str, day: int) -> Spent:
-        """Return what an owner's replies have cost that ended on a day."""
+        """Return the cost of an owner's replies that ended on a day."""
         return self._spent.get(day, {}).get(owner, NOTHING)
 
     async def held(self, owner: str) -> Held:
-        """Return how much an owner has here."""
+        """Return how much the store has of an owner."""
         return Held(self._sizes[owner], len(self._places.get(owner, ())))
 
     async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
@@ -422,7 +422,7 @@ class MemoryStore:
         return [key for key, _ in islice(old, limit)]
 
     async def purge(self, until: float) -> bool:
-        """Delete some of what nobody asks for any more. Accounts are kept for two days."""
+        """Delete some expired generations and traces. Accounts are kept for two days."""
         now = time.time()
         yesterday = day_of(now) - 1
         self._spent = {day: spent for day, spent in self._spent.items() if day >= yesterday}
@@ -440,7 +440,7 @@ class MemoryStore:
 
 
 def _newest(generations: Sequence[_Generation], before: int | None) -> Iterator[_Generation]:
-    """Give the generations that are in the history, the newest first."""
+    """Yield the generations that are in the history, newest first."""
     end = len(generations)
     if before is not None:
         end = bisect.bisect_left(generations, before, key=attrgetter("number"))

@@ -1,7 +1,7 @@
-"""The records that stores keep of a generation, and their conversion from and to other types.
+"""The records that stores keep of a generation, converted from and to the types of the server.
 
-A record has a version of its own: a change of the protocol changes no record. A reader takes the
-records of all versions, a writer writes the latest.
+Records have versions of their own: a change of the protocol changes no record. Every version can be
+read, and only the latest is written.
 """
 
 import json
@@ -82,7 +82,7 @@ class Packed:
         """
         lengths = json.loads(self.lengths)
         if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
-            raise ValueError("lengths that are no list of numbers")
+            raise ValueError("lengths are not a list of numbers")
         pieces = Pieces()
         number = said = told = 0
         for kind, block, count in self._runs(lengths):
@@ -98,7 +98,7 @@ class Packed:
             pieces.extend(kind, block, data)
             number += count
         if (number, said, told) != (len(lengths), len(self.text), len(self.other)):
-            raise ValueError("lengths that do not fit the text")
+            raise ValueError("lengths do not fit the text")
         return pieces
 
     def _runs(self, lengths: list[int]) -> Iterable[tuple[Kind, int, int]]:
@@ -117,7 +117,7 @@ class Packed:
             ValueError: the parts do not belong together.
         """
         if not self.other and (self.runs is None or self.runs.count("[") == 2):  # noqa: PLR2004
-            return (Text(self.text),) if self.text else ()  # without a look at each piece
+            return (Text(self.text),) if self.text else ()  # the lengths are not parsed
         return self.pieces().blocks()
 
 
@@ -152,12 +152,12 @@ def load_prompt(record: str | bytes) -> Prompt:
 
 def _message(value: Any) -> Message:
     if not isinstance(value, dict) or value.get("role") not in get_args(Role):
-        raise ValueError("a message that is none")
+        raise ValueError("a message has no known role")
     return Message(value["role"], parse_content(value.get("content")))
 
 
 def content_in(record: str | bytes) -> tuple[Block, ...]:
-    """Return the content of a prompt's record, without a look at the rest.
+    """Return the content of a prompt's record, without parsing the rest.
 
     Raises:
         ValueError: the record is damaged, or of a later version.
@@ -193,7 +193,7 @@ def load_terminal(record: str, generation: str) -> Terminal:
     if value.get("type") == "done":
         return Done(**about, **{key: value[key] for key in _DONE_KEYS if key in value})
     if value.get("type") != "error":
-        raise ValueError("a terminal that is none")
+        raise ValueError("a terminal has no known type")
     about |= {key: value[key] for key in _ERROR_KEYS if key in value}
     about["code"] = next((code for code in Code if code == value.get("code")), None)
     return Error(**about)
@@ -202,7 +202,7 @@ def load_terminal(record: str, generation: str) -> Terminal:
 def _load(record: str | bytes) -> dict[str, Any]:
     value = json.loads(record)
     if not isinstance(value, dict):
-        raise ValueError("a record that is none")  # noqa: TRY004 - it is about a saved value
+        raise ValueError("a record is not an object")  # noqa: TRY004 - it is about a saved value
     if value.get("v", 1) not in range(1, VERSION + 1):
         raise ValueError("a record of a later version")
     return value
@@ -234,7 +234,7 @@ def load_batch(record: str, pieces: Pieces, after: int) -> None:
                 batch.extend(*_run(kind, block, 0)[:2], _texts(data))
         pieces.replace(operator.index(after), batch)
     except (LookupError, TypeError, ValueError):
-        raise ValueError("a batch of pieces that is none") from None
+        raise ValueError("a batch of pieces is damaged") from None
 
 
 def _old_batch(value: list[Any], before: Pieces) -> Pieces:
@@ -253,13 +253,13 @@ def _old_batch(value: list[Any], before: Pieces) -> Pieces:
 
 def _run(kind: Any, block: Any, count: Any) -> tuple[Kind, int, int]:
     if kind not in _KINDS or type(block) is not int or type(count) is not int:
-        raise ValueError("a run that is none")
+        raise ValueError("a run has an unknown kind, or no numbers")
     return kind, block, count
 
 
 def _texts(value: Any) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError("pieces that are no list of texts")
+        raise ValueError("pieces are not a list of texts")
     return value
 
 

@@ -1,4 +1,4 @@
-"""A generation as rows of a SQLite file: while it runs one for each batch of pieces, then one."""
+"""A generation as rows of a SQLite file: one per batch of pieces while it runs, one afterwards."""
 
 import sqlite3
 
@@ -9,8 +9,8 @@ from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_termin
 
 __all__ = ["COUNT", "add", "begin", "loose", "pack", "said"]
 
-ROW = 256  # bytes of a generation besides its ids and what was said in it, about
-KEYS = 3  # times that the ids of a generation are in tables and indexes
+ROW = 256  # bytes of a generation besides its ids and content, about
+KEYS = 3  # copies of the ids of a generation in tables and indexes
 
 COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
 
@@ -44,10 +44,10 @@ def begin(database: sqlite3.Connection, header: Header, now: float) -> None:
         ),
     )
     if added.rowcount and conversation is not None:
-        # A turn that is accepted after a delete has failed half-way is not to be deleted.
+        # A delete failed half-way before this turn was accepted. The turn must not be deleted.
         database.execute("DELETE FROM deleting WHERE owner = ? AND id = ?", (owner, conversation))
     if added.rowcount and header.retry_of is not None and conversation is not None:
-        # The plus has SQLite look the turn up by its id, and not among all of the conversation.
+        # The plus makes SQLite use the index of ids, and not scan the conversation.
         database.execute(
             "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
             "AND +conversation = ? AND number <> ? AND hidden IS NULL",

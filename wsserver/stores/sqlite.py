@@ -1,15 +1,14 @@
-"""The store in a SQLite file, off the event loop, with one writer and one reader.
+"""The store in a SQLite file, with one writer and one reader outside of the event loop.
 
-Each of the two is a connection with a thread of its own. What is asked of the store is one
-function that runs there in one transaction, so that a request that is cancelled on its way cannot
-leave a transaction open.
+The writer and the reader are connections, each with a thread of its own. A call of the store runs
+one function there, in one transaction. A cancelled call cannot leave a transaction open.
 
-The file is in WAL mode with ``synchronous = NORMAL``: what was committed survives the death of the
-process at any moment, and a power failure leaves the file whole, though perhaps a little older.
+The file is in WAL mode with ``synchronous = NORMAL``. Committed data survives the death of the
+process. After a power failure the file is consistent, but may lack the last commits.
 https://www.sqlite.org/wal.html
 
-What is deleted is overwritten with zeros (``secure_delete``), and the WAL, which may still have it,
-is emptied: neither file has it any more. What the file system keeps of old blocks is its own.
+Deleted data is overwritten with zeros (``secure_delete``), and the WAL, which may still have it, is
+truncated. The blocks that the file system has freed are out of reach.
 """
 
 import asyncio
@@ -49,13 +48,13 @@ __all__ = ["SqliteStore"]
 
 T = TypeVar("T")
 
-PURGED_AT_ONCE = 200  # rows of each kind, so that no other write waits for long
-DELETED_AT_ONCE = 4_194_304  # bytes of generations, for the same reason
-CHECKED_AT_ONCE = 134_217_728  # bytes of a file that is checked before it is used
-DAYS_KEPT = 90  # that there are accounts of
+PURGED_AT_ONCE = 200  # rows of each kind; other writes wait for one such step at most
+DELETED_AT_ONCE = 4_194_304  # bytes of generations, likewise
+CHECKED_AT_ONCE = 134_217_728  # bytes; a larger file is checked while it is used
+DAYS_KEPT = 90  # for which accounts are kept
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
-# What SQLite says of values, and not of the file or its state.
+# Errors about values, and not about the file or its state.
 _UNSAVABLE = (sqlite3.DataError, sqlite3.IntegrityError, sqlite3.InterfaceError)
 _OLD_TRACES = """
     DELETE FROM forgotten WHERE (owner, id) IN
@@ -74,12 +73,12 @@ _DEAD = (
 
 
 class SqliteStore:
-    """Keeps everything in one file, which it makes if need be, folders included.
+    """Keeps conversations and generations in one file. Creates the file and its folders.
 
     Args:
         path: the file.
-        timeout: seconds to wait for a lock that another program has on the file.
-        prices: of the models; those of Claude where nobody gives them.
+        timeout: seconds to wait for a lock of another program on the file.
+        prices: the prices of the models; by default those of Claude.
     """
 
     def __init__(self, path: Path, timeout: float = 5.0, prices: Prices | None = None) -> None:
@@ -92,20 +91,20 @@ class SqliteStore:
         self._reader: Connection | None = None
         self._writing = FairLock()
         self._reading = FairLock()
-        self._files: dict[str, tuple[int, int]] = {}  # the device and inode of each, by path
-        self._damage: str | None = None  # what the check of a large file found
-        self._remains = False  # the WAL may have text that was deleted
-        self._erasing: asyncio.Task[None] | None = None  # empties it soon, and has not begun
-        self._compacted = 0  # the number up to which older files' pieces are packed
+        self._files: dict[str, tuple[int, int]] = {}  # identities by path
+        self._damage: str | None = None  # found by the check of a large file
+        self._remains = False  # the WAL may have deleted text
+        self._erasing: asyncio.Task[None] | None = None  # truncates the WAL soon
+        self._compacted = 0  # the number up to which pieces of older versions were packed
 
     async def open(self) -> None:
-        """Open the file, check it, and bring it to the version that this program writes.
+        """Open the file, check it, and migrate it to the schema of this version.
 
-        A file of more than 128 MiB is checked by and by while it is used already.
+        A file of more than 128 MiB is checked while it is used.
 
         Raises:
-            ConfigError: it cannot be opened or written, is no database, is damaged, is of a later
-                version or another program, or belongs to another server that runs.
+            ConfigError: the file cannot be opened or written; it is no database, damaged, of a
+                later version or of another program; or another server uses it.
         """
         writer = Connection(self._path, self._timeout)
         reader = Connection(self._path, self._timeout)
@@ -114,7 +113,7 @@ class SqliteStore:
             if self._path.is_dir():
                 raise ConfigError(f"store: {self._path} is a folder")
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            lock = self._take()
+            lock = self._lock_file()
             # For its owner's eyes only, as are the files that SQLite puts beside it.
             self._path.touch(mode=0o600)
             await writer.open()
@@ -125,7 +124,7 @@ class SqliteStore:
                     "what can be saved with sqlite3's .recover"
                 )
             await writer.call(self._migrate)
-            await writer.transact(self._bury)
+            await writer.transact(self._mark_interrupted)
             await reader.open()
             files = await reader.call(files_of)
         except BaseException as error:
@@ -159,10 +158,10 @@ class SqliteStore:
     def _tell_damage(self) -> None:
         log.error("the store is damaged", path=str(self._path), reason=self._damage)
 
-    def _take(self) -> IO[str]:
-        # Two servers on one file would each take the other's generations for dead ones. The lock
-        # is on a file of its own, as closing the database's would drop SQLite's own locks. It is
-        # left behind, as another server may be about to take it.
+    def _lock_file(self) -> IO[str]:
+        # Each of two servers on one file would mark the generations of the other as interrupted.
+        # The lock is on a file of its own, as closing the database file would drop SQLite's locks.
+        # The lock file is not deleted: another server may be about to lock it.
         lock = self._lock_path.open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,7 +191,7 @@ class SqliteStore:
         )
 
     async def probe(self) -> None:
-        """Write the version that the file has already, if all its files are still the same."""
+        """Write the schema version that the file already has, if no file was replaced."""
         await self._write(
             "", lambda database: database.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         )
@@ -202,12 +201,12 @@ class SqliteStore:
         if self._damage is not None:
             raise StoreError(f"the file is damaged: {self._damage}")
 
-    def _bury(self, database: sqlite3.Connection) -> None:
-        """End what died with its process: its replay time begins now, and what it said counts."""
+    def _mark_interrupted(self, database: sqlite3.Connection) -> None:
+        """Mark the generations that the last process left running as ended now, and charge them."""
         now = time.time()
         for number, owner, name, began, model in database.execute(_DEAD).fetchall():
             text = ""
-            # One that is damaged is not in the way of all others.
+            # A damaged generation must not keep the server from starting.
             with contextlib.suppress(StoreError), errors():
                 pieces = loose(database, number)
                 pack(database, number, pieces)
@@ -220,7 +219,7 @@ class SqliteStore:
                 pass
 
     async def close(self) -> None:
-        """Close the file, once what is under way is done. Idempotent."""
+        """Close the file after all running calls. Idempotent."""
         async with self._writing.of(""), self._reading.of(""):
             for connection in (self._reader, self._writer):
                 if connection is not None:
@@ -230,7 +229,7 @@ class SqliteStore:
             self._reader = self._writer = self._lock = None
 
     async def commit(self, entries: Sequence[Entry]) -> None:
-        """Save all of it or nothing, in one transaction."""
+        """Save all entries or none, in one transaction."""
         now = time.time()
 
         def commit(database: sqlite3.Connection) -> None:
@@ -295,7 +294,7 @@ class SqliteStore:
         )
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
-        """Delete a conversation and all in it."""
+        """Delete a conversation and its generations."""
         now = time.time()
         key = owner, conversation
 
@@ -313,7 +312,7 @@ class SqliteStore:
                 (now, *key, TRACES),
             )
             _drop_traces(database, owner)
-            # Should the process die before the last step, the next one goes on.
+            # If the process dies before the last step, the next process goes on.
             database.execute("INSERT INTO deleting VALUES (?, ?) ON CONFLICT DO NOTHING", key)
             return _delete_some(database, *key)
 
@@ -326,10 +325,10 @@ class SqliteStore:
         return True
 
     async def _erase(self) -> None:
-        """Empty the WAL, which may have text that was deleted from the tables.
+        """Truncate the WAL, which may have text that was deleted from the tables.
 
-        One that has not begun is for all who ask for it meanwhile: of many deletes at once none is
-        refused for the others, and no commit waits for a checkpoint of each.
+        Deletes that come before a truncation begins share it: a commit waits for one, and not for
+        one per delete.
         """
         self._remains = True
         if self._erasing is None:
@@ -339,8 +338,8 @@ class SqliteStore:
 
     async def _checkpoint(self) -> None:
         def erase(database: sqlite3.Connection) -> bool:
-            # Another program that reads the file is not waited for, as all requests would wait
-            # too. The next purge tries again.
+            # Do not wait for another program that reads the file, as all requests would wait too.
+            # The next purge tries again.
             database.execute("PRAGMA busy_timeout = 0").close()
             try:
                 ((busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -350,14 +349,14 @@ class SqliteStore:
                 database.execute(f"PRAGMA busy_timeout = {round(self._timeout * 1000)}").close()
             return not busy
 
-        # Not beside a read, as what it sees must stay in the WAL for so long.
+        # Not during a read, whose snapshot must stay in the WAL.
         async with self._writing.of(""), self._reading.of(""):
             self._erasing = None
             if await _opened(self._writer).call(erase):
                 self._remains = False
 
     async def spent(self, owner: str, day: int) -> Spent:
-        """Return what an owner's replies have cost that ended on a day."""
+        """Return the cost of an owner's replies that ended on a day."""
         rows = await self._read(
             owner,
             lambda database: database.execute(
@@ -367,7 +366,7 @@ class SqliteStore:
         return Spent(*rows[0]) if rows else NOTHING
 
     async def held(self, owner: str) -> Held:
-        """Return how much an owner has here."""
+        """Return how much the store has of an owner."""
         rows = await self._read(
             owner,
             lambda database: database.execute(
@@ -387,9 +386,9 @@ class SqliteStore:
         )
 
     async def purge(self, until: float) -> bool:
-        """Delete some of what nobody asks for any more.
+        """Delete some expired generations, traces and accounts.
 
-        Accounts are kept for 90 days; which replies are in them, for today and yesterday.
+        Accounts are kept for 90 days, and the list of the replies in them for two.
         """
         now = time.time()
         today = day_of(now)
@@ -425,10 +424,10 @@ class SqliteStore:
         return more
 
     def _compact(self, database: sqlite3.Connection) -> int:
-        """Pack some of the replies whose pieces an older version of this program left in rows.
+        """Pack some of the replies whose pieces an older version left in rows.
 
         Returns:
-            How many were looked at.
+            The number of replies tried.
         """
         older = database.execute(
             "SELECT number FROM generation WHERE lengths IS NULL AND ended IS NOT NULL "
@@ -437,7 +436,7 @@ class SqliteStore:
         ).fetchall()
         for (number,) in older:
             self._compacted = number
-            with contextlib.suppress(StoreError), errors():  # one that is damaged stays so
+            with contextlib.suppress(StoreError), errors():  # a damaged reply stays in rows
                 pack(database, number, loose(database, number))
         return len(older)
 
@@ -447,7 +446,7 @@ class SqliteStore:
 
     async def _write(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         def write(database: sqlite3.Connection) -> T:
-            # What is written to a file without a name is gone with the process.
+            # A write to a deleted file would be lost with the process.
             for path, known in self._files.items():
                 if identity(path) != known:
                     raise StoreError(f"{path} was deleted or replaced while it was in use")
@@ -458,7 +457,7 @@ class SqliteStore:
 
 
 def _delete_some(database: sqlite3.Connection, owner: str, conversation: str) -> bool:
-    """Delete the oldest turns of a conversation, and itself with the last; True if more is left."""
+    """Delete the oldest turns of a conversation, and then itself. Return whether any are left."""
     size = 0
     for number, bytes_ in database.execute(
         "SELECT number, size + rest FROM generation WHERE owner = ? AND conversation = ? "
@@ -483,7 +482,7 @@ def _opened(connection: Connection | None) -> Connection:
 
 
 def _drop_traces(database: sqlite3.Connection, owner: str) -> None:
-    """Drop the oldest traces of an owner's deleted generations, beyond those that are kept."""
+    """Drop the oldest traces of an owner, beyond the number that is kept."""
     database.execute(
         "DELETE FROM forgotten WHERE owner = ? AND id IN (SELECT id FROM forgotten "
         "WHERE owner = ? ORDER BY at DESC LIMIT -1 OFFSET ?)",
