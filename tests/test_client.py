@@ -235,7 +235,7 @@ async def test_prompt_after_idle_close_connects_again(puppet: Puppet) -> None:
             assert await read(reply) == "Yes"
 
 
-# Content blocks, and what a history keeps of a reply.
+# Content blocks and histories.
 
 
 async def test_reply_assembles_its_content_blocks() -> None:

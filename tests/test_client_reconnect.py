@@ -359,7 +359,7 @@ async def test_prompt_refused_by_a_draining_server_goes_to_the_next() -> None:
 
 
 def _crashed(saved: list[Frame]) -> Callable[[Frame, Send], Awaitable[None]]:
-    """Play a server that says five words, dies, and then has what was saved."""
+    """A server that sends five words, dies, and then sends the saved frames."""
 
     async def answer(frame: Frame, send: Send) -> None:
         name = frame["id"]

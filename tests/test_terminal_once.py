@@ -1,4 +1,4 @@
-"""``wsserver chat --once``, and what ends ``wsserver chat`` before it begins."""
+"""``wsserver chat --once``, and errors before ``wsserver chat`` begins."""
 
 import asyncio
 import hashlib

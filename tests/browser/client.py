@@ -1,4 +1,4 @@
-"""What a test does with client.js on a page without a script of its own."""
+"""Calls of client.js on a page without scripts."""
 
 from typing import Any
 

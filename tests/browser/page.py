@@ -1,4 +1,4 @@
-"""The parts of the page, and what a user does with it."""
+"""The parts of the page, and the actions of a user."""
 
 import asyncio
 import re
@@ -123,7 +123,7 @@ async def rename(page: Page, name: str) -> None:
 
 
 async def violations(page: Page) -> list[str]:
-    """What axe-core finds wrong."""
+    """Return the violations that axe-core finds."""
     source = (require_npm_package("axe-core") / "axe.min.js").read_text()
     await page.evaluate(f"() => {{ if (!globalThis.axe) {{ {source} }} }}")
     found = await page.evaluate("async () => (await axe.run()).violations")

@@ -133,7 +133,7 @@ async def test_screen_reader_announces_the_whole_reply_once(page: Page, puppet: 
         await expect(text(page)).to_contain_text(number.strip())
     model.end()
     await idle(page)
-    await expect(page.locator("#heard")).to_have_text("one two three")
+    await expect(page.locator("#announcement")).to_have_text("one two three")
     assert [words.strip() for words in await page.evaluate("said")] == ["Sent.", "one two three"]
     live = page.locator("#log[aria-live], #log [aria-live], #log [role=log]")
     await expect(live).to_have_count(0)

@@ -120,7 +120,7 @@ for (const Class of [WebSocket, OlderWebSocket]) {
     await stage.release(`long ${Class.name}`)
     await soon(other.done)
     assert.equal(other.text, 'ab')
-    if (Class !== OlderWebSocket) assert.equal(sockets.length, 1) // it is told before it is sent
+    if (Class !== OlderWebSocket) assert.equal(sockets.length, 1) // refused without being sent
   })
 }
 

@@ -155,7 +155,7 @@ test('an older server without `request` keys works', async (t) => {
   assert.deepEqual((await soon(chat.open(conversation))).replies, [reply])
   await assert.rejects(soon(chat.rename(newId(), 'x')), { code: 'not_found' })
   await rejects(chat.prompt('Hi', { conversation: C, temperature: 9 }), { code: 'invalid_frame' })
-  await rejects(chat.prompt('Hi', { id: '42', conversation: C }), { code: 'no_answer' }) // the refusal names nobody
+  await rejects(chat.prompt('Hi', { id: '42', conversation: C }), { code: 'no_answer' }) // the refusal names no frame
   await line('cut')
   await stage.release('former')
   await line('mend')

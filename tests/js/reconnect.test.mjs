@@ -82,7 +82,7 @@ for (const how of ['before', 'after']) {
             const last = --left === 0
             if (!gone && !(last && how === 'before')) hear(event)
             if (!last) return
-            gone = true // what else has come is lost as well
+            gone = true // later data is lost as well
             this.terminate()
           }
         }

@@ -204,7 +204,7 @@ for (const [skew, name] of [[0, 'right'], [3_600_000, 'an hour ahead'], [-3_600_
 test('`expires` alone does not cause endless renewals if the clock is ahead', async (t) => {
   t.mock.timers.enable({ apis: ['setTimeout', 'Date'], now: 10_000_000 })
   let asked = 0
-  class Former {
+  class OlderSocket {
     constructor() { queueMicrotask(() => this.onopen()) }
     send(data) {
       const { type } = JSON.parse(data)
@@ -212,7 +212,7 @@ test('`expires` alone does not cause endless renewals if the clock is ahead', as
     }
     close() {}
   }
-  const chat = connect('ws://localhost:1/', { WebSocket: Former, token: async () => `t${++asked}` })
+  const chat = connect('ws://localhost:1/', { WebSocket: OlderSocket, token: async () => `t${++asked}` })
   t.after(() => chat.close())
   await turn()
   await advance(t, () => false, 60_000)
@@ -255,7 +255,7 @@ for (const [why, Class, reason] of [
     const global = Object.getOwnPropertyDescriptor(globalThis, 'WebSocket')
     t.after(() => { if (global) Object.defineProperty(globalThis, 'WebSocket', global) })
     delete globalThis.WebSocket
-    const chat = connect('ws://localhost:1/', { WebSocket: Class, token: () => { assert.ok(Class, 'it is not asked for in vain'); return 't' } })
+    const chat = connect('ws://localhost:1/', { WebSocket: Class, token: () => { assert.ok(Class, 'no token is requested without a WebSocket class'); return 't' } })
     const states = []
     chat.on('state', (state) => states.push(state))
     const early = [chat.prompt('Hi').done, chat.list(), chat.open('c'.repeat(16))]

@@ -21,12 +21,12 @@ class Person:
         self.child = child
 
     async def sees(self, text: str) -> str:
-        """Wait until a text is in sight; return what came before it."""
+        """Wait for a text on the screen; return the output before it."""
         await asyncio.to_thread(self.child.expect_exact, text, timeout=BOUND)
         return str(self.child.before)
 
     async def ready(self) -> None:
-        """Wait until there is a prompt: it lets pasted text be told from typed text."""
+        """Wait for the prompt: it switches bracketed paste on."""
         await self.sees("\x1b[?2004h")
 
     def types(self, text: str) -> None:

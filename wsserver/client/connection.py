@@ -286,4 +286,4 @@ class Connection:
         self._fail_requests(failure)
         if not self._opened.done():
             self._opened.set_exception(failure)
-            self._opened.exception()  # marks it as retrieved, since nobody may wait any more
+            self._opened.exception()  # marks it as retrieved, since `open` may have been cancelled

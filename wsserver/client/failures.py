@@ -103,7 +103,7 @@ def parse_seconds(value: object) -> float | None:
     """Return a frame's number of seconds, at least 0; None if the frame has none.
 
     Raises:
-        ValueError: the value is no finite number.
+        ValueError: the value is not a finite number.
     """
     if value is None:
         return None

@@ -38,7 +38,7 @@ class Limits:
         """Convert the ``limits`` of a ``hello``. Unknown limits are ignored.
 
         Raises:
-            TypeError: a limit is no number.
+            TypeError: a limit is not a number.
         """
         known = {key: limits[key] for key in cls.__slots__ if key in limits}
         if not all(isinstance(value, int | float) for value in known.values()):

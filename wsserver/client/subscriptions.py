@@ -1,4 +1,4 @@
-"""Open conversations: the server sends their running and later replies, whoever asked for them."""
+"""Open conversations: the server sends their running and later replies, of all clients."""
 
 import asyncio
 import contextlib

@@ -28,7 +28,7 @@ export async function copy(text) {
   } catch {
     const area = document.createElement('textarea')
     area.value = text
-    area.className = 'unseen'
+    area.className = 'visually-hidden'
     document.body.append(area)
     const before = document.activeElement
     area.select()

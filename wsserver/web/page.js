@@ -23,10 +23,10 @@ const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
 const jump = find(document, '#jump', HTMLButtonElement)
 const notice = find(document, '#notice', HTMLElement)
-const heard = find(document, '#heard', HTMLElement)
-const door = find(document, '#door', HTMLFormElement)
+const announcement = find(document, '#announcement', HTMLElement)
+const login = find(document, '#login', HTMLFormElement)
 const token = find(document, '#token', HTMLInputElement)
-const form = find(document, '#ask', HTMLFormElement)
+const form = find(document, '#compose', HTMLFormElement)
 const box = find(document, '#prompt', HTMLTextAreaElement)
 const send = find(document, '#send', HTMLButtonElement)
 const storage = openStorage()
@@ -69,10 +69,10 @@ chat.on('state', ({ state: now, reason }) => {
     unauthenticated: hadToken ? 'Not connected: your token is invalid or has expired.' : 'Not connected',
     closed: `The server closed the connection${reason && `: ${reason}`}. Reload the page to connect again.`,
   }[now]
-  door.hidden = now !== 'unauthenticated'
-  form.hidden = !door.hidden
+  login.hidden = now !== 'unauthenticated'
+  form.hidden = !login.hidden
   box.disabled = send.disabled = now === 'closed'
-  if (!door.hidden) token.focus()
+  if (!login.hidden) token.focus()
   for (const turn of turns.values()) showWaiting(turn)
   if (now === 'open') sidebar.refresh()
 })
@@ -264,7 +264,7 @@ function ask(text, retryOf) {
   atEnd = true
   showNotice('')
   for (const turn of turns.values()) turn.hideRetry()
-  heard.textContent = 'Sent.'
+  announcement.textContent = 'Sent.'
   follow(chat.prompt(text, { conversation: current, retryOf }))
   scrollToEnd()
 }
@@ -281,7 +281,7 @@ function retry(turn) {
 /** @param {Turn} turn @param {string} note */
 function showEnd(turn, note) {
   const { error, text } = turn
-  heard.textContent = `${text.length > 1500 ? `The reply is there; it has ${text.length} characters.` : text} ${note}`
+  announcement.textContent = `${text.length > 1500 ? `The reply is complete: ${text.length} characters.` : text} ${note}`
   if (turn.refused && !error?.retryable && error?.code !== 'closed') {
     box.value ||= turn.prompt
     growBox()
@@ -403,7 +403,7 @@ log.addEventListener('click', ({ target }) => {
   const button = target.closest('.copy-code')
   if (button) copy(button.closest('figure')?.querySelector('code')?.textContent ?? '')
 })
-door.addEventListener('submit', (event) => {
+login.addEventListener('submit', (event) => {
   event.preventDefault()
   storage.token = token.value.trim()
   token.value = ''
@@ -429,13 +429,13 @@ function setDrawer(open) {
   menu.setAttribute('aria-expanded', String(open))
   side.inert = narrow.matches && !open
   main.inert = narrow.matches && open
-  if (open) find(side, '#shut', HTMLElement).focus()
+  if (open) find(side, '#close-list', HTMLElement).focus()
   else if (wasOpen) menu.focus()
 }
 
 menu.addEventListener('click', () => setDrawer(true))
-find(document, '#shut', HTMLElement).addEventListener('click', () => setDrawer(false))
-find(document, '#shade', HTMLElement).addEventListener('click', () => setDrawer(false))
+find(document, '#close-list', HTMLElement).addEventListener('click', () => setDrawer(false))
+find(document, '#backdrop', HTMLElement).addEventListener('click', () => setDrawer(false))
 narrow.addEventListener('change', () => setDrawer(false))
 setDrawer(false)
 side.addEventListener('click', (event) => {

@@ -8,8 +8,8 @@ import { cloneTemplate, find } from './dom.js'
 const PAGE_SIZE = 30
 const list = find(document, '#list', HTMLElement)
 const more = find(document, '#more', HTMLButtonElement)
-const failure = find(document, '#trouble', HTMLElement)
-const dialog = find(document, '#sure', HTMLDialogElement)
+const failure = find(document, '#list-error', HTMLElement)
+const dialog = find(document, '#confirm', HTMLDialogElement)
 const otherTabs = new BroadcastChannel('wsserver') // of this browser
 const dateFormat = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' })
 
@@ -189,7 +189,7 @@ export class Sidebar {
 
   /** @param {string} id */
   #delete(id) {
-    find(dialog, '#sure-text', HTMLElement).textContent = `“${this.title(id)}” will be gone for good.`
+    find(dialog, '#confirm-text', HTMLElement).textContent = `“${this.title(id)}” will be gone for good.`
     dialog.returnValue = ''
     dialog.showModal()
     dialog.addEventListener('close', async () => {
