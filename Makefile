@@ -50,6 +50,25 @@ python-%: pyproject.toml
 unit: $(VENV)/test.stamp system ## some of the tests; ARGS="-k stop"
 	$(BIN)/pytest $(ARGS)
 
+# The suite runs on Python 2.7 only, which pyenv may have.
+$(TOOLS)/autobahn/stamp: | $(BIN)/python
+	@for python in python2.7 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/2.7.*/bin/python; do \
+		"$$python" -c 'import sys' 2>/dev/null && break || python=; \
+	done; \
+	own=$(TOOLS)/virtualenv-2.7; \
+	test -n "$$python" && "$$python" -m pip install --quiet --target $$own virtualenv 2>/dev/null \
+		&& PYTHONPATH=$$own "$$python" -m virtualenv --quiet $(TOOLS)/autobahn \
+		&& $(TOOLS)/autobahn/bin/python -m pip install --quiet autobahntestsuite 2>/dev/null \
+		&& touch $@ || true
+
+.PHONY: autobahn
+autobahn: $(VENV)/test.stamp $(TOOLS)/autobahn/stamp ## the Autobahn suite against the WebSocket server
+	@if [ ! -e $(TOOLS)/autobahn/stamp ]; then \
+		echo "Autobahn: no Python 2.7 with pip on this machine, skipped"; \
+	else \
+		$(BIN)/python -m tests.autobahn $(TOOLS)/autobahn/bin/wstest; \
+	fi
+
 .PHONY: soak
 soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"
 	$(BIN)/python -m tests.bench.soak $(ARGS)

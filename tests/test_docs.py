@@ -44,7 +44,7 @@ def rows(document: str, heading: str) -> list[list[str]]:
 
 
 SAFETY = (Path(wsserver.__file__).parent / "SAFETY.md").read_text()
-ABUSE = rows(SAFETY, "## What abuse comes to")
+ABUSE = rows(SAFETY, "## Effect of abuse")
 
 
 def settings_tables(*, tuning: bool, heading: str) -> str:

@@ -12,7 +12,7 @@ from anthropic import (
     APIConnectionError,
     APIStatusError,
     AsyncAnthropic,
-    DefaultAioHttpClient,
+    DefaultAsyncHttpxClient,
     OverloadedError,
 )
 from anthropic.types import Message, MessageParam
@@ -70,7 +70,7 @@ LASTING: dict[str, tuple[Script | Step, int]] = {
 
 
 def client_of(url: str) -> AsyncAnthropic:
-    http = DefaultAioHttpClient()
+    http = DefaultAsyncHttpxClient()
     return AsyncAnthropic(api_key="k", base_url=url, max_retries=0, http_client=http)
 
 
@@ -292,7 +292,7 @@ async def test_a_client_does_not_trust_the_certificate() -> None:
 
 @pytest.mark.asyncio
 async def test_tls_works_and_stops_even_in_the_middle_of_a_handshake() -> None:
-    http = DefaultAioHttpClient(verify=False)
+    http = DefaultAsyncHttpxClient(verify=False)
     async with Upstream(tls=True) as upstream:
         async with AsyncAnthropic(api_key="k", base_url=upstream.url, http_client=http) as client:
             assert (await ask(client)).stop_reason == "end_turn"
@@ -313,7 +313,7 @@ async def test_it_runs_as_a_process_and_keeps_statistics() -> None:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    async with asyncio.timeout(BOUND), DefaultAioHttpClient() as http:
+    async with asyncio.timeout(BOUND), DefaultAsyncHttpxClient() as http:
         url = (await process.stdout.readline()).decode().strip()
         async with client_of(url) as client:
             assert [text async for text in texts(client)] == ["token "] * 3
