@@ -219,7 +219,7 @@ class Python:
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-async def test_the_python_client(
+async def test_python_client(
     name: str, puppet: Puppet, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dial, "FIRST_BACKOFF", 0.01)

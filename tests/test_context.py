@@ -49,7 +49,7 @@ def long_conversation(sizes: Iterable[int]) -> Iterable[tuple[list[Turn], str]]:
     st.integers(1, 300),
     st.integers(1, 30),
 )
-def test_the_newest_turns_are_shown_whole_and_within_the_limits(
+def test_newest_turns_are_shown_whole_and_within_the_limits(
     sizes: list[tuple[int, int]], count: int, size: int, prompt: int
 ) -> None:
     turns = [
@@ -119,7 +119,7 @@ SAID = [("user", "Fine"), ("assistant", "Yes")]
         ("X", "", None, [("user", "X")]),
     ],
 )
-def test_a_prompt_that_failed_without_a_word_is_not_shown_again(
+def test_prompt_that_failed_without_a_word_is_not_shown_again(
     prompt: str, text: str, partial: str | None, shown: list[tuple[str, str]]
 ) -> None:
     turns = [turn(1, "Fine", "Yes"), turn(2, prompt, text, partial)]
@@ -127,7 +127,7 @@ def test_a_prompt_that_failed_without_a_word_is_not_shown_again(
     assert [(m.role, m.content) for m in messages] == [*SAID, *shown, ("user", "Y")]
 
 
-async def test_a_prompt_that_is_asked_again_after_a_failure_is_shown_once(
+async def test_prompt_that_is_asked_again_after_a_failure_is_shown_once(
     chat: Client, puppet: Puppet
 ) -> None:
     for number in range(2):
@@ -188,7 +188,7 @@ async def test_nine_tenths_of_300_turns_are_read_from_the_prompt_cache(cache: Pr
 
 
 @pytest.mark.parametrize("stopped", [1, 18, 19, 20, 21, 60])
-async def test_the_prompt_cache_is_found_behind_prompts_that_were_stopped_without_a_word(
+async def test_prompt_cache_is_found_behind_prompts_that_were_stopped_without_a_word(
     upstream: Upstream, cache: PromptCache, stopped: int
 ) -> None:
     def answer(body: Any) -> Script:
@@ -210,7 +210,7 @@ async def test_the_prompt_cache_is_found_behind_prompts_that_were_stopped_withou
 
 
 @pytest.mark.usefixtures("upstream")
-async def test_a_long_system_prompt_is_cached_for_all_conversations(cache: PromptCache) -> None:
+async def test_long_system_prompt_is_cached_for_all_conversations(cache: PromptCache) -> None:
     system = "Be brief. " * 1000
     async with serve(system=system) as server, client(server) as chat:
         first = await ask(chat, "Hi", conversation="conversation-one")
@@ -220,7 +220,7 @@ async def test_a_long_system_prompt_is_cached_for_all_conversations(cache: Promp
 
 
 @pytest.mark.usefixtures("upstream")
-async def test_a_restart_finds_the_prompt_cache_again(cache: PromptCache, tmp_path: Any) -> None:
+async def test_restart_finds_the_prompt_cache_again(cache: PromptCache, tmp_path: Any) -> None:
     for _ in range(3):
         async with serve(store=f"sqlite:///{tmp_path}/s.sqlite", history_messages=40) as server:
             async with client(server) as chat:

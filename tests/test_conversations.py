@@ -28,7 +28,7 @@ async def exchange(chat: Client, puppet: Puppet, number: int, prompt: str, answe
     await chat.text(start["id"])
 
 
-async def test_the_sockets_own_conversation_goes_on(chat: Client, puppet: Puppet) -> None:
+async def test_sockets_own_conversation_goes_on(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, 0, "I am Ann", "Hello Ann")
     await exchange(chat, puppet, 1, "Who am I?", "Ann")
     assert said(puppet, 1) == [
@@ -49,7 +49,7 @@ async def test_thinking_is_sent_but_is_no_part_of_the_history(chat: Client, pupp
     assert said(puppet, 1)[1] == ("assistant", "Yes")
 
 
-async def test_a_failed_reply_stays_as_partial(chat: Client, puppet: Puppet) -> None:
+async def test_failed_reply_stays_as_partial(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt("One")
     (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
     text, error = await chat.text(start["id"])
@@ -64,7 +64,7 @@ async def test_a_failed_reply_stays_as_partial(chat: Client, puppet: Puppet) -> 
     assert (message.content, message.partial) == ("Half", "overloaded")
 
 
-async def test_a_prompt_sent_again_after_it_failed_without_a_word_is_not_said_twice(
+async def test_prompt_sent_again_after_it_failed_without_a_word_is_not_said_twice(
     chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt("Once")
@@ -75,7 +75,7 @@ async def test_a_prompt_sent_again_after_it_failed_without_a_word_is_not_said_tw
     assert said(puppet, 1) == [("user", "Once")]
 
 
-async def test_a_fault_of_a_model_is_not_told_to_the_client(
+async def test_fault_of_a_model_is_not_told_to_the_client(
     chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     await chat.prompt()
@@ -104,7 +104,7 @@ NONSENSE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("make", NONSENSE.values(), ids=NONSENSE.keys())
-async def test_a_model_that_does_nonsense_is_a_fault_and_nothing_hangs(
+async def test_model_that_does_nonsense_is_a_fault_and_nothing_hangs(
     make: Callable[[], object],
 ) -> None:
     calls = 0
@@ -136,7 +136,7 @@ async def test_what_a_model_says_of_itself_is_made_fit_to_be_sent(
     assert (await chat.next("done"))["reason"] == "all\ufffdwell"
 
 
-async def test_a_reply_in_one_large_piece_arrives_in_frames_that_fit(
+async def test_reply_in_one_large_piece_arrives_in_frames_that_fit(
     chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt()
@@ -147,7 +147,7 @@ async def test_a_reply_in_one_large_piece_arrives_in_frames_that_fit(
     assert done["reason"] == "end_turn"
 
 
-async def test_a_turn_that_the_model_declined_is_not_shown_to_it_again(
+async def test_turn_that_the_model_declined_is_not_shown_to_it_again(
     chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, 0, "Fine", "Yes")
@@ -197,7 +197,7 @@ async def test_several_conversations_stream_at_once_on_one_socket(
     assert (one["conversation"], two["conversation"]) == (ONE, TWO)
 
 
-async def test_a_conversation_goes_on_from_another_socket(
+async def test_conversation_goes_on_from_another_socket(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt("From one")
@@ -226,7 +226,7 @@ async def test_history_is_cut_at_a_user_turn_when_it_grows_too_long(puppet: Pupp
 # on_busy
 
 
-async def test_a_busy_conversation_rejects_by_default(chat: Client, puppet: Puppet) -> None:
+async def test_busy_conversation_rejects_by_default(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt("A")
     refused = await chat.prompt("B", id=ID)
     assert (refused["code"], refused["retryable"], refused["about"]) == ("busy", True, ID)
@@ -246,7 +246,7 @@ async def test_queue_waits_its_turn(chat: Client, puppet: Puppet) -> None:
     assert [content for _, content in said(puppet, 2)] == ["A", "a", "B", "b", "C"]
 
 
-async def test_a_full_queue_refuses(puppet: Puppet) -> None:
+async def test_full_queue_refuses(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, queue_size=1, drain_timeout=0) as server,
         client(server) as chat,
@@ -299,7 +299,7 @@ async def test_interrupt_of_nothing_is_a_prompt(chat: Client, puppet: Puppet) ->
 # Ids
 
 
-async def test_a_prompt_sent_again_attaches_to_what_runs(
+async def test_prompt_sent_again_attaches_to_what_runs(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     frame = {"prompt": "Hello", "id": ID}
@@ -317,7 +317,7 @@ async def test_a_prompt_sent_again_attaches_to_what_runs(
     assert len(puppet.replies) == 1
 
 
-async def test_a_prompt_sent_again_attaches_to_what_ran(
+async def test_prompt_sent_again_attaches_to_what_ran(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -357,7 +357,7 @@ async def test_another_prompt_under_a_known_id_is_refused(chat: Client, puppet: 
     assert (await chat.text(ID))[0] == "on"
 
 
-async def test_a_prompt_sent_again_after_the_replay_time_is_answered_from_the_store(
+async def test_prompt_sent_again_after_the_replay_time_is_answered_from_the_store(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, replay=0, drain_timeout=0) as server:
@@ -375,7 +375,7 @@ async def test_a_prompt_sent_again_after_the_replay_time_is_answered_from_the_st
 # Disconnecting
 
 
-async def test_a_reply_runs_on_for_the_grace_time_and_can_be_had_again(
+async def test_reply_runs_on_for_the_grace_time_and_can_be_had_again(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -426,7 +426,7 @@ async def test_one_server_runs_as_many_as_it_may(puppet: Puppet) -> None:
             assert (await two.prompt())["type"] == "start"
 
 
-async def test_an_interrupt_does_not_count_what_it_replaces(chat: Client) -> None:
+async def test_interrupt_does_not_count_what_it_replaces(chat: Client) -> None:
     await chat.prompt("A")
     for text in ("B", "C", "D"):
         await chat.prompt(text, on_busy="queue")
@@ -434,7 +434,7 @@ async def test_an_interrupt_does_not_count_what_it_replaces(chat: Client) -> Non
     assert (await chat.prompt("E", on_busy="interrupt"))["type"] == "start"
 
 
-async def test_a_failed_reply_does_not_keep_what_its_model_held() -> None:
+async def test_failed_reply_does_not_keep_what_its_model_held() -> None:
     class Held:
         pass
 
@@ -467,7 +467,7 @@ async def test_ended_replies_are_kept_within_their_size(puppet: Puppet) -> None:
         assert server._hub.known("anonymous", f"number-2-{ID}") is not None
 
 
-async def test_the_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:
+async def test_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, conversations=2, drain_timeout=0) as server,
         client(server) as chat,
@@ -523,7 +523,7 @@ async def endless(_: wsserver.Request) -> AsyncIterator[str]:
         yield "more "
 
 
-async def test_a_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Puppet) -> None:
+async def test_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, silence_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
@@ -535,7 +535,7 @@ async def test_a_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Pu
         assert reply.closed.is_set()
 
 
-async def test_a_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
+async def test_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, reply_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
@@ -546,7 +546,7 @@ async def test_a_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
         assert (text, done["reason"], done["by"]) == ("on and on", "stopped", "timeout")
 
 
-async def test_a_model_that_knows_no_end_is_ended() -> None:
+async def test_model_that_knows_no_end_is_ended() -> None:
     async with (
         wsserver.serve(endless, port=0, reply_size=10_000) as server,
         client(server) as chat,
@@ -557,7 +557,7 @@ async def test_a_model_that_knows_no_end_is_ended() -> None:
         assert len(text) == 10_000
 
 
-async def test_a_model_that_never_waits_can_be_stopped() -> None:
+async def test_model_that_never_waits_can_be_stopped() -> None:
     async with wsserver.serve(endless, port=0) as server, client(server) as chat:
         start = await chat.prompt()
         await chat.next("token")

@@ -47,11 +47,11 @@ def test_each_kind_of_token_costs_its_share(
     assert cost(SONNET, *counts) == Spent(tokens, microdollars)
 
 
-def test_a_reply_without_usage_costs_nothing() -> None:
+def test_reply_without_usage_costs_nothing() -> None:
     assert SONNET.spent(None) == NOTHING
 
 
-def test_a_long_prompt_may_have_another_price() -> None:
+def test_long_prompt_may_have_another_price() -> None:
     price = Price(1, 2, 3, 4, over=Price(10, 20, 30, 40))
     assert cost(price, 50_000, 1, 50_000).microdollars == 50_000 + 2 + 150_000
     assert cost(price, 50_000, 1, 50_000, 1).microdollars == 500_000 + 20 + 1_500_000 + 40
@@ -75,13 +75,13 @@ def test_a_long_prompt_may_have_another_price() -> None:
         ("claude-haiku-4-5", Price(2, 4, 8, 16)),
     ],
 )
-def test_a_model_has_the_price_that_is_set_or_known(model: str, price: Price) -> None:
+def test_model_has_the_price_that_is_set_or_known(model: str, price: Price) -> None:
     given = Settings(prices="my-model=1/5, claude-haiku-4-5=2/4/8/16").prices  # type: ignore[arg-type]
     assert Prices(given).of(model) == price
 
 
 @pytest.mark.parametrize("given", ["x", "x=1", "=1/2", "x=1/2/3", "x=a/b", "x=-1/2", "x=1/2/3/4/5"])
-def test_a_price_that_is_none_is_refused_at_the_start(given: str) -> None:
+def test_price_that_is_none_is_refused_at_the_start(given: str) -> None:
     with pytest.raises(ConfigError, match="prices"):
         Settings.load(prices=given)
 
@@ -113,7 +113,7 @@ def serve(model: Any = None, **given: Any) -> wsserver.Server:
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-async def test_the_dollars_of_a_day_last_over_a_restart(
+async def test_dollars_of_a_day_last_over_a_restart(
     puppet: Puppet, tmp_path: Any, kind: str
 ) -> None:
     store = "memory:" if kind == "memory" else f"sqlite:///{tmp_path}/s.sqlite"
@@ -131,7 +131,7 @@ async def test_the_dollars_of_a_day_last_over_a_restart(
             assert (await chat.prompt())["code"] == "quota"
 
 
-async def test_a_refusal_says_that_the_tokens_are_used_up(puppet: Puppet) -> None:
+async def test_refusal_says_that_the_tokens_are_used_up(puppet: Puppet) -> None:
     async with serve(puppet, tokens_per_day=1000, prices="puppet=1/1") as server:
         async with ada(server) as chat:
             await chat.prompt()
@@ -153,7 +153,7 @@ async def test_what_is_left_of_the_dollars_bounds_the_reply(puppet: Puppet) -> N
     assert (refused["code"], refused["message"].count("dollars")) == ("limit", 1)
 
 
-async def test_a_clock_that_steps_back_over_midnight_gives_nothing_back(
+async def test_clock_that_steps_back_over_midnight_gives_nothing_back(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     now = 10.0 * SECONDS_PER_DAY
@@ -186,7 +186,7 @@ async def test_another_model_of_the_same_server_has_a_price_of_its_own(puppet: P
         assert (await chat.prompt(model="puppet"))["type"] == "start"
 
 
-async def test_a_limit_of_zero_is_no_limit(puppet: Puppet) -> None:
+async def test_limit_of_zero_is_no_limit(puppet: Puppet) -> None:
     async with serve(puppet, dollars_per_day=0, prices="puppet=1000/1000") as server:
         async with ada(server) as chat:
             await chat.prompt()
@@ -195,7 +195,7 @@ async def test_a_limit_of_zero_is_no_limit(puppet: Puppet) -> None:
             assert (await chat.prompt())["type"] == "start"
 
 
-async def test_the_cost_is_in_the_log_and_in_the_metrics(
+async def test_cost_is_in_the_log_and_in_the_metrics(
     puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "wsserver")
@@ -293,7 +293,7 @@ async def test_at_the_defaults_the_same_abuse_costs_less_than_four_dollars(
     ("status", "kind"),
     [(400, "invalid_request_error"), (413, "request_too_large"), (529, "overloaded_error")],
 )
-async def test_a_request_that_the_api_does_not_take_costs_nothing(
+async def test_request_that_the_api_does_not_take_costs_nothing(
     upstream: Upstream, status: int, kind: str
 ) -> None:
     upstream.default = Script((error(status, kind, headers={"retry-after": "0"}),))

@@ -31,7 +31,7 @@ from wsserver.protocol import (
 )
 
 
-def test_the_shortest_frame_is_a_prompt() -> None:
+def test_shortest_frame_is_a_prompt() -> None:
     assert parse('{"prompt": "Hello"}') == Prompt(prompt="Hello")
     assert parse('{"messages": [{"role": "user", "content": "x"}]}').type == "prompt"
     assert parse('{"type": "stop"}') == Stop()
@@ -105,7 +105,7 @@ def test_keys_without_a_value_are_left_out() -> None:
     )
 
 
-def test_a_key_given_twice_among_as_many_as_there_may_be_is_named() -> None:
+def test_key_given_twice_among_as_many_as_there_may_be_is_named() -> None:
     keys = ", ".join(f'"k{number}": 0' for number in range(KEYS - 1))
     with pytest.raises(Refused, match="k7: given twice"):
         parse(f'{{{keys}, "k7": 1}}')
@@ -123,11 +123,11 @@ def test_a_key_given_twice_among_as_many_as_there_may_be_is_named() -> None:
         ),
     ],
 )
-def test_a_key_whose_value_is_null_is_as_one_left_out(frame: str, meant: str) -> None:
+def test_key_whose_value_is_null_is_as_one_left_out(frame: str, meant: str) -> None:
     assert parse(frame) == parse(meant)
 
 
-def test_a_null_in_the_place_of_a_needed_value_is_refused() -> None:
+def test_null_in_the_place_of_a_needed_value_is_refused() -> None:
     for frame in ('{"type": "resume", "id": null}', '{"messages": [null]}', '{"prompt": null}'):
         with pytest.raises(Refused) as raised:
             parse(frame)
@@ -166,7 +166,7 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("frame", COSTLY.values(), ids=COSTLY.keys())
-def test_an_unusable_frame_takes_little_memory_and_builds_few_errors(
+def test_unusable_frame_takes_little_memory_and_builds_few_errors(
     frame: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[int] = []
@@ -239,7 +239,7 @@ def test_parts_of_any_value_are_its_brackets_commas_and_colons(
     assert parts(json.dumps(value, ensure_ascii=ascii_only)) == count(value)
 
 
-def test_a_prompt_of_much_code_is_no_unusable_frame() -> None:
+def test_prompt_of_much_code_is_no_unusable_frame() -> None:
     text = '{"a": [[[{"b": "\\\\", "c": [1, 2, 3]}]]]},' * 700
     assert parse(json.dumps({"prompt": text})) == Prompt(prompt=text)
 

@@ -31,7 +31,7 @@ def nodes(value: object) -> Iterator[dict[str, Any]]:
             yield from nodes(inner)
 
 
-def test_the_schema_is_json_schema_and_has_every_frame_of_each_side() -> None:
+def test_schema_is_json_schema_and_has_every_frame_of_each_side() -> None:
     schema = json_schema()
     Draft202012Validator.check_schema(schema)
     assert json.loads(json.dumps(schema)) == schema
@@ -234,7 +234,7 @@ def test_what_the_server_encodes_is_valid_and_has_no_null(frame: ServerFrame) ->
 
 
 @pytest.mark.parametrize("name", SERVER_FRAMES)
-def test_a_server_frame_needs_its_keys_and_may_have_more(name: str) -> None:
+def test_server_frame_needs_its_keys_and_may_have_more(name: str) -> None:
     definition = json_schema()["$defs"][SERVER_FRAMES[name].__name__]
     required = {k for k, field in SERVER_FRAMES[name].model_fields.items() if field.is_required()}
     always = required | ({"protocol"} if name == "hello" else set())
@@ -262,7 +262,7 @@ def test_words_of_later_servers_are_valid() -> None:
 
 
 @pytest.mark.slow
-def test_the_asyncapi_document_follows_its_specification() -> None:
+def test_asyncapi_document_follows_its_specification() -> None:
     document = asyncapi()
     package = require_npm_package("@asyncapi/specs")
     specification = json.loads((package / "schemas/3.0.0.json").read_text())
@@ -270,7 +270,7 @@ def test_the_asyncapi_document_follows_its_specification() -> None:
     assert list(Draft7Validator(specification).iter_errors({**document, "servers": []}))
 
 
-def test_the_asyncapi_document_has_every_frame_and_leads_nowhere_else() -> None:
+def test_asyncapi_document_has_every_frame_and_leads_nowhere_else() -> None:
     document = asyncapi()
     assert document["components"]["messages"].keys() == {**CLIENT_FRAMES, **SERVER_FRAMES}.keys()
     for node in nodes(document):

@@ -35,7 +35,7 @@ from wsserver.stores.base import (
 pytestmark = pytest.mark.slow
 
 
-async def test_an_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
+async def test_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
     assert await store.held("me") == Held(0, 0)
     await store.commit([whole(header("1"), "x" * 10_000), whole(header("2"), Thinking("é" * 1000))])
     first = await store.held("me")
@@ -63,7 +63,7 @@ async def test_an_owner_is_told_what_they_have_in_the_store(store: Store) -> Non
     assert await store.held("me") == Held(0, 0)
 
 
-async def test_the_conversation_used_last_is_first_though_the_clock_was_set_back(
+async def test_conversation_used_last_is_first_though_the_clock_was_set_back(
     store: Store, clock: Clock
 ) -> None:
     for name in "abc":
@@ -93,7 +93,7 @@ async def test_conversations_that_were_not_used_for_long_are_told(
     assert {owner for owner, _ in await store.idle(1e9, 10)} == {"of a", "of b", "of c"}
 
 
-async def test_a_probe_changes_nothing(store: Store) -> None:
+async def test_probe_changes_nothing(store: Store) -> None:
     await store.commit([whole(header())])
     await store.probe()
     assert await found(store) == ["Hi."]
@@ -103,7 +103,7 @@ async def test_a_probe_changes_nothing(store: Store) -> None:
     ("seconds", "day"),
     [(0.0, 0), (DAY - 0.1, 0), (DAY, 1), (-0.1, -1), (1_700_000_000.5, 19675)],
 )
-def test_a_day_is_one_in_utc(seconds: float, day: int) -> None:
+def test_day_is_one_in_utc(seconds: float, day: int) -> None:
     assert day_of(seconds) == day
     assert type(day_of(seconds)) is int
 
@@ -131,7 +131,7 @@ async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-async def test_a_reply_is_counted_when_it_ends_and_not_before(store: Store, clock: Clock) -> None:
+async def test_reply_is_counted_when_it_ends_and_not_before(store: Store, clock: Clock) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
     await store.commit([entry(header(), False, 1, ["b"])])
     assert await tokens_spent(store, "me", 0) == 0
@@ -169,7 +169,7 @@ async def test_to_delete_a_conversation_gives_no_tokens_back(
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-async def test_a_reply_that_ends_after_its_conversation_was_deleted_is_counted(
+async def test_reply_that_ends_after_its_conversation_was_deleted_is_counted(
     store: Store, clock: Clock
 ) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
@@ -180,7 +180,7 @@ async def test_a_reply_that_ends_after_its_conversation_was_deleted_is_counted(
     assert await names(store) == []
 
 
-async def test_a_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
+async def test_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
     asked = header(conversation=None)
     await store.commit([whole(asked), whole(header("h"))])
     await store.purge(1e12)
@@ -189,7 +189,7 @@ async def test_a_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
     assert await tokens_spent(store, "me", 0) == 16
 
 
-async def test_a_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Clock) -> None:
+async def test_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1"))])
     clock.now = DAY
     await store.purge(1e12)
@@ -225,7 +225,7 @@ async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> No
         assert [(turn.id, turn.text) for turn in turns] == [(f"{name}{n}", "ab") for n in range(5)]
 
 
-async def test_a_store_can_be_closed_twice(store: Store) -> None:
+async def test_store_can_be_closed_twice(store: Store) -> None:
     await store.close()
     await store.close()
 

@@ -41,7 +41,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_a_retry_replaces_the_attempt_in_the_history_and_both_are_found(
+async def test_retry_replaces_the_attempt_in_the_history_and_both_are_found(
     store: Store,
 ) -> None:
     await store.commit([whole(header("1"), "one")])
@@ -64,7 +64,7 @@ async def test_a_retry_replaces_the_attempt_in_the_history_and_both_are_found(
 
 
 @pytest.mark.parametrize("retry_of", ["2", "unknown", "y", "o"])
-async def test_a_retry_replaces_its_owners_attempt_in_its_own_conversation_alone(
+async def test_retry_replaces_its_owners_attempt_in_its_own_conversation_alone(
     store: Store, retry_of: str
 ) -> None:
     await store.commit(
@@ -81,7 +81,7 @@ async def test_a_retry_replaces_its_owners_attempt_in_its_own_conversation_alone
     assert [turn.text for turn in (await loaded(store, "c", "you")).turns] == ["yours"]
 
 
-async def test_a_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: Store) -> None:
+async def test_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: Store) -> None:
     queued = header("2")
     await store.commit([whole(header("1"), "one"), entry(queued, new=True)])
     await store.commit([whole(header("3"), "three")])
@@ -98,7 +98,7 @@ async def test_a_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: 
     assert ([turn.number for turn in page.turns], page.older) == ([1], False)
 
 
-async def test_an_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
+async def test_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
     store: Store,
 ) -> None:
     await store.commit([whole(header("1"), "half", terminal=failed(Code.OVERLOADED))])
@@ -109,7 +109,7 @@ async def test_an_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
     assert await texts(store) == [(1, "half")]
 
 
-async def test_a_queued_prompt_whose_process_died_is_interrupted_and_costs_nothing(
+async def test_queued_prompt_whose_process_died_is_interrupted_and_costs_nothing(
     path: Path,
 ) -> None:
     store = SqliteStore(path)
@@ -141,12 +141,12 @@ async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store
     assert [turn.number for turn in stored.turns] == [1, 2, 3]
 
 
-async def test_a_conversation_that_is_unknown_is_none(store: Store) -> None:
+async def test_conversation_that_is_unknown_is_none(store: Store) -> None:
     assert await load(store, "c", "me", 10) is None
     assert await load(store, "c", "me", 10, 5) is None
 
 
-async def test_the_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
+async def test_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
     await store.commit([whole(header(f"g{number}")) for number in range(5)])
     for limit, expected in [(0, ""), (1, "4"), (3, "234"), (5, "01234"), (100, "01234")]:
         stored = await load(store, "c", "me", limit)
@@ -155,7 +155,7 @@ async def test_the_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
-async def test_the_whole_history_can_be_paged_through(store: Store, size: int) -> None:
+async def test_whole_history_can_be_paged_through(store: Store, size: int) -> None:
     # What is said elsewhere meanwhile leaves no gaps, by which one could tell how much that is.
     await store.commit(
         [
@@ -210,7 +210,7 @@ async def test_turns_are_read_newest_first_until_their_bytes_reach_a_bound(store
     assert await read(0, 1) == ([], False)
 
 
-async def test_a_history_tells_whether_there_are_older_turns(store: Store) -> None:
+async def test_history_tells_whether_there_are_older_turns(store: Store) -> None:
     await store.commit([whole(header(f"g{number}")) for number in range(3)])
     for limit, before, older in [(3, None, False), (2, None, True), (2, 3, False), (1, 2, False)]:
         stored = await load(store, "c", "me", limit, before)
@@ -247,7 +247,7 @@ async def test_before_any_later_number_there_are_all_turns(store: Store, before:
         (None, "interrupted"),
     ],
 )
-async def test_a_turn_says_why_it_is_not_whole(
+async def test_turn_says_why_it_is_not_whole(
     store: Store, terminal: Terminal | None, why: str | None
 ) -> None:
     await store.commit([entry(header(), True, 0, ["Hi"], terminal)])
@@ -257,12 +257,12 @@ async def test_a_turn_says_why_it_is_not_whole(
     assert turn.text == "Hi"
 
 
-async def test_a_turn_in_which_nothing_was_said_has_no_text(store: Store) -> None:
+async def test_turn_in_which_nothing_was_said_has_no_text(store: Store) -> None:
     await store.commit([entry(header(), new=True), whole(header("h"), Thinking("hm"))])
     assert [turn.text for turn in (await loaded(store)).turns] == ["", ""]
 
 
-async def test_a_conversation_of_someone_else_looks_absent(store: Store) -> None:
+async def test_conversation_of_someone_else_looks_absent(store: Store) -> None:
     await store.commit([whole(header())])
     assert await load(store, "c", "you", 10) is None
     assert await load(store, "c", "", 10, 5) is None
@@ -352,12 +352,12 @@ async def test_what_one_owner_does_the_other_of_the_same_id_does_not_notice(
         (".\n" * 3, ". . ."),
     ],
 )
-def test_a_title_is_the_prompt_on_one_line_of_sixty_characters(prompt: str, title: str) -> None:
+def test_title_is_the_prompt_on_one_line_of_sixty_characters(prompt: str, title: str) -> None:
     assert title_of(Prompt(prompt=prompt)) == title
     assert 0 < len(title) <= 60
 
 
-async def test_a_conversation_is_named_after_its_first_prompt(store: Store) -> None:
+async def test_conversation_is_named_after_its_first_prompt(store: Store) -> None:
     await store.commit([whole(header(prompt="Tell me of\n\n" + "字" * 500))])
     await store.commit([whole(header("h", prompt="Another?"))])
     title = "Tell me of " + "字" * 48 + "…"
@@ -365,7 +365,7 @@ async def test_a_conversation_is_named_after_its_first_prompt(store: Store) -> N
     assert [summary.title for summary in await store.list("me", 1, None)] == [title]
 
 
-def test_a_history_that_the_client_keeps_has_no_title() -> None:
+def test_history_that_the_client_keeps_has_no_title() -> None:
     assert title_of(Prompt(messages=[Message("user", "Hi")])) == ""
 
 

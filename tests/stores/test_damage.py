@@ -34,7 +34,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_a_full_disk_fails_the_whole_batch_and_nothing_after_it(file: SqliteStore) -> None:
+async def test_full_disk_fails_the_whole_batch_and_nothing_after_it(file: SqliteStore) -> None:
     await file.commit([entry(header(), True, 0, ["Hi."]), whole(header("o", None))])
     ((pages,),) = await ask(file._writer, "PRAGMA page_count")
     await ask(file._writer, f"PRAGMA max_page_count = {pages + 2}")
@@ -104,7 +104,7 @@ async def all_that_can_be_asked(store: SqliteStore) -> int:
     return failures
 
 
-async def test_a_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> None:
+async def test_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     for turn in range(3):
@@ -141,7 +141,7 @@ async def test_a_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> 
     assert failures > len(breakages) / 2
 
 
-async def test_a_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None:
+async def test_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.close()
@@ -150,7 +150,7 @@ async def test_a_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None
 
 
 @pytest.mark.parametrize("size", [0, 50, 4096, 3 * 4096 + 17])
-async def test_a_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
+async def test_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
     path: Path, size: int
 ) -> None:
     store = SqliteStore(path)
@@ -228,14 +228,14 @@ async def test_damage_is_an_error_that_does_not_tell_what_was_said(
     await store.close()
 
 
-async def test_a_closed_store_fails(file: SqliteStore) -> None:
+async def test_closed_store_fails(file: SqliteStore) -> None:
     await file.close()
     assert await all_that_can_be_asked(file) == 10
 
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
-async def test_a_file_that_is_gone_fails_what_would_be_written_to_it(
+async def test_file_that_is_gone_fails_what_would_be_written_to_it(
     path: Path, suffix: str, how: str
 ) -> None:
     store = SqliteStore(path)
@@ -262,7 +262,7 @@ async def test_a_file_that_is_gone_fails_what_would_be_written_to_it(
     assert len(query(path, "SELECT * FROM generation")) == 2
 
 
-async def test_a_damaged_file_is_refused_at_the_start(path: Path) -> None:
+async def test_damaged_file_is_refused_at_the_start(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header(f"g{n}"), "x" * 10_000) for n in range(100)])
@@ -276,7 +276,7 @@ async def test_a_damaged_file_is_refused_at_the_start(path: Path) -> None:
     assert ".recover" in message
 
 
-async def test_a_large_file_is_checked_while_it_is_used(
+async def test_large_file_is_checked_while_it_is_used(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = SqliteStore(path)

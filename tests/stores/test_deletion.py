@@ -95,7 +95,7 @@ async def test_delete_does_not_wait_for_another_program_that_reads_the_file(path
     await store.close()
 
 
-async def test_a_large_conversation_is_deleted_in_steps_between_which_others_write(
+async def test_large_conversation_is_deleted_in_steps_between_which_others_write(
     file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "DELETED_AT_ONCE", 50_000)
@@ -144,7 +144,7 @@ async def test_deletes_at_once_empty_the_wal_together_and_none_is_refused(
     assert traces_in(path, b"Geheimnis") == []
 
 
-async def test_a_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
+async def test_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
@@ -177,7 +177,7 @@ async def test_a_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start
     await store.close()
 
 
-async def test_a_turn_that_is_accepted_after_half_a_delete_is_kept(
+async def test_turn_that_is_accepted_after_half_a_delete_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SqliteStore(path)

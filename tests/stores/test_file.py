@@ -36,9 +36,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_the_file_is_set_up_for_readers_beside_a_writer(
-    file: SqliteStore, path: Path
-) -> None:
+async def test_file_is_set_up_for_readers_beside_a_writer(file: SqliteStore, path: Path) -> None:
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
     assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     for connection in (file._writer, file._reader):
@@ -63,7 +61,7 @@ async def test_missing_folders_are_made(tmp_path: Path) -> None:
     check(path)
 
 
-async def test_an_empty_file_is_migrated(path: Path) -> None:
+async def test_empty_file_is_migrated(path: Path) -> None:
     path.touch()
     store = SqliteStore(path)
     await store.open()
@@ -72,7 +70,7 @@ async def test_an_empty_file_is_migrated(path: Path) -> None:
     await store.close()
 
 
-async def test_a_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
+async def test_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SqliteStore(path)
@@ -88,7 +86,7 @@ async def test_a_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
     assert query(path, "SELECT * FROM sqlite_master WHERE name LIKE 'later%'") == []
 
 
-async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, clock: Clock) -> None:
+async def test_file_from_before_tokens_were_counted_is_migrated(path: Path, clock: Clock) -> None:
     prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
     for statement in [
         *MIGRATIONS[0].split(";"),
@@ -113,9 +111,7 @@ async def test_a_file_from_before_tokens_were_counted_is_migrated(path: Path, cl
     check(path)
 
 
-async def test_a_file_from_before_ids_were_their_owners_is_migrated(
-    path: Path, clock: Clock
-) -> None:
+async def test_file_from_before_ids_were_their_owners_is_migrated(path: Path, clock: Clock) -> None:
     prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
     database = sqlite3.connect(path)
     database.executescript("".join(MIGRATIONS[:2]))
@@ -213,7 +209,7 @@ async def test_nothing_looks_at_all_that_there_is(file: SqliteStore, path: Path)
             assert not re.match("SCAN (TABLE )?[a-z]", step[-1]), (statement, step)
 
 
-async def test_a_migration_that_fails_changes_nothing(
+async def test_migration_that_fails_changes_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SqliteStore(path)
@@ -225,7 +221,7 @@ async def test_a_migration_that_fails_changes_nothing(
     await store.close()
 
 
-async def test_a_file_of_a_later_version_is_refused_and_left_alone(path: Path) -> None:
+async def test_file_of_a_later_version_is_refused_and_left_alone(path: Path) -> None:
     query(path, "PRAGMA user_version = 99")
     before = path.read_bytes()
     message = await refused(SqliteStore(path))
@@ -235,7 +231,7 @@ async def test_a_file_of_a_later_version_is_refused_and_left_alone(path: Path) -
 
 
 @pytest.mark.parametrize("statement", ["CREATE TABLE theirs (x)", "PRAGMA user_version = -1"])
-async def test_a_database_of_another_program_is_refused_and_left_alone(
+async def test_database_of_another_program_is_refused_and_left_alone(
     path: Path, statement: str
 ) -> None:
     query(path, statement)
@@ -249,7 +245,7 @@ async def test_a_database_of_another_program_is_refused_and_left_alone(
 @pytest.mark.parametrize(
     "content", [b"Dear diary,\n" * 100, b"Dear diary,\n" * 1000, b"SQLite format 3\0" + b"x" * 84]
 )
-async def test_a_file_that_is_no_database_is_refused_and_left_alone(
+async def test_file_that_is_no_database_is_refused_and_left_alone(
     path: Path, content: bytes
 ) -> None:
     path.write_bytes(content)
@@ -261,7 +257,7 @@ async def test_a_file_that_is_no_database_is_refused_and_left_alone(
     await store.close()
 
 
-async def test_a_folder_is_refused(tmp_path: Path) -> None:
+async def test_folder_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     assert f"{folder} is a folder" in await refused(SqliteStore(folder))
@@ -270,13 +266,13 @@ async def test_a_folder_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-async def test_a_path_below_a_file_is_refused(tmp_path: Path) -> None:
+async def test_path_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "chat.db", tmp_path / "file" / "deeper" / "chat.db"):
         assert str(path) in await refused(SqliteStore(path))
 
 
-async def test_a_link_that_leads_to_itself_is_refused_before_any_thread_begins(
+async def test_link_that_leads_to_itself_is_refused_before_any_thread_begins(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite3, "connect", None)
@@ -284,13 +280,13 @@ async def test_a_link_that_leads_to_itself_is_refused_before_any_thread_begins(
     assert str(path) in await refused(SqliteStore(path))
 
 
-async def test_a_lock_that_cannot_be_made_is_told(path: Path) -> None:
+async def test_lock_that_cannot_be_made_is_told(path: Path) -> None:
     path.with_name("chat.db.lock").mkdir()
     assert "chat.db.lock" in await refused(SqliteStore(path))
 
 
 @pytest.mark.parametrize("exists", [True, False])
-async def test_a_file_that_cannot_be_written_is_refused(
+async def test_file_that_cannot_be_written_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
     # SQLite is told so, as a file's permissions do not bind whoever is root.

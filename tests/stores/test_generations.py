@@ -76,7 +76,7 @@ async def test_several_entries_of_one_generation_may_be_in_a_batch(store: Store)
     assert await found(store) == ["a", "b", "c"]
 
 
-async def test_the_end_may_come_without_a_number_or_pieces(store: Store) -> None:
+async def test_end_may_come_without_a_number_or_pieces(store: Store) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
     await store.commit([entry(header(), terminal=done())])
     assert await found(store) == ["a"]
@@ -100,7 +100,7 @@ async def test_pieces_come_back_exactly_and_each_of_its_kind(store: Store, size:
     assert turn.text == "".join(piece for piece in PIECES if not isinstance(piece, Thinking))
 
 
-async def test_a_thousand_pieces_stay_in_order(store: Store) -> None:
+async def test_thousand_pieces_stay_in_order(store: Store) -> None:
     asked = header()
     pieces = [str(number) for number in range(1200)]
     await store.commit([entry(asked, new=True)])
@@ -109,7 +109,7 @@ async def test_a_thousand_pieces_stay_in_order(store: Store) -> None:
     assert await found(store) == pieces
 
 
-async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
+async def test_prompt_comes_back_with_all_its_keys(store: Store) -> None:
     prompt = Prompt(
         prompt="line one\nline two\0 🎈 \\",
         id="g" * 16,
@@ -163,7 +163,7 @@ async def test_a_prompt_comes_back_with_all_its_keys(store: Store) -> None:
     ],
     ids=["done", "max_tokens", "stopped", "all of done", "error", "all of error"],
 )
-async def test_a_terminal_comes_back_as_it_was(store: Store, terminal: Terminal) -> None:
+async def test_terminal_comes_back_as_it_was(store: Store, terminal: Terminal) -> None:
     await store.commit([whole(header(), terminal=terminal)])
     stored = await store.find("g", "me")
     assert isinstance(stored, StoredGeneration)
@@ -193,7 +193,7 @@ async def test_what_failed_to_be_saved_may_come_again_with_more(store: Store) ->
     assert await found(store) == ["a", "b", "c", "d"]
 
 
-async def test_an_id_that_comes_again_finds_the_latest(store: Store) -> None:
+async def test_id_that_comes_again_finds_the_latest(store: Store) -> None:
     old, new = header(began=1.0), header(began=2.0, prompt="And now?")
     await store.commit([whole(old, "old")])
     await store.commit([whole(new, "new")])
@@ -203,7 +203,7 @@ async def test_an_id_that_comes_again_finds_the_latest(store: Store) -> None:
     assert [turn.text for turn in (await loaded(store)).turns] == ["old", "new"]
 
 
-async def test_an_older_generation_of_an_id_still_gets_its_end(store: Store) -> None:
+async def test_older_generation_of_an_id_still_gets_its_end(store: Store) -> None:
     old, new = header(began=1.0), header(began=2.0)
     await store.commit([entry(old, True, 0, ["old"]), entry(new, True, 0, ["new"])])
     await store.commit([entry(old, False, 1, ["er"], done("stopped", "client"))])
@@ -215,21 +215,21 @@ async def test_an_older_generation_of_an_id_still_gets_its_end(store: Store) -> 
     ]
 
 
-async def test_a_generation_of_someone_else_looks_absent(store: Store) -> None:
+async def test_generation_of_someone_else_looks_absent(store: Store) -> None:
     await store.commit([whole(header())])
     assert await store.find("g", "you") is None
     assert await store.find("g", "") is None
     assert await store.find("unknown", "me") is None
 
 
-async def test_an_id_belongs_to_each_owner_alone(store: Store) -> None:
+async def test_id_belongs_to_each_owner_alone(store: Store) -> None:
     await store.commit([whole(header(conversation="a"), "mine")])
     await store.commit([whole(header(conversation="b", owner="you"), "yours")])
     assert await found(store) == ["mine"]
     assert await found(store, owner="you") == ["yours"]
 
 
-async def test_a_generation_that_has_not_ended_is_found(store: Store) -> None:
+async def test_generation_that_has_not_ended_is_found(store: Store) -> None:
     await store.commit([entry(header(began=1.0), True, 0, ["a"])])
     stored = await store.find("g", "me")
     assert isinstance(stored, StoredGeneration)
@@ -237,7 +237,7 @@ async def test_a_generation_that_has_not_ended_is_found(store: Store) -> None:
     assert stored.terminal is None
 
 
-async def test_a_generation_outside_of_conversations_is_only_found(store: Store) -> None:
+async def test_generation_outside_of_conversations_is_only_found(store: Store) -> None:
     asked = header(conversation=None)
     await store.commit([whole(asked, "Hi.")])
     stored = await store.find("g", "me")
@@ -260,9 +260,7 @@ async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
     assert len((await loaded(store)).turns) == 1
 
 
-async def test_a_generation_is_found_for_as_long_as_it_is_stored(
-    store: Store, clock: Clock
-) -> None:
+async def test_generation_is_found_for_as_long_as_it_is_stored(store: Store, clock: Clock) -> None:
     await store.commit([whole(header(), "a", Thinking("b"), "c")])
     clock.now += 365 * DAY
     await store.purge(clock.now)
@@ -271,7 +269,7 @@ async def test_a_generation_is_found_for_as_long_as_it_is_stored(
     assert kinds(stored) == kinds(["a", Thinking("b"), "c"])
 
 
-async def test_a_deleted_conversation_leaves_traces_of_its_generations(
+async def test_deleted_conversation_leaves_traces_of_its_generations(
     store: Store, clock: Clock
 ) -> None:
     await store.commit([whole(header("1")), entry(header("2"), True, 0, ["a"])])
@@ -283,7 +281,7 @@ async def test_a_deleted_conversation_leaves_traces_of_its_generations(
     assert await trace_of(store, "2", "you") is None
 
 
-async def test_a_purged_generation_leaves_a_trace_until_its_time_is_up(
+async def test_purged_generation_leaves_a_trace_until_its_time_is_up(
     store: Store, clock: Clock
 ) -> None:
     await store.commit([whole(header(conversation=None))])
@@ -298,7 +296,7 @@ async def test_a_purged_generation_leaves_a_trace_until_its_time_is_up(
     assert await trace_of(store) is None
 
 
-async def test_an_owner_has_so_many_traces_and_the_oldest_are_dropped_first(
+async def test_owner_has_so_many_traces_and_the_oldest_are_dropped_first(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsserver.stores.memory.TRACES", 3)
@@ -322,7 +320,7 @@ async def test_an_owner_has_so_many_traces_and_the_oldest_are_dropped_first(
     assert [await trace_of(store, f"y{number}", "you") for number in range(2)] == [1000.0] * 2
 
 
-async def test_an_id_that_was_forgotten_can_come_again(store: Store) -> None:
+async def test_id_that_was_forgotten_can_come_again(store: Store) -> None:
     await store.commit([whole(header(conversation=None, began=1.0))])
     await store.purge(1e12)
     await store.commit([whole(header(began=2.0), "again")])

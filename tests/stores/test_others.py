@@ -39,7 +39,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_a_file_has_one_store_at_a_time(file: SqliteStore, path: Path) -> None:
+async def test_file_has_one_store_at_a_time(file: SqliteStore, path: Path) -> None:
     other = SqliteStore(path)
     message = await refused(other)
     assert "another server" in message
@@ -52,14 +52,14 @@ async def test_a_file_has_one_store_at_a_time(file: SqliteStore, path: Path) -> 
     await other.close()
 
 
-async def test_a_store_that_is_open_cannot_be_opened_again(file: SqliteStore) -> None:
+async def test_store_that_is_open_cannot_be_opened_again(file: SqliteStore) -> None:
     with pytest.raises(ConfigError, match="another server"):
         await file.open()
     await file.commit([whole(header())])
     assert await found(file) == ["Hi."]
 
 
-async def test_a_file_is_the_same_by_any_name(file: SqliteStore, path: Path) -> None:
+async def test_file_is_the_same_by_any_name(file: SqliteStore, path: Path) -> None:
     link = path.with_name("link.db")
     link.symlink_to(path)
     assert "another server" in await refused(SqliteStore(link))
@@ -69,7 +69,7 @@ async def test_a_file_is_the_same_by_any_name(file: SqliteStore, path: Path) -> 
     assert "another server" in await refused(SqliteStore(path.parent / "x" / ".." / "chat.db"))
 
 
-async def test_a_store_does_not_move_with_the_current_folder(
+async def test_store_does_not_move_with_the_current_folder(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(path.parent)
@@ -80,7 +80,7 @@ async def test_a_store_does_not_move_with_the_current_folder(
     assert path.is_file()
 
 
-async def test_the_lock_of_a_process_that_was_killed_is_free_and_its_commits_are_there(
+async def test_lock_of_a_process_that_was_killed_is_free_and_its_commits_are_there(
     path: Path,
 ) -> None:
     script = f"""
@@ -208,7 +208,7 @@ async def test_accounts_are_kept_for_ninety_days_and_purged_by_and_by(
     assert [await tokens_spent(file, "4", day) for day in (0, 1)] == [0, 8]
 
 
-async def test_a_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
+async def test_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
     file: SqliteStore, path: Path
 ) -> None:
     await file.commit([whole(header())])
@@ -232,7 +232,7 @@ async def test_a_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
     assert await found(file, "h") == ["Hi."]
 
 
-async def test_a_lock_of_another_program_is_waited_for(path: Path) -> None:
+async def test_lock_of_another_program_is_waited_for(path: Path) -> None:
     store = SqliteStore(path, timeout=SECONDS)
     await store.open()
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -250,7 +250,7 @@ async def test_a_lock_of_another_program_is_waited_for(path: Path) -> None:
     await store.close()
 
 
-async def test_a_file_that_another_program_has_locked_is_refused_until_it_is_free(
+async def test_file_that_another_program_has_locked_is_refused_until_it_is_free(
     path: Path,
 ) -> None:
     store = SqliteStore(path, timeout=0.01)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-async def test_a_reply_goes_on_after_the_other_owner_of_the_same_id_deleted_theirs(
+async def test_reply_goes_on_after_the_other_owner_of_the_same_id_deleted_theirs(
     store: Store,
 ) -> None:
     await store.commit([whole(header(owner="you")), entry(header(), True, 0, ["a"])])
@@ -54,7 +54,7 @@ async def test_conversations_are_listed_newest_first(store: Store, clock: Clock)
     ]
 
 
-async def test_a_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_between(
+async def test_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_between(
     store: Store, clock: Clock
 ) -> None:
     await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
@@ -74,7 +74,7 @@ async def test_a_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_bet
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 9, 10])
-async def test_a_list_is_paged_without_gap_or_duplicate_where_times_are_equal(
+async def test_list_is_paged_without_gap_or_duplicate_where_times_are_equal(
     store: Store, clock: Clock, size: int
 ) -> None:
     for number in range(9):
@@ -96,7 +96,7 @@ async def test_conversations_of_one_batch_are_listed_in_its_order(store: Store) 
     assert await names(store) == ["a", "c", "b"]
 
 
-async def test_a_list_has_the_owners_own_alone(store: Store) -> None:
+async def test_list_has_the_owners_own_alone(store: Store) -> None:
     await store.commit([whole(header("1", "mine")), whole(header("2", "yours", owner="you"))])
     assert await names(store) == ["mine"]
     assert await names(store, "you") == ["yours"]
@@ -104,7 +104,7 @@ async def test_a_list_has_the_owners_own_alone(store: Store) -> None:
     assert await store.list("me", 0, None) == []
 
 
-async def test_a_conversation_is_renamed_by_its_owner(store: Store) -> None:
+async def test_conversation_is_renamed_by_its_owner(store: Store) -> None:
     await store.commit([whole(header())])
     before = await store.list("me", 1, None)
     assert await store.rename("c", "me", "Neuer\0 Titel 🎈")
@@ -123,7 +123,7 @@ async def test_nobody_else_renames_a_conversation(store: Store) -> None:
     assert (await loaded(store)).title == "Hello?"
 
 
-async def test_a_deleted_conversation_is_gone_with_all_in_it(store: Store) -> None:
+async def test_deleted_conversation_is_gone_with_all_in_it(store: Store) -> None:
     await store.commit([whole(header("1")), entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("3", "other")), whole(header("4", None))])
     assert await store.delete("c", "me")
@@ -158,7 +158,7 @@ async def test_what_is_committed_after_a_delete_is_dropped(store: Store) -> None
     assert await names(store) == ["other"]  # what else was in that batch is saved
 
 
-async def test_a_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock) -> None:
+async def test_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"), "old")])
     assert await store.delete("c", "me")
     clock.now = 2000.0
@@ -169,7 +169,7 @@ async def test_a_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock
     assert await listed(store) == [("c", "Anew?", 2000.0, 2000.0)]
 
 
-async def test_a_delete_uncovers_an_older_generation_of_the_id(store: Store) -> None:
+async def test_delete_uncovers_an_older_generation_of_the_id(store: Store) -> None:
     await store.commit([whole(header(conversation="a", began=1.0), "old")])
     await store.commit([whole(header(conversation="b", began=2.0), "new")])
     assert await store.delete("b", "me")
@@ -194,7 +194,7 @@ async def test_one_that_died_with_its_process_is_found_and_is_in_the_history(
     assert query(path, "SELECT * FROM piece") == []
 
 
-async def test_the_text_that_comes_with_an_end_is_that_of_the_turn(store: Store) -> None:
+async def test_text_that_comes_with_an_end_is_that_of_the_turn(store: Store) -> None:
     pieces = [Thinking("hm"), "a", "b"]
     await store.commit([entry(header(), True, 0, pieces, done())])
     (turn,) = (await loaded(store)).turns
@@ -202,7 +202,7 @@ async def test_the_text_that_comes_with_an_end_is_that_of_the_turn(store: Store)
     assert await found(store) == pieces
 
 
-async def test_a_purge_takes_generations_outside_of_conversations_that_ended_before_a_time(
+async def test_purge_takes_generations_outside_of_conversations_that_ended_before_a_time(
     store: Store, clock: Clock
 ) -> None:
     running = header("running", None, began=1.0)
@@ -232,7 +232,7 @@ async def test_a_purge_takes_generations_outside_of_conversations_that_ended_bef
     assert await found(store, "running") is None
 
 
-async def test_a_purge_takes_nothing_from_a_conversation(store: Store) -> None:
+async def test_purge_takes_nothing_from_a_conversation(store: Store) -> None:
     await store.commit(
         [
             whole(header("g1"), "a", Thinking("hm"), "b", terminal=done("stopped", "client")),

@@ -32,7 +32,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_a_batch_takes_one_trip_to_the_thread_however_large_it_is(
+async def test_batch_takes_one_trip_to_the_thread_however_large_it_is(
     file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}", f"c{number}")) for number in range(800)])
@@ -40,7 +40,7 @@ async def test_a_batch_takes_one_trip_to_the_thread_however_large_it_is(
     assert len(await names(file)) == 800
 
 
-async def test_a_history_takes_one_trip_to_the_thread_however_long_it_is(
+async def test_history_takes_one_trip_to_the_thread_however_long_it_is(
     file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}")) for number in range(200)])
@@ -51,7 +51,7 @@ async def test_a_history_takes_one_trip_to_the_thread_however_long_it_is(
     assert len(trips) == 2
 
 
-async def test_a_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteStore) -> None:
+async def test_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteStore) -> None:
     asked = header(prompt="x" * 30_000)
     await file.commit([entry(asked, new=True)])
     for number in range(100):
@@ -63,7 +63,7 @@ async def test_a_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteS
     assert 60_000 < characters < 67_000
 
 
-async def test_a_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
+async def test_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
     file: SqliteStore,
 ) -> None:
     await file.commit([entry(header("g1"), True, 0, ["y"] * 100, done())])
@@ -121,7 +121,7 @@ async def test_turns_that_are_not_in_the_history_make_no_request_slower(file: Sq
     assert await steps_of_a_retry_and_a_history("g1000", "g999") <= 2 * few + 5
 
 
-async def test_an_ended_reply_is_one_row_however_many_pieces_it_has(
+async def test_ended_reply_is_one_row_however_many_pieces_it_has(
     file: SqliteStore, path: Path
 ) -> None:
     asked = header()
@@ -199,7 +199,7 @@ async def test_one_owner_has_so_many_requests_wait_for_the_store(
     assert await file.list("me", 1, None) == []
 
 
-async def test_a_turn_that_comes_to_whoever_is_cancelled_is_passed_on() -> None:
+async def test_turn_that_comes_to_whoever_is_cancelled_is_passed_on() -> None:
     lock = fair.FairLock()
     await lock.acquire("a")
     second = asyncio.ensure_future(lock.acquire("b"))
@@ -215,7 +215,7 @@ async def test_a_turn_that_comes_to_whoever_is_cancelled_is_passed_on() -> None:
     lock.release()
 
 
-async def test_a_new_file_is_for_its_owner_only(path: Path) -> None:
+async def test_new_file_is_for_its_owner_only(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header())])
