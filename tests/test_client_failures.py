@@ -189,6 +189,26 @@ async def test_token_with_invalid_seq_closes_the_chat(seq: str) -> None:
         assert reply.text == ""
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [
+        '"type": "block", "partial_json": 1',
+        '"type": "block"',
+        '"type": "thinking", "text": "", "signature": []',
+        '"type": "token", "text": "x", "block": "1"',
+    ],
+)
+async def test_invalid_content_frame_closes_the_chat(piece: str) -> None:
+    async def talk(socket: ServerConnection) -> None:
+        name = str(await socket.recv()).partition('"id":"')[2].partition('"')[0]
+        await socket.send(f'{{"id": "{name}", "seq": 1, {piece}}}')
+        await socket.wait_closed()
+
+    async with serve(talk, "127.0.0.1", 0) as server, connect(url_of(server)) as chat:
+        with pytest.raises(ConnectionFailed, match="breaks the protocol"):
+            await end_of(chat.prompt("Hi"))
+
+
 async def test_list_ends_at_an_empty_page() -> None:
     async def talk(socket: ServerConnection) -> None:
         async for _ in socket:

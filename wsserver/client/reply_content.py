@@ -68,17 +68,24 @@ class ReplyContent:
         kind, block = frame["type"], frame.get("block", 0)
         run = self._runs[-1] if self._runs else None
         if run is None or run.block != block or run.type != kind:
-            if type(block) is not int:
-                raise TypeError("a `block` is not a number")
-            start = 0 if kind == "block" else self._text_of(kind).size
-            run = _Run(kind, block, start)
-            self._runs.append(run)
+            run = self._begin_run(kind, block)
         if kind == "block":
-            run.data.append(frame["partial_json"])
-            return
-        self._text_of(kind).append(frame["text"])
-        if (other := frame.get("citation" if kind == "token" else "signature")) is not None:
-            run.data.append(other)
+            run.data.append(_text(frame["partial_json"]))
+        elif kind == "token":
+            self.text.append(frame["text"])
+            if "citation" in frame:
+                run.data.append(frame["citation"])
+        else:
+            self.thinking.append(frame["text"])
+            if "signature" in frame:
+                run.data.append(_text(frame["signature"]))
+
+    def _begin_run(self, kind: str, block: int) -> _Run:
+        if type(block) is not int:
+            raise TypeError("a `block` is not a number")
+        run = _Run(kind, block, 0 if kind == "block" else self._text_of(kind).size)
+        self._runs.append(run)
+        return run
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the content blocks, in the order of their numbers, without unfinished ones."""
@@ -104,3 +111,9 @@ class ReplyContent:
 
     def _text_of(self, kind: str) -> GrowingText:
         return self.text if kind == "token" else self.thinking
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a value is not a string")
+    return value
