@@ -274,6 +274,7 @@ async def test_connection_with_half_a_request_serves_no_other() -> None:
         if raw.accepted > 1:
             writer.write(OK + b"content-length: 0\r\n\r\n")
             await reader.read()
+            return
         writer.write(b"HTTP/1.1 413 No\r\ntransfer-encoding: chunked\r\n\r\n")
         with contextlib.suppress(TimeoutError):
             while True:  # until the client has nothing more that it would send
@@ -467,6 +468,33 @@ async def test_next_address_is_tried_when_one_refuses_or_is_silent(
         async with answering(answer) as (raw, heads), pool() as client:
             assert await whole(await client.post(template(raw.port, "api.test"), b"{}")) == b"hello"
             assert len(heads) == 1
+
+
+async def test_name_is_looked_up_once_for_many_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolve = asyncio.get_running_loop().getaddrinfo
+
+    async def addresses(host: str, port: int, **given: int) -> list[tuple[Any, ...]]:
+        if host != "api.test":
+            return await resolve(host, port, **given)
+        lookups.append(host)
+        await asyncio.sleep(0)
+        if len(lookups) == 1:
+            raise socket.gaierror(socket.EAI_AGAIN, "try again")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
+
+    lookups: list[str] = []
+    async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
+        ask = template(raw.port, "api.test")
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.get_running_loop(), "getaddrinfo", addresses)
+            with pytest.raises(CannotConnect):
+                await client.post(ask, b"{}")
+            posts = await asyncio.gather(*(client.post(ask, b"{}") for _ in range(5)))
+        assert [await whole(response) for response in posts] == [b"hello"] * 5
+        assert raw.accepted == 5
+    assert lookups == ["api.test"] * 2, "a failure is not kept"
 
 
 async def test_ipv6_address_is_reached() -> None:

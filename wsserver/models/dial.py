@@ -1,7 +1,6 @@
 """How a connection to a server is made: TCP, a proxy's tunnel, TLS."""
 
 import asyncio
-import contextlib
 import re
 import socket
 import ssl
@@ -11,9 +10,17 @@ from typing import Any, cast
 
 from wsserver.models.h1 import Connection
 from wsserver.models.proxy import Proxy
+from wsserver.models.resolver import Resolver
 from wsserver.models.response import HttpError
 
-__all__ = ["CannotConnect", "ConnectTimeout", "Origin", "ProxyRefused", "Untrusted", "dial"]
+__all__ = [
+    "CannotConnect",
+    "ConnectTimeout",
+    "Origin",
+    "ProxyRefused",
+    "Untrusted",
+    "dial",
+]
 
 ATTEMPT_DELAY = 0.25  # seconds before the next address is tried as well (RFC 8305 section 5)
 MAX_TUNNEL_HEAD = 65_536  # bytes of a proxy's answer
@@ -58,11 +65,17 @@ class Origin:
     proxy: Proxy | None = None
 
 
-async def dial(origin: Origin, tls: Callable[[], ssl.SSLContext], connection: Connection) -> None:
+async def dial(
+    origin: Origin,
+    resolver: Resolver,
+    tls: Callable[[], ssl.SSLContext],
+    connection: Connection,
+) -> None:
     """Connect to an origin.
 
     Args:
         origin: where to.
+        resolver: finds the addresses.
         tls: gives the trust settings, if TLS is needed.
         connection: the protocol of the connection.
 
@@ -72,7 +85,7 @@ async def dial(origin: Origin, tls: Callable[[], ssl.SSLContext], connection: Co
     proxy = origin.proxy
     target = origin if proxy is None else proxy
     try:
-        sock = await _connect(target.host, target.port)
+        sock = await _connect(await resolver.resolve(target.host, target.port))
         await _secure(sock, origin, tls, connection)
     except ssl.SSLCertVerificationError as error:
         raise Untrusted(error.verify_message) from error
@@ -112,10 +125,9 @@ async def _secure(
     connection.connection_made(secure)
 
 
-async def _connect(host: str, port: int) -> socket.socket:
+async def _connect(found: Sequence[tuple[Any, ...]]) -> socket.socket:
     """Connect to the first of a host's addresses that answers (RFC 8305)."""
     loop = asyncio.get_running_loop()
-    found = _literal(host, port) or await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = _interleave(found)
     if len(addresses) == 1:
         return await _attempt(*addresses[0])
@@ -141,15 +153,6 @@ async def _connect(host: str, port: int) -> socket.socket:
             attempt.add_done_callback(_discard)
             attempt.cancel()
     raise failure
-
-
-def _literal(host: str, port: int) -> list[tuple[Any, ...]]:
-    """Return the result of ``getaddrinfo`` for a literal address, without a thread."""
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with contextlib.suppress(OSError):
-            socket.inet_pton(family, host)
-            return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
-    return []
 
 
 def _interleave(found: Sequence[tuple[Any, ...]]) -> list[tuple[int, Address]]:

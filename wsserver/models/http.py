@@ -18,6 +18,7 @@ from wsserver.errors import WsserverError
 from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, dial
 from wsserver.models.h1 import Connection
 from wsserver.models.proxy import PORTS
+from wsserver.models.resolver import Resolver
 from wsserver.models.response import HttpError, Response
 
 __all__ = ["PORTS", "InvalidRequest", "Pool", "Redirected", "Template"]
@@ -124,6 +125,7 @@ class Pool:
         self._limit = limit
         self._connect_timeout = connect_timeout
         self._tls = tls
+        self._resolver = Resolver()
         self._connections: dict[Connection, Origin] = {}  # those being made included
         self._dialing = 0
         # The connection that was used last is the last. Its timer closes it.
@@ -182,6 +184,7 @@ class Pool:
         for connection in tuple(self._connections):
             connection.abort()
             await connection.wait_closed()
+        await self._resolver.aclose()
 
     @property
     def _full(self) -> bool:
@@ -215,7 +218,7 @@ class Pool:
         self._connections[connection] = origin
         self._dialing += 1
         try:
-            await dial(origin, self._tls, connection)
+            await dial(origin, self._resolver, self._tls, connection)
         except BaseException:
             self.on_lost(connection)
             raise

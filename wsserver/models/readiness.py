@@ -1,6 +1,7 @@
 """Work for a model before its first prompt: imports, and a connection to its API."""
 
 import asyncio
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -24,8 +25,8 @@ class Readiness:
         self._prepare: Callable[[], Awaitable[Any]] | None = None
         self._warm: Callable[[], Awaitable[Any]] | None = None
         if instance:
-            self._prepare = getattr(model, "prepare", None)
-            self._warm = getattr(model, "warm", None) if warm else None
+            self._prepare = _method(model, "prepare")
+            self._warm = _method(model, "warm") if warm else None
         self._preparing: asyncio.Task[None] | None = None
         self._warming: asyncio.Task[None] | None = None
 
@@ -51,6 +52,11 @@ class Readiness:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _method(model: Model | PushModel, name: str) -> Callable[[], Awaitable[Any]] | None:
+    method = getattr(model, name, None)
+    return method if inspect.iscoroutinefunction(method) else None
 
 
 async def _attempt(work: Callable[[], Awaitable[Any]]) -> None:
