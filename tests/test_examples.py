@@ -1,4 +1,4 @@
-"""The example programs, run as they are."""
+"""The programs in examples/, run without changes."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from tests.support.tools import ROOT
 
 @pytest.fixture
 def _ctrl_c_arrives() -> Iterator[None]:
-    """Undo what a shell does to programs that it starts in the background: ignore Ctrl-C."""
+    """Handle Ctrl-C, which a shell makes background programs ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

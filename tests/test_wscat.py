@@ -1,4 +1,4 @@
-"""The walk-through in examples/wscat.md, typed into a real wscat: its transcript has to be true."""
+"""Types the transcript of examples/wscat.md into a real wscat, and compares the output."""
 
 import asyncio
 import json
@@ -26,10 +26,10 @@ ELLIPSIS = "…"
 
 
 class HeldDemo:
-    """The demo model at full speed, which waits to be stopped where the transcript does so.
+    """The demo model without pauses. It waits for a stop where the transcript has one.
 
     Args:
-        stops: for each reply in turn, the word after which it waits, or None.
+        stops: per reply, the number of the word after which it waits; None if it does not.
     """
 
     name = "demo"
@@ -49,7 +49,7 @@ class HeldDemo:
 
 
 class Terminal:
-    """A program in a terminal of its own."""
+    """A program in a pseudo-terminal."""
 
     def __init__(self, process: asyncio.subprocess.Process, side: int) -> None:
         self.process = process
@@ -60,7 +60,7 @@ class Terminal:
     @asynccontextmanager
     async def running(cls, *command: str) -> AsyncIterator["Terminal"]:
         own, its = os.openpty()
-        termios.tcsetwinsize(its, (50, 10_000))  # wide, so that no line is broken
+        termios.tcsetwinsize(its, (50, 10_000))  # wide, so that no line wraps
         process = await asyncio.create_subprocess_exec(
             *command,
             stdin=its,
@@ -86,35 +86,35 @@ class Terminal:
         os.write(self._side, text.encode())
 
     async def line(self) -> str:
-        """Return the next line that the program shows by itself."""
+        """Return the next line of output, without the typed lines."""
         async with asyncio.timeout(BOUND):
             while True:
                 raw = (await self._output.readuntil(b"\n")).decode()
                 plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", raw).strip("\r\n")
                 line = plain.rpartition("\r")[2]
-                if line and not line.startswith(">"):  # not the prompt and what is typed there
+                if line and not line.startswith(">"):  # the prompt, with the typed text
                     return line
 
 
 class Names:
-    """Which of the transcript's ids is which of this run's."""
+    """Maps the ids of the transcript to those of this run."""
 
     def __init__(self) -> None:
         self._ours: dict[str, str] = {}
 
-    def put(self, told: str, line: str) -> str:
-        """Return what the transcript tells, with the ids of this run.
+    def put(self, expected: str, line: str) -> str:
+        """Return a line of the transcript with the ids of this run.
 
-        Those that were not told of before are taken from the line that was received.
+        A new id is taken from the received line.
         """
         for key in ("id", "conversation", "ref"):
             ids = re.compile(rf'(?<="{key}":")[^"]+')
-            if (theirs := ids.search(told)) is None or (ours := ids.search(line)) is None:
+            if (theirs := ids.search(expected)) is None or (ours := ids.search(line)) is None:
                 continue
             if ours.group() not in self._ours.values():
                 self._ours.setdefault(theirs.group(), ours.group())
-            told = ids.sub(self._ours.get(theirs.group(), theirs.group()), told)
-        return told
+            expected = ids.sub(self._ours.get(theirs.group(), theirs.group()), expected)
+        return expected
 
 
 def transcript() -> list[str]:
@@ -123,7 +123,7 @@ def transcript() -> list[str]:
 
 
 def stops(lines: list[str]) -> Iterator[int | None]:
-    """For each reply of the transcript, the word at which it is stopped, or None."""
+    """Yield, per reply of the transcript, the number of words before its stop; None without one."""
     frames: list[dict[str, Any]] = [json.loads(line[2:]) for line in lines if line[:2] == "< "]
     done = {frame["id"]: frame for frame in frames if frame["type"] == "done"}
     for name in dict.fromkeys(frame["id"] for frame in frames if frame["type"] == "start"):
@@ -131,23 +131,25 @@ def stops(lines: list[str]) -> Iterator[int | None]:
 
 
 async def follow(lines: list[str], terminal: Terminal) -> None:
-    """Type what the transcript types, and check that all comes that it tells."""
+    """Type the typed lines of the transcript, and compare the other lines."""
     names = Names()
-    more = False  # tokens may come that are not told of
-    for told in lines:
-        if told == ELLIPSIS:
+    more = False  # further tokens may follow
+    for expected in lines:
+        if expected == ELLIPSIS:
             more = True
-        elif told.startswith("> "):
-            terminal.type(told[2:].replace("^C", "\x03") + "\r")
+        elif expected.startswith("> "):
+            terminal.type(expected[2:].replace("^C", "\x03") + "\r")
         else:
             line = await terminal.line()
-            while more and line.startswith('< {"type":"token"') and names.put(told, line) != line:
+            while (
+                more and line.startswith('< {"type":"token"') and names.put(expected, line) != line
+            ):
                 line = await terminal.line()
-            assert line == names.put(told, line)
+            assert line == names.put(expected, line)
             more = False
 
 
-async def test_its_transcript_is_true() -> None:
+async def test_transcript_matches_a_real_session() -> None:
     wscat = require_wscat()
     command, *lines = transcript()
     program, *arguments = shlex.split(command.removeprefix("$ "))
