@@ -9,7 +9,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Self, get_args
+from typing import Any, Self, cast, get_args
 
 from wsserver.content import Block, Message, Role, Text, dump_content, parse_content
 from wsserver.errors import Code
@@ -108,7 +108,10 @@ class Packed:
                 ("thinking" if thought else TEXT, block, len(list(run)))
                 for block, (thought, run) in enumerate(kinds)
             ]
-        return [_run(*run) for run in json.loads(self.runs)]
+        runs = [_run(run) for run in _list(json.loads(self.runs))]
+        if not all(type(count) is int for _, _, count in runs):
+            raise ValueError("a run has no number of pieces")
+        return runs
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks that the pieces make.
@@ -230,8 +233,8 @@ def load_batch(record: str, pieces: Pieces, after: int) -> None:
             batch = _old_batch(value, pieces)
         else:
             batch = Pieces()
-            for kind, block, data in value["runs"]:
-                batch.extend(*_run(kind, block, 0)[:2], _texts(data))
+            for kind, block, data in map(_run, value["runs"]):
+                batch.extend(kind, block, _texts(data))
         pieces.replace(operator.index(after), batch)
     except (LookupError, TypeError, ValueError):
         raise ValueError("a batch of pieces is damaged") from None
@@ -251,10 +254,18 @@ def _old_batch(value: list[Any], before: Pieces) -> Pieces:
     return batch
 
 
-def _run(kind: Any, block: Any, count: Any) -> tuple[Kind, int, int]:
-    if kind not in _KINDS or type(block) is not int or type(count) is not int:
-        raise ValueError("a run has an unknown kind, or no numbers")
-    return kind, block, count
+def _run(run: Any) -> tuple[Kind, int, Any]:
+    """Return the kind and the block of a run, and what else is in its record."""
+    kind, block, rest = _list(run)
+    if not isinstance(kind, str) or kind not in _KINDS or type(block) is not int:
+        raise ValueError("a run has an unknown kind, or no block")
+    return cast("Kind", kind), block, rest
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError("a record has no list where one belongs")  # noqa: TRY004 - saved value
+    return value
 
 
 def _texts(value: Any) -> list[str]:
