@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+from asyncio.subprocess import PIPE
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,67 @@ def test_help_all_describes_every_setting(capsys: pytest.CaptureFixture[str]) ->
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
         assert f"[WSSERVER_{name.upper()}]" in words, name
         assert "".join((field.description or "?").split()) in words, name
+
+
+async def test_failures_of_threads_and_finalizers_are_logged(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import threading\n"
+        "class Bad:\n"
+        "    def __del__(self): raise KeyError('a secret')\n"
+        "def fail(): raise KeyError('a secret')\n"
+        "async def failing(request):\n"
+        "    Bad()\n"
+        "    thread = threading.Thread(target=fail)\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "    yield 'done'\n"
+    )
+    async with run(*SERVE, "--model", "mine:failing", cwd=tmp_path) as process:
+        async with connect(await url(process), proxy=None) as socket_:
+            chat = Client(socket_)
+            assert (await chat.text((await chat.prompt())["id"]))[0] == "done"
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+    lines = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
+    events = {line["event"]: line for line in lines}
+    for event in ("exception ignored", "a thread failed"):
+        assert events[event]["level"] == "error"
+        assert events[event]["failure"] == "KeyError"
+    assert "a secret" not in process.output
+
+
+async def test_chat_with_a_token_flag_warns_on_stderr_only() -> None:
+    async with wsserver.serve("demo", port=0, demo_rate=0) as server:
+        arguments = ("chat", server.url, "--once", "Hello", "--token", "hunter2")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "wsserver", *arguments, stdout=PIPE, stderr=PIPE
+        )
+        async with asyncio.timeout(30):
+            out, err = await process.communicate()
+    assert process.returncode == 0
+    assert out.decode().startswith("This is the demo model")
+    assert "WSSERVER_CHAT_TOKEN" in err.decode()
+    assert "hunter2" not in (out + err).decode()
+
+
+@pytest.mark.parametrize(
+    ("days", "says"), [("soon", "'soon' is not a number of days"), ("9" * 12, "days are too many")]
+)
+def test_invalid_days_of_a_token_are_a_one_line_error(
+    capsys: pytest.CaptureFixture[str], days: str, says: str
+) -> None:
+    assert says in fails(capsys, "token", "new", "alice", "--days", days)
+
+
+def test_new_token_without_a_file_prints_its_line_on_stderr(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["token", "new", "alice", "--days", "7"])
+    assert exit_.value.code == 0
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"wss_\S+\n", captured.out)
+    assert re.search(r"^alice sha256:[0-9a-f]{64} \d{4}-\d\d-\d\d$", captured.err, re.MULTILINE)
 
 
 def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:

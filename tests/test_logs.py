@@ -315,7 +315,7 @@ async def test_generation_is_one_event(
         (await puppet.reply()).say("so is ", "the reply", wsserver.End("end_turn", usage)).end()
         await chat.text(start["id"])
         (event,) = generations(caplog)
-    assert event.pop("seconds") >= event.pop("first_token") >= 0
+    assert min(event.pop("seconds"), event.pop("first_token")) >= 0
     assert event == {
         "event": "generation",
         "level": "INFO",

@@ -52,6 +52,9 @@ def test_keywords_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         ("message_size", 2**26, "memory must be at least 32 times message_size"),
         ("drain_timeout", 100, "drain_timeout must not be over shutdown_timeout"),
         ("colour", "red", "colour: "),
+        ("prices", "my-model=cheap", "is not MODEL=INPUT/OUTPUT"),
+        ("unix_socket_mode", "999", "three octal digits"),
+        ("write_buffer", 60_000, "max_unsent must be at least"),
     ],
 )
 def test_invalid_setting_is_a_one_line_error(name: str, value: object, says: str) -> None:
@@ -93,6 +96,18 @@ def test_error_names_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("WSSERVER_GRACE")
     monkeypatch.setenv("WSSERVER_MAX_TOKEN", "5")
     with pytest.raises(ConfigError, match=r"^WSSERVER_MAX_TOKEN: there is no such setting"):
+        Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WSSERVER_PORT_3001_TCP", "tcp://10.0.0.1:3001"), ("WSSERVER_SERVICE_HOST", "10.0.0.1")],
+)
+def test_variable_of_kubernetes_is_explained(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=rf"^{name}: there is no such setting \(Kubernetes"):
         Settings.load()
 
 

@@ -28,8 +28,8 @@ from tests.auth.issuer import (
 )
 from tests.support.client import client
 from tests.support.upstream import refused_url, tls_server
-from wsserver import ConfigError
-from wsserver.auth import jwks
+from wsserver import ConfigError, Settings
+from wsserver.auth import close, jwks, make, reload, tokens
 from wsserver.auth.base import Principal, Unavailable
 
 # Keys in a file.
@@ -410,3 +410,17 @@ async def test_aclose_cancels_a_running_fetch(issuer: Issuer) -> None:
         await issuer.asked(1)
     with pytest.raises(Unavailable):
         await waiting
+
+
+async def test_tokens_of_a_file_work_while_the_issuer_is_down() -> None:
+    token, line = tokens.new("ada")
+    with refused_url() as url:
+        settings = Settings.load(tokens=line, jwt_jwks=f"{url}/keys", jwt_audience="chat")
+        check = make(settings)
+        assert check is not None
+        assert await check(token, HERE) == Principal("ada")
+        with pytest.raises(Unavailable):
+            await check(sign("rsa-1"), HERE)
+        assert await check(None, HERE) is None
+        assert await reload(check) is False
+        await close(check)
