@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make run` and `make test`. Each makes its own environment.
+# `make run` and `make test` install everything they need, each into .venv and .tools.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ ARGS ?=
 
 .PHONY: run test lint whole fast slow unit system clean
 
-run: $(VENV)/run.stamp ## start the server; settings with ARGS="--port 8080"
+run: $(VENV)/run.stamp ## start the server; settings in ARGS="--port 8080"
 	@$(BIN)/wsserver serve $(ARGS)
 
 test: lint whole ## lint, types and the whole suite
@@ -25,16 +25,16 @@ whole: $(VENV)/test.stamp system
 	$(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not slow"
 	$(BIN)/pytest --cov --cov-append --cov-report=term -m slow
 
-fast: $(VENV)/test.stamp ## the tests that take a minute together, without the others' coverage
+fast: $(VENV)/test.stamp ## the fast tests, without coverage
 	$(BIN)/pytest -q -m "not slow"
 
 slow: $(VENV)/test.stamp system ## browsers, other programs, kills, floods
 	$(BIN)/pytest -q -m slow
 
 .PHONY: pythons
-pythons: $(PYTHONS:%=python-%) ## the fast tests on every supported Python that is here
+pythons: $(PYTHONS:%=python-%) ## the fast tests on each supported Python of this machine
 
-# Each has an environment of its own. A Python may be on the path, or one of pyenv's or uv's.
+# Each Python gets its own environment. It may be on the path, or come from pyenv or uv.
 python-%: pyproject.toml
 	@for python in python$* "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$*.*/bin/python \
 		"$${XDG_DATA_HOME:-$$HOME/.local/share}"/uv/python/cpython-$*.*/bin/python; do \
@@ -70,10 +70,10 @@ autobahn: $(VENV)/test.stamp $(TOOLS)/autobahn/stamp ## the Autobahn suite again
 	fi
 
 .PHONY: soak
-soak: $(VENV)/test.stamp ## minutes of everything at once; ARGS="--minutes 10"
+soak: $(VENV)/test.stamp ## all features at once for minutes; ARGS="--minutes 10"
 	$(BIN)/python -m tests.bench.soak $(ARGS)
 
-# Those whose installation fails are left out of the comparison, which says so.
+# The comparison leaves out peers whose installation fails, and says so.
 $(TOOLS)/bench/stamp: tests/bench/peers/package.json tests/bench/peers/requirements.txt | $(BIN)/python
 	@mkdir -p $(TOOLS)/bench && cp tests/bench/peers/package.json $(TOOLS)/bench/
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
@@ -85,17 +85,17 @@ $(TOOLS)/bench/stamp: tests/bench/peers/package.json tests/bench/peers/requireme
 		&& touch $@ || true
 
 .PHONY: bench bench-quick
-bench: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## how fast it is, beside others; ARGS="--only stop"
+bench: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## compare the speed with other servers; ARGS="--only stop"
 	$(BIN)/python -m tests.bench $(ARGS)
 
-bench-quick: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## the same in a minute, beside Bun alone
+bench-quick: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## the same in a minute, with Bun only
 	$(BIN)/python -m tests.bench --quick $(ARGS)
 
 .PHONY: picture
-picture: $(VENV)/test.stamp system ## the README's pictures of the page, from the page itself
+picture: $(VENV)/test.stamp system ## make the README's pictures of the page
 	$(BIN)/python -m tests.picture
 
-# A virtual environment without ensurepip (Debian's python3-venv missing) is mended through apt.
+# Debian needs the package python3-venv for virtual environments.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or later is needed; choose one with make PYTHON=…"; exit 1; }
@@ -110,9 +110,9 @@ $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/run.stamp
 
-# What the tests drive for real: a browser, what npm has (wscat, and what the client in JavaScript is
-# tested with), nginx, and systemd's tools. Without them, and without the right to install them,
-# those tests are skipped; under CI=true they fail.
+# Programs that the tests use: a browser, packages of npm (wscat, and the tools for the JavaScript
+# client), nginx, and the tools of systemd. A test is skipped if its program cannot be installed; with
+# CI=true the test fails.
 system: $(TOOLS)/npm.stamp
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
 	@command -v openssl >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=openssl || true

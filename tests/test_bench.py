@@ -35,7 +35,7 @@ def cut(data: bytes, sizes: Sequence[int]) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2, 3), (5, 1, 126), (1021,), (65535, 1), (10**6,)])
-def test_frames_are_the_same_however_they_are_cut(sizes: Sequence[int]) -> None:
+def test_frames_cut_anywhere_are_parsed_alike(sizes: Sequence[int]) -> None:
     lengths = (0, 1, 125, 126, 127, 300, 65535, 65536, 70000)
     whole = [(TEXT, bytes(97 + i % 26 for i in range(length))) for length in lengths]
     data = b"".join(frame(payload) for _, payload in whole)
@@ -56,13 +56,13 @@ def test_frames_are_the_same_however_they_are_cut(sizes: Sequence[int]) -> None:
         frame(b"one", final=False) + frame(b"another", final=False),
     ],
 )
-def test_what_no_server_may_send_is_a_failure(data: bytes) -> None:
+def test_frame_that_violates_the_protocol_is_a_failure(data: bytes) -> None:
     with pytest.raises(Failure):
         list(Frames().feed(data))
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 125, 126, 65535, 65536])
-def test_the_masks_of_its_own_frames_come_off(size: int) -> None:
+def test_masked_frames_can_be_unmasked(size: int) -> None:
     payload = bytes(i % 251 for i in range(size))
     sent = masked(TEXT, payload)
     mask, hidden = sent[-size - 4 :][:4], sent[len(sent) - size :]
@@ -72,7 +72,7 @@ def test_the_masks_of_its_own_frames_come_off(size: int) -> None:
     assert sent[2 : -size - 4] == frame(payload)[2 : len(frame(payload)) - size]
 
 
-def test_quantiles_are_values_that_were_measured() -> None:
+def test_quantiles_are_measured_values() -> None:
     values = list(range(1, 101))
     assert [quantile(values, share) for share in (0.0, 0.5, 0.99, 1.0)] == [1, 50, 99, 100]
     assert quantile([7.0], 0.99) == 7.0
@@ -92,7 +92,7 @@ def server(model: Upstream) -> Iterator[Running]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "rate"), [(40, 400), (3000, 0)])
-def test_what_the_model_writes_is_what_clients_count(
+def test_clients_count_the_tokens_that_the_model_writes(
     model: Upstream, server: Running, tokens: int, rate: float
 ) -> None:
     model.plan(tokens=tokens, rate=rate)
@@ -110,7 +110,7 @@ def test_what_the_model_writes_is_what_clients_count(
 
 
 @pytest.mark.slow
-def test_the_upstream_tells_which_streams_were_stopped(model: Upstream, server: Running) -> None:
+def test_upstream_reports_stopped_streams(model: Upstream, server: Running) -> None:
     model.plan(rate=20, ahead=500)
     with Load(server.url, stamps=True) as clients:
         some = clients.connect(4)
@@ -131,7 +131,7 @@ def test_the_upstream_tells_which_streams_were_stopped(model: Upstream, server: 
 
 
 @pytest.mark.slow
-def test_the_load_generator_is_a_tool_of_its_own(
+def test_load_generator_runs_alone(
     model: Upstream, server: Running, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model.plan(tokens=20, rate=0)
@@ -142,7 +142,7 @@ def test_the_load_generator_is_a_tool_of_its_own(
 
 
 @pytest.mark.slow
-def test_a_server_that_does_not_start_tells_why(model: Upstream) -> None:
+def test_failed_start_of_a_server_shows_its_output(model: Upstream) -> None:
     broken = SERVERS["wsserver"]
     with pytest.raises(Failure, match="WSSERVER_LOG_LEVEL"):
         with serve(
@@ -152,7 +152,7 @@ def test_a_server_that_does_not_start_tells_why(model: Upstream) -> None:
 
 
 @pytest.mark.slow
-def test_after_stop_wsserver_lets_the_model_make_next_to_nothing(
+def test_model_writes_next_to_nothing_after_a_stop(
     model: Upstream, server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(promises, "REPLIES", 4)
@@ -194,7 +194,7 @@ def test_lost_and_doubled_pieces_are_counted(
     assert (figures["lost"] > 0, figures["doubled"] > 0) == (lost, doubled)
 
 
-def test_the_readme_s_table_has_medians_and_who_cannot_resume() -> None:
+def test_short_table_has_medians_and_peers_without_resume() -> None:
     text = report.short_table(results(), ["wsserver", "bun"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["CPU per token (µs)", "30.0", "45.0"] in rows
@@ -210,14 +210,16 @@ def results() -> report.Results:
     return found
 
 
-def test_the_table_has_medians_spreads_ratios_and_failures() -> None:
+def test_table_has_medians_spreads_ratios_and_failures() -> None:
     text = report.table(results(), ["wsserver", "bun"])
     rows = [[cell.strip() for cell in line.split("|")[2:-2]] for line in text.splitlines()]
     assert ["30.0 (20.0–90.0)", "45.0 (40.0–50.0)", "0.67", "–"] in rows
     assert "stop, bun: it has ended" in text
 
 
-def test_what_is_kept_by_hand_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_keeps_text_outside_the_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "RESULTS.md"
     path.write_text(report.RESULTS.read_text() + "\nby hand\n")
     before, after = outside(path.read_text())
@@ -235,7 +237,7 @@ def outside(text: str) -> tuple[str, str]:
     return before, rest.partition(report.END)[2]
 
 
-def test_the_versions_of_the_peers_are_exact() -> None:
+def test_versions_of_peers_are_pinned() -> None:
     manifest = json.loads((PEERS / "package.json").read_text())
     required = (PEERS / "requirements.txt").read_text().splitlines()
     assert all(version.replace(".", "").isdigit() for version in manifest["dependencies"].values())

@@ -1,4 +1,4 @@
-"""Compares this server with others, on this machine and in one run.
+"""Compare this server with others, on this machine and in one run.
 
 ::
 
@@ -7,9 +7,9 @@
     python -m tests.bench --only cpu100,stop --servers wsserver,bun --rounds 5
     python -m tests.bench --promises   # what a stop and a lost connection cost, in two minutes
 
-Each case has a fresh process of a server, one fake of the model's API for all of them
-(`tests/bench/upstream.py`), and the clients, which are this process (`tests/bench/load.py`). The
-servers take turns, and that several times, so that what else the machine does hits all of them.
+Each case starts a new process of a server. All cases share one fake of the model's API
+(`tests/bench/upstream.py`). This process is the clients (`tests/bench/load.py`). The servers take
+turns in several rounds, so that other programs of the machine disturb all of them alike.
 """
 
 import argparse
@@ -49,7 +49,7 @@ STEP = 0.25  # seconds
 
 
 class Stand:
-    """What one case needs: a server, the upstream behind it, and how long to look."""
+    """The server and upstream of one case, and the time to measure."""
 
     def __init__(self, running: Running, model: Upstream, seconds: float) -> None:
         self.running = running
@@ -64,7 +64,7 @@ class Stand:
         return [monotonic(), busy(), self.server.cpu(), *own]
 
     def others(self) -> float:
-        """Return the cores that all other programs of the machine have used since it began."""
+        """Return the cores that other programs of the machine used since the start."""
         spent = zip(self.began, self._spent(), strict=True)
         took, whole, *known = (b - a for a, b in spent)
         return max(0.0, whole - sum(known)) / took
@@ -73,7 +73,7 @@ class Stand:
         return Load(self.running.url, stamps=True)
 
     def window(self, load: Load) -> Figures:
-        """Read for a while; return what a token cost, and how busy the processes were.
+        """Read for some seconds; return the cost of a token and the load of the processes.
 
         Returns:
             `us`, microseconds of the server's CPU per token; `tokens` and `frames`, per second;
@@ -105,7 +105,7 @@ class Stand:
 
 
 def ask(load: Load, clients: list[Client]) -> None:
-    """Send all prompts, and wait until the streams run: all, or as many as the server lets run."""
+    """Send all prompts, and wait until as many streams run as the server can run."""
     for client in clients:
         client.prompt(f"go #{client.number}")
     load.until(lambda: any(client.first_at for client in clients), "a first token")
@@ -118,7 +118,7 @@ def ask(load: Load, clients: list[Client]) -> None:
 
 
 def relay(stand: Stand, streams: int, rate: float, ahead: int = 0) -> Figures:
-    """Run so many streams at a model's pace, from so far into their replies on."""
+    """Run streams at the pace of a model, after `ahead` tokens of each reply."""
     stand.upstream.plan(rate=rate, ahead=ahead)
     with stand.load() as load:
         clients = load.connect(streams)
@@ -197,7 +197,7 @@ def stop(stand: Stand) -> Figures:
 
 
 def memory(stand: Stand) -> Figures:
-    """Weigh 2,000 idle connections and then 200 streams, after some of either."""
+    """Measure the memory of 2,000 idle connections and of 200 streams, after some of each."""
     stand.upstream.plan(rate=2)
 
     def weigh(load: Load, few: int, many: int, begin: Callable[[list[Client]], object]) -> float:
@@ -221,7 +221,7 @@ CASES: dict[str, Case] = {
     "first": first,
     "stop": stop,
     "memory": memory,
-    "start": lambda stand: {},  # it is noted for each process in any case
+    "start": lambda stand: {},  # measured for each process
 }
 # Counts and no times: one round is enough, and servers without WebSocket take part.
 PROMISES: dict[str, Case] = {

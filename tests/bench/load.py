@@ -1,12 +1,12 @@
-"""Many clients in one process, which prompt, count what comes and stop.
+"""Many clients in one process. They send prompts, count tokens, and stop replies.
 
 ::
 
     python -m tests.bench.load ws://localhost:3001/ --streams 100 --seconds 10
 
 works with every server that takes ``{"prompt": …}`` and ``{"type": "stop"}`` and answers with
-``token`` frames and a terminal, ``done`` or ``error``. The sockets are raw and the WebSocket client
-(RFC 6455) is its own, so that it takes little of the processor that the server may need.
+``token`` frames and a terminal, ``done`` or ``error``. It uses raw sockets and its own WebSocket
+client (RFC 6455), so that it takes little CPU from the server.
 """
 
 import argparse
@@ -39,11 +39,11 @@ STAMP = re.compile(rb"@(\d+)")
 
 
 class Failure(Exception):
-    """The server did not do what was waited for, or is gone."""
+    """The server did not do what the benchmark waited for, or it ended."""
 
 
 def masked(opcode: int, payload: bytes) -> bytes:
-    """Return a client's frame, which has a mask."""
+    """Return a masked frame of a client."""
     size = len(payload)
     if size < 126:
         head = bytes((128 | opcode, 128 | size))
@@ -111,7 +111,7 @@ class Frames:
 
 
 class Client:
-    """One socket, with what has come of its newest prompt."""
+    """One socket, and the state of its newest prompt."""
 
     def __init__(self, sock: socket.socket, number: int) -> None:
         self.sock = sock

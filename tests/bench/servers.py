@@ -1,4 +1,4 @@
-"""The programs that are measured, each a process of its own, and what the system says of them."""
+"""The measured servers as processes, and their CPU time and memory."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ HANDSHAKE = (
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
 
-# The limits that many clients of one address come up against, and no others.
+# Only the limits that many clients of one address reach are raised.
 LIMITS = {
     **CROWD,
     "WSSERVER_CONNECTIONS": MANY,
@@ -40,7 +40,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Server:
-    """How a server is started.
+    """The command of a server.
 
     ``{port}`` in its command is the port, and ``{upstream}`` in its environment the model's API.
     """
@@ -89,7 +89,7 @@ SERVERS = {
             source=PEERS / "bun.ts",
         ),
         Server("node", ("node", "node.mjs"), [MODULES / "ws"], source=PEERS / "node.mjs"),
-        # Its base address has the version in it.
+        # The base address of the AI SDK includes the version.
         Server(
             "ai-sdk",
             ("node", "ai-sdk.mjs"),
@@ -118,7 +118,7 @@ SERVERS = {
 
 
 class Program:
-    """A running program. Its output goes to a file, the end of which a failure shows."""
+    """A running program. A failure shows the end of its output."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self.process = process
@@ -126,7 +126,7 @@ class Program:
         self.pid = process.pid
 
     def check(self) -> None:
-        """Raise if it has ended.
+        """Raise an error if the program has ended.
 
         Raises:
             Failure: with the end of its output.
@@ -136,7 +136,7 @@ class Program:
             raise Failure(f"{self.process.args!r} has ended with {code}:\n{output}")
 
     def tree(self) -> list[int]:
-        """Return the ids of the process and those below it."""
+        """Return the ids of the process and its descendants."""
         found = [self.pid]
         for pid in found:
             with contextlib.suppress(OSError):
@@ -145,11 +145,11 @@ class Program:
         return found
 
     def cpu(self) -> float:
-        """Return the seconds of CPU that it has used, by the scheduler's nanoseconds."""
+        """Return the seconds of CPU time that the processes used."""
         return sum(map(cpu, self.tree()))
 
     def memory(self) -> float:
-        """Return the bytes of memory that it has for itself (PSS)."""
+        """Return the bytes of memory of the processes (PSS)."""
         total = 0
         for pid in self.tree():
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
@@ -209,14 +209,14 @@ def program(
 
 
 class Upstream:
-    """The fake of the model's API, as its process is spoken to."""
+    """The process with the fake of the model's API."""
 
     def __init__(self, running: Program, url: str) -> None:
         self.program = running
         self.url = url
 
     def plan(self, **how: float) -> None:
-        """Set how it answers from now on, and begin its counts anew."""
+        """Set the answers from now on, and reset the counts."""
         self._ask("/plan", json.dumps(how).encode())
 
     def stats(self) -> dict[str, Any]:
