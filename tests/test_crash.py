@@ -267,8 +267,14 @@ class Lane:
             assert victim.chat.seq(victim.id, victim.killed - LOSS) == -1
             assert victim.terminal is None
         if history:
-            assert opened["messages"] == history
+            keys = ("role", "content", "id", "partial")
+            shown = [{key: m[key] for key in keys if key in m} for m in opened["messages"]]
+            assert shown == history
             assert opened["running"] == []
+            if terminal is not None:
+                blocks = opened["messages"][-1].get("blocks", ())
+                thinking = "".join(b["thinking"] for b in blocks if b["type"] == "thinking")
+                assert thinking == chat.said(victim.id, "thinking")
         else:
             assert opened["code"] == "not_found"
         self.histories[victim.conversation] = history + await ask(victim, chat, history)
