@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import load, promises, report
+from tests.bench import load, promises, report, servers
 from tests.bench.load import CLOSE, PING, TEXT, Failure, Frames, Load, masked, quantile
 from tests.bench.servers import PEERS, SERVERS, Running, Upstream, serve, upstream
 
@@ -208,6 +208,14 @@ def results() -> report.Results:
         found.add("cpu100", "bun", {"us": theirs})
     found.failed("stop", "bun", "it has ended\nin a bad way")
     return found
+
+
+def test_lines_of_code_are_without_comments_and_docstrings(tmp_path: Path) -> None:
+    file = tmp_path / "program.py"
+    file.write_text(
+        '"""About\n\nit."""\n\n# Why.\nx = 1\n\n\ndef f():\n    """Do."""\n    return x\n'
+    )
+    assert servers.lines_of_code(file) == 3
 
 
 def test_table_has_medians_spreads_ratios_and_failures() -> None:

@@ -1,5 +1,6 @@
 """The measured servers as processes, and their CPU time and memory."""
 
+import ast
 import contextlib
 import json
 import os
@@ -60,11 +61,24 @@ class Server:
         return has_redis and all(path.exists() for path in self.needs)
 
     def lines(self) -> int:
-        """Return the number of lines of its program that are neither empty nor comments."""
+        """Return the lines of its program, without empty lines, comments and docstrings."""
         assert self.source is not None
         files = self.source.rglob("*.py") if self.source.is_dir() else [self.source]
-        found = (line.strip() for file in files for line in file.read_text().splitlines())
-        return sum(1 for line in found if line and not line.startswith(("#", "//")))
+        return sum(map(lines_of_code, files))
+
+
+def lines_of_code(file: Path) -> int:
+    text = file.read_text()
+    numbers = {
+        number
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.strip().startswith(("#", "//"))
+    }
+    if file.suffix == ".py":
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                numbers -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(numbers)
 
 
 MODULES = INSTALLED / "node_modules"
