@@ -18,6 +18,7 @@ from tests.support.crowd import MANY
 from wsserver import Settings, websocket
 from wsserver.admission import Admission, Denied
 from wsserver.limits import Memory
+from wsserver.responses import Upgrade
 from wsserver.telemetry import Metrics
 from wsserver.transport import Endpoint
 from wsserver.websocket import Socket, frame
@@ -72,8 +73,8 @@ async def run_suite(wstest: str, folder: Path) -> dict[str, str]:
     websocket.FRAGMENTS *= 64  # the messages in fragments are 64 times the default `message_size`
     metrics = Metrics()
 
-    async def answer(*_: object) -> None:
-        return None  # the WebSocket opens
+    async def answer(*_: object) -> Upgrade:
+        return Upgrade(())
 
     endpoint = Endpoint(
         settings,
@@ -81,8 +82,8 @@ async def run_suite(wstest: str, folder: Path) -> dict[str, str]:
         Memory(settings.memory),
         admission=Admission(settings, None),
         on_denied=on_denied,
-        on_open=Echo,
-        on_close=lambda _: None,
+        on_open=lambda socket, _: Echo(socket),
+        on_close=lambda *_: None,
         metrics=metrics,
     )
     await endpoint.bind(("127.0.0.1", 0))

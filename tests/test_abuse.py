@@ -418,7 +418,7 @@ async def test_a_storm_of_reconnects_is_served_or_told_when_to_come_back() -> No
     ]
     statuses: Counter[int] = Counter()
 
-    async def knock(peer: Peer) -> bool:
+    async def enter(peer: Peer) -> bool:
         answer = await peer.upgrade()
         status = int(answer.split()[1])
         statuses[status] += 1
@@ -427,14 +427,14 @@ async def test_a_storm_of_reconnects_is_served_or_told_when_to_come_back() -> No
 
     async def cut_off(server: Served, source: str, name: str) -> None:
         async with Peer.open(server, source) as peer:
-            if await knock(peer):
+            if await enter(peer):
                 peer.write(frame(json.dumps({"prompt": "talk 5", "id": name})))
 
     async def come_back(
         server: Served, source: str, name: str, all_here: asyncio.Barrier | None
     ) -> bool:
         async with Peer.open(server, source) as peer:
-            welcome = await knock(peer)
+            welcome = await enter(peer)
             if all_here is not None:
                 async with asyncio.timeout(BOUND):
                     await all_here.wait()
@@ -517,10 +517,10 @@ async def stopped_within(upstream: Upstream, settings: wsserver.Settings) -> Non
         given |= {"drain_timeout": 0, "store": "memory:"}
         tasks = asyncio.all_tasks()
         async with wsserver.serve(**given) as server:
-            hub = server._hub
+            hub = server.app.hub
             async with client(server) as chat:
                 await stop_at_once(chat, 100)
-            await until(lambda: not server._connections)
+            await until(lambda: not server.app.connections)
             assert hub.live == hub.tasks == len(hub.accounts) == 0
             assert hub.accounts.reserved("anonymous") == NOTHING
         await until(lambda: upstream.open == 0)

@@ -26,7 +26,7 @@ async def ada(token: str | None, _: object) -> Principal | None:
     return Principal("ada") if token == "good" else None
 
 
-async def knock(
+async def status_of(
     settings: dict[str, Any],
     headers: dict[str, str],
     *,
@@ -43,7 +43,7 @@ async def knock(
         visitor = admission.arrive(peer)
         visitor.introduce(headers)
         admission.check_host(headers)
-        await visitor.knock("/", headers)
+        await visitor.check_admission("/", headers)
     except Denied as denied:
         assert denied.message
         return denied.status
@@ -87,11 +87,11 @@ async def knock(
 async def test_names_that_may_have_been_made_to_lead_here_are_refused(
     host: str, hosts: tuple[str, ...], status: int
 ) -> None:
-    assert await knock({"hosts": hosts}, {"host": host}) == status
+    assert await status_of({"hosts": hosts}, {"host": host}) == status
 
 
 async def test_the_name_that_it_is_told_to_listen_on_is_its_own() -> None:
-    assert await knock({"host": "chat.internal"}, {"host": "chat.internal:3001"}) == 101
+    assert await status_of({"host": "chat.internal"}, {"host": "chat.internal:3001"}) == 101
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ async def test_on_loopback_pages_of_localhost_and_programs_come_in(
     origin: str | None, status: int
 ) -> None:
     headers = {"host": "localhost:3001"} | ({} if origin is None else {"origin": origin})
-    assert await knock({}, headers) == status
+    assert await status_of({}, headers) == status
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ async def test_on_loopback_pages_of_localhost_and_programs_come_in(
 async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, status: int) -> None:
     settings = {"hosts": ("*.example.com",), "allow_anonymous": True}
     headers = {"host": host, "origin": origin}
-    assert await knock(settings, headers, loopback=False) == status
+    assert await status_of(settings, headers, loopback=False) == status
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, stat
 )
 async def test_listed_pages_come_in_from_anywhere(listed: str, origin: str, status: int) -> None:
     headers = {"host": "localhost", "origin": origin}
-    assert await knock({"origins": (listed,)}, headers, loopback=False) == status
+    assert await status_of({"origins": (listed,)}, headers, loopback=False) == status
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ async def test_listed_pages_come_in_from_anywhere(listed: str, origin: str, stat
 )
 async def test_what_is_no_origin_matches_no_star(listed: str, origin: str) -> None:
     headers = {"host": "localhost", "origin": origin}
-    assert await knock({"origins": (listed,)}, headers, loopback=False) == 403
+    assert await status_of({"origins": (listed,)}, headers, loopback=False) == 403
 
 
 @pytest.mark.parametrize(
@@ -253,14 +253,14 @@ async def test_without_an_origin_it_is_the_browsers_word_that_counts(
     site: str, origins: tuple[str, ...], status: int, loopback: bool
 ) -> None:
     headers = {"host": "localhost", "sec-fetch-site": site}
-    assert await knock({"origins": origins}, headers, loopback=loopback) == status
+    assert await status_of({"origins": origins}, headers, loopback=loopback) == status
 
 
 async def test_a_page_without_tls_is_not_that_of_a_server_with_it() -> None:
     headers = {"host": "localhost:3001", "origin": "http://localhost:3001"}
-    assert await knock({}, headers, loopback=False, secure=True) == 403
+    assert await status_of({}, headers, loopback=False, secure=True) == 403
     headers["origin"] = "https://localhost:3001"
-    assert await knock({}, headers, loopback=False, secure=True) == 101
+    assert await status_of({}, headers, loopback=False, secure=True) == 101
 
 
 @pytest.mark.parametrize(("proxies", "status"), [((), 101), (("10.0.0.1",), 403)])
@@ -272,7 +272,7 @@ async def test_only_a_listed_proxy_is_believed_that_there_is_tls(
         "origin": "http://10.0.0.9",
         "x-forwarded-proto": "https",
     }
-    assert await knock({"proxies": proxies}, headers, peer="10.0.0.1", loopback=False) == status
+    assert await status_of({"proxies": proxies}, headers, peer="10.0.0.1", loopback=False) == status
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ async def test_programs_need_credentials_but_on_loopback(
     loopback: bool, headers: dict[str, str], status: int
 ) -> None:
     headers = {"host": "localhost", **headers}
-    assert await knock({}, headers, loopback=loopback, asked=True) == status
+    assert await status_of({}, headers, loopback=loopback, asked=True) == status
 
 
 @pytest.mark.parametrize(
@@ -502,6 +502,6 @@ async def test_a_page_elsewhere_is_told_what_its_operator_can_do(server: wsserve
 async def test_one_that_is_refused_has_no_connection(server: wsserver.Server) -> None:
     for _ in range(3):
         await ask(server, f"GET / HTTP/1.1\nHost: localhost\nOrigin: null\n{HANDSHAKE}\n")
-    assert not server._connections
+    assert not server.app.connections
     await until(lambda: not server._endpoint.connections)
-    assert len(server._admission._addresses) == 0
+    assert len(server.app.admission._addresses) == 0

@@ -180,13 +180,13 @@ async def test_flood_of_stops_for_a_prompt_that_waits_keeps_one_of_them(
 
     rates: dict[str, Any] = {"frame_rate": 0.001, "frame_burst": 2}
     async with wsserver.serve(puppet, port=0, drain_timeout=0, **rates) as server:
-        monkeypatch.setattr(server._store, "list", list_)
+        monkeypatch.setattr(server.app.store, "list", list_)
         async with client(server) as chat:
             await chat.send({"type": "list"})
             await chat.send({"prompt": "x", "id": ID})
             for _ in range(server.settings.bad_frames):
                 await chat.send({"type": "stop", "id": ID})
-            (open_,) = server._connections.values()
+            (open_,) = server.app.connections.values()
             await until(lambda: open_.frames == 2 + server.settings.bad_frames)
             assert [len(prompt.stops) for prompt in open_._requests.prompts(ID)] == [1]
             go_on.set()
@@ -287,13 +287,13 @@ async def test_a_client_that_leaves_in_the_middle_of_a_frame_is_forgotten(
 ) -> None:
     async with client(server) as one:
         await one.quiet()
-        assert len(server._connections) == 1
+        assert len(server.app.connections) == 1
         one.socket.transport.write(b"\x81\xfe\x10\x00half")
         one.socket.transport.abort()
         await one.socket.wait_closed()
     async with client(server) as two:
         await two.quiet()
-        await until(lambda: len(server._connections) == 1)
+        await until(lambda: len(server.app.connections) == 1)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from wsserver.client import (
     Usage,
     connect,
 )
-from wsserver.responses import respond
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 
@@ -30,10 +29,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 async def test_final_status_is_not_retried(status: int) -> None:
     tried = 0
 
-    def refuse(_: ServerConnection, __: Request) -> Response:
+    def refuse(connection: ServerConnection, _: Request) -> Response:
         nonlocal tried
         tried += 1
-        return respond(HTTPStatus(status), "Not you.")
+        return connection.respond(HTTPStatus(status), "Not you.")
 
     async with serve(wait_until_closed, "127.0.0.1", 0, process_request=refuse) as server:
         with pytest.raises(ConnectionFailed, match=r"Not you\.") as raised:
@@ -47,11 +46,13 @@ async def test_temporary_status_is_retried(
 ) -> None:
     tried = 0
 
-    def refuse(_: ServerConnection, __: Request) -> Response | None:
+    def refuse(connection: ServerConnection, _: Request) -> Response | None:
         nonlocal tried
         tried += 1
-        headers = {"Retry-After": after} if after else {}
-        return respond(HTTPStatus(status), "Later.", headers=headers) if tried < 4 else None
+        response = connection.respond(HTTPStatus(status), "Later.")
+        if after:
+            response.headers["Retry-After"] = after
+        return response if tried < 4 else None
 
     async with serve(wait_until_closed, "127.0.0.1", 0, process_request=refuse) as listener:
         async with connect(url_of(listener)):
@@ -59,8 +60,10 @@ async def test_temporary_status_is_retried(
 
 
 async def test_retry_after_beyond_the_timeout_fails_at_once() -> None:
-    def refuse(_: ServerConnection, __: Request) -> Response:
-        return respond(HTTPStatus(503), "Later.", headers={"Retry-After": "3600"})
+    def refuse(connection: ServerConnection, _: Request) -> Response:
+        response = connection.respond(HTTPStatus(503), "Later.")
+        response.headers["Retry-After"] = "3600"
+        return response
 
     async with serve(wait_until_closed, "127.0.0.1", 0, process_request=refuse) as server:
         # An hour is more than there is, so that nothing need be waited for.

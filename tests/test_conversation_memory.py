@@ -32,7 +32,7 @@ async def say(chat: Client, puppet: Puppet, prompt: str, text: str, conversation
 
 
 def known(server: wsserver.Server, name: str) -> Conversation | None:
-    return server._hub.conversations.known(OWNER, name)
+    return server.app.hub.conversations.known(OWNER, name)
 
 
 def fill(memory: Memory) -> dict[str, int]:
@@ -55,7 +55,7 @@ async def test_turns_count_with_their_size_in_memory(
         await say(chat, puppet, "warm", "up", TWO)
         before = server.memory.used
         await say(chat, puppet, "Hello", "🎈" * 10_000, ONE)
-        await until(lambda: server._hub.known(OWNER, "x") is None)
+        await until(lambda: server.app.hub.known(OWNER, "x") is None)
         conversation = known(server, ONE)
         assert conversation is not None
         (turn,) = conversation.turns
@@ -72,7 +72,7 @@ async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
     async with client(server) as chat:
         await say(chat, puppet, "one", "x" * 10_000, ONE)
         await say(chat, puppet, "two", "y" * 10_000, TWO)
-        server._hub.conversations.shed(1)  # the least recently used first
+        server.app.hub.conversations.shed(1)  # the least recently used first
         assert known(server, ONE) is None
         assert known(server, TWO) is not None
         taken = fill(server.memory)
@@ -92,7 +92,7 @@ async def test_turns_of_a_watched_conversation_may_be_dropped(
         await say(chat, puppet, "one", "x" * 10_000, ONE)
         await watcher.send({"type": "open", "conversation": ONE})
         await watcher.next("history")
-        server._hub.conversations.shed(10**9)
+        server.app.hub.conversations.shed(10**9)
         conversation = known(server, ONE)
         assert conversation is not None
         assert (conversation.turns, conversation.loaded, conversation.size) == ((), False, 0)
@@ -152,14 +152,14 @@ async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
         reply = await puppet.reply()
         reply.say(*pieces).end()
         await chat.text(start["id"])
-        server._hub.conversations.shed(10**9)
+        server.app.hub.conversations.shed(10**9)
         # Each piece is an object, and takes 8 bytes of a list.
         size = 1000 * (sys.getsizeof(pieces[0]) + 8)
         assert size < server.memory.cached < size + 8000
-        assert server._hub.retention.size == server.memory.cached == server.memory.used
+        assert server.app.hub.retention.size == server.memory.cached == server.memory.used
         fill(server.memory)
-        assert server.memory.cached == server._hub.retention.size == 0
-        assert server._hub.known(OWNER, start["id"]) is None
+        assert server.memory.cached == server.app.hub.retention.size == 0
+        assert server.app.hub.known(OWNER, start["id"]) is None
     async with wsserver.serve(puppet, port=0, store=store) as server, client(server) as chat:
         await chat.send({"type": "resume", "id": start["id"], "after": 500})
         text, done = await chat.text(start["id"])
@@ -174,7 +174,7 @@ async def test_deleted_conversations_take_no_memory(
             await say(chat, puppet, "Hello", "x" * 10_000, name)
             await chat.send({"type": "delete", "conversation": name})
             await chat.next("deleted")
-    await until(lambda: not list(server._hub.conversations))
+    await until(lambda: not list(server.app.hub.conversations))
     assert server.memory.used == 0
 
 
@@ -184,7 +184,7 @@ async def test_opened_histories_are_not_kept_in_memory(
     async with client(server) as chat:
         for number in range(20):
             await say(chat, puppet, "Hello", "🎈" * 20_000, f"conversation-{number:04}")
-    server._hub.conversations.shed(10**9)
+    server.app.hub.conversations.shed(10**9)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     async with client(server) as chat:
@@ -192,7 +192,7 @@ async def test_opened_histories_are_not_kept_in_memory(
             await chat.send({"type": "open", "conversation": f"conversation-{number:04}"})
             await chat.next("history")
             chat.frames.clear()
-    await until(lambda: not server._connections)
+    await until(lambda: not server.app.connections)
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert held < 400_000, "twenty histories in memory would take 1.6 MB"

@@ -122,7 +122,7 @@ async def test_model_that_does_nonsense_is_a_fault_and_nothing_hangs(
         assert (await chat.next("error"))["code"] == "internal"
         await chat.prompt()
         assert (await chat.next("done"))["reason"] == "end_turn"
-        assert server._hub.live == 0
+        assert server.app.hub.live == 0
 
 
 async def test_what_a_model_says_of_itself_is_made_fit_to_be_sent(
@@ -368,7 +368,7 @@ async def test_prompt_sent_again_after_the_replay_time_is_answered_from_the_stor
                     (await puppet.reply()).say("x").end()
                 text, done = await chat.text(ID)
                 assert (text, done["reason"]) == ("x", "end_turn")
-                await until(lambda: server._hub.known("anonymous", ID) is None)
+                await until(lambda: server.app.hub.known("anonymous", ID) is None)
         assert len(puppet.replies) == 1
 
 
@@ -463,8 +463,8 @@ async def test_ended_replies_are_kept_within_their_size(puppet: Puppet) -> None:
             await chat.prompt("x" * 100, id=f"number-{number}-{ID}")
             (await puppet.reply(number)).say("y" * 300).end()
             await chat.next("done")
-        assert server._hub.known("anonymous", f"number-0-{ID}") is None
-        assert server._hub.known("anonymous", f"number-2-{ID}") is not None
+        assert server.app.hub.known("anonymous", f"number-0-{ID}") is None
+        assert server.app.hub.known("anonymous", f"number-2-{ID}") is not None
 
 
 async def test_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:
@@ -477,7 +477,7 @@ async def test_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) ->
             start = await chat.prompt("x", conversation=name)
             (await puppet.reply(number)).say("y").end()
             await chat.text(start["id"])
-        kept = {known.id for known in server._hub.conversations}
+        kept = {known.id for known in server.app.hub.conversations}
         assert kept == {names[0], names[2]}
 
 

@@ -451,7 +451,7 @@ async def test_the_servers_own_limits_pass_through_nginx(folder: Path, made: Pat
             assert status == 429
 
 
-async def test_nginx_lets_nobody_knock_all_the_time(folder: Path, made: Path) -> None:
+async def test_nginx_limits_connections_per_second(folder: Path, made: Path) -> None:
     slow = (("rate=10r/s", "rate=1r/m"), ("burst=100", "burst=3"))
     async with nginx(folder, made, *slow) as front:
         answers = [await front.refused() for _ in range(6)]

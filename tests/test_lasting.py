@@ -119,7 +119,7 @@ async def test_unsaved_replies_are_saved_when_the_store_is_back(
         await chat.prompt("Talk", id=ID)
         reply = (await puppet.reply()).say("during ")
         await chat.next("token")
-        await until(lambda: server._hub._journal._failures)
+        await until(lambda: server.app.hub._journal._failures)
         store.failing = False
         reply.say("after").end()
         assert "saved" not in (await chat.next("done"))

@@ -484,7 +484,7 @@ async def test_sockets_of_a_principal_are_limited_with_any_kind_of_authenticatio
             await chat.send({"type": "auth", "token": "ada"})
             assert (await chat.next("error"))["code"] == "limit"
             assert (await chat.closed()).rcvd.code == 1013  # type: ignore[union-attr]
-        assert server._admission.principals.full(account_of("ada"))
+        assert server.app.admission.principals.full(account_of("ada"))
 
 
 async def test_idle_client_is_disconnected(puppet: Puppet) -> None:
@@ -513,9 +513,9 @@ async def test_limits_are_released_when_sockets_close(puppet: Puppet) -> None:
         for _ in range(20):
             async with acting_for(server, "ada") as chat:
                 await chat.prompt()
-        await until(lambda: server._hub.live == 0)
+        await until(lambda: server.app.hub.live == 0)
         await until(lambda: not server._endpoint.connections)
-        assert len(server._admission.principals) == 0
-        assert len(server._admission._addresses) == 0
-        assert server._admission._open == 0
-        assert len(server._hub.accounts) == 0
+        assert len(server.app.admission.principals) == 0
+        assert len(server.app.admission._addresses) == 0
+        assert server.app.admission._open == 0
+        assert len(server.app.hub.accounts) == 0

@@ -28,6 +28,7 @@ from tests.support.abuse import Peer, frame
 from tests.support.client import Client, client
 from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet, until
+from tests.support.sockets import sockets_of
 from tests.test_http import ask
 from tests.test_leak import Here
 from wsserver import ConfigError, listening
@@ -286,7 +287,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, made: Path) -> AsyncIte
     async with client(server, ssl=trusting(made), sock=sock) as chat:
         await chat.prompt("Talk")
         reply = await puppet.reply()
-        (transport,) = server._connections
+        (transport,) = sockets_of(server)
         # The client's library takes a quarter of a megabyte before it stops reading.
         while transport.writable or len(reply.said) < 30_000:
             reply.say(*["0123456789abcde "] * 100)
@@ -300,7 +301,7 @@ async def test_what_waits_for_a_slow_reader_behind_tls_is_as_little(
     certificate = put(made, "rsa", folder)
     async with wsserver.serve(puppet, port=0, drain_timeout=0, **certificate) as server:
         async with stuck(server, puppet, made) as chat:
-            (transport,) = server._connections
+            (transport,) = sockets_of(server)
             settings = server.settings
             assert transport._waiting() <= settings.write_buffer + 4 * settings.frame_size
             reply = puppet.replies[0]
@@ -399,11 +400,11 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
                     async with asyncio.timeout(BOUND):
                         assert b" 429 " in await reader.readline()
                 else:
-                    await until(lambda: server._admission._open == len(statuses) + 1)
-                statuses.append(dict(server._admission._addresses._held))
+                    await until(lambda: server.app.admission._open == len(statuses) + 1)
+                statuses.append(dict(server.app.admission._addresses._held))
         assert statuses == [{"address unix": 1}, {"address unix": 2}, {"address unix": 2}]
         await until(lambda: not server._endpoint.connections)
-        assert server._admission._open == 0
+        assert server.app.admission._open == 0
 
 
 async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder: Path) -> None:

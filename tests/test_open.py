@@ -165,8 +165,8 @@ async def test_closed_tab_gets_nothing(
     await exchange(chat, puppet, "Before", "Yes", conversation=ONE)
     async with client(server) as tab:
         await opened(tab)
-    await until(lambda: len(server._connections) == 1)
-    conversation = server._hub.conversations.known("anonymous", ONE)
+    await until(lambda: len(server.app.connections) == 1)
+    conversation = server.app.hub.conversations.known("anonymous", ONE)
     assert conversation is not None
     assert not conversation.watchers
     await exchange(chat, puppet, "After", "Yes")
@@ -287,8 +287,8 @@ async def test_delete_is_done_after_its_client_has_gone(
         await other.send({"type": "list"})
         await other.send({"type": "rename", "conversation": ONE, "title": "x"})
         await other.send({"type": "delete", "conversation": ONE})
-    await until(lambda: len(server._connections) == 1)
-    await until(lambda: server._hub.conversations.known("anonymous", ONE) is None)
+    await until(lambda: len(server.app.connections) == 1)
+    await until(lambda: server.app.hub.conversations.known("anonymous", ONE) is None)
     assert (await opened(chat))["code"] == "not_found"
 
 
@@ -311,7 +311,7 @@ async def test_client_that_does_not_read_gets_the_next_answer_once_it_reads(
     async with sluggard(server) as slow:
         for _ in range(20):
             await slow.send('{"type": "open", "conversation": "conversation-one"}')
-        await until(lambda: any(not socket.writable for socket in server._connections))
+        await until(lambda: any(not socket.writable for socket in server.app.connections))
         while sum('"history"' in text for text in slow.texts) < 20:
             assert await slow.read(), "the server aborted the connection"
 

@@ -267,7 +267,7 @@ async def test_what_is_read_from_the_prompt_cache_uses_up_the_day(
     async with serve(**limits) as server, ada(server) as chat:
         refused = await use_up(chat)
         assert (refused["code"], name in refused["message"]) == ("quota", True)
-        spent = await server._store.spent("ada", day_of(time.time()))
+        spent = await server.app.store.spent("ada", day_of(time.time()))
     assert spent.dollars == pytest.approx(bill.dollars, rel=1e-3)
     assert spent.tokens == pytest.approx(bill.tokens, rel=1e-3)
     used, limit = (bill.tokens, 300_000) if name == "tokens" else (bill.dollars, 1.0)

@@ -120,14 +120,14 @@ async def test_conversations_are_deleted_after_the_retention_time(
         now += 20 * DAY
         await say(chat, puppet, "x", conversation=names[2])
         now += 10 * DAY - 1
-        await server._hub._upkeep.round()
+        await server.app.hub._upkeep.round()
         now += 2
-        await server._hub._upkeep.round()
+        await server.app.hub._upkeep.round()
         await watcher.next("deleted", conversation=names[0])
-        listed = await server._store.list("anonymous", 10, None)
+        listed = await server.app.store.list("anonymous", 10, None)
         assert [summary.id for summary in listed] == [names[2]]
-        assert isinstance(await server._store.find(start["id"], "anonymous"), Forgotten)
-        assert [known.id for known in server._hub.conversations] == [names[2]]
+        assert isinstance(await server.app.store.find(start["id"], "anonymous"), Forgotten)
+        assert [known.id for known in server.app.hub.conversations] == [names[2]]
         answer = await say(chat, puppet, "x", conversation=names[0])
         assert answer["type"] == "start"
         assert [m.content for m in puppet.replies[-1].request.messages] == ["Hello"]
@@ -145,7 +145,7 @@ async def test_conversation_used_as_it_expires_is_kept(
         monkeypatch.setattr(time, "time", lambda: now)
         await say(chat, puppet, "x", conversation=ONE)
         now += 31 * DAY
-        idle = server._store.idle
+        idle = server.app.store.idle
 
         async def used_meanwhile(before: float, limit: int) -> Any:
             found = await idle(before, limit)
@@ -158,8 +158,8 @@ async def test_conversation_used_as_it_expires_is_kept(
                     await chat.next("done")
             return found
 
-        monkeypatch.setattr(server._store, "idle", used_meanwhile)
-        await server._hub._upkeep.round()
+        monkeypatch.setattr(server.app.store, "idle", used_meanwhile)
+        await server.app.hub._upkeep.round()
         assert len(puppet.replies) == 2
         if not ended:
             puppet.replies[1].end()
@@ -201,8 +201,8 @@ async def test_conversations_are_kept_for_ever_by_default(
         await say(chat, puppet, "x")
         now = time.time() + 10_000 * DAY
         monkeypatch.setattr(time, "time", lambda: now)
-        await server._hub._upkeep.round()
-        assert len(await server._store.list("anonymous", 10, None)) == 1
+        await server.app.hub._upkeep.round()
+        assert len(await server.app.store.list("anonymous", 10, None)) == 1
 
 
 async def test_upkeep_goes_on_after_a_failure(

@@ -86,7 +86,7 @@ async def test_delete_of_a_client_that_does_not_read_and_leaves_is_done(
     async with wsserver.serve(puppet, port=0, drain_timeout=0, write_buffer=4096) as server:
         async with client(server) as chat, sluggard(server) as lazy:
             await exchange(chat, puppet, "First", "x" * 60_000, conversation=ONE)
-            socket, connection = list(server._connections.items())[1]
+            socket, connection = list(server.app.connections.items())[1]
             sent = 0
             while socket.writable:
                 await lazy.send(json.dumps({"type": "open", "conversation": ONE, "before": 9}))
@@ -96,7 +96,7 @@ async def test_delete_of_a_client_that_does_not_read_and_leaves_is_done(
             await lazy.send(json.dumps(frame | ({"title": "New"} if kind == "rename" else {})))
             await until(lambda: connection.idle_since is None)
             lazy.sock.close()
-            await until(lambda: len(server._connections) == 1)
+            await until(lambda: len(server.app.connections) == 1)
             async with asyncio.timeout(BOUND):
                 while True:
                     await chat.send({"type": "open", "conversation": ONE})
@@ -116,7 +116,7 @@ async def test_waiting_rename_is_done_before_the_server_closes(
         await exchange(chat, puppet, "First", "x", conversation=ONE)
         await chat.send({"type": "rename", "conversation": ONE, "title": "New"})
         assert await chat.quiet() == []
-    await until(lambda: not server._connections)
+    await until(lambda: not server.app.connections)
     closing = asyncio.ensure_future(server.close())
     store.gate.set()
     await closing
@@ -141,7 +141,7 @@ async def test_bytes_that_wait_are_counted_and_given_back(
             await one.quiet()
         assert server.memory.used - used > 16 * 30_000
         await gone.socket.close()
-        await until(lambda: len(server._connections) == 1)
+        await until(lambda: len(server.app.connections) == 1)
         assert 8 * 30_000 < server.memory.used - used < 9 * 31_000
         store.gate.set()
         for _ in range(8):

@@ -351,7 +351,7 @@ async def test_prompt_that_races_a_delete_sees_nothing_deleted(
         async with client(server) as chat, client(server) as other:
             await exchange(chat, puppet, "Secret", "x", conversation=ONE)
             await exchange(chat, puppet, "Drops the other from memory", "x", conversation=TWO)
-            connection, racing = server._connections.values()
+            connection, racing = server.app.connections.values()
             racing.receive(json.dumps({"prompt": "New", "conversation": ONE}))
             for _ in range(turns_before):
                 await asyncio.sleep(0)
@@ -403,7 +403,7 @@ async def test_prompt_sent_again_while_draining_attaches(puppet: Puppet) -> None
             reply = (await puppet.reply()).say("half")
             await chat.next("token")
             closing = asyncio.ensure_future(server.close())
-            await until(lambda: server._hub.draining)
+            await until(lambda: server.app.hub.draining)
             assert (await other.prompt("Hello", id=ID))["type"] == "start"
             assert (await other.prompt("Another"))["code"] == "shutting_down"
             reply.say(" whole").end()

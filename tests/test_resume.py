@@ -13,6 +13,7 @@ from tests.support.client import Client, client
 from tests.support.line import Line
 from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import BOUND, Puppet, until
+from tests.support.sockets import sockets_of
 from tests.support.talk import ID, ONE, OTHER, exchange, opened, resume
 from wsserver import Code, ModelError, Thinking, hub
 
@@ -137,7 +138,7 @@ async def test_follower_within_the_grace_time_keeps_the_reply_alive(puppet: Pupp
             reply = await puppet.reply()
         async with client(server) as other:
             await resume(other)
-            (generation,) = server._hub.retention
+            (generation,) = server.app.hub.retention
             assert generation.grace is None
             reply.say("alive").end()
             assert (await other.text(ID))[0] == "alive"
@@ -149,7 +150,7 @@ async def test_unread_reply_is_stopped_after_the_grace_tokens(puppet: Puppet) ->
             await chat.prompt(id=ID)
             reply = (await puppet.reply()).say("read ")
             await chat.next("token")
-        await until(lambda: all(not g.readers for g in server._hub.retention))
+        await until(lambda: all(not g.readers for g in server.app.hub.retention))
         reply.say(*["unread "] * 20)
         async with asyncio.timeout(BOUND):
             await reply.closed.wait()
@@ -173,10 +174,10 @@ async def test_unread_tokens_do_not_count_until_the_client_can_notice_a_dead_con
             reply = (await puppet.reply()).say("read ")
             await chat.next("token")
             line.reset()
-            await until(lambda: all(not g.readers for g in server._hub.retention))
+            await until(lambda: all(not g.readers for g in server.app.hub.retention))
         reply.say(*["unread "] * 200)
         await until(reply.heard_out)
-        (generation,) = server._hub.retention
+        (generation,) = server.app.hub.retention
         assert generation.log.seq == 201
         async with client(server) as other:
             await resume(other, after=1)
@@ -203,7 +204,7 @@ async def test_unread_tokens_count_once_the_client_had_time_to_notice_a_dead_con
             await Client(socket).prompt(id=ID)
             reply = await puppet.reply()
             line.reset()
-            await until(lambda: all(not g.readers for g in server._hub.retention))
+            await until(lambda: all(not g.readers for g in server.app.hub.retention))
         reply.say(*["unread "] * 20)
         async with asyncio.timeout(BOUND):
             await reply.closed.wait()
@@ -226,7 +227,7 @@ async def test_resume_at_the_end_of_a_long_reply_is_as_cheap_as_of_a_short_one(
         await chat.prompt(id=name)
         (await puppet.reply(number)).say(*["x"] * count).end()
         await chat.next("done", id=name)
-        generation = server._hub.known("anonymous", name)
+        generation = server.app.hub.known("anonymous", name)
         assert generation is not None
         generation.log.pieces.data = Counted(generation.log.pieces.data)
         Counted.read = 0
@@ -247,7 +248,7 @@ async def test_ended_replies_are_forgotten_after_the_replay_time(puppet: Puppet)
                 (await puppet.reply(number)).say("x").end()
                 await chat.next("done")
             await chat.quiet()
-            hub = server._hub
+            hub = server.app.hub
             await until(lambda: not list(hub.retention))
             assert hub.tasks == 0
             assert not hub._journal._unsaved
@@ -261,10 +262,10 @@ async def test_other_owners_data_looks_like_missing_data(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Mine", "x", conversation=ONE, id=ID)
-    before = set(server._connections)
+    before = set(sockets_of(server))
     async with client(server) as other:
         await other.quiet()
-        (socket,) = set(server._connections) - before
+        (socket,) = set(sockets_of(server)) - before
         socket.visitor.principal = wsserver.Principal("somebody else")
         for frame in (
             {"type": "resume", "id": ID},
@@ -303,7 +304,7 @@ async def test_other_owners_data_looks_like_missing_data(
         await other.next("deleted")
         assert (await resume(other))["code"] == "forgotten"
         assert (await opened(other))["code"] == "not_found"
-        assert "somebody else" not in {known.owner for known in server._hub.conversations}
+        assert "somebody else" not in {known.owner for known in server.app.hub.conversations}
         assert await chat.quiet() == []
         assert (await resume(chat))["type"] == "start"
         assert (await chat.next("token", id=ID))["text"] == "x"

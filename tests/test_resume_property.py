@@ -182,7 +182,7 @@ async def test_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
 async def overwhelm(server: Server, story: Story) -> None:
     """Have the model say more than the buffers of the one reader can hold."""
     reply = await story.reply()
-    (socket,) = server._connections
+    (socket,) = server.app.connections
     while socket.writable:
         assert not story.over, "the reader has not read everything yet"
         await story.tell(1)

@@ -61,7 +61,7 @@ async def test_ended_reply_dropped_from_memory_is_found_in_the_store(
         await first.hear(chat)
         first.check()
         for after in range(len(story.log) + 1):
-            assert server._hub.known("anonymous", story.name) is None
+            assert server.app.hub.known("anonymous", story.name) is None
             transcript = Transcript(story, after)
             await come_back(chat, transcript)
             await transcript.hear(chat)
@@ -162,7 +162,7 @@ async def test_reply_saved_in_any_parts_is_whole_after_a_restart(
             await say(story, before)
             with pytest.MonkeyPatch.context() as monkeypatch:
                 gate = Gate(monkeypatch, server)
-                saving = asyncio.create_task(server._hub._journal.flush())
+                saving = asyncio.create_task(server.app.hub._journal.flush())
                 await gate.reached_or(saving)
                 await say(story, meanwhile)
                 gate.opened.set()

@@ -43,7 +43,7 @@ LIBRARIES = {
     "sqlite3": {"stores"},
     "structlog": {"logs"},
     "uvloop": {"cli"},
-    "websockets": {"client", "responses", "routes", "server", "transport", "websocket"},
+    "websockets": {"client", "transport", "websocket"},
 }
 PLACES = {
     room: (floor, wing)

@@ -138,7 +138,7 @@ async def test_who_waits_for_the_end_is_told_of_it_though_it_goes_wrong(
     server = wsserver.serve(puppet, port=0)
     with pytest.raises(LookupError):
         async with server:
-            monkeypatch.setattr(server._store, "close", broken)
+            monkeypatch.setattr(server.app.store, "close", broken)
     async with asyncio.timeout(BOUND):
         await server.serve_forever()
 
@@ -238,7 +238,7 @@ async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
             await puppet.reply()
     assert asyncio.all_tasks() == before
     assert not server._endpoint.connections
-    assert not server._connections
+    assert not server.app.connections
 
 
 async def test_a_handshake_that_is_answered_while_it_drains_gets_503(puppet: Puppet) -> None:

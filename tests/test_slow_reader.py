@@ -13,6 +13,7 @@ from websockets.uri import parse_uri
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
+from tests.support.sockets import sockets_of
 from wsserver.websocket import Socket
 
 pytestmark = pytest.mark.slow
@@ -95,7 +96,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
     """Have the model say more than the reader and all buffers can hold; return all of it."""
     await slow.send('{"prompt": "Talk", "id": "the-slow-one-0001"}')
     reply = await puppet.reply()
-    transport = next(iter(server._connections))
+    transport = sockets_of(server)[0]
     count = 0
     while transport.writable:
         count += 100
@@ -138,7 +139,7 @@ async def test_what_waits_for_it_stays_within_the_write_buffer(
 ) -> None:
     async with sluggard(server) as slow:
         await stuck(server, puppet, slow)
-        (transport,) = server._connections
+        (transport,) = sockets_of(server)
         unsent = transport.transport.get_write_buffer_size()
         assert unsent <= server.settings.write_buffer + 4 * server.settings.frame_size
 
@@ -179,7 +180,7 @@ async def test_one_that_takes_a_little_each_time_is_not_aborted(
     async with wsserver.serve(puppet, port=0, send_timeout=0.5, drain_timeout=0) as server:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
-            (transport,) = server._connections
+            (transport,) = sockets_of(server)
             check, looked = Socket._check_progress, asyncio.Semaphore(0)
 
             def check_a_trickle(socket: Socket) -> None:
@@ -200,7 +201,7 @@ async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with sluggard(server) as slow, client(server) as other:
-        assert all(len(socket.get_buffer(-1)) <= 8192 for socket in server._connections)
+        assert all(len(socket.get_buffer(-1)) <= 8192 for socket in sockets_of(server))
         slow.protocol.send_ping(b"")
         (ping,) = slow.protocol.data_to_send()
         loop = asyncio.get_running_loop()
@@ -217,7 +218,7 @@ async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
-        (transport,) = server._connections
+        (transport,) = sockets_of(server)
         highest = 0
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             for _ in range(1000):

@@ -195,7 +195,7 @@ async def test_outage_of_the_api_lasts_until_a_success_or_a_time_limit(
     monkeypatch: pytest.MonkeyPatch, server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     def failing() -> bool:
-        return server._hub.upstream_failing
+        return server.app.hub.upstream_failing
 
     for _ in range(5):
         assert not failing()
@@ -220,7 +220,7 @@ async def test_fault_of_a_prompt_is_no_outage_of_the_api(
 ) -> None:
     for _ in range(6):
         await fail(chat, puppet, failure)
-    assert not server._hub.upstream_failing
+    assert not server.app.hub.upstream_failing
 
 
 # Traces
@@ -359,7 +359,7 @@ async def test_each_reply_is_a_new_trace_that_names_the_stopper(
     first = await chat.prompt()
     second = await chat.prompt(on_busy="queue")
     # From here on it is the first reply that has things saved, and so lets the second begin.
-    await until(lambda: server._hub._journal._writer is None)
+    await until(lambda: server.app.hub._journal._writer is None)
     (await puppet.reply()).say("x")
     await chat.next("token")
     await chat.send({"type": "stop", "id": first["id"]})

@@ -20,6 +20,7 @@ from tests.support.abuse import Peer, certificate, served
 from tests.support.abuse import frame as masked
 from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
+from tests.support.sockets import sockets_of
 from tests.test_leak import Here
 from wsserver.connection import Connection
 from wsserver.limits import account_of
@@ -67,7 +68,7 @@ async def test_a_message_in_fragments_is_one_with_a_ping_in_between(
 
 
 @asynccontextmanager
-async def knocking(
+async def handshaking(
     puppet: Puppet, **given: Any
 ) -> AsyncIterator[tuple[wsserver.Server, Peer, asyncio.Event]]:
     """A peer whose handshake is answered once the event is set."""
@@ -90,7 +91,7 @@ TOKEN = b"Authorization: Bearer good\r\n"
 @pytest.mark.parametrize("sent", [1, 3, 2000])
 async def test_frames_in_the_packet_of_the_handshake_are_served(puppet: Puppet, sent: int) -> None:
     rates = {"frame_rate": 1e6, "frame_burst": 5000}
-    async with knocking(puppet, **rates) as (_, one, known):
+    async with handshaking(puppet, **rates) as (_, one, known):
         one.write(Peer.HANDSHAKE + TOKEN + b"\r\n" + masked(PING.decode()) * sent)
         known.set()
         await one.reader.readuntil(b"\r\n\r\n")
@@ -101,7 +102,7 @@ async def test_frames_in_the_packet_of_the_handshake_are_served(puppet: Puppet, 
 async def test_frames_before_the_answer_are_bounded_and_none_is_lost(puppet: Puppet) -> None:
     text = json.dumps({"type": "ping", "request": "x" * 40})
     rates = {"frame_rate": 1e6, "frame_burst": 5000, "max_unsent": 2**20}
-    async with knocking(puppet, **rates) as (server, one, known):
+    async with handshaking(puppet, **rates) as (server, one, known):
         one.write(Peer.HANDSHAKE + TOKEN + b"\r\n")
         for _ in range(4000):
             one.write(masked(text))
@@ -118,7 +119,7 @@ async def test_frames_before_the_answer_are_bounded_and_none_is_lost(puppet: Pup
 
 
 async def test_after_a_refused_handshake_what_came_with_it_is_dropped(puppet: Puppet) -> None:
-    async with knocking(puppet) as (_, one, known):
+    async with handshaking(puppet) as (_, one, known):
         one.write(Peer.HANDSHAKE + b"Authorization: Bearer bad\r\n\r\n" + b"x" * 50_000)
         known.set()
         answer = await one.rest()
@@ -200,7 +201,7 @@ async def test_a_head_without_an_end_is_counted_and_given_back(server: wsserver.
 async def test_a_request_counts_until_it_is_answered_though_its_client_has_gone(
     puppet: Puppet,
 ) -> None:
-    async with knocking(puppet) as (server, one, known):
+    async with handshaking(puppet) as (server, one, known):
         one.write(Peer.HANDSHAKE + TOKEN + b"\r\n")
         await until(lambda: bool(server._endpoint.answering))
         one.drop()
@@ -240,7 +241,7 @@ async def test_an_unfinished_message_is_counted_and_given_back(server: wsserver.
 
 async def test_fragments_without_data_keep_no_objects(server: wsserver.Server) -> None:
     async with peer(server) as one:
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         one.write(masked("{", fin=False) + masked(b"", Opcode.CONT, fin=False) * 200)
         await until(lambda: socket._parts == 201)
         assert server.memory.used < 100
@@ -298,7 +299,7 @@ async def test_what_a_client_does_not_read_is_counted_and_given_back(puppet: Pup
         Peer.websocket(Here(server), "127.0.0.1", narrow=True) as one,
     ):
         one.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         written = 0
         while socket._waiting() < 150_000:
             socket.write(b"x" * 10_000)
@@ -318,7 +319,7 @@ async def test_what_a_client_does_not_read_cuts_it_when_memory_is_full(
         Peer.websocket(Here(server), "127.0.0.1", narrow=True) as one,
     ):
         one.writer.transport.pause_reading()  # type: ignore[attr-defined]
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         with caplog.at_level("INFO"):
             while not socket.transport.is_closing():
                 socket.write(b"x" * 10_000)
@@ -419,7 +420,7 @@ async def test_what_is_unread_of_one_that_is_cut_is_dropped(
 
     monkeypatch.setattr(Connection, "receive", receive)
     async with wsserver.serve(puppet, port=0) as server, peer(server) as one:
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         one.write(masked("x") * 1000)
         await until(lambda: not server._endpoint.connections)
         for _ in range(10):
@@ -435,7 +436,7 @@ async def test_all_that_came_before_the_end_is_heard_also_where_both_come_in_one
     sent = [str(number) for number in range(500)]
     data = b"".join(masked(text) for text in sent)
     async with wsserver.serve(puppet, port=0) as server, peer(server):
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         socket.get_buffer(-1)[: len(data)] = data
         socket.buffer_updated(len(data))
         assert len(heard) < len(sent)
@@ -477,7 +478,7 @@ async def pings(bare: Peer, count: int) -> list[bytes]:
 async def test_who_answers_pings_stays(puppet: Puppet) -> None:
     times: dict[str, Any] = {"ping_interval": 0.02, "ping_timeout": 30}
     async with wsserver.serve(puppet, port=0, **times) as server, peer(server) as one:
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         assert len(set(await pings(one, 4))) == 4
         await until(lambda: socket._ping is None)
         one.write(masked(PING.decode()))
@@ -511,7 +512,7 @@ async def test_who_is_behind_is_not_pinged(puppet: Puppet, monkeypatch: pytest.M
     monkeypatch.setattr(Socket, "_keep_alive", look)
     times: dict[str, Any] = {"ping_interval": 0.01, "ping_timeout": 30, "drain_timeout": 0}
     async with wsserver.serve(puppet, port=0, **times) as server, peer(server) as one:
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         await pings(one, 1)
         await until(lambda: socket._ping is None)
         socket.pause_writing()
@@ -525,11 +526,11 @@ async def test_who_is_behind_is_not_pinged(puppet: Puppet, monkeypatch: pytest.M
 
 async def test_one_that_is_told_to_go_and_stays_is_cut(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, send_timeout=0.05) as server, peer(server) as one:
-        (socket,) = server._connections
+        (socket,) = sockets_of(server)
         socket.end(1000, "enough")
         socket.end(1001, "which is too late")
         socket.write(b"and so is this")
         assert await one.frame() == (Opcode.CLOSE, (1000).to_bytes(2) + b"enough")
         await asyncio.wait_for(socket.wait_closed(), BOUND)
         assert socket.ended_with == 1000
-        assert not server._connections
+        assert not server.app.connections

@@ -82,7 +82,7 @@ class Admission:
         users: the ids of the users whose programs are served where nobody is asked who they are;
             None for all of this machine. Set when it listens.
         secure: whether the server speaks TLS itself.
-        reloads: how often that by which principals are told was read anew.
+        reloads: number of times that the credentials of clients were read again.
 
     Raises:
         ConfigError: a setting is not what it should be a list of.
@@ -335,11 +335,17 @@ class Visitor:
             and not any(map(_FORWARDED.fullmatch, headers))
         )
 
-    async def knock(self, path: str, headers: Mapping[str, str]) -> None:
-        """Ask to open a WebSocket. It may then still have to say who it is, in an ``auth`` frame.
+    async def check_admission(self, path: str, headers: Mapping[str, str]) -> None:
+        """Check whether the client may open a WebSocket.
+
+        The client may still have to authenticate, by an ``auth`` frame.
+
+        Args:
+            path: of the request, with its query.
+            headers: of the request, names in lower case.
 
         Raises:
-            Denied: it must not.
+            Denied: the client may not.
         """
         admission = self._admission
         local = self.local(headers)
@@ -420,7 +426,7 @@ class Visitor:
                 # Half of the time for a handshake, so that there is some left to answer in.
                 async with asyncio.timeout(self._admission.settings.open_timeout / 2):
                     principal = await authenticate(token, self._handshake)
-                if self._admission.reloads == reloads:  # else it may have gone by what was before
+                if self._admission.reloads == reloads:  # else the old credentials may have decided
                     break
             if not isinstance(principal, Principal | None):
                 raise TypeError("an authenticator returns a Principal or None")

@@ -1,4 +1,4 @@
-"""What plain HTTP gets: the page, and what operators and their machines look at."""
+"""Answers to HTTP requests: the page, the opening of a WebSocket, and what operators read."""
 
 import asyncio
 import hashlib
@@ -10,13 +10,23 @@ from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import ClassVar
 
-from websockets.http11 import Response
-
-from wsserver.admission import bearer
-from wsserver.responses import respond
+from wsserver.admission import Admission, Visitor, bearer
+from wsserver.protocol import SUBPROTOCOL
+from wsserver.responses import (
+    Answer,
+    Request,
+    Response,
+    Upgrade,
+    method_not_allowed,
+    respond,
+)
+from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
 
-__all__ = ["Operations", "Page"]
+__all__ = ["Operations", "Page", "Routes"]
+
+WEBSOCKET_PATHS = ("/", "/ws")
+PROBES = ("/healthz", "/readyz")  # which load balancers request by any host name
 
 
 class Page:
@@ -136,3 +146,77 @@ class Operations:
 
     def _looked(self, _: "asyncio.Task[Mapping[str, bool]]") -> None:
         self._looking = None
+
+
+class Routes:
+    """Which part answers a request, and whether admission allows it.
+
+    Args:
+        settings: whether operators have a port of their own, and whom the server serves.
+        admission: the rules for hosts, origins, addresses and tokens.
+        operations: the part for operators.
+    """
+
+    def __init__(self, settings: Settings, admission: Admission, operations: Operations) -> None:
+        self._admission = admission
+        self._operations = operations
+        self._page = Page()
+        # The metrics are for whoever asks on this machine, where this machine alone is served.
+        self._private = admission.authenticate is None and not settings.allow_anonymous
+        apart = settings.operations_port is not None
+        self._operations_paths = ("/healthz",) if apart else operations.PATHS
+
+    async def respond(self, request: Request, visitor: Visitor) -> Answer:
+        """Answer a request of a client.
+
+        Raises:
+            Denied: the client may not have what it requests.
+        """
+        headers, path = request.headers, request.path
+        visitor.introduce(headers)
+        if path not in PROBES:
+            visitor.check_room()
+            self._admission.check_host(headers)
+        websocket = "websocket" in headers.get("upgrade", "").lower()
+        if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
+            await visitor.check_admission(request.target, headers)
+            return Upgrade((SUBPROTOCOL,))
+        if path in Page.PATHS:  # the page could not tell why its WebSocket is refused
+            visitor.check_private(headers)
+        return await self._get(request, visitor)
+
+    async def _get(self, request: Request, visitor: Visitor) -> Response:
+        path, headers = request.path, request.headers
+        if path not in {*WEBSOCKET_PATHS, *Page.PATHS, *self._operations_paths}:
+            return respond(HTTPStatus.NOT_FOUND, "Not found")
+        if request.method not in {"GET", "HEAD"}:
+            return method_not_allowed()
+        if path in Page.PATHS:
+            return self._page.respond(path, headers)
+        if path in self._operations_paths:
+            trusted = self._private and visitor.local(headers)
+            return await self._operations.respond(path, headers, trusted=trusted)
+        return respond(
+            HTTPStatus.UPGRADE_REQUIRED,
+            "This address speaks WebSocket; the page is at /",
+            headers={"Upgrade": "websocket"},
+        )
+
+    async def respond_to_operator(self, request: Request, *, check_host: bool) -> Response:
+        """Answer a request at the port for operators.
+
+        Args:
+            request: the request.
+            check_host: refuse the metrics to hosts that are not this server's.
+
+        Raises:
+            Denied: the host is not this server's.
+        """
+        path, headers = request.path, request.headers
+        if path == "/metrics" and check_host:
+            self._admission.check_host(headers)
+        if path not in self._operations.PATHS:
+            return respond(HTTPStatus.NOT_FOUND, "Not found")
+        if request.method not in {"GET", "HEAD"}:
+            return method_not_allowed()
+        return await self._operations.respond(path, headers, trusted=True)

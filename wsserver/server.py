@@ -1,43 +1,28 @@
-"""The server: listen, answer HTTP, hand each WebSocket a connection, drain and close."""
+"""The server: an application and its listeners, from start to close."""
 
 import asyncio
 import contextlib
 import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from http import HTTPStatus
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from websockets.http11 import Request, Response
-
-from wsserver import auth, descriptors, listening, models, stores
-from wsserver.admission import Admission, Denied, Visitor
+from wsserver import descriptors, listening, models
+from wsserver.admission import Visitor
+from wsserver.app import App
 from wsserver.auth import Authenticator
-from wsserver.connection import Connection
-from wsserver.errors import ConfigError, StoreError
-from wsserver.hub import Hub
+from wsserver.errors import ConfigError
 from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
-from wsserver.protocol import Close
-from wsserver.responses import method_not_allowed, respond
-from wsserver.routes import Operations, Page
+from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
-from wsserver.stores import Store
 from wsserver.telemetry import Metrics
 from wsserver.transport import Endpoint
-from wsserver.websocket import Socket
 
 __all__ = ["Server", "serve"]
 
-WEBSOCKET_PATHS = ("/", "/ws")
 LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
-CLOSE_BATCH = 100  # sockets closed at once, so that their clients do not all come back at once
-CLOSE_PAUSE = 0.1  # seconds between batches, on average
-SHOWN = 256  # characters of a header in the log
-RECHECKS = 100  # clients at once that are asked about again on a reload
-LOOKS_PER_IDLE_TIME = 10  # at who has been idle for too long
 
 
 def serve(
@@ -90,6 +75,7 @@ class Server:
     who they are. It runs once.
 
     Attributes:
+        app: the application, once the server is entered.
         settings: what holds here. Once entered, with no more connections and replies than the limit
             of file descriptors allows.
         model_name: what answers, as clients see it.
@@ -100,6 +86,7 @@ class Server:
         memory: the bytes that it holds for its clients.
     """
 
+    app: App
     model_name: str
     port: int
     bound: tuple[str, ...]
@@ -118,20 +105,12 @@ class Server:
         self.metrics.watch_memory(self.memory)
         self._model = model
         self._authenticate = authenticate
-        self._page = Page()
-        self._admission: Admission
-        self._operations: Operations
         self._endpoint: Endpoint
         self._operators: Endpoint | None = None
-        self._sweep: asyncio.TimerHandle | None = None
-        self._connections: dict[Socket, Connection] = {}
-        self._hub: Hub
-        self._store: Store
         self._given = tuple(sockets)
         self._host = settings.host
         self._certificate: listening.Certificate | None = None
         self._unix_socket: listening.UnixSocket | None = None
-        self._own_model: Model | PushModel | None = None  # made here, and so to be closed here
         self._closing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self._hurried = False
@@ -155,23 +134,14 @@ class Server:
             raise RuntimeError("a server runs once")
         self._entered = True
         settings = self.settings = descriptors.fit(self.settings)
-        model = self._model
         if settings.cert:
             self._certificate = listening.Certificate(settings.cert, settings.key)
-        if model is None:
-            model = self._own_model = models.load(settings)
-        self.model_name = models.name_of(model)
-        self._store = stores.make(settings, self.memory)
+        app = App(settings, self._model, self._authenticate, self.metrics, self.memory)
+        self.app = app
         try:
-            if self._authenticate is None:
-                self._authenticate = auth.make(settings)
-            self._admission = Admission(settings, self._authenticate)
-            self._admission.secure = self._certificate is not None
-            await self._store.open()
-            self._hub = Hub(model, self._store, settings, self.metrics, self.memory)
-            self._operations = Operations(
-                self.metrics, self._readiness, settings.secret("metrics_token")
-            )
+            await app.start()
+            self.model_name = app.model_name
+            app.admission.secure = self._certificate is not None
             await self._listen()
             self._check_exposure()
             if settings.operations_port is not None:
@@ -183,11 +153,9 @@ class Server:
                 self._operators.stop_listening()
                 self._operators.abort()
                 await self._operators.wait_closed()
-            await self._release(settings.stop_timeout)
+            await app.release(settings.stop_timeout)
             raise
-        self._hub.readiness.prepare()
-        self.metrics.watch_loop()
-        self._dismiss_idle()
+        app.ready()
         log.info("listening", addresses=", ".join(self.bound), model=self.model_name)
         return self
 
@@ -197,51 +165,40 @@ class Server:
         Raises:
             ConfigError: it would.
         """
-        settings = self.settings
-        self._admission.loopback = listening.loopback(self._endpoint.bound)
-        if self._authenticate is not None:
+        settings, admission = self.settings, self.app.admission
+        admission.loopback = listening.loopback(self._endpoint.bound)
+        if admission.authenticate is not None:
             if settings.allow_anonymous:
                 raise ConfigError("allow_anonymous contradicts the tokens; give one or the other")
         elif settings.allow_anonymous:
             log.warning("anyone who reaches this server can spend your money and read everything")
-        elif not self._admission.loopback or settings.proxies or settings.hosts:
-            why = "it has hosts or proxies" if self._admission.loopback else "it is not on loopback"
+        elif not admission.loopback or settings.proxies or settings.hosts:
+            why = "it has hosts or proxies" if admission.loopback else "it is not on loopback"
             raise ConfigError(
                 f"strangers could use this server, as {why}; let them say who they are (make a "
                 "token with `wsserver token new NAME --file FILE`, and start with --token-file "
                 "FILE), or serve them all with --allow-anonymous"
             )
         else:
-            self._admission.users = listening.own_users()
+            admission.users = listening.own_users()
 
     @property
     def open_to_users(self) -> bool:
-        """Whether every user of this machine is served without saying who they are."""
-        admission = self._admission
+        """Whether every user of this machine is served without a token."""
+        admission = self.app.admission
         return admission.authenticate is None and admission.loopback and admission.users is None
 
     async def reload(self) -> bool:
-        """Read anew the certificate, the token for metrics, and what lets clients in.
+        """Read the certificate, the token for metrics and the credentials of clients again.
 
-        Open sockets go on, but for those of clients who would not be let in any more.
+        Open sockets go on, except those of clients whose token is not valid any more.
 
         Returns:
-            Whether all could be read. What could not stays as it was, and the log says why.
+            Whether all could be read. A part that could not be read stays as it was, and the log
+            has the reason.
         """
         done = self._certificate is None or self._certificate.reload()
-        try:
-            self._operations.token = self.settings.secret("metrics_token")
-        except ConfigError as error:
-            log.error("the token for metrics stays as it was", reason=str(error))
-            done = False
-        if self._authenticate is not None:
-            done = await auth.reload(self._authenticate) and done
-            self._admission.reloads += 1
-        connections = iter(tuple(self._connections.values()))
-        async with asyncio.TaskGroup() as group:
-            for _ in range(RECHECKS):
-                group.create_task(_recheck(connections))
-        return done
+        return await self.app.reload() and done
 
     async def _listen(self) -> None:
         settings, sockets = self.settings, self._given
@@ -249,10 +206,10 @@ class Server:
             settings,
             self._respond,
             self.memory,
-            admission=self._admission,
-            on_denied=self._denied,
-            on_open=self._open,
-            on_close=self._forget,
+            admission=self.app.admission,
+            on_denied=self.app.denied,
+            on_open=self.app.opened,
+            on_close=self.app.closed,
             metrics=self.metrics,
             tls=None if self._certificate is None else self._certificate.context,
         )
@@ -298,7 +255,7 @@ class Server:
 
     async def prepared(self) -> None:
         """Wait until the model has imported what it needs. Clients are served meanwhile."""
-        await self._hub.readiness.prepared()
+        await self.app.hub.readiness.prepared()
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
@@ -332,16 +289,14 @@ class Server:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.shutdown_timeout
         self._stop_listening()
-        log.info("stopping", replies=self._hub.live, connections=len(self._connections))
-        if self._sweep is not None:
-            self._sweep.cancel()
+        self.app.stop()
         if not self._hurried:
-            self._leaving = loop.create_task(self._leave())
+            self._leaving = loop.create_task(self.app.drain())
             await asyncio.wait({self._leaving}, timeout=self.settings.shutdown_timeout)
             self._leaving.cancel()
             await asyncio.wait({self._leaving})
         self._endpoint.abort()
-        await self._hub.close(min(self._left(deadline), self.settings.stop_timeout))
+        await self.app.close(min(self._left(deadline), self.settings.stop_timeout))
         if self._operators is not None:  # until now it has told how things stand
             self._operators.stop_listening()
             self._operators.abort()
@@ -350,80 +305,11 @@ class Server:
                 await self._endpoint.wait_closed()
                 if self._operators is not None:
                     await self._operators.wait_closed()
-        await self._release(self._left(deadline))
+        await self.app.release(self._left(deadline))
 
     def _left(self, deadline: float) -> float:
         left = deadline - asyncio.get_running_loop().time()
         return LAST_TURN if self._hurried else max(LAST_TURN, left)
-
-    async def _release(self, within: float) -> None:
-        self.metrics.close()
-        with contextlib.suppress(TimeoutError, StoreError):
-            async with asyncio.timeout(within):
-                await self._store.close()
-        if self._authenticate is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(within, self.settings.stop_timeout)):
-                    await auth.close(self._authenticate)
-        if self._own_model is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(within, self.settings.stop_timeout)):
-                    await models.close(self._own_model)
-
-    async def _leave(self) -> None:
-        await self._hub.drain()
-        sockets = [socket for socket in self._connections if socket.open]
-        random.shuffle(sockets)
-        async with asyncio.TaskGroup() as group:
-            for number, socket in enumerate(sockets, start=1):
-                group.create_task(self._dismiss(socket))
-                if number % CLOSE_BATCH == 0:
-                    await asyncio.sleep(random.uniform(0, 2 * CLOSE_PAUSE))  # noqa: S311
-
-    async def _dismiss(self, socket: Socket) -> None:
-        connection = self._connections.get(socket)
-        if connection is not None:
-            await connection.delivered()
-            socket.end(Close.SERVICE_RESTART, "the server restarts")
-            await socket.wait_closed()
-
-    def _open(self, socket: Socket) -> Connection:
-        """Serve a WebSocket from now on."""
-        connection = Connection(socket, self._hub, self.settings, socket.visitor)
-        self._connections[socket] = connection
-        self.metrics.connection_opened()
-        if socket.subprotocol is not None:
-            connection.greet()
-        return connection
-
-    def _forget(self, socket: Socket) -> None:
-        """A WebSocket has closed."""
-        connection = self._connections.pop(socket)
-        connection.detach(lost=not socket.closed_by_client)
-        self.metrics.connection_closed()
-        log.info(
-            "connection",
-            socket=socket.id,
-            address=socket.visitor.address,
-            principal=connection.principal,
-            seconds=round(asyncio.get_running_loop().time() - socket.began, 3),
-            frames=connection.frames,
-            code=socket.ended_with,
-        )
-
-    def _dismiss_idle(self) -> None:
-        """Close sockets whose clients want nothing any more."""
-        timeout = self.settings.idle_timeout
-        if not timeout or self._closing is not None:
-            return
-        loop = asyncio.get_running_loop()
-        for socket, connection in tuple(self._connections.items()):
-            since = connection.idle_since
-            if since is not None and since + timeout <= loop.time():
-                socket.end(Close.NORMAL, "idle")
-        self._sweep = loop.call_later(timeout / LOOKS_PER_IDLE_TIME, self._dismiss_idle)
-
-    # HTTP.
 
     @property
     def _address(self) -> str:
@@ -432,122 +318,12 @@ class Server:
             host = "localhost"
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
-    async def _respond(self, visitor: Visitor | None, request: Request) -> Response | None:
-        """Answer what is not a WebSocket handshake; None lets one begin."""
+    async def _respond(self, request: Request, visitor: Visitor | None) -> Answer:
         assert visitor is not None
-        try:
-            return await self._answer(visitor, request)
-        except Exception as error:  # noqa: BLE001
-            return _failed(error)
+        return await self.app.respond(request, visitor)
 
-    async def _answer(self, visitor: Visitor, request: Request) -> Response | None:
-        headers = _lower(request)
-        path = request.path.partition("?")[0]
-        websocket = "websocket" in headers.get("upgrade", "").lower()
-        try:
-            visitor.introduce(headers)
-            if path not in {"/healthz", "/readyz"}:  # which probes ask for by any name
-                visitor.check_room()
-                self._admission.check_host(headers)
-            if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
-                await visitor.knock(request.path, headers)
-                return None
-            if path in Page.PATHS:  # which could tell nobody why it may not connect
-                visitor.check_private(headers)
-            return await self._get(path, request.method, headers, visitor)
-        except Denied as denied:
-            self._denied(denied, visitor.address, headers)
-            return respond(denied.status, denied.message, headers=denied.headers)
-
-    async def _get(
-        self, path: str, method: str, headers: Mapping[str, str], visitor: Visitor
-    ) -> Response:
-        operations = self._operations.PATHS if self._operators is None else ("/healthz",)
-        if path not in {*WEBSOCKET_PATHS, *Page.PATHS, *operations}:
-            response = respond(HTTPStatus.NOT_FOUND, "Not found")
-        elif method not in {"GET", "HEAD"}:
-            response = method_not_allowed()
-        elif path in Page.PATHS:
-            response = self._page.respond(path, headers)
-        elif path in operations:
-            # Where strangers may be, one that seems to be on this machine may be behind a proxy.
-            private = self._authenticate is None and not self.settings.allow_anonymous
-            trusted = private and visitor.local(headers)
-            response = await self._operations.respond(path, headers, trusted=trusted)
-        else:
-            response = respond(
-                HTTPStatus.UPGRADE_REQUIRED,
-                "This address speaks WebSocket; the page is at /",
-                headers={"Upgrade": "websocket"},
-            )
-        return _without_body(response) if method == "HEAD" else response
-
-    async def _respond_to_operator(self, _: Visitor | None, request: Request) -> Response:
-        path = request.path.partition("?")[0]
-        headers = _lower(request)
+    async def _respond_to_operator(self, request: Request, _: Visitor | None) -> Answer:
         assert self._operators is not None
-        try:
-            # Where others can reach it, they need no page to read it for them.
-            if path == "/metrics" and listening.loopback(self._operators.bound):
-                self._admission.check_host(headers)
-            if path not in self._operations.PATHS:
-                response = respond(HTTPStatus.NOT_FOUND, "Not found")
-            elif request.method not in {"GET", "HEAD"}:
-                response = method_not_allowed()
-            else:
-                response = await self._operations.respond(path, headers, trusted=True)
-        except Denied as denied:
-            response = respond(denied.status, denied.message, headers=denied.headers)
-        except Exception as error:  # noqa: BLE001
-            response = _failed(error)
-        return _without_body(response) if request.method == "HEAD" else response
-
-    async def _readiness(self) -> Mapping[str, bool]:
-        """Tell what it takes to serve clients, part by part, and whether it is there."""
-        store = True
-        try:
-            # Before the time for a request is up, so that there is an answer.
-            async with asyncio.timeout(self.settings.open_timeout / 2):
-                await self._hub.probe()
-        except (StoreError, TimeoutError):
-            store = False
-        return {
-            "store": store,
-            "serving": self._closing is None,
-            "upstream": not self._hub.upstream_failing,
-        }
-
-    def _denied(self, denied: Denied, address: str, headers: Mapping[str, str]) -> None:
-        self.metrics.connection_refused(denied.why)
-        log.info(
-            "connection refused",
-            why=denied.why,
-            address=address,
-            host=headers.get("host", "")[:SHOWN] or None,
-            origin=headers.get("origin", "")[:SHOWN] or None,
-        )
-
-
-async def _recheck(connections: Iterator[Connection]) -> None:
-    for connection in connections:
-        if not await connection.still_welcome():
-            connection.revoke()
-
-
-def _failed(error: Exception) -> Response:
-    log.error("a request could not be answered", failure=error)
-    return respond(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the server's own")
-
-
-def _without_body(response: Response) -> Response:
-    response.body = b""
-    return response
-
-
-def _lower(request: Request) -> dict[str, str]:
-    """Return a request's headers by their names in lower case, repeated ones as one list."""
-    headers: dict[str, str] = {}
-    for given, value in request.headers.raw_items():
-        name = given.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+        # A page in a browser can reach loopback. Elsewhere nobody needs a page to read the metrics.
+        check_host = listening.loopback(self._operators.bound)
+        return await self.app.respond_to_operator(request, check_host=check_host)

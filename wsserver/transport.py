@@ -5,6 +5,7 @@ opening of a WebSocket, a :class:`~wsserver.websocket.Socket` takes over, and no
 """
 
 import asyncio
+import functools
 import socket
 import ssl
 import typing
@@ -12,7 +13,9 @@ from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 
-from websockets.http11 import Request, Response
+from websockets.datastructures import Headers
+from websockets.http11 import Request as Handshake
+from websockets.http11 import Response as Reply
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
@@ -21,8 +24,7 @@ from wsserver.admission import Admission, Denied, Visitor, no_memory
 from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
 from wsserver.limits import Memory
 from wsserver.listening import ELSEWHERE, NOBODY, Acceptor, bound, established, user_at
-from wsserver.protocol import SUBPROTOCOL
-from wsserver.responses import method_not_allowed, respond
+from wsserver.responses import Answer, Request, Response, method_not_allowed, respond
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
 from wsserver.websocket import READ_SIZE, SILENT, Receiver, Socket, Wire, flush, half_close
@@ -51,7 +53,7 @@ class Endpoint:
 
     Args:
         settings: the times and limits that hold here.
-        answer: answers a request; None lets a WebSocket begin.
+        answer: answers a request, or lets it open a WebSocket.
         memory: what counts the bytes that are kept of what clients send and do not read.
         admission: who may connect at all; without it, everyone may.
         on_denied: told why, where one may not.
@@ -73,13 +75,13 @@ class Endpoint:
     def __init__(
         self,
         settings: Settings,
-        answer: Callable[[Visitor | None, Request], Awaitable[Response | None]],
+        answer: Callable[[Request, Visitor | None], Awaitable[Answer]],
         memory: Memory,
         *,
         admission: Admission | None = None,
         on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None = None,
-        on_open: Callable[["Socket"], "Receiver"] | None = None,
-        on_close: Callable[["Socket"], None] | None = None,
+        on_open: Callable[["Socket", Visitor], "Receiver"] | None = None,
+        on_close: Callable[["Socket", Visitor], None] | None = None,
         metrics: Metrics | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -185,7 +187,7 @@ class Exchange(Wire):
         self._denied: Denied | None = None
         self._below: asyncio.Transport | None = None  # what TLS writes to, if there is TLS
         self._timer: asyncio.TimerHandle | None = None
-        self._http = ServerProtocol(select_subprotocol=_select_subprotocol, logger=SILENT)
+        self._http = ServerProtocol(logger=SILENT)
         self._tail = b""  # the end of what came of the request so far
         self._size = self._lines = 0  # of the request's head so far
         self._head_ended = False
@@ -232,8 +234,8 @@ class Exchange(Wire):
             denied = self._denied
             self._answer_and_drop(respond(denied.status, denied.message, headers=denied.headers))
 
-    def shaken(self, tls: "asyncio.Future[None]") -> None:
-        """TLS is there, or will not be: of the latter nobody else tells."""
+    def tls_ready(self, tls: "asyncio.Future[None]") -> None:
+        """The TLS handshake finished or failed. No other callback reports a failure."""
         if tls.cancelled() or tls.exception() is not None or self._below is None:
             self.connection_lost(None)
 
@@ -266,10 +268,10 @@ class Exchange(Wire):
             self._answer_and_drop(respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why))
         else:
             for request in self._http.events_received():
-                assert isinstance(request, Request)
+                assert isinstance(request, Handshake)
                 self._take(request)
 
-    def _take(self, request: Request) -> None:
+    def _take(self, request: Handshake) -> None:
         """Have a request answered, unless it costs too much to look into."""
         for name in LISTS:
             values = request.headers.get_all(name)
@@ -338,25 +340,31 @@ class Exchange(Wire):
         on unread data would reset the connection, and take the answer with it.
         """
         self._head_ended = True
-        self.transport.write(response.serialize())
+        self.transport.write(response.encode())
         if self.transport.can_write_eof():
             half_close(self.transport)
         self._drop()
 
-    async def _answer(self, request: Request) -> None:
+    async def _answer(self, handshake: Handshake) -> None:
+        request = Request(handshake.method, handshake.path, _lower(handshake))
         try:
             async with asyncio.timeout(self._endpoint.settings.open_timeout):
-                response = await self._endpoint.answer(self.visitor, request)
+                answer = await self._endpoint.answer(request, self.visitor)
         except TimeoutError:
-            return  # and nobody is there any more
+            return  # the client has gone, or its connection is aborted at the same time
         finally:
             self._answering = False
             if self not in self._endpoint.connections:
                 self._hold(0)
         if self.transport.is_closing() or self._early is None:  # gone, or answered already
             return
-        if response is None:
-            response = self._http.accept(request)
+        if isinstance(answer, Response):
+            response = _reply(answer)
+        else:
+            # A bound method would keep this exchange alive in a reference cycle.
+            choose = functools.partial(_choose, answer.subprotocols)
+            self._http.select_subprotocol = choose  # type: ignore[method-assign]
+            response = self._http.accept(handshake)
         if response.status_code == HTTPStatus.SWITCHING_PROTOCOLS and self._endpoint.closing:
             why = "Server is shutting down.\n"
             response = self._http.reject(HTTPStatus.SERVICE_UNAVAILABLE, why)
@@ -392,13 +400,13 @@ class _Tls(SSLProtocol):
     max_size = READ_SIZE
 
     def __init__(self, endpoint: Endpoint, exchange: Exchange, context: ssl.SSLContext) -> None:
-        shaken: asyncio.Future[None] = endpoint.loop.create_future()
-        shaken.add_done_callback(exchange.shaken)
+        handshake: asyncio.Future[None] = endpoint.loop.create_future()
+        handshake.add_done_callback(exchange.tls_ready)
         super().__init__(
             endpoint.loop,
             exchange,
             context,
-            shaken,
+            handshake,
             server_side=True,
             ssl_handshake_timeout=endpoint.settings.open_timeout,  # type: ignore[arg-type]
         )
@@ -421,6 +429,21 @@ def _keep(few: dict[Exchange, None], exchange: Exchange, most: int) -> None:
         first.abort()
 
 
-def _select_subprotocol(_: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-    # A client that offers none, or others, is served all the same: most offer none.
-    return Subprotocol(SUBPROTOCOL) if SUBPROTOCOL in offered else None
+def _choose(spoken: Sequence[str], offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    """Return the first spoken subprotocol that the client offers, if it offers one."""
+    return next((Subprotocol(own) for own in spoken if own in offered), None)
+
+
+def _reply(response: Response) -> Reply:
+    """Return a response as the library has it."""
+    status = response.status
+    return Reply(status.value, status.phrase, Headers(response.headers), response.body)
+
+
+def _lower(request: Handshake) -> dict[str, str]:
+    """Return the headers of a request by their names in lower case, repeated ones as one list."""
+    headers: dict[str, str] = {}
+    for given, value in request.headers.raw_items():
+        name = given.lower()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers

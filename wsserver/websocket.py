@@ -56,8 +56,8 @@ class Place(typing.Protocol):
     settings: Settings
     memory: Memory
     admission: Admission | None
-    on_open: "Callable[[Socket], Receiver] | None"
-    on_close: "Callable[[Socket], None] | None"
+    on_open: "Callable[[Socket, Visitor], Receiver] | None"
+    on_close: "Callable[[Socket, Visitor], None] | None"
     metrics: Metrics | None
     loop: asyncio.AbstractEventLoop
     connections: set[typing.Any]
@@ -192,7 +192,7 @@ class Socket(Wire):
             below.set_write_buffer_limits(UNSENT_IN_KERNEL)
         _limit_unsent(transport.get_extra_info("socket"))
         assert endpoint.on_open is not None
-        self._connection = endpoint.on_open(self)
+        self._connection = endpoint.on_open(self, visitor)
 
     @property
     def id(self) -> UUID:
@@ -376,7 +376,7 @@ class Socket(Wire):
         super().connection_lost(exc)
         self._hold(0)
         assert self._endpoint.on_close is not None
-        self._endpoint.on_close(self)
+        self._endpoint.on_close(self, self.visitor)
 
     def _take(self, part: Frame) -> None:
         """Take a frame, and hand over the message that it ends."""

@@ -71,7 +71,7 @@ async def test_stop_while_the_send_buffer_of_the_client_is_full(
     async with sluggard(server) as slow:
         await slow.send('{"prompt": "Talk", "id": "the-slow-one-0001"}')
         received = await upstream.request()
-        (transport,) = server._connections
+        (transport,) = server.app.connections
         await until(lambda: not transport.writable)
         await slow.send('{"type": "stop"}')
         assert await received.closed() == "closed"
@@ -103,7 +103,7 @@ async def test_hundreds_of_stops_leave_no_request_open(
     for received in upstream.requests:
         assert await received.closed() == "closed"
     assert upstream.open == 0
-    assert server._hub.live == 0
+    assert server.app.hub.live == 0
 
 
 async def test_stop_over_tls_does_not_wait_for_the_closing_handshake(

@@ -62,7 +62,7 @@ async def test_summarised_thinking_is_estimated_by_its_time(
     if later.endswith("cut"):
         terminal = await chat.next("error")
     else:
-        (generation,) = server._hub.retention
+        (generation,) = server.app.hub.retention
         await until(lambda: generation.usage)
         terminal = (await stop(chat, start))[1]
     used = {"input_tokens": 9, "output_tokens": 600 + 7 * (later != "stopped"), "estimated": True}

@@ -38,7 +38,7 @@ async def test_reload_closes_only_sockets_of_removed_tokens(puppet: Puppet, tmp_
         path.write_text("broken")
         assert not await server.reload()
         await stays.quiet()
-        assert len(server._connections) == 2
+        assert len(server.app.connections) == 2
         await until(lambda: len(server._endpoint.connections) == 2)
 
 

@@ -220,8 +220,8 @@ async def test_disconnect_during_authentication_leaves_nothing(puppet: Puppet) -
         await asyncio.wait_for(answered.wait(), BOUND)
         await until(lambda: not server._endpoint.answering)
         await asyncio.sleep(0)
-        assert len(server._admission.principals) == 0
-        assert server._admission._open == 0
+        assert len(server.app.admission.principals) == 0
+        assert server.app.admission._open == 0
     del reader
 
 
@@ -238,7 +238,7 @@ async def test_custom_authenticator_gets_the_handshake(puppet: Puppet) -> None:
         ) as socket:
             chat = Client(socket)
             assert (await chat.prompt())["type"] == "start"
-            assert {generation.owner for generation in server._hub.retention} == {"ada"}
+            assert {generation.owner for generation in server.app.hub.retention} == {"ada"}
     assert seen[0].address == "127.0.0.1"
     assert seen[0].path == "/ws?room=7"
 

@@ -7,6 +7,7 @@ from playwright.async_api import Locator, Page, expect
 
 import wsserver
 from tests.support.puppet import BOUND, Puppet
+from tests.support.sockets import sockets_of
 from tests.support.tools import require_npm_package
 
 SWITCHES = [
@@ -101,7 +102,7 @@ def cut(server: wsserver.Server) -> None:
 
 def dismiss(server: wsserver.Server, code: int, reason: str) -> None:
     """Close all connections with a close code."""
-    for connection in tuple(server._connections):
+    for connection in sockets_of(server):
         connection.end(code, reason)
 
 

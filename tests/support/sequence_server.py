@@ -163,11 +163,11 @@ class _Play:
                     await self._sockets[1].take(lambda _: False)
                 assert self._sockets[1].connection.close_code == line["code"]
             case "expired":
-                for connection in self._server._connections.values():
+                for connection in self._server.app.connections.values():
                     connection.shut_out("The token has expired.")
             case "draining":
                 self._closing = asyncio.create_task(self._server.close())
-                await until(lambda: self._server._hub.draining)
+                await until(lambda: self._server.app.hub.draining)
             case "crashed":
                 await self._serve_again(self._folder / "saved.sqlite")
 
@@ -181,7 +181,7 @@ class _Play:
 
     async def _save(self) -> None:
         """Note what a server would find that died after the next frame of a reply."""
-        await self._server._hub._journal.flush()
+        await self._server.app.hub._journal.flush()
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy(f"{self._database}{suffix}", self._folder / f"saved.sqlite{suffix}")

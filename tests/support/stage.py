@@ -15,6 +15,7 @@ from typing import Any
 import wsserver
 from tests.support.line import Line
 from tests.support.puppet import BOUND
+from tests.support.sockets import sockets_of
 from wsserver import Code, End, Handshake, ModelError, Principal, Request, Thinking
 from wsserver.stores.base import StoredGeneration
 
@@ -105,7 +106,7 @@ class Stage:
 
     async def do_dismiss(self, server: int, code: int, reason: str) -> None:
         """Close all sockets."""
-        for socket in tuple(self._servers[server][0]._connections):
+        for socket in sockets_of(self._servers[server][0]):
             socket.end(code, reason)
             await socket.wait_closed()
 
@@ -121,7 +122,7 @@ class Stage:
 
     async def do_saved(self, server: int, reply: str, pieces: int) -> None:
         """Wait until so much of a reply is in the store."""
-        store = self._servers[server][0]._store
+        store = self._servers[server][0].app.store
         async with asyncio.timeout(BOUND):
             while not (
                 isinstance(found := await store.find(reply, "anonymous"), StoredGeneration)
@@ -135,7 +136,7 @@ class Stage:
         async def never(*_: object) -> None:
             await asyncio.Event().wait()
 
-        self._servers[server][0]._store.commit = never  # type: ignore[assignment]
+        self._servers[server][0].app.store.commit = never  # type: ignore[assignment]
 
     async def do_connections(self, server: int) -> int:
         """Tell how many connections have been tried."""

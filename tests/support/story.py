@@ -178,7 +178,7 @@ class Story:
 
     @property
     def generation(self) -> Generation:
-        found = self.server._hub.known("anonymous", self.name)
+        found = self.server.app.hub.known("anonymous", self.name)
         assert found is not None
         return found
 
@@ -353,14 +353,14 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
         self.opened = asyncio.Event()
         self.reached = asyncio.Event()
-        commit = server._store.commit
+        commit = server.app.store.commit
 
         async def commit_later(entries: Sequence[Entry]) -> None:
             self.reached.set()
             await self.opened.wait()
             await commit(entries)
 
-        monkeypatch.setattr(server._store, "commit", commit_later)
+        monkeypatch.setattr(server.app.store, "commit", commit_later)
 
     async def reached_or(self, other: asyncio.Future[None]) -> None:
         """Wait until a commit is held back, or until there is nothing to save."""

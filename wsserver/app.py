@@ -1,0 +1,324 @@
+"""The application: what serves clients, whatever carries their bytes.
+
+The application knows no sockets. A listener gives it HTTP requests and opened transports, and it
+gives back answers and connections.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from typing import Protocol
+from uuid import UUID
+
+from wsserver import auth, models, stores
+from wsserver.admission import Admission, Denied, Visitor
+from wsserver.auth import Authenticator
+from wsserver.connection import Connection
+from wsserver.errors import ConfigError, StoreError
+from wsserver.hub import Hub
+from wsserver.limits import Memory
+from wsserver.logs import log
+from wsserver.models.base import Model, PushModel
+from wsserver.protocol import Close
+from wsserver.responses import Answer, Request, Response, respond
+from wsserver.routes import Operations, Routes
+from wsserver.session import Transport
+from wsserver.settings import Settings
+from wsserver.stores import Store
+from wsserver.telemetry import Metrics
+
+__all__ = ["App", "ClientTransport"]
+
+CLOSE_BATCH = 100  # clients closed at once, so that they do not all come back at once
+CLOSE_PAUSE = 0.1  # seconds between two batches, on average
+SHOWN = 256  # characters of a header in the log
+RECHECKS = 100  # clients whose tokens are checked at once on a reload
+SWEEPS_PER_IDLE_TIME = 10  # looks for idle clients in one `idle_timeout`
+
+
+class ClientTransport(Transport, Protocol):
+    """The way to one client that a listener has opened."""
+
+    began: float
+    subprotocol: str | None
+
+    @property
+    def id(self) -> UUID:
+        """The name of the transport in the log."""
+        ...
+
+    @property
+    def open(self) -> bool:
+        """Whether neither side has begun to close the transport."""
+        ...
+
+    @property
+    def closed_by_client(self) -> bool:
+        """Whether the client has sent a close frame."""
+        ...
+
+    @property
+    def ended_with(self) -> int:
+        """The close code; 1006 where nobody sent one."""
+        ...
+
+    async def wait_closed(self) -> None:
+        """Wait until the transport is closed."""
+        ...
+
+
+class App:
+    """The hub, the store, the model, admission and routes of one server.
+
+    :meth:`start` makes them, :meth:`ready` begins the work that needs clients, :meth:`stop`,
+    :meth:`drain`, :meth:`close` and :meth:`release` end them in this order.
+
+    Args:
+        settings: the limits, times and addresses.
+        model: the model that answers; None for the model that the settings name.
+        authenticate: the authenticator; None for the one that the settings name.
+        metrics: counts and measures.
+        memory: counts the bytes that are held for clients.
+
+    Attributes:
+        admission: decides which clients may connect.
+        hub: runs the generations.
+        store: keeps conversations.
+        connections: the connection of each open transport.
+        stopping: whether :meth:`stop` was called.
+    """
+
+    admission: Admission
+    hub: Hub
+    store: Store
+    model_name: str
+
+    def __init__(
+        self,
+        settings: Settings,
+        model: Model | PushModel | None,
+        authenticate: Authenticator | None,
+        metrics: Metrics,
+        memory: Memory,
+    ) -> None:
+        self.settings = settings
+        self.metrics = metrics
+        self.memory = memory
+        self.connections: dict[ClientTransport, Connection] = {}
+        self.stopping = False
+        self._given_model = model
+        self._own_model: Model | PushModel | None = None  # made here, and so to be closed here
+        self._authenticate = authenticate
+        self._operations: Operations
+        self._routes: Routes
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        """Make all parts and open the store.
+
+        Raises:
+            ConfigError: there is no model of the name in the settings, or a setting cannot be used.
+        """
+        settings, model = self.settings, self._given_model
+        if model is None:
+            model = self._own_model = models.load(settings)
+        self.model_name = models.name_of(model)
+        self.store = stores.make(settings, self.memory)
+        if self._authenticate is None:
+            self._authenticate = auth.make(settings)
+        self.admission = Admission(settings, self._authenticate)
+        await self.store.open()
+        self.hub = Hub(model, self.store, settings, self.metrics, self.memory)
+        self._operations = Operations(
+            self.metrics, self._readiness, settings.secret("metrics_token")
+        )
+        self._routes = Routes(settings, self.admission, self._operations)
+
+    def ready(self) -> None:
+        """Prepare the model and begin to look for idle clients."""
+        self.hub.readiness.prepare()
+        self.metrics.watch_loop()
+        self._close_idle()
+
+    # Clients.
+
+    def opened(self, transport: ClientTransport, visitor: Visitor) -> Connection:
+        """Serve a client from now on.
+
+        Args:
+            transport: the way to the client.
+            visitor: the client as admission knows it.
+        """
+        connection = Connection(transport, self.hub, self.settings, visitor)
+        self.connections[transport] = connection
+        self.metrics.connection_opened()
+        if transport.subprotocol is not None:
+            connection.greet()
+        return connection
+
+    def closed(self, transport: ClientTransport, visitor: Visitor) -> None:
+        """Forget a client whose transport is closed."""
+        connection = self.connections.pop(transport)
+        connection.detach(lost=not transport.closed_by_client)
+        self.metrics.connection_closed()
+        log.info(
+            "connection",
+            socket=transport.id,
+            address=visitor.address,
+            principal=connection.principal,
+            seconds=round(asyncio.get_running_loop().time() - transport.began, 3),
+            frames=connection.frames,
+            code=transport.ended_with,
+        )
+
+    def denied(self, denied: Denied, address: str, headers: Mapping[str, str]) -> None:
+        """Count and log a client that may not connect."""
+        self.metrics.connection_refused(denied.why)
+        log.info(
+            "connection refused",
+            why=denied.why,
+            address=address,
+            host=headers.get("host", "")[:SHOWN] or None,
+            origin=headers.get("origin", "")[:SHOWN] or None,
+        )
+
+    def _close_idle(self) -> None:
+        """Close the clients that have been idle for the `idle_timeout`, and look again later."""
+        timeout = self.settings.idle_timeout
+        if not timeout or self.stopping:
+            return
+        loop = asyncio.get_running_loop()
+        for transport, connection in tuple(self.connections.items()):
+            since = connection.idle_since
+            if since is not None and since + timeout <= loop.time():
+                transport.end(Close.NORMAL, "idle")
+        self._sweep = loop.call_later(timeout / SWEEPS_PER_IDLE_TIME, self._close_idle)
+
+    # HTTP.
+
+    async def respond(self, request: Request, visitor: Visitor) -> Answer:
+        """Answer an HTTP request."""
+        try:
+            answer = await self._routes.respond(request, visitor)
+        except Denied as denied:
+            self.denied(denied, visitor.address, request.headers)
+            answer = respond(denied.status, denied.message, headers=denied.headers)
+        except Exception as error:  # noqa: BLE001
+            answer = _failed(error)
+        return answer.to(request) if isinstance(answer, Response) else answer
+
+    async def respond_to_operator(self, request: Request, *, check_host: bool) -> Response:
+        """Answer an HTTP request at the port for operators.
+
+        Args:
+            request: the request.
+            check_host: refuse hosts that are not this server's. A page of another site could
+                otherwise read the metrics through a name that resolves to loopback.
+        """
+        try:
+            response = await self._routes.respond_to_operator(request, check_host=check_host)
+        except Denied as denied:
+            response = respond(denied.status, denied.message, headers=denied.headers)
+        except Exception as error:  # noqa: BLE001
+            response = _failed(error)
+        return response.to(request)
+
+    async def _readiness(self) -> Mapping[str, bool]:
+        """Return the parts that clients need, and whether each of them works."""
+        store = True
+        try:
+            # Half of the time for a request leaves time for the answer.
+            async with asyncio.timeout(self.settings.open_timeout / 2):
+                await self.hub.probe()
+        except (StoreError, TimeoutError):
+            store = False
+        return {
+            "store": store,
+            "serving": not self.stopping,
+            "upstream": not self.hub.upstream_failing,
+        }
+
+    # Reload and end.
+
+    async def reload(self) -> bool:
+        """Read the credentials of clients and of operators again.
+
+        Open connections go on, except those of clients whose token is not valid any more.
+
+        Returns:
+            Whether all could be read. A part that could not be read stays as it was, and the log
+            has the reason.
+        """
+        done = True
+        try:
+            self._operations.token = self.settings.secret("metrics_token")
+        except ConfigError as error:
+            log.error("the token for metrics stays as it was", reason=str(error))
+            done = False
+        if self._authenticate is not None:
+            done = await auth.reload(self._authenticate) and done
+            self.admission.reloads += 1
+        connections = iter(tuple(self.connections.values()))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(RECHECKS):
+                group.create_task(_recheck(connections))
+        return done
+
+    def stop(self) -> None:
+        """Say in `/readyz` that no more clients are served."""
+        log.info("stopping", replies=self.hub.live, connections=len(self.connections))
+        self.stopping = True
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+    async def drain(self) -> None:
+        """Take no more prompts, let replies finish, and close each client with 1012."""
+        await self.hub.drain()
+        transports = [transport for transport in self.connections if transport.open]
+        random.shuffle(transports)
+        async with asyncio.TaskGroup() as group:
+            for number, transport in enumerate(transports, start=1):
+                group.create_task(self._close_client(transport))
+                if number % CLOSE_BATCH == 0:
+                    await asyncio.sleep(random.uniform(0, 2 * CLOSE_PAUSE))  # noqa: S311
+
+    async def _close_client(self, transport: ClientTransport) -> None:
+        connection = self.connections.get(transport)
+        if connection is not None:
+            await connection.delivered()
+            transport.end(Close.SERVICE_RESTART, "the server restarts")
+            await transport.wait_closed()
+
+    async def close(self, within: float) -> None:
+        """Stop all replies and save them, in so many seconds."""
+        await self.hub.close(within)
+
+    async def release(self, within: float) -> None:
+        """Close the store, the authenticator and the model, in so many seconds each."""
+        self.metrics.close()
+        if hasattr(self, "store"):
+            with contextlib.suppress(TimeoutError, StoreError):
+                async with asyncio.timeout(within):
+                    await self.store.close()
+        within = min(within, self.settings.stop_timeout)
+        if self._authenticate is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await auth.close(self._authenticate)
+        if self._own_model is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within):
+                    await models.close(self._own_model)
+
+
+async def _recheck(connections: Iterator[Connection]) -> None:
+    for connection in connections:
+        if not await connection.still_welcome():
+            connection.revoke()
+
+
+def _failed(error: Exception) -> Response:
+    log.error("a request could not be answered", failure=error)
+    return respond(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the server's own")
