@@ -344,16 +344,16 @@ async def test_sockets_that_are_half_closed_are_closed() -> None:
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 10_000 + b"\r\n", b"431"),
         (b"GET / HTTP/1.1\r\n" + b"Sec-WebSocket-Protocol: " + b"a," * 4000 + b"\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\n" + (b"Connection: " + b"a," * 4000 + b"\r\n") * 118, b"431"),
-        (b"\x16\x03\x01\x02\x00\n" * 1000, None),
+        (b"\x16\x03\x01\x02\x00\n" * 1000, b"400"),
     ],
     ids=["request line", "header", "many headers", "list", "lists", "noise"],
 )
-async def test_a_huge_request_is_refused(head: bytes, status: bytes | None) -> None:
+async def test_a_huge_request_is_refused(head: bytes, status: bytes) -> None:
     async def abuse(server: Served) -> None:
         async with Peer.open(server) as peer:
             peer.write(head)
             answer = await peer.rest()
-            assert answer.split(b" ")[1:2] == ([] if status is None else [status])
+            assert answer.split(b" ")[1] == status
         async with Peer.open(server) as peer:  # and one that goes on and on
             await peer.flood(head, 20 * MEBIBYTE // len(head))
 

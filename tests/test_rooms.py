@@ -34,7 +34,7 @@ FLOORS: list[dict[str, str]] = [
 LIBRARIES = {
     "anthropic": {"models"},
     "argparse": {"cli"},
-    "httptools": {"models"},
+    "httptools": {"http", "models"},
     "httpx2": {"auth", "models"},
     "jwt": {"auth"},
     "opentelemetry": {"telemetry"},

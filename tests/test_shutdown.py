@@ -263,7 +263,7 @@ async def test_a_handshake_that_is_answered_while_it_drains_gets_503(puppet: Pup
         await chat.quiet()
         answer.set()
         assert (await upgrade).startswith(b"HTTP/1.1 503 ")
-        assert await late.rest() == b"Server is shutting down.\n"
+        assert await late.rest() == b"The server is shutting down.\n"
         (await puppet.reply()).end()
         await bounded(closing)
 

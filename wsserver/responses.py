@@ -18,11 +18,13 @@ class Request:
         target: the path with its query.
         headers: by their names in lower case. The values of a repeated header are joined with
             commas (RFC 9110 section 5.3).
+        version: of HTTP, such as ``1.1``.
     """
 
     method: str
     target: str
     headers: Mapping[str, str]
+    version: str = "1.1"
 
     @property
     def path(self) -> str:

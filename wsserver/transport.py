@@ -15,37 +15,24 @@ from http import HTTPStatus
 
 from websockets.datastructures import Headers
 from websockets.http11 import Request as Handshake
-from websockets.http11 import Response as Reply
-from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from wsserver.admission import Admission, Denied, Visitor, no_memory
 from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
+from wsserver.http import BadRequest, HeadParser
 from wsserver.limits import Memory
 from wsserver.listening import ELSEWHERE, NOBODY, Acceptor, bound, established, user_at
-from wsserver.responses import Answer, Request, Response, method_not_allowed, respond
+from wsserver.responses import Answer, Request, Response, Upgrade, respond
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
-from wsserver.websocket import READ_SIZE, SILENT, Receiver, Socket, Wire, flush, half_close
+from wsserver.websocket import READ_SIZE, SILENT, Receiver, Socket, Wire, half_close
 
 __all__ = ["Endpoint", "Exchange"]
 
-HEAD_SIZE = 32_768  # bytes of a request's head, as nginx and others have it
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, while it is answered
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
-LIST_ITEMS = 64  # of a header that is a list, over all its lines
-LISTS = (  # which are taken apart here or by the library
-    "Connection",
-    "Upgrade",
-    "Sec-WebSocket-Extensions",
-    "Sec-WebSocket-Protocol",
-    "X-Forwarded-For",
-    "If-None-Match",
-)
 LINGER = 1.0  # seconds for one who is turned away at the door to read why
-
-_OTHER_METHODS = (b"POST ", b"PUT ", b"DELETE ", b"PATCH ", b"OPTIONS ", b"TRACE ", b"CONNECT ")
 
 
 class Endpoint:
@@ -171,11 +158,7 @@ class Exchange(Wire):
         "_below",
         "_denied",
         "_early",
-        "_head_ended",
-        "_http",
-        "_lines",
-        "_size",
-        "_tail",
+        "_head",
         "_timer",
     )
 
@@ -187,10 +170,7 @@ class Exchange(Wire):
         self._denied: Denied | None = None
         self._below: asyncio.Transport | None = None  # what TLS writes to, if there is TLS
         self._timer: asyncio.TimerHandle | None = None
-        self._http = ServerProtocol(logger=SILENT)
-        self._tail = b""  # the end of what came of the request so far
-        self._size = self._lines = 0  # of the request's head so far
-        self._head_ended = False
+        self._head = HeadParser()
         self._answering = False  # which may last longer than the connection
         # Frames that came before the answer, until that is there; None: what comes is dropped.
         self._early: bytes | None = b""
@@ -232,7 +212,7 @@ class Exchange(Wire):
             self._timer = self._endpoint.loop.call_later(timeout, self.abort)
         else:
             denied = self._denied
-            self._answer_and_drop(respond(denied.status, denied.message, headers=denied.headers))
+            self._write_and_drop(_refusal(denied))
 
     def tls_ready(self, tls: "asyncio.Future[None]") -> None:
         """The TLS handshake finished or failed. No other callback reports a failure."""
@@ -246,78 +226,41 @@ class Exchange(Wire):
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
+        self._head.close()
         if not self._answering:
             self._hold(0)
 
     def buffer_updated(self, size: int) -> None:
-        """Feed the library, and have what it understands answered."""
-        data = self._of_request(bytes(self._endpoint.buffer[:size]))
-        if data:
-            self._http.receive_data(data)
-            flush(self._http, self.transport)  # as where it is not understood
-            if self._http.handshake_exc is not None:
-                self._head_ended = True
-                self._drop()
+        """Parse the head of the request, and have the request answered."""
         if self._early is None:
             return
-        cost = REQUEST_COST + HEADER_COST * self._lines
-        if not self._hold(cost + self._size + len(self._early)):
-            self._deny(no_memory())
-        elif self._size > HEAD_SIZE:
-            why = f"The head of the request has more than {HEAD_SIZE} bytes."
-            self._answer_and_drop(respond(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, why))
+        data = bytes(self._endpoint.buffer[:size])
+        request = None
+        if self._head.complete:
+            self._keep(data)
         else:
-            for request in self._http.events_received():
-                assert isinstance(request, Handshake)
-                self._take(request)
-
-    def _take(self, request: Handshake) -> None:
-        """Have a request answered, unless it costs too much to look into."""
-        for name in LISTS:
-            values = request.headers.get_all(name)
-            if sum(value.count(",") + value.count(";") for value in values) >= LIST_ITEMS:
-                why = f"The header {name} has more than {LIST_ITEMS} items."
-                self._answer_and_drop(respond(HTTPStatus.BAD_REQUEST, why))
+            try:
+                parsed = self._head.feed(data)
+            except BadRequest as bad:
+                self._write_and_drop(bad.response.encode())
                 return
-        self._answering = True
-        task = self._endpoint.loop.create_task(self._answer(request))
-        self._endpoint.answering.add(task)
-        task.add_done_callback(self._endpoint.answering.discard)
+            if parsed is not None:
+                request, early = parsed
+                self._keep(early)
+        cost = REQUEST_COST + HEADER_COST * self._head.lines
+        if not self._hold(cost + self._head.size + len(self._early)):
+            self._deny(no_memory())
+        elif request is not None:
+            self._answering = True
+            task = self._endpoint.loop.create_task(self._answer(request))
+            self._endpoint.answering.add(task)
+            task.add_done_callback(self._endpoint.answering.discard)
 
     def _deny(self, denied: Denied) -> None:
         """Answer that this one may not be here."""
         if self._endpoint.on_denied is not None and self.visitor is not None:
             self._endpoint.on_denied(denied, self.visitor.address, {})
-        self._answer_and_drop(respond(denied.status, denied.message, headers=denied.headers))
-
-    def eof_received(self) -> None:
-        """Close, as who asks has gone."""
-        self._http.receive_eof()
-        flush(self._http, self.transport)
-
-    def _of_request(self, data: bytes) -> bytes:
-        """Return what belongs to the head of the request, and keep what comes after it.
-
-        That may be frames of a WebSocket whose client does not wait for the answer.
-        """
-        if self._head_ended:
-            self._keep(data)
-            return b""
-        if not self._tail and data.startswith(_OTHER_METHODS):
-            # The library hangs up on requests with a body. So this one is answered here.
-            self._answer_and_drop(method_not_allowed())
-            return b""
-        known = len(self._tail)
-        head = self._tail + data
-        end = head.find(b"\r\n\r\n")
-        if end >= 0:
-            self._head_ended = True
-            data, early = head[known : end + 4], head[end + 4 :]
-            self._keep(early)
-        self._tail = head[-3:]
-        self._size += len(data)
-        self._lines += data.count(b"\n")
-        return data
+        self._write_and_drop(_refusal(denied))
 
     def _keep(self, data: bytes) -> None:
         """Keep what comes before the answer, and read no more of it than fits the buffer."""
@@ -326,27 +269,22 @@ class Exchange(Wire):
             if len(self._early) >= READ_SIZE:
                 self.transport.pause_reading()
 
-    def _drop(self) -> None:
-        """Read and drop what still comes: there will be no WebSocket."""
+    def _write_and_drop(self, response: bytes) -> None:
+        """Write the last response of the connection, and read no more requests.
+
+        What follows is read and dropped until the peer has gone or the time for it is up: to close
+        on unread data would reset the connection, and take the response with it.
+        """
+        self._head.close()
+        self.transport.write(response)
+        if self.transport.can_write_eof():
+            half_close(self.transport)
         early, self._early = self._early, None
         self._hold(0)
         if early and not self.transport.is_closing():
             self.transport.resume_reading()
 
-    def _answer_and_drop(self, response: Response) -> None:
-        """Answer without the library.
-
-        What follows is read and dropped until the peer has gone or the time for it is up: to close
-        on unread data would reset the connection, and take the answer with it.
-        """
-        self._head_ended = True
-        self.transport.write(response.encode())
-        if self.transport.can_write_eof():
-            half_close(self.transport)
-        self._drop()
-
-    async def _answer(self, handshake: Handshake) -> None:
-        request = Request(handshake.method, handshake.path, _lower(handshake))
+    async def _answer(self, request: Request) -> None:
         try:
             async with asyncio.timeout(self._endpoint.settings.open_timeout):
                 answer = await self._endpoint.answer(request, self.visitor)
@@ -359,31 +297,35 @@ class Exchange(Wire):
         if self.transport.is_closing() or self._early is None:  # gone, or answered already
             return
         if isinstance(answer, Response):
-            response = _reply(answer)
+            self._write_and_drop(answer.encode())
+        elif self._endpoint.closing:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            self._write_and_drop(respond(status, "The server is shutting down.").encode())
         else:
-            # A bound method would keep this exchange alive in a reference cycle.
-            choose = functools.partial(_choose, answer.subprotocols)
-            self._http.select_subprotocol = choose  # type: ignore[method-assign]
-            response = self._http.accept(handshake)
-        if response.status_code == HTTPStatus.SWITCHING_PROTOCOLS and self._endpoint.closing:
-            why = "Server is shutting down.\n"
-            response = self._http.reject(HTTPStatus.SERVICE_UNAVAILABLE, why)
-        self._http.send_response(response)
-        flush(self._http, self.transport)
-        if self._http.state is State.OPEN:
-            self._open()
-        else:
-            self._drop()
+            self._upgrade(request, answer)
 
-    def _open(self) -> None:
+    def _upgrade(self, request: Request, upgrade: Upgrade) -> None:
+        """Answer the opening handshake of a WebSocket (RFC 6455 section 4.2)."""
+        library = ServerProtocol(logger=SILENT)
+        # A bound method would keep this exchange alive in a reference cycle.
+        choose = functools.partial(_choose, upgrade.subprotocols)
+        library.select_subprotocol = choose  # type: ignore[method-assign]
+        headers = Headers(request.headers)
+        version = f"HTTP/{request.version}"
+        response = library.accept(Handshake(request.target, headers, request.method, version))
+        if response.status_code != HTTPStatus.SWITCHING_PROTOCOLS:
+            self._write_and_drop(response.serialize())
+            return
+        self.transport.write(response.serialize())
+        self._open(library.subprotocol)
+
+    def _open(self, subprotocol: str | None) -> None:
         assert self.visitor is not None
         assert self._timer is not None
         assert self._early is not None
         self._timer.cancel()
         self._hold(0)
-        opened = Socket(
-            self._endpoint, self.transport, self._below, self.visitor, self._http.subprotocol
-        )
+        opened = Socket(self._endpoint, self.transport, self._below, self.visitor, subprotocol)
         self._endpoint.connections.remove(self)
         self._endpoint.connections.add(opened)
         self.transport.set_protocol(opened)
@@ -434,16 +376,5 @@ def _choose(spoken: Sequence[str], offered: Sequence[Subprotocol]) -> Subprotoco
     return next((Subprotocol(own) for own in spoken if own in offered), None)
 
 
-def _reply(response: Response) -> Reply:
-    """Return a response as the library has it."""
-    status = response.status
-    return Reply(status.value, status.phrase, Headers(response.headers), response.body)
-
-
-def _lower(request: Handshake) -> dict[str, str]:
-    """Return the headers of a request by their names in lower case, repeated ones as one list."""
-    headers: dict[str, str] = {}
-    for given, value in request.headers.raw_items():
-        name = given.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+def _refusal(denied: Denied) -> bytes:
+    return respond(denied.status, denied.message, headers=denied.headers).encode()
