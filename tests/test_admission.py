@@ -14,7 +14,8 @@ from tests.support.client import client
 from tests.support.puppet import Puppet, until
 from tests.test_http import ask
 from wsserver import ConfigError, Principal, Settings
-from wsserver.admission import Admission, Denied, networks
+from wsserver.addresses import networks
+from wsserver.admission import Admission, Denied
 
 HANDSHAKE = (
     "Upgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"

@@ -1,59 +1,50 @@
-"""The door: which connections are let in, and as whom.
+"""Admission: which connections the server accepts, and for which principal.
 
-A server on one's own machine is reached by every page in the browser on it, and by every name that
-an attacker makes lead there. So three things are looked at before a WebSocket begins: the name
-under which the client believes to reach the server (Host), the page that asks (Origin, RFC 6454),
-and for whom (RFC 6750). None of them can be forged by a page.
+Every page in a browser can reach a server on the same machine, also through a name that an attacker
+makes resolve to loopback. Admission therefore checks three headers before a WebSocket opens: `Host`
+(RFC 9110 section 7.2), `Origin` (RFC 6454) and `Authorization` (RFC 6750). No page can forge them.
 """
 
 import asyncio
-import functools
-import ipaddress
 import re
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
+from wsserver.addresses import (
+    HOST,
+    host_pattern,
+    ip_address,
+    is_local,
+    network,
+    networks,
+    origin_of,
+    origin_pattern,
+)
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
-from wsserver.errors import Code, ConfigError, Refused
+from wsserver.errors import Code, Refused
 from wsserver.limits import Account, Shares, account_of
 from wsserver.logs import log
 from wsserver.settings import Settings
 from wsserver.telemetry import Refusal
 
-__all__ = ["Admission", "Denied", "Visitor", "networks", "no_memory"]
+__all__ = ["Admission", "Denied", "Visitor", "bearer", "no_memory"]
 
-RETRY_AFTER = 10  # seconds after which a client that was one too many may try again
-# Bits of an IPv6 address that one customer commonly gets: one network, a home, a site (RFC 6177).
-IPV6_NETWORKS = (64, 56, 48)
-
-LAST_PORT = 65_535
-
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-_DEFAULT_PORTS = {"http": "80", "https": "443"}
+RETRY_AFTER = 10  # seconds until a client over a limit may connect again
 _FORWARDED = re.compile(
     r"forwarded|x-forwarded-.*|via|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip"
-)
-_LABELS = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"  # of a name; those of other alphabets are in Punycode
-_PORT = r"[0-9]{1,5}"
-_ADDRESS = r"\[[0-9a-f:.]+\]"  # of IPv6
-_HOST = re.compile(rf"(?P<name>{_ADDRESS}|{_LABELS})\.?(?::(?P<port>{_PORT}))?")
-# As browsers serialise it: RFC 6454 section 6.2, URL standard section 4.7. No user, no path, no dot
-# at the end of the host. Schemes other than these two have origins of their own kinds.
-_ORIGIN = re.compile(
-    rf"(?P<scheme>https?)://(?P<name>{_ADDRESS}|{_LABELS})(?::(?P<port>[1-9][0-9]{{0,4}}))?"
 )
 _OWN_SITE = (None, "same-origin", "none")  # of Sec-Fetch-Site, where there is no Origin
 
 
 class Denied(Exception):
-    """A connection is not let in.
+    """The server refuses a connection.
 
     Attributes:
-        status: of the HTTP response.
-        why: for the log and the metrics.
-        message: for people; what the client's side, or the operator, can do.
-        headers: of the HTTP response.
+        status: status of the HTTP response.
+        why: reason in the log and the metrics.
+        message: text for people: what the client or the operator can do.
+        headers: headers of the HTTP response.
     """
 
     def __init__(
@@ -71,21 +62,22 @@ class Denied(Exception):
 
 
 class Admission:
-    """Decides who comes in.
+    """The rules for connections, and the count of open ones.
 
     Args:
-        settings: the names, pages, proxies and limits that hold here.
-        authenticate: what tells principals by their tokens; None where nobody is asked.
+        settings: the hosts, origins, proxies and limits.
+        authenticate: the authenticator; None where clients need no token.
 
     Attributes:
-        loopback: whether only this machine's programs can reach the server. Set when it listens.
-        users: the ids of the users whose programs are served where nobody is asked who they are;
-            None for all of this machine. Set when it listens.
-        secure: whether the server speaks TLS itself.
+        loopback: whether only programs of this machine can reach the server. The server sets it
+            once it listens.
+        users: ids of the users whose programs are served without a token; None for all users of
+            this machine. The server sets it once it listens.
+        secure: whether the server itself speaks TLS.
         reloads: number of times that the credentials of clients were read again.
 
     Raises:
-        ConfigError: a setting is not what it should be a list of.
+        ConfigError: an item of `hosts`, `origins` or `proxies` is malformed.
     """
 
     def __init__(self, settings: Settings, authenticate: Authenticator | None) -> None:
@@ -98,25 +90,25 @@ class Admission:
         self.principals = Shares(settings.connections_per_principal)  # their connections
         self._addresses = Shares(settings.connections_per_address)
         self._open = 0
-        self._hosts = [_host_pattern(host) for host in settings.hosts]
+        self._hosts = [host_pattern(host) for host in settings.hosts]
         self._any_origin = "*" in settings.origins
-        self._origins = [_origin_pattern(origin) for origin in settings.origins]
-        self._proxies = [_network(name) for name in settings.proxies if name != "unix"]
+        self._origins = [origin_pattern(origin) for origin in settings.origins]
+        self._proxies = [network(name) for name in settings.proxies if name != "unix"]
         self._unix_proxy = "unix" in settings.proxies
 
     def arrive(self, peer: str, user: int | None = None) -> "Visitor":
-        """Let a connection in for so long as its request takes.
+        """Accept a connection until its request has come.
 
         Args:
-            peer: the address at its other end; ``unix`` at a unix socket.
-            user: the id of the user whose program is there, where :attr:`users` matter.
+            peer: address of the other end of the connection; ``unix`` for a unix socket.
+            user: id of the user whose program has the other end, where :attr:`users` is set.
 
         Raises:
-            Denied: the address has as many as it may.
+            Denied: the address has all the connections that it may have.
         """
         foreign = self.users is not None and user not in self.users
-        # Of a proxy's client the address is still to come. Another user of this machine has the
-        # same address, and takes no place from its own user.
+        # A header of the request has the address of a proxy's client. Another user of this machine
+        # has the same address, and a count of its own.
         counted = None if self.trusted(peer) else self.count(f"user {user}" if foreign else peer)
         visitor = Visitor(self, peer, counted)
         visitor.spare = self._open >= self.settings.connections
@@ -136,10 +128,10 @@ class Admission:
             visitor.shared = None
 
     def count(self, address: str) -> Account:
-        """Count a connection as one of an address; return the account that it is counted under.
+        """Count a connection of an address, and return the account that counts it.
 
         Raises:
-            Denied: the address, or a network around it, has as many as it may.
+            Denied: the address, or a network around it, has all the connections that it may have.
         """
         account = networks(address)
         if not self._addresses.take(account):
@@ -147,26 +139,26 @@ class Admission:
         return account
 
     def trusted(self, peer: str) -> bool:
-        """Whether what a peer says of others is believed."""
+        """Whether the peer is a listed proxy, whose `X-Forwarded-` headers are true."""
         if peer == "unix":
             return self._unix_proxy
         if not self._proxies:
             return False
-        address = _address(peer)
+        address = ip_address(peer)
         return address is not None and any(address in network for network in self._proxies)
 
     def client_address(self, peer: str, forwarded_for: str) -> str:
         """Return the address of the client behind listed proxies.
 
-        Each proxy appends who called it. From the right, the first that is not a listed proxy is
-        the client; what stands left of it is that client's own claim.
+        Each proxy appends the address of its peer. Read from the right, the first address that is
+        no listed proxy is the client. The client itself may have written all to the left of it.
         """
         if not self.trusted(peer):
             return peer
         found = peer
         for name in reversed([part.strip() for part in forwarded_for.split(",")]):
-            match = _HOST.fullmatch(name.lower())  # some proxies tell the port too
-            address = _address(match["name"] if match is not None else name)
+            match = HOST.fullmatch(name.lower())  # some proxies append a port
+            address = ip_address(match["name"] if match is not None else name)
             if address is None:
                 break
             found = str(address)
@@ -175,15 +167,15 @@ class Admission:
         return found
 
     def check_host(self, headers: Mapping[str, str]) -> None:
-        """Refuse names that an attacker may have made lead here (DNS rebinding).
+        """Check the `Host` header against DNS rebinding.
 
         Raises:
-            Denied: the server is not known by this name.
+            Denied: the host is no name of this server.
         """
         host = headers.get("host", "")
-        match = _HOST.fullmatch(host.lower())
+        match = HOST.fullmatch(host.lower())
         name = "" if match is None else match["name"]
-        if name and (_local(name) or _address(name) or name == self.settings.host.lower()):
+        if name and (is_local(name) or ip_address(name) or name == self.settings.host.lower()):
             return
         if name and any(pattern.fullmatch(name) for pattern in self._hosts):
             return
@@ -195,18 +187,23 @@ class Admission:
         )
 
     def check_origin(self, headers: Mapping[str, str], *, local: bool, secure: bool) -> None:
-        """Refuse pages that have no business here (cross-site WebSocket hijacking).
+        """Check the `Origin` header against cross-site WebSocket hijacking.
+
+        Args:
+            headers: headers of the request, names in lower case.
+            local: whether the client is a program of this machine.
+            secure: whether the client uses TLS.
 
         Raises:
-            Denied: the page's origin is another one and not listed, or is no origin, or the browser
-                says of a request without Origin that it comes from another site.
+            Denied: the origin is malformed, or another one that is not listed; or `Sec-Fetch-Site`
+                of a request without `Origin` names another site.
         """
         origin = headers.get("origin")
         if origin is None:
-            welcome = self._any_origin or headers.get("sec-fetch-site") in _OWN_SITE
+            allowed = self._any_origin or headers.get("sec-fetch-site") in _OWN_SITE
         else:
-            welcome = self._welcome(origin.lower(), headers, local=local, secure=secure)
-        if not welcome:
+            allowed = self._allows(origin.lower(), headers, local=local, secure=secure)
+        if not allowed:
             raise Denied(
                 HTTPStatus.FORBIDDEN,
                 "origin",
@@ -214,37 +211,33 @@ class Admission:
                 "setting `origins` (WSSERVER_ORIGINS).",
             )
 
-    def _welcome(
+    def _allows(
         self, origin: str, headers: Mapping[str, str], *, local: bool, secure: bool
     ) -> bool:
         if self._any_origin or any(pattern.fullmatch(origin) for pattern in self._origins):
             return True
-        page = _ORIGIN.fullmatch(origin)
-        if page is None or int(page["port"] or 0) > LAST_PORT:
+        page = origin_of(origin)
+        if page is None:
             return False
-        if local and _local(page["name"]):
+        scheme, name, _ = page
+        if local and is_local(name):
             return True
-        if secure and page["scheme"] != "https":
-            return False  # where a proxy ends TLS without telling, only the browser knows
-        own = _HOST.fullmatch(headers.get("host", "").lower())
-        default = _DEFAULT_PORTS[page["scheme"]]
-        return own is not None and (own["name"], int(own["port"] or default)) == (
-            page["name"],
-            int(page["port"] or default),
-        )
+        if secure and scheme != "https":
+            return False  # where a proxy ends TLS without a header, the browser alone knows
+        return origin_of(f"{scheme}://{headers.get('host', '').lower()}") == page
 
 
 class Visitor:
-    """One connection, from its arrival to its end.
+    """One connection as admission knows it, from accept to close.
 
     Attributes:
-        address: of the client; until its request is there, of the peer.
-        principal: who it acts for; None as long as it has not said so.
-        counted: the address, with its networks, that it is counted under.
-        shared: the principal's account that it is counted under.
-        spare: it has one of the places that are kept for probes.
-        foreign: a program of another user of this machine, where users matter.
-        gone: it has ended, perhaps while it was being found out who it is.
+        address: address of the client; until the request has come, address of the peer.
+        principal: principal of the client; None before the client has authenticated.
+        counted: account of the address that counts the connection.
+        shared: account of the principal that counts the connection.
+        spare: the connection has one of the places that are kept for probes.
+        foreign: the client is a program of another user, where :attr:`Admission.users` is set.
+        gone: the connection has ended, perhaps during the authentication.
     """
 
     __slots__ = (
@@ -276,16 +269,16 @@ class Visitor:
 
     @property
     def account(self) -> Account:
-        """Whose limits count: the principal's, or the address's where nobody says who they are."""
+        """The account whose limits hold: of the principal, or of an anonymous client's address."""
         if self.principal is None or self.principal is ANONYMOUS:
             return networks(self.address)
         return account_of(self.principal.name)
 
     def introduce(self, headers: Mapping[str, str]) -> None:
-        """Take the client's address from what a listed proxy says of it.
+        """Set the address of a client behind a listed proxy from `X-Forwarded-For`.
 
         Raises:
-            Denied: that address has as many connections as it may.
+            Denied: the address has all the connections that it may have.
         """
         forwarded_for = headers.get("x-forwarded-for", "")
         self.address = self._admission.client_address(self._peer, forwarded_for)
@@ -293,19 +286,19 @@ class Visitor:
             self.counted = self._admission.count(self.address)
 
     def check_room(self) -> None:
-        """Leave the spare places to those who only ask whether the server lives.
+        """Keep the spare places for requests of `/healthz` and `/readyz`.
 
         Raises:
-            Denied: it came when there were no others.
+            Denied: the connection has a spare place.
         """
         if self.spare:
             raise _full()
 
     def check_private(self, headers: Mapping[str, str]) -> None:
-        """Keep strangers from a server that asks nobody who they are.
+        """Check that a server without tokens serves programs of its own user alone.
 
         Raises:
-            Denied: it is one, and was not told to serve them.
+            Denied: the server has no tokens, the client is not local, and `allow_anonymous` is off.
         """
         admission = self._admission
         asks = admission.authenticate is not None or admission.settings.allow_anonymous
@@ -319,14 +312,12 @@ class Visitor:
             )
 
     def local(self, headers: Mapping[str, str]) -> bool:
-        """Whether it is a program of this machine itself, and not somebody behind a proxy on it.
+        """Whether the client is a program of this machine, and of its user where users are known.
 
-        Nor a program of another user, where users matter.
-
-        A proxy that adds no header cannot be told from a program: no right to money or to what
-        others say should hang on this alone where there may be one.
+        A client behind a proxy on this machine is not local. A proxy that adds no header looks like
+        a program: where there may be one, this alone must give no right to spend or to read.
         """
-        address = _address(self.address)
+        address = ip_address(self.address)
         return (
             self._admission.loopback
             and not self.foreign
@@ -349,9 +340,9 @@ class Visitor:
         """
         admission = self._admission
         local = self.local(headers)
-        # The last word is the nearest proxy's.
-        told = headers.get("x-forwarded-proto", "").rpartition(",")[2]
-        forwarded_https = told.strip().lower() == "https"
+        # The nearest proxy appends the last item.
+        proto = headers.get("x-forwarded-proto", "").rpartition(",")[2]
+        forwarded_https = proto.strip().lower() == "https"
         secure = admission.secure or (forwarded_https and admission.trusted(self._peer))
         admission.check_origin(headers, local=local, secure=secure)
         self.check_private(headers)
@@ -361,11 +352,11 @@ class Visitor:
         self._handshake = Handshake(self.address, path, headers)
         token = bearer(headers)
         try:
-            principal = await self._identify(token)
+            principal = await self._principal_of(token)
         except Unavailable:
             raise _later("unavailable", Code.AUTH_UNAVAILABLE.meaning) from None
         if principal is not None:
-            if not self._become(principal, token):
+            if not self._act_for(principal, token):
                 raise _too_many("principal")
         elif token is not None or ("origin" not in headers and not local):
             raise Denied(
@@ -376,15 +367,16 @@ class Visitor:
             )
 
     async def authenticate(self, token: str) -> Principal:
-        """Say who it is, or once more before that expires; return who it is.
+        """Authenticate the client by a token, also again before the first token expires.
 
         Raises:
-            Refused: the token is not good, or not now, or somebody else's than the one before.
+            Refused: the token is not valid or cannot be checked now, or it belongs to another
+                principal than the token before.
         """
         if self._admission.authenticate is None:
             return ANONYMOUS
         try:
-            principal = await self._identify(token)
+            principal = await self._principal_of(token)
         except Unavailable:
             raise Refused(Code.AUTH_UNAVAILABLE) from None
         if principal is None:
@@ -394,36 +386,40 @@ class Visitor:
             raise Refused(
                 Code.UNAUTHENTICATED, "This socket acts for another principal; open a new one."
             )
-        if not self._become(principal, token):
+        if not self._act_for(principal, token):
             raise Refused(
                 Code.LIMIT, "This principal has as many sockets as it may.", retry_after=RETRY_AFTER
             )
         return principal
 
-    async def still_welcome(self) -> bool:
-        """Whether who it is would be let in again now, with the same token; and until when."""
+    async def is_still_valid(self) -> bool:
+        """Check the token of the client again, and learn when the token expires.
+
+        Returns:
+            False if the token is not valid any more, or belongs to another principal now.
+        """
         if self._admission.authenticate is None or self.principal is None:
             return True
         token = self._token
         try:
-            principal = await self._identify(token)
+            principal = await self._principal_of(token)
         except Unavailable:
-            return True  # nobody has said no
-        if self._token is not token:  # it has said it once more meanwhile
+            return True  # no authenticator has refused the token
+        if self._token is not token:  # the client has authenticated again meanwhile
             return True
         if principal is None or principal.name != self.principal.name:
             return False
         self.principal = principal
         return True
 
-    async def _identify(self, token: str | None) -> Principal | None:
+    async def _principal_of(self, token: str | None) -> Principal | None:
         authenticate = self._admission.authenticate
         assert authenticate is not None
         assert self._handshake is not None
         try:
             while True:
                 reloads = self._admission.reloads
-                # Half of the time for a handshake, so that there is some left to answer in.
+                # Half of the time for a handshake leaves time for the answer.
                 async with asyncio.timeout(self._admission.settings.open_timeout / 2):
                     principal = await authenticate(token, self._handshake)
                 if self._admission.reloads == reloads:  # else the old credentials may have decided
@@ -439,11 +435,11 @@ class Visitor:
             return None
         if principal.expires is not None and principal.expires <= time.time():
             return None
-        # To be nobody is no name: what the anonymous have is not for one of them to take.
+        # A principal with the name of anonymous clients would own what they all have.
         return principal if principal is ANONYMOUS or principal.name != ANONYMOUS.name else None
 
-    def _become(self, principal: Principal, token: str | None) -> bool:
-        """Act for a principal from now on; False if that one has as many sockets as it may."""
+    def _act_for(self, principal: Principal, token: str | None) -> bool:
+        """Set the principal; return False if the principal has all the sockets that it may have."""
         if self.shared is None and not self.gone and principal is not ANONYMOUS:
             account = account_of(principal.name)
             if not self._admission.principals.take(account):
@@ -470,7 +466,7 @@ def _full() -> Denied:
 
 
 def no_memory() -> Denied:
-    """Make the refusal of a request that there is no memory for."""
+    """Return the refusal of a request for which no memory is left."""
     return _later("limit", "This server has no memory left for this request.")
 
 
@@ -481,71 +477,3 @@ def _too_many(whose: str) -> Denied:
         f"This {whose} has as many connections as it may.",
         {"Retry-After": str(RETRY_AFTER)},
     )
-
-
-@functools.lru_cache(1024)
-def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-@functools.lru_cache(1024)
-def networks(address: str) -> Account:
-    """Return whose limits an address counts for: its own, or those of the IPv6 networks around it.
-
-    One customer has one IPv4 address, or a whole IPv6 network, whose size nobody tells.
-    """
-    known = _address(address)
-    if not isinstance(known, ipaddress.IPv6Address):
-        return (f"address {address if known is None else known}",)
-    return tuple(
-        f"address {ipaddress.IPv6Network((int(known), bits), strict=False)}"
-        for bits in IPV6_NETWORKS
-    )
-
-
-def _local(name: str) -> bool:
-    """Whether a host name always means the machine on which it is said (RFC 6761 section 6.3)."""
-    name = name.rstrip(".")
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    address = _address(name)
-    return address is not None and address.is_loopback
-
-
-def _network(name: str) -> _Network:
-    try:
-        return ipaddress.ip_network(name, strict=False)
-    except ValueError:
-        raise ConfigError(f"proxies: {name!r} is no address, network or `unix`") from None
-
-
-def _host_pattern(text: str) -> re.Pattern[str]:
-    if not re.fullmatch(rf"\*|(\*\.)?{_LABELS}", text.lower()):
-        raise ConfigError(f"hosts: {text!r} is no host name, without a port, or `*.` and one")
-    return re.compile(_wild(text.lower()))
-
-
-def _origin_pattern(text: str) -> re.Pattern[str]:
-    # A star elsewhere than before a whole name would let in names that anybody can register.
-    name = rf"\*|(?:\*\.)?{_LABELS}|{_ADDRESS}"
-    found = re.fullmatch(
-        rf"\*|null|(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<name>{name})(?P<port>:(?:\*|{_PORT}))?",
-        text.lower(),
-    )
-    if found is None:
-        raise ConfigError(
-            f"origins: {text!r} is no origin, such as https://example.com or https://*.example.com"
-        )
-    if found["name"] is None:
-        return re.compile(_wild(text.lower()))
-    port = ":" + _PORT if found["port"] == ":*" else re.escape(found["port"] or "")
-    return re.compile(re.escape(found["scheme"]) + "://" + _wild(found["name"]) + port)
-
-
-def _wild(name: str) -> str:
-    """Make a regular expression of a name in which ``*`` stands for any labels."""
-    return _LABELS.join(map(re.escape, name.split("*")))

@@ -315,7 +315,7 @@ class App:
 
 async def _recheck(connections: Iterator[Connection]) -> None:
     for connection in connections:
-        if not await connection.still_welcome():
+        if not await connection.is_still_valid():
             connection.revoke()
 
 

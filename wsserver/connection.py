@@ -259,14 +259,14 @@ class Connection:
         code = Close.TRY_AGAIN_LATER if refused.retryable else Close.POLICY_VIOLATION
         self._end(code, refused.code)
 
-    async def still_welcome(self) -> bool:
+    async def is_still_valid(self) -> bool:
         """Whether the client's credentials are still valid. Their expiry may have changed."""
         visitor = self._session.visitor
         before = visitor.principal
-        welcome = await visitor.still_welcome()
+        valid = await visitor.is_still_valid()
         if visitor.principal is not before and not self._session.ended:
             self._set_expiry()
-        return welcome
+        return valid
 
     def revoke(self) -> None:
         """Shut the client out, and stop its own generations that nobody else follows."""
