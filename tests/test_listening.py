@@ -31,7 +31,7 @@ from tests.support.puppet import BOUND, Puppet, until
 from tests.support.sockets import sockets_of
 from tests.test_http import ask
 from tests.test_leak import Here
-from wsserver import ConfigError, listening
+from wsserver import ConfigError, listening, peers, service_manager
 from wsserver.cli import _announce, main
 from wsserver.connection import Connection
 from wsserver.transport import Exchange
@@ -572,7 +572,7 @@ async def test_systemd_starts_it_for_the_first_client(tmp_path: Path, folder: Pa
 def test_sockets_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
-    assert listening.inherited() == []
+    assert service_manager.inherited() == []
     assert "LISTEN_FDS" not in os.environ
 
 
@@ -591,7 +591,7 @@ def test_what_is_handed_over_has_to_listen(
     monkeypatch.setenv("LISTEN_FDS", "1")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, Path(os.devnull).open() as file:
         descriptor = {"file": file.fileno(), "datagram": sock.fileno(), "none": 10**6}[handed]
-        monkeypatch.setattr(listening, "FIRST_INHERITED", descriptor)
+        monkeypatch.setattr(service_manager, "FIRST_INHERITED", descriptor)
         with pytest.raises(SystemExit):
             main(["serve"])
     line = capsys.readouterr().err
@@ -600,7 +600,7 @@ def test_what_is_handed_over_has_to_listen(
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", "many")
     with pytest.raises(ConfigError, match="'many' is no number"):
-        listening.inherited()
+        service_manager.inherited()
 
 
 @pytest.mark.parametrize("abstract", [False, True])
@@ -651,10 +651,10 @@ def test_nothing_is_said_where_nobody_listens(
 ) -> None:
     for address in ("", "vsock:2:1234"):
         monkeypatch.setenv("NOTIFY_SOCKET", address)
-        listening.notify("READY=1")
+        service_manager.notify("READY=1")
     assert caplog.records == []
     monkeypatch.setenv("NOTIFY_SOCKET", str(folder / "gone"))
-    listening.notify("READY=1")
+    service_manager.notify("READY=1")
     (record,) = caplog.records
     assert "READY=1" in record.getMessage()
 
@@ -754,25 +754,25 @@ async def test_the_kernel_tells_whose_the_other_end_of_a_connection_is(host: str
         with socket.create_connection(listener.getsockname()[:2]) as own:
             end, peer = listener.accept()
             with end:
-                assert listening.user_at(peer, end.getsockname()) == os.geteuid()
+                assert peers.user_at(peer, end.getsockname()) == os.geteuid()
                 own.shutdown(socket.SHUT_WR)
-                assert listening.user_at(peer, end.getsockname()) == os.geteuid()
+                assert peers.user_at(peer, end.getsockname()) == os.geteuid()
                 own.close()
-                assert listening.user_at(peer, end.getsockname()) == listening.NOBODY
-                assert not listening.established(end)
+                assert peers.user_at(peer, end.getsockname()) == peers.NOBODY
+                assert not peers.established(end)
         with socket.create_connection(listener.getsockname()[:2]) as own:
             end, peer = listener.accept()
             with end:
-                assert listening.established(end)
+                assert peers.established(end)
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 own.close()  # by a reset
-                assert listening.user_at(peer, end.getsockname()) == listening.ELSEWHERE
-                assert not listening.established(end)
+                assert peers.user_at(peer, end.getsockname()) == peers.ELSEWHERE
+                assert not peers.established(end)
 
 
 def test_who_started_the_server_through_sudo_is_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUDO_UID", "1234")
-    assert listening.own_users() == frozenset({0, 1234, os.getuid(), listening.ELSEWHERE})
+    assert peers.own_users() == frozenset({0, 1234, os.getuid(), peers.ELSEWHERE})
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
@@ -780,8 +780,8 @@ async def test_a_client_that_this_kernel_does_not_hold_is_served(loop: str) -> N
     # As a browser on Windows is to a server in WSL.
     program = (
         "import sys\n"
-        "from wsserver import cli, listening, transport\n"
-        "transport.user_at = lambda *_: listening.ELSEWHERE\n"
+        "from wsserver import cli, peers, transport\n"
+        "transport.user_at = lambda *_: peers.ELSEWHERE\n"
         "cli.main(sys.argv[1:])\n"
     )
     async with run("-c", program, "serve", "--port", "0", "--event-loop", loop) as process:

@@ -26,7 +26,7 @@ FLOORS: list[dict[str, str]] = [
         "application": "accounts app connection context conversations cursor dialects endings "
         "following hub intake journal live pages quota reporting requests retention routes running "
         "scheduling session spending stopping upkeep",
-        "sockets": "http listener listening transport websocket",
+        "sockets": "certificates http listening peers service_manager transport websocket",
     },
     {"server": "server"},
     {"programs": f"{PUBLIC} __main__ cli terminal"},

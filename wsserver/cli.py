@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import wsserver
-from wsserver import descriptors, listening
+from wsserver import descriptors, service_manager
 from wsserver.auth import tokens
 from wsserver.errors import ConfigError
 from wsserver.logs import log, set_up, write_left_out
@@ -287,7 +287,7 @@ async def _serve(settings: Settings) -> None:
         _watch_failures(stack.enter_context(contextlib.ExitStack()))
         try:
             server = await stack.enter_async_context(
-                serve(settings=settings, sockets=listening.inherited())
+                serve(settings=settings, sockets=service_manager.inherited())
             )
         except OSError as error:
             raise ConfigError(_cannot_listen(settings, error)) from error
@@ -314,12 +314,12 @@ async def _serve(settings: Settings) -> None:
         reloading = loop.create_task(_reload(server, hung_up))
         starting_gc = loop.create_task(_start_gc(server))
         _announce(server)  # after the signal handlers: a reader of these lines may send a signal
-        listening.notify("READY=1")
+        service_manager.notify("READY=1")
         await asked.wait()
         for task in (reloading, starting_gc):
             task.cancel()
         await asyncio.wait({reloading, starting_gc})
-        listening.notify("STOPPING=1")
+        service_manager.notify("STOPPING=1")
         _say("stopping; press Ctrl-C once more to stop at once")
         await server.close()
         write_left_out()
@@ -345,14 +345,14 @@ async def _reload(server: Server, asked: asyncio.Event) -> None:
     while True:
         await asked.wait()
         asked.clear()
-        listening.notify("RELOADING=1")
+        service_manager.notify("RELOADING=1")
         try:
             if await server.reload():
                 log.info("reloaded")
         except Exception as error:  # noqa: BLE001
             log.error("cannot reload", failure=error)
         finally:
-            listening.notify("READY=1")
+            service_manager.notify("READY=1")
 
 
 def _has_terminal() -> bool:

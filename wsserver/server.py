@@ -11,10 +11,12 @@ from wsserver import descriptors, listening, models
 from wsserver.admission import Visitor
 from wsserver.app import App
 from wsserver.auth import Authenticator
+from wsserver.certificates import Certificate
 from wsserver.errors import ConfigError
 from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
+from wsserver.peers import own_users
 from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
@@ -109,7 +111,7 @@ class Server:
         self._operators: Endpoint | None = None
         self._given = tuple(sockets)
         self._host = settings.host
-        self._certificate: listening.Certificate | None = None
+        self._certificate: Certificate | None = None
         self._unix_socket: listening.UnixSocket | None = None
         self._closing: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -135,7 +137,7 @@ class Server:
         self._entered = True
         settings = self.settings = descriptors.fit(self.settings)
         if settings.cert:
-            self._certificate = listening.Certificate(settings.cert, settings.key)
+            self._certificate = Certificate(settings.cert, settings.key)
         app = App(settings, self._model, self._authenticate, self.metrics, self.memory)
         self.app = app
         try:
@@ -180,7 +182,7 @@ class Server:
                 "FILE), or serve them all with --allow-anonymous"
             )
         else:
-            admission.users = listening.own_users()
+            admission.users = own_users()
 
     @property
     def open_to_users(self) -> bool:

@@ -22,7 +22,8 @@ from wsserver.admission import Admission, Denied, Visitor, no_memory
 from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
 from wsserver.http import BadRequest, HeadParser
 from wsserver.limits import Memory
-from wsserver.listening import ELSEWHERE, NOBODY, Acceptor, bound, established, user_at
+from wsserver.listening import Acceptor, bound
+from wsserver.peers import ELSEWHERE, NOBODY, established, user_at
 from wsserver.responses import Answer, Request, Response, Upgrade, respond
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
