@@ -1,7 +1,7 @@
-"""Connections from accept to the answer of their request.
+"""Connections from accept to the response of their request.
 
-A connection begins as an :class:`Exchange`: a request over HTTP and its answer. Where that is the
-opening of a WebSocket, a :class:`~wsserver.websocket.Socket` takes over, and nothing else is kept.
+A connection begins as an :class:`Exchange`: one HTTP request and its response. Where the request
+opens a WebSocket, a :class:`~wsserver.websocket.Socket` replaces the exchange.
 """
 
 import asyncio
@@ -31,33 +31,33 @@ from wsserver.websocket import READ_SIZE, SILENT, Receiver, Socket, Wire, half_c
 
 __all__ = ["Endpoint", "Exchange"]
 
-REQUEST_COST = 8192  # bytes in memory of a request besides its head, while it is answered
+REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
-LINGER = 1.0  # seconds for one who is turned away at the door to read why
+LINGER = 1.0  # seconds for a refused client to read the response
 
 
 class Endpoint:
-    """Where clients connect, and what all their connections have in common.
+    """Listening sockets, and what all connections that they accept have in common.
 
     Args:
-        settings: the times and limits that hold here.
-        answer: answers a request, or lets it open a WebSocket.
-        memory: what counts the bytes that are kept of what clients send and do not read.
-        admission: who may connect at all; without it, everyone may.
-        on_denied: told why, where one may not.
-        on_open: makes what serves a WebSocket.
-        on_close: told when a WebSocket has ended.
-        metrics: what learns of readers that were aborted.
-        tls: what a TLS handshake takes; None where there is to be none.
+        settings: the times and limits.
+        answer: answers a request, or allows it to open a WebSocket.
+        memory: counts the bytes that clients sent or do not read.
+        admission: the rules for connections; None accepts all.
+        on_denied: called with each refusal of a connection.
+        on_open: called with each WebSocket that opens; returns what serves it.
+        on_close: called with each WebSocket that has closed.
+        metrics: counts aborted readers.
+        tls: the TLS context; None for plain TCP.
 
     Attributes:
-        connections: all that there are, those included that are no WebSockets yet, or never.
-        turned_away: those of them that may not be; the first of them first.
-        spare: those of them that have a place for probes; the first of them first.
-        answering: the tasks that answer requests, perhaps of clients who have gone.
-        closing: whether no WebSocket begins any more.
-        buffer: what all connections read into. Each takes its data from it in the callback that
-            says it is there, before any other can read, whichever the event loop.
+        connections: all connections, also those that are no WebSocket yet.
+        turned_away: the refused connections, the oldest first.
+        spare: the connections in places for probes, the oldest first.
+        answering: the tasks that answer requests, also of clients that have gone.
+        closing: whether no WebSocket may open any more.
+        buffer: the buffer that all connections read into. A connection takes its data in the
+            callback of the read, before another connection can read. All event loops do so.
     """
 
     def __init__(
@@ -94,53 +94,53 @@ class Endpoint:
 
     @property
     def bound(self) -> list[socket.socket]:
-        """The sockets that listen."""
+        """The listening sockets."""
         return [acceptor.sock for acceptor in self._acceptors]
 
     async def bind(self, where: socket.socket | tuple[str, int]) -> None:
-        """Take a host and port, or a socket that is bound already; it is not served yet.
+        """Bind a host and port, or take a bound socket, without accepting connections yet.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the address cannot be bound.
         """
         for sock in await bound(*where) if isinstance(where, tuple) else [where]:
             self._acceptors.append(Acceptor(sock, self._protocol, self._full))
 
     def serve(self) -> None:
-        """Begin to accept connections at all that was bound."""
+        """Begin to accept connections."""
         for acceptor in self._acceptors:
             acceptor.start()
 
     def stop_listening(self) -> None:
-        """Accept no more connections, and let no more WebSockets begin on those that there are."""
+        """Accept no more connections, and open no more WebSockets."""
         self.closing = True
         for acceptor in self._acceptors:
             acceptor.close()
 
     def abort(self) -> None:
-        """Cut all connections."""
+        """Abort all connections."""
         for task in self.answering:
             task.cancel()
         for connection in tuple(self.connections):
             connection.abort()
 
     async def wait_closed(self) -> None:
-        """Wait until all connections have ended."""
+        """Wait until all connections are closed."""
         ended = (connection.wait_closed() for connection in self.connections)
         await asyncio.gather(*self.answering, *ended, return_exceptions=True)
 
     def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
-        """Note one that may not be here; if they become many, the first of them goes."""
+        """Keep a refused connection for a moment; abort the oldest of too many."""
         assert self.on_denied is not None
         self.on_denied(denied, peer, {})
         _keep(self.turned_away, exchange, self._lingering)
 
     def take_spare(self, exchange: "Exchange") -> None:
-        """Note one that has a place for probes; if they become many, the first of them goes."""
+        """Note a connection in a place for probes; abort the oldest of too many."""
         _keep(self.spare, exchange, SPARE)
 
     def _full(self) -> bool:
-        """Whether more connections would take descriptors that others need."""
+        """Whether one more connection would take a descriptor that other parts need."""
         if self.admission is None:
             return len(self.connections) >= OPERATORS
         beside = SPARE + self._lingering + AT_ONCE
@@ -152,7 +152,7 @@ class Endpoint:
 
 
 class Exchange(Wire):
-    """A request and its answer. If it is for a WebSocket, that begins; all others end with it."""
+    """One request and its response. A WebSocket may open; any other connection then closes."""
 
     __slots__ = (
         "_answering",
@@ -169,27 +169,27 @@ class Exchange(Wire):
         super().__init__(endpoint)
         self.visitor = None
         self._denied: Denied | None = None
-        self._below: asyncio.Transport | None = None  # what TLS writes to, if there is TLS
+        self._below: asyncio.Transport | None = None  # the TCP transport under TLS
         self._timer: asyncio.TimerHandle | None = None
         self._head = HeadParser()
-        self._answering = False  # which may last longer than the connection
-        # Frames that came before the answer, until that is there; None: what comes is dropped.
+        self._answering = False  # may last longer than the connection
+        # Bytes that came before the response, such as frames; None: bytes that come are dropped.
         self._early: bytes | None = b""
 
     def arrive(self, transport: asyncio.Transport) -> None:
-        """Count the connection. Those with TLS are counted before its handshake too."""
+        """Count the connection, one with TLS before its handshake."""
         endpoint = self._endpoint
         self.transport = transport
         endpoint.connections.add(self)
         name = transport.get_extra_info("peername")
         here = transport.get_extra_info("sockname")
-        # A unix socket's clients may have names; a client that has gone has none.
+        # A client of a unix socket may have a name. A client that has gone has no address.
         peer = name[0] if isinstance(name, tuple) else "gone" if isinstance(here, tuple) else "unix"
         try:
             if endpoint.admission is not None:
                 matters = endpoint.admission.users is not None and isinstance(name, tuple)
                 user = user_at(name, here) if matters else None
-                # Asked after the user: who has just left is not elsewhere.
+                # Checked after the user: a client that has just closed is not elsewhere.
                 if user == ELSEWHERE and not established(transport.get_extra_info("socket")):
                     user = NOBODY
                 self.visitor = endpoint.admission.arrive(peer, user)
@@ -201,8 +201,8 @@ class Exchange(Wire):
             endpoint.turn_away(self, denied, peer)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Expect a request, or tell at once why there is to be none."""
-        transport = typing.cast("asyncio.Transport", transport)  # not all are derived from it
+        """Wait for a request, or refuse the connection at once."""
+        transport = typing.cast("asyncio.Transport", transport)  # uvloop's are no subclass
         if self._endpoint.tls is None:
             self.arrive(transport)
         else:
@@ -221,7 +221,7 @@ class Exchange(Wire):
             self.connection_lost(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection. Who answers its request may have to see that through."""
+        """Forget the connection. A task that answers its request goes on."""
         self._endpoint.turned_away.pop(self, None)
         self._endpoint.spare.pop(self, None)
         if self._timer is not None:
@@ -258,13 +258,13 @@ class Exchange(Wire):
             task.add_done_callback(self._endpoint.answering.discard)
 
     def _deny(self, denied: Denied) -> None:
-        """Answer that this one may not be here."""
+        """Refuse the connection after its head has come."""
         if self._endpoint.on_denied is not None and self.visitor is not None:
             self._endpoint.on_denied(denied, self.visitor.address, {})
         self._write_and_drop(_refusal(denied))
 
     def _keep(self, data: bytes) -> None:
-        """Keep what comes before the answer, and read no more of it than fits the buffer."""
+        """Keep bytes that come before the response, and read no more than one buffer of them."""
         if self._early is not None and data:
             self._early += data
             if len(self._early) >= READ_SIZE:
@@ -273,8 +273,9 @@ class Exchange(Wire):
     def _write_and_drop(self, response: bytes) -> None:
         """Write the last response of the connection, and read no more requests.
 
-        What follows is read and dropped until the peer has gone or the time for it is up: to close
-        on unread data would reset the connection, and take the response with it.
+        Later bytes are read and dropped until the client closes or the time for a request is over.
+        To close a connection with unread bytes would reset it, and the client would lose the
+        response.
         """
         self._head.close()
         self.transport.write(response)
@@ -290,12 +291,12 @@ class Exchange(Wire):
             async with asyncio.timeout(self._endpoint.settings.open_timeout):
                 answer = await self._endpoint.answer(request, self.visitor)
         except TimeoutError:
-            return  # the client has gone, or its connection is aborted at the same time
+            return  # the timer aborts the connection at the same time
         finally:
             self._answering = False
             if self not in self._endpoint.connections:
                 self._hold(0)
-        if self.transport.is_closing() or self._early is None:  # gone, or answered already
+        if self.transport.is_closing() or self._early is None:  # gone, or answered
             return
         if isinstance(answer, Response):
             self._write_and_drop(answer.encode())
@@ -334,10 +335,10 @@ class Exchange(Wire):
 
 
 class _Tls(SSLProtocol):
-    """TLS that takes little at once, and keeps little: asyncio's takes a quarter of a megabyte.
+    """TLS with a small read buffer; asyncio's has a quarter of a megabyte.
 
-    It is put before a connection here and not by asyncio, which would tell of that only after the
-    handshake of TLS: until then nobody would count it.
+    This module makes it, as asyncio would report a connection only after the TLS handshake: until
+    then the connection would not count.
     """
 
     max_size = READ_SIZE
@@ -356,15 +357,15 @@ class _Tls(SSLProtocol):
         self._exchange: Exchange | None = exchange
 
     def connection_made(self, transport: typing.Any) -> None:
-        """Have the connection counted, and begin the handshake."""
+        """Count the connection, and begin the TLS handshake."""
         assert self._exchange is not None
         self._exchange.arrive(transport)
-        self._exchange = None  # which is not kept beyond its time
+        self._exchange = None  # a WebSocket replaces the exchange later
         super().connection_made(transport)
 
 
 def _keep(few: dict[Exchange, None], exchange: Exchange, most: int) -> None:
-    """Add one to those that may stay a moment; the first goes, who has had most time."""
+    """Add a connection; abort the oldest of more than ``most``."""
     few[exchange] = None
     if len(few) > most:
         first = next(iter(few))

@@ -1,7 +1,7 @@
-"""A WebSocket over the library's protocol without I/O.
+"""A WebSocket over the sans-I/O protocol of the websockets library.
 
-A socket has no task: it writes without waiting, and hands over what comes in the call that brings
-it. What is kept of it in memory is counted for its client.
+A socket has no task. It writes without waiting, and hands over a message in the call that reads it.
+The bytes that a socket holds count for its client.
 """
 
 import asyncio
@@ -23,35 +23,35 @@ from wsserver.protocol import Close
 from wsserver.settings import Settings
 from wsserver.telemetry import Aborted, Metrics
 
-__all__ = ["READ_SIZE", "SILENT", "Receiver", "Socket", "Wire", "flush", "frame", "half_close"]
+__all__ = ["READ_SIZE", "SILENT", "Receiver", "Socket", "Wire", "frame", "half_close"]
 
-# To the library a handshake that came to nothing is an error, and any stranger can make one.
+# The library logs a failed handshake as an error, and any client can make handshakes fail.
 SILENT = logging.getLogger("wsserver.websockets")
 SILENT.setLevel(logging.CRITICAL)
 
-# Data that the kernel takes before it has sent what it has: little, so that a slow reader is
-# noticed here, where its text can be merged, and a stop need not wait behind it.
+# Bytes that the kernel takes before it sends them (TCP_NOTSENT_LOWAT). Few, so that the text for a
+# slow reader waits here, where pieces are merged, and a stop does not wait behind stale text.
 UNSENT_IN_KERNEL = 16384
-READ_SIZE = 8192  # bytes taken from one socket before others get their turn
-BITE = 512  # of them that are parsed at once, and
-FRAMES_PER_TURN = 16  # frames after which the rest waits for a later turn
-FRAGMENTS = 256  # of one message, as even those without data take time
+READ_SIZE = 8192  # bytes read from one socket before other sockets
+BITE = 512  # bytes parsed at once
+FRAMES_PER_TURN = 16  # frames of one socket in one turn of the event loop
+FRAGMENTS = 256  # of one message: even an empty fragment takes time
 
-_OPERATORS: Account = ("operators",)  # who are asked for no address
+_OPERATORS: Account = ("operators",)  # the account of connections without admission
 
 
 class Receiver(typing.Protocol):
-    """What serves one WebSocket."""
+    """Serves one WebSocket."""
 
     def receive(self, message: str | bytes) -> None:
-        """Take a message."""
+        """Receive a message."""
 
     def wake(self) -> None:
-        """Go on writing, as the peer has caught up."""
+        """Go on writing: the peer has caught up."""
 
 
 class Place(typing.Protocol):
-    """What a connection uses of its :class:`~wsserver.transport.Endpoint`."""
+    """The part of :class:`~wsserver.transport.Endpoint` that a connection uses."""
 
     settings: Settings
     memory: Memory
@@ -84,11 +84,15 @@ class Wire(asyncio.BufferedProtocol):
         self._account = _OPERATORS  # and for whom
 
     def get_buffer(self, _: int) -> memoryview:
-        """Tell where to read to; see :attr:`Endpoint.buffer`."""
+        """Return the buffer of all connections; see :attr:`Endpoint.buffer`."""
         return self._endpoint.buffer
 
     def _hold(self, size: int) -> bool:
-        """Count the bytes that are kept of it now; False, and nothing changed, if it may not."""
+        """Count the bytes that the connection holds now.
+
+        Returns:
+            False where the account has no memory left. The count is then as before.
+        """
         memory, more = self._endpoint.memory, size - self._held
         if not self._held and self.visitor is not None:
             self._account = self.visitor.account
@@ -99,7 +103,7 @@ class Wire(asyncio.BufferedProtocol):
         return True
 
     def abort(self) -> None:
-        """Cut the connection. What is unsent is lost."""
+        """Abort the connection. Unsent bytes are lost."""
         self.transport.abort()
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -111,14 +115,14 @@ class Wire(asyncio.BufferedProtocol):
             self._closed.set_result(None)
 
     async def wait_closed(self) -> None:
-        """Wait until the connection has ended."""
+        """Wait until the connection is closed."""
         if self in self._endpoint.connections:
             self._closed = self._closed or self._endpoint.loop.create_future()
             await asyncio.shield(self._closed)
 
 
 class Socket(Wire):
-    """A WebSocket with synchronous writes, and a deadline for those who do not read.
+    """A WebSocket with synchronous writes, and a deadline for a peer that does not read.
 
     Keep-alive pings do not notice a peer that stopped reading, since they wait for their turn
     behind what that peer does not read.
@@ -170,11 +174,11 @@ class Socket(Wire):
         self.visitor = visitor
         self.subprotocol = subprotocol
         self.began = endpoint.loop.time()
-        # A new one, as the one that made the handshake would keep the request.
+        # The protocol of the handshake would keep the request.
         self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=SILENT)
         self._below = below
         self._unread = b""  # the rest of what came, for later turns
-        # Of a message in fragments: what came of it, in how many, and whether it is text.
+        # Of a message in fragments: its bytes, the number of fragments, and whether it is text.
         self._message: bytearray | None = None
         self._parts = 0
         self._text = False
@@ -185,7 +189,7 @@ class Socket(Wire):
         self._pinged = self.began
         self._leaving = False  # it is being closed,
         self._failed = False  # and nothing more is heard
-        # Of the next look at the pings; of one that is being closed, its last moment.
+        # Sends the next ping; while the socket is being closed, aborts it.
         self._timer = endpoint.loop.call_later(settings.ping_interval, self._keep_alive)
         transport.set_write_buffer_limits(settings.write_buffer)
         if below is not None:
@@ -196,7 +200,7 @@ class Socket(Wire):
 
     @property
     def id(self) -> UUID:
-        """What the log calls it."""
+        """The name of the socket in the log."""
         return self._protocol.id
 
     @property
@@ -211,7 +215,7 @@ class Socket(Wire):
 
     @property
     def closed_by_client(self) -> bool:
-        """Whether a close frame of the client has come: the client knows that it is not connected.
+        """Whether the client has sent a close frame, and so knows that it is not connected.
 
         A TCP connection that ends without one may have been ended by anybody on the way.
         """
@@ -219,7 +223,7 @@ class Socket(Wire):
 
     @property
     def ended_with(self) -> int:
-        """The close code of whoever closed first, once it is closed; 1006 where nobody did.
+        """The close code of the side that closed first; 1006 where neither sent a close frame.
 
         The library's is 1006 also for one that was told to go and did so without an answer.
         """
@@ -230,7 +234,7 @@ class Socket(Wire):
     # What is written.
 
     def write(self, text: bytes) -> None:
-        """Send a text message of UTF-8, at once or from a buffer, without waiting."""
+        """Send a text message of UTF-8 without waiting, at once or from a buffer."""
         if self._leaving or self.transport.is_closing():
             return
         if self._deadline is not None:
@@ -241,20 +245,20 @@ class Socket(Wire):
             self._count()
 
     def end(self, code: int, reason: str = "") -> None:
-        """Begin to close, after all that was written before."""
+        """Begin the closing handshake after all earlier writes."""
         if self.open:
             self._protocol.send_close(code, reason)
             self._send()
 
     def _fail(self, code: int, reason: str) -> None:
-        """Close on one who cannot be served any further, and hear nothing more from it."""
+        """Close the connection, and ignore what the peer still sends."""
         self._failed = True
         self._protocol.fail(code, reason)
         self._send()
 
     def _send(self) -> None:
-        """Write what the library has to say, and give one who is to go the time to do so."""
-        flush(self._protocol, self.transport)
+        """Write what the library has to send; abort a closing socket after the `send_timeout`."""
+        _flush(self._protocol, self.transport)
         if self._protocol.state is not State.OPEN and not self._leaving:
             self._leaving = True
             self._timer.cancel()
@@ -262,7 +266,7 @@ class Socket(Wire):
             self._timer = self._endpoint.loop.call_later(timeout, self.abort)
 
     def pause_writing(self) -> None:
-        """The peer falls behind: from now on it has to read something within the deadline."""
+        """The peer has fallen behind: it has to read something within the deadline."""
         self._set_deadline()
         self._count()
 
@@ -291,7 +295,7 @@ class Socket(Wire):
             self._abort_reader("too much unsent")
 
     def _waiting(self) -> int:
-        """Return how many bytes the kernel has not taken yet."""
+        """Return the bytes that the kernel has not taken yet."""
         below = 0 if self._below is None else self._below.get_write_buffer_size()
         return self.transport.get_write_buffer_size() + below
 
@@ -304,7 +308,7 @@ class Socket(Wire):
     # What is read.
 
     def buffer_updated(self, size: int) -> None:
-        """Take what came; of a flood of tiny frames some, and the rest in turn with others."""
+        """Parse some frames of what came, and the rest in later turns of the event loop."""
         self._unread += self._endpoint.buffer[:size]
         self._read(FRAMES_PER_TURN)
         self._count()
@@ -313,7 +317,7 @@ class Socket(Wire):
             self._endpoint.loop.call_soon(self._read_on)
 
     def begin(self, early: bytes) -> None:
-        """Read what came before the handshake was answered, and then go on."""
+        """Parse the bytes that came before the handshake response, and go on reading."""
         if early:
             self._unread = early
             self.transport.pause_reading()
@@ -328,7 +332,7 @@ class Socket(Wire):
             self.transport.resume_reading()
 
     def _read(self, most: int) -> None:
-        """Take what is unread, up to so many frames."""
+        """Parse up to so many frames of the unread bytes."""
         frames = 0
         while self._unread and frames < most and not self.transport.is_closing():
             bite, self._unread = self._unread[:BITE], self._unread[BITE:]
@@ -339,13 +343,13 @@ class Socket(Wire):
             for event in self._protocol.events_received():
                 if not self._failed:
                     assert isinstance(event, Frame)
-                    self._take(event)
+                    self._handle_frame(event)
                 frames += 1
         if self.transport.is_closing():
             self._unread = b""  # as nobody is there any more to whom it could matter
 
     def _count(self) -> None:
-        """Count what is kept of what the peer sent and did not read.
+        """Count the bytes that the peer sent and those that it does not read.
 
         Where there is no memory for it, the connection ends: nothing of it can be given up.
         """
@@ -363,7 +367,7 @@ class Socket(Wire):
             self._fail(Close.TRY_AGAIN_LATER, "too little memory")
 
     def eof_received(self) -> None:
-        """Close, after what came and what was written before."""
+        """Close the connection after all earlier reads and writes."""
         self._read(len(self._unread))  # behind TLS the end can come with it, in one turn
         self._protocol.receive_eof()
         self._send()
@@ -378,18 +382,18 @@ class Socket(Wire):
         assert self._endpoint.on_close is not None
         self._endpoint.on_close(self, self.visitor)
 
-    def _take(self, part: Frame) -> None:
-        """Take a frame, and hand over the message that it ends."""
+    def _handle_frame(self, part: Frame) -> None:
+        """Handle a frame, and hand over the message that it ends."""
         if part.opcode in {Opcode.PING, Opcode.PONG}:
-            self._take_control(part)
+            self._handle_control(part)
         elif part.opcode is Opcode.CLOSE:
             pass  # which the library has answered
         elif part.fin and self._message is None:
-            self._take_message(part.data, text=part.opcode is Opcode.TEXT)
+            self._deliver(part.data, text=part.opcode is Opcode.TEXT)
         else:
-            self._take_fragment(part)
+            self._add_fragment(part)
 
-    def _take_fragment(self, part: Frame) -> None:
+    def _add_fragment(self, part: Frame) -> None:
         """Add a fragment to its message, and hand over the message that it ends."""
         if self._message is None:
             self._message, self._parts, self._text = bytearray(), 0, part.opcode is Opcode.TEXT
@@ -397,12 +401,12 @@ class Socket(Wire):
         self._parts += 1
         if part.fin:
             message, self._message = bytes(self._message), None
-            self._take_message(message, text=self._text)
+            self._deliver(message, text=self._text)
         elif self._parts >= FRAGMENTS:
             self._message = None
             self._fail(Close.MESSAGE_TOO_BIG, "too many fragments")
 
-    def _take_message(self, data: bytes | bytearray | memoryview, *, text: bool) -> None:
+    def _deliver(self, data: bytes | bytearray | memoryview, *, text: bool) -> None:
         try:
             message = str(data, "utf-8") if text else bytes(data)
         except UnicodeDecodeError as error:
@@ -417,8 +421,8 @@ class Socket(Wire):
             log.error("connection failed", socket=self.id, failure=error)
             self._fail(Close.INTERNAL_ERROR, "")
 
-    def _take_control(self, part: Frame) -> None:
-        """Note an answer to a ping, and see that there are not too many frames of other kinds.
+    def _handle_control(self, part: Frame) -> None:
+        """Handle a ping or pong, and close the connection of a peer that sends too many.
 
         Each ping costs an answer, and none is seen by whoever counts messages.
         """
@@ -429,13 +433,13 @@ class Socket(Wire):
         if self._control is None:
             self._control = Bucket(settings.frame_rate, settings.frame_burst, now)
         if self._control.take(now) and not self._leaving:
-            # Not the closing handshake, as that would go on to read and to answer.
+            # A closing handshake would go on to read and to answer pings.
             self._fail(Close.POLICY_VIOLATION, "too many pings")
 
     # Whether the peer is there.
 
     def _keep_alive(self) -> None:
-        """Ping the peer when it is time to, and close on one who has not answered in time."""
+        """Send a ping in each interval, and close where the answer does not come in time."""
         interval = self._endpoint.settings.ping_interval
         timeout = self._endpoint.settings.ping_timeout
         now = self._endpoint.loop.time()
@@ -464,8 +468,8 @@ def frame(text: bytes) -> bytes:
     return b"\x81\x7f" + size.to_bytes(8) + text
 
 
-def flush(protocol: Protocol, transport: asyncio.Transport) -> None:
-    """Write what the library has to say, unless nobody is left to hear it."""
+def _flush(protocol: Protocol, transport: asyncio.Transport) -> None:
+    """Write what the library has to send, unless the connection is closing."""
     for data in protocol.data_to_send():
         if transport.is_closing():
             return
@@ -478,7 +482,7 @@ def flush(protocol: Protocol, transport: asyncio.Transport) -> None:
 
 
 def half_close(transport: asyncio.Transport) -> None:
-    """Say that nothing more will be written, unless nobody is left to hear it."""
+    """Close the writing side, unless the peer has gone."""
     with contextlib.suppress(OSError, RuntimeError):  # the peer has gone
         transport.write_eof()
 
