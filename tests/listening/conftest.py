@@ -1,0 +1,29 @@
+"""Folders for the tests of listening sockets."""
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.listening.clients import KINDS
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Give a folder with a short name, as the path of a unix socket has 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="ws-") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Path]:
+    """Give a folder with certificates and keys of two kinds, which must not be written to."""
+    with tempfile.TemporaryDirectory() as name:
+        for kind, options in KINDS.items():
+            command = f"openssl req -x509 -nodes -subj /CN={kind} -newkey {options}"
+            names = ("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost")
+            files = ("-keyout", f"{name}/{kind}.key", "-out", f"{name}/{kind}.pem")
+            subprocess.run((*command.split(), *names, *files), check=True, capture_output=True)
+        yield Path(name)

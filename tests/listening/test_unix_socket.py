@@ -1,0 +1,157 @@
+"""Unix sockets."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+import wsserver
+from tests.listening.clients import SERVE, on_unix
+from tests.support.process import run
+from tests.support.puppet import BOUND, Puppet, until
+from wsserver import ConfigError, listening
+
+pytestmark = pytest.mark.slow
+
+
+async def test_a_prompt_over_a_unix_socket(puppet: Puppet, folder: Path) -> None:
+    path = folder / "s"
+    async with wsserver.serve(
+        puppet, unix_socket=str(path), allow_anonymous=True, drain_timeout=0
+    ) as server:
+        assert server.bound == (str(path),)
+        assert server.port == 0
+        assert server.url == f"ws+unix:{path}:/"
+        assert server.page == f"http://unix:{path}:/"
+        assert path.stat().st_mode & 0o777 == 0o660
+        async with on_unix(path) as chat:
+            start = await chat.prompt()
+            (await puppet.reply()).say("here").end()
+            assert (await chat.text(start["id"]))[0] == "here"
+    assert not path.exists()
+
+
+async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
+    puppet: Puppet, folder: Path
+) -> None:
+    path = str(folder / "socket")
+    async with wsserver.serve(
+        puppet, unix_socket=path, allow_anonymous=True, connections_per_address=2
+    ) as server:
+        statuses: list[dict[str, int]] = []
+        async with contextlib.AsyncExitStack() as stack:
+            for name in (f"\0wsserver-{os.getpid()}", str(folder / "client"), ""):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                if name:
+                    sock.bind(name)
+                sock.connect(path)
+                reader, writer = await asyncio.open_unix_connection(sock=sock)
+                stack.callback(writer.close)
+                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")  # and so it stays
+                if len(statuses) == 2:
+                    async with asyncio.timeout(BOUND):
+                        assert b" 429 " in await reader.readline()
+                else:
+                    await until(lambda: server.app.admission._open == len(statuses) + 1)
+                statuses.append(dict(server.app.admission._addresses._held))
+        assert statuses == [{"address unix": 1}, {"address unix": 2}, {"address unix": 2}]
+        await until(lambda: not server._endpoint.connections)
+        assert server.app.admission._open == 0
+
+
+async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder: Path) -> None:
+    path = folder / "s"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+        dead.listen()
+    mode = "600"
+    async with wsserver.serve(
+        puppet, unix_socket=str(path), allow_anonymous=True, unix_socket_mode=mode
+    ):
+        assert path.stat().st_mode & 0o777 == 0o600
+        async with on_unix(path) as chat:
+            await chat.quiet()
+
+
+async def test_a_unix_socket_of_a_living_server_is_left_to_it(puppet: Puppet, folder: Path) -> None:
+    path = folder / "s"
+    async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
+        with pytest.raises(ConfigError, match="in use by a running server"):
+            async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
+                raise AssertionError
+        async with on_unix(path) as chat:
+            await chat.quiet()
+
+
+async def test_a_server_that_goes_leaves_the_socket_of_its_successor(
+    puppet: Puppet, folder: Path
+) -> None:
+    path = folder / "s"
+    first = wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True)
+    await first.__aenter__()
+    path.rename(folder / "aside")
+    async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
+        await first.close()
+        async with on_unix(path) as chat:
+            await chat.quiet()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+async def test_what_is_no_socket_is_never_removed(puppet: Puppet, folder: Path, kind: str) -> None:
+    path = folder / "s"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(folder / "elsewhere")
+    with pytest.raises(ConfigError, match="exists and is no socket"):
+        async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
+            raise AssertionError
+    assert path.is_symlink() or path.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("no/such/folder/s", "cannot listen on .*: No such file"),
+        ("long" * 40, "cannot listen on .*: AF_UNIX path too long"),
+    ],
+)
+async def test_a_path_that_cannot_be_is_one_clear_line(
+    puppet: Puppet, folder: Path, path: str, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        async with wsserver.serve(puppet, unix_socket=str(folder / path)):
+            raise AssertionError
+
+
+async def test_two_servers_that_start_at_once_do_not_take_each_others_socket(
+    puppet: Puppet, folder: Path
+) -> None:
+    with listening._locked(folder), pytest.raises(ConfigError, match="has locked"):
+        async with wsserver.serve(puppet, unix_socket=str(folder / "s")):
+            raise AssertionError
+
+
+@pytest.mark.parametrize("mode", ["rw", "888", "66", "0o660", "660\n"])
+def test_a_mode_is_octal(mode: str) -> None:
+    with pytest.raises(ConfigError, match="unix_socket_mode: "):
+        wsserver.Settings.load(unix_socket_mode=mode)
+
+
+async def test_the_command_line_says_where_the_unix_socket_is(folder: Path) -> None:
+    path = folder / "s"
+    async with run(*SERVE, "--unix-socket", str(path), "--allow-anonymous") as process:
+        await process.line(rf"socket +{path}\n")
+        assert "http" not in process.output
+        async with on_unix(path) as chat:
+            start = await chat.prompt("Hello there")
+            assert (await chat.text(start["id"]))[1]["reason"] == "end_turn"
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+    assert not path.exists()
