@@ -18,9 +18,9 @@ from tests.support.crowd import MANY
 from wsserver import Settings, websocket
 from wsserver.admission import Admission, Denied
 from wsserver.limits import Memory
+from wsserver.listener import Listener
 from wsserver.responses import Upgrade
 from wsserver.telemetry import Metrics
-from wsserver.transport import Endpoint
 from wsserver.websocket import Socket, frame
 
 GROUPS = ["1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "9.*", "10.*"]
@@ -76,7 +76,7 @@ async def run_suite(wstest: str, folder: Path) -> dict[str, str]:
     async def answer(*_: object) -> Upgrade:
         return Upgrade(())
 
-    endpoint = Endpoint(
+    listener = Listener(
         settings,
         answer,
         Memory(settings.memory),
@@ -86,9 +86,9 @@ async def run_suite(wstest: str, folder: Path) -> dict[str, str]:
         on_close=lambda *_: None,
         metrics=metrics,
     )
-    await endpoint.bind(("127.0.0.1", 0))
-    endpoint.serve()
-    port = endpoint.bound[0].getsockname()[1]
+    await listener.bind(("127.0.0.1", 0))
+    listener.serve()
+    port = listener.bound[0].getsockname()[1]
     server = {"agent": "wsserver", "url": f"ws://127.0.0.1:{port}"}
     spec = {"outdir": str(folder), "servers": [server], "cases": GROUPS, "exclude-cases": []}
     (folder / "spec.json").write_text(json.dumps(spec))
@@ -101,9 +101,9 @@ async def run_suite(wstest: str, folder: Path) -> dict[str, str]:
         if process.returncode is None:
             process.kill()
             await process.wait()
-        endpoint.stop_listening()
-        endpoint.abort()
-        await endpoint.wait_closed()
+        listener.stop_listening()
+        listener.abort()
+        await listener.wait_closed()
     report = json.loads((folder / "index.json").read_text())["wsserver"]
     return {case: result["behavior"] for case, result in report.items()}
 

@@ -504,5 +504,5 @@ async def test_one_that_is_refused_has_no_connection(server: wsserver.Server) ->
     for _ in range(3):
         await ask(server, f"GET / HTTP/1.1\nHost: localhost\nOrigin: null\n{HANDSHAKE}\n")
     assert not server.app.connections
-    await until(lambda: not server._endpoint.connections)
+    await until(lambda: not server.listener.connections)
     assert len(server.app.admission._addresses) == 0

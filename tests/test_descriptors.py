@@ -152,7 +152,7 @@ async def test_probes_are_answered_while_strangers_hold_all_places(puppet: Puppe
             held.append(await asyncio.open_connection("127.0.0.1", server.port))
             assert (await ask(server, HEALTH))[0] == 200
         most = 10 + 16 + lingering(server.settings) + 8
-        assert len(server._endpoint.connections) <= most
+        assert len(server.listener.connections) <= most
         for _, writer in held:
             writer.transport.abort()
 

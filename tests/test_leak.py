@@ -154,8 +154,8 @@ async def test_hundreds_of_clients_leave_no_task() -> None:
         await stop_at_once(here, STOPS // 10)
         await until(lambda: len(asyncio.all_tasks()) <= tasks)
         hub = server.app.hub
-        assert not server._endpoint.connections
-        assert not server._endpoint.turned_away
+        assert not server.listener.connections
+        assert not server.listener.turned_away
         assert hub.live == hub.tasks == len(hub.accounts) == 0
         assert len(server.app.admission._addresses) == server.app.admission._open == 0
         await until(lambda: not list(hub.retention))  # once they need not be found any more

@@ -433,7 +433,7 @@ async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Pu
             response = raised.value.response
             assert response.status_code == 429
             assert int(response.headers["Retry-After"]) > 0
-        await until(lambda: not server._endpoint.connections)
+        await until(lambda: not server.listener.connections)
         async with client(server) as chat:
             await chat.quiet()
 
@@ -514,7 +514,7 @@ async def test_limits_are_released_when_sockets_close(puppet: Puppet) -> None:
             async with acting_for(server, "ada") as chat:
                 await chat.prompt()
         await until(lambda: server.app.hub.live == 0)
-        await until(lambda: not server._endpoint.connections)
+        await until(lambda: not server.listener.connections)
         assert len(server.app.admission.principals) == 0
         assert len(server.app.admission._addresses) == 0
         assert server.app.admission._open == 0

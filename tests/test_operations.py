@@ -16,8 +16,8 @@ from tests.support.puppet import Puppet, until
 from tests.test_http import ask
 from wsserver import Code, ConfigError, ModelError, journal
 from wsserver.errors import StoreError
+from wsserver.listener import Listener
 from wsserver.stores import MemoryStore
-from wsserver.transport import Endpoint
 
 
 async def ready(server: wsserver.Server, port: int | None = None) -> tuple[int, dict[str, bool]]:
@@ -293,15 +293,15 @@ async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> 
 async def test_a_server_that_cannot_start_leaves_no_port_of_operators(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def taken(endpoint: Endpoint) -> None:
-        if endpoint is server._endpoint:
+    def taken(listener: Listener) -> None:
+        if listener is server.listener:
             raise OSError(errno.EADDRINUSE, "taken")
-        serve(endpoint)
+        serve(listener)
 
-    serve = Endpoint.serve
+    serve = Listener.serve
     server = wsserver.serve(puppet, port=0, operations_port=0)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="taken"):
-        patch.setattr(Endpoint, "serve", taken)
+        patch.setattr(Listener, "serve", taken)
         await server.__aenter__()
     with pytest.raises(ConnectionRefusedError):
         await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n", server.operations_port)

@@ -157,7 +157,7 @@ async def test_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
         while not complete:
             story = Story(server, puppet, said, ending)
             transcript = Transcript(story)
-            await until(lambda: not server._endpoint.connections)
+            await until(lambda: not server.listener.connections)
             async with sluggard(server) as slow:
                 await slow.send(json.dumps(story.prompt))
                 await overwhelm(server, story)
@@ -207,7 +207,7 @@ async def test_slow_reader_gets_start_before_text(puppet: Puppet) -> None:
         before = Story(server, puppet, ("Hello",), conversation=secrets.token_urlsafe(16))
         await begin(server, before)
         await before.tell_all()
-        await until(lambda: not server._endpoint.connections)
+        await until(lambda: not server.listener.connections)
         async with sluggard(server) as slow:
             await slow.send(json.dumps({"type": "open", "conversation": before.conversation}))
             await slow.until('"history"')

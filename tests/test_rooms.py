@@ -26,7 +26,7 @@ FLOORS: list[dict[str, str]] = [
         "application": "accounts app connection context conversations cursor dialects endings "
         "following hub intake journal live pages quota reporting requests retention routes running "
         "scheduling session spending stopping upkeep",
-        "sockets": "certificates http listening peers service_manager transport websocket",
+        "sockets": "certificates exchange http listener listening peers service_manager websocket",
     },
     {"server": "server"},
     {"programs": f"{PUBLIC} __main__ cli terminal"},
@@ -43,7 +43,7 @@ LIBRARIES = {
     "sqlite3": {"stores"},
     "structlog": {"logs"},
     "uvloop": {"cli"},
-    "websockets": {"client", "transport", "websocket"},
+    "websockets": {"client", "exchange", "websocket"},
 }
 PLACES = {
     room: (floor, wing)

@@ -80,7 +80,7 @@ async def test_it_does_not_hang_on_a_stuck_peer(puppet: Puppet) -> None:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
             await bounded(asyncio.create_task(server.close()))
-            assert not server._endpoint.connections
+            assert not server.listener.connections
 
 
 async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
@@ -89,7 +89,7 @@ async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
     ) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as sock:
             sock.sendall(b"GET / HT")
-            await until(lambda: server._endpoint.connections)
+            await until(lambda: server.listener.connections)
             await bounded(asyncio.create_task(server.close()))
 
 
@@ -237,7 +237,7 @@ async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
             await chat.prompt()
             await puppet.reply()
     assert asyncio.all_tasks() == before
-    assert not server._endpoint.connections
+    assert not server.listener.connections
     assert not server.app.connections
 
 

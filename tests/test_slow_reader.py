@@ -171,7 +171,7 @@ async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
                 await puppet.replies[0].closed.wait()  # for nobody is left to read
             while await slow.read():
                 pass
-            assert not server._endpoint.connections
+            assert not server.listener.connections
 
 
 async def test_one_that_takes_a_little_each_time_is_not_aborted(
@@ -194,7 +194,7 @@ async def test_one_that_takes_a_little_each_time_is_not_aborted(
             async with asyncio.timeout(BOUND):
                 for _ in range(3):
                     await looked.acquire()
-            assert transport in server._endpoint.connections
+            assert transport in server.listener.connections
 
 
 async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
@@ -209,7 +209,7 @@ async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
             await loop.sock_sendall(slow.sock, ping * 20_000)
         await other.quiet()
         slow.sock.close()
-        await until(lambda: len(server._endpoint.connections) == 1)
+        await until(lambda: len(server.listener.connections) == 1)
     lines = [record for record in caplog.records if "socket.send()" in record.getMessage()]
     assert len(lines) < 2000
 
@@ -228,4 +228,4 @@ async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
                 highest = max(highest, transport.transport.get_write_buffer_size())
         # One read of the event loop may hold this much more.
         assert highest <= server.settings.max_unsent + 300_000
-        assert not server._endpoint.connections
+        assert not server.listener.connections

@@ -14,13 +14,13 @@ from wsserver.auth import Authenticator
 from wsserver.certificates import Certificate
 from wsserver.errors import ConfigError
 from wsserver.limits import Memory
+from wsserver.listener import Listener
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.peers import own_users
 from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
-from wsserver.transport import Endpoint
 
 __all__ = ["Server", "serve"]
 
@@ -78,6 +78,7 @@ class Server:
 
     Attributes:
         app: the application, once the server is entered.
+        listener: its listening sockets and connections, once the server is entered.
         settings: what holds here. Once entered, with no more connections and replies than the limit
             of file descriptors allows.
         model_name: what answers, as clients see it.
@@ -89,6 +90,7 @@ class Server:
     """
 
     app: App
+    listener: Listener
     model_name: str
     port: int
     bound: tuple[str, ...]
@@ -107,8 +109,7 @@ class Server:
         self.metrics.watch_memory(self.memory)
         self._model = model
         self._authenticate = authenticate
-        self._endpoint: Endpoint
-        self._operators: Endpoint | None = None
+        self._operators: Listener | None = None
         self._given = tuple(sockets)
         self._host = settings.host
         self._certificate: Certificate | None = None
@@ -148,7 +149,7 @@ class Server:
             self._check_exposure()
             if settings.operations_port is not None:
                 await self._listen_for_operators(settings, settings.operations_port)
-            self._endpoint.serve()
+            self.listener.serve()
         except BaseException:
             self._stop_listening()
             if self._operators is not None:
@@ -168,7 +169,7 @@ class Server:
             ConfigError: it would.
         """
         settings, admission = self.settings, self.app.admission
-        admission.loopback = listening.loopback(self._endpoint.bound)
+        admission.loopback = listening.loopback(self.listener.bound)
         if admission.authenticate is not None:
             if settings.allow_anonymous:
                 raise ConfigError("allow_anonymous contradicts the tokens; give one or the other")
@@ -204,7 +205,7 @@ class Server:
 
     async def _listen(self) -> None:
         settings, sockets = self.settings, self._given
-        self._endpoint = Endpoint(
+        self.listener = Listener(
             settings,
             self._respond,
             self.memory,
@@ -220,22 +221,22 @@ class Server:
             self._unix_socket = listening.UnixSocket(settings.unix_socket, mode)
             sockets = (self._unix_socket.sock,)
         for sock in sockets:
-            await self._endpoint.bind(sock)
+            await self.listener.bind(sock)
         if not sockets:
-            await self._endpoint.bind((settings.host, settings.port))
-        self.bound = tuple(listening.name_of(sock) for sock in self._endpoint.bound)
-        host, self.port = listening.tcp_address(self._endpoint.bound)
+            await self.listener.bind((settings.host, settings.port))
+        self.bound = tuple(listening.name_of(sock) for sock in self.listener.bound)
+        host, self.port = listening.tcp_address(self.listener.bound)
         if self._given:
             self._host = host
 
     def _stop_listening(self) -> None:
-        if hasattr(self, "_endpoint"):
-            self._endpoint.stop_listening()
+        if hasattr(self, "listener"):
+            self.listener.stop_listening()
         if self._unix_socket is not None:
             self._unix_socket.remove()
 
     async def _listen_for_operators(self, settings: Settings, port: int) -> None:
-        self._operators = Endpoint(settings, self._respond_to_operator, self.memory)
+        self._operators = Listener(settings, self._respond_to_operator, self.memory)
         try:
             await self._operators.bind((settings.operations_host, port))
             self._operators.serve()
@@ -297,14 +298,14 @@ class Server:
             await asyncio.wait({self._leaving}, timeout=self.settings.shutdown_timeout)
             self._leaving.cancel()
             await asyncio.wait({self._leaving})
-        self._endpoint.abort()
+        self.listener.abort()
         await self.app.close(min(self._left(deadline), self.settings.stop_timeout))
         if self._operators is not None:  # until now it has told how things stand
             self._operators.stop_listening()
             self._operators.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._left(deadline)):
-                await self._endpoint.wait_closed()
+                await self.listener.wait_closed()
                 if self._operators is not None:
                     await self._operators.wait_closed()
         await self.app.release(self._left(deadline))

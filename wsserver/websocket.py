@@ -23,7 +23,7 @@ from wsserver.protocol import Close
 from wsserver.settings import Settings
 from wsserver.telemetry import Aborted, Metrics
 
-__all__ = ["READ_SIZE", "SILENT", "Receiver", "Socket", "Wire", "frame", "half_close"]
+__all__ = ["READ_SIZE", "SILENT", "Place", "Receiver", "Socket", "Wire", "frame", "half_close"]
 
 # The library logs a failed handshake as an error, and any client can make handshakes fail.
 SILENT = logging.getLogger("wsserver.websockets")
@@ -51,7 +51,7 @@ class Receiver(typing.Protocol):
 
 
 class Place(typing.Protocol):
-    """The part of :class:`~wsserver.transport.Endpoint` that a connection uses."""
+    """The part of :class:`~wsserver.listener.Listener` that a connection uses."""
 
     settings: Settings
     memory: Memory
@@ -72,20 +72,20 @@ class Wire(asyncio.BufferedProtocol):
         visitor: what is known of the client; None where nobody asks.
     """
 
-    __slots__ = ("_account", "_closed", "_endpoint", "_held", "transport", "visitor")
+    __slots__ = ("_account", "_closed", "_held", "_listener", "transport", "visitor")
 
     transport: asyncio.Transport
     visitor: Visitor | None
 
-    def __init__(self, endpoint: Place) -> None:
-        self._endpoint = endpoint
+    def __init__(self, listener: Place) -> None:
+        self._listener = listener
         self._closed: asyncio.Future[None] | None = None
         self._held = 0  # bytes that are counted for it,
         self._account = _OPERATORS  # and for whom
 
     def get_buffer(self, _: int) -> memoryview:
-        """Return the buffer of all connections; see :attr:`Endpoint.buffer`."""
-        return self._endpoint.buffer
+        """Return the buffer of all connections; see :attr:`Listener.buffer`."""
+        return self._listener.buffer
 
     def _hold(self, size: int) -> bool:
         """Count the bytes that the connection holds now.
@@ -93,7 +93,7 @@ class Wire(asyncio.BufferedProtocol):
         Returns:
             False where the account has no memory left. The count is then as before.
         """
-        memory, more = self._endpoint.memory, size - self._held
+        memory, more = self._listener.memory, size - self._held
         if not self._held and self.visitor is not None:
             self._account = self.visitor.account
         if more > 0 and not memory.take(self._account, more):
@@ -108,16 +108,16 @@ class Wire(asyncio.BufferedProtocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         """Forget the connection."""
-        self._endpoint.connections.discard(self)
-        if self.visitor is not None and self._endpoint.admission is not None:
-            self._endpoint.admission.depart(self.visitor)
+        self._listener.connections.discard(self)
+        if self.visitor is not None and self._listener.admission is not None:
+            self._listener.admission.depart(self.visitor)
         if self._closed is not None:
             self._closed.set_result(None)
 
     async def wait_closed(self) -> None:
         """Wait until the connection is closed."""
-        if self in self._endpoint.connections:
-            self._closed = self._closed or self._endpoint.loop.create_future()
+        if self in self._listener.connections:
+            self._closed = self._closed or self._listener.loop.create_future()
             await asyncio.shield(self._closed)
 
 
@@ -128,7 +128,7 @@ class Socket(Wire):
     behind what that peer does not read.
 
     Args:
-        endpoint: where the client connected.
+        listener: where the client connected.
         transport: what it is to write to.
         below: what TLS writes to, if there is TLS.
         visitor: what is known of the client.
@@ -162,18 +162,18 @@ class Socket(Wire):
 
     def __init__(
         self,
-        endpoint: Place,
+        listener: Place,
         transport: asyncio.Transport,
         below: asyncio.Transport | None,
         visitor: Visitor,
         subprotocol: str | None = None,
     ) -> None:
-        super().__init__(endpoint)
-        settings = endpoint.settings
+        super().__init__(listener)
+        settings = listener.settings
         self.transport = transport
         self.visitor = visitor
         self.subprotocol = subprotocol
-        self.began = endpoint.loop.time()
+        self.began = listener.loop.time()
         # The protocol of the handshake would keep the request.
         self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=SILENT)
         self._below = below
@@ -190,13 +190,13 @@ class Socket(Wire):
         self._leaving = False  # it is being closed,
         self._failed = False  # and nothing more is heard
         # Sends the next ping; while the socket is being closed, aborts it.
-        self._timer = endpoint.loop.call_later(settings.ping_interval, self._keep_alive)
+        self._timer = listener.loop.call_later(settings.ping_interval, self._keep_alive)
         transport.set_write_buffer_limits(settings.write_buffer)
         if below is not None:
             below.set_write_buffer_limits(UNSENT_IN_KERNEL)
         _limit_unsent(transport.get_extra_info("socket"))
-        assert endpoint.on_open is not None
-        self._connection = endpoint.on_open(self, visitor)
+        assert listener.on_open is not None
+        self._connection = listener.on_open(self, visitor)
 
     @property
     def id(self) -> UUID:
@@ -262,8 +262,8 @@ class Socket(Wire):
         if self._protocol.state is not State.OPEN and not self._leaving:
             self._leaving = True
             self._timer.cancel()
-            timeout = self._endpoint.settings.send_timeout
-            self._timer = self._endpoint.loop.call_later(timeout, self.abort)
+            timeout = self._listener.settings.send_timeout
+            self._timer = self._listener.loop.call_later(timeout, self.abort)
 
     def pause_writing(self) -> None:
         """The peer has fallen behind: it has to read something within the deadline."""
@@ -281,8 +281,8 @@ class Socket(Wire):
 
     def _set_deadline(self) -> None:
         self._unsent = self._waiting()
-        timeout = self._endpoint.settings.send_timeout
-        self._deadline = self._endpoint.loop.call_later(timeout, self._check_progress)
+        timeout = self._listener.settings.send_timeout
+        self._deadline = self._listener.loop.call_later(timeout, self._check_progress)
 
     def _check_progress(self) -> None:
         if self._waiting() < self._unsent:
@@ -291,7 +291,7 @@ class Socket(Wire):
             self._abort_reader("does not read")
 
     def _check_unsent(self) -> None:
-        if self._waiting() > self._endpoint.settings.max_unsent and not self.transport.is_closing():
+        if self._waiting() > self._listener.settings.max_unsent and not self.transport.is_closing():
             self._abort_reader("too much unsent")
 
     def _waiting(self) -> int:
@@ -301,33 +301,33 @@ class Socket(Wire):
 
     def _abort_reader(self, why: Aborted) -> None:
         log.info("reader aborted", socket=self.id, reason=why)
-        assert self._endpoint.metrics is not None
-        self._endpoint.metrics.reader_aborted(why)
+        assert self._listener.metrics is not None
+        self._listener.metrics.reader_aborted(why)
         self.abort()
 
     # What is read.
 
     def buffer_updated(self, size: int) -> None:
         """Parse some frames of what came, and the rest in later turns of the event loop."""
-        self._unread += self._endpoint.buffer[:size]
+        self._unread += self._listener.buffer[:size]
         self._read(FRAMES_PER_TURN)
         self._count()
         if self._unread or size == READ_SIZE:  # uvloop would read on in the same turn
             self.transport.pause_reading()
-            self._endpoint.loop.call_soon(self._read_on)
+            self._listener.loop.call_soon(self._read_on)
 
     def begin(self, early: bytes) -> None:
         """Parse the bytes that came before the handshake response, and go on reading."""
         if early:
             self._unread = early
             self.transport.pause_reading()
-            self._endpoint.loop.call_soon(self._read_on)
+            self._listener.loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
         self._read(FRAMES_PER_TURN)
         self._count()
         if self._unread:
-            self._endpoint.loop.call_soon(self._read_on)
+            self._listener.loop.call_soon(self._read_on)
         elif not self.transport.is_closing():
             self.transport.resume_reading()
 
@@ -361,7 +361,7 @@ class Socket(Wire):
         if self._hold(size) or self.transport.is_closing():
             return
         self._unread, self._message = b"", None
-        if unsent > self._endpoint.settings.write_buffer:
+        if unsent > self._listener.settings.write_buffer:
             self._abort_reader("too much unsent")
         elif not self._failed:
             self._fail(Close.TRY_AGAIN_LATER, "too little memory")
@@ -379,8 +379,8 @@ class Socket(Wire):
             self._deadline.cancel()
         super().connection_lost(exc)
         self._hold(0)
-        assert self._endpoint.on_close is not None
-        self._endpoint.on_close(self, self.visitor)
+        assert self._listener.on_close is not None
+        self._listener.on_close(self, self.visitor)
 
     def _handle_frame(self, part: Frame) -> None:
         """Handle a frame, and hand over the message that it ends."""
@@ -429,7 +429,7 @@ class Socket(Wire):
         if part.opcode is Opcode.PONG and part.data == self._ping:
             self._ping = None
             return
-        settings, now = self._endpoint.settings, self._endpoint.loop.time()
+        settings, now = self._listener.settings, self._listener.loop.time()
         if self._control is None:
             self._control = Bucket(settings.frame_rate, settings.frame_burst, now)
         if self._control.take(now) and not self._leaving:
@@ -440,9 +440,9 @@ class Socket(Wire):
 
     def _keep_alive(self) -> None:
         """Send a ping in each interval, and close where the answer does not come in time."""
-        interval = self._endpoint.settings.ping_interval
-        timeout = self._endpoint.settings.ping_timeout
-        now = self._endpoint.loop.time()
+        interval = self._listener.settings.ping_interval
+        timeout = self._listener.settings.ping_timeout
+        now = self._listener.loop.time()
         quiet = now - self._pinged
         if not self.writable:  # a ping would have to wait; it is the send deadline that counts
             self._pinged, quiet = now, 0.0
@@ -455,7 +455,7 @@ class Socket(Wire):
             self._protocol.send_ping(self._ping)
             self._send()
         wait = interval - quiet if self._ping is None else min(interval, timeout - quiet)
-        self._timer = self._endpoint.loop.call_later(wait, self._keep_alive)
+        self._timer = self._listener.loop.call_later(wait, self._keep_alive)
 
 
 def frame(text: bytes) -> bytes:

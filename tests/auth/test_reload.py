@@ -39,7 +39,7 @@ async def test_reload_closes_only_sockets_of_removed_tokens(puppet: Puppet, tmp_
         assert not await server.reload()
         await stays.quiet()
         assert len(server.app.connections) == 2
-        await until(lambda: len(server._endpoint.connections) == 2)
+        await until(lambda: len(server.listener.connections) == 2)
 
 
 async def test_reload_can_shorten_a_token(puppet: Puppet) -> None:

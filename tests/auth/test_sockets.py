@@ -215,10 +215,10 @@ async def test_disconnect_during_authentication_leaves_nothing(puppet: Puppet) -
         )
         await asyncio.wait_for(asked.wait(), BOUND)
         writer.transport.abort()
-        await until(lambda: not server._endpoint.connections)
+        await until(lambda: not server.listener.connections)
         answer.set()
         await asyncio.wait_for(answered.wait(), BOUND)
-        await until(lambda: not server._endpoint.answering)
+        await until(lambda: not server.listener.answering)
         await asyncio.sleep(0)
         assert len(server.app.admission.principals) == 0
         assert server.app.admission._open == 0

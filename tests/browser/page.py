@@ -96,7 +96,7 @@ async def converse(page: Page, puppet: Puppet, prompt: str, said: str = "Reply")
 
 def cut(server: wsserver.Server) -> None:
     """Abort all connections, as a failing network does."""
-    for connection in tuple(server._endpoint.connections):
+    for connection in tuple(server.listener.connections):
         connection.abort()
 
 

@@ -58,7 +58,7 @@ async def test_all_addresses_are_known(puppet: Puppet) -> None:
         async with wsserver.serve(puppet, sockets=[first, second], allow_anonymous=True) as server:
             assert server.bound == tuple(listening.name_of(sock) for sock in (first, second))
             assert server.port == first.getsockname()[1]
-            assert listening.loopback(server._endpoint.bound)
+            assert listening.loopback(server.listener.bound)
             for name in server.bound:
                 async with connect(f"ws://{name}/", proxy=None) as socket_:
                     await Client(socket_).quiet()

@@ -52,8 +52,8 @@ async def test_a_client_that_this_kernel_does_not_hold_is_served(loop: str) -> N
     # As a browser on Windows is to a server in WSL.
     program = (
         "import sys\n"
-        "from wsserver import cli, peers, transport\n"
-        "transport.user_at = lambda *_: peers.ELSEWHERE\n"
+        "from wsserver import cli, exchange, peers\n"
+        "exchange.user_at = lambda *_: peers.ELSEWHERE\n"
         "cli.main(sys.argv[1:])\n"
     )
     async with run("-c", program, "serve", "--port", "0", "--event-loop", loop) as process:
@@ -82,7 +82,7 @@ async def test_a_program_of_another_user_is_refused_but_for_healthz(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server:
-        monkeypatch.setattr("wsserver.transport.user_at", lambda *_: 4321)
+        monkeypatch.setattr("wsserver.exchange.user_at", lambda *_: 4321)
         for path, status in {"/": 403, "/metrics": 401, "/healthz": 200, "/readyz": 200}.items():
             assert (await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n"))[0] == status
         with pytest.raises(InvalidStatus):

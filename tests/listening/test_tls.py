@@ -26,7 +26,7 @@ from tests.support.sockets import sockets_of
 from tests.test_leak import Here
 from wsserver.cli import main
 from wsserver.connection import Connection
-from wsserver.transport import Exchange
+from wsserver.exchange import Exchange
 from wsserver.websocket import READ_SIZE, Socket
 
 pytestmark = pytest.mark.slow
@@ -259,7 +259,7 @@ async def test_a_stuck_reader_behind_tls_is_aborted(
         async with stuck(server, puppet, made) as chat:
             async with asyncio.timeout(BOUND):
                 await puppet.replies[0].closed.wait()
-            assert not server._endpoint.connections
+            assert not server.listener.connections
             await chat.closed()
 
 
@@ -295,5 +295,5 @@ async def test_all_that_came_before_the_end_of_tls_is_heard(
             assert b" 101 " in await peer.upgrade()
             peer.write(frame("x") * 1000)
             peer.writer.close()
-            await until(lambda: not server._endpoint.connections)
+            await until(lambda: not server.listener.connections)
     assert heard == ["x"] * 1000

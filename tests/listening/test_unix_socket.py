@@ -59,7 +59,7 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
                     await until(lambda: server.app.admission._open == len(statuses) + 1)
                 statuses.append(dict(server.app.admission._addresses._held))
         assert statuses == [{"address unix": 1}, {"address unix": 2}, {"address unix": 2}]
-        await until(lambda: not server._endpoint.connections)
+        await until(lambda: not server.listener.connections)
         assert server.app.admission._open == 0
 
 

@@ -6,7 +6,6 @@ opens a WebSocket, a :class:`~wsserver.websocket.Socket` replaces the exchange.
 
 import asyncio
 import functools
-import socket
 import ssl
 import typing
 from asyncio.sslproto import SSLProtocol
@@ -18,137 +17,35 @@ from websockets.http11 import Request as Handshake
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
-from wsserver.admission import Admission, Denied, Visitor, no_memory
-from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
+from wsserver.admission import Denied, Visitor, no_memory
 from wsserver.http import BadRequest, HeadParser
-from wsserver.limits import Memory
-from wsserver.listening import Acceptor, bound
 from wsserver.peers import ELSEWHERE, NOBODY, established, user_at
 from wsserver.responses import Answer, Request, Response, Upgrade, respond
-from wsserver.settings import Settings
-from wsserver.telemetry import Metrics
-from wsserver.websocket import READ_SIZE, SILENT, Receiver, Socket, Wire, half_close
+from wsserver.websocket import READ_SIZE, SILENT, Place, Socket, Wire, half_close
 
-__all__ = ["Endpoint", "Exchange"]
+__all__ = ["Exchange", "Host", "Tls"]
 
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
 LINGER = 1.0  # seconds for a refused client to read the response
 
 
-class Endpoint:
-    """Listening sockets, and what all connections that they accept have in common.
+class Host(Place, typing.Protocol):
+    """The part of :class:`~wsserver.listener.Listener` that an exchange uses."""
 
-    Args:
-        settings: the times and limits.
-        answer: answers a request, or allows it to open a WebSocket.
-        memory: counts the bytes that clients sent or do not read.
-        admission: the rules for connections; None accepts all.
-        on_denied: called with each refusal of a connection.
-        on_open: called with each WebSocket that opens; returns what serves it.
-        on_close: called with each WebSocket that has closed.
-        metrics: counts aborted readers.
-        tls: the TLS context; None for plain TCP.
-
-    Attributes:
-        connections: all connections, also those that are no WebSocket yet.
-        turned_away: the refused connections, the oldest first.
-        spare: the connections in places for probes, the oldest first.
-        answering: the tasks that answer requests, also of clients that have gone.
-        closing: whether no WebSocket may open any more.
-        buffer: the buffer that all connections read into. A connection takes its data in the
-            callback of the read, before another connection can read. All event loops do so.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        answer: Callable[[Request, Visitor | None], Awaitable[Answer]],
-        memory: Memory,
-        *,
-        admission: Admission | None = None,
-        on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None = None,
-        on_open: Callable[["Socket", Visitor], "Receiver"] | None = None,
-        on_close: Callable[["Socket", Visitor], None] | None = None,
-        metrics: Metrics | None = None,
-        tls: ssl.SSLContext | None = None,
-    ) -> None:
-        self.settings = settings
-        self.answer = answer
-        self.memory = memory
-        self.admission = admission
-        self.on_denied = on_denied
-        self.on_open = on_open
-        self.on_close = on_close
-        self.metrics = metrics
-        self.tls = tls
-        self.loop = asyncio.get_running_loop()
-        self.connections: set[Exchange | Socket] = set()
-        self.turned_away: dict[Exchange, None] = {}
-        self.spare: dict[Exchange, None] = {}
-        self.answering: set[asyncio.Task[None]] = set()
-        self.closing = False
-        self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
-        self._acceptors: list[Acceptor] = []
-        self._lingering = lingering(settings)
-
-    @property
-    def bound(self) -> list[socket.socket]:
-        """The listening sockets."""
-        return [acceptor.sock for acceptor in self._acceptors]
-
-    async def bind(self, where: socket.socket | tuple[str, int]) -> None:
-        """Bind a host and port, or take a bound socket, without accepting connections yet.
-
-        Raises:
-            OSError: the address cannot be bound.
-        """
-        for sock in await bound(*where) if isinstance(where, tuple) else [where]:
-            self._acceptors.append(Acceptor(sock, self._protocol, self._full))
-
-    def serve(self) -> None:
-        """Begin to accept connections."""
-        for acceptor in self._acceptors:
-            acceptor.start()
-
-    def stop_listening(self) -> None:
-        """Accept no more connections, and open no more WebSockets."""
-        self.closing = True
-        for acceptor in self._acceptors:
-            acceptor.close()
-
-    def abort(self) -> None:
-        """Abort all connections."""
-        for task in self.answering:
-            task.cancel()
-        for connection in tuple(self.connections):
-            connection.abort()
-
-    async def wait_closed(self) -> None:
-        """Wait until all connections are closed."""
-        ended = (connection.wait_closed() for connection in self.connections)
-        await asyncio.gather(*self.answering, *ended, return_exceptions=True)
+    answer: Callable[[Request, Visitor | None], Awaitable[Answer]]
+    on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None
+    tls: ssl.SSLContext | None
+    turned_away: dict["Exchange", None]
+    spare: dict["Exchange", None]
+    answering: set[asyncio.Task[None]]
+    closing: bool
 
     def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
-        """Keep a refused connection for a moment; abort the oldest of too many."""
-        assert self.on_denied is not None
-        self.on_denied(denied, peer, {})
-        _keep(self.turned_away, exchange, self._lingering)
+        """Keep a refused connection for a moment."""
 
     def take_spare(self, exchange: "Exchange") -> None:
-        """Note a connection in a place for probes; abort the oldest of too many."""
-        _keep(self.spare, exchange, SPARE)
-
-    def _full(self) -> bool:
-        """Whether one more connection would take a descriptor that other parts need."""
-        if self.admission is None:
-            return len(self.connections) >= OPERATORS
-        beside = SPARE + self._lingering + AT_ONCE
-        return len(self.connections) >= self.settings.connections + beside
-
-    def _protocol(self) -> asyncio.BaseProtocol:
-        exchange = Exchange(self)
-        return exchange if self.tls is None else _Tls(self, exchange, self.tls)
+        """Note a connection in a place for probes."""
 
 
 class Exchange(Wire):
@@ -163,10 +60,10 @@ class Exchange(Wire):
         "_timer",
     )
 
-    _endpoint: Endpoint
+    _listener: Host
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
+    def __init__(self, listener: Host) -> None:
+        super().__init__(listener)
         self.visitor = None
         self._denied: Denied | None = None
         self._below: asyncio.Transport | None = None  # the TCP transport under TLS
@@ -178,39 +75,39 @@ class Exchange(Wire):
 
     def arrive(self, transport: asyncio.Transport) -> None:
         """Count the connection, one with TLS before its handshake."""
-        endpoint = self._endpoint
+        listener = self._listener
         self.transport = transport
-        endpoint.connections.add(self)
+        listener.connections.add(self)
         name = transport.get_extra_info("peername")
         here = transport.get_extra_info("sockname")
         # A client of a unix socket may have a name. A client that has gone has no address.
         peer = name[0] if isinstance(name, tuple) else "gone" if isinstance(here, tuple) else "unix"
         try:
-            if endpoint.admission is not None:
-                matters = endpoint.admission.users is not None and isinstance(name, tuple)
+            if listener.admission is not None:
+                matters = listener.admission.users is not None and isinstance(name, tuple)
                 user = user_at(name, here) if matters else None
                 # Checked after the user: a client that has just closed is not elsewhere.
                 if user == ELSEWHERE and not established(transport.get_extra_info("socket")):
                     user = NOBODY
-                self.visitor = endpoint.admission.arrive(peer, user)
+                self.visitor = listener.admission.arrive(peer, user)
                 if self.visitor.spare:
-                    endpoint.take_spare(self)
+                    listener.take_spare(self)
         except Denied as denied:
             self._denied = denied
-            self._timer = endpoint.loop.call_later(LINGER, self.abort)
-            endpoint.turn_away(self, denied, peer)
+            self._timer = listener.loop.call_later(LINGER, self.abort)
+            listener.turn_away(self, denied, peer)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a request, or refuse the connection at once."""
         transport = typing.cast("asyncio.Transport", transport)  # uvloop's are no subclass
-        if self._endpoint.tls is None:
+        if self._listener.tls is None:
             self.arrive(transport)
         else:
             self._below, self.transport = self.transport, transport
             transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
         if self._denied is None:
-            timeout = self._endpoint.settings.open_timeout
-            self._timer = self._endpoint.loop.call_later(timeout, self.abort)
+            timeout = self._listener.settings.open_timeout
+            self._timer = self._listener.loop.call_later(timeout, self.abort)
         else:
             denied = self._denied
             self._write_and_drop(_refusal(denied))
@@ -222,8 +119,8 @@ class Exchange(Wire):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection. A task that answers its request goes on."""
-        self._endpoint.turned_away.pop(self, None)
-        self._endpoint.spare.pop(self, None)
+        self._listener.turned_away.pop(self, None)
+        self._listener.spare.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
@@ -235,7 +132,7 @@ class Exchange(Wire):
         """Parse the head of the request, and have the request answered."""
         if self._early is None:
             return
-        data = bytes(self._endpoint.buffer[:size])
+        data = bytes(self._listener.buffer[:size])
         request = None
         if self._head.complete:
             self._keep(data)
@@ -253,14 +150,14 @@ class Exchange(Wire):
             self._deny(no_memory())
         elif request is not None:
             self._answering = True
-            task = self._endpoint.loop.create_task(self._answer(request))
-            self._endpoint.answering.add(task)
-            task.add_done_callback(self._endpoint.answering.discard)
+            task = self._listener.loop.create_task(self._answer(request))
+            self._listener.answering.add(task)
+            task.add_done_callback(self._listener.answering.discard)
 
     def _deny(self, denied: Denied) -> None:
         """Refuse the connection after its head has come."""
-        if self._endpoint.on_denied is not None and self.visitor is not None:
-            self._endpoint.on_denied(denied, self.visitor.address, {})
+        if self._listener.on_denied is not None and self.visitor is not None:
+            self._listener.on_denied(denied, self.visitor.address, {})
         self._write_and_drop(_refusal(denied))
 
     def _keep(self, data: bytes) -> None:
@@ -288,19 +185,19 @@ class Exchange(Wire):
 
     async def _answer(self, request: Request) -> None:
         try:
-            async with asyncio.timeout(self._endpoint.settings.open_timeout):
-                answer = await self._endpoint.answer(request, self.visitor)
+            async with asyncio.timeout(self._listener.settings.open_timeout):
+                answer = await self._listener.answer(request, self.visitor)
         except TimeoutError:
             return  # the timer aborts the connection at the same time
         finally:
             self._answering = False
-            if self not in self._endpoint.connections:
+            if self not in self._listener.connections:
                 self._hold(0)
         if self.transport.is_closing() or self._early is None:  # gone, or answered
             return
         if isinstance(answer, Response):
             self._write_and_drop(answer.encode())
-        elif self._endpoint.closing:
+        elif self._listener.closing:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             self._write_and_drop(respond(status, "The server is shutting down.").encode())
         else:
@@ -327,14 +224,14 @@ class Exchange(Wire):
         assert self._early is not None
         self._timer.cancel()
         self._hold(0)
-        opened = Socket(self._endpoint, self.transport, self._below, self.visitor, subprotocol)
-        self._endpoint.connections.remove(self)
-        self._endpoint.connections.add(opened)
+        opened = Socket(self._listener, self.transport, self._below, self.visitor, subprotocol)
+        self._listener.connections.remove(self)
+        self._listener.connections.add(opened)
         self.transport.set_protocol(opened)
         opened.begin(self._early)
 
 
-class _Tls(SSLProtocol):
+class Tls(SSLProtocol):
     """TLS with a small read buffer; asyncio's has a quarter of a megabyte.
 
     This module makes it, as asyncio would report a connection only after the TLS handshake: until
@@ -343,16 +240,16 @@ class _Tls(SSLProtocol):
 
     max_size = READ_SIZE
 
-    def __init__(self, endpoint: Endpoint, exchange: Exchange, context: ssl.SSLContext) -> None:
-        handshake: asyncio.Future[None] = endpoint.loop.create_future()
+    def __init__(self, listener: Host, exchange: Exchange, context: ssl.SSLContext) -> None:
+        handshake: asyncio.Future[None] = listener.loop.create_future()
         handshake.add_done_callback(exchange.tls_ready)
         super().__init__(
-            endpoint.loop,
+            listener.loop,
             exchange,
             context,
             handshake,
             server_side=True,
-            ssl_handshake_timeout=endpoint.settings.open_timeout,  # type: ignore[arg-type]
+            ssl_handshake_timeout=listener.settings.open_timeout,  # type: ignore[arg-type]
         )
         self._exchange: Exchange | None = exchange
 
@@ -362,15 +259,6 @@ class _Tls(SSLProtocol):
         self._exchange.arrive(transport)
         self._exchange = None  # a WebSocket replaces the exchange later
         super().connection_made(transport)
-
-
-def _keep(few: dict[Exchange, None], exchange: Exchange, most: int) -> None:
-    """Add a connection; abort the oldest of more than ``most``."""
-    few[exchange] = None
-    if len(few) > most:
-        first = next(iter(few))
-        del few[first]
-        first.abort()
 
 
 def _choose(spoken: Sequence[str], offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -1,0 +1,142 @@
+"""Listening sockets, and the connections that they accept."""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+
+from wsserver.admission import Admission, Denied, Visitor
+from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
+from wsserver.exchange import Exchange, Tls
+from wsserver.limits import Memory
+from wsserver.listening import Acceptor, bound
+from wsserver.responses import Answer, Request
+from wsserver.settings import Settings
+from wsserver.telemetry import Metrics
+from wsserver.websocket import READ_SIZE, Receiver, Socket
+
+__all__ = ["Listener"]
+
+
+class Listener:
+    """Listening sockets, and what all connections that they accept have in common.
+
+    Args:
+        settings: the times and limits.
+        answer: answers a request, or allows it to open a WebSocket.
+        memory: counts the bytes that clients sent or do not read.
+        admission: the rules for connections; None accepts all.
+        on_denied: called with each refusal of a connection.
+        on_open: called with each WebSocket that opens; returns what serves it.
+        on_close: called with each WebSocket that has closed.
+        metrics: counts aborted readers.
+        tls: the TLS context; None for plain TCP.
+
+    Attributes:
+        connections: all connections, also those that are no WebSocket yet.
+        turned_away: the refused connections, the oldest first.
+        spare: the connections in places for probes, the oldest first.
+        answering: the tasks that answer requests, also of clients that have gone.
+        closing: whether no WebSocket may open any more.
+        buffer: the buffer that all connections read into. A connection takes its data in the
+            callback of the read, before another connection can read. All event loops do so.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        answer: Callable[[Request, Visitor | None], Awaitable[Answer]],
+        memory: Memory,
+        *,
+        admission: Admission | None = None,
+        on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None = None,
+        on_open: Callable[["Socket", Visitor], "Receiver"] | None = None,
+        on_close: Callable[["Socket", Visitor], None] | None = None,
+        metrics: Metrics | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.settings = settings
+        self.answer = answer
+        self.memory = memory
+        self.admission = admission
+        self.on_denied = on_denied
+        self.on_open = on_open
+        self.on_close = on_close
+        self.metrics = metrics
+        self.tls = tls
+        self.loop = asyncio.get_running_loop()
+        self.connections: set[Exchange | Socket] = set()
+        self.turned_away: dict[Exchange, None] = {}
+        self.spare: dict[Exchange, None] = {}
+        self.answering: set[asyncio.Task[None]] = set()
+        self.closing = False
+        self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
+        self._acceptors: list[Acceptor] = []
+        self._lingering = lingering(settings)
+
+    @property
+    def bound(self) -> list[socket.socket]:
+        """The listening sockets."""
+        return [acceptor.sock for acceptor in self._acceptors]
+
+    async def bind(self, where: socket.socket | tuple[str, int]) -> None:
+        """Bind a host and port, or take a bound socket, without accepting connections yet.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        for sock in await bound(*where) if isinstance(where, tuple) else [where]:
+            self._acceptors.append(Acceptor(sock, self._protocol, self._full))
+
+    def serve(self) -> None:
+        """Begin to accept connections."""
+        for acceptor in self._acceptors:
+            acceptor.start()
+
+    def stop_listening(self) -> None:
+        """Accept no more connections, and open no more WebSockets."""
+        self.closing = True
+        for acceptor in self._acceptors:
+            acceptor.close()
+
+    def abort(self) -> None:
+        """Abort all connections."""
+        for task in self.answering:
+            task.cancel()
+        for connection in tuple(self.connections):
+            connection.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until all connections are closed."""
+        ended = (connection.wait_closed() for connection in self.connections)
+        await asyncio.gather(*self.answering, *ended, return_exceptions=True)
+
+    def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
+        """Keep a refused connection for a moment; abort the oldest of too many."""
+        assert self.on_denied is not None
+        self.on_denied(denied, peer, {})
+        _keep(self.turned_away, exchange, self._lingering)
+
+    def take_spare(self, exchange: "Exchange") -> None:
+        """Note a connection in a place for probes; abort the oldest of too many."""
+        _keep(self.spare, exchange, SPARE)
+
+    def _full(self) -> bool:
+        """Whether one more connection would take a descriptor that other parts need."""
+        if self.admission is None:
+            return len(self.connections) >= OPERATORS
+        beside = SPARE + self._lingering + AT_ONCE
+        return len(self.connections) >= self.settings.connections + beside
+
+    def _protocol(self) -> asyncio.BaseProtocol:
+        exchange = Exchange(self)
+        return exchange if self.tls is None else Tls(self, exchange, self.tls)
+
+
+def _keep(few: dict[Exchange, None], exchange: Exchange, most: int) -> None:
+    """Add a connection; abort the oldest of more than ``most``."""
+    few[exchange] = None
+    if len(few) > most:
+        first = next(iter(few))
+        del few[first]
+        first.abort()
