@@ -83,7 +83,7 @@ async def test_a_file_is_served_once_for_as_long_as_it_stays_the_same(
         ("GET /client.js HTTP/1.1", 200, ("cache-control", "no-cache")),
         ("POST /client.js HTTP/1.1", 405, ("allow", "get, head")),
         ("GET /ws HTTP/1.1", 426, ("upgrade", "websocket")),
-        ("BREW / HTTP/1.1", 405, ("allow", "get, head")),
+        ("BREW / HTTP/1.1", 501, None),
         ("GET / HTTP/1.1\nUpgrade: websocket\nUpgrade: h2c", 426, None),
         ("DELETE / HTTP/1.1", 405, ("allow", "get, head")),
         ("POST /healthz HTTP/1.1", 405, ("allow", "get, head")),

@@ -22,7 +22,7 @@ from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.protocol import Close
-from wsserver.responses import Answer, Request, Response, respond
+from wsserver.responses import Answer, BadRequest, Request, Response, Upgrade, respond
 from wsserver.routes import Operations, Routes
 from wsserver.session import Transport
 from wsserver.settings import Settings
@@ -205,9 +205,11 @@ class App:
         except Denied as denied:
             self.denied(denied, visitor.address, request.headers)
             answer = respond(denied.status, denied.message, headers=denied.headers)
+        except BadRequest as bad:
+            answer = bad.response
         except Exception as error:  # noqa: BLE001
             answer = _failed(error)
-        return answer.to(request) if isinstance(answer, Response) else answer
+        return answer if isinstance(answer, Upgrade) else answer.to(request)
 
     async def respond_to_operator(self, request: Request, *, check_host: bool) -> Response:
         """Answer an HTTP request at the port for operators.

@@ -1,15 +1,16 @@
-"""Connections from accept to the response of their request.
+"""One HTTP request of a client and its response.
 
-A connection begins as an :class:`Exchange`: one HTTP request and its response. Where the request
-opens a WebSocket, a :class:`~wsserver.websocket.Socket` replaces the exchange.
+A connection begins as an :class:`Exchange`. After the request, the connection closes, or another
+protocol takes it over: a :class:`~wsserver.websocket.Socket`, a
+:class:`~wsserver.streaming.StreamedResponse`, or the exchange of the next request.
 """
 
 import asyncio
 import functools
 import ssl
 import typing
-from asyncio.sslproto import SSLProtocol
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from http import HTTPStatus
 
 from websockets.datastructures import Headers
@@ -18,16 +19,27 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from wsserver.admission import Denied, Visitor, no_memory
-from wsserver.http import BadRequest, HeadParser
+from wsserver.http import RequestParser
 from wsserver.peers import ELSEWHERE, NOBODY, established, user_at
-from wsserver.responses import Answer, Request, Response, Upgrade, respond
-from wsserver.websocket import READ_SIZE, SILENT, Place, Socket, Wire, half_close
+from wsserver.responses import (
+    Answer,
+    BadRequest,
+    Request,
+    Response,
+    Stream,
+    Upgrade,
+    respond,
+)
+from wsserver.streaming import StreamedResponse
+from wsserver.tcp import READ_SIZE, TcpConnection, half_close
+from wsserver.websocket import SILENT, Place, Socket
 
-__all__ = ["Exchange", "Host", "Tls"]
+__all__ = ["Exchange", "Host"]
 
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
 LINGER = 1.0  # seconds for a refused client to read the response
+BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
 
 
 class Host(Place, typing.Protocol):
@@ -48,15 +60,16 @@ class Host(Place, typing.Protocol):
         """Note a connection in a place for probes."""
 
 
-class Exchange(Wire):
-    """One request and its response. A WebSocket may open; any other connection then closes."""
+class Exchange(TcpConnection):
+    """One request and its response."""
 
     __slots__ = (
         "_answering",
-        "_below",
         "_denied",
-        "_early",
-        "_head",
+        "_dropping",
+        "_more",
+        "_parser",
+        "_patience",
         "_timer",
     )
 
@@ -66,12 +79,15 @@ class Exchange(Wire):
         super().__init__(listener)
         self.visitor = None
         self._denied: Denied | None = None
-        self._below: asyncio.Transport | None = None  # the TCP transport under TLS
         self._timer: asyncio.TimerHandle | None = None
-        self._head = HeadParser()
+        self._parser = RequestParser()
         self._answering = False  # may last longer than the connection
-        # Bytes that came before the response, such as frames; None: bytes that come are dropped.
-        self._early: bytes | None = b""
+        self._dropping = False  # bytes that come are dropped
+        # While the application reads the body: set when more of the body has come.
+        self._more: asyncio.Event | None = None
+        self._patience: asyncio.Timeout | None = None  # of the task that answers
+
+    # The connection.
 
     def arrive(self, transport: asyncio.Transport) -> None:
         """Count the connection, one with TLS before its handshake."""
@@ -94,7 +110,7 @@ class Exchange(Wire):
                     listener.take_spare(self)
         except Denied as denied:
             self._denied = denied
-            self._timer = listener.loop.call_later(LINGER, self.abort)
+            self._abort_after(LINGER)
             listener.turn_away(self, denied, peer)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -103,89 +119,134 @@ class Exchange(Wire):
         if self._listener.tls is None:
             self.arrive(transport)
         else:
-            self._below, self.transport = self.transport, transport
+            self.below, self.transport = self.transport, transport
             transport.set_read_buffer_limits(READ_SIZE)  # type: ignore[attr-defined]
+        self.begin()
+
+    def begin(self) -> None:
+        """Wait for a request, or refuse a connection that has been denied."""
         if self._denied is None:
-            timeout = self._listener.settings.open_timeout
-            self._timer = self._listener.loop.call_later(timeout, self.abort)
+            self._abort_after(self._listener.settings.open_timeout)
         else:
-            denied = self._denied
-            self._write_and_drop(_refusal(denied))
+            self._write_and_drop(_refusal(self._denied))
 
     def tls_ready(self, tls: "asyncio.Future[None]") -> None:
         """The TLS handshake finished or failed. No other callback reports a failure."""
-        if tls.cancelled() or tls.exception() is not None or self._below is None:
+        if tls.cancelled() or tls.exception() is not None or self.below is None:
             self.connection_lost(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection. A task that answers its request goes on."""
+        super().connection_lost(exc)
+        self._leave()
+        if self._more is not None:
+            self._more.set()
+        if not self._answering:
+            self._hold(0)
+
+    def hand_over(self, successor: TcpConnection) -> None:
+        """Let another protocol serve the connection from now on."""
+        super().hand_over(successor)
+        self._leave()
+
+    def _leave(self) -> None:
         self._listener.turned_away.pop(self, None)
         self._listener.spare.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
-        super().connection_lost(exc)
-        self._head.close()
-        if not self._answering:
-            self._hold(0)
+        self._parser.close()
+
+    def _abort_after(self, seconds: float) -> None:
+        """Abort the connection when this phase has lasted so long."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._listener.loop.call_later(seconds, self.abort)
+
+    # The request.
 
     def buffer_updated(self, size: int) -> None:
-        """Parse the head of the request, and have the request answered."""
-        if self._early is None:
+        """Parse more of the request, and have it answered once its head is complete."""
+        if self._dropping:
             return
-        data = bytes(self._listener.buffer[:size])
-        request = None
-        if self._head.complete:
-            self._keep(data)
-        else:
-            try:
-                parsed = self._head.feed(data)
-            except BadRequest as bad:
-                self._write_and_drop(bad.response.encode())
-                return
-            if parsed is not None:
-                request, early = parsed
-                self._keep(early)
-        cost = REQUEST_COST + HEADER_COST * self._head.lines
-        if not self._hold(cost + self._head.size + len(self._early)):
+        parser = self._parser
+        waiting = parser.head is None
+        try:
+            parser.feed(bytes(self._listener.buffer[:size]))
+        except BadRequest as bad:
+            self._write_and_drop(bad.response.encode())
+            return
+        kept = len(parser.early) + len(parser.body)
+        if not self._hold(REQUEST_COST + HEADER_COST * parser.lines + parser.size + kept):
             self._deny(no_memory())
-        elif request is not None:
+            return
+        if self._more is not None:
+            self._more.set()
+        elif kept >= READ_SIZE or parser.more:
+            self.transport.pause_reading()
+        if waiting and parser.head is not None:
             self._answering = True
+            request = replace(parser.head, read_body=self._read_body)
             task = self._listener.loop.create_task(self._answer(request))
             self._listener.answering.add(task)
             task.add_done_callback(self._listener.answering.discard)
 
-    def _deny(self, denied: Denied) -> None:
-        """Refuse the connection after its head has come."""
-        if self._listener.on_denied is not None and self.visitor is not None:
-            self._listener.on_denied(denied, self.visitor.address, {})
-        self._write_and_drop(_refusal(denied))
+    async def _read_body(self, limit: int) -> bytes:
+        """Read the body of the request; see :attr:`Request.read_body`.
 
-    def _keep(self, data: bytes) -> None:
-        """Keep bytes that come before the response, and read no more than one buffer of them."""
-        if self._early is not None and data:
-            self._early += data
-            if len(self._early) >= READ_SIZE:
-                self.transport.pause_reading()
-
-    def _write_and_drop(self, response: bytes) -> None:
-        """Write the last response of the connection, and read no more requests.
-
-        Later bytes are read and dropped until the client closes or the time for a request is over.
-        To close a connection with unread bytes would reset it, and the client would lose the
-        response.
+        The body has the `open_timeout`, and a second more for each :data:`BODY_RATE` bytes of it.
         """
-        self._head.close()
-        self.transport.write(response)
-        if self.transport.can_write_eof():
-            half_close(self.transport)
-        early, self._early = self._early, None
-        self._hold(0)
-        if early and not self.transport.is_closing():
-            self.transport.resume_reading()
+        parser, loop = self._parser, self._listener.loop
+        assert parser.head is not None
+        headers = parser.head.headers
+        if parser.length is None and "transfer-encoding" not in headers:
+            message = "Send the Content-Length of the body."
+            raise BadRequest(HTTPStatus.LENGTH_REQUIRED, message)
+        if (parser.length or 0) > limit:
+            raise _too_large(limit)
+        if "expect" in headers and not (parser.ended or parser.body):
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._more = asyncio.Event()
+        began, timeout = loop.time(), self._listener.settings.open_timeout
+        self._wait_for_body()
+        try:
+            while not parser.ended and len(parser.body) <= limit:
+                self._check_open()
+                self._more.clear()
+                async with asyncio.timeout_at(began + timeout + len(parser.body) / BODY_RATE):
+                    await self._more.wait()
+            self._check_open()
+        except TimeoutError:
+            message = "The body of the request came too slowly."
+            raise BadRequest(HTTPStatus.REQUEST_TIMEOUT, message) from None
+        finally:
+            self._more = None
+            self._wait_for_answer()
+        if len(parser.body) > limit:
+            raise _too_large(limit)
+        return bytes(parser.body)
+
+    def _wait_for_body(self) -> None:
+        assert self._patience is not None
+        assert self._timer is not None
+        self._patience.reschedule(None)
+        self._timer.cancel()
+        self.transport.resume_reading()
+
+    def _wait_for_answer(self) -> None:
+        assert self._patience is not None
+        timeout = self._listener.settings.open_timeout
+        self._patience.reschedule(self._listener.loop.time() + timeout)
+        self._abort_after(timeout)
+
+    def _check_open(self) -> None:
+        if self._dropping or self.transport.is_closing():
+            raise BadRequest(HTTPStatus.BAD_REQUEST, "The request has no end.")
+
+    # The response.
 
     async def _answer(self, request: Request) -> None:
         try:
-            async with asyncio.timeout(self._listener.settings.open_timeout):
+            async with asyncio.timeout(self._listener.settings.open_timeout) as self._patience:
                 answer = await self._listener.answer(request, self.visitor)
         except TimeoutError:
             return  # the timer aborts the connection at the same time
@@ -193,15 +254,61 @@ class Exchange(Wire):
             self._answering = False
             if self not in self._listener.connections:
                 self._hold(0)
-        if self.transport.is_closing() or self._early is None:  # gone, or answered
+        if self.transport.is_closing() or self._dropping:  # gone, or answered
             return
+        keep = self._may_keep(request)
         if isinstance(answer, Response):
-            self._write_and_drop(answer.encode())
+            self._respond(answer, keep=keep)
+        elif isinstance(answer, Stream):
+            self._stream(answer, request, keep=keep)
         elif self._listener.closing:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             self._write_and_drop(respond(status, "The server is shutting down.").encode())
         else:
             self._upgrade(request, answer)
+
+    def _may_keep(self, request: Request) -> bool:
+        """Whether the connection may serve another request.
+
+        The client asks for it. One that sends requests before the response is not served so: its
+        next request may have come in part.
+        """
+        parser = self._parser
+        tokens = {
+            token.strip() for token in request.headers.get("connection", "").lower().split(",")
+        }
+        asked = "keep-alive" in tokens and "close" not in tokens
+        served = self.visitor is not None and not self.visitor.spare
+        return asked and served and parser.ended and not parser.more and not self._listener.closing
+
+    def _respond(self, response: Response, *, keep: bool) -> None:
+        if not keep or response.status >= HTTPStatus.BAD_REQUEST:
+            self._write_and_drop(response.encode())
+            return
+        self.transport.write(response.encode(keep=True))
+        if self.transport.get_write_buffer_size():  # the client reads slowly
+            self._write_and_drop(b"")
+        else:
+            self.serve_next(self)
+
+    def serve_next(self, before: TcpConnection) -> None:
+        """Wait for the next request of the connection, which counts anew."""
+        following = Exchange(self._listener)
+        following.below = before.below
+        before.hand_over(following)
+        if self._listener.admission is not None and before.visitor is not None:
+            self._listener.admission.depart(before.visitor)
+        following.arrive(before.transport)
+        following.begin()
+
+    def _stream(self, stream: Stream, request: Request, *, keep: bool) -> None:
+        chunked = request.version != "1.0"
+        keep = keep and chunked
+        self.transport.write(stream.encode(chunked=chunked, keep=keep))
+        following = self.serve_next if keep else None
+        body = StreamedResponse(self._listener, self, chunked=chunked, following=following)
+        self.hand_over(body)
+        body.begin(stream.open)
 
     def _upgrade(self, request: Request, upgrade: Upgrade) -> None:
         """Answer the opening handshake of a WebSocket (RFC 6455 section 4.2)."""
@@ -216,54 +323,44 @@ class Exchange(Wire):
             self._write_and_drop(response.serialize())
             return
         self.transport.write(response.serialize())
-        self._open(library.subprotocol)
+        early = self._parser.early
+        opened = Socket(self._listener, self, library.subprotocol)
+        self.hand_over(opened)
+        opened.begin(early)
 
-    def _open(self, subprotocol: str | None) -> None:
-        assert self.visitor is not None
-        assert self._timer is not None
-        assert self._early is not None
-        self._timer.cancel()
+    def _deny(self, denied: Denied) -> None:
+        """Refuse the connection after its head has come."""
+        if self._listener.on_denied is not None and self.visitor is not None:
+            self._listener.on_denied(denied, self.visitor.address, {})
+        self._write_and_drop(_refusal(denied))
+
+    def _write_and_drop(self, response: bytes) -> None:
+        """Write the last response of the connection, and read no more requests.
+
+        Later bytes are read and dropped until the client closes or the time for a request is over.
+        To close a connection with unread bytes would reset it, and the client would lose the
+        response.
+        """
+        self._dropping = True
+        self._parser.close()
+        self.transport.write(response)
+        if self.transport.can_write_eof():
+            half_close(self.transport)
+        if self._more is not None:
+            self._more.set()
         self._hold(0)
-        opened = Socket(self._listener, self.transport, self._below, self.visitor, subprotocol)
-        self._listener.connections.remove(self)
-        self._listener.connections.add(opened)
-        self.transport.set_protocol(opened)
-        opened.begin(self._early)
-
-
-class Tls(SSLProtocol):
-    """TLS with a small read buffer; asyncio's has a quarter of a megabyte.
-
-    This module makes it, as asyncio would report a connection only after the TLS handshake: until
-    then the connection would not count.
-    """
-
-    max_size = READ_SIZE
-
-    def __init__(self, listener: Host, exchange: Exchange, context: ssl.SSLContext) -> None:
-        handshake: asyncio.Future[None] = listener.loop.create_future()
-        handshake.add_done_callback(exchange.tls_ready)
-        super().__init__(
-            listener.loop,
-            exchange,
-            context,
-            handshake,
-            server_side=True,
-            ssl_handshake_timeout=listener.settings.open_timeout,  # type: ignore[arg-type]
-        )
-        self._exchange: Exchange | None = exchange
-
-    def connection_made(self, transport: typing.Any) -> None:
-        """Count the connection, and begin the TLS handshake."""
-        assert self._exchange is not None
-        self._exchange.arrive(transport)
-        self._exchange = None  # a WebSocket replaces the exchange later
-        super().connection_made(transport)
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
 
 
 def _choose(spoken: Sequence[str], offered: Sequence[Subprotocol]) -> Subprotocol | None:
     """Return the first spoken subprotocol that the client offers, if it offers one."""
     return next((Subprotocol(own) for own in spoken if own in offered), None)
+
+
+def _too_large(limit: int) -> BadRequest:
+    message = f"The body of the request has more than {limit} bytes."
+    return BadRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
 
 
 def _refusal(denied: Denied) -> bytes:

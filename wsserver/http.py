@@ -1,5 +1,6 @@
-"""The head of one HTTP/1.1 request, parsed by llhttp (RFC 9112)."""
+"""One HTTP/1.1 request of a client, parsed by llhttp (RFC 9112)."""
 
+import re
 from http import HTTPStatus
 
 from httptools import (
@@ -9,9 +10,9 @@ from httptools import (
     HttpRequestParser,
 )
 
-from wsserver.responses import Request, Response, method_not_allowed, respond
+from wsserver.responses import BadRequest, Request
 
-__all__ = ["HEAD_SIZE", "BadRequest", "HeadParser"]
+__all__ = ["HEAD_SIZE", "RequestParser"]
 
 HEAD_SIZE = 32_768  # bytes of a request's head, as nginx and others have it
 LINE_SIZE = 8192  # bytes of the target, and of one header
@@ -26,22 +27,22 @@ LISTS = (  # headers whose items are parsed one by one
     "if-none-match",
 )
 VERSIONS = ("1.0", "1.1")
+FRAMING_SIZE = 32_768  # bytes of chunk sizes, chunk extensions and trailers, besides
+FRAMING_PER_BYTE = 8  # for each byte of the body: chunks of one byte have five
+ABSOLUTE = re.compile(r"https?://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE)
 
 
-class BadRequest(Exception):
-    """The head cannot be answered as asked; ``response`` says why."""
-
-    def __init__(self, response: Response) -> None:
-        super().__init__(response.status)
-        self.response = response
-
-
-class HeadParser:
-    """Parses the head of one request, in as many parts as it comes in.
+class RequestParser:
+    """Parses one request, in as many parts as it comes in.
 
     Attributes:
-        size: bytes of the head so far.
-        lines: lines of the head so far.
+        size: bytes of the head so far; the read with the end of the head counts without its body.
+        head: the request, once its head is complete.
+        early: the bytes after the head of an upgrade.
+        body: bytes of the body so far, without the framing of chunks.
+        length: the Content-Length; None for a body in chunks, or where the head has neither.
+        ended: whether the whole request is parsed.
+        more: whether bytes came after the request.
     """
 
     __slots__ = (
@@ -50,83 +51,120 @@ class HeadParser:
         "_longest",
         "_method",
         "_parser",
+        "_received",
         "_target",
         "_upgrade",
         "_version",
-        "lines",
+        "body",
+        "early",
+        "ended",
+        "head",
+        "length",
+        "more",
         "size",
     )
 
     def __init__(self) -> None:
-        self.size = self.lines = 0
+        self.size = 0
+        self.head: Request | None = None
+        self.early = b""
+        self.body = bytearray()
+        self.length: int | None = None
+        self.ended = self.more = False
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._longest = 0  # bytes of a header
         self._method = self._version = ""
         self._upgrade = False
-        self._done = False
+        self._done = False  # the head is complete
+        self._received = 0  # bytes after the read with the end of the head
         self._parser: HttpRequestParser | None = HttpRequestParser(self)
 
     @property
-    def complete(self) -> bool:
-        """Whether the head is complete."""
-        return self._done
+    def lines(self) -> int:
+        """Lines of the head so far."""
+        return 1 + len(self._headers)
 
     def close(self) -> None:
         """Let go of llhttp's parser, which holds on to this one."""
         self._parser = None
 
-    def feed(self, data: bytes) -> tuple[Request, bytes] | None:
-        """Parse more of the head.
-
-        Returns:
-            The request and the bytes after its head, once the head is complete. Where the request
-            is no upgrade, nothing after its head is returned.
+    def feed(self, data: bytes) -> None:
+        """Parse more of the request.
 
         Raises:
-            BadRequest: the head is malformed, too large, or of another version of HTTP.
+            BadRequest: the request is malformed, its head is too large, or it is of another version
+                of HTTP.
         """
-        assert self._parser is not None, "the head is complete, or was refused"
+        if self.ended and self._upgrade:
+            self.early += data
+        elif self.ended:
+            self.more = True
+        elif self.head is None:
+            self._feed_head(data)
+        else:
+            self._feed_body(data)
+        if self.ended:
+            self.close()
+
+    def _feed_head(self, data: bytes) -> None:
         after = len(data)
-        refusal: Response | None = None
+        refusal: tuple[HTTPStatus, str] | None = None  # an exception would be part of a cycle
         try:
-            self._parser.feed_data(data)
+            self._parse(data)
         except HttpParserUpgrade as upgrade:
             (after,) = upgrade.args
         except HttpParserError as error:
             if isinstance(error, HttpParserInvalidMethodError) and data[:1].isalpha():
-                refusal = method_not_allowed()
+                refusal = HTTPStatus.NOT_IMPLEMENTED, "Unknown HTTP method."
             else:
-                refusal = respond(HTTPStatus.BAD_REQUEST, f"Malformed HTTP request: {error}.")
-        head = data[:after]
-        self.size += len(head)
-        self.lines += head.count(b"\n")
+                refusal = HTTPStatus.BAD_REQUEST, f"Malformed HTTP request: {error}."
+        self.size += after - len(self.body)
         self._check_size()
-        # After a complete head, llhttp has gone on to what it takes for a body or the next request.
         if self._done:
-            self.close()
-            return self._request(), data[after:]
-        if refusal is not None:
-            raise BadRequest(refusal)
-        return None
+            self.head = self._request()
+            self.early = data[after:]
+        # llhttp reports a malformed body with the head; one after the request is no matter.
+        if refusal is not None and not self.ended:
+            raise BadRequest(*refusal)
+
+    def _feed_body(self, data: bytes) -> None:
+        self._received += len(data)
+        try:
+            self._parse(data)
+        except HttpParserUpgrade:
+            self.ended = True
+        except HttpParserError as error:
+            if not self.ended:
+                message = f"Malformed body of the request: {error}."
+                raise BadRequest(HTTPStatus.BAD_REQUEST, message) from error
+        framing = self._received - len(self.body)
+        if framing > FRAMING_SIZE + FRAMING_PER_BYTE * len(self.body):
+            message = "The body of the request has more framing than content."
+            raise BadRequest(HTTPStatus.BAD_REQUEST, message)
+
+    def _parse(self, data: bytes) -> None:
+        assert self._parser is not None, "the request was refused"
+        self._parser.feed_data(data)
 
     def _check_size(self) -> None:
         if len(self._target) > LINE_SIZE:
-            raise _refused(
-                HTTPStatus.REQUEST_URI_TOO_LONG, f"The target has more than {LINE_SIZE} bytes."
-            )
+            message = f"The target has more than {LINE_SIZE} bytes."
+            raise BadRequest(HTTPStatus.REQUEST_URI_TOO_LONG, message)
         too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         # llhttp tells where a head ends for upgrades alone: another's last read may have more.
         if self.size > HEAD_SIZE and (self._upgrade or not self._done):
-            raise _refused(too_large, f"The head of the request has more than {HEAD_SIZE} bytes.")
+            message = f"The head of the request has more than {HEAD_SIZE} bytes."
+            raise BadRequest(too_large, message)
         if len(self._headers) > HEADERS:
-            raise _refused(too_large, f"The request has more than {HEADERS} headers.")
+            raise BadRequest(too_large, f"The request has more than {HEADERS} headers.")
         if self._longest > LINE_SIZE:
-            raise _refused(too_large, f"A header has more than {LINE_SIZE} bytes.")
+            raise BadRequest(too_large, f"A header has more than {LINE_SIZE} bytes.")
 
     def _request(self) -> Request:
         if self._version not in VERSIONS:
-            raise _refused(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "This server speaks HTTP/1.1.")
+            message = "This server speaks HTTP/1.1."
+            raise BadRequest(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, message)
         headers: dict[str, str] = {}
         for given, bytes_ in self._headers:
             name, value = given.decode("latin-1").lower(), bytes_.decode("latin-1")
@@ -136,11 +174,29 @@ class HeadParser:
             # One comma fewer than items.
             if value.count(",") + value.count(";") >= LIST_ITEMS:
                 message = f"The header {name} has more than {LIST_ITEMS} items."
-                raise _refused(HTTPStatus.BAD_REQUEST, message)
-        body = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
-        if self._upgrade and body:
-            raise _refused(HTTPStatus.BAD_REQUEST, "A WebSocket handshake has no body.")
-        return Request(self._method, self._target.decode(), headers, self._version)
+                raise BadRequest(HTTPStatus.BAD_REQUEST, message)
+        self._check_framing(headers)
+        target = self._target.decode()
+        # The host of a target in absolute form counts, not the header (RFC 9112 section 3.2.2).
+        if (absolute := ABSOLUTE.fullmatch(target)) is not None:
+            headers["host"], path = absolute.groups()
+            target = path if path.startswith("/") else f"/{path}"
+        return Request(self._method, target, headers, self._version)
+
+    def _check_framing(self, headers: dict[str, str]) -> None:
+        coding = headers.get("transfer-encoding")
+        if coding is not None and self._version == "1.0":
+            message = "HTTP/1.0 has no Transfer-Encoding."
+            raise BadRequest(HTTPStatus.BAD_REQUEST, message)
+        if coding is not None and coding.lower() != "chunked":
+            message = "This server knows no Transfer-Encoding but chunked."
+            raise BadRequest(HTTPStatus.NOT_IMPLEMENTED, message)
+        self.length = int(headers["content-length"]) if "content-length" in headers else None
+        if self._upgrade and (coding is not None or self.length):
+            raise BadRequest(HTTPStatus.BAD_REQUEST, "A request to upgrade has no body.")
+        if headers.get("expect", "100-continue").lower() != "100-continue":
+            message = "This server knows no expectation but 100-continue."
+            raise BadRequest(HTTPStatus.EXPECTATION_FAILED, message)
 
     # Called by llhttp.
 
@@ -163,6 +219,15 @@ class HeadParser:
             self._upgrade = self._parser.should_upgrade()
             self._done = True
 
+    def on_body(self, data: bytes) -> None:
+        """Take a part of the body."""
+        if not self.ended:
+            self.body += data
 
-def _refused(status: HTTPStatus, message: str) -> BadRequest:
-    return BadRequest(respond(status, message))
+    def on_message_complete(self) -> None:
+        """Note that the request is complete."""
+        self.ended = True
+
+    def on_message_begin(self) -> None:
+        """Note another request."""
+        self.more = self.ended

@@ -7,13 +7,15 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from wsserver.admission import Admission, Denied, Visitor
 from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
-from wsserver.exchange import Exchange, Tls
+from wsserver.exchange import Exchange
 from wsserver.limits import Memory
 from wsserver.listening import Acceptor, bound
 from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
+from wsserver.tcp import READ_SIZE, TcpConnection
 from wsserver.telemetry import Metrics
-from wsserver.websocket import READ_SIZE, Receiver, Socket
+from wsserver.tls import Tls
+from wsserver.websocket import Receiver, Socket
 
 __all__ = ["Listener"]
 
@@ -25,11 +27,11 @@ class Listener:
         settings: the times and limits.
         answer: answers a request, or allows it to open a WebSocket.
         memory: counts the bytes that clients sent or do not read.
+        metrics: counts aborted readers.
         admission: the rules for connections; None accepts all.
         on_denied: called with each refusal of a connection.
         on_open: called with each WebSocket that opens; returns what serves it.
         on_close: called with each WebSocket that has closed.
-        metrics: counts aborted readers.
         tls: the TLS context; None for plain TCP.
 
     Attributes:
@@ -47,12 +49,12 @@ class Listener:
         settings: Settings,
         answer: Callable[[Request, Visitor | None], Awaitable[Answer]],
         memory: Memory,
+        metrics: Metrics,
         *,
         admission: Admission | None = None,
         on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None = None,
         on_open: Callable[["Socket", Visitor], "Receiver"] | None = None,
         on_close: Callable[["Socket", Visitor], None] | None = None,
-        metrics: Metrics | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.settings = settings
@@ -65,7 +67,7 @@ class Listener:
         self.metrics = metrics
         self.tls = tls
         self.loop = asyncio.get_running_loop()
-        self.connections: set[Exchange | Socket] = set()
+        self.connections: set[TcpConnection] = set()
         self.turned_away: dict[Exchange, None] = {}
         self.spare: dict[Exchange, None] = {}
         self.answering: set[asyncio.Task[None]] = set()

@@ -1,17 +1,34 @@
 """HTTP requests and the answers to them, whatever carries them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from typing import Protocol
 
-__all__ = ["TEXT", "Answer", "Request", "Response", "Upgrade", "method_not_allowed", "respond"]
+__all__ = [
+    "TEXT",
+    "Answer",
+    "BadRequest",
+    "BodyWriter",
+    "Producer",
+    "Request",
+    "Response",
+    "Stream",
+    "Upgrade",
+    "method_not_allowed",
+    "respond",
+]
 
 TEXT = "text/plain; charset=utf-8"
 
 
+async def _no_body(_: int) -> bytes:
+    return b""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The head of an HTTP request.
+    """The head of an HTTP request, and a function that reads its body.
 
     Attributes:
         method: in upper case.
@@ -19,12 +36,15 @@ class Request:
         headers: by their names in lower case. The values of a repeated header are joined with
             commas (RFC 9110 section 5.3).
         version: of HTTP, such as ``1.1``.
+        read_body: reads the body, of at most so many bytes, and returns it. Raises
+            :class:`BadRequest` for a body that is larger, slow or malformed.
     """
 
     method: str
     target: str
     headers: Mapping[str, str]
     version: str = "1.1"
+    read_body: Callable[[int], Awaitable[bytes]] = field(default=_no_body, compare=False)
 
     @property
     def path(self) -> str:
@@ -44,25 +64,96 @@ class Response:
         """Return the response without its body where the method is HEAD (RFC 9110 9.3.2)."""
         return replace(self, body=b"") if request.method == "HEAD" else self
 
-    def encode(self) -> bytes:
-        """Return the response as the bytes of HTTP/1.1."""
-        lines = [f"HTTP/1.1 {self.status.value} {self.status.phrase}"]
-        lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + self.body
+    def encode(self, *, keep: bool = False) -> bytes:
+        """Return the response as the bytes of HTTP/1.1.
+
+        Args:
+            keep: tell the client that the connection serves another request.
+        """
+        return _head(self.status, self.headers, keep=keep) + self.body
+
+
+class BadRequest(Exception):
+    """The request cannot be answered as asked; ``response`` says why."""
+
+    def __init__(self, status: HTTPStatus, message: str) -> None:
+        super().__init__(message)
+        self.response = respond(status, message)
+
+
+class BodyWriter(Protocol):
+    """Writes the body of a response while the response is made."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether the client keeps up."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body without waiting."""
+        ...
+
+    def end(self) -> None:
+        """End the body after all earlier writes."""
+        ...
+
+    def abort(self) -> None:
+        """Abort the connection, so that the client does not take the body for whole."""
+        ...
+
+
+class Producer(Protocol):
+    """Makes the body of one response."""
+
+    def wake(self) -> None:
+        """Go on writing: the client has caught up."""
+        ...
+
+    def closed(self) -> None:
+        """The connection has closed, before the body ended or after."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A response whose body is written while it is made.
+
+    ``open`` is called once the head is written. It gets the writer of the body and returns the
+    producer. It is never called for a client that has gone.
+    """
+
+    status: HTTPStatus
+    headers: Mapping[str, str]
+    open: Callable[[BodyWriter], Producer]
+
+    def to(self, request: Request) -> "Stream | Response":
+        """Return the head alone where the method is HEAD (RFC 9110 9.3.2)."""
+        return Response(self.status, self.headers) if request.method == "HEAD" else self
+
+    def encode(self, *, chunked: bool, keep: bool = False) -> bytes:
+        """Return the head of the response as the bytes of HTTP/1.1.
+
+        Args:
+            chunked: whether the body comes in chunks (RFC 9112 section 7.1); else the end of the
+                connection is its end.
+            keep: tell the client that the connection serves another request.
+        """
+        coding = {"Transfer-Encoding": "chunked"} if chunked else {}
+        return _head(self.status, {**self.headers, **coding}, keep=keep)
 
 
 @dataclass(frozen=True, slots=True)
 class Upgrade:
     """The request may open a WebSocket (RFC 6455).
 
-    ``subprotocols`` are those that the server speaks. A client that offers none of them is served
-    all the same.
+    ``subprotocols`` names the subprotocols of the server. A client that offers none of them is
+    served as well.
     """
 
     subprotocols: Sequence[str]
 
 
-Answer = Response | Upgrade
+Answer = Response | Upgrade | Stream
 
 
 def respond(
@@ -75,7 +166,6 @@ def respond(
     if isinstance(body, str):
         body = f"{body}\n".encode()
     common = {
-        "Connection": "close",
         "Content-Type": content_type,
         "Content-Length": str(len(body)),
         "Cache-Control": "no-cache",
@@ -88,3 +178,10 @@ def method_not_allowed() -> Response:
     """Answer a method that no address of the server has."""
     status = HTTPStatus.METHOD_NOT_ALLOWED
     return respond(status, "Method not allowed", headers={"Allow": "GET, HEAD"})
+
+
+def _head(status: HTTPStatus, headers: Mapping[str, str], *, keep: bool) -> bytes:
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")

@@ -209,11 +209,11 @@ class Server:
             settings,
             self._respond,
             self.memory,
+            self.metrics,
             admission=self.app.admission,
             on_denied=self.app.denied,
             on_open=self.app.opened,
             on_close=self.app.closed,
-            metrics=self.metrics,
             tls=None if self._certificate is None else self._certificate.context,
         )
         if not sockets and settings.unix_socket:
@@ -236,7 +236,7 @@ class Server:
             self._unix_socket.remove()
 
     async def _listen_for_operators(self, settings: Settings, port: int) -> None:
-        self._operators = Listener(settings, self._respond_to_operator, self.memory)
+        self._operators = Listener(settings, self._respond_to_operator, self.memory, self.metrics)
         try:
             await self._operators.bind((settings.operations_host, port))
             self._operators.serve()

@@ -5,39 +5,29 @@ The bytes that a socket holds count for its client.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
-import socket
 import typing
 from collections.abc import Callable
-from uuid import UUID
 
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
-from wsserver.admission import Admission, Visitor
-from wsserver.limits import Account, Bucket, Memory, held
+from wsserver.admission import Visitor
+from wsserver.limits import Bucket, held
 from wsserver.logs import log
 from wsserver.protocol import Close
-from wsserver.settings import Settings
-from wsserver.telemetry import Aborted, Metrics
+from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
 
-__all__ = ["READ_SIZE", "SILENT", "Place", "Receiver", "Socket", "Wire", "frame", "half_close"]
+__all__ = ["SILENT", "Place", "Receiver", "Socket", "frame"]
 
 # The library logs a failed handshake as an error, and any client can make handshakes fail.
 SILENT = logging.getLogger("wsserver.websockets")
 SILENT.setLevel(logging.CRITICAL)
 
-# Bytes that the kernel takes before it sends them (TCP_NOTSENT_LOWAT). Few, so that the text for a
-# slow reader waits here, where pieces are merged, and a stop does not wait behind stale text.
-UNSENT_IN_KERNEL = 16384
-READ_SIZE = 8192  # bytes read from one socket before other sockets
 BITE = 512  # bytes parsed at once
 FRAMES_PER_TURN = 16  # frames of one socket in one turn of the event loop
 FRAGMENTS = 256  # of one message: even an empty fragment takes time
-
-_OPERATORS: Account = ("operators",)  # the account of connections without admission
 
 
 class Receiver(typing.Protocol):
@@ -50,99 +40,28 @@ class Receiver(typing.Protocol):
         """Go on writing: the peer has caught up."""
 
 
-class Place(typing.Protocol):
-    """The part of :class:`~wsserver.listener.Listener` that a connection uses."""
+class Place(Owner, typing.Protocol):
+    """The part of :class:`~wsserver.listener.Listener` that a WebSocket uses."""
 
-    settings: Settings
-    memory: Memory
-    admission: Admission | None
     on_open: "Callable[[Socket, Visitor], Receiver] | None"
     on_close: "Callable[[Socket, Visitor], None] | None"
-    metrics: Metrics | None
-    loop: asyncio.AbstractEventLoop
-    connections: set[typing.Any]
-    buffer: memoryview
 
 
-class Wire(asyncio.BufferedProtocol):
-    """What a connection is in either of its phases.
-
-    Attributes:
-        transport: what it writes to.
-        visitor: what is known of the client; None where nobody asks.
-    """
-
-    __slots__ = ("_account", "_closed", "_held", "_listener", "transport", "visitor")
-
-    transport: asyncio.Transport
-    visitor: Visitor | None
-
-    def __init__(self, listener: Place) -> None:
-        self._listener = listener
-        self._closed: asyncio.Future[None] | None = None
-        self._held = 0  # bytes that are counted for it,
-        self._account = _OPERATORS  # and for whom
-
-    def get_buffer(self, _: int) -> memoryview:
-        """Return the buffer of all connections; see :attr:`Listener.buffer`."""
-        return self._listener.buffer
-
-    def _hold(self, size: int) -> bool:
-        """Count the bytes that the connection holds now.
-
-        Returns:
-            False where the account has no memory left. The count is then as before.
-        """
-        memory, more = self._listener.memory, size - self._held
-        if not self._held and self.visitor is not None:
-            self._account = self.visitor.account
-        if more > 0 and not memory.take(self._account, more):
-            return False
-        memory.give(self._account, -more)
-        self._held = size
-        return True
-
-    def abort(self) -> None:
-        """Abort the connection. Unsent bytes are lost."""
-        self.transport.abort()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        """Forget the connection."""
-        self._listener.connections.discard(self)
-        if self.visitor is not None and self._listener.admission is not None:
-            self._listener.admission.depart(self.visitor)
-        if self._closed is not None:
-            self._closed.set_result(None)
-
-    async def wait_closed(self) -> None:
-        """Wait until the connection is closed."""
-        if self in self._listener.connections:
-            self._closed = self._closed or self._listener.loop.create_future()
-            await asyncio.shield(self._closed)
-
-
-class Socket(Wire):
+class Socket(Writer):
     """A WebSocket with synchronous writes, and a deadline for a peer that does not read.
 
     Keep-alive pings do not notice a peer that stopped reading, since they wait for their turn
     behind what that peer does not read.
 
     Args:
-        listener: where the client connected.
-        transport: what it is to write to.
-        below: what TLS writes to, if there is TLS.
-        visitor: what is known of the client.
-        subprotocol: the one that the handshake agreed on; None where the client offered none.
-
-    Attributes:
-        began: when it was opened, by the event loop's clock.
+        listener: owner of the connection.
+        before: the connection before it opened.
+        subprotocol: the subprotocol of the handshake; None where the client offered none.
     """
 
     __slots__ = (
-        "_below",
         "_connection",
         "_control",
-        "_deadline",
         "_failed",
         "_leaving",
         "_message",
@@ -153,65 +72,39 @@ class Socket(Wire):
         "_text",
         "_timer",
         "_unread",
-        "_unsent",
-        "began",
         "subprotocol",
     )
 
-    visitor: Visitor
+    _listener: Place
 
     def __init__(
-        self,
-        listener: Place,
-        transport: asyncio.Transport,
-        below: asyncio.Transport | None,
-        visitor: Visitor,
-        subprotocol: str | None = None,
+        self, listener: Place, before: TcpConnection, subprotocol: str | None = None
     ) -> None:
-        super().__init__(listener)
-        settings = listener.settings
-        self.transport = transport
-        self.visitor = visitor
+        super().__init__(listener, before)
         self.subprotocol = subprotocol
-        self.began = listener.loop.time()
+        settings = listener.settings
         # The protocol of the handshake would keep the request.
         self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=SILENT)
-        self._below = below
+        self.id = self._protocol.id
         self._unread = b""  # the rest of what came, for later turns
         # Of a message in fragments: its bytes, the number of fragments, and whether it is text.
         self._message: bytearray | None = None
         self._parts = 0
         self._text = False
         self._control: Bucket | None = None  # of frames that nobody asked for and are no messages
-        self._deadline: asyncio.TimerHandle | None = None  # for the peer to read something
-        self._unsent = 0  # when the deadline was set, and what was written since
         self._ping: bytes | None = None  # that is not answered yet
         self._pinged = self.began
         self._leaving = False  # it is being closed,
         self._failed = False  # and nothing more is heard
         # Sends the next ping; while the socket is being closed, aborts it.
         self._timer = listener.loop.call_later(settings.ping_interval, self._keep_alive)
-        transport.set_write_buffer_limits(settings.write_buffer)
-        if below is not None:
-            below.set_write_buffer_limits(UNSENT_IN_KERNEL)
-        _limit_unsent(transport.get_extra_info("socket"))
         assert listener.on_open is not None
-        self._connection = listener.on_open(self, visitor)
-
-    @property
-    def id(self) -> UUID:
-        """The name of the socket in the log."""
-        return self._protocol.id
+        self._connection = listener.on_open(self, self.visitor)
 
     @property
     def open(self) -> bool:
         """Whether neither side has begun to close it."""
         return not (self._leaving or self.transport.is_closing())
-
-    @property
-    def writable(self) -> bool:
-        """Whether the peer keeps up."""
-        return self._deadline is None and not self.transport.is_closing()
 
     @property
     def closed_by_client(self) -> bool:
@@ -237,12 +130,7 @@ class Socket(Wire):
         """Send a text message of UTF-8 without waiting, at once or from a buffer."""
         if self._leaving or self.transport.is_closing():
             return
-        if self._deadline is not None:
-            self._unsent += len(text)
-        self.transport.write(frame(text))
-        if self._deadline is not None:
-            self._check_unsent()
-            self._count()
+        self._write(frame(text))
 
     def end(self, code: int, reason: str = "") -> None:
         """Begin the closing handshake after all earlier writes."""
@@ -265,45 +153,9 @@ class Socket(Wire):
             timeout = self._listener.settings.send_timeout
             self._timer = self._listener.loop.call_later(timeout, self.abort)
 
-    def pause_writing(self) -> None:
-        """The peer has fallen behind: it has to read something within the deadline."""
-        self._set_deadline()
-        self._count()
-
-    def resume_writing(self) -> None:
-        """The peer has caught up."""
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-        self._count()
+    def _wake(self) -> None:
         if self.open:
             self._connection.wake()
-
-    def _set_deadline(self) -> None:
-        self._unsent = self._waiting()
-        timeout = self._listener.settings.send_timeout
-        self._deadline = self._listener.loop.call_later(timeout, self._check_progress)
-
-    def _check_progress(self) -> None:
-        if self._waiting() < self._unsent:
-            self._set_deadline()  # slow, but alive
-        else:
-            self._abort_reader("does not read")
-
-    def _check_unsent(self) -> None:
-        if self._waiting() > self._listener.settings.max_unsent and not self.transport.is_closing():
-            self._abort_reader("too much unsent")
-
-    def _waiting(self) -> int:
-        """Return the bytes that the kernel has not taken yet."""
-        below = 0 if self._below is None else self._below.get_write_buffer_size()
-        return self.transport.get_write_buffer_size() + below
-
-    def _abort_reader(self, why: Aborted) -> None:
-        log.info("reader aborted", socket=self.id, reason=why)
-        assert self._listener.metrics is not None
-        self._listener.metrics.reader_aborted(why)
-        self.abort()
 
     # What is read.
 
@@ -375,10 +227,7 @@ class Socket(Wire):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._timer.cancel()
-        if self._deadline is not None:
-            self._deadline.cancel()
         super().connection_lost(exc)
-        self._hold(0)
         assert self._listener.on_close is not None
         self._listener.on_close(self, self.visitor)
 
@@ -479,16 +328,3 @@ def _flush(protocol: Protocol, transport: asyncio.Transport) -> None:
             half_close(transport)
         else:
             transport.close()
-
-
-def half_close(transport: asyncio.Transport) -> None:
-    """Close the writing side, unless the peer has gone."""
-    with contextlib.suppress(OSError, RuntimeError):  # the peer has gone
-        transport.write_eof()
-
-
-def _limit_unsent(sock: socket.socket) -> None:
-    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-    if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)

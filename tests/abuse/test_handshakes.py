@@ -91,7 +91,7 @@ async def test_handshakes_of_tls_count_and_are_cut(tmp_path: Path) -> None:
             assert b"\r\nRetry-After: 10\r\n" in answer
             assert {await peer.rest() for peer in peers} == {b""}
 
-    limits = ("--connections-per-address", "50", "--open-timeout", "2", "--cert", str(file))
+    limits = ("--connections-per-address", "50", "--open-timeout", "4", "--cert", str(file))
     async with served(*limits) as server, flat(server, 2 * GROWTH):
         before = server.descriptors
         await meanwhile(server, abuse(server))

@@ -27,7 +27,8 @@ from tests.test_leak import Here
 from wsserver.cli import main
 from wsserver.connection import Connection
 from wsserver.exchange import Exchange
-from wsserver.websocket import READ_SIZE, Socket
+from wsserver.tcp import READ_SIZE
+from wsserver.websocket import Socket
 
 pytestmark = pytest.mark.slow
 

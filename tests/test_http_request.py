@@ -1,20 +1,20 @@
-"""The head of a request: what llhttp and the limits take and refuse."""
+"""One request: what llhttp and the limits accept and refuse."""
 
 import pytest
 
-from wsserver.http import HEAD_SIZE, HEADERS, LINE_SIZE, BadRequest, HeadParser
-from wsserver.responses import Request
+from wsserver.http import FRAMING_SIZE, HEAD_SIZE, HEADERS, LINE_SIZE, RequestParser
+from wsserver.responses import BadRequest, Request
 
 GET = b"GET /a?b=c HTTP/1.1\r\nHost: localhost\r\nX-One: 1\r\nx-one: 2\r\n\r\n"
 UPGRADE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
 
 
 def parse(*parts: bytes) -> tuple[Request, bytes]:
-    parser = HeadParser()
+    parser = RequestParser()
     for part in parts:
-        if (found := parser.feed(part)) is not None:
-            assert parser.complete
-            return found
+        parser.feed(part)
+        if parser.head is not None:
+            return parser.head, parser.early
     pytest.fail("the head has no end")
 
 
@@ -69,8 +69,12 @@ def test_bytes_after_the_head_of_another_request_change_nothing(after: bytes) ->
         (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked, identity\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 1\r\nExpect: tea\r\n\r\n", 417),
         (b"\x16\x03\x01\x02\x00\x01\x00", 400),
-        (b"BREW / HTTP/1.1\r\n\r\n", 405),
+        (b"BREW / HTTP/1.1\r\n\r\n", 501),
         (b"GET / HTTP/2.0\r\n\r\n", 505),
         (b"GET /\r\n\r\n", 505),
         (UPGRADE + b"Content-Length: 3\r\n\r\nabc", 400),
@@ -88,7 +92,7 @@ def test_a_head_that_is_malformed_or_too_large_is_refused(head: bytes, status: i
 
 def test_a_head_without_an_end_is_refused_at_the_limit() -> None:
     line = b"X: " + b"y" * 1000 + b"\r\n"
-    parser = HeadParser()
+    parser = RequestParser()
     parser.feed(b"GET / HTTP/1.1\r\n")
     with pytest.raises(BadRequest) as refused:
         for _ in range(HEAD_SIZE // len(line) + 1):
@@ -101,7 +105,7 @@ def test_a_parser_is_freed_without_the_garbage_collector() -> None:
     import gc
     import weakref
 
-    class Watched(HeadParser):
+    class Watched(RequestParser):
         __slots__ = ("__weakref__",)
 
     gc.disable()
@@ -126,3 +130,96 @@ def test_a_refusal_repeats_nothing_of_the_request(secret: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         parse(secret)
     assert b"sk-key" not in refused.value.response.body
+
+
+# Targets.
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        ("/a?b=c", "localhost", "/a?b=c"),
+        ("http://example.org/a?b=c", "example.org", "/a?b=c"),
+        ("HTTPS://example.org:8443", "example.org:8443", "/"),
+        ("http://example.org?b=c", "example.org", "/?b=c"),
+        ("http://example.org/a#b", "example.org", "/a"),
+        ("http:///a", "", "/a"),
+        ("*", "localhost", "*"),
+    ],
+)
+def test_host_of_absolute_target_replaces_host_header(target: str, host: str, path: str) -> None:
+    method = "OPTIONS" if target == "*" else "GET"
+    request, _ = parse(f"{method} {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert (request.headers["host"], request.target) == (host, path)
+
+
+# Bodies.
+
+POST = b"POST /a HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+WHOLE = POST + b"Content-Length: 11\r\n\r\nhello world"
+CHUNKS = CHUNKED + b"5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nTrailer: x\r\n\r\n"
+
+
+def read(*parts: bytes) -> RequestParser:
+    parser = RequestParser()
+    for part in parts:
+        parser.feed(part)
+    return parser
+
+
+@pytest.mark.parametrize("whole", [WHOLE, CHUNKS], ids=["length", "chunks"])
+def test_body_is_same_however_bytes_are_split(whole: bytes) -> None:
+    for at in range(1, len(whole)):
+        parser = read(whole[:at], whole[at:])
+        assert (bytes(parser.body), parser.ended, parser.more) == (b"hello world", True, False)
+        assert parser.head is not None
+        assert "trailer" not in parser.head.headers
+    assert read(*(bytes([byte]) for byte in whole)).body == b"hello world"
+
+
+@pytest.mark.parametrize("whole", [WHOLE, CHUNKS, GET], ids=["length", "chunks", "none"])
+@pytest.mark.parametrize("after", [WHOLE, GET, UPGRADE + b"\r\n", b"\x00garbage"])
+def test_request_after_the_first_changes_nothing(whole: bytes, after: bytes) -> None:
+    expected = read(whole)
+    for parser in (read(whole + after), read(whole, after), read(whole[:-1], whole[-1:] + after)):
+        assert parser.ended
+        assert parser.more
+        assert (parser.head, parser.body) == (expected.head, expected.body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"x\r\n", b"5\r\nhello world\r\n", b"-1\r\n", b"fffffffffffffffff\r\n", b"1\nx\n"],
+)
+def test_malformed_chunks_are_refused(body: bytes) -> None:
+    for parts in ((CHUNKED + body,), (CHUNKED, body), (CHUNKED, *(bytes([b]) for b in body))):
+        with pytest.raises(BadRequest) as refused:
+            read(*parts)
+        assert refused.value.response.status == 400
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"1;" + b"x" * 8000 + b"\r\na\r\n"] * 10,
+        [b"1;" + b"x" * 8000] + [b"x" * 8000] * 10,
+        [b"0\r\n"] + [b"Trailer: " + b"x" * 4000 + b"\r\n"] * 20,
+    ],
+    ids=["extensions", "one extension", "trailers"],
+)
+def test_framing_of_chunks_is_bounded(parts: list[bytes]) -> None:
+    parser = read(CHUNKED)
+    fed = 0
+    with pytest.raises(BadRequest) as refused:
+        for part in parts:
+            fed += len(part)
+            parser.feed(part)
+    assert refused.value.response.status == 400
+    assert fed < 2 * FRAMING_SIZE
+
+
+def test_chunks_of_one_byte_are_accepted() -> None:
+    parser = read(CHUNKED, *[b"1\r\nx\r\n"] * 20_000, b"0\r\n\r\n")
+    assert parser.ended
+    assert len(parser.body) == 20_000

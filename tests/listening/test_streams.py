@@ -1,0 +1,227 @@
+"""Streamed responses: their coding, clients that read slowly, and clients that leave."""
+
+import asyncio
+from http import HTTPStatus
+
+import pytest
+
+from tests.listening.answering import Browser, Recorder, listening
+from tests.support.puppet import BOUND, until
+from wsserver.admission import Visitor
+from wsserver.listener import Listener
+from wsserver.responses import Answer, Request, Stream
+from wsserver.tcp import READ_SIZE
+
+GET = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
+KEEP = b"Connection: keep-alive\r\n"
+EVENTS = {"Content-Type": "text/event-stream"}
+
+both = pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
+
+
+class Streams:
+    """Answers each request with a stream in the hands of the test."""
+
+    def __init__(self) -> None:
+        self._made: asyncio.Queue[Recorder] = asyncio.Queue()
+
+    async def __call__(self, request: Request, _: Visitor) -> Answer:
+        recorder = Recorder()
+        self._made.put_nowait(recorder)
+        return Stream(HTTPStatus.OK, EVENTS, recorder.open).to(request)
+
+    async def next(self) -> Recorder:
+        recorder = await self._made.get()
+        await recorder.opened.wait()
+        return recorder
+
+
+@both
+async def test_stream_is_written_in_chunks(tls: bool) -> None:
+    streams = Streams()
+    async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        status, headers = await browser.head()
+        assert (status, headers["content-type"]) == (200, "text/event-stream")
+        assert (headers["transfer-encoding"], headers["connection"]) == ("chunked", "close")
+        assert "content-length" not in headers
+        for text in (b"data: one\n\n", b"data: two\n\n" * 1000):
+            recorder.body.write(text)
+            assert await browser.chunk() == text
+        recorder.body.write(b"")
+        recorder.body.end()
+        recorder.body.write(b"too late")
+        recorder.body.end()
+        assert await browser.chunk() == b""
+        assert await browser.ended()
+        browser.writer.close()
+        await recorder.gone.wait()
+
+
+@both
+async def test_stream_of_http_1_0_ends_with_the_connection(tls: bool) -> None:
+    streams = Streams()
+    async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
+        browser.send(b"GET /a HTTP/1.0\r\nHost: localhost\r\n", KEEP, b"\r\n")
+        recorder = await streams.next()
+        _, headers = await browser.head()
+        assert "transfer-encoding" not in headers
+        assert headers["connection"] == "close"
+        recorder.body.write(b"one")
+        recorder.body.write(b"two")
+        recorder.body.end()
+        assert await browser.reader.read() == b"onetwo"
+
+
+async def test_head_gets_no_stream() -> None:
+    streams = Streams()
+    async with listening(streams) as listener, Browser.open(listener) as browser:
+        browser.send(b"HEAD /a HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        status, headers = await browser.head()
+        assert (status, headers["content-type"]) == (200, "text/event-stream")
+        assert await browser.ended()
+
+
+@both
+async def test_connection_is_kept_after_a_stream(tls: bool) -> None:
+    streams = Streams()
+    async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
+        for text in (b"one", b"two"):
+            browser.send(GET, KEEP, b"\r\n")
+            recorder = await streams.next()
+            recorder.body.write(text)
+            recorder.body.end()
+            assert recorder.gone.is_set()
+            _, headers = await browser.head()
+            assert headers["connection"] == "keep-alive"
+            assert await browser.chunks() == text
+        assert len(listener.connections) == 1
+
+
+async def test_connection_is_closed_after_a_stream_where_another_request_has_begun() -> None:
+    streams = Streams()
+    async with listening(streams) as listener, Browser.open(listener) as browser:
+        browser.send(GET, KEEP, b"\r\n")
+        recorder = await streams.next()
+        await browser.head()
+        browser.send(b"next")
+        await until(lambda: listener.buffer[:4].tobytes() == b"next")
+        recorder.body.end()
+        assert await browser.chunk() == b""
+        assert await browser.ended()
+
+
+@both
+@pytest.mark.parametrize("how", ["close", "abort", "half-close"])
+async def test_producer_is_told_at_once_that_the_client_has_gone(tls: bool, how: str) -> None:
+    streams = Streams()
+    async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        recorder.body.write(b"one")
+        await browser.head()
+        if how == "close" or tls:
+            browser.writer.close()
+        elif how == "abort":
+            browser.writer.transport.abort()
+        else:
+            browser.writer.write_eof()
+        async with asyncio.timeout(BOUND):
+            await recorder.gone.wait()
+        recorder.body.write(b"nobody reads this")
+        recorder.body.end()
+        assert not recorder.body.writable
+
+
+async def test_client_that_leaves_before_the_stream_opens_gets_none() -> None:
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def late(_: Request, __: Visitor) -> Answer:
+        asked.set()
+        await go.wait()
+        return Stream(HTTPStatus.OK, EVENTS, Recorder().open)
+
+    async with listening(late) as listener:
+        async with Browser.open(listener) as browser:
+            browser.send(GET + b"\r\n")
+            await asked.wait()
+        await until(lambda: not listener.connections)
+        go.set()
+        await until(lambda: not listener.answering)
+
+
+async def test_slow_reader_pauses_the_producer_and_wakes_it() -> None:
+    streams = Streams()
+    async with listening(streams) as listener, Browser.open(listener) as browser:
+        browser.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        written = 0
+        while recorder.body.writable:
+            recorder.body.write(b"x" * 10_000)
+            written += 10_000
+        assert listener.memory.used > 0
+        browser.writer.transport.resume_reading()  # type: ignore[attr-defined]
+        await recorder.woken.wait()
+        recorder.body.end()
+        status, body = await browser.response()
+        assert (status, len(body)) == (200, written)
+        await until(lambda: listener.memory.used == 0)
+
+
+def reason(listener: Listener) -> str:
+    return listener.metrics.exposition().decode()
+
+
+async def test_client_that_does_not_read_is_aborted_in_time() -> None:
+    streams = Streams()
+    async with (
+        listening(streams, send_timeout=0.1) as listener,
+        Browser.open(listener) as browser,
+    ):
+        browser.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        while recorder.body.writable:
+            recorder.body.write(b"x" * 10_000)
+        await recorder.gone.wait()
+        assert 'why="does not read"} 1.0' in reason(listener)
+
+
+async def test_client_with_too_much_unsent_is_aborted_at_once() -> None:
+    streams = Streams()
+    async with (
+        listening(streams, max_unsent=2**20) as listener,
+        Browser.open(listener) as browser,
+    ):
+        browser.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        for _ in range(2000):
+            recorder.body.write(b"x" * 10_000)
+        await recorder.gone.wait()
+        assert 'why="too much unsent"} 1.0' in reason(listener)
+
+
+async def test_client_that_sends_without_end_is_aborted() -> None:
+    streams = Streams()
+    async with listening(streams) as listener, Browser.open(listener) as browser:
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        browser.send(b"x" * 4 * READ_SIZE)
+        await recorder.gone.wait()
+
+
+async def test_aborted_body_is_no_whole_response() -> None:
+    streams = Streams()
+    async with listening(streams) as listener, Browser.open(listener) as browser:
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        recorder.body.write(b"one")
+        await browser.head()
+        assert await browser.chunk() == b"one"
+        recorder.body.abort()
+        await recorder.gone.wait()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await browser.chunk()

@@ -1,0 +1,99 @@
+"""A response whose body is written while it is made."""
+
+import asyncio
+from collections.abc import Callable
+from uuid import uuid4
+
+from wsserver.responses import BodyWriter, Producer
+from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
+
+__all__ = ["StreamedResponse"]
+
+LAST_CHUNK = b"0\r\n\r\n"
+LINGER = 5.0  # seconds for a client to close the connection after the end of the body
+
+
+class StreamedResponse(Writer):
+    """Writes the body of one response, after its head.
+
+    A client that closes the connection, or only its own side, has gone: browsers abort a request
+    so.
+
+    Args:
+        listener: owner of the connection.
+        before: the connection while its request was answered.
+        chunked: write the body in chunks (RFC 9112 section 7.1).
+        following: serves the next request after the end of the body; None to close the connection.
+    """
+
+    __slots__ = ("_chunked", "_dropped", "_ended", "_following", "_linger", "_producer")
+
+    def __init__(
+        self,
+        listener: Owner,
+        before: TcpConnection,
+        *,
+        chunked: bool,
+        following: Callable[[TcpConnection], None] | None,
+    ) -> None:
+        super().__init__(listener, before)
+        self.id = uuid4()
+        self._chunked = chunked
+        self._following = following
+        self._dropped = 0  # bytes that the client sent after its request
+        self._ended = False
+        self._linger: asyncio.TimerHandle | None = None
+        self._producer: Producer | None = None
+
+    def begin(self, open_body: Callable[[BodyWriter], Producer]) -> None:
+        """Let the producer begin."""
+        self.transport.resume_reading()
+        self._producer = open_body(self)
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body without waiting, at once or from a buffer."""
+        if data and not self._ended and not self.transport.is_closing():
+            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def end(self) -> None:
+        """End the body after all earlier writes."""
+        if self._ended or self.transport.is_closing():
+            return
+        self._ended = True
+        if self._chunked:
+            self.transport.write(LAST_CHUNK)
+        if self._following is not None and not self._dropped and not self._waiting():
+            self._finish()
+            self._following(self)
+        elif self.transport.can_write_eof():
+            half_close(self.transport)
+            self._linger = self._listener.loop.call_later(LINGER, self.abort)
+        else:
+            self.transport.close()
+
+    def buffer_updated(self, size: int) -> None:
+        """Drop what the client sends after its request, up to one buffer."""
+        self._dropped += size
+        if self._dropped > READ_SIZE:
+            self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection, and tell the producer."""
+        super().connection_lost(exc)
+        if self._linger is not None:
+            self._linger.cancel()
+        self._finish()
+
+    def _finish(self) -> None:
+        self._ended = True
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            producer.closed()
+
+    def _wake(self) -> None:
+        if self._producer is not None and not self._ended:
+            self._producer.wake()
+
+    def _count(self) -> None:
+        if not self._hold(self._waiting()) and not self.transport.is_closing():
+            self._abort_reader("too much unsent")
