@@ -16,7 +16,8 @@ from pathlib import Path
 
 from tests.support.crowd import MANY
 from wsserver import Settings, websocket
-from wsserver.admission import Admission, Denied
+from wsserver.admission import Admission
+from wsserver.denials import Denied
 from wsserver.limits import Memory
 from wsserver.listener import Listener
 from wsserver.responses import Upgrade

@@ -15,7 +15,8 @@ from tests.support.puppet import Puppet, until
 from tests.test_http import ask
 from wsserver import ConfigError, Principal, Settings
 from wsserver.addresses import networks
-from wsserver.admission import Admission, Denied
+from wsserver.admission import Admission
+from wsserver.denials import Denied
 
 HANDSHAKE = (
     "Upgrade: websocket\nConnection: Upgrade\nSec-WebSocket-Version: 13\n"
@@ -43,7 +44,7 @@ async def status_of(
     try:
         visitor = admission.arrive(peer)
         visitor.introduce(headers)
-        admission.check_host(headers)
+        admission.names.check_host(headers)
         await visitor.check_admission("/", headers)
     except Denied as denied:
         assert denied.message

@@ -170,7 +170,7 @@ async def test_a_fault_in_a_route_is_a_500_without_its_text(
         def fail(_: object) -> None:
             raise RuntimeError("secret")
 
-        monkeypatch.setattr(app.admission, "check_host", fail)
+        monkeypatch.setattr(app.admission.names, "check_host", fail)
         answer = await app.respond(Request("GET", "/", {"host": "localhost"}), arrival(app))
         assert isinstance(answer, Response)
         assert answer.status == 500

@@ -21,7 +21,12 @@ FLOORS: list[dict[str, str]] = [
         "keyboard": "line_editor",
     },
     {"words": "encoding generation parsing prices protocol schema telemetry wire"},
-    {"models": "models", "stores": "stores", "visitors": "admission auth", "clients": "client"},
+    {
+        "models": "models",
+        "stores": "stores",
+        "visitors": "admission auth denials names",
+        "clients": "client",
+    },
     {
         "application": "accounts app connection context conversations cursor dialects endings "
         "following hub intake journal live pages quota reporting requests retention routes running "

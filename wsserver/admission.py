@@ -11,54 +11,20 @@ import time
 from collections.abc import Mapping
 from http import HTTPStatus
 
-from wsserver.addresses import (
-    HOST,
-    host_pattern,
-    ip_address,
-    is_local,
-    network,
-    networks,
-    origin_of,
-    origin_pattern,
-)
+from wsserver.addresses import ip_address, networks
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
+from wsserver.denials import RETRY_AFTER, Denied, no_place, too_many, unavailable
 from wsserver.errors import Code, Refused
 from wsserver.limits import Account, Shares, account_of
 from wsserver.logs import log
+from wsserver.names import Names
 from wsserver.settings import Settings
-from wsserver.telemetry import Refusal
 
-__all__ = ["Admission", "Denied", "Visitor", "bearer", "no_memory"]
+__all__ = ["Admission", "Visitor", "bearer"]
 
-RETRY_AFTER = 10  # seconds until a client over a limit may connect again
 _FORWARDED = re.compile(
     r"forwarded|x-forwarded-.*|via|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip"
 )
-_OWN_SITE = (None, "same-origin", "none")  # of Sec-Fetch-Site, where there is no Origin
-
-
-class Denied(Exception):
-    """The server refuses a connection.
-
-    Attributes:
-        status: status of the HTTP response.
-        why: reason in the log and the metrics.
-        message: text for people: what the client or the operator can do.
-        headers: headers of the HTTP response.
-    """
-
-    def __init__(
-        self,
-        status: HTTPStatus,
-        why: Refusal,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.why = why
-        self.message = message
-        self.headers = headers or {}
 
 
 class Admission:
@@ -69,6 +35,7 @@ class Admission:
         authenticate: the authenticator; None where clients need no token.
 
     Attributes:
+        names: the hosts, origins and proxies.
         loopback: whether only programs of this machine can reach the server. The server sets it
             once it listens.
         users: ids of the users whose programs are served without a token; None for all users of
@@ -82,6 +49,7 @@ class Admission:
 
     def __init__(self, settings: Settings, authenticate: Authenticator | None) -> None:
         self.settings = settings
+        self.names = Names(settings)
         self.authenticate = authenticate
         self.loopback = True
         self.users: frozenset[int] | None = None
@@ -90,11 +58,6 @@ class Admission:
         self.principals = Shares(settings.connections_per_principal)  # their connections
         self._addresses = Shares(settings.connections_per_address)
         self._open = 0
-        self._hosts = [host_pattern(host) for host in settings.hosts]
-        self._any_origin = "*" in settings.origins
-        self._origins = [origin_pattern(origin) for origin in settings.origins]
-        self._proxies = [network(name) for name in settings.proxies if name != "unix"]
-        self._unix_proxy = "unix" in settings.proxies
 
     def arrive(self, peer: str, user: int | None = None) -> "Visitor":
         """Accept a connection until its request has come.
@@ -109,7 +72,9 @@ class Admission:
         foreign = self.users is not None and user not in self.users
         # A header of the request has the address of a proxy's client. Another user of this machine
         # has the same address, and a count of its own.
-        counted = None if self.trusted(peer) else self.count(f"user {user}" if foreign else peer)
+        counted = (
+            None if self.names.trusted(peer) else self.count(f"user {user}" if foreign else peer)
+        )
         visitor = Visitor(self, peer, counted)
         visitor.spare = self._open >= self.settings.connections
         visitor.foreign = foreign
@@ -135,96 +100,8 @@ class Admission:
         """
         account = networks(address)
         if not self._addresses.take(account):
-            raise _too_many("address")
+            raise too_many("address")
         return account
-
-    def trusted(self, peer: str) -> bool:
-        """Whether the peer is a listed proxy, whose `X-Forwarded-` headers are true."""
-        if peer == "unix":
-            return self._unix_proxy
-        if not self._proxies:
-            return False
-        address = ip_address(peer)
-        return address is not None and any(address in network for network in self._proxies)
-
-    def client_address(self, peer: str, forwarded_for: str) -> str:
-        """Return the address of the client behind listed proxies.
-
-        Each proxy appends the address of its peer. Read from the right, the first address that is
-        no listed proxy is the client. The client itself may have written all to the left of it.
-        """
-        if not self.trusted(peer):
-            return peer
-        found = peer
-        for name in reversed([part.strip() for part in forwarded_for.split(",")]):
-            match = HOST.fullmatch(name.lower())  # some proxies append a port
-            address = ip_address(match["name"] if match is not None else name)
-            if address is None:
-                break
-            found = str(address)
-            if not self.trusted(found):
-                break
-        return found
-
-    def check_host(self, headers: Mapping[str, str]) -> None:
-        """Check the `Host` header against DNS rebinding.
-
-        Raises:
-            Denied: the host is no name of this server.
-        """
-        host = headers.get("host", "")
-        match = HOST.fullmatch(host.lower())
-        name = "" if match is None else match["name"]
-        if name and (is_local(name) or ip_address(name) or name == self.settings.host.lower()):
-            return
-        if name and any(pattern.fullmatch(name) for pattern in self._hosts):
-            return
-        raise Denied(
-            HTTPStatus.MISDIRECTED_REQUEST,
-            "host",
-            "This server is not known by this name. Its operator can add the name to the setting "
-            "`hosts` (WSSERVER_HOSTS).",
-        )
-
-    def check_origin(self, headers: Mapping[str, str], *, local: bool, secure: bool) -> None:
-        """Check the `Origin` header against cross-site WebSocket hijacking.
-
-        Args:
-            headers: headers of the request, names in lower case.
-            local: whether the client is a program of this machine.
-            secure: whether the client uses TLS.
-
-        Raises:
-            Denied: the origin is malformed, or another one that is not listed; or `Sec-Fetch-Site`
-                of a request without `Origin` names another site.
-        """
-        origin = headers.get("origin")
-        if origin is None:
-            allowed = self._any_origin or headers.get("sec-fetch-site") in _OWN_SITE
-        else:
-            allowed = self._allows(origin.lower(), headers, local=local, secure=secure)
-        if not allowed:
-            raise Denied(
-                HTTPStatus.FORBIDDEN,
-                "origin",
-                "Pages of this origin may not connect. The server's operator can add it to the "
-                "setting `origins` (WSSERVER_ORIGINS).",
-            )
-
-    def _allows(
-        self, origin: str, headers: Mapping[str, str], *, local: bool, secure: bool
-    ) -> bool:
-        if self._any_origin or any(pattern.fullmatch(origin) for pattern in self._origins):
-            return True
-        page = origin_of(origin)
-        if page is None:
-            return False
-        scheme, name, _ = page
-        if local and is_local(name):
-            return True
-        if secure and scheme != "https":
-            return False  # where a proxy ends TLS without a header, the browser alone knows
-        return origin_of(f"{scheme}://{headers.get('host', '').lower()}") == page
 
 
 class Visitor:
@@ -281,7 +158,7 @@ class Visitor:
             Denied: the address has all the connections that it may have.
         """
         forwarded_for = headers.get("x-forwarded-for", "")
-        self.address = self._admission.client_address(self._peer, forwarded_for)
+        self.address = self._admission.names.client_address(self._peer, forwarded_for)
         if self.counted is None:
             self.counted = self._admission.count(self.address)
 
@@ -292,7 +169,7 @@ class Visitor:
             Denied: the connection has a spare place.
         """
         if self.spare:
-            raise _full()
+            raise no_place()
 
     def check_private(self, headers: Mapping[str, str]) -> None:
         """Check that a server without tokens serves programs of its own user alone.
@@ -343,8 +220,8 @@ class Visitor:
         # The nearest proxy appends the last item.
         proto = headers.get("x-forwarded-proto", "").rpartition(",")[2]
         forwarded_https = proto.strip().lower() == "https"
-        secure = admission.secure or (forwarded_https and admission.trusted(self._peer))
-        admission.check_origin(headers, local=local, secure=secure)
+        secure = admission.secure or (forwarded_https and admission.names.trusted(self._peer))
+        admission.names.check_origin(headers, local=local, secure=secure)
         self.check_private(headers)
         if admission.authenticate is None:
             self.principal = ANONYMOUS
@@ -354,10 +231,10 @@ class Visitor:
         try:
             principal = await self._principal_of(token)
         except Unavailable:
-            raise _later("unavailable", Code.AUTH_UNAVAILABLE.meaning) from None
+            raise unavailable("unavailable", Code.AUTH_UNAVAILABLE.meaning) from None
         if principal is not None:
             if not self._act_for(principal, token):
-                raise _too_many("principal")
+                raise too_many("principal")
         elif token is not None or ("origin" not in headers and not local):
             raise Denied(
                 HTTPStatus.UNAUTHORIZED,
@@ -454,26 +331,3 @@ def bearer(headers: Mapping[str, str]) -> str | None:
     """Return the token of ``Authorization: Bearer`` (RFC 6750 section 2.1)."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else None
-
-
-def _later(why: Refusal, message: str) -> Denied:
-    headers = {"Retry-After": str(RETRY_AFTER)}
-    return Denied(HTTPStatus.SERVICE_UNAVAILABLE, why, message, headers)
-
-
-def _full() -> Denied:
-    return _later("limit", "This server has as many connections as it may.")
-
-
-def no_memory() -> Denied:
-    """Return the refusal of a request for which no memory is left."""
-    return _later("limit", "This server has no memory left for this request.")
-
-
-def _too_many(whose: str) -> Denied:
-    return Denied(
-        HTTPStatus.TOO_MANY_REQUESTS,
-        "limit",
-        f"This {whose} has as many connections as it may.",
-        {"Retry-After": str(RETRY_AFTER)},
-    )

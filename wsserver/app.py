@@ -13,9 +13,10 @@ from typing import Protocol
 from uuid import UUID
 
 from wsserver import auth, models, stores
-from wsserver.admission import Admission, Denied, Visitor
+from wsserver.admission import Admission, Visitor
 from wsserver.auth import Authenticator
 from wsserver.connection import Connection
+from wsserver.denials import Denied
 from wsserver.errors import ConfigError, StoreError
 from wsserver.hub import Hub
 from wsserver.limits import Memory

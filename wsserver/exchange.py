@@ -18,7 +18,8 @@ from websockets.http11 import Request as Handshake
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
-from wsserver.admission import Denied, Visitor, no_memory
+from wsserver.admission import Visitor
+from wsserver.denials import Denied, no_memory
 from wsserver.http import RequestParser
 from wsserver.peers import ELSEWHERE, NOBODY, established, user_at
 from wsserver.responses import (

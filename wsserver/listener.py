@@ -5,7 +5,8 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 
-from wsserver.admission import Admission, Denied, Visitor
+from wsserver.admission import Admission, Visitor
+from wsserver.denials import Denied
 from wsserver.descriptors import AT_ONCE, OPERATORS, SPARE, lingering
 from wsserver.exchange import Exchange
 from wsserver.limits import Memory

@@ -176,7 +176,7 @@ class Routes:
         visitor.introduce(headers)
         if path not in PROBES:
             visitor.check_room()
-            self._admission.check_host(headers)
+            self._admission.names.check_host(headers)
         websocket = "websocket" in headers.get("upgrade", "").lower()
         if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
             await visitor.check_admission(request.target, headers)
@@ -214,7 +214,7 @@ class Routes:
         """
         path, headers = request.path, request.headers
         if path == "/metrics" and check_host:
-            self._admission.check_host(headers)
+            self._admission.names.check_host(headers)
         if path not in self._operations.PATHS:
             return respond(HTTPStatus.NOT_FOUND, "Not found")
         if request.method not in {"GET", "HEAD"}:

@@ -1,0 +1,60 @@
+"""Refusals of connections, as HTTP responses."""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from wsserver.telemetry import Refusal
+
+__all__ = ["RETRY_AFTER", "Denied", "no_memory", "no_place", "too_many", "unavailable"]
+
+RETRY_AFTER = 10  # seconds until a client over a limit may connect again
+
+
+class Denied(Exception):
+    """The server refuses a connection.
+
+    Attributes:
+        status: status of the HTTP response.
+        why: reason in the log and the metrics.
+        message: text for people: what the client or the operator can do.
+        headers: headers of the HTTP response.
+    """
+
+    def __init__(
+        self,
+        status: HTTPStatus,
+        why: Refusal,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.why = why
+        self.message = message
+        self.headers = headers or {}
+
+
+def unavailable(why: Refusal, message: str) -> Denied:
+    """Return a refusal that holds for now: 503 with Retry-After."""
+    headers = {"Retry-After": str(RETRY_AFTER)}
+    return Denied(HTTPStatus.SERVICE_UNAVAILABLE, why, message, headers)
+
+
+def no_place() -> Denied:
+    """Return the refusal of a connection for which no place is left."""
+    return unavailable("limit", "This server has as many connections as it may.")
+
+
+def no_memory() -> Denied:
+    """Return the refusal of a request for which no memory is left."""
+    return unavailable("limit", "This server has no memory left for this request.")
+
+
+def too_many(whose: str) -> Denied:
+    """Return the refusal of a connection of an address or principal that has enough of them."""
+    return Denied(
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "limit",
+        f"This {whose} has as many connections as it may.",
+        {"Retry-After": str(RETRY_AFTER)},
+    )
