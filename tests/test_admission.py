@@ -328,7 +328,7 @@ async def test_only_listed_proxies_are_believed_who_the_client_is(
     visitor.introduce({"x-forwarded-for": forwarded})
     assert visitor.address == address
     admission.depart(visitor)
-    assert len(admission._addresses) == 0
+    assert len(admission.addresses) == 0
 
 
 @pytest.mark.parametrize(
@@ -506,4 +506,4 @@ async def test_one_that_is_refused_has_no_connection(server: wsserver.Server) ->
         await ask(server, f"GET / HTTP/1.1\nHost: localhost\nOrigin: null\n{HANDSHAKE}\n")
     assert not server.app.connections
     await until(lambda: not server.listener.connections)
-    assert len(server.app.admission._addresses) == 0
+    assert len(server.app.admission.addresses) == 0

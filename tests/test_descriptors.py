@@ -161,7 +161,7 @@ async def test_the_port_for_operators_takes_so_many_connections_and_the_rest_wai
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, operations_port=0) as server:
-        operators = server._operators
+        operators = server.operators
         assert operators is not None
         port = server.operations_port
         held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(OPERATORS + 10)]

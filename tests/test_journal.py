@@ -102,20 +102,20 @@ async def test_writer_survives_every_failure_and_saves_everything_later(
     assert "secret" not in caplog.text
 
 
-async def test_writer_survives_any_number_of_failures(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_writer_survives_any_number_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "LONGEST_PAUSE", 0.0)
+    stand = Stand(interval=1e-9)
     stand.store.failure = StoreError("disk")
-    stand.journal._failures = 5000
     stand.begin()
-    await until(lambda: stand.store.commits > 3)
-    assert stand.journal._failures > 5002
+    await until(lambda: stand.store.commits > 2000)  # 2.0**1024 is too large for a float
+    with pytest.raises(StoreError):
+        await stand.journal.probe()
     stand.store.failure = None
     stand.end(stand.begin("h"))
     await until(lambda: stand.told)
     assert stand.told == {"h": True}
-    assert stand.journal._failures == 0
+    await stand.journal.probe()
+    await stand.journal.close(BOUND)
 
 
 @pytest.mark.parametrize("where", ["entry", "saved", "wake"])
@@ -168,14 +168,15 @@ async def test_unsaved_replies_are_kept_up_to_a_number_and_a_size(
         record.log.append("x")
         stand.end(record)
     await until(lambda: len(stand.told) == 6)
-    kept = [record.header.id for record in stand.journal._unsaved]
-    assert sorted(kept) == ["g2", "g3", "g4", "g5", "running"]
+    kept = [number for number in range(6) if stand.journal.find("me", f"g{number}") is not None]
+    assert kept == [2, 3, 4, 5]
+    assert stand.journal.unsaved == 5  # with the one that runs
     for number in range(6, 8):
         record = stand.begin(f"g{number}")
         record.log.append("🎈" * 20_000)  # a str with an emoji has four bytes a character
         stand.end(record)
     await until(lambda: len(stand.told) == 8)
-    await until(lambda: len(stand.journal._unsaved) == 2)
+    await until(lambda: stand.journal.unsaved == 2)
     stand.store.failure = None
     stand.end(running)
     await until(lambda: len(stand.told) == 9)
@@ -194,7 +195,7 @@ async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
         stand.end(record)
     stand.store.failure = None
     await stand.journal.flush()
-    await until(lambda: not stand.journal._unsaved)
+    await until(lambda: not stand.journal.unsaved)
     stored = await stand.store.load("c", "me", limit=10, size=10_000)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == names
@@ -299,19 +300,17 @@ async def test_probe_fails_without_a_write_while_the_journal_cannot_save(stand: 
         await stand.journal.probe()
     assert stand.store.probes == 0
     stand.store.failure = None
-    await until(lambda: not stand.journal._unsaved)
+    await until(lambda: not stand.journal.unsaved)
     await stand.journal.flush()
     await stand.journal.probe()
     assert stand.store.probes == 1
 
 
-def test_size_of_a_record_is_the_memory_of_its_pieces() -> None:
-    log: Log[Terminal] = Log()
-    log.append("x" * 1000)
-    log.append("🎈" * 1000)
-    log.append("é" * 1000, "thinking", 1)
-    record = Record.__new__(Record)
-    record.log, record._size = log, -1
+async def test_size_of_a_record_is_the_memory_of_its_pieces(stand: Stand) -> None:
+    record = stand.begin()
+    record.log.append("x" * 1000)
+    record.log.append("🎈" * 1000)
+    record.log.append("é" * 1000, "thinking", 1)
     assert 1000 + 4000 + 1000 < record.size < 1000 + 4000 + 1000 + 500
 
 
@@ -335,8 +334,8 @@ async def test_unsavable_reply_does_not_hold_up_others(
         stand.end(record)
     await until(lambda: len(stand.told) == 3)
     assert stand.told == {"first": True, "bad": False, "last": True}
-    assert not stand.journal._unsaved
-    assert stand.journal._failures == 0
+    assert not stand.journal.unsaved
+    await stand.journal.probe()
     assert caplog.text.count("a reply cannot be saved id=bad reason=OverflowError") == 1
     stored = await stand.store.load("c", "me", limit=10, size=1000)
     assert stored is not None

@@ -57,6 +57,7 @@ class Broken(MemoryStore):
     """A store that fails or hangs on demand."""
 
     failing = False
+    failures = 0
     hanging: asyncio.Event | None = None
 
     async def commit(self, entries: Sequence[Entry]) -> None:
@@ -71,6 +72,7 @@ class Broken(MemoryStore):
 
     def _check(self) -> None:
         if self.failing:
+            self.failures += 1
             raise StoreError("the disk with the secret is full")
 
 
@@ -119,7 +121,7 @@ async def test_unsaved_replies_are_saved_when_the_store_is_back(
         await chat.prompt("Talk", id=ID)
         reply = (await puppet.reply()).say("during ")
         await chat.next("token")
-        await until(lambda: server.app.hub._journal._failures)
+        await until(lambda: store.failures)
         store.failing = False
         reply.say("after").end()
         assert "saved" not in (await chat.next("done"))

@@ -157,7 +157,7 @@ async def test_hundreds_of_clients_leave_no_task() -> None:
         assert not server.listener.connections
         assert not server.listener.turned_away
         assert hub.live == hub.tasks == len(hub.accounts) == 0
-        assert len(server.app.admission._addresses) == server.app.admission._open == 0
+        assert len(server.app.admission.addresses) == server.app.admission.connections == 0
         await until(lambda: not list(hub.retention))  # once they need not be found any more
     await until(lambda: asyncio.all_tasks() == before)
 

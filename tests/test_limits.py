@@ -516,6 +516,6 @@ async def test_limits_are_released_when_sockets_close(puppet: Puppet) -> None:
         await until(lambda: server.app.hub.live == 0)
         await until(lambda: not server.listener.connections)
         assert len(server.app.admission.principals) == 0
-        assert len(server.app.admission._addresses) == 0
-        assert server.app.admission._open == 0
+        assert len(server.app.admission.addresses) == 0
+        assert server.app.admission.connections == 0
         assert len(server.app.hub.accounts) == 0

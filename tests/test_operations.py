@@ -109,8 +109,7 @@ async def test_it_is_not_ready_while_replies_cannot_be_saved(
         assert (await chat.text(start["id"]))[1]["saved"] is False
         assert await ready(server) == (503, READY | {"ready": False, "store": False})
         failing = False
-        await until(lambda: not server.app.hub._journal._unsaved)
-        await server.app.hub._journal.flush()
+        await until(lambda: not server.app.hub.journal.unsaved)
         assert await ready(server) == (200, READY)
 
 
@@ -134,8 +133,7 @@ async def test_it_is_not_ready_once_its_database_was_deleted(
         assert (await chat.text(start["id"]))[1]["saved"] is False
         assert "was deleted or replaced" in caplog.text
         (tmp_path / "elsewhere").rename(path)
-        await until(lambda: not server.app.hub._journal._unsaved)
-        await server.app.hub._journal.flush()
+        await until(lambda: not server.app.hub.journal.unsaved)
         assert await ready(server) == (200, READY)
 
 

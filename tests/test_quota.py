@@ -120,9 +120,9 @@ async def test_conversations_are_deleted_after_the_retention_time(
         now += 20 * DAY
         await say(chat, puppet, "x", conversation=names[2])
         now += 10 * DAY - 1
-        await server.app.hub._upkeep.round()
+        await server.app.hub.upkeep.round()
         now += 2
-        await server.app.hub._upkeep.round()
+        await server.app.hub.upkeep.round()
         await watcher.next("deleted", conversation=names[0])
         listed = await server.app.store.list("anonymous", 10, None)
         assert [summary.id for summary in listed] == [names[2]]
@@ -159,7 +159,7 @@ async def test_conversation_used_as_it_expires_is_kept(
             return found
 
         monkeypatch.setattr(server.app.store, "idle", used_meanwhile)
-        await server.app.hub._upkeep.round()
+        await server.app.hub.upkeep.round()
         assert len(puppet.replies) == 2
         if not ended:
             puppet.replies[1].end()
@@ -201,7 +201,7 @@ async def test_conversations_are_kept_for_ever_by_default(
         await say(chat, puppet, "x")
         now = time.time() + 10_000 * DAY
         monkeypatch.setattr(time, "time", lambda: now)
-        await server.app.hub._upkeep.round()
+        await server.app.hub.upkeep.round()
         assert len(await server.app.store.list("anonymous", 10, None)) == 1
 
 

@@ -251,7 +251,7 @@ async def test_ended_replies_are_forgotten_after_the_replay_time(puppet: Puppet)
             hub = server.app.hub
             await until(lambda: not list(hub.retention))
             assert hub.tasks == 0
-            assert not hub._journal._unsaved
+            assert not hub.journal.unsaved
             assert hub.retention.size == 0
 
 

@@ -162,7 +162,7 @@ async def test_reply_saved_in_any_parts_is_whole_after_a_restart(
             await say(story, before)
             with pytest.MonkeyPatch.context() as monkeypatch:
                 gate = Gate(monkeypatch, server)
-                saving = asyncio.create_task(server.app.hub._journal.flush())
+                saving = asyncio.create_task(server.app.hub.journal.flush())
                 await gate.reached_or(saving)
                 await say(story, meanwhile)
                 gate.opened.set()

@@ -359,7 +359,7 @@ async def test_each_reply_is_a_new_trace_that_names_the_stopper(
     first = await chat.prompt()
     second = await chat.prompt(on_busy="queue")
     # From here on it is the first reply that has things saved, and so lets the second begin.
-    await until(lambda: server.app.hub._journal._writer is None)
+    await until(lambda: not server.app.hub.journal.unsaved)
     (await puppet.reply()).say("x")
     await chat.next("token")
     await chat.send({"type": "stop", "id": first["id"]})

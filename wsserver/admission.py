@@ -42,6 +42,9 @@ class Admission:
             this machine. The server sets it once it listens.
         secure: whether the server itself speaks TLS.
         reloads: number of times that the credentials of clients were read again.
+        principals: number of connections of each principal.
+        addresses: number of connections of each address, and of the networks around it.
+        connections: number of all connections, also of those whose request has not come.
 
     Raises:
         ConfigError: an item of `hosts`, `origins` or `proxies` is malformed.
@@ -55,9 +58,9 @@ class Admission:
         self.users: frozenset[int] | None = None
         self.secure = False
         self.reloads = 0
-        self.principals = Shares(settings.connections_per_principal)  # their connections
-        self._addresses = Shares(settings.connections_per_address)
-        self._open = 0
+        self.principals = Shares(settings.connections_per_principal)
+        self.addresses = Shares(settings.connections_per_address)
+        self.connections = 0
 
     def arrive(self, peer: str, user: int | None = None) -> "Visitor":
         """Accept a connection until its request has come.
@@ -76,17 +79,17 @@ class Admission:
             None if self.names.trusted(peer) else self.count(f"user {user}" if foreign else peer)
         )
         visitor = Visitor(self, peer, counted)
-        visitor.spare = self._open >= self.settings.connections
+        visitor.spare = self.connections >= self.settings.connections
         visitor.foreign = foreign
-        self._open += 1
+        self.connections += 1
         return visitor
 
     def depart(self, visitor: "Visitor") -> None:
         """Forget a connection that has ended."""
-        self._open -= 1
+        self.connections -= 1
         visitor.gone = True
         if visitor.counted is not None:
-            self._addresses.give(visitor.counted)
+            self.addresses.give(visitor.counted)
             visitor.counted = None
         if visitor.shared is not None:
             self.principals.give(visitor.shared)
@@ -99,7 +102,7 @@ class Admission:
             Denied: the address, or a network around it, has all the connections that it may have.
         """
         account = networks(address)
-        if not self._addresses.take(account):
+        if not self.addresses.take(account):
             raise too_many("address")
         return account
 

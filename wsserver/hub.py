@@ -42,9 +42,11 @@ class Hub:
     Attributes:
         accounts: what each account may use.
         conversations: the conversations in memory, and through them those of the store.
+        journal: saves the generations to the store.
         model_name: the model's name for clients.
         readiness: what is done for the model before a prompt comes.
         retention: the generations that clients can find by id.
+        upkeep: deletes what has expired from the store.
     """
 
     def __init__(
@@ -59,18 +61,18 @@ class Hub:
         self.metrics = metrics
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._journal = Journal(
+        self.journal = Journal(
             store, settings.save_interval, settings.store_timeout, metrics=metrics
         )
-        self.conversations = Conversations(store, self._journal, settings, memory)
+        self.conversations = Conversations(store, self.journal, settings, memory)
         self.accounts = Accounts(settings, store)
-        self.retention = Retention(store, self._journal, self.accounts, settings, memory)
+        self.retention = Retention(store, self.journal, self.accounts, settings, memory)
         self.readiness = Readiness(model, warm=settings.warm_connections)
         self._report = Reporter(metrics)
         self._scheduler = Scheduler(
             model,
             settings,
-            journal=self._journal,
+            journal=self.journal,
             accounts=self.accounts,
             conversations=self.conversations,
             retention=self.retention,
@@ -79,7 +81,7 @@ class Hub:
         )
         self._runner = self._scheduler.runner
         self.model_name = self._runner.model_name
-        self._upkeep = Upkeep(
+        self.upkeep = Upkeep(
             store,
             self.delete,
             replay=settings.replay,
@@ -113,7 +115,7 @@ class Hub:
         Raises:
             StoreError: the store does not save.
         """
-        await self._journal.probe()
+        await self.journal.probe()
 
     def known(self, owner: str, generation_id: str | None) -> Generation | None:
         """Return a generation that is in memory."""
@@ -250,5 +252,5 @@ class Hub:
             task.cancel()
         self.retention.close()
         await self.readiness.close()
-        await self._upkeep.close()
-        await self._journal.close(within)
+        await self.upkeep.close()
+        await self.journal.close(within)

@@ -168,6 +168,11 @@ class Journal:
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
+    @property
+    def unsaved(self) -> int:
+        """The number of generations with something to save, those of a batch under way included."""
+        return len({*self._batched, *self._unsaved})
+
     def find(self, owner: str, generation_id: str) -> StoredGeneration | None:
         """Return an ended generation that could not be saved, and still waits to be."""
         for record in self._late:

@@ -84,6 +84,7 @@ class Server:
         model_name: what answers, as clients see it.
         port: where it listens, also where the setting was 0; 0 if it has unix sockets alone.
         bound: all addresses that it listens on, as people write them.
+        operators: the listener for operators, where there is one.
         operations_port: the port for operators, where there is one.
         metrics: what it counts and measures.
         memory: the bytes that it holds for its clients.
@@ -94,6 +95,7 @@ class Server:
     model_name: str
     port: int
     bound: tuple[str, ...]
+    operators: Listener | None = None
     operations_port: int | None = None
 
     def __init__(
@@ -109,7 +111,6 @@ class Server:
         self.metrics.watch_memory(self.memory)
         self._model = model
         self._authenticate = authenticate
-        self._operators: Listener | None = None
         self._given = tuple(sockets)
         self._host = settings.host
         self._certificate: Certificate | None = None
@@ -152,10 +153,10 @@ class Server:
             self.listener.serve()
         except BaseException:
             self._stop_listening()
-            if self._operators is not None:
-                self._operators.stop_listening()
-                self._operators.abort()
-                await self._operators.wait_closed()
+            if self.operators is not None:
+                self.operators.stop_listening()
+                self.operators.abort()
+                await self.operators.wait_closed()
             await app.release(settings.stop_timeout)
             raise
         app.ready()
@@ -236,15 +237,15 @@ class Server:
             self._unix_socket.remove()
 
     async def _listen_for_operators(self, settings: Settings, port: int) -> None:
-        self._operators = Listener(settings, self._respond_to_operator, self.memory, self.metrics)
+        self.operators = Listener(settings, self._respond_to_operator, self.memory, self.metrics)
         try:
-            await self._operators.bind((settings.operations_host, port))
-            self._operators.serve()
+            await self.operators.bind((settings.operations_host, port))
+            self.operators.serve()
         except OSError as error:
             reason = os.strerror(error.errno or 0) if (error.errno or 0) > 0 else error.strerror
             where = f"{settings.operations_host} port {port}"
             raise ConfigError(f"operations_port: cannot listen on {where}: {reason}") from error
-        _, self.operations_port = listening.tcp_address(self._operators.bound)
+        _, self.operations_port = listening.tcp_address(self.operators.bound)
 
     async def __aexit__(
         self,
@@ -300,14 +301,14 @@ class Server:
             await asyncio.wait({self._leaving})
         self.listener.abort()
         await self.app.close(min(self._left(deadline), self.settings.stop_timeout))
-        if self._operators is not None:  # until now it has told how things stand
-            self._operators.stop_listening()
-            self._operators.abort()
+        if self.operators is not None:  # until now it has told how things stand
+            self.operators.stop_listening()
+            self.operators.abort()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._left(deadline)):
                 await self.listener.wait_closed()
-                if self._operators is not None:
-                    await self._operators.wait_closed()
+                if self.operators is not None:
+                    await self.operators.wait_closed()
         await self.app.release(self._left(deadline))
 
     def _left(self, deadline: float) -> float:
@@ -326,7 +327,7 @@ class Server:
         return await self.app.respond(request, visitor)
 
     async def _respond_to_operator(self, request: Request, _: Visitor | None) -> Answer:
-        assert self._operators is not None
+        assert self.operators is not None
         # A page in a browser can reach loopback. Elsewhere nobody needs a page to read the metrics.
-        check_host = listening.loopback(self._operators.bound)
+        check_host = listening.loopback(self.operators.bound)
         return await self.app.respond_to_operator(request, check_host=check_host)

@@ -221,7 +221,7 @@ async def test_disconnect_during_authentication_leaves_nothing(puppet: Puppet) -
         await until(lambda: not server.listener.answering)
         await asyncio.sleep(0)
         assert len(server.app.admission.principals) == 0
-        assert server.app.admission._open == 0
+        assert server.app.admission.connections == 0
     del reader
 
 

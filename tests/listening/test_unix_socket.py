@@ -56,11 +56,11 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
                     async with asyncio.timeout(BOUND):
                         assert b" 429 " in await reader.readline()
                 else:
-                    await until(lambda: server.app.admission._open == len(statuses) + 1)
-                statuses.append(dict(server.app.admission._addresses._held))
+                    await until(lambda: server.app.admission.connections == len(statuses) + 1)
+                statuses.append(dict(server.app.admission.addresses._held))
         assert statuses == [{"address unix": 1}, {"address unix": 2}, {"address unix": 2}]
         await until(lambda: not server.listener.connections)
-        assert server.app.admission._open == 0
+        assert server.app.admission.connections == 0
 
 
 async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder: Path) -> None:

@@ -181,7 +181,7 @@ class _Play:
 
     async def _save(self) -> None:
         """Note what a server would find that died after the next frame of a reply."""
-        await self._server.app.hub._journal.flush()
+        await self._server.app.hub.journal.flush()
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy(f"{self._database}{suffix}", self._folder / f"saved.sqlite{suffix}")

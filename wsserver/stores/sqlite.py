@@ -190,6 +190,24 @@ class SqliteStore:
             f"PRAGMA user_version = {len(MIGRATIONS)}; COMMIT; PRAGMA foreign_keys = ON;"
         )
 
+    @property
+    def writer(self) -> Connection:
+        """The connection that writes, for example to back up the file.
+
+        Raises:
+            StoreError: the store is closed.
+        """
+        return _opened(self._writer)
+
+    @property
+    def reader(self) -> Connection:
+        """The connection that reads.
+
+        Raises:
+            StoreError: the store is closed.
+        """
+        return _opened(self._reader)
+
     async def probe(self) -> None:
         """Write the schema version that the file already has, if no file was replaced."""
         await self._write(
@@ -352,7 +370,7 @@ class SqliteStore:
         # Not during a read, whose snapshot must stay in the WAL.
         async with self._writing.of(""), self._reading.of(""):
             self._erasing = None
-            if await _opened(self._writer).call(erase):
+            if await self.writer.call(erase):
                 self._remains = False
 
     async def spent(self, owner: str, day: int) -> Spent:
@@ -442,7 +460,7 @@ class SqliteStore:
 
     async def _read(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         async with self._reading.of(owner):
-            return await _opened(self._reader).transact(work, "BEGIN")
+            return await self.reader.transact(work, "BEGIN")
 
     async def _write(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         def write(database: sqlite3.Connection) -> T:
@@ -453,7 +471,7 @@ class SqliteStore:
             return work(database)
 
         async with self._writing.of(owner):
-            return await _opened(self._writer).transact(write)
+            return await self.writer.transact(write)
 
 
 def _delete_some(database: sqlite3.Connection, owner: str, conversation: str) -> bool:
