@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.crowd import MANY
-from wsserver import Settings, websocket
+from wsserver import Settings
 from wsserver.admission import Admission
 from wsserver.denials import Denied
 from wsserver.limits import Memory
@@ -29,10 +29,6 @@ CASES = 301  # of these groups
 PASSED = {"OK", "NON-STRICT", "INFORMATIONAL"}
 KNOWN = {
     "7.1.5": "websockets does not fail a text message that a close frame interrupts",
-    "9.3.1": "4 MiB of text in fragments of 64 bytes are over the limit of fragments",
-    "9.3.2": "4 MiB of text in fragments of 256 bytes are over the limit of fragments",
-    "9.4.1": "4 MiB of binary data in fragments of 64 bytes are over the limit of fragments",
-    "9.4.2": "4 MiB of binary data in fragments of 256 bytes are over the limit of fragments",
 }
 BOUND = 1800.0  # seconds
 BINARY = b"\x82"
@@ -71,7 +67,6 @@ def on_denied(denied: Denied, peer: str, headers: Mapping[str, str]) -> None:
 async def run_suite(wstest: str, folder: Path) -> dict[str, str]:
     """Run the suite; return the behavior of the server by the number of each case."""
     settings = Settings.load(**SETTINGS)
-    websocket.FRAGMENTS *= 64  # the messages in fragments are 64 times the default `message_size`
     metrics = Metrics()
 
     async def answer(*_: object) -> Upgrade:

@@ -256,6 +256,20 @@ async def test_fragments_without_data_keep_no_objects(server: wsserver.Server) -
         assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
+@pytest.mark.parametrize(("fragments", "ends"), [(4096, False), (4097, True)])
+async def test_message_may_have_as_many_fragments_as_the_protocol_says(
+    server: wsserver.Server, fragments: int, ends: bool
+) -> None:
+    async with peer(server) as one:
+        one.write(masked("{", fin=False) + masked(b"", Opcode.CONT, fin=False) * (fragments - 2))
+        one.write(masked(PING[1:], Opcode.CONT))
+        opcode, data = await one.frame()
+        if ends:
+            assert (opcode, data[:2]) == (Opcode.CLOSE, (1009).to_bytes(2))
+        else:
+            assert (opcode, data) == (Opcode.TEXT, b'{"type":"pong"}')
+
+
 async def test_who_holds_its_share_of_memory_gets_1013_and_others_feel_nothing(
     puppet: Puppet,
 ) -> None:

@@ -27,7 +27,10 @@ SILENT.setLevel(logging.CRITICAL)
 
 BITE = 512  # bytes parsed at once
 FRAMES_PER_TURN = 16  # frames of one socket in one turn of the event loop
-FRAGMENTS = 256  # of one message: even an empty fragment takes time
+FRAGMENTS = (
+    4096  # of one message, besides one for each FRAGMENT_SIZE bytes: an empty one takes time
+)
+FRAGMENT_SIZE = 64  # bytes of it allow one fragment more
 
 
 class Receiver(typing.Protocol):
@@ -251,7 +254,7 @@ class Socket(Writer):
         if part.fin:
             message, self._message = bytes(self._message), None
             self._deliver(message, text=self._text)
-        elif self._parts >= FRAGMENTS:
+        elif self._parts >= FRAGMENTS + len(self._message) // FRAGMENT_SIZE:
             self._message = None
             self._fail(Close.MESSAGE_TOO_BIG, "too many fragments")
 
