@@ -1,6 +1,6 @@
 """Stores to test, each by the same contract."""
 
-import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -79,13 +79,13 @@ async def file(path: Path) -> AsyncIterator[SqliteStore]:
 
 @pytest.fixture
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
-    """The list to which a connection is added each time that it is asked for something."""
+    """The list to which a connection is added at each call into its thread."""
     trips: list[Connection] = []
-    run = Connection._run
+    call = Connection.call
 
-    def watched(self: Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
+    async def watched(self: Connection, work: Callable[[sqlite3.Connection], Any]) -> Any:
         trips.append(self)
-        return run(self, work)
+        return await call(self, work)
 
-    monkeypatch.setattr(Connection, "_run", watched)
+    monkeypatch.setattr(Connection, "call", watched)
     return trips

@@ -243,21 +243,17 @@ async def refused(store: SqliteStore) -> str:
     return str(raised.value)
 
 
-async def ask(connection: Connection | None, statement: str) -> list[Any]:
+async def ask(connection: Connection, statement: str) -> list[Any]:
     """Run a statement in a connection's thread."""
-    assert connection is not None
     return await connection.call(lambda database: database.execute(statement).fetchall())
 
 
-async def call_back(
-    connection: Connection | None, callback: Callable[[str], object] | None
-) -> None:
-    """Have each statement of a connection told before it runs, in its thread."""
-    assert connection is not None
+async def call_back(connection: Connection, callback: Callable[[str], object] | None) -> None:
+    """Call back before each statement of a connection, in the thread of the connection."""
     await connection.call(lambda database: database.set_trace_callback(callback))
 
 
-async def trace(connection: Connection | None, statements: list[str] | None = None) -> list[str]:
+async def trace(connection: Connection, statements: list[str] | None = None) -> list[str]:
     """Return the list to which each statement of a connection is added."""
     statements = [] if statements is None else statements
     await call_back(connection, statements.append)
@@ -275,15 +271,14 @@ async def read_by(store: SqliteStore) -> list[tuple[Any, ...]]:
     def set_up(database: sqlite3.Connection) -> None:
         database.row_factory = note
 
-    assert store._reader is not None
-    await store._reader.call(set_up)
+    await store.reader.call(set_up)
     return rows
 
 
 class Hold:
     """Holds a connection's thread before a statement, counted from 1, until it is let go on."""
 
-    def __init__(self, connection: Connection | None, at: int) -> None:
+    def __init__(self, connection: Connection, at: int) -> None:
         self._connection = connection
         self._at = at
         self._reached = threading.Event()

@@ -34,10 +34,12 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_full_disk_fails_the_whole_batch_and_nothing_after_it(file: SqliteStore) -> None:
+async def test_full_disk_fails_the_whole_batch_and_nothing_after_it(
+    file: SqliteStore, path: Path
+) -> None:
     await file.commit([entry(header(), True, 0, ["Hi."]), whole(header("o", None))])
-    ((pages,),) = await ask(file._writer, "PRAGMA page_count")
-    await ask(file._writer, f"PRAGMA max_page_count = {pages + 2}")
+    ((pages,),) = await ask(file.writer, "PRAGMA page_count")
+    await ask(file.writer, f"PRAGMA max_page_count = {pages + 2}")
     batch = [
         entry(header(), False, 1, ["more"]),
         *(whole(header(f"h{number}", f"d{number}"), "x" * 5000) for number in range(20)),
@@ -48,10 +50,10 @@ async def test_full_disk_fails_the_whole_batch_and_nothing_after_it(file: Sqlite
         assert await found(file) == ["Hi."]
         assert await names(file) == ["c"]
         assert await found(file, "h0") is None
-        assert query(file._path, "SELECT tokens FROM spent") == [(8,)]
+        assert query(path, "SELECT tokens FROM spent") == [(8,)]
     await file.commit([entry(header(), False, 1, ["little"])])  # for which there is room
     assert await found(file) == ["Hi.", "little"]
-    await ask(file._writer, "PRAGMA max_page_count = 1000000")
+    await ask(file.writer, "PRAGMA max_page_count = 1000000")
     await file.commit(batch[1:])
     assert len(await names(file)) == 21
     assert await found(file, "h19") == ["x" * 5000]
@@ -310,8 +312,7 @@ async def test_damage_that_a_read_meets_is_told_by_the_probe(file: SqliteStore) 
         error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT_VTAB
         raise error
 
-    assert file._reader is not None
     with pytest.raises(StoreError, match="malformed"):
-        await file._reader.transact(meet, "BEGIN")
+        await file.reader.transact(meet, "BEGIN")
     with pytest.raises(StoreError, match="damaged"):
         await file.probe()

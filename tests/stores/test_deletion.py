@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ from wsserver.stores import fair, sqlite
 from wsserver.stores.base import (
     Forgotten,
 )
+from wsserver.stores.database import Connection
 from wsserver.stores.sqlite import SqliteStore
 
 pytestmark = pytest.mark.slow
@@ -102,7 +104,7 @@ async def test_large_conversation_is_deleted_in_steps_between_which_others_write
     monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 7)
     await file.commit([whole(header(f"g{n}"), "x" * 1000) for n in range(20)])
     await file.commit([whole(header(f"h{n}"), "x" * 30_000) for n in range(6)])
-    statements = await trace(file._writer)
+    statements = await trace(file.writer)
     deleting = asyncio.ensure_future(file.delete("c", "me"))
     writing = [asyncio.ensure_future(file.commit([whole(header(f"o{n}", "o"))])) for n in range(3)]
     assert await deleting
@@ -126,7 +128,7 @@ async def test_deletes_at_once_empty_the_wal_together_and_none_is_refused(
                 for n in range(fair.MOST_WAITING)
             ]
         )
-    statements = await trace(file._writer)
+    statements = await trace(file.writer)
     deletes = [file.delete(f"c{n}", owner) for n in range(30) for owner in owners]
     deleting = [asyncio.ensure_future(delete) for delete in deletes]
     await asyncio.wait(deleting, timeout=0)
@@ -152,21 +154,21 @@ async def test_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
     await store.open()
     await store.commit([whole(header(f"g{n}")) for n in range(5)])
     await store.commit([whole(header("h", "d"))])
-    monkeypatch.setattr(store, "_erase", None)
     steps = 0
-    delete_some = sqlite._delete_some
+    transact = Connection.transact
 
-    def dies(database: sqlite3.Connection, owner: str, conversation: str) -> bool:
+    async def dies(self: Connection, *work: Any) -> Any:
         nonlocal steps
         steps += 1
         if steps == 2:
-            raise sqlite3.OperationalError("the process dies here")
-        return delete_some(database, owner, conversation)
+            raise StoreError("the process dies here")
+        return await transact(self, *work)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite, "_delete_some", dies)
+        patch.setattr(Connection, "transact", dies)
         with pytest.raises(StoreError):
             await store.delete("c", "me")
+    assert len(query(path, "SELECT * FROM generation WHERE conversation = 'c'")) == 3
     assert await names(store) == ["d"]
     assert await load(store, "c", "me", 10) is None
     await store.close()
@@ -200,6 +202,7 @@ async def test_what_an_owner_has_is_about_what_it_takes_on_the_disk(
         pieces = [f"{word} " for word in ("x" * size).replace("xxxxx", "xxxx ").split()]
         name = f"generation-{number:012}"
         await file.commit([whole(header(name, f"conversation-{number % 20:010}"), *pieces)])
-    await file._erase()
-    held, taken = (await file.held("me")).bytes, path.stat().st_size
+    held = (await file.held("me")).bytes
+    await file.close()  # which empties the WAL
+    taken = path.stat().st_size
     assert 0.6 < held / (taken - 90_000) < 1.6, (held, taken)

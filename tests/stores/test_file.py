@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 async def test_file_is_set_up_for_readers_beside_a_writer(file: SqliteStore, path: Path) -> None:
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
     assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
-    for connection in (file._writer, file._reader):
+    for connection in (file.writer, file.reader):
         assert await ask(connection, "PRAGMA foreign_keys") == [(1,)]
         assert await ask(connection, "PRAGMA synchronous") == [(1,)]
         assert await ask(connection, "PRAGMA busy_timeout") == [(10,)]
@@ -145,7 +145,7 @@ async def test_file_from_before_ids_were_their_owners_is_migrated(path: Path, cl
 
     store = SqliteStore(path)
     await store.open()
-    assert await ask(store._writer, "PRAGMA foreign_keys") == [(1,)]
+    assert await ask(store.writer, "PRAGMA foreign_keys") == [(1,)]
     assert await listed(store) == [("c", "First", 1.0, 9.0)]
     assert await listed(store, "you") == [
         ("c", "…", 5.0, 7.0),
@@ -192,8 +192,8 @@ async def test_file_from_before_ids_were_their_owners_is_migrated(path: Path, cl
 
 
 async def test_nothing_looks_at_all_that_there_is(file: SqliteStore, path: Path) -> None:
-    statements = await trace(file._writer)
-    await trace(file._reader, statements)
+    statements = await trace(file.writer)
+    await trace(file.reader, statements)
     await file.commit([whole(header()), whole(header("o", None))])
     await loaded(file)
     await found(file)

@@ -2,7 +2,6 @@
 
 import random
 import tracemalloc
-from typing import Any
 
 import pytest
 
@@ -19,10 +18,12 @@ from tests.stores.support import (
     trace_of,
     whole,
 )
+from tests.support.work import counted
 from wsserver.limits import Memory
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import (
     Forgotten,
+    Held,
 )
 
 pytestmark = pytest.mark.slow
@@ -67,11 +68,11 @@ async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
         await store.purge(0.0)
         assert await tokens_spent(store, "me", day) == 16
     assert [await tokens_spent(store, "me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
-    assert sorted(store._spent) == [3, 4]
 
 
 async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
-    store = MemoryStore(memory=Memory(100_000))
+    memory = Memory(100_000)
+    store = MemoryStore(memory=memory)
     for name in "abc":
         await store.commit([whole(header(name, name), "x" * 20_000)])
     await store.commit([whole(header("o", None), "x" * 20_000)])
@@ -85,18 +86,19 @@ async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
     assert [turn.id for turn in (await loaded(store, "a")).turns] == ["a4"]
     assert (await loaded(store, "a")).turns[0].number == 4
     assert isinstance(await store.find("a", "me"), Forgotten)
-    assert store._size < 100_000
+    assert memory.used < 100_000
     await store.delete("a", "me")
-    assert (store._size, store._sizes) == (0, {})
+    assert (memory.used, await store.held("me")) == (0, Held(0, 0))
 
 
 async def test_memory_counts_what_it_holds_as_it_is() -> None:
-    store = MemoryStore()
+    memory = Memory(10**9)
+    store = MemoryStore(memory=memory)
     chance = random.Random(3)
     for text in ("plain " * 200, "é" * 800, "漢" * 700, "🎈" * 600, "x🎈" * 500):
         await store.commit([whole(header("warm", "warm"), "x")])
         tracemalloc.start()
-        before, counted = tracemalloc.get_traced_memory()[0], store._size
+        before, counted = tracemalloc.get_traced_memory()[0], memory.used
         for number in range(300):
             name = f"{text[0]}{number}"
             pieces = [text[i : i + 4] for i in range(0, len(text), 4)]
@@ -105,30 +107,24 @@ async def test_memory_counts_what_it_holds_as_it_is() -> None:
             del batch, pieces
         held = tracemalloc.get_traced_memory()[0] - before
         tracemalloc.stop()
-        assert 0.8 < (store._size - counted) / held < 1.3, (text[:2], store._size - counted, held)
+        grown = memory.used - counted
+        assert 0.8 < grown / held < 1.3, (text[:2], grown, held)
 
 
-async def test_memory_lists_a_page_without_looking_at_the_other_conversations(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    store = MemoryStore()
-    await store.commit([whole(header(f"g{n}", f"c{n}")) for n in range(5000)])
-    looked_at = 0
+async def test_memory_lists_a_page_without_looking_at_the_other_conversations() -> None:
+    async def work_beside(others: int) -> int:
+        store = MemoryStore()
+        await store.commit([whole(header(f"g{n}", f"c{n}")) for n in range(others)])
+        again = whole(header("again", "c7"))
+        with counted() as work:
+            page = await store.list("me", 20, None)
+            older = await store.list("me", 20, page[-1].place)
+            await store.commit([again])
+        assert [summary.id for summary in page] == [f"c{others - n}" for n in range(1, 21)]
+        assert older[0].id == f"c{others - 21}"
+        return work.instructions
 
-    class Place:
-        def __call__(self, conversation: Any) -> int:
-            nonlocal looked_at
-            looked_at += 1
-            place: int = conversation.place
-            return place
-
-    monkeypatch.setattr("wsserver.stores.memory._place", Place())
-    page = await store.list("me", 20, None)
-    assert [summary.id for summary in page] == [f"c{n}" for n in range(4999, 4979, -1)]
-    page = await store.list("me", 20, page[-1].place)
-    assert page[0].id == "c4979"
-    await store.commit([whole(header("again", "c7"))])
-    assert looked_at < 50
+    assert await work_beside(5000) < 1.1 * await work_beside(50)
 
 
 async def test_memory_purges_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,10 +132,14 @@ async def test_memory_purges_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> 
     store = MemoryStore()
     await store.commit([whole(header(f"g{n}", None)) for n in range(5)])
     await store.commit([whole(header(f"h{n}")) for n in range(5)])
+
+    async def kept() -> int:
+        return len([n for n in range(5) for kind in "gh" if await found(store, f"{kind}{n}")])
+
     left = []
     while await store.purge(1e12):
-        left.append(len(store._generations))
-    assert (left, len(store._generations)) == ([8, 6], 5)
+        left.append(await kept())
+    assert (left, await kept()) == ([8, 6], 5)
 
 
 async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,4 +155,32 @@ async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.Monke
         False,
         False,
     ]
-    assert len(store._traced) == 3
+
+
+async def test_memory_keeps_nothing_of_owners_whose_content_was_deleted(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr("wsserver.stores.memory.ALL_TRACES", 3)
+    store = MemoryStore()
+
+    async def come_and_go(day: int) -> None:
+        clock.now = day * DAY
+        for number in range(300):
+            owner = f"{day}-{number}"
+            await store.commit(
+                [whole(header("g", owner=owner)), whole(header("h", None, owner=owner))]
+            )
+            await store.delete("c", owner)
+            await store.purge(1e12)
+
+    await come_and_go(1)
+    tracemalloc.start()
+    try:
+        for day in range(3, 12, 3):
+            await come_and_go(day)
+        clock.now += 3 * DAY
+        await store.purge(1e12)
+        grown = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert grown < 50 * 900, grown / 900

@@ -8,6 +8,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -181,9 +182,22 @@ async def test_one_that_died_and_is_damaged_is_not_in_the_way_of_the_others(
 
 
 async def test_those_that_died_are_found_without_looking_at_all_others(
-    file: SqliteStore, path: Path
+    file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = query(path, f"EXPLAIN QUERY PLAN {sqlite._DEAD}")
+    statements: list[str] = []
+    connect = sqlite3.connect
+
+    def traced(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        database: sqlite3.Connection = connect(*arguments, **options)
+        database.set_trace_callback(statements.append)
+        return database
+
+    await file.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", traced)
+        await file.open()
+    (dead,) = (statement for statement in statements if "FROM generation" in statement)
+    plan = query(path, f"EXPLAIN QUERY PLAN {dead}")
     assert [step[-1] for step in plan] == [
         "SEARCH generation USING INDEX generation_loose (ended=?)"
     ]
@@ -238,7 +252,7 @@ async def test_lock_of_another_program_is_waited_for(path: Path) -> None:
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN EXCLUSIVE")
     begun = threading.Event()
-    await call_back(store._writer, lambda statement: begun.set())
+    await call_back(store.writer, lambda statement: begun.set())
     commit = asyncio.ensure_future(store.commit([whole(header())]))
     async with asyncio.timeout(SECONDS):
         await asyncio.to_thread(begun.wait, SECONDS)

@@ -4,7 +4,7 @@
 
 import asyncio
 import gc
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ def cancel() -> None:
 async def test_commit_that_is_cancelled_is_made_as_a_whole_or_not_at_all(
     file: SqliteStore, clock: Clock
 ) -> None:
-    statements = await trace(file._writer)
+    statements = await trace(file.writer)
     await file.commit([whole(header("whole", "whole")), whole(header("outside", None))])
     assert statements[0].startswith("BEGIN")
     assert statements[-1] == "COMMIT"
     for number in range(1, len(statements) + 1):
         batch = [whole(header(f"g{number}", f"c{number}")), whole(header(f"o{number}", None))]
-        async with Hold(file._writer, number) as hold:
+        async with Hold(file.writer, number) as hold:
             commit = asyncio.ensure_future(file.commit(batch))
             waits = asyncio.ensure_future(file.commit([whole(header(f"w{number}", "waits"))]))
             await hold.reached()
@@ -71,10 +71,10 @@ async def test_commit_that_is_cancelled_is_made_as_a_whole_or_not_at_all(
 
 async def test_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: SqliteStore) -> None:
     await file.commit([whole(header())])
-    statements = await trace(file._reader)
+    statements = await trace(file.reader)
     await loaded(file)
     for number in range(1, len(statements) + 1):
-        async with Hold(file._reader, number) as hold:
+        async with Hold(file.reader, number) as hold:
             reading = asyncio.ensure_future(load(file, "c", "me", 10))
             await hold.reached()
             reading.cancel()
@@ -87,17 +87,20 @@ async def test_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: Sqli
 async def test_opening_that_is_cancelled_leaves_nothing_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Connection._run
     trips = at = 0
 
-    def watched(self: Connection, work: Callable[[], Any]) -> "asyncio.Future[Any]":
-        nonlocal trips
-        trips += 1
-        if trips == at:
-            cancel()
-        return run(self, work)
+    def watched(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def trip(*arguments: Any) -> Any:
+            nonlocal trips
+            trips += 1
+            if trips == at:
+                cancel()
+            return await method(*arguments)
 
-    monkeypatch.setattr(Connection, "_run", watched)
+        return trip
+
+    for method in (Connection.open, Connection.call):
+        monkeypatch.setattr(Connection, method.__name__, watched(method))
     store = SqliteStore(path)
     await store.open()
     needed = trips
@@ -114,7 +117,7 @@ async def test_opening_that_is_cancelled_leaves_nothing_open(
 
 
 async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
-    statements = await trace(file._writer)
+    statements = await trace(file.writer)
     async with asyncio.timeout(SECONDS):
         await asyncio.gather(
             *(file.commit([whole(header(f"g{number}"))]) for number in range(5)),
@@ -144,7 +147,7 @@ async def test_reads_at_the_same_time_are_none_the_worse_for_each_other(
 
 async def test_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
     await file.commit([entry(header(), True, 0, ["a"])])
-    async with Hold(file._reader, 3) as hold:
+    async with Hold(file.reader, 3) as hold:
         finding = asyncio.ensure_future(file.find("g", "me"))
         await hold.reached()
         await file.commit([entry(header(), False, 1, ["b"], done())])
@@ -153,7 +156,7 @@ async def test_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
     assert (heard(stored.pieces), stored.terminal) == (["a"], None)
     assert await found(file) == ["a", "b"]
 
-    async with Hold(file._reader, 3) as hold:
+    async with Hold(file.reader, 3) as hold:
         loading = asyncio.ensure_future(loaded(file))
         await hold.reached()
         await file.delete("c", "me")
@@ -162,7 +165,7 @@ async def test_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
 
 
 async def test_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
-    async with Hold(file._writer, 1) as hold:
+    async with Hold(file.writer, 1) as hold:
         commit = asyncio.ensure_future(file.commit([whole(header())]))
         await hold.reached()
         closing = asyncio.gather(file.close(), file.close())
@@ -177,7 +180,7 @@ async def test_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
 
 
 async def test_close_that_is_cancelled_can_be_made_again(file: SqliteStore) -> None:
-    async with Hold(file._writer, 1) as hold:
+    async with Hold(file.writer, 1) as hold:
         commit = asyncio.ensure_future(file.commit([whole(header())]))
         await hold.reached()
         close = asyncio.ensure_future(file.close())

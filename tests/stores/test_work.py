@@ -97,8 +97,7 @@ async def test_turns_that_are_not_in_the_history_make_no_request_slower(file: Sq
         def note() -> None:
             steps.append(None)
 
-        for connection in (file._writer, file._reader):
-            assert connection is not None
+        for connection in (file.writer, file.reader):
             await connection.call(lambda database: database.set_progress_handler(note, 100))
         again = Header(name, "me", "c", Prompt(prompt="Hello?"), "m", 500.0, retried)
         await file.commit([whole(again)])
@@ -106,8 +105,7 @@ async def test_turns_that_are_not_in_the_history_make_no_request_slower(file: Sq
         stored = await load(file, "c", "me", 10, before=2)
         assert stored is not None
         assert not stored.older
-        for connection in (file._writer, file._reader):
-            assert connection is not None
+        for connection in (file.writer, file.reader):
             await connection.call(lambda database: database.set_progress_handler(None, 0))
         return len(steps)
 
@@ -167,7 +165,7 @@ async def test_owners_take_turns_at_the_store(file: SqliteStore) -> None:
         await load(file, "c", owner, 10)
         order.append(owner)
 
-    async with asyncio.timeout(SECONDS), Hold(file._reader, 1) as hold:
+    async with asyncio.timeout(SECONDS), Hold(file.reader, 1) as hold:
         first = asyncio.ensure_future(ask_as("me"))
         await hold.reached()
         tasks = [asyncio.ensure_future(ask_as("me")) for _ in range(50)]
@@ -183,7 +181,7 @@ async def test_one_owner_has_so_many_requests_wait_for_the_store(
     file: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fair, "MOST_WAITING", 2)
-    async with asyncio.timeout(SECONDS), Hold(file._reader, 1) as hold:
+    async with asyncio.timeout(SECONDS), Hold(file.reader, 1) as hold:
         tasks = [asyncio.ensure_future(file.list("me", 1, None)) for _ in range(3)]
         await hold.reached()
         with pytest.raises(Refused) as raised:
