@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -74,9 +75,9 @@ class Page:
         known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
         fresh = tag in known or "*" in known
         kind = self._TYPES[self.PATHS[path].rpartition(".")[2]]
-        return respond(
-            HTTPStatus.NOT_MODIFIED if fresh else HTTPStatus.OK,
-            b"" if fresh else body,
+        response = respond(
+            HTTPStatus.OK,
+            body,
             f"{kind}; charset=utf-8",
             {
                 "Content-Security-Policy": self.POLICY,
@@ -84,6 +85,7 @@ class Page:
                 "Referrer-Policy": "no-referrer",
             },
         )
+        return replace(response, status=HTTPStatus.NOT_MODIFIED, body=b"") if fresh else response
 
 
 class Operations:
