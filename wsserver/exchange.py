@@ -287,7 +287,7 @@ class Exchange(TcpConnection):
             self._write_and_drop(response.encode())
             return
         self.transport.write(response.encode(keep=True))
-        if self.transport.get_write_buffer_size():  # the client reads slowly
+        if self._waiting():  # the client reads slowly
             self._write_and_drop(b"")
         else:
             self.serve_next(self)

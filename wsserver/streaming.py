@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from uuid import uuid4
 
+from wsserver.logs import log
 from wsserver.responses import BodyWriter, Producer
 from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
 
@@ -46,9 +47,13 @@ class StreamedResponse(Writer):
         self._producer: Producer | None = None
 
     def begin(self, open_body: Callable[[BodyWriter], Producer]) -> None:
-        """Let the producer begin."""
+        """Let the producer begin. Where that fails, the client gets no whole response."""
         self.transport.resume_reading()
-        self._producer = open_body(self)
+        try:
+            self._producer = open_body(self)
+        except Exception as error:  # noqa: BLE001
+            log.error("a response could not be streamed", socket=self.id, failure=error)
+            self.abort()
 
     def write(self, data: bytes) -> None:
         """Write a part of the body without waiting, at once or from a buffer."""

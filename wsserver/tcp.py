@@ -77,6 +77,11 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._held = size
         return True
 
+    def _waiting(self) -> int:
+        """Return the bytes that the kernel has not taken yet."""
+        below = 0 if self.below is None else self.below.get_write_buffer_size()
+        return self.transport.get_write_buffer_size() + below
+
     def hand_over(self, successor: "TcpConnection") -> None:
         """Let another protocol serve the connection from now on."""
         self._hold(0)
@@ -183,11 +188,6 @@ class Writer(TcpConnection):
     def _check_unsent(self) -> None:
         if self._waiting() > self._listener.settings.max_unsent and not self.transport.is_closing():
             self._abort_reader("too much unsent")
-
-    def _waiting(self) -> int:
-        """Return the bytes that the kernel has not taken yet."""
-        below = 0 if self.below is None else self.below.get_write_buffer_size()
-        return self.transport.get_write_buffer_size() + below
 
     def _abort_reader(self, why: Aborted) -> None:
         log.info("reader aborted", socket=self.id, reason=why)

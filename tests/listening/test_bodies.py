@@ -326,11 +326,12 @@ async def test_no_connection_is_kept_once_the_listener_stops() -> None:
         assert (status, headers["connection"]) == (200, "close")
 
 
-async def test_client_that_does_not_read_gets_no_second_response() -> None:
+@both
+async def test_client_that_does_not_read_gets_no_second_response(tls: bool) -> None:
     async def large(_: Request, __: Visitor) -> Response:
         return respond(HTTPStatus.OK, b"x" * 10_000_000)
 
-    async with listening(large) as listener, Browser.open(listener) as browser:
+    async with listening(large, tls=tls) as listener, Browser.open(listener) as browser:
         browser.writer.transport.pause_reading()  # type: ignore[attr-defined]
         browser.send(GET + KEEP + b"\r\n")
         await until(lambda: bool(listener.answering))
@@ -338,4 +339,5 @@ async def test_client_that_does_not_read_gets_no_second_response() -> None:
         browser.send(GET + KEEP + b"\r\n")
         browser.writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert (await browser.response())[0] == 200
+        browser.writer.close()
         assert await browser.ended()

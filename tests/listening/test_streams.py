@@ -9,7 +9,7 @@ from tests.listening.answering import Browser, Recorder, listening
 from tests.support.puppet import BOUND, until
 from wsserver.admission import Visitor
 from wsserver.listener import Listener
-from wsserver.responses import Answer, Request, Stream
+from wsserver.responses import Answer, BodyWriter, Request, Stream
 from wsserver.tcp import READ_SIZE
 
 GET = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
@@ -225,3 +225,19 @@ async def test_aborted_body_is_no_whole_response() -> None:
         await recorder.gone.wait()
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await browser.chunk()
+
+
+async def test_producer_that_fails_to_begin_leaves_no_whole_response(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(_: BodyWriter) -> Recorder:
+        raise LookupError("a fault")
+
+    async def answer(_: Request, __: Visitor) -> Answer:
+        return Stream(HTTPStatus.OK, EVENTS, fail)
+
+    async with listening(answer) as listener, Browser.open(listener) as browser:
+        browser.send(GET, KEEP, b"\r\n")
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await browser.response()
+    assert "a response could not be streamed" in caplog.text
