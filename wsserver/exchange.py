@@ -39,6 +39,7 @@ __all__ = ["Exchange", "Host"]
 
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
+UNREAD = 65_536  # bytes of responses that a client has not read yet, before another request
 LINGER = 1.0  # seconds for a refused client to read the response
 BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
 
@@ -206,16 +207,16 @@ class Exchange(TcpConnection):
             raise _too_large(limit)
         if "expect" in headers and not (parser.ended or parser.body):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._check_open()
         self._more = asyncio.Event()
         began, timeout = loop.time(), self._listener.settings.open_timeout
         self._wait_for_body()
         try:
             while not parser.ended and len(parser.body) <= limit:
-                self._check_open()
                 self._more.clear()
                 async with asyncio.timeout_at(began + timeout + len(parser.body) / BODY_RATE):
                     await self._more.wait()
-            self._check_open()
+                self._check_open()
         except TimeoutError:
             message = "The body of the request came too slowly."
             raise BadRequest(HTTPStatus.REQUEST_TIMEOUT, message) from None
@@ -287,7 +288,7 @@ class Exchange(TcpConnection):
             self._write_and_drop(response.encode())
             return
         self.transport.write(response.encode(keep=True))
-        if self._waiting():  # the client reads slowly
+        if self._waiting() > UNREAD:
             self._write_and_drop(b"")
         else:
             self.serve_next(self)

@@ -67,7 +67,7 @@ class StreamedResponse(Writer):
         self._ended = True
         if self._chunked:
             self.transport.write(LAST_CHUNK)
-        if self._following is not None and not self._dropped and not self._waiting():
+        if self._following is not None and not self._dropped and self.writable:
             self._finish()
             self._following(self)
         elif self.transport.can_write_eof():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Self
 
 from tests.support.certificate import certificate, tls_server
@@ -15,7 +16,7 @@ from wsserver.listener import Listener
 from wsserver.responses import Answer, BadRequest, BodyWriter, Request
 from wsserver.telemetry import Metrics
 
-__all__ = ["Browser", "Recorder", "listening", "trusted"]
+__all__ = ["Browser", "Recorder", "listening", "name_of", "trusted"]
 
 
 @contextlib.asynccontextmanager
@@ -61,6 +62,14 @@ async def listening(
 def trusted() -> ssl.SSLContext:
     """Return the settings of a client that trusts :func:`listening`."""
     return ssl.create_default_context(cadata=certificate())
+
+
+def name_of(test: object) -> str:
+    """Return the name of a test that is run on another event loop."""
+    if isinstance(test, partial):
+        given = ", ".join(str(value) for name, value in test.keywords.items() if name != "sent")
+        return f"{test.func.__name__}-{given}"
+    return getattr(test, "__name__", str(test))
 
 
 class Browser:

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import pytest
+import uvloop
 
-from tests.listening.answering import Browser, listening
+from tests.listening.answering import Browser, listening, name_of
 from tests.support.puppet import until
 from wsserver.admission import Visitor
 from wsserver.exchange import HEADER_COST, REQUEST_COST
@@ -341,3 +343,24 @@ async def test_client_that_does_not_read_gets_no_second_response(tls: bool) -> N
         assert (await browser.response())[0] == 200
         browser.writer.close()
         assert await browser.ended()
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        partial(test_body_reaches_application_whole, tls=False, sent=[length(5), b"\r\nhello"]),
+        partial(test_body_reaches_application_whole, tls=True, sent=[length(5), b"\r\nhello"]),
+        partial(test_client_that_leaves_before_its_body_ends_the_wait, reading=True),
+        partial(test_client_that_leaves_before_its_body_ends_the_wait, reading=False),
+        test_refused_body_that_still_comes_does_not_reset_the_response,
+        test_body_that_nobody_reads_is_bounded,
+        partial(test_connection_is_kept_for_a_client_that_asks, tls=False),
+        partial(test_connection_is_kept_for_a_client_that_asks, tls=True),
+        partial(test_client_that_does_not_read_gets_no_second_response, tls=False),
+        partial(test_client_that_does_not_read_gets_no_second_response, tls=True),
+    ],
+    ids=name_of,
+)
+def test_bodies_and_kept_connections_hold_on_uvloop(test: Callable[[], Any]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(test())

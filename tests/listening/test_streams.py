@@ -1,11 +1,15 @@
 """Streamed responses: their coding, clients that read slowly, and clients that leave."""
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 import pytest
+import uvloop
 
-from tests.listening.answering import Browser, Recorder, listening
+from tests.listening.answering import Browser, Recorder, listening, name_of
 from tests.support.puppet import BOUND, until
 from wsserver.admission import Visitor
 from wsserver.listener import Listener
@@ -241,3 +245,31 @@ async def test_producer_that_fails_to_begin_leaves_no_whole_response(
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await browser.response()
     assert "a response could not be streamed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        partial(test_stream_is_written_in_chunks, tls=False),
+        partial(test_stream_is_written_in_chunks, tls=True),
+        partial(test_stream_of_http_1_0_ends_with_the_connection, tls=False),
+        partial(test_stream_of_http_1_0_ends_with_the_connection, tls=True),
+        partial(test_connection_is_kept_after_a_stream, tls=False),
+        partial(test_connection_is_kept_after_a_stream, tls=True),
+        partial(test_producer_is_told_at_once_that_the_client_has_gone, tls=False, how="close"),
+        partial(test_producer_is_told_at_once_that_the_client_has_gone, tls=True, how="close"),
+        partial(test_producer_is_told_at_once_that_the_client_has_gone, tls=False, how="abort"),
+        partial(
+            test_producer_is_told_at_once_that_the_client_has_gone, tls=False, how="half-close"
+        ),
+        test_slow_reader_pauses_the_producer_and_wakes_it,
+        test_client_that_does_not_read_is_aborted_in_time,
+        test_client_with_too_much_unsent_is_aborted_at_once,
+        test_client_that_sends_without_end_is_aborted,
+        test_aborted_body_is_no_whole_response,
+    ],
+    ids=name_of,
+)
+def test_streams_hold_on_uvloop(test: Callable[[], Any]) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(test())
