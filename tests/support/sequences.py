@@ -28,8 +28,8 @@ EVENTS = {
     "(a new connection)": {"event": "connected"},
     "(the token expires)": {"event": "expired"},
     "(2,880 s later)": {"event": "later"},
-    "(the server dies, and starts again)": {"event": "crashed"},
-    "(the server is told to end)": {"event": "draining"},
+    "(the server crashes and restarts)": {"event": "crashed"},
+    "(the server begins to shut down)": {"event": "draining"},
 }
 """What happens besides frames, as the document says it and as the vectors do."""
 
