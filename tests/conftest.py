@@ -29,14 +29,15 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _clean_logging() -> Iterator[None]:
-    """Take back what :func:`wsserver.logs.set_up` has done, and forget the lines counted."""
+    """Undo :func:`wsserver.logs.set_up`, and begin a window for the lines of each test."""
     root, own = logging.getLogger(), logging.getLogger("wsserver")
     before, levels = set(root.handlers), (root.level, own.level)
-    logs._limit.clear()
+    logs.write_left_out()
     yield
+    if set(root.handlers) - before:
+        logs.set_up("info")  # by the clock of the system
     for handler in set(root.handlers) - before:
-        if isinstance(handler.formatter, logs._Formatter):
-            root.removeHandler(handler)
+        root.removeHandler(handler)
     root.setLevel(levels[0])
     own.setLevel(levels[1])
 

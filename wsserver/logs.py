@@ -56,7 +56,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def set_up(level: str, stream: TextIO | None = None) -> None:
+def set_up(
+    level: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Write all records of this process to a stream: text on a terminal, else JSON objects.
 
     Args:
@@ -64,7 +66,9 @@ def set_up(level: str, stream: TextIO | None = None) -> None:
             of other libraries are written from level warning on, whatever level the library sets:
             at lower levels the Anthropic SDK logs prompts.
         stream: destination; the default is stderr.
+        clock: monotonic clock for the :data:`WINDOW`, in seconds.
     """
+    _limit.begin(clock)
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_Formatter(as_json=not handler.stream.isatty(), full=level == "debug"))
     handler.addFilter(_from_libraries)
@@ -107,19 +111,15 @@ class _Formatter(logging.Formatter):
 
 
 class _Limit:
-    """Decides which lines are written, and counts the lines that are not.
+    """Decides which lines are written, and counts the lines that are not."""
 
-    Args:
-        clock: monotonic clock, in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # libraries log from threads of their own
-        self.clear()
+        self.begin(time.monotonic)
 
-    def clear(self) -> None:
-        """Begin a window."""
+    def begin(self, clock: Callable[[], float]) -> None:
+        """Begin a window by a monotonic clock, in seconds."""
+        self._clock = clock
         self._began = self._clock()
         self._written: Counter[Hashable] = Counter()
         self._left_out: Counter[str] = Counter()
@@ -159,7 +159,7 @@ class _Limit:
         """Write how many lines were left out, if any, and begin a new window."""
         with self._lock:
             left_out, level = self._left_out, self._level
-            self.clear()
+            self.begin(self._clock)
         if left_out:
             counts = {event.replace(" ", "_"): count for event, count in left_out.items()}
             log.log(level, "lines left out", **counts)

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from tests.auth.issuer import Clock, Issuer, key_set, serving
-from wsserver.auth import jwks
 
 
 @pytest.fixture
@@ -28,7 +27,5 @@ async def issuer() -> AsyncIterator[Issuer]:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(jwks.FetchedKeys.__init__, "__defaults__", (clock,))
-    return clock
+def clock() -> Clock:
+    return Clock()

@@ -7,7 +7,7 @@ import hmac
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from typing import Any
@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from wsserver import Settings
-from wsserver.auth import jwks
 from wsserver.auth.base import Handshake
 from wsserver.auth.jwt import JwtAuthenticator
 
@@ -88,8 +87,8 @@ def forged(header: object, payload: object, secret: bytes | None = None) -> str:
     return f"{signed}.{part(signature)}"
 
 
-def authenticator(**settings: Any) -> JwtAuthenticator:
-    return JwtAuthenticator(Settings.load(**{"jwt_audience": "chat"} | settings))
+def authenticator(clock: Callable[[], float] = time.monotonic, **settings: Any) -> JwtAuthenticator:
+    return JwtAuthenticator(Settings.load(**{"jwt_audience": "chat"} | settings), clock)
 
 
 def with_secret(**settings: Any) -> JwtAuthenticator:
@@ -146,16 +145,11 @@ class Clock:
 
 
 @asynccontextmanager
-async def fetching(url: str) -> AsyncIterator[JwtAuthenticator]:
-    check = authenticator(jwt_jwks=url)
+async def fetching(
+    url: str, clock: Callable[[], float] = time.monotonic
+) -> AsyncIterator[JwtAuthenticator]:
+    check = authenticator(clock, jwt_jwks=url)
     try:
         yield check
     finally:
         await check.aclose()
-
-
-async def fetched(check: JwtAuthenticator) -> None:
-    """Wait for the fetch that is under way in the background."""
-    assert isinstance(check._source, jwks.FetchedKeys)
-    assert check._source._fetching is not None
-    await check._source._fetching

@@ -17,7 +17,6 @@ from tests.auth.issuer import (
     Issuer,
     authenticator,
     claims,
-    fetched,
     fetching,
     forged,
     key_set,
@@ -27,6 +26,7 @@ from tests.auth.issuer import (
     sign,
 )
 from tests.support.client import client
+from tests.support.puppet import BOUND
 from tests.support.upstream import refused_url, tls_server
 from wsserver import ConfigError, Settings
 from wsserver.auth import close, jwks, make, reload, tokens
@@ -110,7 +110,7 @@ async def test_reload_reads_the_key_file_and_ignores_an_invalid_one(
 
 
 async def test_keys_are_fetched_at_first_use_and_when_old(issuer: Issuer, clock: Clock) -> None:
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert issuer.paths == []
         for _ in range(2):
             assert await check(sign("rsa-1"), HERE) is not None
@@ -119,15 +119,17 @@ async def test_keys_are_fetched_at_first_use_and_when_old(issuer: Issuer, clock:
         issuer.body = key_set("rsa-2")
         assert await check(sign("rsa-1"), HERE) is not None
         clock.now += 1
-        assert await check(sign("rsa-1"), HERE) is not None  # which has it fetched
-        await fetched(check)
-        assert await check(sign("rsa-1"), HERE) is None
+        old = sign("rsa-1")
+        assert await check(old, HERE) is not None  # and the keys are fetched meanwhile
+        async with asyncio.timeout(BOUND):
+            while await check(old, HERE) is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0)
         assert await check(sign("rsa-2"), HERE) is not None
         assert len(issuer.paths) == 2
 
 
 async def test_key_withdrawn_during_a_pause_is_refused(issuer: Issuer, clock: Clock) -> None:
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         issuer.body = key_set("rsa-2")
         clock.now += 7200
@@ -139,7 +141,7 @@ async def test_hanging_issuer_does_not_delay_known_keys(
 ) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT", 3600.0)
     monkeypatch.setattr("wsserver.auth.jwt.PATIENCE", 0.05)
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         issuer.open.clear()
         for _ in range(3):
@@ -179,7 +181,10 @@ async def test_unknown_keys_at_a_hanging_issuer_do_not_delay_known_logins(
     issuer: Issuer, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(
-        "demo", port=0, jwt_jwks=issuer.url, jwt_audience="chat", open_timeout=1
+        "demo",
+        port=0,
+        authenticate=authenticator(clock, jwt_jwks=issuer.url, open_timeout=1),
+        open_timeout=1,
     ) as server:
 
         async def status(key: str) -> int:
@@ -203,7 +208,7 @@ async def test_unknown_keys_at_a_hanging_issuer_do_not_delay_known_logins(
 
 @pytest.mark.parametrize("kid", ["", None])
 async def test_unknown_key_is_fetched(kid: str | None, issuer: Issuer, clock: Clock) -> None:
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1", kid=kid), HERE) is not None
         issuer.body = key_set("rsa-1", "rsa-2")
         clock.now += 30
@@ -213,7 +218,7 @@ async def test_unknown_key_is_fetched(kid: str | None, issuer: Issuer, clock: Cl
 
 
 async def test_made_up_tokens_cause_few_fetches(issuer: Issuer, clock: Clock) -> None:
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         for second in range(1, 62):
             clock.now += 1
@@ -249,7 +254,7 @@ async def test_concurrent_logins_share_a_fetch_and_survive_a_cancellation(issuer
 async def test_known_key_does_not_wait_for_the_fetch_of_another(
     issuer: Issuer, clock: Clock
 ) -> None:
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         clock.now += 30
         issuer.open.clear()
@@ -319,7 +324,7 @@ async def test_without_keys_authentication_is_unavailable_until_a_fetch_works(
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT", 0.5)
     good = issuer.body
     spoil(issuer)
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         for _ in range(3):
             with pytest.raises(Unavailable):
                 await check(sign("rsa-1"), HERE)
@@ -347,7 +352,7 @@ async def test_old_keys_stay_in_use_while_renewal_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(jwks, "FETCH_TIMEOUT", 0.5)
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         spoil(issuer)
         for _ in range(2):
@@ -395,7 +400,7 @@ async def test_environment_proxy_is_not_used_for_http(
 
 
 async def test_reload_fetches_keys_at_once(issuer: Issuer, clock: Clock) -> None:
-    async with fetching(issuer.url) as check:
+    async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         issuer.body = key_set("rsa-2")
         await check.reload()

@@ -6,7 +6,6 @@ must not make this server send more requests to the issuer.
 
 import asyncio
 import ipaddress
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -117,7 +116,7 @@ class FetchedKeys(FixedKeys):
         address: str,
         parse: Parse,
         patience: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float],
     ) -> None:
         super().__init__(())
         self._url = _checked(address)

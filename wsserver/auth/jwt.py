@@ -4,6 +4,8 @@ Only this module imports PyJWT. It follows the best current practices of RFC 872
 which algorithm verifies a token (section 3.1), and the header of the token does not.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +55,24 @@ class JwtAuthenticator:
     1 to 256 printable characters. ``nbf`` and ``iat`` are checked if the token has them. ``aud`` is
     checked if the token or the settings have an audience (RFC 7519 section 4.1.3).
 
+    Args:
+        settings: the keys, the audience and the issuer.
+        clock: monotonic clock for the age of the keys, in seconds.
+
     Raises:
         ConfigError: the settings have no key, two kinds of keys, or a key that cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         shared = bool(settings.jwt_secret.get_secret_value() or settings.jwt_secret_file)
         self._has_kids = not shared  # a token may have any `kid` if there is one secret
         self._algorithms = _SYMMETRIC if shared else _ASYMMETRIC
         if shared == bool(settings.jwt_jwks):
             raise ConfigError("JSON Web Tokens need one of jwt_secret and jwt_jwks, and not both")
-        self._source = ReadKeys(lambda: _of_secret(settings)) if shared else _of_issuer(settings)
+        self._source = (
+            ReadKeys(lambda: _of_secret(settings)) if shared else _of_issuer(settings, clock)
+        )
 
     async def __call__(self, token: str | None, _handshake: Handshake, /) -> Principal | None:
         """Return the principal of the token, or None if the token is invalid.
@@ -156,7 +164,7 @@ def _of_secret(settings: Settings) -> Keys:
     return (Key(None, _SYMMETRIC, material),)
 
 
-def _of_issuer(settings: Settings) -> FixedKeys:
+def _of_issuer(settings: Settings, clock: Callable[[], float]) -> FixedKeys:
     place = settings.jwt_jwks
     if "://" not in place:
         return ReadKeys(lambda: _of_file(place))
@@ -166,7 +174,7 @@ def _of_issuer(settings: Settings) -> FixedKeys:
             "services with the same keys"
         )
     # Admission gives an authenticator half of `open_timeout`.
-    return FetchedKeys(place, _parse, min(PATIENCE, settings.open_timeout / 4))
+    return FetchedKeys(place, _parse, min(PATIENCE, settings.open_timeout / 4), clock)
 
 
 def _of_file(place: str) -> Keys:
