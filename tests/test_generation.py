@@ -16,7 +16,7 @@ from wsserver.generation import (
     well_formed,
 )
 from wsserver.live import Generation
-from wsserver.protocol import Done, Prompt, UsageCounts
+from wsserver.protocol import Done, Prompt
 from wsserver.telemetry import Span
 
 LEGAL = {
@@ -63,7 +63,7 @@ async def test_illegal_event_changes_nothing_of_the_generation(
     before: list[str], event: str
 ) -> None:
     task = asyncio.get_running_loop().create_task(asyncio.sleep(0, End()))
-    done = Done(id="g", seq=0, reason="end_turn", usage=UsageCounts.of(Usage()))
+    done = Done(id="g", seq=0, reason="end_turn", usage=Usage())
     generation = Generation("g", "me", Prompt(prompt="Hello?"), "m", None)
     events = {
         "start": lambda: generation.start(task, Span(None), 1.0),

@@ -12,7 +12,7 @@ from wsserver.content import Usage
 from wsserver.errors import StoreError
 from wsserver.generation import Log
 from wsserver.journal import Journal, Record
-from wsserver.protocol import Done, Prompt, Terminal, UsageCounts
+from wsserver.protocol import Done, Prompt, Terminal
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import Entry, Header, StoredGeneration, Unsavable
 from wsserver.telemetry import Metrics
@@ -67,7 +67,7 @@ class Stand:
 
     def end(self, record: Record) -> None:
         name = record.header.id
-        end = Done(id=name, seq=1, reason="end_turn", usage=UsageCounts.of(Usage()))
+        end = Done(id=name, seq=1, reason="end_turn", usage=Usage())
         self.journal.end(record, end, lambda saved: self.told.update({name: saved}))
 
     async def stored(self, name: str = "g") -> list[str] | None:
@@ -146,7 +146,7 @@ async def test_failing_callback_of_one_end_does_not_hold_up_others(
         raise ZeroDivisionError("secret")
 
     first, second = stand.begin("g"), stand.begin("h")
-    end = Done(id="g", seq=0, reason="end_turn", usage=UsageCounts.of(Usage()))
+    end = Done(id="g", seq=0, reason="end_turn", usage=Usage())
     stand.journal.end(first, end, broken)
     stand.end(second)
     await until(lambda: stand.told)

@@ -16,14 +16,13 @@ from tests.support.upstream import Hang, Script, Upstream, error, reply
 from wsserver import ConfigError, End, Principal, Settings, Usage
 from wsserver.limits import SECONDS_PER_DAY
 from wsserver.prices import CLAUDE, FREE, NOTHING, Price, Prices, Spent
-from wsserver.protocol import UsageCounts
 from wsserver.stores.base import day_of
 
 SONNET = Price(3, 15, 3.75, 0.3)
 
 
 def cost(price: Price, asked: int, said: int, written: int = 0, read: int = 0) -> Spent:
-    return price.spent(UsageCounts.of(Usage(asked, said, written, read)))
+    return price.spent(Usage(asked, said, written, read))
 
 
 # Prices

@@ -27,7 +27,6 @@ from wsserver.protocol import (
     Stop,
     ThinkingFrame,
     Token,
-    UsageCounts,
 )
 
 
@@ -93,7 +92,7 @@ def test_whatever_json_is_received_is_parsed_or_refused(value: object) -> None:
 
 
 def test_keys_without_a_value_are_left_out() -> None:
-    usage = UsageCounts.of(Usage(1, 2))
+    usage = Usage(1, 2)
     assert encode(Pong()) == b'{"type":"pong"}'
     assert encode(Start(id="i", model="m")) == b'{"type":"start","id":"i","model":"m"}'
     assert encode(Done(id="i", seq=0, reason="end_turn", usage=usage)) == (

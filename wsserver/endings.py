@@ -7,7 +7,7 @@ from wsserver.errors import UNBILLED, Code, ModelError
 from wsserver.generation import End, Log, tokens_in, well_formed
 from wsserver.live import Generation, Outcome
 from wsserver.logs import log as events
-from wsserver.protocol import Done, Error, Terminal, UsageCounts
+from wsserver.protocol import Done, Error, Terminal
 from wsserver.stores.base import StoredGeneration
 
 __all__ = ["restored", "terminal_of", "usage_of"]
@@ -16,16 +16,16 @@ __all__ = ["restored", "terminal_of", "usage_of"]
 def terminal_of(generation: Generation, how: Outcome) -> Terminal:
     """Make the terminal of a generation."""
     if isinstance(how, End):
-        usage = UsageCounts.of(how.usage or usage_of(generation))
+        usage = how.usage or usage_of(generation)
         reason = well_formed(how.reason)
         return Done(id=generation.id, seq=generation.log.seq, reason=reason, usage=usage)
     if isinstance(how, str):
-        usage = UsageCounts.of(usage_of(generation))
+        usage = usage_of(generation)
         return Done(id=generation.id, seq=generation.log.seq, reason="stopped", by=how, usage=usage)
     error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
     unanswered = generation.usage is None and not generation.log.seq
     free = unanswered and error.code in UNBILLED
-    usage = UsageCounts.of(Usage() if free else usage_of(generation))
+    usage = Usage() if free else usage_of(generation)
     return Error(
         code=error.code,
         message=well_formed(error.message),
@@ -76,7 +76,7 @@ def restored(stored: StoredGeneration) -> Generation:
             id=header.id,
             seq=log.seq,
             retryable=code.retryable,
-            usage=UsageCounts.of(usage_of(generation)),
+            usage=usage_of(generation),
             ref=ref,
         )
     generation.restore(terminal)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wsserver.protocol import UsageCounts
+from wsserver.content import Usage
 
 __all__ = ["CACHE_READ", "CACHE_WRITE", "NOTHING", "Price", "Prices", "Spent"]
 
@@ -53,12 +53,12 @@ class Price:
     cache_read: float
     over: "Price | None" = None
 
-    def spent(self, usage: UsageCounts | None) -> Spent:
+    def spent(self, usage: Usage | None) -> Spent:
         """Return the cost of a reply, rounded up."""
         if usage is None:
             return NOTHING
         fresh, output, written, read = (
-            min(count or 0, MOST)
+            min(count, MOST)
             for count in (
                 usage.input_tokens,
                 usage.output_tokens,

@@ -6,20 +6,15 @@ of the server.
 """
 
 from enum import IntEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from wsserver.content import Message, Usage, written
+from wsserver.content import Message, written
 from wsserver.errors import Code
 from wsserver.wire import (
     Content,
+    FrameUsage,
     HistoryMessage,
     Id,
     NonBlank,
@@ -228,16 +223,7 @@ ClientFrame = (
 )
 
 CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
-    "prompt": Prompt,
-    "stop": Stop,
-    "resume": Resume,
-    "open": Open,
-    "list": List,
-    "rename": Rename,
-    "delete": Delete,
-    "close": CloseConversation,
-    "auth": Auth,
-    "ping": Ping,
+    model.model_fields["type"].default: model for model in get_args(ClientFrame)
 }
 
 
@@ -349,29 +335,6 @@ class BlockFrame(_Content):
     partial_json: str
 
 
-class UsageCounts(_Frame):
-    """Tokens spent. The counts of the cache are left out if 0, ``estimated`` if false."""
-
-    model_config = ConfigDict(title="Usage")
-
-    input_tokens: int
-    output_tokens: int
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    estimated: Literal[True] | None = None
-
-    @classmethod
-    def of(cls, usage: Usage) -> Self:
-        """Convert the usage of a generation."""
-        return cls(
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cache_creation_input_tokens=usage.cache_creation_input_tokens or None,
-            cache_read_input_tokens=usage.cache_read_input_tokens or None,
-            estimated=True if usage.estimated else None,
-        )
-
-
 class Done(_Frame):
     """Terminal: the reply has ended. ``seq`` is that of the last piece, 0 if there is none."""
 
@@ -380,7 +343,7 @@ class Done(_Frame):
     seq: int
     reason: str
     by: StoppedBy | None = None
-    usage: UsageCounts
+    usage: FrameUsage
     saved: Literal[False] | None = None
 
 
@@ -398,7 +361,7 @@ class Error(_Answer):
     about: str | None = None
     retryable: bool
     retry_after: float | None = None
-    usage: UsageCounts | None = None
+    usage: FrameUsage | None = None
     saved: Literal[False] | None = None
     ref: str
 
@@ -502,19 +465,5 @@ ServerFrame = (
 )
 
 SERVER_FRAMES: dict[str, type[ServerFrame]] = {
-    "hello": Hello,
-    "start": Start,
-    "token": Token,
-    "thinking": ThinkingFrame,
-    "block": BlockFrame,
-    "done": Done,
-    "error": Error,
-    "history": History,
-    "conversations": Conversations,
-    "renamed": Renamed,
-    "deleted": Deleted,
-    "closed": Closed,
-    "stopped": Stopped,
-    "authenticated": Authenticated,
-    "pong": Pong,
+    model.model_fields["type"].default: model for model in get_args(ServerFrame)
 }

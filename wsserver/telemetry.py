@@ -304,8 +304,8 @@ class Span:
     @staticmethod
     def _set_attributes(span: "trace.Span", terminal: Terminal, first_token: float | None) -> None:
         if (usage := terminal.usage) is not None:
-            created = usage.cache_creation_input_tokens or 0
-            read = usage.cache_read_input_tokens or 0
+            created = usage.cache_creation_input_tokens
+            read = usage.cache_read_input_tokens
             # By convention `input_tokens` includes the cached tokens. In our frames it does not.
             span.set_attribute("gen_ai.usage.input_tokens", usage.input_tokens + created + read)
             span.set_attribute("gen_ai.usage.output_tokens", usage.output_tokens)

@@ -11,12 +11,14 @@ __all__ = [
     "ID_PATTERN",
     "REQUEST_PATTERN",
     "Content",
+    "FrameUsage",
     "HistoryMessage",
     "Id",
     "NonBlank",
     "PromptMessage",
     "RequestId",
     "WellFormed",
+    "dump_usage",
     "parse_message",
     "parse_usage",
 ]
@@ -46,8 +48,11 @@ PROMPT_MESSAGE = {
     "required": ["role", "content"],
     "additionalProperties": False,
 }
-USAGE = {
+USAGE: dict[str, Any] = {
     "type": "object",
+    "description": (
+        "Tokens spent. The counts of the cache are left out if 0, and `estimated` if false."
+    ),
     "properties": {
         "input_tokens": {"type": "integer"},
         "output_tokens": {"type": "integer"},
@@ -155,6 +160,13 @@ def parse_usage(usage: Mapping[str, Any]) -> Usage:
     return Usage(**{key: usage[key] for key in Usage.__slots__ if key in usage})
 
 
+def _usage(value: Any) -> Usage:
+    try:
+        return value if isinstance(value, Usage) else parse_usage(value)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
 def _optional(parse: Callable[[Any], T], value: object) -> T | None:
     return None if value is None else parse(value)
 
@@ -169,16 +181,10 @@ def _history_message(value: Any) -> Message:
     return value if isinstance(value, Message) else parse_message(value)
 
 
-def _dump_usage(usage: Usage) -> dict[str, Any]:
+def dump_usage(usage: Usage) -> dict[str, Any]:
     """Return usage as a frame has it: without the counts of the cache where they are 0."""
-    counts: dict[str, Any] = {
-        "input_tokens": usage.input_tokens,
-        "output_tokens": usage.output_tokens,
-        "cache_creation_input_tokens": usage.cache_creation_input_tokens or None,
-        "cache_read_input_tokens": usage.cache_read_input_tokens or None,
-        "estimated": usage.estimated or None,
-    }
-    return _without_none(counts)
+    counts = {key: getattr(usage, key) for key in USAGE["properties"]}
+    return {key: count for key, count in counts.items() if count or key in USAGE["required"]}
 
 
 def _dump_history_message(message: Message) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def _dump_history_message(message: Message) -> dict[str, Any]:
             "partial": message.partial,
             "blocks": None if isinstance(content, str) else content,
             "model": message.model,
-            "usage": None if message.usage is None else _dump_usage(message.usage),
+            "usage": None if message.usage is None else dump_usage(message.usage),
             "began": message.began,
             "ended": message.ended,
         }
@@ -213,6 +219,9 @@ PromptMessage = Annotated[
     PlainValidator(_prompt_message),
     PlainSerializer(_dump_prompt_message),
     WithJsonSchema(PROMPT_MESSAGE),
+]
+FrameUsage = Annotated[
+    Usage, PlainValidator(_usage), PlainSerializer(dump_usage), WithJsonSchema(USAGE)
 ]
 HistoryMessage = Annotated[
     Message,

@@ -14,7 +14,7 @@ from tests.support.pieces import Thinking, heard, said
 from wsserver.content import Message, Usage
 from wsserver.errors import Code, ConfigError
 from wsserver.prices import Spent
-from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal, UsageCounts
+from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.stores import Store
 from wsserver.stores.base import (
     Entry,
@@ -32,7 +32,7 @@ SECONDS = 20  # that any wait may take at most
 DAY = 86400.0
 
 
-TOKENS = UsageCounts.of(Usage(input_tokens=3, output_tokens=5))
+TOKENS = Usage(input_tokens=3, output_tokens=5)
 
 
 # All that text can be made of, and what looks like the form in which it is kept.
@@ -166,7 +166,7 @@ def failed(code: Code) -> Error:
 
 
 def costing(tokens: int) -> Done:
-    usage = UsageCounts.of(Usage(input_tokens=tokens - 1, output_tokens=1))
+    usage = Usage(input_tokens=tokens - 1, output_tokens=1)
     return Done(id="g", seq=1, reason="end_turn", usage=usage)
 
 

@@ -24,7 +24,6 @@ from tests.support.pieces import Thinking
 from wsserver.content import Usage
 from wsserver.errors import Code
 from wsserver.prices import Spent
-from wsserver.protocol import UsageCounts
 from wsserver.stores import Store
 from wsserver.stores.base import (
     Entry,
@@ -204,7 +203,7 @@ async def test_what_costs_more_than_can_be_is_counted_as_far_as_can_be(
     store: Store, clock: Clock
 ) -> None:
     huge = Usage(input_tokens=10**30, cache_read_input_tokens=10**30)
-    terminal = done().model_copy(update={"usage": UsageCounts.of(huge)})
+    terminal = done().model_copy(update={"usage": huge})
     await store.commit([whole(header(str(number)), terminal=terminal) for number in range(3)])
     assert await tokens_spent(store, "me", 0) == 3 * 10**12
 
@@ -232,7 +231,7 @@ async def test_store_can_be_closed_twice(store: Store) -> None:
 
 @pytest.mark.usefixtures("clock")
 async def test_money_is_counted_by_the_price_of_the_model(store: Store) -> None:
-    usage = UsageCounts.of(Usage(100, 10, 1000, 10_000))
+    usage = Usage(100, 10, 1000, 10_000)
     for name, model in (("1", "claude-sonnet-4-6"), ("2", "claude-opus-5"), ("3", "demo")):
         terminal = done().model_copy(update={"usage": usage})
         await store.commit([whole(replace(header(name), model=model), terminal=terminal)])

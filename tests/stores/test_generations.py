@@ -22,7 +22,7 @@ from tests.stores.support import (
 from tests.support.pieces import Thinking, heard
 from wsserver.content import Usage
 from wsserver.errors import Code
-from wsserver.protocol import Done, Error, Prompt, Terminal, UsageCounts
+from wsserver.protocol import Done, Error, Prompt, Terminal
 from wsserver.stores import Store
 from wsserver.stores.base import (
     TRACE_KEPT,
@@ -139,14 +139,12 @@ async def test_prompt_comes_back_with_all_its_keys(store: Store) -> None:
             id="g",
             seq=0,
             reason="ein Grund ☃ \0",
-            usage=UsageCounts.of(
-                Usage(
-                    input_tokens=1,
-                    output_tokens=2,
-                    cache_creation_input_tokens=3,
-                    cache_read_input_tokens=10**20,
-                    estimated=True,
-                )
+            usage=Usage(
+                input_tokens=1,
+                output_tokens=2,
+                cache_creation_input_tokens=3,
+                cache_read_input_tokens=10**20,
+                estimated=True,
             ),
         ),
         failed(Code.INTERNAL),

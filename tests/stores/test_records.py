@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsserver.content import Image, Message, Other, Text, Thinking
+from wsserver.content import Image, Message, Other, Text, Thinking, Usage
 from wsserver.errors import Code
 from wsserver.pieces import Piece, Pieces
-from wsserver.protocol import Done, Error, Prompt, UsageCounts
+from wsserver.protocol import Done, Error, Prompt
 from wsserver.stores.records import (
     VERSION,
     Packed,
@@ -103,7 +103,7 @@ def test_prompt_is_read_back(prompt: Prompt) -> None:
     assert load_prompt(old) == prompt
 
 
-TOKENS = UsageCounts(input_tokens=1, output_tokens=2, cache_read_input_tokens=3, estimated=True)
+TOKENS = Usage(input_tokens=1, output_tokens=2, cache_read_input_tokens=3, estimated=True)
 TERMINALS = [
     Done(id="g", seq=0, reason="end_turn", usage=TOKENS),
     Done(id="g", seq=3, reason="stopped", by="timeout", usage=TOKENS),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wsserver.content import Block, Message, RedactedThinking, Text, Thinking, Usage
+from wsserver.content import Block, Message, RedactedThinking, Text, Thinking
 from wsserver.errors import StoreError
 from wsserver.pieces import Pieces
 from wsserver.prices import Spent
@@ -313,9 +313,6 @@ def turn_of(
     ended: float | None,
 ) -> Turn:
     """Make a turn; ``contents`` are the blocks of the prompt and those of the reply."""
-    usage = None
-    if terminal is not None and terminal.usage is not None:
-        usage = Usage(**terminal.usage.model_dump(exclude_none=True))
     return Turn(
         number,
         Message("user", contents[0], id=generation, began=began),
@@ -325,7 +322,7 @@ def turn_of(
             partial(terminal),
             id=generation,
             model=model,
-            usage=usage,
+            usage=None if terminal is None else terminal.usage,
             began=began,
             ended=ended,
         ),

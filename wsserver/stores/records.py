@@ -14,7 +14,8 @@ from typing import Any, Self, cast, get_args
 from wsserver.content import Block, Message, Role, Text, dump_content, parse_content
 from wsserver.errors import Code
 from wsserver.pieces import TEXT, Kind, Pieces
-from wsserver.protocol import Done, Error, Prompt, Terminal, UsageCounts
+from wsserver.protocol import Done, Error, Prompt, Terminal
+from wsserver.wire import dump_usage
 
 __all__ = [
     "Packed",
@@ -170,7 +171,7 @@ def content_in(record: str | bytes) -> tuple[Block, ...]:
 
 def dump_terminal(terminal: Terminal) -> str:
     """Return the record of a terminal. The id of its generation is not in it."""
-    usage = None if terminal.usage is None else terminal.usage.model_dump(exclude_none=True)
+    usage = None if terminal.usage is None else dump_usage(terminal.usage)
     record: dict[str, Any] = {"v": VERSION, "type": terminal.type, "usage": usage}
     keys = _DONE_KEYS if isinstance(terminal, Done) else _ERROR_KEYS
     record |= {key: getattr(terminal, key) for key in keys}
@@ -188,11 +189,7 @@ def load_terminal(record: str, generation: str) -> Terminal:
         ValueError: the record is damaged, or of a later version.
     """
     value = _load(record)
-    usage = value.get("usage")
-    about: dict[str, Any] = {
-        "id": generation,
-        "usage": None if usage is None else UsageCounts.model_validate(usage),
-    }
+    about: dict[str, Any] = {"id": generation, "usage": value.get("usage")}
     if value.get("type") == "done":
         return Done(**about, **{key: value[key] for key in _DONE_KEYS if key in value})
     if value.get("type") != "error":
