@@ -38,6 +38,7 @@ FLOORS: list[dict[str, str]] = [
     {"programs": f"{PUBLIC} __main__ cli terminal"},
 ]
 LIBRARIES = {
+    "aiohappyeyeballs": {"models"},
     "anthropic": {"models"},
     "argparse": {"cli"},
     "httptools": {"http", "models"},

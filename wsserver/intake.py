@@ -45,22 +45,6 @@ class Intake:
         stop: stops a generation that nobody reads, once its unread tokens are over the limit.
     """
 
-    __slots__ = (
-        "_block",
-        "_end",
-        "_family",
-        "_generation",
-        "_given",
-        "_half",
-        "_left",
-        "_memory",
-        "_room",
-        "_size",
-        "_stop",
-        "_time",
-        "_unread_limit",
-    )
-
     def __init__(
         self,
         generation: Generation,

@@ -1,16 +1,19 @@
-"""How a connection to a server is made: TCP, a proxy's tunnel, TLS."""
+"""How a connection to a server is made: DNS, TCP, a proxy's tunnel, TLS."""
 
 import asyncio
+import contextlib
+import functools
 import re
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+from aiohappyeyeballs import start_connection
+
 from wsserver.models.h1 import Connection
 from wsserver.models.proxy import Proxy
-from wsserver.models.resolver import Resolver
 from wsserver.models.response import HttpError
 
 __all__ = [
@@ -18,16 +21,19 @@ __all__ = [
     "ConnectTimeout",
     "Origin",
     "ProxyRefused",
+    "Resolver",
     "Untrusted",
     "dial",
 ]
 
 ATTEMPT_DELAY = 0.25  # seconds before the next address is tried as well (RFC 8305 section 5)
+DNS_TIME = 10.0  # seconds for which the addresses of a name are kept
 MAX_TUNNEL_HEAD = 65_536  # bytes of a proxy's answer
 
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] (\d{3})(?: |\r\n)")
 
-Address = tuple[Any, ...]
+Found = list[tuple[Any, ...]]
+"""The result of :func:`socket.getaddrinfo`."""
 
 
 class CannotConnect(HttpError):
@@ -65,6 +71,58 @@ class Origin:
     proxy: Proxy | None = None
 
 
+class Resolver:
+    """Looks up names in DNS, each once at a time, and keeps the addresses for some seconds."""
+
+    def __init__(self) -> None:
+        self._lookups: dict[tuple[str, int], asyncio.Task[Found]] = {}
+
+    async def resolve(self, host: str, port: int) -> Found:
+        """Return the addresses of a host.
+
+        Raises:
+            OSError: the name has no address.
+            UnicodeError: the name is malformed.
+        """
+        if literal := _literal(host, port):
+            return literal
+        lookup = self._lookups.get((host, port))
+        if lookup is None:
+            lookup = asyncio.get_running_loop().create_task(_look_up(host, port))
+            self._lookups[host, port] = lookup
+            lookup.add_done_callback(functools.partial(self._keep, (host, port)))
+        await asyncio.wait({lookup})
+        return lookup.result()
+
+    async def aclose(self) -> None:
+        """Cancel the lookups."""
+        lookups = set(self._lookups.values())
+        for lookup in lookups:
+            lookup.cancel()
+        if lookups:
+            await asyncio.wait(lookups)
+
+    def _keep(self, key: tuple[str, int], lookup: asyncio.Task[Found]) -> None:
+        """Forget a failure at once, and addresses after some seconds."""
+        if lookup.cancelled() or lookup.exception() is not None:
+            del self._lookups[key]
+        else:
+            asyncio.get_running_loop().call_later(DNS_TIME, self._lookups.pop, key, None)
+
+
+async def _look_up(host: str, port: int) -> Found:
+    return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+def _literal(host: str, port: int) -> Found:
+    """Return the result of ``getaddrinfo`` for a literal address, without a thread."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, host)
+            return [(family, socket.SOCK_STREAM, 0, "", (host, port))]
+    return []
+
+
 async def dial(
     origin: Origin,
     resolver: Resolver,
@@ -85,7 +143,9 @@ async def dial(
     proxy = origin.proxy
     target = origin if proxy is None else proxy
     try:
-        sock = await _connect(await resolver.resolve(target.host, target.port))
+        addresses = await resolver.resolve(target.host, target.port)
+        sock = await start_connection(addresses, happy_eyeballs_delay=ATTEMPT_DELAY)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         await _secure(sock, origin, tls, connection)
     except ssl.SSLCertVerificationError as error:
         raise Untrusted(error.verify_message) from error
@@ -123,64 +183,6 @@ async def _secure(
     if secure is None:
         raise ConnectionResetError("the connection closed in the TLS handshake")
     connection.connection_made(secure)
-
-
-async def _connect(found: Sequence[tuple[Any, ...]]) -> socket.socket:
-    """Connect to the first of a host's addresses that answers (RFC 8305)."""
-    loop = asyncio.get_running_loop()
-    addresses = _interleave(found)
-    if len(addresses) == 1:
-        return await _attempt(*addresses[0])
-    attempts: set[asyncio.Task[socket.socket]] = set()
-    failure: BaseException = OSError("the host has no address")
-    try:
-        while addresses or attempts:
-            if addresses:
-                attempts.add(loop.create_task(_attempt(*addresses.pop(0))))
-            done, attempts = await asyncio.wait(
-                attempts,
-                timeout=ATTEMPT_DELAY if addresses else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for attempt in done:
-                error = attempt.exception()
-                if error is None:
-                    attempts |= done - {attempt}
-                    return attempt.result()
-                failure = error
-    finally:
-        for attempt in attempts:
-            attempt.add_done_callback(_discard)
-            attempt.cancel()
-    raise failure
-
-
-def _interleave(found: Sequence[tuple[Any, ...]]) -> list[tuple[int, Address]]:
-    """Order addresses so that IPv6 and IPv4 alternate (RFC 8305 section 4)."""
-    families: dict[int, list[tuple[int, Address]]] = {}
-    for family, _, _, _, address in found:
-        families.setdefault(family, []).append((family, address))
-    ordered: list[tuple[int, Address]] = []
-    while any(families.values()):
-        ordered += [addresses.pop(0) for addresses in families.values() if addresses]
-    return ordered
-
-
-async def _attempt(family: int, address: Address) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)  # noqa: FBT003
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        await asyncio.get_running_loop().sock_connect(sock, address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _discard(attempt: asyncio.Task[socket.socket]) -> None:
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
 
 
 class _Tunnel(asyncio.Protocol):

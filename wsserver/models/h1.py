@@ -53,27 +53,6 @@ class Connection(asyncio.Protocol):
         keep_alive: for how many seconds the connection may be idle, if the server tells.
     """
 
-    __slots__ = (
-        "_body",
-        "_closing",
-        "_drain_timer",
-        "_drained",
-        "_ended",
-        "_head_size",
-        "_headers",
-        "_interim",
-        "_lost",
-        "_owner",
-        "_parser",
-        "_paused",
-        "_response",
-        "_reusable",
-        "_transport",
-        "_until_close",
-        "_writable",
-        "keep_alive",
-    )
-
     def __init__(self, owner: Owner) -> None:
         self.keep_alive = math.inf
         self._owner = owner

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, urljoin, urlsplit
 
 from wsserver.errors import WsserverError
-from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, dial
+from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, Resolver, dial
 from wsserver.models.h1 import Connection
 from wsserver.models.proxy import PORTS
-from wsserver.models.resolver import Resolver
 from wsserver.models.response import HttpError, Response
 
 __all__ = ["PORTS", "InvalidRequest", "Pool", "Redirected", "Template"]

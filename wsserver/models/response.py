@@ -69,19 +69,6 @@ class Response:
         complete: whether the whole body has arrived.
     """
 
-    __slots__ = (
-        "_buffer",
-        "_decoder",
-        "_error",
-        "_over",
-        "_source",
-        "_take",
-        "complete",
-        "head",
-        "headers",
-        "status",
-    )
-
     def __init__(self, source: Source) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
@@ -205,8 +192,6 @@ class _Decoder:
     Raises:
         DamagedBody: the coding is unknown.
     """
-
-    __slots__ = ("_first", "_inflate", "_started")
 
     def __init__(self, coding: bytes) -> None:
         if coding not in {b"gzip", b"x-gzip", b"deflate"}:
