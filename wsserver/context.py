@@ -10,7 +10,6 @@ same.
 from collections.abc import Sequence
 
 from wsserver.content import (
-    Block,
     Document,
     Image,
     Message,
@@ -77,27 +76,21 @@ def less_than(size: int) -> int:
 
 def tokens_of(request: Request) -> int:
     """Return about how many tokens a request has, without the thinking of its messages."""
-    blocks = [block for message in request.messages for block in message.blocks]
-    data = sum(map(_tokens_of_data, blocks))
-    texts = (written(block) for block in blocks if not _has_data(block) and not _is_thinking(block))
-    return data + tokens_in("".join((request.system or "", *texts)))
+    texts = [request.system or ""]
+    data = 0
+    for message in request.messages:
+        for block in message.blocks:
+            if isinstance(block, Image | Document) and block.source.get("type") == "base64":
+                data += _tokens_of_data(block)
+            elif not isinstance(block, Thinking | RedactedThinking):
+                texts.append(written(block))
+    return data + tokens_in("".join(texts))
 
 
-def _has_data(block: Block) -> bool:
-    return isinstance(block, Image | Document) and block.source.get("type") == "base64"
-
-
-def _is_thinking(block: Block) -> bool:
-    return isinstance(block, Thinking | RedactedThinking)
-
-
-def _tokens_of_data(block: Block) -> int:
+def _tokens_of_data(block: Image | Document) -> int:
     """Return about how many tokens the base64 data of a block is for the model."""
-    if not _has_data(block):
-        return 0
     if isinstance(block, Image):
         return IMAGE
-    assert isinstance(block, Document)
     return len(str(block.source.get("data"))) // DOCUMENT
 
 

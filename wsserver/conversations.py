@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
-from wsserver.content import memory_of
 from wsserver.context import newest
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.journal import Journal
@@ -181,9 +180,7 @@ class Conversations:
         account = account_of(conversation.owner) if in_use else CACHE
         if conversation.measured is not conversation.turns:  # each change makes new ones
             conversation.measured = conversation.turns
-            turns = conversation.turns
-            sizes = (TURN + memory_of(turn.prompt) + memory_of(turn.reply) for turn in turns)
-            conversation.turns_size = sum(sizes)
+            conversation.turns_size = sum(TURN + turn.memory for turn in conversation.turns)
         size = conversation.turns_size
         if (account, size) != (conversation.account, conversation.size):
             self._memory.give(conversation.account, conversation.size)

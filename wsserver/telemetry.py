@@ -390,8 +390,8 @@ def span(
     temperature: float | None,
 ) -> Span:
     """Start the span of a generation. The arguments become attributes of the span."""
-    if not TRACING:
-        return Span(None)
+    if not TRACING or isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        return Span(None)  # no program has configured OpenTelemetry
     attributes: dict[str, str | int | float] = {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": provider,

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from wsserver.content import Block, Message, RedactedThinking, Text, Thinking
+from wsserver.content import Block, Message, RedactedThinking, Text, Thinking, memory_of
 from wsserver.errors import StoreError
 from wsserver.pieces import Pieces
 from wsserver.prices import Spent
@@ -100,11 +100,28 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt and its reply. ``number`` counts from 1 in a conversation."""
+    """A prompt and its reply.
+
+    Attributes:
+        number: counts from 1 in a conversation.
+        size: characters of both messages, without thinking.
+        memory: bytes of memory that both messages take.
+        answered: whether the reply has more than thinking and white space.
+    """
 
     number: int
     prompt: Message
     reply: Message
+    # Each request to the model asks for these of every turn.
+    size: int = field(init=False, compare=False, repr=False)
+    memory: int = field(init=False, compare=False, repr=False)
+    answered: bool = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "size", self.prompt.size + self.reply.size)
+        put(self, "memory", memory_of(self.prompt) + memory_of(self.reply))
+        put(self, "answered", _says_something(self.reply))
 
     @property
     def id(self) -> str:
@@ -121,18 +138,13 @@ class Turn:
         """Why the reply is not whole; None where it is."""
         return self.reply.partial
 
-    @property
-    def answered(self) -> bool:
-        """Whether the reply has more than thinking and white space."""
-        if self.text.strip():
-            return True
-        silent = (Text, Thinking, RedactedThinking)
-        return any(not isinstance(block, silent) for block in self.reply.blocks)
 
-    @property
-    def size(self) -> int:
-        """Characters of both messages, without thinking."""
-        return self.prompt.size + self.reply.size
+def _says_something(reply: Message) -> bool:
+    """Whether a reply has more than thinking and white space."""
+    if reply.text.strip():
+        return True
+    silent = (Text, Thinking, RedactedThinking)
+    return any(not isinstance(block, silent) for block in reply.blocks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,8 @@ def _content(message: Message, answer: Message | None) -> str | list[dict[str, A
         answer: the message after it.
     """
     blocks = message.blocks
+    if len(blocks) == 1 and isinstance(blocks[0], Text):  # nearly all messages
+        return blocks[0].text
     if message.role == "assistant":
         results = {
             block.tool_use_id
