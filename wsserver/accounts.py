@@ -12,8 +12,6 @@ from wsserver.settings import Settings
 from wsserver.spending import Spending
 from wsserver.stores.base import Store
 
-__all__ = ["Accounts"]
-
 READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
 READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
 

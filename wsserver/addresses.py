@@ -7,18 +7,6 @@ import re
 from wsserver.errors import ConfigError
 from wsserver.limits import Account
 
-__all__ = [
-    "HOST",
-    "Network",
-    "host_pattern",
-    "ip_address",
-    "is_local",
-    "network",
-    "networks",
-    "origin_of",
-    "origin_pattern",
-]
-
 # Bits of an IPv6 address that one customer commonly gets: one network, a home, a site (RFC 6177).
 IPV6_NETWORKS = (64, 56, 48)
 LAST_PORT = 65_535

@@ -23,8 +23,6 @@ from wsserver.schema import asyncapi, json_schema
 from wsserver.server import Server, serve
 from wsserver.settings import REMOVED, SECRETS, Settings
 
-__all__ = ["main"]
-
 USAGE_ERROR = 2
 OUT_OF_MEMORY = 1  # exit code; a service manager then restarts the program
 LAST_WORDS = b"wsserver: out of memory; the process ends now and loses no more than in a crash\n"

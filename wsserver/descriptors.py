@@ -13,8 +13,6 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.settings import Settings
 
-__all__ = ["AT_ONCE", "OPERATORS", "SPARE", "fit", "lingering", "raise_limit"]
-
 OWN = 20  # the store's, the event loop's, a fetch of keys, names that are looked up
 SPARE = 16  # connections beyond the limit, for probes: a full server is not a dead one
 OPERATORS = 16  # connections to the port for operators, where there is one

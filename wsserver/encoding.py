@@ -5,8 +5,6 @@ from json.encoder import encode_basestring
 from wsserver.pieces import TEXT, Kind, Run
 from wsserver.protocol import ServerFrame
 
-__all__ = ["encode", "encode_run"]
-
 # What each kind of piece becomes: the beginning of its frame, and the key of the data.
 _FRAMES: dict[Kind, tuple[str, str]] = {
     "text": ('{"type":"token",', "text"),

@@ -10,8 +10,6 @@ from wsserver.logs import log as events
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.stores.base import StoredGeneration
 
-__all__ = ["restored", "terminal_of", "usage_of"]
-
 
 def terminal_of(generation: Generation, how: Outcome) -> Terminal:
     """Make the terminal of a generation."""

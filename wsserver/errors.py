@@ -16,19 +16,6 @@ import math
 from enum import StrEnum
 from typing import Self
 
-__all__ = [
-    "OUTAGE",
-    "TOO_LONG",
-    "UNBILLED",
-    "UPSTREAM",
-    "Code",
-    "ConfigError",
-    "ModelError",
-    "Refused",
-    "StoreError",
-    "WsserverError",
-]
-
 
 class Code(StrEnum):
     """The ``code`` of an ``error`` frame. The codes are stable: a client may branch on a code.

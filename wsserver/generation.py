@@ -13,19 +13,6 @@ from typing import Generic, Literal, Protocol, TypeVar
 from wsserver.content import Usage
 from wsserver.pieces import TEXT, Kind, Pieces
 
-__all__ = [
-    "TRANSITIONS",
-    "End",
-    "Event",
-    "Follower",
-    "IllegalTransition",
-    "Log",
-    "State",
-    "state_after",
-    "tokens_in",
-    "well_formed",
-]
-
 T = TypeVar("T")
 
 _LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ "

@@ -13,8 +13,6 @@ from wsserver.pieces import TEXT, Kind, Piece, pieces_of
 from wsserver.protocol import StoppedBy
 from wsserver.settings import Settings
 
-__all__ = ["Intake"]
-
 CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces take any
 PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serves others
 

@@ -7,20 +7,6 @@ remember is forgotten, so that strangers cannot fill the memory with keys.
 import sys
 from collections.abc import Callable
 
-__all__ = [
-    "CACHE",
-    "GROWTH",
-    "SECONDS_PER_DAY",
-    "Account",
-    "Bucket",
-    "Budget",
-    "Memory",
-    "Rates",
-    "Shares",
-    "account_of",
-    "held",
-]
-
 SECONDS_PER_DAY = 86_400
 SWEEP = 1024  # keys after which those that can be forgotten are looked for
 GROWTH = 2  # times the limit of a network that the network around it has

@@ -13,8 +13,6 @@ from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.patch_stdout import patch_stdout
 
-__all__ = ["LineEditor", "RetryRequested", "open_history"]
-
 
 class RetryRequested(Exception):
     """The user pressed Alt-R to repeat the last prompt."""

@@ -13,8 +13,6 @@ from wsserver.logs import printable
 from wsserver.protocol import CLIENT_FRAMES, MESSAGES, ClientFrame
 from wsserver.wire import ID_PATTERN, REQUEST_PATTERN
 
-__all__ = ["first_request", "parse", "parts"]
-
 # Brackets, commas and colons of a frame outside of its strings, checked before anything is built of
 # it: a value takes up to a hundred times the memory of its text. A message has five of them.
 PARTS = 6 * MESSAGES

@@ -13,8 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 from wsserver.content import Block, Text, Thinking, dump_block, parse_block
 
-__all__ = ["TEXT", "Kind", "Piece", "Pieces", "Run", "pieces_of"]
-
 Kind = Literal["text", "thinking", "signature", "citation", "block"]
 """What the data of a piece is.
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from wsserver.content import Usage
 
-__all__ = ["CACHE_READ", "CACHE_WRITE", "NOTHING", "Price", "Prices", "Spent"]
-
 CACHE_WRITE = 1.25  # tokens that count for one token written to a prompt cache
 CACHE_READ = 0.1  # tokens that count for one token read from a prompt cache
 LONG = 100_000  # input tokens; a longer input has the price `over`, if there is one

@@ -23,41 +23,6 @@ from wsserver.wire import (
     WellFormed,
 )
 
-__all__ = [
-    "CLIENT_FRAMES",
-    "MESSAGES",
-    "SERVER_FRAMES",
-    "SUBPROTOCOL",
-    "Auth",
-    "Authenticated",
-    "ClientFrame",
-    "Close",
-    "CloseConversation",
-    "Closed",
-    "ConversationItem",
-    "Conversations",
-    "Delete",
-    "Deleted",
-    "Done",
-    "Error",
-    "Hello",
-    "History",
-    "Limits",
-    "List",
-    "Open",
-    "Ping",
-    "Pong",
-    "Prompt",
-    "Rename",
-    "Renamed",
-    "Resume",
-    "Start",
-    "Stop",
-    "Stopped",
-    "StoppedBy",
-    "Terminal",
-]
-
 SUBPROTOCOL = "wsserver.v1"
 
 StoppedBy = Literal["client", "deleted", "disconnect", "replaced", "timeout", "shutdown"]

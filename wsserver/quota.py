@@ -6,8 +6,6 @@ from wsserver.errors import Code, Refused
 from wsserver.settings import Settings
 from wsserver.stores.base import Held, Store
 
-__all__ = ["Quota"]
-
 FRESH = 10.0  # seconds for which an answer of the store is used again; prompts have a rate limit
 SWEEP = 1024  # answers after which old ones are dropped
 

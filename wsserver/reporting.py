@@ -9,8 +9,6 @@ from wsserver.logs import log as events
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.telemetry import Metrics
 
-__all__ = ["Reporter"]
-
 FAILURES = 5  # of the model's API in a row, after which the API counts as failing
 FAILING = 30.0  # seconds after the last failure, in which the API counts as failing
 

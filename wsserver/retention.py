@@ -12,8 +12,6 @@ from wsserver.live import Generation
 from wsserver.settings import Settings
 from wsserver.stores.base import Forgotten, Store, StoredGeneration
 
-__all__ = ["Retention"]
-
 KEPT_PER_REPLY = 4096  # bytes of an ended generation besides its texts
 POINTER = 8  # bytes of a place in a list
 

@@ -15,8 +15,6 @@ from pydantic_core import core_schema
 from wsserver.errors import Code
 from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, SUBPROTOCOL
 
-__all__ = ["ANSWERS", "asyncapi", "json_schema"]
-
 ANSWERS = {
     "prompt": "start",
     "stop": "stopped",

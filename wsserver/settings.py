@@ -19,8 +19,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from wsserver.errors import ConfigError
 
-__all__ = ["REMOVED", "SECRETS", "SECTIONS", "TUNING", "Settings"]
-
 
 class Unit(str):
     """The unit of a field's value, as part of the field's type."""

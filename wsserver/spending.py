@@ -8,8 +8,6 @@ from wsserver.prices import Price, Prices, Spent
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, day_of
 
-__all__ = ["Spending"]
-
 LEAST_REPLY = 64  # output tokens; a reply starts only if the rest of the day pays for so many
 
 

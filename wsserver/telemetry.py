@@ -37,8 +37,6 @@ except ImportError:
 else:
     TRACING = True
 
-__all__ = ["Aborted", "Metrics", "Refusal", "RequestSpan", "Span", "span"]
-
 Refusal = Literal["host", "origin", "unauthenticated", "limit", "unavailable"]
 """Reason for refusing a connection."""
 Aborted = Literal["too much unsent", "does not read"]

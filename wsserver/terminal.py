@@ -36,8 +36,6 @@ from wsserver.server import serve
 from wsserver.settings import CHAT_TOKEN, Settings
 from wsserver.wire import ID_PATTERN
 
-__all__ = ["Options", "Terminal", "escape", "run"]
-
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 SIGNAL_BASE = 128  # exit code after a signal: this and the signal's number, as in shells
 OPEN_TIMEOUT = 5.0  # seconds to connect; short, since a wrong address is likely

@@ -8,8 +8,6 @@ from wsserver.errors import Refused, StoreError
 from wsserver.logs import log
 from wsserver.stores.base import Store
 
-__all__ = ["Upkeep"]
-
 EVERY = 30.0  # seconds between two rounds
 PAUSE = 0.05  # seconds between two steps of one round, in which others are served
 STEP = 20  # conversations that are looked up at once

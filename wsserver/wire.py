@@ -7,22 +7,6 @@ from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, Wit
 
 from wsserver.content import Block, Message, Text, Usage, dump_content, parse_content
 
-__all__ = [
-    "ID_PATTERN",
-    "REQUEST_PATTERN",
-    "Content",
-    "FrameUsage",
-    "HistoryMessage",
-    "Id",
-    "NonBlank",
-    "PromptMessage",
-    "RequestId",
-    "WellFormed",
-    "dump_usage",
-    "parse_message",
-    "parse_usage",
-]
-
 T = TypeVar("T")
 
 ID_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"

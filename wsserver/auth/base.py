@@ -6,16 +6,6 @@ from typing import Protocol
 
 from wsserver.logs import log
 
-__all__ = [
-    "ANONYMOUS",
-    "Authenticator",
-    "Handshake",
-    "Principal",
-    "Unavailable",
-    "close",
-    "reload",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Principal:

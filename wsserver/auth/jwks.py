@@ -17,8 +17,6 @@ from wsserver.auth.base import Unavailable
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-__all__ = ["FetchedKeys", "FixedKeys", "Key", "Keys", "Parse", "ReadKeys"]
-
 FETCH_TIMEOUT = 5.0  # seconds for the whole of one fetch
 PATIENCE = 2.0  # seconds that a login waits for a fetch; the fetch itself goes on
 MAX_DOCUMENT = 256 * 1024  # bytes; the key sets of large issuers have a few thousand bytes

@@ -23,8 +23,6 @@ try:
 except ImportError as missing:
     raise ConfigError("JSON Web Tokens need PyJWT: pip install wsserver[jwt]") from missing
 
-__all__ = ["JwtAuthenticator"]
-
 MAX_TOKEN = 8192  # characters; most proxies refuse a longer header
 MAX_NAME = 256  # characters
 MIN_SECRET = 32  # bytes, the size of the hash (RFC 7518 section 3.2)

@@ -19,8 +19,6 @@ from wsserver.auth.base import ANONYMOUS, Handshake, Principal
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-__all__ = ["Tokens", "add", "new"]
-
 PREFIX = "wss_"  # lets tools that search for leaked secrets recognize a token
 MAX_TOKEN = 256  # characters; a longer token is not hashed
 _LINE = re.compile(

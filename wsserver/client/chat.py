@@ -25,8 +25,6 @@ from wsserver.client.subscriptions import Subscription, Subscriptions
 from wsserver.content import Block, Message, Role
 from wsserver.protocol import Delete, List, Prompt, Rename, Resume
 
-__all__ = ["Chat", "connect", "new_id"]
-
 PAGE_SIZE = 100  # conversations per request
 
 

@@ -20,8 +20,6 @@ from wsserver.client.limits import Limits
 from wsserver.client.link import Link, is_refusal
 from wsserver.protocol import Close
 
-__all__ = ["Connection", "Requester", "State"]
-
 
 class State(StrEnum):
     """The state of a chat's connection."""

@@ -12,8 +12,6 @@ from wsserver.client.failures import ServerError, parse_seconds
 from wsserver.client.link import Link, Request, is_refusal
 from wsserver.protocol import Auth
 
-__all__ = ["Credentials", "Token"]
-
 Token = str | Callable[[], Awaitable[str]]
 """A bearer token, or a function that returns a fresh one at each call."""
 

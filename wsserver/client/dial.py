@@ -33,17 +33,6 @@ from websockets.typing import Subprotocol
 from wsserver.client.failures import ConnectionFailed
 from wsserver.protocol import SUBPROTOCOL, Close
 
-__all__ = [
-    "FINAL_CLOSE_CODES",
-    "AttemptFailed",
-    "Backoff",
-    "Socket",
-    "Timeouts",
-    "dial",
-    "dial_once",
-    "without_credentials",
-]
-
 FINAL_CLOSE_CODES = frozenset({Close.PROTOCOL_ERROR, Close.INVALID_DATA, Close.POLICY_VIOLATION})
 RETRIED_STATUSES = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}

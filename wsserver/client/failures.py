@@ -14,8 +14,6 @@ from typing import Any, Self
 
 from wsserver.errors import WsserverError
 
-__all__ = ["ChatError", "ConnectionFailed", "ReplyError", "ServerError", "parse_seconds"]
-
 
 class ChatError(WsserverError):
     """The base class of the client's exceptions."""

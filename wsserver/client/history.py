@@ -7,15 +7,6 @@ from typing import Any, TypeVar
 from wsserver.content import Message
 from wsserver.wire import parse_message
 
-__all__ = [
-    "Conversation",
-    "History",
-    "parse_conversations",
-    "parse_history",
-    "parse_nothing",
-]
-
-
 T = TypeVar("T")
 
 

@@ -34,8 +34,6 @@ from wsserver.protocol import (
     Stop,
 )
 
-__all__ = ["Link", "Request", "is_refusal"]
-
 MAX_UNANSWERED = 8  # requests; below the `bad_frames` after which a server closes the connection
 CLOCK_MARGIN = 1.05  # factor on `retry_after`, since the server's clock may run faster
 SILENCE_WHILE_WAITING = 4.0  # seconds without data before a ping and after it, with a request open

@@ -13,8 +13,6 @@ from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
 from wsserver.errors import Code
 from wsserver.protocol import CloseConversation, Delete, List, Open, Rename
 
-__all__ = ["SHORTEST_WAIT", "Queries"]
-
 T = TypeVar("T")
 
 AFTER_ALL = 2**53 - 1  # a `before` above all messages: `open` then follows nothing

@@ -19,8 +19,6 @@ from wsserver.content import Usage
 from wsserver.errors import Code
 from wsserver.protocol import Prompt, Resume, Stop
 
-__all__ = ["Replies"]
-
 DEFAULT_WAIT = 1.0  # seconds before a refused resume is sent again, if the server tells no time
 
 

@@ -11,8 +11,6 @@ from wsserver.content import Block, Usage
 from wsserver.errors import Code
 from wsserver.wire import parse_usage
 
-__all__ = ["Done", "Reply"]
-
 CONTENT = frozenset({"token", "thinking", "block"})  # types of frames
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 from wsserver.content import Block, Text, Thinking, parse_block
 
-__all__ = ["GrowingText", "ReplyContent"]
-
 
 class GrowingText:
     """A text that grows at its end. ``size`` is its length in characters."""

@@ -8,8 +8,6 @@ from websockets.exceptions import ConnectionClosed
 
 from wsserver.client.dial import Socket
 
-__all__ = ["wait_for_silence"]
-
 
 async def wait_for_silence(
     socket: Socket, limit: Callable[[], float], limit_changed: asyncio.Event

@@ -16,8 +16,6 @@ from wsserver.client.reply import Reply
 from wsserver.errors import Code
 from wsserver.protocol import CloseConversation
 
-__all__ = ["Subscription", "Subscriptions"]
-
 
 class Subscription:
     """An open conversation. Iterate over the replies that other clients asked for.

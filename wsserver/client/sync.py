@@ -24,8 +24,6 @@ from wsserver.client.reply import Done, Reply
 from wsserver.client.subscriptions import Subscription
 from wsserver.content import Block, Usage
 
-__all__ = ["SyncChat", "SyncReply", "SyncSubscription", "connect"]
-
 T = TypeVar("T")
 
 SETTLE_TIMEOUT = 5.0  # seconds for cancelled tasks to end

@@ -15,20 +15,6 @@ from wsserver.logs import log
 from wsserver.pieces import Piece
 from wsserver.settings import Settings
 
-__all__ = [
-    "Model",
-    "Output",
-    "PushModel",
-    "Request",
-    "Take",
-    "check",
-    "close",
-    "declared_name",
-    "load",
-    "name_of",
-    "provider_of",
-]
-
 Output = str | Block | Piece | Usage | End
 """What a model yields. A ``str`` is text."""
 

@@ -8,8 +8,6 @@ from wsserver.content import Usage
 from wsserver.generation import End
 from wsserver.models.base import Request
 
-__all__ = ["Demo"]
-
 
 class Demo:
     """Answers with facts about the prompt, word by word. The same prompt has the same answer.

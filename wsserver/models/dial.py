@@ -16,16 +16,6 @@ from wsserver.models.h1 import Connection
 from wsserver.models.proxy import Proxy
 from wsserver.models.response import HttpError
 
-__all__ = [
-    "CannotConnect",
-    "ConnectTimeout",
-    "Origin",
-    "ProxyRefused",
-    "Resolver",
-    "Untrusted",
-    "dial",
-]
-
 ATTEMPT_DELAY = 0.25  # seconds before the next address is tried as well (RFC 8305 section 5)
 DNS_TIME = 10.0  # seconds for which the addresses of a name are kept
 MAX_TUNNEL_HEAD = 65_536  # bytes of a proxy's answer

@@ -20,8 +20,6 @@ from wsserver.models.response import (
     Response,
 )
 
-__all__ = ["Connection"]
-
 MAX_HEAD = 65_536  # bytes of a response's status line and headers, interim responses included
 WRITE_SIZE = 65_536  # bytes of a request's body that are written at once
 DRAIN_TIME = 1.0  # seconds for the end of a body that nobody reads; then the connection is closed

@@ -20,8 +20,6 @@ from wsserver.models.h1 import Connection
 from wsserver.models.proxy import PORTS
 from wsserver.models.response import HttpError, Response
 
-__all__ = ["PORTS", "InvalidRequest", "Pool", "Redirected", "Template"]
-
 IDLE_TIME = 60.0  # seconds: less than NATs and load balancers keep a silent connection
 MAX_REDIRECTS = 20
 

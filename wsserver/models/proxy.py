@@ -14,8 +14,6 @@ from urllib.request import getproxies
 
 from wsserver.errors import ConfigError
 
-__all__ = ["Proxy", "proxy_for"]
-
 PORTS = {"http": 80, "https": 443}
 
 

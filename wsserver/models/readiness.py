@@ -9,8 +9,6 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 
-__all__ = ["Readiness"]
-
 
 class Readiness:
     """Calls ``prepare`` and ``warm`` of a model that has them, in tasks of their own.

@@ -7,15 +7,6 @@ from typing import Protocol
 
 from wsserver.errors import WsserverError
 
-__all__ = [
-    "ClosedEarly",
-    "DamagedBody",
-    "HttpError",
-    "MalformedResponse",
-    "NoResponse",
-    "Response",
-]
-
 MAX_UNREAD = 65_536  # bytes of a body that wait for a reader; then the socket is not read
 MAX_BUFFER = 1_048_576  # bytes of a decompressed body that wait for a reader
 INFLATE_SIZE = 65_536  # bytes that one step of decompression makes at most

@@ -11,25 +11,6 @@ from wsserver.pieces import Pieces
 from wsserver.prices import Spent
 from wsserver.protocol import Error, Prompt, Terminal
 
-__all__ = [
-    "TRACES",
-    "TRACE_KEPT",
-    "Entry",
-    "Forgotten",
-    "Header",
-    "Held",
-    "Store",
-    "StoredConversation",
-    "StoredGeneration",
-    "Summary",
-    "Turn",
-    "Unsavable",
-    "day_of",
-    "partial",
-    "title_of",
-    "turn_of",
-]
-
 TITLE_LENGTH = 60  # characters of a title made from a prompt
 TRACE_KEPT = 30 * 86_400.0  # seconds for which the trace of a deleted generation is kept
 TRACES = 1000  # kept per owner; the oldest are dropped first

@@ -12,8 +12,6 @@ from pydantic import ValidationError
 
 from wsserver.errors import StoreError
 
-__all__ = ["Connection", "check", "errors", "files_of", "identity"]
-
 T = TypeVar("T")
 
 

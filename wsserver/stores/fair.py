@@ -6,8 +6,6 @@ from types import TracebackType
 
 from wsserver.errors import Code, Refused
 
-__all__ = ["FairLock"]
-
 MOST_WAITING = 128  # requests of one owner; each of its sockets has one at a time
 
 

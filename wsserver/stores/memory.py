@@ -30,8 +30,6 @@ from wsserver.stores.base import (
 )
 from wsserver.stores.records import Packed, content_in, dump_prompt, load_prompt
 
-__all__ = ["MemoryStore"]
-
 ROOM = 268_435_456  # bytes, if the store has no shared memory account
 PURGED_AT_ONCE = 1000  # generations; the event loop waits for one such step at most
 ALL_TRACES = 100_000  # of all owners

@@ -3,8 +3,6 @@
 A step that was released is never changed: files out there have taken it.
 """
 
-__all__ = ["MIGRATIONS"]
-
 # Each brings the file from the version that is its place in this list to the next.
 MIGRATIONS = [
     """

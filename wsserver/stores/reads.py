@@ -15,8 +15,6 @@ from wsserver.stores.base import (
 from wsserver.stores.records import Packed, content_in, load_prompt, load_terminal
 from wsserver.stores.rows import loose, said
 
-__all__ = ["find", "load"]
-
 # The turns of a history, newest first, until either bound is reached.
 _TURNS = """
     SELECT number, turn, id, began, ended, model, terminal, prompt, text, thinking, runs,

@@ -17,17 +17,6 @@ from wsserver.pieces import TEXT, Kind, Pieces
 from wsserver.protocol import Done, Error, Prompt, Terminal
 from wsserver.wire import dump_usage
 
-__all__ = [
-    "Packed",
-    "content_in",
-    "dump_batch",
-    "dump_prompt",
-    "dump_terminal",
-    "load_batch",
-    "load_prompt",
-    "load_terminal",
-]
-
 VERSION = 2  # of all records; those of version 1 do not say so
 
 _KINDS = frozenset(get_args(Kind))

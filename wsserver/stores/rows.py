@@ -7,8 +7,6 @@ from wsserver.prices import Prices
 from wsserver.stores.base import Entry, Header, day_of, title_of
 from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal, load_batch
 
-__all__ = ["COUNT", "add", "begin", "loose", "pack", "said"]
-
 ROW = 256  # bytes of a generation besides its ids and content, about
 KEYS = 3  # copies of the ids of a generation in tables and indexes
 

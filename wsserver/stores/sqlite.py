@@ -44,8 +44,6 @@ from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.reads import find, load
 from wsserver.stores.rows import COUNT, add, begin, loose, pack
 
-__all__ = ["SqliteStore"]
-
 T = TypeVar("T")
 
 PURGED_AT_ONCE = 200  # rows of each kind; other writes wait for one such step at most

@@ -11,8 +11,6 @@ from pydantic_core import from_json
 
 from wsserver.errors import Code, ModelError
 
-__all__ = ["PLAIN_TEXT", "Events", "parse"]
-
 MAX_EVENT = 1_048_576  # bytes; the API sends none that is nearly so long
 
 _FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment

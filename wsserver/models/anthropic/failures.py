@@ -14,8 +14,6 @@ from wsserver.models.dial import CannotConnect, ConnectTimeout, ProxyRefused, Un
 from wsserver.models.http import Redirected
 from wsserver.models.response import ClosedEarly, HttpError, NoResponse
 
-__all__ = ["ApiError", "TransientError", "of_event", "of_http"]
-
 _BY_STATUS = {
     400: Code.BAD_REQUEST,
     401: Code.CREDENTIALS,

@@ -25,8 +25,6 @@ from wsserver.models.response import HttpError, Response
 from wsserver.settings import Settings
 from wsserver.telemetry import RequestSpan
 
-__all__ = ["Anthropic"]
-
 MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
 RETRY_BUDGET = 15.0  # seconds of all pauses together; a client can wait longer ones by itself
 MAX_TEMPERATURE = 1  # that the API accepts

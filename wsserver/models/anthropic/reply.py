@@ -16,8 +16,6 @@ from wsserver.models.anthropic.failures import TransientError, of_event
 from wsserver.models.base import Output, Take
 from wsserver.pieces import Piece
 
-__all__ = ["Reply"]
-
 MAX_INPUT = 4_194_304  # characters of a tool's input
 THINKING_RATE = 60  # tokens a second, about the rate of the API's models
 

@@ -20,8 +20,6 @@ from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.settings import Settings
 
-__all__ = ["arguments"]
-
 LOOK_BACK = 20  # blocks at which the API looks for cached content, the breakpoint's own included
 MIN_CACHED = 1024  # tokens; the API caches nothing shorter
 

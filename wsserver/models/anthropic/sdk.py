@@ -23,8 +23,6 @@ from wsserver.models.dial import Origin
 from wsserver.models.http import InvalidRequest, Template
 from wsserver.models.proxy import PORTS, proxy_for
 
-__all__ = ["Sdk"]
-
 _UNAUTHORIZED = 401
 _SERVER_ERROR = 500
 

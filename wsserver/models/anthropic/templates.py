@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from wsserver.errors import ConfigError
-from wsserver.models.http import PORTS, Template
+from wsserver.models.http import Template
+from wsserver.models.proxy import PORTS
 
 if TYPE_CHECKING:
     from wsserver.models.anthropic.sdk import Sdk
-
-__all__ = ["Templates"]
 
 TEMPLATE_TIME = 20.0  # seconds; the SDK gives out no token that expires within 30
 
