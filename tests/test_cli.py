@@ -16,7 +16,7 @@ import wsserver
 from tests.support.client import Client
 from tests.support.process import Process, run
 from wsserver import Settings
-from wsserver.cli import _loop_factory, main
+from wsserver.cli import main
 from wsserver.settings import REMOVED, SECRETS
 
 pytestmark = pytest.mark.slow
@@ -118,9 +118,19 @@ async def test_flags_override_the_environment(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "runs"), [("auto", "uvloop"), ("uvloop", "uvloop"), ("asyncio", "asyncio")]
+    ("asked", "installed", "runs"),
+    [
+        ("auto", True, "uvloop"),
+        ("auto", False, "asyncio"),
+        ("uvloop", True, "uvloop"),
+        ("asyncio", True, "asyncio"),
+    ],
 )
-async def test_event_loop_setting_chooses_the_loop(asked: str, runs: str, tmp_path: Path) -> None:
+async def test_event_loop_setting_chooses_the_loop(
+    asked: str, installed: bool, runs: str, tmp_path: Path
+) -> None:
+    if not installed:
+        (tmp_path / "uvloop.py").write_text("raise ImportError\n")
     (tmp_path / "mine.py").write_text(
         "import asyncio\n"
         "async def mine(request): yield type(asyncio.get_running_loop()).__module__\n"
@@ -133,11 +143,10 @@ async def test_event_loop_setting_chooses_the_loop(asked: str, runs: str, tmp_pa
             assert text.partition(".")[0] == runs
 
 
-def test_missing_uvloop_falls_back_to_asyncio_unless_required(
+def test_missing_uvloop_is_refused_if_required(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "uvloop", None)  # as if it were not installed
-    assert _loop_factory(Settings.load()) is asyncio.new_event_loop
     assert "uvloop is not installed" in fails(capsys, "serve", "--event-loop", "uvloop")
 
 

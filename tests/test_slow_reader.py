@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any, cast
 
 import pytest
 from websockets.client import ClientProtocol
@@ -14,7 +15,6 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.sockets import sockets_of
-from wsserver.websocket import Socket
 
 pytestmark = pytest.mark.slow
 
@@ -31,14 +31,14 @@ class Sluggard:
 
     async def send(self, text: str) -> None:
         self.protocol.send_text(text.encode())
-        await self._flush()
+        await self.flush()
 
     async def ping(self, count: int) -> None:
         for _ in range(count):
             self.protocol.send_ping(b"x" * 125)
-        await self._flush()
+        await self.flush()
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(BOUND):
             for data in self.protocol.data_to_send():
@@ -83,7 +83,7 @@ async def sluggard(server: wsserver.Server) -> AsyncIterator[Sluggard]:
         protocol = ClientProtocol(parse_uri(server.url))
         protocol.send_request(protocol.connect())
         slow = Sluggard(sock, protocol)
-        await slow._flush()
+        await slow.flush()
         while not slow.events:
             assert await slow.read()
         slow.events.clear()
@@ -174,27 +174,38 @@ async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
             assert not server.listener.connections
 
 
-async def test_one_that_takes_a_little_each_time_is_not_aborted(
-    puppet: Puppet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with wsserver.serve(puppet, port=0, send_timeout=0.5, drain_timeout=0) as server:
-        async with sluggard(server) as slow:
-            await stuck(server, puppet, slow)
-            (transport,) = sockets_of(server)
-            check, looked = Socket._check_progress, asyncio.Semaphore(0)
+class Trickle:
+    """The transport of a client that reads ``step`` bytes each time that the server looks."""
 
-            def check_a_trickle(socket: Socket) -> None:
-                socket._unsent += 1  # as if one byte had been taken since
-                check(socket)
-                looked.release()
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        self.step = 1
+        self.unsent = 100_000
+        self.looks = 0
 
-            monkeypatch.setattr(Socket, "_check_progress", check_a_trickle)
-            transport._deadline.cancel()  # type: ignore[union-attr]
-            transport._set_deadline()
-            async with asyncio.timeout(BOUND):
-                for _ in range(3):
-                    await looked.acquire()
-            assert transport in server.listener.connections
+    def get_write_buffer_size(self) -> int:
+        self.looks += 1
+        self.unsent -= self.step
+        return self.unsent
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+
+async def test_reader_of_one_byte_per_send_timeout_is_not_aborted(puppet: Puppet) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, send_timeout=0.05, drain_timeout=0) as server,
+        client(server),
+    ):
+        (socket,) = sockets_of(server)
+        trickle = Trickle(socket.transport)
+        socket.transport = cast("asyncio.Transport", trickle)
+        socket.pause_writing()
+        looks = trickle.looks
+        await until(lambda: trickle.looks >= looks + 6)  # a check looks twice
+        assert server.listener.connections
+        trickle.step = 0
+        await until(lambda: not server.listener.connections)
 
 
 async def test_a_flood_of_tiny_frames_is_read_in_small_turns(

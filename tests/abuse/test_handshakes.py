@@ -133,7 +133,7 @@ async def test_a_server_out_of_memory_ends_with_one_line(loop: str) -> None:
         server = Served(process, (await process.line(r"(ws://\S+)"))[1])
         async with server.client() as chat:
             await exchange(server, chat)
-        size = server._status("VmSize") * 1024 + 8 * MEBIBYTE
+        size = server.status("VmSize") * 1024 + 8 * MEBIBYTE
         resource.prlimit(server.pid, resource.RLIMIT_AS, (size, size))
         async with contextlib.AsyncExitStack() as stack:
             # Not a reply is read, and each grows up to four million characters.

@@ -218,7 +218,7 @@ async def test_sdk_is_imported_once_the_server_listens(
         made.append(threading.current_thread().name)
         return Sdk(model)
 
-    monkeypatch.setattr("wsserver.models.anthropic.templates._load", load)
+    monkeypatch.setattr("wsserver.models.anthropic.sdk.Sdk", load)
     async with wsserver.serve(port=0, drain_timeout=0) as server:
         await server.prepared()
         assert len(made) == 1

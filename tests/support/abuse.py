@@ -91,23 +91,24 @@ class Served:
                         return event
                 await self.metrics()
 
-    def _status(self, name: str) -> int:
+    def status(self, name: str) -> int:
+        """Return a number from the status that Linux shows of the process."""
         text = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(rf"^{name}:\s+(\d+)", text, re.MULTILINE)[0])
 
     @property
     def memory(self) -> int:
         """Bytes that it has in memory now."""
-        return self._status("VmRSS") * 1024
+        return self.status("VmRSS") * 1024
 
     @property
     def peak(self) -> int:
         """The most bytes that it has ever had in memory."""
-        return self._status("VmHWM") * 1024
+        return self.status("VmHWM") * 1024
 
     @property
     def threads(self) -> int:
-        return self._status("Threads")
+        return self.status("Threads")
 
     @property
     def descriptors(self) -> int:
