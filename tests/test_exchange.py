@@ -256,12 +256,16 @@ async def test_fragments_without_data_keep_no_objects(server: wsserver.Server) -
         assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
-@pytest.mark.parametrize(("fragments", "ends"), [(4096, False), (4097, True)])
-async def test_message_may_have_as_many_fragments_as_the_protocol_says(
-    server: wsserver.Server, fragments: int, ends: bool
+@pytest.mark.parametrize(
+    ("size", "fragments", "ends"),
+    [(0, 256, False), (0, 257, True), (1, 256, False), (1, 300, True), (64, 900, False)],
+)
+async def test_small_fragments_of_a_message_are_bounded(
+    server: wsserver.Server, size: int, fragments: int, ends: bool
 ) -> None:
     async with peer(server) as one:
-        one.write(masked("{", fin=False) + masked(b"", Opcode.CONT, fin=False) * (fragments - 2))
+        part = masked(b" " * size, Opcode.CONT, fin=False)
+        one.write(masked("{", fin=False) + part * (fragments - 2))
         one.write(masked(PING[1:], Opcode.CONT))
         opcode, data = await one.frame()
         if ends:

@@ -155,7 +155,7 @@ async def test_hundreds_of_clients_leave_no_task() -> None:
         await until(lambda: len(asyncio.all_tasks()) <= tasks)
         hub = server.app.hub
         assert not server.listener.connections
-        assert not server.listener.turned_away
+        assert not server.listener.lingering
         assert hub.live == hub.tasks == len(hub.accounts) == 0
         assert len(server.app.admission.addresses) == server.app.admission.connections == 0
         await until(lambda: not list(hub.retention))  # once they need not be found any more

@@ -40,6 +40,7 @@ __all__ = ["Exchange", "Host"]
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
 UNREAD = 65_536  # bytes of responses that a client has not read yet, before another request
+KEEP_ALIVE = 5.0  # seconds between a response and the next request
 LINGER = 1.0  # seconds for a refused client to read the response
 BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
 
@@ -50,13 +51,13 @@ class Host(Place, typing.Protocol):
     answer: Callable[[Request, Visitor | None], Awaitable[Answer]]
     on_denied: Callable[[Denied, str, Mapping[str, str]], None] | None
     tls: ssl.SSLContext | None
-    turned_away: dict["Exchange", None]
+    lingering: dict["Exchange", None]
     spare: dict["Exchange", None]
     answering: set[asyncio.Task[None]]
     closing: bool
 
-    def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
-        """Keep a refused connection for a moment."""
+    def linger(self, exchange: "Exchange") -> None:
+        """Note a connection that holds no place."""
 
     def take_spare(self, exchange: "Exchange") -> None:
         """Note a connection in a place for probes."""
@@ -73,6 +74,7 @@ class Exchange(TcpConnection):
         "_parser",
         "_patience",
         "_timer",
+        "_waits",
     )
 
     _listener: Host
@@ -85,6 +87,7 @@ class Exchange(TcpConnection):
         self._parser = RequestParser()
         self._answering = False  # may last longer than the connection
         self._dropping = False  # bytes that come are dropped
+        self._waits = False  # between two requests
         # While the application reads the body: set when more of the body has come.
         self._more: asyncio.Event | None = None
         self._patience: asyncio.Timeout | None = None  # of the task that answers
@@ -113,7 +116,9 @@ class Exchange(TcpConnection):
         except Denied as denied:
             self._denied = denied
             self._abort_after(LINGER)
-            listener.turn_away(self, denied, peer)
+            if listener.on_denied is not None:
+                listener.on_denied(denied, peer, {})
+            listener.linger(self)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a request, or refuse the connection at once."""
@@ -131,6 +136,12 @@ class Exchange(TcpConnection):
             self._abort_after(self._listener.settings.open_timeout)
         else:
             self._write_and_drop(_refusal(self._denied))
+
+    def wait(self) -> None:
+        """Wait for the first byte of another request."""
+        self._waits = True
+        self._abort_after(KEEP_ALIVE)
+        self._listener.linger(self)
 
     def tls_ready(self, tls: "asyncio.Future[None]") -> None:
         """The TLS handshake finished or failed. No other callback reports a failure."""
@@ -152,7 +163,7 @@ class Exchange(TcpConnection):
         self._leave()
 
     def _leave(self) -> None:
-        self._listener.turned_away.pop(self, None)
+        self._listener.lingering.pop(self, None)
         self._listener.spare.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
@@ -168,6 +179,11 @@ class Exchange(TcpConnection):
 
     def buffer_updated(self, size: int) -> None:
         """Parse more of the request, and have it answered once its head is complete."""
+        if self._waits:
+            self._waits = False
+            self._listener.lingering.pop(self, None)
+            self.arrive(self.transport)
+            self.begin()
         if self._dropping:
             return
         parser = self._parser
@@ -294,14 +310,13 @@ class Exchange(TcpConnection):
             self.serve_next(self)
 
     def serve_next(self, before: TcpConnection) -> None:
-        """Wait for the next request of the connection, which counts anew."""
+        """Wait for the next request of a connection. The connection holds no place meanwhile."""
         following = Exchange(self._listener)
-        following.below = before.below
+        following.transport, following.below = before.transport, before.below
         before.hand_over(following)
         if self._listener.admission is not None and before.visitor is not None:
             self._listener.admission.depart(before.visitor)
-        following.arrive(before.transport)
-        following.begin()
+        following.wait()
 
     def _stream(self, stream: Stream, request: Request, *, keep: bool) -> None:
         chunked = request.version != "1.0"

@@ -37,7 +37,8 @@ class Listener:
 
     Attributes:
         connections: all connections, also those that are no WebSocket yet.
-        turned_away: the refused connections, the oldest first.
+        lingering: the connections that hold no place, the oldest first: refused ones, and those
+            between two requests.
         spare: the connections in places for probes, the oldest first.
         answering: the tasks that answer requests, also of clients that have gone.
         closing: whether no WebSocket may open any more.
@@ -69,13 +70,13 @@ class Listener:
         self.tls = tls
         self.loop = asyncio.get_running_loop()
         self.connections: set[TcpConnection] = set()
-        self.turned_away: dict[Exchange, None] = {}
+        self.lingering: dict[Exchange, None] = {}
         self.spare: dict[Exchange, None] = {}
         self.answering: set[asyncio.Task[None]] = set()
         self.closing = False
         self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
         self._acceptors: list[Acceptor] = []
-        self._lingering = lingering(settings)
+        self._most_lingering = lingering(settings)
 
     @property
     def bound(self) -> list[socket.socket]:
@@ -114,11 +115,9 @@ class Listener:
         ended = (connection.wait_closed() for connection in self.connections)
         await asyncio.gather(*self.answering, *ended, return_exceptions=True)
 
-    def turn_away(self, exchange: "Exchange", denied: Denied, peer: str) -> None:
-        """Keep a refused connection for a moment; abort the oldest of too many."""
-        assert self.on_denied is not None
-        self.on_denied(denied, peer, {})
-        _keep(self.turned_away, exchange, self._lingering)
+    def linger(self, exchange: "Exchange") -> None:
+        """Note a connection without a place; abort the oldest of too many."""
+        _keep(self.lingering, exchange, self._most_lingering)
 
     def take_spare(self, exchange: "Exchange") -> None:
         """Note a connection in a place for probes; abort the oldest of too many."""
@@ -128,7 +127,7 @@ class Listener:
         """Whether one more connection would take a descriptor that other parts need."""
         if self.admission is None:
             return len(self.connections) >= OPERATORS
-        beside = SPARE + self._lingering + AT_ONCE
+        beside = SPARE + self._most_lingering + AT_ONCE
         return len(self.connections) >= self.settings.connections + beside
 
     def _protocol(self) -> asyncio.BaseProtocol:

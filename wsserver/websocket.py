@@ -27,10 +27,8 @@ SILENT.setLevel(logging.CRITICAL)
 
 BITE = 512  # bytes parsed at once
 FRAMES_PER_TURN = 16  # frames of one socket in one turn of the event loop
-FRAGMENTS = (
-    4096  # of one message, besides one for each FRAGMENT_SIZE bytes: an empty one takes time
-)
-FRAGMENT_SIZE = 64  # bytes of it allow one fragment more
+FRAGMENTS = 256  # of one message, as even an empty fragment takes time; besides,
+FRAGMENT_SIZE = 64  # bytes of the message allow one fragment more
 
 
 class Receiver(typing.Protocol):

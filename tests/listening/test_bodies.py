@@ -1,6 +1,7 @@
 """Bodies of requests: read when the application asks, within bounds; and connections kept."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -255,7 +256,7 @@ async def test_connection_is_kept_for_a_client_that_asks(tls: bool) -> None:
             assert (status, headers["connection"]) == (200, "keep-alive")
             assert await browser.reader.readexactly(1) == body
         assert len(set(visitors)) == 3, "each request is a visitor of its own"
-        assert [visitor.gone for visitor in visitors] == [True, True, True]
+        assert [visitor.gone for visitor in visitors] == [True] * 3
         assert len(listener.connections) == 1
         browser.send(length(1), b"\r\n3")
         status, headers = await browser.head()
@@ -293,29 +294,48 @@ async def test_connection_is_closed_after_an_error() -> None:
         assert await browser.reader.read() == b"no\n"
 
 
-async def test_kept_connection_without_a_request_is_closed_in_time() -> None:
-    async with (
-        listening(no_body, open_timeout=0.2) as listener,
-        Browser.open(listener) as browser,
-    ):
+async def test_kept_connection_without_a_request_is_closed_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wsserver.exchange.KEEP_ALIVE", 0.1)
+    async with listening(no_body) as listener, Browser.open(listener) as browser:
         browser.send(GET + KEEP + b"\r\n")
         assert await browser.response() == (200, b"/a\n")
         assert await browser.ended()
 
 
-async def test_kept_connection_counts_for_its_address() -> None:
+async def test_kept_connection_takes_no_place_until_its_next_request() -> None:
     async with listening(no_body, connections_per_address=1) as listener:
         async with Browser.open(listener) as browser:
             for _ in range(3):
                 browser.send(GET + KEEP + b"\r\n")
                 assert await browser.response() == (200, b"/a\n")
             async with Browser.open(listener) as other:
-                other.send(GET + b"\r\n")
-                assert (await other.response())[0] == 429
+                other.send(GET[:5])
+                await until(lambda: listener.memory.used > 0)
+                browser.send(GET + KEEP + b"\r\n")
+                assert (await browser.response())[0] == 429
+                assert await browser.ended()
+                other.send(GET[5:] + b"\r\n")
+                assert await other.response() == (200, b"/a\n")
         await until(lambda: not listener.connections)
         async with Browser.open(listener) as browser:
             browser.send(GET + b"\r\n")
             assert await browser.response() == (200, b"/a\n")
+
+
+async def test_oldest_of_too_many_kept_connections_is_closed() -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        listener = await stack.enter_async_context(listening(no_body, connections=128))
+        browsers = []
+        for _ in range(9):  # a sixteenth of 128, and one more
+            browser = await stack.enter_async_context(Browser.open(listener))
+            browser.send(GET + KEEP + b"\r\n")
+            assert await browser.response() == (200, b"/a\n")
+            browsers.append(browser)
+        assert await browsers[0].ended()
+        browsers[1].send(GET + KEEP + b"\r\n")
+        assert await browsers[1].response() == (200, b"/a\n")
 
 
 async def test_no_connection_is_kept_once_the_listener_stops() -> None:
