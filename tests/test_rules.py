@@ -1,7 +1,8 @@
 """The rules that hold always, over random interleavings of all events.
 
 The machine drives the hub and connections on ports of its own, without sockets: what is said,
-stopped, lost, delayed and sent again, and how far the event loop gets in between, is random.
+stopped, lost, delayed and sent again, and how far the event loop gets in between, is random. The
+clock is the machine's too: a slow computer changes no example.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.support.clock import ClockLoop
 from tests.support.puppet import Puppet, Reply, Thinking
 from tests.support.yielding import YieldingStore
 from wsserver import Code, End, ModelError, Settings, Usage
@@ -129,7 +131,7 @@ class FakePort:
         seqs = {0} | self.afters.get(name, set()) if seq is None else {seq}
         assert frame["seq"] in seqs, "the terminal comes after all text"
         reply = self.machine.reply_of(name)
-        if reply is not None and reply.said:
+        if reply is not None and reply.said and self.machine.patient:
             assert reply.closed.is_set(), "the model is closed before the terminal"
 
 
@@ -142,7 +144,7 @@ class Rules(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
+        self.loop = ClockLoop()
         self.ports: dict[Connection, FakePort] = {}
         self.sent: dict[str, dict[str, Any]] = {}
         self.stopped_at: dict[Log[Terminal], int] = {}
@@ -155,15 +157,22 @@ class Rules(RuleBasedStateMachine):
         frame_size=st.sampled_from([1, 4, 1000]),
         turns=st.integers(0, 3),
         kept=st.sampled_from([1, 1000]),
+        patient=st.booleans(),
+        tick=st.sampled_from([1e-5, 0.001, 0.3, 2.0]),
     )
-    def start(self, grace: float, frame_size: int, turns: int, kept: int) -> None:
+    def start(
+        self, grace: float, frame_size: int, turns: int, kept: int, *, patient: bool, tick: float
+    ) -> None:
+        self.loop.tick = tick
+        self.patient = patient  # the server waits for each model that is stopped
         self.puppet = Puppet()
         self.settings = Settings(
             grace=grace,
             frame_size=frame_size,
             queue_size=2,
             conversations=kept,
-            save_interval=1e-9,  # the order of events does not depend on the clock
+            stop_timeout=1e9 if patient else 5.0,
+            save_interval=1e-9,
         )
 
         self.store = YieldingStore(turns)
@@ -337,11 +346,13 @@ class Rules(RuleBasedStateMachine):
 
     @rule(
         reply=replies,
-        how=st.sampled_from(["return", "end", "error", "fault", "nonsense", "stubborn"]),
+        how=st.sampled_from(["return", "end", "error", "fault", "nonsense", "stubborn", "slow"]),
     )
     def finish(self, reply: Reply, how: str) -> None:
         if how == "stubborn":
             reply.stubborn = True
+        elif how == "slow":
+            reply.hold = reply.hold or asyncio.Event()
         elif how == "error":
             reply.fail(ModelError(Code.OVERLOADED))
         elif how == "fault":
@@ -353,6 +364,11 @@ class Rules(RuleBasedStateMachine):
                 reply.say(End("max_tokens", Usage(1, 2)))
             reply.end()
 
+    @rule(reply=replies)
+    def close_at_last(self, reply: Reply) -> None:
+        if reply.hold is not None:
+            reply.hold.set()
+
     # What the store does.
 
     @rule(fails=st.booleans())
@@ -362,6 +378,12 @@ class Rules(RuleBasedStateMachine):
     @rule(turns=st.integers(1, 5))
     def go_on(self, turns: int) -> None:
         self.turn(turns)
+
+    @rule(seconds=st.sampled_from([0.5, 6.0, 61.0, 601.0]))
+    def let_time_pass(self, seconds: float) -> None:
+        """Let the time limits of the store, of a stop, of a reply and of the replay pass."""
+        self.loop.now += seconds
+        self.turn(1)
 
     # Invariants.
 
@@ -414,6 +436,7 @@ class Rules(RuleBasedStateMachine):
         for _ in range(len(self.generations) + 1):
             for reply in self.puppet.replies:
                 reply.end()
+                self.close_at_last(reply)
             self.turn(80)
         for port in self.ports.values():
             if not port.gone:
