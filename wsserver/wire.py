@@ -123,19 +123,19 @@ def parse_message(value: Mapping[str, Any]) -> Message:
     Raises:
         KeyError, TypeError, ValueError: the message breaks the protocol.
     """
-    role, text = value["role"], _text(value["content"])
+    role, text = value["role"], text_of(value["content"])
     if role not in {"user", "assistant"}:
         raise ValueError("a role is neither `user` nor `assistant`")
     blocks = value.get("blocks")
     return Message(
         role,
         text if blocks is None else parse_content(blocks),
-        _optional(_text, value.get("partial")),
-        id=_text(value["id"]),
-        model=_optional(_text, value.get("model")),
-        usage=_optional(parse_usage, value.get("usage")),
-        began=_optional(float, value.get("began")),
-        ended=_optional(float, value.get("ended")),
+        optional(text_of, value.get("partial")),
+        id=text_of(value["id"]),
+        model=optional(text_of, value.get("model")),
+        usage=optional(parse_usage, value.get("usage")),
+        began=optional(float, value.get("began")),
+        ended=optional(float, value.get("ended")),
     )
 
 
@@ -151,11 +151,17 @@ def _usage(value: Any) -> Usage:
         raise ValueError(str(error)) from None
 
 
-def _optional(parse: Callable[[Any], T], value: object) -> T | None:
+def optional(parse: Callable[[Any], T], value: object) -> T | None:
+    """Parse a value that may be None."""
     return None if value is None else parse(value)
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """Return a value that has to be a text.
+
+    Raises:
+        TypeError: it is not.
+    """
     if not isinstance(value, str):
         raise TypeError("a value is not a string")
     return value

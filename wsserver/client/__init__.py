@@ -13,8 +13,7 @@ from wsserver.client.chat import Chat, connect, new_id
 from wsserver.client.connection import State
 from wsserver.client.credentials import Token
 from wsserver.client.failures import ChatError, ConnectionFailed, ReplyError, ServerError
-from wsserver.client.history import Conversation, History
-from wsserver.client.limits import Limits
+from wsserver.client.history import Conversation, History, Limits
 from wsserver.client.reply import Done, Reply
 from wsserver.client.subscriptions import Subscription
 from wsserver.client.sync import connect as connect_sync

@@ -14,10 +14,10 @@ from wsserver.client.failures import ChatError, ConnectionFailed
 from wsserver.client.history import (
     Conversation,
     History,
+    Limits,
     parse_conversations,
     parse_nothing,
 )
-from wsserver.client.limits import Limits
 from wsserver.client.queries import Queries
 from wsserver.client.replies import Replies
 from wsserver.client.reply import Reply

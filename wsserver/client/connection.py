@@ -16,7 +16,7 @@ from wsserver.client.dial import (
     without_credentials,
 )
 from wsserver.client.failures import ConnectionFailed, ServerError
-from wsserver.client.limits import Limits
+from wsserver.client.history import Limits
 from wsserver.client.link import Link, is_refusal
 from wsserver.protocol import Close
 

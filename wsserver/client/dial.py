@@ -5,7 +5,6 @@ the next attempt is random, so that the clients of a restarted server do not all
 """
 
 import asyncio
-import ipaddress
 import math
 import random
 import re
@@ -30,6 +29,7 @@ from websockets.exceptions import (
 )
 from websockets.typing import Subprotocol
 
+from wsserver.addresses import is_local
 from wsserver.client.failures import ConnectionFailed
 from wsserver.protocol import SUBPROTOCOL, Close
 
@@ -164,7 +164,7 @@ async def dial_once(url: str, token: str | None, timeouts: Timeouts) -> Socket:
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers=headers,
             compression=None,  # tokens are too short to compress
-            proxy=None if _is_loopback(url) else True,
+            proxy=None if is_local(urlsplit(url).hostname or "") else True,
             open_timeout=None,
             ping_interval=None,  # the link sends its own pings
             close_timeout=timeouts.closing,
@@ -205,17 +205,6 @@ def _describe(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "the server did not answer in time"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-def _is_loopback(url: str) -> bool:
-    """Return whether the host is this machine, which no proxy serves."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _parse_retry_after(header: str | None) -> float:

@@ -1,13 +1,50 @@
-"""Histories and lists of conversations, parsed from the server's answers."""
+"""The server's limits, histories and lists of conversations, parsed from its frames."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from wsserver.content import Message
-from wsserver.wire import parse_message
+from wsserver.wire import optional, parse_message, text_of
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server accepts on one connection. A limit that the server does not tell is None.
+
+    Attributes:
+        message_size: bytes of a frame of the client.
+        prompt_size: bytes of a prompt and its system prompt, as UTF-8.
+        answer_size: bytes of the largest frame of the server.
+        frame_rate: frames per second in the long run.
+        frame_burst: frames at once.
+        bad_frames: unusable frames in a row before the server closes the connection.
+        requests: frames that may wait for an answer.
+        generations_per_socket: replies that may run or wait.
+        queue_size: prompts that may wait in a conversation.
+    """
+
+    message_size: int | None = None
+    prompt_size: int | None = None
+    answer_size: int | None = None
+    frame_rate: float | None = None
+    frame_burst: int | None = None
+    bad_frames: int | None = None
+    requests: int | None = None
+    generations_per_socket: int | None = None
+    queue_size: int | None = None
+
+    @classmethod
+    def of(cls, limits: Mapping[str, Any]) -> Self:
+        """Convert the ``limits`` of a ``hello``. Unknown limits are ignored.
+
+        Raises:
+            TypeError: a limit is not a number.
+        """
+        known = {key: limits[key] for key in cls.__slots__ if key in limits}
+        if not all(isinstance(value, int | float) for value in known.values()):
+            raise TypeError("a limit is not a number")
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +81,11 @@ def parse_history(
         KeyError, TypeError, ValueError: the frame breaks the protocol.
     """
     messages = tuple(map(parse_message, frame["messages"]))
-    running = tuple(_text(reply) for reply in frame["running"])
+    running = tuple(text_of(reply) for reply in frame["running"])
     before = frame.get("before")
     if before is not None and not 0 <= before < asked:
         raise ValueError("the pages of a history do not end")
-    return History(conversation, _text(frame["title"]), messages, running), before
+    return History(conversation, text_of(frame["title"]), messages, running), before
 
 
 def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], str | None]:
@@ -58,21 +95,13 @@ def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], s
         KeyError, TypeError, ValueError: the frame breaks the protocol.
     """
     items = [
-        Conversation(_text(i["id"]), _text(i["title"]), float(i["created"]), float(i["updated"]))
+        Conversation(
+            text_of(i["id"]), text_of(i["title"]), float(i["created"]), float(i["updated"])
+        )
         for i in frame["items"]
     ]
-    return items, _optional(_text, frame.get("next"))
+    return items, optional(text_of, frame.get("next"))
 
 
 def parse_nothing(_: Mapping[str, Any]) -> None:
     """Return None for an answer that only confirms the request."""
-
-
-def _optional(parse: Callable[[Any], T], value: object) -> T | None:
-    return None if value is None else parse(value)
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a value is not a string")
-    return value

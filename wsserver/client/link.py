@@ -17,8 +17,7 @@ from websockets.exceptions import ConnectionClosed
 
 from wsserver.client.dial import FINAL_CLOSE_CODES, Socket
 from wsserver.client.failures import ConnectionFailed, parse_seconds
-from wsserver.client.limits import Limits
-from wsserver.client.silence import wait_for_silence
+from wsserver.client.history import Limits
 from wsserver.errors import Code
 from wsserver.protocol import (
     Auth,
@@ -185,9 +184,35 @@ class Link:
             self.socket.transport.abort()
 
     async def _abort_when_silent(self) -> None:
-        seconds = await wait_for_silence(self.socket, self._silence_limit, self._queued)
-        self.failure = f"the server sent nothing for {seconds:.1f} s"
-        self.socket.transport.abort()
+        """Send a ping after each silence, and abort when the ping stays unanswered as well.
+
+        A network that fails closes no connection, so the socket reports no error. Any data counts
+        as an answer to the ping.
+        """
+        loop = asyncio.get_running_loop()
+        pinged_at: float | None = None
+        while True:
+            seconds, last_data_at = self._silence_limit(), self.socket.last_data_at
+            if pinged_at is not None and last_data_at >= pinged_at:
+                pinged_at = None
+            due = (last_data_at if pinged_at is None else pinged_at) + seconds
+            late = loop.time() - due
+            if late < 0:
+                self._queued.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        await self._queued.wait()
+            # A process that was suspended has not read the data that arrived meanwhile. It then
+            # looks much later than `due`, and sends another ping instead of giving up.
+            elif pinged_at is None or late > seconds / 2:
+                pinged_at = loop.time()
+                with contextlib.suppress(TimeoutError, ConnectionClosed):
+                    async with asyncio.timeout(seconds):
+                        await self.socket.ping()
+            else:
+                self.failure = f"the server sent nothing for {loop.time() - last_data_at:.1f} s"
+                self.socket.transport.abort()
+                return
 
     def _silence_limit(self) -> float:
         if not (self._unanswered or self._reply_pending()):

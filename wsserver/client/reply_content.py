@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsserver.content import Block, Text, Thinking, parse_block
+from wsserver.wire import text_of
 
 
 class GrowingText:
@@ -68,7 +69,7 @@ class ReplyContent:
         if run is None or run.block != block or run.type != kind:
             run = self._begin_run(kind, block)
         if kind == "block":
-            run.data.append(_text(frame["partial_json"]))
+            run.data.append(text_of(frame["partial_json"]))
         elif kind == "token":
             self.text.append(frame["text"])
             if "citation" in frame:
@@ -76,7 +77,7 @@ class ReplyContent:
         else:
             self.thinking.append(frame["text"])
             if "signature" in frame:
-                run.data.append(_text(frame["signature"]))
+                run.data.append(text_of(frame["signature"]))
 
     def _begin_run(self, kind: str, block: int) -> _Run:
         if type(block) is not int:
@@ -109,9 +110,3 @@ class ReplyContent:
 
     def _text_of(self, kind: str) -> GrowingText:
         return self.text if kind == "token" else self.thinking
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a value is not a string")
-    return value

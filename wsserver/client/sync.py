@@ -18,8 +18,7 @@ from typing import Any, Self, TypeVar
 
 from wsserver.client.chat import connect as connect_async
 from wsserver.client.connection import State
-from wsserver.client.history import Conversation, History
-from wsserver.client.limits import Limits
+from wsserver.client.history import Conversation, History, Limits
 from wsserver.client.reply import Done, Reply
 from wsserver.client.subscriptions import Subscription
 from wsserver.content import Block, Usage

@@ -15,6 +15,7 @@ from wsserver.models.anthropic.events import PLAIN_TEXT, Events, parse
 from wsserver.models.anthropic.failures import TransientError, of_event
 from wsserver.models.base import Output, Take
 from wsserver.pieces import Piece
+from wsserver.wire import text_of
 
 MAX_INPUT = 4_194_304  # characters of a tool's input
 THINKING_RATE = 60  # tokens a second, about the rate of the API's models
@@ -149,9 +150,9 @@ class Reply:
         if block["type"] in _THINKING_BLOCKS:
             self._thinking_since = monotonic()
         if block["type"] == "text":
-            self._found.append(Piece("text", index, _text(block.get("text") or "")))
+            self._found.append(Piece("text", index, text_of(block.get("text") or "")))
         elif block["type"] == "thinking":
-            self._found.append(Piece("thinking", index, _text(block.get("thinking") or "")))
+            self._found.append(Piece("thinking", index, text_of(block.get("thinking") or "")))
         else:
             self._block, self._input, self._room = block, [], MAX_INPUT
             self._found.append("")
@@ -159,16 +160,16 @@ class Reply:
     def _delta(self, delta: dict[str, Any], index: int) -> None:
         match delta["type"]:
             case "text_delta":
-                self._found.append(_text(delta["text"]))
+                self._found.append(text_of(delta["text"]))
             case "thinking_delta":
-                self._found.append(Thinking(_text(delta["thinking"])))
+                self._found.append(Thinking(text_of(delta["thinking"])))
             case "signature_delta":
-                self._found.append(Piece("signature", index, _text(delta["signature"])))
+                self._found.append(Piece("signature", index, text_of(delta["signature"])))
             case "citations_delta":
                 citation = json.dumps(delta["citation"], ensure_ascii=False)
                 self._found.append(Piece("citation", index, citation))
             case "input_json_delta":
-                self._input.append(_text(delta["partial_json"]))
+                self._input.append(text_of(delta["partial_json"]))
                 self._room -= len(self._input[-1])
                 if self._room < 0:
                     raise ValueError("a tool's input is too long")
@@ -225,9 +226,3 @@ class Reply:
 def _whole(value: Any) -> Any:
     """Return a JSON value whose texts UTF-8 can carry; see :func:`well_formed`."""
     return json.loads(well_formed(json.dumps(value, ensure_ascii=False)))
-
-
-def _text(text: object) -> str:
-    if not isinstance(text, str):
-        raise TypeError("the text is no string")
-    return text
