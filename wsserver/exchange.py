@@ -273,6 +273,8 @@ class Exchange(TcpConnection):
             if self not in self._listener.connections:
                 self._hold(0)
         if self.transport.is_closing() or self._dropping:  # gone, or answered
+            if isinstance(answer, Stream):
+                answer.producer.closed()
             return
         keep = self._may_keep(request)
         if isinstance(answer, Response):
@@ -323,9 +325,11 @@ class Exchange(TcpConnection):
         keep = keep and chunked
         self.transport.write(stream.encode(chunked=chunked, keep=keep))
         following = self.serve_next if keep else None
-        body = StreamedResponse(self._listener, self, chunked=chunked, following=following)
+        body = StreamedResponse(
+            self._listener, self, stream.producer, chunked=chunked, following=following
+        )
         self.hand_over(body)
-        body.begin(stream.open)
+        body.begin()
 
     def _upgrade(self, request: Request, upgrade: Upgrade) -> None:
         """Answer the opening handshake of a WebSocket (RFC 6455 section 4.2)."""

@@ -103,32 +103,35 @@ class BodyWriter(Protocol):
 
 
 class Producer(Protocol):
-    """Makes the body of one response."""
+    """Makes the body of one response. The last call is that of ``closed``."""
+
+    def open(self, body: BodyWriter) -> None:
+        """Begin to write: the client gets the head now. Never called for a client that has gone."""
+        ...
 
     def wake(self) -> None:
         """Go on writing: the client has caught up."""
         ...
 
     def closed(self) -> None:
-        """The connection has closed, before the body ended or after."""
+        """Write no more: the body has ended, or the client has gone, perhaps before ``open``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A response whose body is written while it is made.
-
-    ``open`` is called once the head is written. It gets the writer of the body and returns the
-    producer. It is never called for a client that has gone.
-    """
+    """A response whose body is written while it is made."""
 
     status: HTTPStatus
     headers: Mapping[str, str]
-    open: Callable[[BodyWriter], Producer]
+    producer: Producer
 
     def to(self, request: Request) -> "Stream | Response":
         """Return the head alone where the method is HEAD (RFC 9110 9.3.2)."""
-        return Response(self.status, self.headers) if request.method == "HEAD" else self
+        if request.method != "HEAD":
+            return self
+        self.producer.closed()
+        return Response(self.status, self.headers)
 
     def encode(self, *, chunked: bool, keep: bool = False) -> bytes:
         """Return the head of the response as the bytes of HTTP/1.1.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from uuid import uuid4
 
 from wsserver.logs import log
-from wsserver.responses import BodyWriter, Producer
+from wsserver.responses import Producer
 from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
 
 __all__ = ["StreamedResponse"]
@@ -23,6 +23,7 @@ class StreamedResponse(Writer):
     Args:
         listener: owner of the connection.
         before: the connection while its request was answered.
+        producer: makes the body.
         chunked: write the body in chunks (RFC 9112 section 7.1).
         following: serves the next request after the end of the body; None to close the connection.
     """
@@ -33,6 +34,7 @@ class StreamedResponse(Writer):
         self,
         listener: Owner,
         before: TcpConnection,
+        producer: Producer,
         *,
         chunked: bool,
         following: Callable[[TcpConnection], None] | None,
@@ -44,13 +46,14 @@ class StreamedResponse(Writer):
         self._dropped = 0  # bytes that the client sent after its request
         self._ended = False
         self._linger: asyncio.TimerHandle | None = None
-        self._producer: Producer | None = None
+        self._producer: Producer | None = producer
 
-    def begin(self, open_body: Callable[[BodyWriter], Producer]) -> None:
+    def begin(self) -> None:
         """Let the producer begin. Where that fails, the client gets no whole response."""
         self.transport.resume_reading()
+        assert self._producer is not None
         try:
-            self._producer = open_body(self)
+            self._producer.open(self)
         except Exception as error:  # noqa: BLE001
             log.error("a response could not be streamed", socket=self.id, failure=error)
             self.abort()

@@ -134,10 +134,9 @@ class Recorder:
         self.woken = asyncio.Event()
         self.body: BodyWriter
 
-    def open(self, body: BodyWriter) -> Self:
+    def open(self, body: BodyWriter) -> None:
         self.body = body
         self.opened.set()
-        return self
 
     def wake(self) -> None:
         assert self.body.writable

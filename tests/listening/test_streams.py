@@ -32,7 +32,7 @@ class Streams:
     async def __call__(self, request: Request, _: Visitor) -> Answer:
         recorder = Recorder()
         self._made.put_nowait(recorder)
-        return Stream(HTTPStatus.OK, EVENTS, recorder.open).to(request)
+        return Stream(HTTPStatus.OK, EVENTS, recorder).to(request)
 
     async def next(self) -> Recorder:
         recorder = await self._made.get()
@@ -79,12 +79,17 @@ async def test_stream_of_http_1_0_ends_with_the_connection(tls: bool) -> None:
 
 
 async def test_head_gets_no_stream() -> None:
-    streams = Streams()
-    async with listening(streams) as listener, Browser.open(listener) as browser:
+    recorder = Recorder()
+
+    async def answer(request: Request, _: Visitor) -> Answer:
+        return Stream(HTTPStatus.OK, EVENTS, recorder).to(request)
+
+    async with listening(answer) as listener, Browser.open(listener) as browser:
         browser.send(b"HEAD /a HTTP/1.1\r\nHost: localhost\r\n\r\n")
         status, headers = await browser.head()
         assert (status, headers["content-type"]) == (200, "text/event-stream")
         assert await browser.ended()
+        assert (recorder.opened.is_set(), recorder.gone.is_set()) == (False, True)
 
 
 @both
@@ -139,12 +144,12 @@ async def test_producer_is_told_at_once_that_the_client_has_gone(tls: bool, how:
 
 
 async def test_client_that_leaves_before_the_stream_opens_gets_none() -> None:
-    asked, go = asyncio.Event(), asyncio.Event()
+    asked, go, recorder = asyncio.Event(), asyncio.Event(), Recorder()
 
     async def late(_: Request, __: Visitor) -> Answer:
         asked.set()
         await go.wait()
-        return Stream(HTTPStatus.OK, EVENTS, Recorder().open)
+        return Stream(HTTPStatus.OK, EVENTS, recorder)
 
     async with listening(late) as listener:
         async with Browser.open(listener) as browser:
@@ -152,7 +157,8 @@ async def test_client_that_leaves_before_the_stream_opens_gets_none() -> None:
             await asked.wait()
         await until(lambda: not listener.connections)
         go.set()
-        await until(lambda: not listener.answering)
+        await recorder.gone.wait()
+        assert not recorder.opened.is_set()
 
 
 async def test_slow_reader_pauses_the_producer_and_wakes_it() -> None:
@@ -234,16 +240,20 @@ async def test_aborted_body_is_no_whole_response() -> None:
 async def test_producer_that_fails_to_begin_leaves_no_whole_response(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(_: BodyWriter) -> Recorder:
-        raise LookupError("a fault")
+    class Failing(Recorder):
+        def open(self, body: BodyWriter) -> None:
+            raise LookupError("a fault")
+
+    recorder = Failing()
 
     async def answer(_: Request, __: Visitor) -> Answer:
-        return Stream(HTTPStatus.OK, EVENTS, fail)
+        return Stream(HTTPStatus.OK, EVENTS, recorder)
 
     async with listening(answer) as listener, Browser.open(listener) as browser:
         browser.send(GET, KEEP, b"\r\n")
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await browser.response()
+        await recorder.gone.wait()
     assert "a response could not be streamed" in caplog.text
 
 
