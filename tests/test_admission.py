@@ -174,7 +174,7 @@ async def test_on_loopback_pages_of_localhost_and_programs_come_in(
     ("origin", "host", "status"),
     [
         ("https://chat.example.com", "chat.example.com", 101),
-        ("http://chat.example.com", "chat.example.com", 101),  # TLS may end before, unsaid
+        ("http://chat.example.com", "chat.example.com", 101),  # TLS may end before, withdrawn
         ("https://chat.example.com", "chat.example.com:443", 101),
         ("https://chat.example.com:8443", "chat.example.com:8443", 101),
         ("https://chat.example.com:8443", "chat.example.com", 403),

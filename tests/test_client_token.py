@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 
 
 class Issuer:
-    """Issues tokens that expire after ``seconds``, and authenticates their holders as "ada"."""
+    """Issues tokens that expire after ``seconds``, and authenticates their pins as "ada"."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds

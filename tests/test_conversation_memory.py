@@ -41,7 +41,7 @@ def fill(memory: Memory) -> dict[str, int]:
     size = memory.limit // 10
     while size > 100:
         name = f"client {len(taken)}"
-        if memory.take((name,), size):
+        if memory.acquire((name,), size):
             taken[name] = size
         else:
             size //= 2
@@ -79,7 +79,7 @@ async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
         assert server.memory.cached == 0
         assert known(server, TWO) is None
         for name, size in taken.items():
-            server.memory.give((name,), size)
+            server.memory.release((name,), size)
         await say(chat, puppet, "again", "x", ONE)
         said = [message.content for message in puppet.replies[-1].request.messages]
         assert said == ["one", "x" * 10_000, "again"]
@@ -116,7 +116,7 @@ async def test_turns_of_a_running_conversation_are_not_dropped(
         taken = fill(server.memory)
         assert conversation.turns
         for name, size in taken.items():
-            server.memory.give((name,), size)
+            server.memory.release((name,), size)
         running.say("y").end()
         last = await puppet.reply(2)
         said = [message.content for message in last.request.messages]
@@ -137,7 +137,7 @@ async def test_prompt_is_refused_without_memory_for_its_conversation(
         assert (refused["code"], refused["retryable"]) == ("limit", True)
         assert known(server, ONE) is None
         for name, size in taken.items():
-            server.memory.give((name,), size)
+            server.memory.release((name,), size)
         await say(chat, puppet, "two", "y", ONE)
     assert len(puppet.replies) == 2
 

@@ -302,7 +302,7 @@ async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
 ) -> None:
     async with wsserver.serve(puppet, port=0, **LITTLE) as server:
         for number in range(2000):
-            while server.memory.take((f"somebody {number}",), 100):
+            while server.memory.acquire((f"somebody {number}",), 100):
                 pass
         async with Peer.open(Here(server), "127.0.0.1") as one:
             answer = await one.upgrade(*[b"A: b"] * 100)
@@ -310,7 +310,7 @@ async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
             assert b"\r\nRetry-After: 10\r\n" in answer
         assert 'outcome="limit"} 1.0' in exposed(server)
         for key, size in list(server.memory._held.items()):
-            server.memory.give((key,), size)
+            server.memory.release((key,), size)
         async with peer(server) as one:
             one.write(masked(PING.decode()))
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')

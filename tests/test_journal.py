@@ -68,7 +68,7 @@ class Stand:
     def end(self, record: Record) -> None:
         name = record.header.id
         end = Done(id=name, seq=1, reason="end_turn", usage=Usage())
-        self.journal.end(record, end, lambda saved: self.told.update({name: saved}))
+        self.journal.save_end(record, end, lambda saved: self.told.update({name: saved}))
 
     async def stored(self, name: str = "g") -> list[str] | None:
         found = await self.store.find(name, "me")
@@ -147,7 +147,7 @@ async def test_failing_callback_of_one_end_does_not_hold_up_others(
 
     first, second = stand.begin("g"), stand.begin("h")
     end = Done(id="g", seq=0, reason="end_turn", usage=Usage())
-    stand.journal.end(first, end, broken)
+    stand.journal.save_end(first, end, broken)
     stand.end(second)
     await until(lambda: stand.told)
     assert stand.told == {"h": True}
@@ -206,7 +206,7 @@ async def test_failed_batch_does_not_bring_a_deleted_conversation_back(stand: St
     stand.store.failure = StoreError("disk")
     stand.begin()
     await until(lambda: stand.store.commits)
-    stand.journal.deleted("me", "c")  # while the batch has the record
+    stand.journal.forget("me", "c")  # while the batch has the record
     stand.store.gate.set()
     await until(lambda: stand.store.commits > 1)
     stand.store.failure = None
@@ -228,10 +228,10 @@ async def test_ended_reply_is_found_in_the_journal_until_it_is_saved(stand: Stan
     assert found.terminal is not None
     assert (heard(found.pieces), found.terminal.saved) == (["x"], False)
     assert stand.journal.find("somebody else", "g") is None
-    assert stand.journal.late("me", "c")
+    assert stand.journal.has_late("me", "c")
     stand.store.failure = None
     await stand.journal.flush()
-    await until(lambda: not stand.journal.late("me", "c"))
+    await until(lambda: not stand.journal.has_late("me", "c"))
     assert stand.journal.find("me", "g") is None
     assert await stand.stored() == ["x"]
 
@@ -245,12 +245,12 @@ async def test_ended_reply_of_a_deleted_conversation_is_not_found_in_the_journal
     stand.store.gate = asyncio.Event()
     commits = stand.store.commits
     await until(lambda: stand.store.commits > commits)
-    stand.journal.deleted("me", "c")  # while a batch has the record
+    stand.journal.forget("me", "c")  # while a batch has the record
     stand.store.gate.set()
     commits = stand.store.commits
     await until(lambda: stand.store.commits > commits)
     assert stand.journal.find("me", "g") is None
-    assert not stand.journal.late("me", "c")
+    assert not stand.journal.has_late("me", "c")
 
 
 async def test_prompt_that_waits_is_saved_at_once() -> None:

@@ -22,7 +22,7 @@ from wsserver.limits import (
     Rates,
     Shares,
     account_of,
-    held,
+    memory_size,
 )
 
 # Plain data.
@@ -30,61 +30,61 @@ from wsserver.limits import (
 
 def test_bucket_gives_a_burst_and_then_a_rate() -> None:
     bucket = Bucket(rate=2, burst=3, now=0)
-    assert [bucket.take(0) for _ in range(4)] == [0, 0, 0, 0.5]
-    assert bucket.take(0.25) == 0.25
-    assert bucket.take(0.5) == 0
-    assert bucket.take(0.5) == 0.5
-    assert [bucket.take(1000) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert [bucket.consume(0) for _ in range(4)] == [0, 0, 0, 0.5]
+    assert bucket.consume(0.25) == 0.25
+    assert bucket.consume(0.5) == 0
+    assert bucket.consume(0.5) == 0.5
+    assert [bucket.consume(1000) for _ in range(4)] == [0, 0, 0, 0.5]
 
 
 def test_refused_take_leaves_the_bucket_unchanged() -> None:
     bucket = Bucket(rate=1, burst=1, now=0)
-    assert bucket.take(0) == 0
+    assert bucket.consume(0) == 0
     for step in range(1, 10):
-        assert bucket.take(step / 10) > 0
-    assert bucket.take(1.0) == 0
+        assert bucket.consume(step / 10) > 0
+    assert bucket.consume(1.0) == 0
 
 
 def test_each_key_has_its_own_rate_and_is_forgotten_once_full() -> None:
     rates = Rates(rate=1, burst=1)
-    assert rates.take(("a",), 0) == 0
-    assert rates.take(("a",), 0) == 1
-    assert rates.take(("b",), 0) == 0
+    assert rates.consume(("a",), 0) == 0
+    assert rates.consume(("a",), 0) == 1
+    assert rates.consume(("b",), 0) == 0
     for number in range(100_000):
-        rates.take((f"stranger {number}",), number / 100)
+        rates.consume((f"stranger {number}",), number / 100)
     assert len(rates) < 3000
 
 
 def test_wider_network_has_a_higher_rate_and_a_refusal_takes_nothing() -> None:
     rates = Rates(rate=1, burst=2)
-    assert [rates.take((name, "wide"), 0) for name in ("a", "a", "b", "b")] == [0, 0, 0, 0]
-    assert rates.take(("c", "wide"), 0) == 0.5
-    assert [rates.take(("c",), 0) for _ in range(3)] == [0, 0, 1]
+    assert [rates.consume((name, "wide"), 0) for name in ("a", "a", "b", "b")] == [0, 0, 0, 0]
+    assert rates.consume(("c", "wide"), 0) == 0.5
+    assert [rates.consume(("c",), 0) for _ in range(3)] == [0, 0, 1]
 
 
 def test_share_is_given_back_and_its_key_forgotten() -> None:
     shares = Shares(2)
     a, b = ("a",), ("b",)
-    assert shares.take(a)
-    assert shares.take(a)
-    assert not shares.take(a)
-    assert shares.take(b)
-    shares.give(a)
-    assert shares.take(a)
+    assert shares.acquire(a)
+    assert shares.acquire(a)
+    assert not shares.acquire(a)
+    assert shares.acquire(b)
+    shares.release(a)
+    assert shares.acquire(a)
     for account in (a, a, b):
-        shares.give(account)
+        shares.release(account)
     assert len(shares) == 0
 
 
 def test_wider_network_has_a_larger_share_and_a_refusal_takes_nothing() -> None:
     shares = Shares(2)
     accounts = [(f"64 {n}", f"56 {n // 10}", f"48 {n // 100}") for n in range(1000)]
-    taken = [account for account in accounts for _ in range(3) if shares.take(account)]
+    taken = [account for account in accounts for _ in range(3) if shares.acquire(account)]
     assert len(taken) == 10 * 8  # of each /48, and of each /56 no more than 4
     assert sum(account[1] == "56 0" for account in taken) == 4
-    assert not shares.take(accounts[99])
+    assert not shares.acquire(accounts[99])
     for account in taken:
-        shares.give(account)
+        shares.release(account)
     assert len(shares) == 0
 
 
@@ -94,31 +94,31 @@ def test_wider_network_has_a_larger_share_and_a_refusal_takes_nothing() -> None:
 def test_memory_is_refused_over_the_share_of_an_account_and_nothing_is_taken() -> None:
     memory = Memory(900, share=1 / 8)
     a, b = ("a",), ("b",)
-    assert memory.take(a, 100)
-    assert not memory.take(a, 1)
-    assert memory.take(b, 100)
+    assert memory.acquire(a, 100)
+    assert not memory.acquire(a, 1)
+    assert memory.acquire(b, 100)
     assert memory.used == 200
-    memory.give(a, 100)
-    assert not memory.take(a, 101)
-    assert memory.take(a, 100)
+    memory.release(a, 100)
+    assert not memory.acquire(a, 101)
+    assert memory.acquire(a, 100)
     for account in (a, b):
-        memory.give(account, 100)
+        memory.release(account, 100)
     assert (memory.used, len(memory)) == (0, 0)
 
 
 def test_new_account_gets_memory_however_many_take_it() -> None:
     memory = Memory(2**20)
     for number in range(1000):
-        while memory.take((str(number),), 64):
+        while memory.acquire((str(number),), 64):
             pass
     assert memory.used < memory.limit
-    assert memory.take(("newcomer",), 64) or memory.limit - memory.used < 64 * 8
+    assert memory.acquire(("newcomer",), 64) or memory.limit - memory.used < 64 * 8
 
 
 def test_wider_network_has_a_larger_but_bounded_share_of_memory() -> None:
     memory = Memory(10_000, share=1 / 8)
     for number in range(256):
-        while memory.take((f"64 {number}", "56", "48"), 10):
+        while memory.acquire((f"64 {number}", "56", "48"), 10):
             pass
     assert memory.used <= 10_000 * (2 / 8) / (1 + 2 / 8)
 
@@ -131,35 +131,35 @@ def test_caches_are_shed_before_anything_in_use_is_refused() -> None:
         asked.append(size)
         while size > 0 and cached:
             size -= cached[0]
-            memory.give(CACHE, cached.pop(0))
+            memory.release(CACHE, cached.pop(0))
 
     asked: list[int] = []
     memory.shed_by(asked.append)  # a cache with nothing to drop
     memory.shed_by(shed)
     for size in cached:
-        assert memory.take(CACHE, size)
-    assert memory.take(("a",), 250)
+        assert memory.acquire(CACHE, size)
+    assert memory.acquire(("a",), 250)
     assert (len(cached), asked) == (7, [150, 150])
     assert memory.used == 950
-    assert memory.take(("a",), 120)
-    assert memory.take(CACHE, 100)  # an older entry is dropped for it
+    assert memory.acquire(("a",), 120)
+    assert memory.acquire(CACHE, 100)  # an older entry is dropped for it
     assert memory.used == 970 == memory.cached + 370
-    assert not memory.take(CACHE, 631)  # too large beside the bytes in use
+    assert not memory.acquire(CACHE, 631)  # too large beside the bytes in use
     assert memory.cached == 600, "nothing is dropped for a request that cannot fit"
 
 
 def test_cache_that_cannot_shed_enough_refuses_and_takes_nothing() -> None:
     memory = Memory(1000, share=1)
     memory.shed_by(lambda size: None)
-    assert memory.take(CACHE, 900)
-    assert not memory.take(("a",), 200)
+    assert memory.acquire(CACHE, 900)
+    assert not memory.acquire(("a",), 200)
     assert (memory.used, len(memory)) == (900, 0)
 
 
 def test_texts_count_with_their_size_in_memory() -> None:
-    assert held("x" * 1000) < 1100
-    assert held("x" * 999 + "\U0001f600") > 4000
-    assert held(b"x" * 1000) < 1100
+    assert memory_size("x" * 1000) < 1100
+    assert memory_size("x" * 999 + "\U0001f600") > 4000
+    assert memory_size(b"x" * 1000) < 1100
 
 
 def test_budget_reserves_settles_and_begins_anew_each_day() -> None:

@@ -9,7 +9,7 @@ import pytest
 import wsserver
 from tests.support.client import client
 from wsserver import Code, ConfigError, End, Message, Model, ModelError, Request, Settings, Usage
-from wsserver.models import load, name_of
+from wsserver.models import make, name_of
 from wsserver.models.demo import Demo
 
 
@@ -136,16 +136,16 @@ async def test_error_with_a_string_as_its_code_reaches_the_client() -> None:
 
 
 def test_without_credentials_it_is_the_demo() -> None:
-    assert name_of(load(Settings())) == "demo"
+    assert name_of(make(Settings())) == "demo"
 
 
 @pytest.mark.parametrize("name", ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"])
 def test_with_credentials_it_is_claude(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "x")
-    assert name_of(load(Settings())) == "claude-sonnet-4-6"
-    assert name_of(load(Settings(model="anthropic:some-model"))) == "some-model"
-    assert name_of(load(Settings(model="claude-opus-5"))) == "claude-opus-5"
-    assert name_of(load(Settings(model="demo"))) == "demo"
+    assert name_of(make(Settings())) == "claude-sonnet-4-6"
+    assert name_of(make(Settings(model="anthropic:some-model"))) == "some-model"
+    assert name_of(make(Settings(model="claude-opus-5"))) == "claude-opus-5"
+    assert name_of(make(Settings(model="demo"))) == "demo"
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_claude_without_credentials_is_refused(
 ) -> None:
     monkeypatch.setenv(variable, str(tmp_path))
     with pytest.raises(ConfigError, match=says):
-        load(Settings(model="claude-opus-5"))
+        make(Settings(model="claude-opus-5"))
 
 
 def test_model_of_ones_own_is_imported_from_the_current_folder(
@@ -173,8 +173,8 @@ def test_model_of_ones_own_is_imported_from_the_current_folder(
     (tmp_path / "wordy_model.py").write_text("raise ValueError('two\\nlines')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert name_of(load(Settings(model="my_models:echo"))) == "echo"
-    assert name_of(load(Settings(model="my_models:Box.deep"))) == "deep"
+    assert name_of(make(Settings(model="my_models:echo"))) == "echo"
+    assert name_of(make(Settings(model="my_models:Box.deep"))) == "deep"
     for spec, says in {
         "my_models:number": "not callable",
         "my_models:whole": "must be an async generator",
@@ -191,5 +191,5 @@ def test_model_of_ones_own_is_imported_from_the_current_folder(
         "my_models:": "none of demo",
     }.items():
         with pytest.raises(ConfigError, match=says) as raised:
-            load(Settings(model=spec))
+            make(Settings(model=spec))
         assert "\n" not in str(raised.value)

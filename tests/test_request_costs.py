@@ -225,7 +225,7 @@ async def test_ended_replies_make_room_for_what_is_in_use(puppet: Puppet, tmp_pa
             before = memory.cached
             assert before >= 5 * 40_000
             memory.limit = memory.used
-            assert memory.take(("somebody",), 10_000)
+            assert memory.acquire(("somebody",), 10_000)
             assert before - 2 * 45_000 <= memory.cached <= before - 10_000
             for number in range(5):  # the store still has the reply that was dropped
                 await chat.send({"type": "resume", "id": f"{ID}-{number}"})

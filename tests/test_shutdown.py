@@ -173,7 +173,7 @@ async def test_a_model_that_the_server_made_is_closed_with_it(
     async with wsserver.serve(given, port=0):
         pass
     assert closed == [], "what it was given is not its own"
-    monkeypatch.setattr("wsserver.models.load", lambda settings: given)
+    monkeypatch.setattr("wsserver.models.make", lambda settings: given)
     async with wsserver.serve(port=0):
         pass
     assert closed == [given]
@@ -191,7 +191,7 @@ async def test_a_model_whose_closing_fails_or_hangs_does_not_hinder(
             await asyncio.Event().wait()
 
     for model in (Fails(), Hangs(), Hangs):
-        monkeypatch.setattr("wsserver.models.load", lambda settings, model=model: model)
+        monkeypatch.setattr("wsserver.models.make", lambda settings, model=model: model)
         async with wsserver.serve(port=0, stop_timeout=0.05) as server:
             await bounded(asyncio.create_task(server.close()))
 
@@ -223,7 +223,7 @@ async def test_what_cannot_listen_closes_the_model_that_it_made(
         async def aclose(self) -> None:
             closed.set()
 
-    monkeypatch.setattr("wsserver.models.load", lambda settings: Closable())
+    monkeypatch.setattr("wsserver.models.make", lambda settings: Closable())
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         async with wsserver.serve(port=taken.getsockname()[1]):
             raise AssertionError

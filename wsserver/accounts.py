@@ -109,11 +109,11 @@ class Accounts:
         generation.reserved = self.price(generation.model).likely(
             generation.asked, generation.allowance
         )
-        self._prompts.take(generation.account, self._loop.time())
-        self._generations.take(generation.account)
+        self._prompts.consume(generation.account, self._loop.time())
+        self._generations.acquire(generation.account)
         self._spending.reserve(generation.owner, generation.reserved)
 
     def settle(self, generation: Generation) -> None:
         """Release what was booked for a generation, and count what it has cost."""
-        self._generations.give(generation.account)
+        self._generations.release(generation.account)
         self._spending.settle(generation.owner, generation.reserved, generation.spent)

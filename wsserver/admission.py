@@ -89,10 +89,10 @@ class Admission:
         self.connections -= 1
         visitor.gone = True
         if visitor.counted is not None:
-            self.addresses.give(visitor.counted)
+            self.addresses.release(visitor.counted)
             visitor.counted = None
         if visitor.shared is not None:
-            self.principals.give(visitor.shared)
+            self.principals.release(visitor.shared)
             visitor.shared = None
 
     def count(self, address: str) -> Account:
@@ -102,7 +102,7 @@ class Admission:
             Denied: the address, or a network around it, has all the connections that it may have.
         """
         account = networks(address)
-        if not self.addresses.take(account):
+        if not self.addresses.acquire(account):
             raise too_many("address")
         return account
 
@@ -322,7 +322,7 @@ class Visitor:
         """Set the principal; return False if the principal has all the sockets that it may have."""
         if self.shared is None and not self.gone and principal is not ANONYMOUS:
             account = account_of(principal.name)
-            if not self._admission.principals.take(account):
+            if not self._admission.principals.acquire(account):
                 return False
             self.shared = account
         self.principal = principal

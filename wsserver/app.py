@@ -124,7 +124,7 @@ class App:
         """
         settings, model = self.settings, self._given_model
         if model is None:
-            model = self._own_model = models.load(settings)
+            model = self._own_model = models.make(settings)
         self.model_name = models.name_of(model)
         self.store = stores.make(settings, self.memory)
         if self._authenticate is None:

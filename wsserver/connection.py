@@ -14,7 +14,7 @@ from wsserver.errors import Code, Refused
 from wsserver.following import Following
 from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
-from wsserver.limits import Bucket, held
+from wsserver.limits import Bucket, memory_size
 from wsserver.parsing import first_request, parse, parts
 from wsserver.protocol import (
     ClientFrame,
@@ -134,7 +134,7 @@ class Connection:
         self._requests.detach()
         self._following.detach(lost=lost)
 
-    def _end(self, code: Close, reason: str) -> None:
+    def _close(self, code: Close, reason: str) -> None:
         """Hear no more of the client, and close the connection."""
         self._session.end(code, reason)
         self._requests.drop()
@@ -147,11 +147,11 @@ class Connection:
             return
         self.frames += 1
         now = asyncio.get_running_loop().time()
-        frame, wait = None, self._bucket.take(now)
+        frame, wait = None, self._bucket.consume(now)
         stranger = self.principal is None and not self._requests.authenticating
         try:
             frame = self._parse(message, stranger, wait)
-            self._dispatch(frame, stranger, wait, held(message))
+            self._dispatch(frame, stranger, wait, memory_size(message))
             # A ping does not reset the count, nor does a frame before authentication.
             if not (stranger or isinstance(frame, Ping)):
                 self._wasted = 0
@@ -164,7 +164,7 @@ class Connection:
         if self.frames == 1 and frame is not None and not isinstance(frame, Prompt):
             self._session.hub.readiness.warm()
         if self._wasted >= self._session.settings.bad_frames:
-            self._end(Close.POLICY_VIOLATION, "too many unusable frames")
+            self._close(Close.POLICY_VIOLATION, "too many unusable frames")
 
     def _parse(self, message: str | bytes, stranger: bool, wait: float) -> ClientFrame:  # noqa: FBT001
         """Parse a frame, unless its size is enough to refuse it."""
@@ -257,7 +257,7 @@ class Connection:
     def not_authenticated(self, refused: Refused) -> None:
         """Close the connection: the first ``auth`` failed. The client may connect and try again."""
         code = Close.TRY_AGAIN_LATER if refused.retryable else Close.POLICY_VIOLATION
-        self._end(code, refused.code)
+        self._close(code, refused.code)
 
     async def is_still_valid(self) -> bool:
         """Whether the client's credentials are still valid. Their expiry may have changed."""
@@ -279,7 +279,7 @@ class Connection:
         """Tell the client that its authentication is over, and close the connection."""
         if not self._session.ended:
             self._session.refuse(Refused(Code.UNAUTHENTICATED, why), None)
-            self._end(Close.POLICY_VIOLATION, "unauthenticated")
+            self._close(Close.POLICY_VIOLATION, "unauthenticated")
 
     def _set_expiry(self) -> None:
         """Set the timer for the first ``auth``, or for the expiry of the token."""

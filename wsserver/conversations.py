@@ -1,4 +1,4 @@
-"""The conversations: in memory one object each, and the rest in the store."""
+"""Conversations: one object each in memory, and all of them in the store."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 __all__ = ["Conversations"]
 
 TURN = 320  # bytes of a turn in memory besides its texts
-LOOKS = 16  # conversations that are looked at, at most, when one is used over the limit
+LOOKS = 16  # conversations that one use checks at most, to drop idle ones over the limit
 UTF8 = 4  # bytes of a character in UTF-8 at most
 
 
@@ -27,8 +27,8 @@ class Conversations:
 
     Args:
         store: has all conversations.
-        journal: writes to the store; its writes are waited for before the store is read.
-        settings: how many conversations are kept in memory, and how many turns of each.
+        journal: writes to the store. Reads wait for its pending writes.
+        settings: the number of conversations in memory, and of turns of each.
         memory: counts the bytes of the turns. Turns of conversations without a live generation
             count as cached: the store has them, and they are dropped first.
     """
@@ -49,38 +49,37 @@ class Conversations:
         return self._known.get((owner, name))
 
     def shed(self, size: int) -> None:
-        """Drop so many bytes of turns that are not in use, the least recently used first."""
+        """Drop at least ``size`` bytes of unused turns, the least recently used first."""
         for conversation in tuple(self._known.values()):
             if size <= 0:
                 return
-            if conversation.size and not (conversation.holders or conversation.live):
+            if conversation.size and not (conversation.pins or conversation.live):
                 size -= conversation.size
                 self._unload(conversation)
 
     @contextlib.asynccontextmanager
-    async def hold(
+    async def pin(
         self, name: str, owner: str, *, load: bool = False
     ) -> AsyncIterator[Conversation]:
-        """Hold the one object of a conversation.
+        """Keep the object of a conversation in memory for the time of a request.
 
-        Each request that decides something about a conversation holds it meanwhile. Until then the
-        conversation has no second object. So a decision after an ``await`` sees what other requests
-        changed during the ``await``.
+        All requests of one conversation share one object. So after an ``await`` a request sees the
+        changes that other requests made during the ``await``.
 
         Args:
             name: the id of the conversation.
-            owner: whose.
+            owner: the owner of the conversation.
             load: read the turns from the store, if they are not in memory.
 
         Raises:
             Refused: the conversation was deleted, or is being deleted.
-            StoreError: the store cannot tell.
+            StoreError: the store cannot read the conversation.
         """
         key = owner, name
         conversation = self._known.get(key)
         if conversation is None:
             conversation = self._known[key] = Conversation(name, owner)
-        conversation.holders += 1
+        conversation.pins += 1
         try:
             if load:
                 await self._load_once(conversation)
@@ -88,7 +87,7 @@ class Conversations:
                 raise Refused(Code.NOT_FOUND)
             yield conversation
         finally:
-            conversation.holders -= 1
+            conversation.pins -= 1
             self.settle(conversation)
             if conversation.loaded and conversation.exists and not conversation.deleted:
                 self._used(conversation)
@@ -127,18 +126,18 @@ class Conversations:
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
 
     async def _save_late(self, conversation: Conversation) -> None:
-        """Have the journal save the replies of a conversation that it could not save at their end.
+        """Save the ended replies of a conversation that the journal could not save before.
 
         Raises:
             StoreError: the store still cannot save them.
         """
-        if self._journal.late(conversation.owner, conversation.id):
+        if self._journal.has_late(conversation.owner, conversation.id):
             await self._journal.flush()
-            if self._journal.late(conversation.owner, conversation.id):
+            if self._journal.has_late(conversation.owner, conversation.id):
                 raise StoreError("a reply of the conversation is not saved yet")
 
     def fit(self, turns: Sequence[Turn]) -> list[Turn]:
-        """Return the newest turns, as many as fit the settings for the model's history."""
+        """Return the newest turns that fit into the history for the model."""
         return newest(turns, self._settings.history_messages, self._settings.history_size)
 
     def _used(self, conversation: Conversation) -> None:
@@ -148,8 +147,8 @@ class Conversations:
             return
         self._known.move_to_end(key)
         excess = len(self._known) - self._settings.conversations
-        # A few per call are enough, as each call adds one at most. Those in use go to the end, so
-        # that no later call looks at them again and again.
+        # A few per call are enough, because each call adds at most one. Conversations in use move
+        # to the end, so that later calls do not check them again.
         for oldest in tuple(itertools.islice(self._known.values(), LOOKS if excess > 0 else 0)):
             if oldest.idle:
                 self.forget(oldest)
@@ -164,7 +163,7 @@ class Conversations:
         key = conversation.owner, conversation.id
         if self._known.get(key) is conversation:
             del self._known[key]
-            self._memory.give(conversation.account, conversation.size)
+            self._memory.release(conversation.account, conversation.size)
             conversation.size = 0
 
     def settle(self, conversation: Conversation) -> bool:
@@ -176,16 +175,16 @@ class Conversations:
         """
         if self._known.get((conversation.owner, conversation.id)) is not conversation:
             return True
-        in_use = conversation.holders or conversation.live
+        in_use = conversation.pins or conversation.live
         account = account_of(conversation.owner) if in_use else CACHE
         if conversation.measured is not conversation.turns:  # each change makes new ones
             conversation.measured = conversation.turns
             conversation.turns_size = sum(TURN + turn.memory for turn in conversation.turns)
         size = conversation.turns_size
         if (account, size) != (conversation.account, conversation.size):
-            self._memory.give(conversation.account, conversation.size)
+            self._memory.release(conversation.account, conversation.size)
             conversation.account, conversation.size = account, 0
-            if not self._memory.take(account, size):
+            if not self._memory.acquire(account, size):
                 if not in_use:
                     self._unload(conversation)
                 return False
@@ -197,7 +196,7 @@ class Conversations:
 
         The store has the turns. Watchers keep watching.
         """
-        self._memory.give(conversation.account, conversation.size)
+        self._memory.release(conversation.account, conversation.size)
         conversation.size = 0
         conversation.turns, conversation.loaded = (), False
         if conversation.idle:
@@ -209,7 +208,7 @@ class Conversations:
         """Return the newest turns that ended, or those before a number.
 
         Args:
-            conversation: which one; the caller holds it.
+            conversation: the conversation, pinned by the caller.
             before: the number of a turn: only older turns are returned. None for the newest turns.
             size: bytes of turns at most, as UTF-8.
 
@@ -243,11 +242,11 @@ class Conversations:
     async def delete(self, conversation: Conversation, before: float | None) -> None:
         """Delete a conversation in which nothing runs, and drop it from memory.
 
-        The store remembers only the replies that it has: their prompts must not run again. So a
-        conversation with a reply that is not saved is not deleted.
+        The store remembers the ids of deleted replies, so that their prompts do not run again. It
+        can do so only for saved replies. So a conversation with an unsaved reply is not deleted.
 
         Args:
-            conversation: which one; the caller holds it.
+            conversation: the conversation, pinned by the caller.
             before: delete it only if it was last used before this time, in seconds since the
                 epoch.
 
@@ -260,26 +259,26 @@ class Conversations:
         found = await self._store.delete(conversation.id, conversation.owner, before)
         if not found and (before is not None or not conversation.exists):
             raise Refused(Code.NOT_FOUND)
-        self._journal.deleted(conversation.owner, conversation.id)
+        self._journal.forget(conversation.owner, conversation.id)
         self.forget(conversation)
 
     async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> int:
-        """Give a conversation another title, and tell those who watch the conversation.
+        """Change the title of a conversation, and notify its other watchers.
 
         Args:
             name: the id of the conversation.
-            owner: whose.
+            owner: the owner of the conversation.
             title: the new title.
-            sender: the watcher that need not be told.
+            sender: the watcher that is not notified.
 
         Returns:
-            How many watchers were told.
+            The number of notified watchers.
 
         Raises:
             Refused: the owner has no such conversation.
             StoreError: the title cannot be saved.
         """
-        async with self.hold(name, owner) as conversation:
+        async with self.pin(name, owner) as conversation:
             await self._journal.flush()
             if not await self._store.rename(name, owner, title):
                 raise Refused(Code.NOT_FOUND)

@@ -87,7 +87,7 @@ class Hub:
             replay=settings.replay,
             retention=settings.retention_days * SECONDS_PER_DAY,
         )
-        self._errands: set[asyncio.Task[None]] = set()  # requests of clients that have gone
+        self._detached: set[asyncio.Task[None]] = set()  # requests of disconnected clients
 
     @property
     def live(self) -> int:
@@ -186,8 +186,8 @@ class Hub:
             Refused: the owner has no such conversation, or it is in use.
             StoreError: it cannot be deleted.
         """
-        async with self.conversations.hold(conversation_id, owner) as conversation:
-            if before is not None and (conversation.live or conversation.holders > 1):
+        async with self.conversations.pin(conversation_id, owner) as conversation:
+            if before is not None and (conversation.live or conversation.pins > 1):
                 raise Refused(Code.BUSY)
             conversation.deleted = True
             try:
@@ -213,10 +213,10 @@ class Hub:
 
     # Shutdown.
 
-    def see_through(self, task: "asyncio.Task[None]") -> None:
-        """Keep a task whose client has gone, and wait for the task before the store is closed."""
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+    def wait_at_close(self, task: "asyncio.Task[None]") -> None:
+        """Wait at the close for a task whose client has disconnected: it still needs the store."""
+        self._detached.add(task)
+        task.add_done_callback(self._detached.discard)
 
     async def drain(self) -> None:
         """Refuse prompts, stop those that wait, and let the rest finish within the drain time."""
@@ -245,10 +245,10 @@ class Hub:
         """
         self._scheduler.draining = True
         self._stop_all()
-        if tasks := {*self._runner.tasks, *self._errands}:
+        if tasks := {*self._runner.tasks, *self._detached}:
             await asyncio.wait(tasks, timeout=within)
         self._runner.close()
-        for task in self._errands:
+        for task in self._detached:
             task.cancel()
         self.retention.close()
         await self.readiness.close()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wsserver.content import Block, Thinking, Usage, dump_block, parse_block
 from wsserver.generation import End, State, tokens_in, well_formed
-from wsserver.limits import Memory, held
+from wsserver.limits import Memory, memory_size
 from wsserver.live import Generation
 from wsserver.models.base import Output
 from wsserver.pieces import TEXT, Kind, Piece, pieces_of
@@ -115,9 +115,9 @@ class Intake:
             self._end = given
         else:
             generation.heard = self._time()
-            self._take_content(given)
+            self._add_content(given)
 
-    def _take_content(self, given: Block | Piece) -> None:
+    def _add_content(self, given: Block | Piece) -> None:
         if isinstance(given, Thinking):
             self._add("thinking", given.thinking)
             if given.signature:
@@ -188,9 +188,9 @@ class Intake:
 
     def _append(self, kind: Kind, data: str) -> None:
         generation, size = self._generation, len(data)
-        self._left -= held(data)
+        self._left -= memory_size(data)
         if self._left < 0:
-            self._take_memory()
+            self._acquire_memory()
         if size <= self._size and size < self._room:
             generation.log.append(data, kind, self._block)
             self._room -= size
@@ -205,14 +205,14 @@ class Intake:
             self._end = End("max_tokens")
             raise _Enough
 
-    def _take_memory(self) -> None:
+    def _acquire_memory(self) -> None:
         """Take memory for this piece and the next ones. The first piece always does.
 
         Raises:
             _Enough: there is no memory. The reply ends with the reason ``max_tokens``.
         """
         generation, size = self._generation, CHUNK - self._left
-        if not self._memory.take(generation.account, size):
+        if not self._memory.acquire(generation.account, size):
             self._end = End("max_tokens")
             raise _Enough
         generation.memory += size

@@ -35,8 +35,8 @@ class Record:
         new: the store has to create the generation.
         lost: no attempt can save it.
         deleted: its conversation was deleted.
-        terminal: its end; None until :meth:`Journal.end`.
-        unsaid: the prompt was taken back before the model was asked.
+        terminal: its end; None until :meth:`Journal.save_end`.
+        withdrawn: the prompt was taken back before the model was asked.
         on_saved: called once with whether the end was saved.
     """
 
@@ -51,7 +51,7 @@ class Record:
         "new",
         "on_saved",
         "terminal",
-        "unsaid",
+        "withdrawn",
     )
 
     def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
@@ -64,7 +64,7 @@ class Record:
         self.header = header
         self.log = log
         self.terminal: Terminal | None = None
-        self.unsaid = False
+        self.withdrawn = False
         self.on_saved: Callable[[bool], None] = _nobody
 
     def wake(self) -> None:
@@ -74,7 +74,7 @@ class Record:
     def entry(self) -> Entry:
         """Return what is not saved yet."""
         pieces = self.log.pieces.after(self._saved)
-        return Entry(self.header, self.new, self._saved, pieces, self.terminal, self.unsaid)
+        return Entry(self.header, self.new, self._saved, pieces, self.terminal, self.withdrawn)
 
     def saved(self, entry: Entry) -> None:
         """Note that an entry is saved."""
@@ -136,13 +136,13 @@ class Journal:
         self.note(record)
         return record
 
-    def end(
+    def save_end(
         self,
         record: Record,
         terminal: Terminal,
         on_saved: Callable[[bool], None],
         *,
-        unsaid: bool = False,
+        withdrawn: bool = False,
     ) -> None:
         """Save the end of a generation at once.
 
@@ -150,12 +150,12 @@ class Journal:
             record: which generation.
             terminal: its end.
             on_saved: called with whether the end was saved.
-            unsaid: the prompt was taken back before the model was asked.
+            withdrawn: the prompt was taken back before the model was asked.
         """
         record.log.followers.remove(record)
-        record.terminal, record.on_saved, record.unsaid = terminal, on_saved, unsaid
+        record.terminal, record.on_saved, record.withdrawn = terminal, on_saved, withdrawn
         if record.lost:
-            asyncio.get_running_loop().call_soon(lambda: self._tell([record], saved=False))
+            asyncio.get_running_loop().call_soon(lambda: self._notify([record], saved=False))
             return
         self._urgent.set()
         self.note(record)
@@ -182,11 +182,11 @@ class Journal:
                 return StoredGeneration(record.header, record.log.pieces, terminal)
         return None
 
-    def late(self, owner: str, conversation: str) -> bool:
+    def has_late(self, owner: str, conversation: str) -> bool:
         """Whether an ended generation of a conversation could not be saved, and waits to be."""
         return any(record.within(owner, conversation) for record in self._late)
 
-    def deleted(self, owner: str, conversation: str) -> None:
+    def forget(self, owner: str, conversation: str) -> None:
         """Let no record bring back a conversation that was deleted."""
         for record in (*self._batched, *self._unsaved):
             if record.within(owner, conversation):
@@ -249,10 +249,10 @@ class Journal:
                 except Exception as error:  # noqa: BLE001
                     self._fail(records, error)
                 self._batched = []
-                self._tell_batch()
+                self._finish_batch()
         finally:
             self._writer = None
-            self._tell_batch()
+            self._finish_batch()
 
     async def _pause(self) -> None:
         # The pause grows with each failure, as each try has everything again.
@@ -271,8 +271,8 @@ class Journal:
         commit = asyncio.ensure_future(self._store.commit(entries))
         while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
             self._report(StoreError("it takes too long"))
-            self._tell([*records, *self._unsaved], saved=False)
-            self._tell_batch()
+            self._notify([*records, *self._unsaved], saved=False)
+            self._finish_batch()
         error = asyncio.CancelledError() if commit.cancelled() else commit.exception()
         self._metrics.commit_took(time.monotonic() - began, saved=error is None)
         if error is not None:
@@ -288,7 +288,7 @@ class Journal:
             for record, entry in zip(records, entries, strict=True)
             if entry.terminal is not None  # a record may have ended since the batch was taken
         ]
-        self._tell(ended, saved=True)
+        self._notify(ended, saved=True)
 
     def _fail(self, records: list[Record], error: BaseException) -> None:
         """Report a failed batch, and try again with the next one."""
@@ -296,15 +296,15 @@ class Journal:
             (bad,) = (record for record in records if record.header is error.entry.header)
             log.error("a reply cannot be saved", id=bad.header.id, reason=str(error))
             bad.lost = True
-            self._tell([bad], saved=False)
+            self._notify([bad], saved=False)
             self._unsaved = dict.fromkeys(r for r in records if r is not bad) | self._unsaved
             self._urgent.set()
             return
         self._report(error)
-        self._tell(records, saved=False)
-        self._keep_for_later(records)
+        self._notify(records, saved=False)
+        self._requeue(records)
 
-    def _keep_for_later(self, records: list[Record]) -> None:
+    def _requeue(self, records: list[Record]) -> None:
         """Put a batch back in front. The oldest ended records over the bounds are given up."""
         self._unsaved = dict.fromkeys(records) | self._unsaved
         kept = size = 0
@@ -316,20 +316,20 @@ class Journal:
                     del self._unsaved[record]
                     self._late.pop(record, None)
 
-    def _tell(self, records: Iterable[Record], *, saved: bool) -> None:
+    def _notify(self, records: Iterable[Record], *, saved: bool) -> None:
         for record in records:
             if record.terminal is not None:
                 if saved or record.lost or record.deleted:
                     self._late.pop(record, None)
                 else:
                     self._late[record] = None
-                tell, record.on_saved = record.on_saved, _nobody
+                notify, record.on_saved = record.on_saved, _nobody
                 try:
-                    tell(saved)
+                    notify(saved)
                 except Exception as error:  # noqa: BLE001
                     log.error("the end of a reply was not told", failure=error)
 
-    def _tell_batch(self) -> None:
+    def _finish_batch(self) -> None:
         if self._batch is not None:
             self._batch.set_result(None)
             self._batch = None

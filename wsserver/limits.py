@@ -1,24 +1,24 @@
 """Limits as plain data: rates, shares, budgets, and the bytes in memory.
 
-The caller gives the time, in seconds of a clock that never goes back. A key with nothing left to
-remember is forgotten, so that strangers cannot fill the memory with keys.
+The caller passes the time, in seconds of a monotonic clock. A key whose count is back at its start
+is deleted, so that clients cannot fill the memory with keys.
 """
 
 import sys
 from collections.abc import Callable
 
 SECONDS_PER_DAY = 86_400
-SWEEP = 1024  # keys after which those that can be forgotten are looked for
-GROWTH = 2  # times the limit of a network that the network around it has
+SWEEP = 1024  # buckets after which full ones are deleted
+GROWTH = 2  # factor between the limits of a network and of the network around it
 SHARE = 1 / 8  # of the free memory for one account; eight such accounts leave over a third
 
 Account = tuple[str, ...]
-"""Whose limits count: the key of a principal, or the keys of an address and of the networks around
+"""Whose limits apply: the key of a principal, or the keys of an address and of the networks around
 it, the narrowest first. Each key has :data:`GROWTH` times the limit of the key before it, so that
 one customer with many networks gets a few shares and not all."""
 
 CACHE: Account = ()
-"""The account of cached data: nobody uses it now, and it can be read again or be forgotten."""
+"""The account of cached data: no client uses it now, and it can be dropped."""
 
 
 class Bucket:
@@ -38,15 +38,15 @@ class Bucket:
         self._at = now
         return 0.0 if self._left >= 1 else (1 - self._left) / self.rate
 
-    def take(self, now: float) -> float:
-        """Take a token and return 0, or take none and return the seconds until there is one."""
+    def consume(self, now: float) -> float:
+        """Take a token and return 0; if there is none, return the seconds until there is one."""
         wait = self.wait(now)
         if not wait:
             self._left -= 1
         return wait
 
     def charge(self, amount: float, now: float) -> None:
-        """Take an amount that is known only afterwards. The bucket may owe tokens after it."""
+        """Take an amount that is known only afterwards. The bucket may owe tokens after that."""
         self._left = min(self.burst, self._left + (now - self._at) * self.rate) - amount
         self._at = now
 
@@ -76,13 +76,13 @@ class Rates:
         buckets = map(self._buckets.get, account)
         return max((bucket.wait(now) for bucket in buckets if bucket is not None), default=0.0)
 
-    def take(self, account: Account, now: float) -> float:
-        """Take a token from each key's bucket, or none from any; see :meth:`Bucket.take`."""
+    def consume(self, account: Account, now: float) -> float:
+        """Take a token from each key's bucket, or none from any; see :meth:`Bucket.consume`."""
         buckets = self._of(account, now)
         wait = max((bucket.wait(now) for bucket in buckets), default=0.0)
         if not wait:
             for bucket in buckets:
-                bucket.take(now)
+                bucket.consume(now)
         return wait
 
     def charge(self, account: Account, amount: float, now: float) -> None:
@@ -113,7 +113,7 @@ class Rates:
 
 
 class Shares:
-    """Counts the things that each account holds, up to ``limit`` for each key."""
+    """Counts the connections or replies of each account, up to ``limit`` for each key."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -129,16 +129,16 @@ class Shares:
             for level, key in enumerate(account)
         )
 
-    def take(self, account: Account) -> bool:
-        """Take one more for the account, or return False and take none at its limit."""
+    def acquire(self, account: Account) -> bool:
+        """Count one more for the account. Return False and count none at its limit."""
         if self.full(account):
             return False
         for key in account:
             self._held[key] = self._held.get(key, 0) + 1
         return True
 
-    def give(self, account: Account) -> None:
-        """Give one back."""
+    def release(self, account: Account) -> None:
+        """Count one less for the account."""
         for key in account:
             _lower(self._held, key, 1)
 
@@ -146,25 +146,25 @@ class Shares:
 class Memory:
     """Counts the bytes that this process holds for its clients, by account.
 
-    Take bytes before you keep data that a client can make grow (buffers, queues, conversations,
-    replies), and give them back when you drop the data. Give back the size and the account that
-    you took: keep both beside the data, as :func:`held` of a text may change, and as the account of
-    a socket changes when its client authenticates. A refusal changes nothing. Then tell the client:
-    ``limit``, or close code 1013.
+    Call :meth:`acquire` before you store data that a client can make grow: buffers, queues,
+    conversations, replies. Call :meth:`release` when you drop the data, with the same account and
+    size. Store both beside the data: :func:`memory_size` of a text may change, and the account of a
+    socket changes when its client authenticates. If :meth:`acquire` returns False, refuse the
+    client with ``limit`` or close code 1013.
 
-    Data that nobody uses now belongs to the account :data:`CACHE`. Its keeper registers with
-    :meth:`shed_by`, and drops it before data in use is refused. To move data from use to the cache,
-    give the bytes back and take them for the other account.
+    Data that no client uses now belongs to the account :data:`CACHE`. A cache registers with
+    :meth:`shed_by`: it has to drop data before data in use is refused. To move data into the cache,
+    release the bytes and acquire them for :data:`CACHE`.
 
-    One account may hold :data:`SHARE` of the bytes that are free or cached. So no number of
-    accounts takes everything: the more is held, the less each account gets.
+    One account may use :data:`SHARE` of the bytes that are free or cached. The more bytes are in
+    use, the less each account gets. So no number of accounts can use everything.
 
     Args:
         limit: bytes for all accounts together.
         share: part of the free bytes that one account may hold.
 
     Attributes:
-        used: bytes that are taken, cached ones included.
+        used: acquired bytes, including cached ones.
         cached: bytes of the account :data:`CACHE`.
     """
 
@@ -183,13 +183,13 @@ class Memory:
         """Register a cache.
 
         Args:
-            shed: called with a number of bytes. It drops at least so many, the least recently used
-                first, or everything, and gives the bytes back.
+            shed: called with a number of bytes. It drops at least this number, the least recently
+                used data first, or everything, and releases the bytes.
         """
         self._caches.append(shed)
 
-    def take(self, account: Account, size: int) -> bool:
-        """Take bytes, or return False and take none: the account or the process is at its limit."""
+    def acquire(self, account: Account, size: int) -> bool:
+        """Count bytes. At a limit of the account or of the process, return False and count none."""
         if size <= 0:
             return True
         free = self.limit - self.used + self.cached
@@ -211,8 +211,8 @@ class Memory:
             self._held[key] = self._held.get(key, 0) + size
         return True
 
-    def give(self, account: Account, size: int) -> None:
-        """Give bytes back that were taken for an account."""
+    def release(self, account: Account, size: int) -> None:
+        """Stop counting bytes that :meth:`acquire` counted for the account."""
         if size <= 0:
             return
         self.used -= size
@@ -227,10 +227,10 @@ def account_of(principal: str) -> Account:
     return (f"principal {principal}",)
 
 
-def held(data: str | bytes | bytearray) -> int:
-    """Return the bytes of memory of a text or of bytes.
+def memory_size(data: str | bytes | bytearray) -> int:
+    """Return the bytes of memory that a text or bytes take.
 
-    If one character of a ``str`` is beyond U+FFFF, each of its characters takes four bytes.
+    If a ``str`` has a character beyond U+FFFF, each of its characters takes four bytes.
     """
     return sys.getsizeof(data)
 
@@ -255,9 +255,9 @@ class _Spending:
 class Budget:
     """What each owner may spend in one day: tokens, or microdollars.
 
-    The most that a reply may cost is reserved at its start and replaced by its cost at its end. So
-    many replies at once cannot spend the same rest of the day. Call :meth:`learn` with what the
-    owner spent before this process ran.
+    At the start of a reply its highest cost is reserved; at its end the reservation is replaced by
+    its cost. So several replies at once cannot spend the same rest of the day. Call :meth:`learn`
+    with the amount that the owner spent before this process ran.
 
     Args:
         per_day: the limit; 0 for none, and then nothing is counted.
@@ -277,20 +277,23 @@ class Budget:
         return not self._per_day or owner in self._accounts
 
     def learn(self, owner: str, day: int, spent: int) -> None:
-        """Note what an owner has spent on a day, unless it is known by now."""
+        """Set the amount that an owner has spent on a day, unless it is known by now."""
         self._turn(day)
         if self._per_day:
             self._accounts.setdefault(owner, _Spending(spent))
 
     def left(self, owner: str) -> int | None:
-        """Return what an owner can still reserve; None without a limit. The owner must be known."""
+        """Return the amount that an owner can still reserve; None without a limit.
+
+        The owner must be known.
+        """
         if not self._per_day:
             return None
         account = self._accounts[owner]
         return max(0, self._per_day - account.spent - account.reserved)
 
     def reserved(self, owner: str) -> int:
-        """Return what is reserved for an owner's replies."""
+        """Return the amount that is reserved for an owner's replies."""
         return self._accounts[owner].reserved if owner in self._accounts else 0
 
     def reserve(self, owner: str, amount: int) -> None:
@@ -299,7 +302,7 @@ class Budget:
             self._accounts[owner].reserved += amount
 
     def settle(self, owner: str, reserved: int, spent: int) -> None:
-        """Replace what was reserved for a reply by what the reply has cost."""
+        """Replace the reservation for a reply by its cost."""
         account = self._accounts.get(owner)
         if account is not None:
             account.reserved -= reserved

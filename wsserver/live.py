@@ -15,7 +15,7 @@ from wsserver.generation import (
     state_after,
 )
 from wsserver.journal import Record
-from wsserver.limits import CACHE, Account, held
+from wsserver.limits import CACHE, Account, memory_size
 from wsserver.pieces import Run
 from wsserver.prices import NOTHING, Spent
 from wsserver.protocol import Prompt, StoppedBy, Terminal
@@ -68,8 +68,8 @@ class Conversation:
         exists: the conversation has a turn, or a generation was accepted in it.
         loaded: ``exists`` and ``turns`` are known.
         deleted: the conversation was deleted, or is being deleted.
-        holders: the number of requests that decide something about the conversation. While there
-            is one, the process has no second object for the conversation.
+        pins: the number of requests that use this object. While there is one, the object stays in
+            memory, and the conversation has no second object.
         loading: held while the turns are read from the store.
         measured: the turns whose bytes are ``turns_size``.
         account: pays for the ``size`` bytes of the turns that are counted in memory.
@@ -86,7 +86,7 @@ class Conversation:
     exists: bool = False
     loaded: bool = False
     deleted: bool = False
-    holders: int = 0
+    pins: int = 0
     loading: asyncio.Lock | None = None
     measured: Sequence[Turn] = ()
     turns_size: int = 0
@@ -127,7 +127,7 @@ class Conversation:
     @property
     def idle(self) -> bool:
         """Whether the conversation can be dropped from memory."""
-        return not (self.holders or self.live or self.watchers)
+        return not (self.pins or self.live or self.watchers)
 
     @property
     def last(self) -> str | None:
@@ -269,7 +269,7 @@ class Generation:
     def prompt_size(self) -> int:
         """The bytes of the prompt in memory."""
         messages = self.prompt.said
-        size = held(self.prompt.system or "") + sum(map(memory_of, messages))
+        size = memory_size(self.prompt.system or "") + sum(map(memory_of, messages))
         return PROMPT + MESSAGE * len(messages) + size
 
     @property

@@ -35,7 +35,7 @@ def parse(text: str) -> ClientFrame:
     Raises:
         Refused: it is not a frame of the protocol; the message says why and names the key.
     """
-    value = _load(text)
+    value = _decode(text)
     if not isinstance(value, dict):
         raise Refused(Code.INVALID_FRAME, 'A frame is a JSON object, such as {"prompt": "Hello"}.')
     value = {key: item for key, item in value.items() if item is not None}
@@ -70,7 +70,7 @@ def _validate(value: dict[str, Any]) -> ClientFrame:
         raise _refusal(error) from None
 
 
-def _load(text: str) -> object:
+def _decode(text: str) -> object:
     _check_shape(text)
     try:
         return json.loads(

@@ -98,9 +98,9 @@ class Pieces:
         seq = after + 1
         if seq == len(data):  # caught up: the common case, and the one that must be cheap
             return Run(seq, self.kind, self.block, data[after])
-        place = self._place(after)
+        place = self._run_of(after)
         _, kind, block = self._runs[place]
-        end = seq if kind == "citation" else self._end(place)
+        end = seq if kind == "citation" else self._end_of_run(place)
         size = len(data[after])
         while seq < end and size < limit:
             size += len(data[seq])
@@ -111,15 +111,15 @@ class Pieces:
         """Give the kind, the block and the data of each run that comes after a number of pieces."""
         if after >= len(self.data):
             return
-        for place in range(self._place(after), len(self._runs)):
+        for place in range(self._run_of(after), len(self._runs)):
             start, kind, block = self._runs[place]
-            yield kind, block, self.data[max(after, start) : self._end(place)]
+            yield kind, block, self.data[max(after, start) : self._end_of_run(place)]
 
-    def _place(self, index: int) -> int:
+    def _run_of(self, index: int) -> int:
         """Return the place of the run that a piece belongs to."""
         return bisect_right(self._runs, index, key=itemgetter(0)) - 1
 
-    def _end(self, place: int) -> int:
+    def _end_of_run(self, place: int) -> int:
         """Return the index behind a run."""
         return self._runs[place + 1][0] if place + 1 < len(self._runs) else len(self.data)
 

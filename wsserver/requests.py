@@ -124,7 +124,7 @@ class Requests:
         if len(self._waiting) >= REQUESTS:
             raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
         account = self._session.account
-        if not self._session.hub.memory.take(account, size):
+        if not self._session.hub.memory.acquire(account, size):
             raise Refused(Code.LIMIT, "Too many bytes of requests wait.")
         self._waiting += (Waiting(request, account, size),)
         if self._worker is None:
@@ -158,16 +158,16 @@ class Requests:
             self._worker = loop.create_task(self._work()) if lasting else None
         for waiting in self._waiting:
             if waiting not in lasting:
-                self._session.hub.memory.give(waiting.account, waiting.size)
+                self._session.hub.memory.release(waiting.account, waiting.size)
         self._waiting = lasting
         self.wake()
         self._check_done()
 
     def detach(self) -> None:
-        """The client is gone: have the hub see the remaining requests through."""
+        """The client has disconnected: let the hub wait for the remaining requests."""
         self.drop()
         if self._worker is not None:
-            self._session.hub.see_through(self._worker)
+            self._session.hub.wait_at_close(self._worker)
 
     async def wait_done(self) -> None:
         """Wait until no request waits."""
@@ -196,7 +196,7 @@ class Requests:
                         stop.settle()
                 if waiting in self._waiting:  # it was not dropped meanwhile
                     self._waiting = self._waiting[1:]
-                    self._session.hub.memory.give(waiting.account, waiting.size)
+                    self._session.hub.memory.release(waiting.account, waiting.size)
         finally:
             if self._worker is worker:  # and not dropped for another
                 self._worker = None
@@ -290,7 +290,7 @@ class Requests:
     async def _open(self, request: Open) -> None:
         session, hub = self._session, self._session.hub
         hub.accounts.check_reads(session.account)
-        async with hub.conversations.hold(request.conversation, session.owner) as conversation:
+        async with hub.conversations.pin(request.conversation, session.owner) as conversation:
             if request.before is None:
                 self._following.check_open(conversation)
             room = room_of(session.settings)

@@ -7,7 +7,7 @@ from wsserver.accounts import Accounts
 from wsserver.endings import restored
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
-from wsserver.limits import CACHE, Account, Memory, held
+from wsserver.limits import CACHE, Account, Memory, memory_size
 from wsserver.live import Generation
 from wsserver.settings import Settings
 from wsserver.stores.base import Forgotten, Store, StoredGeneration
@@ -87,7 +87,7 @@ class Retention:
         if isinstance(stored, Forgotten):
             raise Refused(Code.FORGOTTEN)
         generation = restored(stored)
-        self.keep(generation)
+        self.retain(generation)
         self._accounts.charge_reads(account, generation.size)
         return generation
 
@@ -111,11 +111,11 @@ class Retention:
         """Make a generation known that has just been accepted."""
         self._known[generation.owner, generation.id] = generation
 
-    def keep(self, generation: Generation) -> None:
-        """Keep a generation that has ended, if there is memory for it."""
+    def retain(self, generation: Generation) -> None:
+        """Keep an ended generation in memory for the replay time, if there is memory for it."""
         self.add(generation)
         generation.size = _size(generation)
-        if not self._memory.take(CACHE, generation.size):
+        if not self._memory.acquire(CACHE, generation.size):
             self.forget(generation)
             return
         self._ended[generation] = self._loop.time() + self._settings.replay
@@ -168,7 +168,7 @@ class Retention:
         """Forget an ended generation and give its memory back."""
         del self._ended[generation]
         self.size -= generation.size
-        self._memory.give(CACHE, generation.size)
+        self._memory.release(CACHE, generation.size)
         if generation.conversation_id is not None:
             within = generation.owner, generation.conversation_id
             others = self._conversations[within]
@@ -181,5 +181,5 @@ class Retention:
 def _size(generation: Generation) -> int:
     """Return the bytes of an ended generation in memory."""
     pieces = generation.log.pieces.data
-    texts = sum(map(held, pieces)) + generation.prompt_size
+    texts = sum(map(memory_size, pieces)) + generation.prompt_size
     return KEPT_PER_REPLY + POINTER * len(pieces) + texts

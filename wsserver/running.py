@@ -25,7 +25,7 @@ __all__ = ["Runner"]
 
 SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
 # Who takes a prompt back. The history goes on without such a prompt, if nobody asked the model.
-TAKEN_BACK = frozenset({"client", "deleted", "disconnect", "replaced"})
+WITHDRAWN_BY = frozenset({"client", "deleted", "disconnect", "replaced"})
 
 
 class Runner:
@@ -171,9 +171,9 @@ class Runner:
         if self._timer is None or due < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer = self._loop.call_at(due, self._look)
+            self._timer = self._loop.call_at(due, self._check_time_limits)
 
-    def _look(self) -> None:
+    def _check_time_limits(self) -> None:
         """End each generation that has reached a time limit."""
         self._timer = None
         now = self._time()
@@ -256,14 +256,14 @@ class Runner:
             generation.span.end(terminal, generation.first_token)
         self._report.answered(generation, terminal)
         assert generation.record is not None
-        self._journal.end(
+        self._journal.save_end(
             generation.record,
             terminal,
-            functools.partial(self._end, generation, terminal),
-            unsaid=generation.began is None and how in TAKEN_BACK,
+            functools.partial(self._append_terminal, generation, terminal),
+            withdrawn=generation.began is None and how in WITHDRAWN_BY,
         )
 
-    def _end(self, generation: Generation, terminal: Terminal, saved: bool) -> None:  # noqa: FBT001
+    def _append_terminal(self, generation: Generation, terminal: Terminal, saved: bool) -> None:  # noqa: FBT001
         """Write the terminal. A follower that fails must not keep the generation alive."""
         if not saved:
             terminal = terminal.model_copy(update={"saved": False})

@@ -105,7 +105,7 @@ class Scheduler:
             if prompt.messages is None:
                 name = prompt.conversation or own
                 conversation = await stack.enter_async_context(
-                    self._conversations.hold(name or _new_id(), owner, load=name is not None)
+                    self._conversations.pin(name or _new_id(), owner, load=name is not None)
                 )
             new = conversation is not None and not conversation.exists
             await self._accounts.check_store(owner, new=new)
@@ -156,7 +156,7 @@ class Scheduler:
         request = self.runner.request(generation)
         generation.asked = self.runner.estimate(request)
         generation.memory = generation.prompt_size
-        if not self._memory.take(account, generation.memory):
+        if not self._memory.acquire(account, generation.memory):
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
         self._accounts.book(generation)
         self._retention.add(generation)
@@ -203,16 +203,16 @@ class Scheduler:
         if not self.live:
             self.idle.set()
         self._accounts.settle(generation)
-        self._memory.give(generation.account, generation.memory)
+        self._memory.release(generation.account, generation.memory)
         conversation = generation.conversation
         if conversation is not None and conversation.deleted:
             self._retention.forget(generation)
         else:
-            self._retention.keep(generation)
+            self._retention.retain(generation)
         if conversation is not None:
-            self._go_on(conversation, generation)
+            self._start_next(conversation, generation)
 
-    def _go_on(self, conversation: Conversation, ended: Generation) -> None:
+    def _start_next(self, conversation: Conversation, ended: Generation) -> None:
         conversation.version += 1
         if ended.began is not None:
             number = conversation.turns[-1].number + 1 if conversation.turns else 1

@@ -71,9 +71,9 @@ class TcpConnection(asyncio.BufferedProtocol):
         memory, more = self._listener.memory, size - self._held
         if not self._held and self.visitor is not None:
             self._account = self.visitor.account
-        if more > 0 and not memory.take(self._account, more):
+        if more > 0 and not memory.acquire(self._account, more):
             return False
-        memory.give(self._account, -more)
+        memory.release(self._account, -more)
         self._held = size
         return True
 

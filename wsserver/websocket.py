@@ -14,7 +14,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Protocol, Side, State
 
 from wsserver.admission import Visitor
-from wsserver.limits import Bucket, held
+from wsserver.limits import Bucket, memory_size
 from wsserver.logs import log
 from wsserver.protocol import Close
 from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
@@ -210,7 +210,7 @@ class Socket(Writer):
         size = unsent
         for kept in (self._unread, unparsed, self._message):
             if kept:
-                size += held(kept)
+                size += memory_size(kept)
         if self._hold(size) or self.transport.is_closing():
             return
         self._unread, self._message = b"", None
@@ -282,7 +282,7 @@ class Socket(Writer):
         settings, now = self._listener.settings, self._listener.loop.time()
         if self._control is None:
             self._control = Bucket(settings.frame_rate, settings.frame_burst, now)
-        if self._control.take(now) and not self._leaving:
+        if self._control.consume(now) and not self._leaving:
             # A closing handshake would go on to read and to answer pings.
             self._fail(Close.POLICY_VIOLATION, "too many pings")
 

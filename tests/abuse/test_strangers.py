@@ -249,9 +249,9 @@ def test_limits_forget_whom_they_need_not_know() -> None:
     rates, shares, budget = Rates(1.0, 60), Shares(4), Budget(1000)
     for number in range(100_000):
         now = number / 1000
-        rates.take((str(number),), now)
-        assert shares.take((str(number),))
-        shares.give((str(number),))
+        rates.consume((str(number),), now)
+        assert shares.acquire((str(number),))
+        shares.release((str(number),))
         assert len(rates) <= SWEEP + 2 * 1000
         budget.learn(str(number), number // 1000, 1)
         assert len(budget) <= 1000

@@ -177,9 +177,9 @@ def entry(
     pieces: Sequence[str] = (),
     terminal: Terminal | None = None,
     *,
-    unsaid: bool = False,
+    withdrawn: bool = False,
 ) -> Entry:
-    return Entry(header, new, after, said(*pieces, block=after), terminal, unsaid)
+    return Entry(header, new, after, said(*pieces, block=after), terminal, withdrawn)
 
 
 def whole(header: Header, *pieces: str, terminal: Terminal | None = None) -> Entry:

@@ -88,7 +88,7 @@ async def test_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: St
     assert await texts(store) == [(1, "one"), (2, ""), (3, "three")]
     end = done("stopped", "client").model_copy(update={"id": "2", "seq": 0})
     for _ in range(2):
-        await store.commit([entry(queued, terminal=end, unsaid=True)])
+        await store.commit([entry(queued, terminal=end, withdrawn=True)])
         assert await texts(store) == [(1, "one"), (3, "three")]
     stored = await store.find("2", "me")
     assert isinstance(stored, StoredGeneration)
@@ -105,7 +105,7 @@ async def test_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
     retry = replace(header("2"), retry_of="1")
     await store.commit([entry(retry, new=True)])
     assert [number for number, _ in await texts(store)] == [2]
-    await store.commit([entry(retry, terminal=done("stopped", "client"), unsaid=True)])
+    await store.commit([entry(retry, terminal=done("stopped", "client"), withdrawn=True)])
     assert await texts(store) == [(1, "half")]
 
 

@@ -120,9 +120,9 @@ async def test_generations_of_an_old_file_are_whole(old: Path) -> None:
     assert (failed.code, failed.retryable, failed.ref) == (Code.OVERLOADED, True, "0badcafe")
     assert (await find(store, "replacing")).header.retry_of == "replaced-generation"
     assert (await find(store, "replaced")).pieces.text == "Wrong."
-    unsaid = (await find(store, "unsaid")).terminal
-    assert isinstance(unsaid, Done)
-    assert (unsaid.reason, unsaid.by) == ("stopped", "client")
+    withdrawn = (await find(store, "unsaid")).terminal
+    assert isinstance(withdrawn, Done)
+    assert (withdrawn.reason, withdrawn.by) == ("stopped", "client")
     outside = await find(store, "outside")
     assert outside.header.prompt.said == (
         Message("user", "Hi"),

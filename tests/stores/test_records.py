@@ -18,9 +18,9 @@ from wsserver.stores.records import (
     dump_batch,
     dump_prompt,
     dump_terminal,
-    load_batch,
-    load_prompt,
-    load_terminal,
+    parse_batch,
+    parse_prompt,
+    parse_terminal,
 )
 
 pieces = st.lists(
@@ -53,7 +53,7 @@ def test_batches_make_the_pieces_however_they_are_cut(
 ) -> None:
     whole, read = Pieces(given_pieces), Pieces()
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), 30], strict=True):
-        load_batch(dump_batch(Pieces(list(whole)[start:end])), read, min(start, len(whole)))
+        parse_batch(dump_batch(Pieces(list(whole)[start:end])), read, min(start, len(whole)))
     assert list(read) == given_pieces
 
 
@@ -67,8 +67,8 @@ def test_first_version_told_thinking_by_negative_lengths() -> None:
     ]
     assert packed.blocks() == (Text("a"), Thinking("xyz"), Text("bc"))
     read = Pieces()
-    load_batch('["a", ["xy"]]', read, 0)
-    load_batch('[["z"], "bc"]', read, 2)
+    parse_batch('["a", ["xy"]]', read, 0)
+    parse_batch('[["z"], "bc"]', read, 2)
     assert read == packed.pieces()
 
 
@@ -94,13 +94,13 @@ PROMPTS = [
 def test_prompt_is_read_back(prompt: Prompt) -> None:
     record = dump_prompt(prompt)
     assert json.loads(record)["v"] == VERSION
-    assert load_prompt(record) == load_prompt(record.encode()) == prompt
+    assert parse_prompt(record) == parse_prompt(record.encode()) == prompt
     if prompt.messages is None:
         assert content_in(record) == prompt.said[0].blocks
     else:
         assert content_in(record) == ()
     old = prompt.model_dump_json(exclude_none=True)  # the record of the first version
-    assert load_prompt(old) == prompt
+    assert parse_prompt(old) == prompt
 
 
 TOKENS = Usage(input_tokens=1, output_tokens=2, cache_read_input_tokens=3, estimated=True)
@@ -125,14 +125,14 @@ TERMINALS = [
 def test_terminal_is_read_back(terminal: Done | Error) -> None:
     record = dump_terminal(terminal)
     assert json.loads(record)["v"] == VERSION
-    assert load_terminal(record, "g") == terminal
-    assert load_terminal(terminal.model_dump_json(exclude_none=True), "g") == terminal
+    assert parse_terminal(record, "g") == terminal
+    assert parse_terminal(terminal.model_dump_json(exclude_none=True), "g") == terminal
 
 
 @pytest.mark.parametrize("version", [0, VERSION + 1, "2", None])
 def test_unknown_version_is_refused(version: Any) -> None:
     record = json.dumps({"v": version, "prompt": "Hi", "type": "done"})
-    for load in (load_prompt, content_in, lambda record: load_terminal(record, "g")):
+    for load in (parse_prompt, content_in, lambda record: parse_terminal(record, "g")):
         with pytest.raises(ValueError, match="version"):
             load(record)
 
@@ -140,7 +140,7 @@ def test_unknown_version_is_refused(version: Any) -> None:
 @pytest.mark.parametrize("record", ["[]", "5", "{", '{"v":2,"messages":[{"role":"x"}]}'])
 def test_damaged_prompt_is_a_value_error(record: str) -> None:
     with pytest.raises(ValueError, match=r"."):
-        load_prompt(record)
+        parse_prompt(record)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_damaged_prompt_is_a_value_error(record: str) -> None:
 )
 def test_damaged_batch_is_a_value_error(record: str) -> None:
     with pytest.raises(ValueError, match=r"^a batch of pieces is damaged$"):
-        load_batch(record, Pieces(), 0)
+        parse_batch(record, Pieces(), 0)
 
 
 @pytest.mark.parametrize("runs", ["5", "[5]", '[["text",0]]', '[[["text"],0,1]]', '[["text",0,9]]'])

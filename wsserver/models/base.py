@@ -139,7 +139,7 @@ async def close(model: Model | PushModel) -> None:
         log.error("model not closed", failure=error)
 
 
-def load(settings: Settings) -> Model | PushModel:
+def make(settings: Settings) -> Model | PushModel:
     """Make the model that the settings name.
 
     The libraries behind it are imported here and not before, as they take longer to start than

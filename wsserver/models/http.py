@@ -188,7 +188,7 @@ class Pool:
         return len(self._connections) >= self._limit
 
     async def _acquire(self, origin: Origin) -> Connection:
-        connection = self._take_idle(origin)
+        connection = self._pop_idle(origin)
         if connection is not None:
             return connection
         try:
@@ -202,7 +202,7 @@ class Pool:
                     else:
                         self._close_one_idle()
                         await self._wait()
-                    connection = self._take_idle(origin)
+                    connection = self._pop_idle(origin)
                     if connection is not None:
                         return connection
         except TimeoutError as error:
@@ -256,7 +256,7 @@ class Pool:
                 waiter.set_result(None)
                 return
 
-    def _take_idle(self, origin: Origin) -> Connection | None:
+    def _pop_idle(self, origin: Origin) -> Connection | None:
         """Return the connection that was used last: it is the least likely to be closed."""
         idle = self._idle.get(origin)
         while idle:

@@ -67,7 +67,7 @@ class Response:
         self.head: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source = source
         self._buffer = bytearray()
-        self._take: Callable[[bytes], bool] | None = None
+        self._on_data: Callable[[bytes], bool] | None = None
         self._over: asyncio.Future[bool] | None = None
         self._error: Exception | None = None
         self._decoder: _Decoder | None = None
@@ -77,15 +77,15 @@ class Response:
         values = [value for key, value in self.headers if key == name]
         return b", ".join(values) if values else None
 
-    async def read_body(self, take: Callable[[bytes], bool]) -> bool:
+    async def read_body(self, on_data: Callable[[bytes], bool]) -> bool:
         """Give the body to a callback: what has arrived by now, then each read as it is made.
 
         Args:
-            take: gets some bytes, and returns True if it needs no more. An exception of ``take``
-                ends the reading, and is raised here.
+            on_data: called with some bytes. It returns True to stop reading. An exception of
+                ``on_data`` ends the reading, and is raised here.
 
         Returns:
-            Whether the body has ended; False if ``take`` needs no more.
+            Whether the body has ended; False if ``on_data`` needs no more.
 
         Raises:
             ClosedEarly: the connection ended before the body did.
@@ -96,19 +96,19 @@ class Response:
             data = bytes(self._buffer)
             self._buffer.clear()
             self._source.resume_reading()
-            if take(data):
+            if on_data(data):
                 return False
             del data  # which would last as long as the body
         if self._error is not None:
             raise self._error
         if self.complete:
             return True
-        self._take = take
+        self._on_data = on_data
         self._over = asyncio.get_running_loop().create_future()
         try:
             return await self._over
         finally:
-            self._take = self._over = None
+            self._on_data = self._over = None
 
     def release(self) -> None:
         """Read no more. The connection serves another request if the body ends soon."""
@@ -163,17 +163,17 @@ class Response:
                 self._over.set_exception(error)
 
     def _deliver(self, data: bytes) -> None:
-        take, over = self._take, self._over
-        if take is None or over is None or over.done():
+        on_data, over = self._on_data, self._over
+        if on_data is None or over is None or over.done():
             self._buffer += data
             if len(self._buffer) > MAX_UNREAD:
                 self._source.pause_reading()
             return
         try:
-            if take(data) and not over.done():
+            if on_data(data) and not over.done():
                 over.set_result(False)
         except Exception as error:  # noqa: BLE001
-            if not over.done():  # `take` may have cancelled the reader
+            if not over.done():  # `on_data` may have cancelled the reader
                 over.set_exception(error)
 
 

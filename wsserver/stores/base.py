@@ -37,7 +37,7 @@ class Header:
 class Entry:
     """The unsaved part of a generation: header, pieces after the first ``after``, terminal.
 
-    ``new``: the store does not have the generation yet. ``unsaid`` comes with the terminal of a
+    ``new``: the store does not have the generation yet. ``withdrawn`` comes with the terminal of a
     prompt that never reached the model. The generation of such a prompt is in no history, and the
     generation that it was to replace is shown again.
     """
@@ -47,7 +47,7 @@ class Entry:
     after: int = 0
     pieces: Pieces = field(default_factory=Pieces)
     terminal: Terminal | None = None
-    unsaid: bool = False
+    withdrawn: bool = False
 
 
 class Unsavable(StoreError):

@@ -28,7 +28,7 @@ from wsserver.stores.base import (
     title_of,
     turn_of,
 )
-from wsserver.stores.records import Packed, content_in, dump_prompt, load_prompt
+from wsserver.stores.records import Packed, content_in, dump_prompt, parse_prompt
 
 ROOM = 268_435_456  # bytes, if the store has no shared memory account
 PURGED_AT_ONCE = 1000  # generations; the event loop waits for one such step at most
@@ -56,7 +56,7 @@ class _Generation:
     runs: bytes = b""
     terminal: Terminal | None = None
     ended: float | None = None
-    hidden: str | None = None  # why it is not in the history: replaced, unsaid
+    hidden: str | None = None  # why it is not in the history: replaced, withdrawn
 
     @classmethod
     def of(cls, header: Header) -> "_Generation":
@@ -93,7 +93,7 @@ class _Generation:
 
     def stored(self) -> StoredGeneration:
         """Return the generation."""
-        prompt = load_prompt(self.prompt)
+        prompt = parse_prompt(self.prompt)
         header = Header(
             self.id, self.owner, self.conversation, prompt, self.model, self.began, self.retry_of
         )
@@ -197,7 +197,7 @@ class MemoryStore:
             if generation.terminal is None:
                 generation.pieces.replace(entry.after, entry.pieces)
                 if terminal is not None:
-                    self._end(generation, terminal, now, unsaid=entry.unsaid)
+                    self._save_end(generation, terminal, now, withdrawn=entry.withdrawn)
             if header.conversation is not None:
                 key = header.owner, header.conversation
                 self._conversations.move_to_end(key)
@@ -232,8 +232,8 @@ class MemoryStore:
         self._grow(generation.owner, generation.size)
         return generation
 
-    def _end(
-        self, generation: _Generation, terminal: Terminal, now: float, *, unsaid: bool
+    def _save_end(
+        self, generation: _Generation, terminal: Terminal, now: float, *, withdrawn: bool
     ) -> None:
         trace = self._traces.get((generation.owner, generation.id))
         if trace is None or trace.began != generation.began or not trace.counted:
@@ -244,7 +244,7 @@ class MemoryStore:
         self._grow(generation.owner, generation.size - before)
         if generation.conversation is None:
             self._outside[generation] = None
-        elif unsaid:
+        elif withdrawn:
             generation.hidden = "unsaid"
             if generation.retry_of is not None:
                 conversation = self._conversations[generation.owner, generation.conversation]
@@ -285,11 +285,11 @@ class MemoryStore:
     def _settle(self) -> None:
         """Take memory for what was added, and drop old content if there is none."""
         while (more := self._size - self._taken) > 0:
-            if self._memory.take(CACHE, more):  # which may have dropped something here too
+            if self._memory.acquire(CACHE, more):  # which may have dropped something here too
                 self._taken += more
             elif not self._drop_one():
                 return
-        self._memory.give(CACHE, -more)
+        self._memory.release(CACHE, -more)
         self._taken += more
 
     def _shed(self, size: int) -> None:
@@ -298,7 +298,7 @@ class MemoryStore:
         while before - self._size < size and self._drop_one():
             pass
         dropped = min(before - self._size, self._taken)
-        self._memory.give(CACHE, dropped)
+        self._memory.release(CACHE, dropped)
         self._taken -= dropped
 
     def _drop_one(self) -> bool:

@@ -12,7 +12,7 @@ from wsserver.stores.base import (
     Turn,
     turn_of,
 )
-from wsserver.stores.records import Packed, content_in, load_prompt, load_terminal
+from wsserver.stores.records import Packed, content_in, parse_prompt, parse_terminal
 from wsserver.stores.rows import loose, said
 
 # The turns of a history, newest first, until either bound is reached.
@@ -40,9 +40,9 @@ def find(
         "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1",
         (owner, generation),
     ):
-        parsed = load_prompt(prompt)
+        parsed = parse_prompt(prompt)
         header = Header(generation, owner, conversation, parsed, model, began, retry_of)
-        end = None if terminal is None else load_terminal(terminal, generation)
+        end = None if terminal is None else parse_terminal(terminal, generation)
         return StoredGeneration(header, said(database, number), end)
     for (when,) in database.execute(
         "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
@@ -93,6 +93,6 @@ def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
             if text is None:
                 raise
             blocks = (Text(text),)  # an older version kept the text of an ended reply beside
-    end = None if terminal is None else load_terminal(terminal, name)
+    end = None if terminal is None else parse_terminal(terminal, name)
     contents = content_in(prompt), blocks
     return turn_of(turn, name, contents, end, model=model, began=began, ended=ended)

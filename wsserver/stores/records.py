@@ -128,13 +128,13 @@ def dump_prompt(prompt: Prompt) -> str:
     return _dump({key: value for key, value in record.items() if value is not None})
 
 
-def load_prompt(record: str | bytes) -> Prompt:
+def parse_prompt(record: str | bytes) -> Prompt:
     """Return the prompt of a record, of version 1 too, which had the same keys.
 
     Raises:
         ValueError: the record is damaged, or of a later version.
     """
-    value = _load(record)
+    value = _parse(record)
     content, messages = value.get("prompt"), value.get("messages")
     return Prompt(
         prompt=None if content is None else parse_content(content),
@@ -155,7 +155,7 @@ def content_in(record: str | bytes) -> tuple[Block, ...]:
     Raises:
         ValueError: the record is damaged, or of a later version.
     """
-    return parse_content(_load(record).get("prompt", ""))
+    return parse_content(_parse(record).get("prompt", ""))
 
 
 def dump_terminal(terminal: Terminal) -> str:
@@ -167,7 +167,7 @@ def dump_terminal(terminal: Terminal) -> str:
     return _dump({key: value for key, value in record.items() if value is not None})
 
 
-def load_terminal(record: str, generation: str) -> Terminal:
+def parse_terminal(record: str, generation: str) -> Terminal:
     """Return the terminal of a record, of version 1 too, which had the same keys.
 
     Args:
@@ -177,7 +177,7 @@ def load_terminal(record: str, generation: str) -> Terminal:
     Raises:
         ValueError: the record is damaged, or of a later version.
     """
-    value = _load(record)
+    value = _parse(record)
     about: dict[str, Any] = {"id": generation, "usage": value.get("usage")}
     if value.get("type") == "done":
         return Done(**about, **{key: value[key] for key in _DONE_KEYS if key in value})
@@ -188,7 +188,7 @@ def load_terminal(record: str, generation: str) -> Terminal:
     return Error(**about)
 
 
-def _load(record: str | bytes) -> dict[str, Any]:
+def _parse(record: str | bytes) -> dict[str, Any]:
     value = json.loads(record)
     if not isinstance(value, dict):
         raise ValueError("a record is not an object")  # noqa: TRY004 - it is about a saved value
@@ -202,7 +202,7 @@ def dump_batch(pieces: Pieces) -> str:
     return _dump({"v": VERSION, "runs": list(pieces.runs())})
 
 
-def load_batch(record: str, pieces: Pieces, after: int) -> None:
+def parse_batch(record: str, pieces: Pieces, after: int) -> None:
     """Add the pieces of such a record to those before them.
 
     Args:

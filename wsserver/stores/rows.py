@@ -5,7 +5,7 @@ import sqlite3
 from wsserver.pieces import Pieces
 from wsserver.prices import Prices
 from wsserver.stores.base import Entry, Header, day_of, title_of
-from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal, load_batch
+from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal, parse_batch
 
 ROW = 256  # bytes of a generation besides its ids and content, about
 KEYS = 3  # copies of the ids of a generation in tables and indexes
@@ -86,12 +86,12 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
         (
             end := dump_terminal(terminal),
             now,
-            "unsaid" if entry.unsaid else None,
+            "unsaid" if entry.withdrawn else None,
             len(end.encode()),
             number,
         ),
     )
-    if entry.unsaid and header.retry_of is not None:
+    if entry.withdrawn and header.retry_of is not None:
         database.execute(
             "UPDATE generation SET hidden = NULL WHERE owner = ? AND id = ? "
             "AND +conversation = ? AND hidden = 'replaced'",
@@ -115,7 +115,7 @@ def loose(database: sqlite3.Connection, number: int) -> Pieces:
     for after, batch in database.execute(
         "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
     ).fetchall():
-        load_batch(batch, pieces, after)
+        parse_batch(batch, pieces, after)
     return pieces
 
 

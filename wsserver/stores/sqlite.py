@@ -151,9 +151,9 @@ class SqliteStore:
         if damage is not None:
             self._damage = damage
             with contextlib.suppress(RuntimeError):  # the event loop is gone by now
-                loop.call_soon_threadsafe(self._tell_damage)
+                loop.call_soon_threadsafe(self._log_damage)
 
-    def _tell_damage(self) -> None:
+    def _log_damage(self) -> None:
         log.error("the store is damaged", path=str(self._path), reason=self._damage)
 
     def _lock_file(self) -> IO[str]:

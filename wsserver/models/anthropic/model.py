@@ -63,7 +63,7 @@ class Anthropic:
         Raises:
             ConfigError: the SDK cannot be used as the environment configures it.
         """
-        await self._templates.load()
+        await self._templates.import_sdk()
 
     async def warm(self) -> None:
         """Have one connection to the API ready, if none is idle. The next prompt has its own error.

@@ -35,7 +35,7 @@ class Templates:
         self._recorded = 0.0  # when, by the clock of the event loop
         self._recording: asyncio.Task[Template] | None = None
         self._loading: asyncio.Task[Sdk] | None = None
-        self._sdk: Sdk | None = None if _has_key() else _load(model)
+        self._sdk: Sdk | None = None if _has_key() else _import_sdk(model)
 
     @property
     def renewable(self) -> bool:
@@ -47,7 +47,7 @@ class Templates:
         assert self._sdk is not None
         return self._sdk.tls()
 
-    async def load(self) -> "Sdk":
+    async def import_sdk(self) -> "Sdk":
         """Import the SDK, unless it is there.
 
         Raises:
@@ -55,7 +55,7 @@ class Templates:
         """
         if self._sdk is None:
             if self._loading is None:
-                loading = asyncio.to_thread(_load, self._model)
+                loading = asyncio.to_thread(_import_sdk, self._model)
                 self._loading = asyncio.get_running_loop().create_task(loading)
                 self._loading.add_done_callback(_retrieve)
             await asyncio.wait({self._loading})
@@ -88,7 +88,7 @@ class Templates:
 
     async def _record(self, *, renew: bool) -> Template:
         try:
-            sdk = await self.load()
+            sdk = await self.import_sdk()
             self._template = await sdk.record(renew=renew)
             self._recorded = asyncio.get_running_loop().time()
             return self._template
@@ -105,7 +105,7 @@ class Templates:
             await self._sdk.aclose()
 
 
-def _load(model: str) -> "Sdk":
+def _import_sdk(model: str) -> "Sdk":
     from wsserver.models.anthropic.sdk import Sdk  # noqa: PLC0415
 
     return Sdk(model)
