@@ -1,6 +1,7 @@
 """What accounts and owners may use: prompts, generations, reads, room, tokens and dollars."""
 
 import asyncio
+import time
 
 from wsserver.errors import Code, Refused
 from wsserver.limits import Account, Rates, Shares
@@ -10,7 +11,7 @@ from wsserver.protocol import Prompt
 from wsserver.quota import Quota
 from wsserver.settings import Settings
 from wsserver.spending import Spending
-from wsserver.stores.base import Store
+from wsserver.stores.base import Store, day_of
 
 READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
 READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
@@ -79,6 +80,11 @@ class Accounts:
             raise Refused(Code.LIMIT, "You run as many generations as you may.")
         if wait := self._prompts.wait(account, self._loop.time()):
             raise Refused(Code.LIMIT, "Too many prompts a minute.", retry_after=wait)
+
+    def knows_store(self, owner: str, *, new: bool) -> bool:
+        """Whether :meth:`check_store` passes an owner without asking the store."""
+        known = self._spending.knows(owner, day_of(time.time()))
+        return known and self._quota.knows(owner, new=new)
 
     async def check_store(self, owner: str, *, new: bool) -> None:
         """Pass an owner who has room in the store, and learn what the owner has spent today.

@@ -75,11 +75,7 @@ class Conversations:
             Refused: the conversation was deleted, or is being deleted.
             StoreError: the store cannot read the conversation.
         """
-        key = owner, name
-        conversation = self._known.get(key)
-        if conversation is None:
-            conversation = self._known[key] = Conversation(name, owner)
-        conversation.pins += 1
+        conversation = self.pin_now(name, owner)
         try:
             if load:
                 await self._load_once(conversation)
@@ -87,12 +83,25 @@ class Conversations:
                 raise Refused(Code.NOT_FOUND)
             yield conversation
         finally:
-            conversation.pins -= 1
-            self.settle(conversation)
-            if conversation.loaded and conversation.exists and not conversation.deleted:
-                self._used(conversation)
-            elif conversation.idle:
-                self.forget(conversation)
+            self.unpin(conversation)
+
+    def pin_now(self, name: str, owner: str) -> Conversation:
+        """Pin a conversation until :meth:`unpin`, without reading its turns."""
+        key = owner, name
+        conversation = self._known.get(key)
+        if conversation is None:
+            conversation = self._known[key] = Conversation(name, owner)
+        conversation.pins += 1
+        return conversation
+
+    def unpin(self, conversation: Conversation) -> None:
+        """Undo one :meth:`pin_now`."""
+        conversation.pins -= 1
+        self.settle(conversation)
+        if conversation.loaded and conversation.exists and not conversation.deleted:
+            self._used(conversation)
+        elif conversation.idle:
+            self.forget(conversation)
 
     async def _load_once(self, conversation: Conversation) -> None:
         """Read the turns, unless they are in memory. One request reads, others wait for it."""

@@ -131,6 +131,12 @@ class Hub:
         """Accept a prompt; see :meth:`wsserver.scheduling.Scheduler.accept`."""
         return await self._scheduler.accept(prompt, owner, account, own, sender)
 
+    def prompt_now(
+        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
+    ) -> Generation | None:
+        """Accept a prompt; see :meth:`wsserver.scheduling.Scheduler.accept_now`."""
+        return self._scheduler.accept_now(prompt, owner, account, own, sender)
+
     # Stopping and following.
 
     def stop(self, generation: Generation, why: StoppedBy | ModelError) -> None:

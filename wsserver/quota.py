@@ -24,6 +24,13 @@ class Quota:
         self._loop = asyncio.get_running_loop()
         self._known: dict[str, tuple[float, Held]] = {}  # by owner, with the time of the answer
 
+    def knows(self, owner: str, *, new: bool) -> bool:
+        """Whether :meth:`check` passes an owner without asking the store."""
+        known = self._known.get(owner)
+        if known is None or self._loop.time() - known[0] >= FRESH:
+            return False
+        return self._over(known[1], new=new) is None
+
     async def check(self, owner: str, *, new: bool) -> None:
         """Pass where an owner may store one more prompt.
 

@@ -116,11 +116,14 @@ class Requests:
     # The queue.
 
     def put(self, request: Request, size: int) -> None:
-        """Queue a request whose message takes so many bytes.
+        """Queue a request whose message takes so many bytes, unless it is answered at once.
 
         Raises:
             Refused: too many requests or bytes wait.
         """
+        idle = not self._waiting and self._session.transport.writable
+        if idle and isinstance(request, Prompt) and self._prompt_now(request):
+            return
         if len(self._waiting) >= REQUESTS:
             raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
         account = self._session.account
@@ -261,19 +264,40 @@ class Requests:
         )
 
     async def _prompt(self, prompt: Prompt) -> Generation:
-        session, following, hub = self._session, self._following, self._session.hub
-        owner, request = session.owner, prompt.request
-        if request is not None:  # the same prompt may be sent again as another request
-            prompt = prompt.model_copy(update={"request": None})
-        known = hub.known(owner, prompt.id) is not None
+        session, following = self._session, self._following
+        self._check_prompt(prompt)
+        generation = await session.hub.prompt(
+            _bare(prompt), session.owner, session.account, following.own, following
+        )
+        self._follow(prompt, generation)
+        return generation
+
+    def _prompt_now(self, prompt: Prompt) -> bool:
+        """Answer a prompt at once, or return False: the store has to be read first."""
+        session, following = self._session, self._following
+        try:
+            self._check_prompt(prompt)
+            generation = session.hub.prompt_now(
+                _bare(prompt), session.owner, session.account, following.own, following
+            )
+            if generation is not None:
+                self._follow(prompt, generation)
+        except Exception as error:  # noqa: BLE001
+            session.fail(error, prompt)
+            return True
+        return generation is not None
+
+    def _check_prompt(self, prompt: Prompt) -> None:
+        session, following = self._session, self._following
+        known = session.hub.known(session.owner, prompt.id) is not None
         if not known and following.active(prompt) >= session.settings.generations_per_socket:
             raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
-        generation = await hub.prompt(prompt, owner, session.account, following.own, following)
+
+    def _follow(self, prompt: Prompt, generation: Generation) -> None:
+        """Follow the generation of a prompt, from the first piece on."""
         if prompt.conversation is None and generation.conversation_id is not None:
-            following.own = generation.conversation_id
-        # A prompt that is sent again gets everything from the first piece on.
-        following.follow(generation, own=True, request=request)
-        return generation
+            self._following.own = generation.conversation_id
+        self._following.follow(generation, own=True, request=prompt.request)
 
     async def _resume(self, resume: Resume) -> None:
         session = self._session
@@ -329,3 +353,8 @@ class Requests:
         frame = encode(answer)
         self._session.hub.accounts.charge_reads(self._session.account, len(frame))
         self._session.transport.write(frame)
+
+
+def _bare(prompt: Prompt) -> Prompt:
+    """Return a prompt without its ``request``: it may be sent again as another request."""
+    return prompt if prompt.request is None else prompt.model_copy(update={"request": None})

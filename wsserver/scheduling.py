@@ -117,6 +117,40 @@ class Scheduler:
             self._check_limits(account)
             return self._accept(prompt, owner, account, conversation, sender)
 
+    def accept_now(
+        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
+    ) -> Generation | None:
+        """Accept a prompt, as :meth:`accept` does, where all that decides is in memory.
+
+        Returns:
+            None if the store has to be read first, and then nothing has changed.
+
+        Raises:
+            Refused: the prompt is not accepted, and nothing has changed.
+        """
+        name = prompt.conversation or own
+        if prompt.id is not None or not self._at_hand(prompt, owner, name):
+            return None
+        self._check(prompt)
+        self._check_limits(account)
+        if prompt.messages is not None:
+            return self._accept(prompt, owner, account, None, sender)
+        conversation = self._conversations.pin_now(name or _new_id(), owner)
+        try:
+            return self._accept(prompt, owner, account, conversation, sender)
+        finally:
+            self._conversations.unpin(conversation)
+
+    def _at_hand(self, prompt: Prompt, owner: str, name: str | None) -> bool:
+        """Whether the conversation of a prompt, and what its owner may use, is in memory."""
+        new = prompt.messages is None and name is None
+        if prompt.messages is None and name is not None:
+            conversation = self._conversations.known(owner, name)
+            if conversation is None or not conversation.loaded:
+                return False
+            new = not conversation.exists
+        return self._accounts.knows_store(owner, new=new)
+
     def _check(self, prompt: Prompt) -> None:
         settings = self._settings
         if (size := prompt.size) > settings.prompt_size:

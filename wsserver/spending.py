@@ -35,14 +35,15 @@ class Spending:
         Raises:
             StoreError: the store cannot tell.
         """
-        while not self._known(owner, day := day_of(time.time())):
+        while not self.knows(owner, day := day_of(time.time())):
             spent = await self._store.spent(owner, day)
             self._tokens.learn(owner, day, spent.tokens)
             self._microdollars.learn(owner, day, spent.microdollars)
 
-    def _known(self, owner: str, day: int) -> bool:
-        known = [budget.knows(owner, day) for budget in (self._tokens, self._microdollars)]
-        return all(known)
+    def knows(self, owner: str, day: int) -> bool:
+        """Whether :meth:`learn` need not ask the store on that day."""
+        tokens = self._tokens.knows(owner, day)
+        return self._microdollars.knows(owner, day) and tokens
 
     def allow(self, owner: str, model: str, wanted: int) -> int:
         """Return how many of the wanted output tokens a reply may have.
