@@ -13,6 +13,7 @@ from typing import Protocol, cast
 import httptools
 
 from wsserver.models.response import (
+    Accept,
     ClosedEarly,
     HttpError,
     MalformedResponse,
@@ -86,12 +87,13 @@ class Connection(asyncio.Protocol):
         readable.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
         return not readable.poll(0)
 
-    async def send(self, head: bytes, body: bytes) -> Response:
+    async def send(self, head: bytes, body: bytes, accept: Accept | None = None) -> Response:
         """Send a request, and return its response as soon as the response begins.
 
         Args:
             head: request line and headers, with the empty line at their end.
             body: the body, whose size the head tells.
+            accept: decides about the response's body; see :data:`wsserver.models.response.Accept`.
 
         Raises:
             NoResponse: the connection ended before the response began.
@@ -103,7 +105,7 @@ class Connection(asyncio.Protocol):
         assert self._response is None
         self._head_size = 0
         self._interim = self._ended = self._until_close = False
-        response = self._response = Response(self)
+        response = self._response = Response(self, accept)
         try:
             if len(body) <= WRITE_SIZE:
                 self._transport.write(head + body)
@@ -112,8 +114,7 @@ class Connection(asyncio.Protocol):
                 await self._upload(body, response)
             await response.head
         except BaseException:
-            if response.head.done() and not response.head.cancelled():
-                response.head.exception()  # which nobody may have asked for yet
+            response.drop_failure()
             await self.close_for(response)
             raise
         return response

@@ -18,7 +18,7 @@ from wsserver.errors import WsserverError
 from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, Resolver, dial
 from wsserver.models.h1 import Connection
 from wsserver.models.proxy import PORTS
-from wsserver.models.response import HttpError, Response
+from wsserver.models.response import Accept, HttpError, Response
 
 IDLE_TIME = 60.0  # seconds: less than NATs and load balancers keep a silent connection
 MAX_REDIRECTS = 20
@@ -132,11 +132,16 @@ class Pool:
         self._warmed_for_someone = False
         self._closed = False
 
-    async def post(self, template: Template, body: bytes) -> Response:
+    async def post(self, template: Template, body: bytes, accept: Accept | None = None) -> Response:
         """Send a request, and return its response as soon as the response begins.
 
         Redirects 307 and 308 within the origin are followed (RFC 9110 sections 15.4.8 and 15.4.9).
         Any other would send the key or the prompt to another server, or lose the prompt.
+
+        Args:
+            template: where to, and with which headers.
+            body: the body.
+            accept: decides about the response's body; see :data:`wsserver.models.response.Accept`.
 
         Raises:
             CannotConnect: no connection could be made.
@@ -146,7 +151,7 @@ class Pool:
         """
         for _ in range(MAX_REDIRECTS):
             connection = await self._acquire(template.origin)
-            response = await connection.send(template.head(len(body)), body)
+            response = await connection.send(template.head(len(body)), body, accept)
             location = response.header(b"location")
             if response.status not in _REDIRECTS or location is None:
                 return response

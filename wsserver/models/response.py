@@ -15,6 +15,13 @@ _GZIP = zlib.MAX_WBITS + 16
 _ZLIB_HEADER = 2  # bytes
 
 
+OnData = Callable[[bytes], bool]
+"""Called with some bytes of a body. It returns True to stop reading."""
+Accept = Callable[["Response"], OnData | None]
+"""Called with a response once its headers have arrived. It returns the callback for the body, which
+is then called as the socket is read; None if the body is to wait for :meth:`Response.read_body`."""
+
+
 class Source(Protocol):
     """The connection that a response comes from."""
 
@@ -54,20 +61,25 @@ class DamagedBody(HttpError):
 class Response:
     """A response, whose body is read by callback.
 
+    Args:
+        source: the connection that the response comes from.
+        accept: called with the status and the headers; see :data:`Accept`.
+
     Attributes:
         status: the status code.
         headers: names in lower case, and values, as they came.
         complete: whether the whole body has arrived.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, accept: Accept | None = None) -> None:
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False
         self.head: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source = source
+        self._accept = accept
         self._buffer = bytearray()
-        self._on_data: Callable[[bytes], bool] | None = None
+        self._on_data: OnData | None = None
         self._over: asyncio.Future[bool] | None = None
         self._error: Exception | None = None
         self._decoder: _Decoder | None = None
@@ -77,12 +89,13 @@ class Response:
         values = [value for key, value in self.headers if key == name]
         return b", ".join(values) if values else None
 
-    async def read_body(self, on_data: Callable[[bytes], bool]) -> bool:
+    async def read_body(self, on_data: OnData) -> bool:
         """Give the body to a callback: what has arrived by now, then each read as it is made.
 
         Args:
             on_data: called with some bytes. It returns True to stop reading. An exception of
-                ``on_data`` ends the reading, and is raised here.
+                ``on_data`` ends the reading, and is raised here. If ``accept`` returned a
+                callback, ``on_data`` is that callback.
 
         Returns:
             Whether the body has ended; False if ``on_data`` needs no more.
@@ -92,23 +105,28 @@ class Response:
             DamagedBody: the body cannot be decompressed.
             MalformedResponse: the framing of the body is malformed.
         """
-        if self._buffer:
+        if self._over is None and self._buffer:
             data = bytes(self._buffer)
             self._buffer.clear()
             self._source.resume_reading()
             if on_data(data):
                 return False
             del data  # which would last as long as the body
-        if self._error is not None:
-            raise self._error
-        if self.complete:
-            return True
-        self._on_data = on_data
-        self._over = asyncio.get_running_loop().create_future()
+        if self._over is None:
+            if self._error is not None:
+                raise self._error
+            if self.complete:
+                return True
+            self._read(on_data)
+        assert self._over is not None
         try:
             return await self._over
         finally:
             self._on_data = self._over = None
+
+    def _read(self, on_data: OnData) -> None:
+        self._on_data = on_data
+        self._over = asyncio.get_running_loop().create_future()
 
     def release(self) -> None:
         """Read no more. The connection serves another request if the body ends soon."""
@@ -131,6 +149,9 @@ class Response:
             self._decoder = _Decoder(coding)
         if not self.head.done():
             self.head.set_result(None)
+            on_data = None if self._accept is None else self._accept(self)
+            if on_data is not None:
+                self._read(on_data)
 
     def receive(self, data: bytes) -> None:
         """Take a part of the body."""
@@ -144,6 +165,12 @@ class Response:
                         raise DamagedBody("the body is too large when decompressed")
             except DamagedBody as error:
                 self.fail(error)
+
+    def drop_failure(self) -> None:
+        """Forget a failure that nobody is going to wait for."""
+        for future in (self.head, self._over):
+            if future is not None and future.done() and not future.cancelled():
+                future.exception()
 
     def finish(self) -> None:
         """Take the end of the body."""

@@ -7,6 +7,7 @@ says.
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 from pydantic_core import to_json
@@ -140,13 +141,16 @@ class Anthropic:
     async def _exchange(
         self, template: Template, body: bytes, reply: Reply, span: RequestSpan
     ) -> None:
-        response = await self._pool.post(template, body)
+        def accept(response: Response) -> Callable[[bytes], bool] | None:
+            return reply.feed if _is_stream(response) else None
+
+        response = await self._pool.post(template, body, accept)
         del body  # which would last as long as the reply
         try:
             span.on_status(response.status)
             if response.status != _OK:
                 raise await _error(response)
-            if not (response.header(b"content-type") or b"").startswith(b"text/event-stream"):
+            if not _is_stream(response):
                 raise ModelError(Code.MALFORMED)
             response.headers.clear()
             try:
@@ -175,6 +179,12 @@ class Anthropic:
         self._without_temperature.add(body["model"])
         del body["temperature"]
         return True
+
+
+def _is_stream(response: Response) -> bool:
+    """Whether a response is a stream of events."""
+    kind = response.header(b"content-type") or b""
+    return response.status == _OK and kind.startswith(b"text/event-stream")
 
 
 async def _error(response: Response) -> ApiError:
