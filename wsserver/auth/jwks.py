@@ -5,7 +5,6 @@ must not make this server send more requests to the issuer.
 """
 
 import asyncio
-import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -13,6 +12,7 @@ from typing import Any
 
 import httpx2
 
+from wsserver.addresses import ip_address
 from wsserver.auth.base import Unavailable
 from wsserver.errors import ConfigError
 from wsserver.logs import log
@@ -38,37 +38,7 @@ Keys = tuple[Key, ...]
 Parse = Callable[[bytes], Keys]  # returns at least one key, or raises ValueError
 
 
-class FixedKeys:
-    """Keys that never change, and the interface of the other classes."""
-
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
-
-    async def get(self) -> Keys:
-        """Return the keys.
-
-        Raises:
-            Unavailable: no key was ever known.
-        """
-        return self._keys
-
-    async def newer(self) -> Keys:
-        """Return the keys for a token that no key from :meth:`get` verifies.
-
-        Raises:
-            Unavailable: there may be newer keys, and they cannot be fetched now.
-        """
-        return self._keys
-
-    async def reload(self) -> bool:
-        """Read the keys again; return whether that worked."""
-        return True
-
-    async def aclose(self) -> None:
-        """Release all resources."""
-
-
-class ReadKeys(FixedKeys):
+class ReadKeys:
     """Keys that are read at the start and on each reload.
 
     Args:
@@ -80,7 +50,13 @@ class ReadKeys(FixedKeys):
 
     def __init__(self, read: Callable[[], Keys]) -> None:
         self._read = read
-        super().__init__(read())
+        self._keys = read()
+
+    async def get(self) -> Keys:
+        """Return the keys."""
+        return self._keys
+
+    newer = get
 
     async def reload(self) -> bool:
         """Read the keys again. Invalid keys change nothing, and are logged."""
@@ -91,8 +67,11 @@ class ReadKeys(FixedKeys):
             return False
         return True
 
+    async def aclose(self) -> None:
+        """Nothing to release."""
 
-class FetchedKeys(FixedKeys):
+
+class FetchedKeys:
     """Keys at an address. Fetched at the first login, when they are old, and for an unknown key.
 
     All logins share one fetch. While the issuer fails or hangs, the server uses the keys it has,
@@ -116,7 +95,7 @@ class FetchedKeys(FixedKeys):
         patience: float,
         clock: Callable[[], float],
     ) -> None:
-        super().__init__(())
+        self._keys: Keys = ()
         self._url = _checked(address)
         self._parse = parse
         self._patience = patience
@@ -154,7 +133,9 @@ class FetchedKeys(FixedKeys):
         return self._keys
 
     async def newer(self) -> Keys:
-        """Fetch the keys again, unless the last fetch was just now; return the keys.
+        """Return the keys for a token that no key from :meth:`get` verifies.
+
+        They are fetched again, unless the last fetch was just now.
 
         Raises:
             Unavailable: the issuer fails or hangs, and may have newer keys.
@@ -236,14 +217,8 @@ def _checked(address: str) -> httpx2.URL:
         raise ConfigError("jwt_jwks: not an address") from None
     if url.userinfo or not url.host:
         raise ConfigError("jwt_jwks: the address needs a host, and no user")
-    if url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.host)):
+    local = url.host == "localhost" or getattr(ip_address(url.host), "is_loopback", False)
+    if url.scheme == "https" or (url.scheme == "http" and local):
         return url
     # Someone who can change an unencrypted response could replace the keys.
     raise ConfigError("jwt_jwks: the address must be https://, or http:// of this machine")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from wsserver.auth.base import Handshake, Principal
-from wsserver.auth.jwks import PATIENCE, FetchedKeys, FixedKeys, Key, Keys, ReadKeys
+from wsserver.auth.jwks import PATIENCE, FetchedKeys, Key, Keys, ReadKeys
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.settings import Settings
@@ -162,7 +162,7 @@ def _of_secret(settings: Settings) -> Keys:
     return (Key(None, _SYMMETRIC, material),)
 
 
-def _of_issuer(settings: Settings, clock: Callable[[], float]) -> FixedKeys:
+def _of_issuer(settings: Settings, clock: Callable[[], float]) -> ReadKeys | FetchedKeys:
     place = settings.jwt_jwks
     if "://" not in place:
         return ReadKeys(lambda: _of_file(place))

@@ -1,8 +1,9 @@
 """A lock with a queue per owner: many requests of one owner do not delay the other owners."""
 
 import asyncio
+import contextlib
 from collections import deque
-from types import TracebackType
+from collections.abc import AsyncIterator
 
 from wsserver.errors import Code, Refused
 
@@ -23,9 +24,14 @@ class FairLock:
         # Queues by owner, the next owner first. No queue is empty.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
-    def of(self, owner: str) -> "_Turn":
-        """Return a context in which an owner holds the lock."""
-        return _Turn(self, owner)
+    @contextlib.asynccontextmanager
+    async def of(self, owner: str) -> AsyncIterator[None]:
+        """Hold the lock for an owner; see :meth:`acquire`."""
+        await self.acquire(owner)
+        try:
+            yield
+        finally:
+            self.release()
 
     async def acquire(self, owner: str) -> None:
         """Wait for an owner's turn.
@@ -69,22 +75,3 @@ class FairLock:
             mine.remove(turn)
             if not mine:
                 del self._waiting[owner]
-
-
-class _Turn:
-    __slots__ = ("_lock", "_owner")
-
-    def __init__(self, lock: FairLock, owner: str) -> None:
-        self._lock = lock
-        self._owner = owner
-
-    async def __aenter__(self) -> None:
-        await self._lock.acquire(self._owner)
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._lock.release()

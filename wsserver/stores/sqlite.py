@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 from wsserver.errors import ConfigError, StoreError
 from wsserver.generation import tokens_in
@@ -285,29 +285,19 @@ class SqliteStore:
     async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
         """Return an owner's conversations, the one used last first."""
         end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
-        rows = await self._read(
+        rows = await self._select(
             owner,
-            lambda database: database.execute(
-                "SELECT id, title, created, updated, place FROM conversation "
-                "WHERE owner = ? AND place < ? AND (owner, id) NOT IN deleting "
-                "ORDER BY place DESC LIMIT ?",
-                (owner, end, limit),
-            ).fetchall(),
+            "SELECT id, title, created, updated, place FROM conversation WHERE owner = ? "
+            "AND place < ? AND (owner, id) NOT IN deleting ORDER BY place DESC LIMIT ?",
+            (owner, end, limit),
         )
         return [Summary(*row) for row in rows]
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
         """Give a conversation another title."""
-        return await self._write(
-            owner,
-            lambda database: (
-                database.execute(
-                    "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?",
-                    (title, owner, conversation),
-                ).rowcount
-                > 0
-            ),
-        )
+        statement = "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?"
+        values = title, owner, conversation
+        return await self._write(owner, lambda file: file.execute(statement, values).rowcount > 0)
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations."""
@@ -373,33 +363,20 @@ class SqliteStore:
 
     async def spent(self, owner: str, day: int) -> Spent:
         """Return the cost of an owner's replies that ended on a day."""
-        rows = await self._read(
-            owner,
-            lambda database: database.execute(
-                "SELECT tokens, microdollars FROM spent WHERE owner = ? AND day = ?", (owner, day)
-            ).fetchall(),
-        )
+        statement = "SELECT tokens, microdollars FROM spent WHERE owner = ? AND day = ?"
+        rows = await self._select(owner, statement, (owner, day))
         return Spent(*rows[0]) if rows else NOTHING
 
     async def held(self, owner: str) -> Held:
         """Return how much the store has of an owner."""
-        rows = await self._read(
-            owner,
-            lambda database: database.execute(
-                "SELECT bytes, conversations FROM held WHERE owner = ?", (owner,)
-            ).fetchall(),
-        )
+        statement = "SELECT bytes, conversations FROM held WHERE owner = ?"
+        rows = await self._select(owner, statement, (owner,))
         return Held(*rows[0]) if rows else Held(0, 0)
 
     async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
         """Return the owners and ids of some conversations that were last used before a time."""
-        return await self._read(
-            "",
-            lambda database: database.execute(
-                "SELECT owner, id FROM conversation WHERE updated < ? ORDER BY updated LIMIT ?",
-                (before, limit),
-            ).fetchall(),
-        )
+        statement = "SELECT owner, id FROM conversation WHERE updated < ? ORDER BY updated LIMIT ?"
+        return await self._select("", statement, (before, limit))
 
     async def purge(self, until: float) -> bool:
         """Delete some expired generations, traces and accounts.
@@ -459,6 +436,9 @@ class SqliteStore:
     async def _read(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         async with self._reading.of(owner):
             return await self.reader.transact(work, "BEGIN")
+
+    async def _select(self, owner: str, statement: str, values: tuple[Any, ...]) -> Sequence[Any]:
+        return await self._read(owner, lambda file: file.execute(statement, values).fetchall())
 
     async def _write(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:
         def write(database: sqlite3.Connection) -> T:
