@@ -177,8 +177,13 @@ class ModelError(_Coded):
     :class:`Refused`. After :attr:`Code.PROMPT_TOO_LONG` before any text, the server calls the model
     again with a shorter history, as long as there is a history.
 
-    ``kind`` is the model's own name of the error, for the log. It is a fixed word, and never a text
-    that may quote a prompt.
+    Attributes:
+        kind: the model's own name of the error, for the log. It is a fixed word, and never a text
+            that may quote a prompt.
+        status: the status code of the API's response, for the log.
+        request_id: the API's id of the request, for the log.
     """
 
     kind: str | None = None
+    status: int | None = None
+    request_id: str | None = None

@@ -73,7 +73,7 @@ class Reporter:
             model=generation.model,
             **about,
             saved=terminal.saved,
-            seconds=round(generation.seconds, 3),
+            seconds=round(generation.ended - generation.accepted, 3),
             first_token=None if first_token is None else round(first_token, 3),
             input_tokens=None if usage is None else usage.input_tokens,
             output_tokens=None if usage is None else usage.output_tokens,
@@ -94,7 +94,11 @@ def _outcome(terminal: Terminal, failure: BaseException | None) -> tuple[int, di
     elif terminal.code in UPSTREAM:
         level = logging.WARNING
     if isinstance(failure, ModelError):
-        about["kind"] = failure.kind
+        about |= {
+            "kind": failure.kind,
+            "status": failure.status,
+            "request_id": failure.request_id,
+        }
         if failure.__cause__ is not None:
             about["cause"] = type(failure.__cause__).__name__
     return level, about

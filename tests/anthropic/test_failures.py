@@ -23,6 +23,7 @@ from tests.support.upstream import (
     reply,
     stream,
 )
+from wsserver.models.anthropic.failures import ApiError, TransientError, of_event
 
 AT_ONCE = {"retry-after": "0"}
 
@@ -74,6 +75,18 @@ async def test_refused_request_is_one_error_with_a_stable_code(
     assert "planted-secret" not in caplog.text
     upstream.default = reply("Hello world")
     await goes_on(chat)
+
+
+@pytest.mark.parametrize(
+    ("name", "logged"), [("req_011CSHoEeqs5C35K2UUqR7Fy", True), ("sk-planted-secret", False)]
+)
+def test_request_id_is_for_the_log_if_it_has_the_form_of_the_apis(name: str, logged: bool) -> None:
+    cause = {"type": "overloaded_error", "message": "No luck"}
+    body = {"type": "error", "error": cause, "request_id": name}
+    for failure in (ApiError(529, {"request-id": name}, body).failure(), of_event(body)):
+        assert isinstance(failure, TransientError)
+        assert failure.error.request_id == (name if logged else None)
+        assert failure.error.kind == "overloaded_error"
 
 
 async def test_failed_attempt_is_made_again(chat: Client, upstream: Upstream) -> None:

@@ -69,6 +69,7 @@ class ApiError(WsserverError):
     Attributes:
         status: the status code of the response.
         kind: the ``type`` of the error, if it is a word, as all of the API's are.
+        request_id: the API's id of the request, if it has the form of the API's ids.
         message: the ``message`` of a 400. It may quote the prompt and is not for the log.
     """
 
@@ -77,6 +78,7 @@ class ApiError(WsserverError):
         super().__init__(f"status {status}")
         self.status = status
         self.kind = _kind(_get(cause, "type"))
+        self.request_id = _request_id(headers.get("request-id"))
         self.message = str(_get(cause, "message") or "") if status == _BAD_REQUEST else ""
         self._error_code = str(_get(_get(cause, "details"), "error_code") or "")
         self._headers = headers
@@ -91,10 +93,14 @@ class ApiError(WsserverError):
         if self.kind == "billing_error" or self._error_code.endswith("spend_limit_reached"):
             code = Code.SPEND_LIMIT
         error = ModelError(code, retry_after=self._retry_after() if code.retryable else None)
-        error.kind = self.kind
+        self.identify(error)
         if code.retryable and self._headers.get("x-should-retry") != "false":
             return TransientError(error)
         return error
+
+    def identify(self, error: ModelError) -> None:
+        """Have the log tell the API's own facts of an error."""
+        error.kind, error.status, error.request_id = self.kind, self.status, self.request_id
 
     def _retry_after(self) -> float | None:
         """Return how long to wait, in seconds (RFC 9110 section 10.2.3; `-ms` is the API's own)."""
@@ -118,8 +124,9 @@ def of_http(error: HttpError) -> ModelError | TransientError:
     return TransientError(model_error) if code in _PASSING else model_error
 
 
-def of_event(error: dict[str, Any]) -> ModelError | TransientError:
+def of_event(event: dict[str, Any]) -> ModelError | TransientError:
     """Return the exception to raise for an ``error`` event."""
+    error = event["error"]
     code = _BY_TYPE.get(error["type"], Code.UPSTREAM_ERROR)
     if code is Code.BAD_REQUEST and _TOO_LONG.search(str(error.get("message"))):
         code = Code.PROMPT_TOO_LONG
@@ -127,6 +134,7 @@ def of_event(error: dict[str, Any]) -> ModelError | TransientError:
         code = Code.SPEND_LIMIT
     model_error = ModelError(code)
     model_error.kind = _kind(error["type"])
+    model_error.request_id = _request_id(event.get("request_id"))
     return TransientError(model_error) if code.retryable else model_error
 
 
@@ -136,3 +144,7 @@ def _get(value: object, name: str) -> object:
 
 def _kind(kind: object) -> str | None:
     return kind if isinstance(kind, str) and re.fullmatch(r"[a-z_]{1,64}", kind) else None
+
+
+def _request_id(name: object) -> str | None:
+    return name if isinstance(name, str) and re.fullmatch(r"req_[0-9A-Za-z]{1,64}", name) else None

@@ -174,7 +174,7 @@ class Anthropic:
             return False
         if temperature > MAX_TEMPERATURE:
             failure = ModelError(Code.BAD_REQUEST, "temperature: the model's API refused it.")
-            failure.kind = error.kind
+            error.identify(failure)
             raise failure from error
         self._without_temperature.add(body["model"])
         del body["temperature"]

@@ -140,7 +140,7 @@ class Reply:
                 case "message_stop":
                     self._stop()
                 case "error":
-                    raise of_event(event["error"])
+                    raise of_event(event)
                 case _:  # a `ping`, or an event of a later version, which the API says to ignore
                     pass
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
