@@ -156,7 +156,7 @@ async def test_clock_that_steps_back_over_midnight_gives_nothing_back(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     now = 10.0 * SECONDS_PER_DAY
-    monkeypatch.setattr("wsserver.spending.time.time", lambda: now)
+    monkeypatch.setattr("wsserver.accounts.time.time", lambda: now)
     limits = {"tokens_per_day": 1000, "dollars_per_day": 0.001, "prices": "puppet=1/1"}
     async with serve(puppet, **limits) as server, ada(server) as chat:
         for number in range(2):

@@ -30,7 +30,7 @@ FLOORS: list[dict[str, str]] = [
     {
         "application": "accounts app connection context conversations cursor dialects endings "
         "following hub intake journal live pages quota reporting requests retention routes running "
-        "scheduling session spending stopping upkeep",
+        "scheduling session stopping upkeep",
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },

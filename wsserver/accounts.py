@@ -4,17 +4,17 @@ import asyncio
 import time
 
 from wsserver.errors import Code, Refused
-from wsserver.limits import Account, Rates, Shares
+from wsserver.limits import SECONDS_PER_DAY, Account, Budget, Rates, Shares
 from wsserver.live import Generation
-from wsserver.prices import Price, Spent
+from wsserver.prices import Price, Prices, Spent
 from wsserver.protocol import Prompt
 from wsserver.quota import Quota
 from wsserver.settings import Settings
-from wsserver.spending import Spending
 from wsserver.stores.base import Store, day_of
 
 READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
 READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
+LEAST_REPLY = 64  # output tokens; a reply starts only if the rest of the day pays for so many
 
 
 class Accounts:
@@ -32,7 +32,12 @@ class Accounts:
         self._prompts = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
         self._reads = Rates(READ_RATE, READ_BURST)
         self._quota = Quota(store, settings)
-        self._spending = Spending(settings, store)
+        self._store = store
+        self._prices = Prices(settings.prices)
+        self._budgets = {
+            "tokens": Budget(settings.tokens_per_day),
+            "dollars": Budget(round(settings.dollars_per_day * 1e6)),
+        }
 
     def __len__(self) -> int:
         """Return the number of keys of accounts that have a generation booked."""
@@ -40,11 +45,11 @@ class Accounts:
 
     def reserved(self, owner: str) -> Spent:
         """Return what is reserved for an owner's generations that have not ended."""
-        return self._spending.reserved(owner)
+        return Spent(*(budget.reserved(owner) for budget in self._budgets.values()))
 
     def price(self, model: str) -> Price:
         """Return the price of a model."""
-        return self._spending.price(model)
+        return self._prices.of(model)
 
     # Reading.
 
@@ -83,8 +88,11 @@ class Accounts:
 
     def knows_store(self, owner: str, *, new: bool) -> bool:
         """Whether :meth:`check_store` passes an owner without asking the store."""
-        known = self._spending.knows(owner, day_of(time.time()))
-        return known and self._quota.knows(owner, new=new)
+        return self._knows_spent(owner, day_of(time.time())) and self._quota.knows(owner, new=new)
+
+    def _knows_spent(self, owner: str, day: int) -> bool:
+        known = [budget.knows(owner, day) for budget in self._budgets.values()]  # each begins a day
+        return all(known)
 
     async def check_store(self, owner: str, *, new: bool) -> None:
         """Pass an owner who has room in the store, and learn what the owner has spent today.
@@ -98,7 +106,10 @@ class Accounts:
             StoreError: the store cannot tell.
         """
         await self._quota.check(owner, new=new)
-        await self._spending.learn(owner)
+        while not self._knows_spent(owner, day := day_of(time.time())):
+            spent = await self._store.spent(owner, day)
+            for budget, amount in zip(self._budgets.values(), spent, strict=True):
+                budget.learn(owner, day, amount)
 
     def allow(self, prompt: Prompt, owner: str, model: str) -> int:
         """Return how many output tokens the reply to a prompt may have.
@@ -108,7 +119,22 @@ class Accounts:
         """
         settings = self._settings
         wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
-        return self._spending.allow(owner, model, wanted)
+        prices = 1, self.price(model).output
+        for (name, budget), price in zip(self._budgets.items(), prices, strict=True):
+            left = budget.left(owner)
+            if left is None or not price:
+                continue
+            affordable = int(left / price)
+            wanted = min(wanted, affordable)
+            if affordable >= LEAST_REPLY:
+                continue
+            if budget.reserved(owner):
+                message = f"The rest of today's {name} is reserved for replies that run."
+                raise Refused(Code.LIMIT, message)
+            tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
+            message = f"Too few of today's {name} are left for a reply."
+            raise Refused(Code.QUOTA, message, retry_after=tomorrow)
+        return wanted
 
     def book(self, generation: Generation) -> None:
         """Book a generation that is accepted, and reserve what it may cost."""
@@ -117,9 +143,12 @@ class Accounts:
         )
         self._prompts.consume(generation.account, self._loop.time())
         self._generations.acquire(generation.account)
-        self._spending.reserve(generation.owner, generation.reserved)
+        for budget, amount in zip(self._budgets.values(), generation.reserved, strict=True):
+            budget.reserve(generation.owner, amount)
 
     def settle(self, generation: Generation) -> None:
         """Release what was booked for a generation, and count what it has cost."""
         self._generations.release(generation.account)
-        self._spending.settle(generation.owner, generation.reserved, generation.spent)
+        amounts = zip(generation.reserved, generation.spent, strict=True)
+        for budget, (reserved, spent) in zip(self._budgets.values(), amounts, strict=True):
+            budget.settle(generation.owner, reserved, spent)
