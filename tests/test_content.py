@@ -25,7 +25,7 @@ from wsserver.content import (
     memory_of,
     parse_block,
     parse_content,
-    written,
+    text_of_block,
 )
 
 SOURCE = {"type": "base64", "media_type": "image/png", "data": "aGVsbG8="}
@@ -171,10 +171,10 @@ def test_message_joins_its_texts_and_its_thinking() -> None:
 def test_size_counts_text_and_else_json() -> None:
     assert Message("user", "grüß").size == 4
     image = Image(SOURCE)
-    assert written(image) == (
+    assert text_of_block(image) == (
         '{"type":"image","source":{"type":"base64","media_type":"image/png","data":"aGVsbG8="}}'
     )
-    assert Message("user", (Text("ab"), image)).size == 2 + len(written(image))
+    assert Message("user", (Text("ab"), image)).size == 2 + len(text_of_block(image))
 
 
 def test_memory_counts_all_values_of_a_block() -> None:

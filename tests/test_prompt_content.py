@@ -38,17 +38,17 @@ def prompt(**frame: Any) -> Prompt:
 
 def test_text_is_one_block() -> None:
     assert prompt(prompt="Hi") == prompt(prompt=[{"type": "text", "text": "Hi"}])
-    assert prompt(prompt="Hi").said == (Message("user", "Hi"),)
+    assert prompt(prompt="Hi").new_messages == (Message("user", "Hi"),)
 
 
 def test_blocks_are_parsed_whole() -> None:
-    assert prompt(prompt=BLOCKS).said == (Message("user", PARSED),)
+    assert prompt(prompt=BLOCKS).new_messages == (Message("user", PARSED),)
     messages = [
         {"role": "user", "content": BLOCKS},
         {"role": "assistant", "content": [{"type": "thinking", "thinking": "x", "signature": "s"}]},
         {"role": "user", "content": "And this?"},
     ]
-    assert prompt(messages=messages).said == (
+    assert prompt(messages=messages).new_messages == (
         Message("user", PARSED),
         Message("assistant", [Thinking("x", "s")]),
         Message("user", "And this?"),

@@ -13,7 +13,7 @@ from wsserver import parsing
 from wsserver.content import Usage
 from wsserver.encoding import encode, encode_run
 from wsserver.errors import Code, Refused
-from wsserver.parsing import DEPTH, KEYS, parse, parts
+from wsserver.parsing import DEPTH, KEYS, count_parts, parse
 from wsserver.pieces import Kind, Run
 from wsserver.protocol import (
     MESSAGES,
@@ -196,8 +196,8 @@ def test_depth_of_a_frame_is_found_with_one_look_at_each_bracket(pair: str, gap:
 
 def test_parts_of_a_frame_are_those_outside_of_its_strings() -> None:
     said = json.dumps({"prompt": '{"a": [1, 2]}, \\ " \\" [[[[' * 1000, "id": "\\"})
-    assert parts(said) == 4
-    assert parts('{"a": [1, 2], "b": "unfinished, [') == 6
+    assert count_parts(said) == 4
+    assert count_parts('{"a": [1, 2], "b": "unfinished, [') == 6
 
 
 @given(
@@ -217,7 +217,7 @@ def test_parts_of_any_value_are_its_brackets_commas_and_colons(
         colons = len(value) if isinstance(value, dict) else 0
         return 1 + max(0, len(value) - 1) + colons + sum(map(count, inner))
 
-    assert parts(json.dumps(value, ensure_ascii=ascii_only)) == count(value)
+    assert count_parts(json.dumps(value, ensure_ascii=ascii_only)) == count(value)
 
 
 def test_prompt_of_much_code_is_no_unusable_frame() -> None:

@@ -83,14 +83,14 @@ async def test_quota_of_the_store_is_cached_until_it_is_reached(
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 1000.0)
     asked = 0
-    held = MemoryStore.held
+    amounts = MemoryStore.amounts
 
     async def counted(self: MemoryStore, owner: str) -> Any:
         nonlocal asked
         asked += 1
-        return await held(self, owner)
+        return await amounts(self, owner)
 
-    monkeypatch.setattr(MemoryStore, "held", counted)
+    monkeypatch.setattr(MemoryStore, "amounts", counted)
     async with (
         wsserver.serve(puppet, port=0, conversations_per_principal=5) as server,
         client(server) as chat,

@@ -318,7 +318,7 @@ async def _serve(settings: Settings) -> None:
             task.cancel()
         await asyncio.wait({reloading, starting_gc})
         service_manager.notify("STOPPING=1")
-        _say("stopping; press Ctrl-C once more to stop at once")
+        _print("stopping; press Ctrl-C once more to stop at once")
         await server.close()
         write_left_out()
         # A model with a thread or task that does not end must not keep the process.
@@ -386,9 +386,9 @@ def _announce(server: Server) -> None:
         lines.append("  EVERY USER of this machine can use it; --token-file keeps other users out")
     if server.settings.allow_anonymous:
         lines.append("  ANYONE who can connect can spend your money and read all conversations")
-    _say("\n".join([*lines, "  Ctrl-C stops"]))
+    _print("\n".join([*lines, "  Ctrl-C stops"]))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     with contextlib.suppress(OSError):  # stdout is closed
         print(text, flush=True)

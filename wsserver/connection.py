@@ -15,7 +15,7 @@ from wsserver.following import Following
 from wsserver.generation import State, well_formed
 from wsserver.hub import Hub
 from wsserver.limits import Bucket, memory_size
-from wsserver.parsing import first_request, parse, parts
+from wsserver.parsing import count_parts, first_request, parse
 from wsserver.protocol import (
     ClientFrame,
     Close,
@@ -34,8 +34,8 @@ from wsserver.stopping import Stopping
 
 __all__ = ["REQUESTS", "Connection", "Transport"]
 
-AUTH_PARTS = 64  # of a frame that is parsed before `auth`, see `parts`; an `auth` has about ten
-LONGEST_STOP = 256  # bytes: a longer frame is no `stop`, and is not parsed over the frame rate
+AUTH_PARTS = 64  # largest `count_parts` of a frame before `auth`; an `auth` has about ten
+LONGEST_STOP = 256  # bytes: a longer frame is no `stop`; over the frame rate it is not parsed
 V1_FRAMES = V1()
 
 
@@ -172,7 +172,7 @@ class Connection:
             raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
         if isinstance(message, bytes):
             raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
-        if stranger and parts(message) > AUTH_PARTS:
+        if stranger and count_parts(message) > AUTH_PARTS:
             _ = self._session.owner  # raises: the client has not authenticated
         return parse(message)
 

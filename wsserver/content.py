@@ -34,7 +34,7 @@ __all__ = [
     "memory_of",
     "parse_block",
     "parse_content",
-    "written",
+    "text_of_block",
 ]
 
 Role = Literal["user", "assistant"]
@@ -55,12 +55,12 @@ _COUNTS = (
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens spent on a reply, in all so far.
+    """All tokens spent on a reply so far.
 
-    ``input_tokens`` counts what was neither read from nor written to a prompt cache; the whole
-    input is the sum of the three. ``thinking_tokens`` is the part of ``output_tokens`` spent on
-    thinking, where the model shows less thinking than it bills. ``estimated``: the model did not
-    tell the counts, the server estimated them.
+    ``input_tokens`` does not include tokens that were read from or written to a prompt cache; the
+    whole input is the sum of the three counts. ``thinking_tokens`` is the part of ``output_tokens``
+    that was spent on thinking. It is set if the model shows less thinking than it bills.
+    ``estimated``: the model did not report the counts, and the server estimated them.
     """
 
     input_tokens: int = 0
@@ -71,7 +71,7 @@ class Usage:
     thinking_tokens: int = 0
 
     def __post_init__(self) -> None:
-        # The author of a model learns at once of a count that is no whole number.
+        # A model that passes a count which is no whole number fails here, and not later.
         for name in _COUNTS:
             object.__setattr__(self, name, max(0, operator.index(getattr(self, name))))
 
@@ -260,11 +260,11 @@ class Message:
 
     @property
     def size(self) -> int:
-        """Characters of the message without its thinking; see :func:`written`."""
+        """Characters of the message without its thinking; see :func:`text_of_block`."""
         if len(self.blocks) == 1 and isinstance(block := self.blocks[0], Text):  # the common case
-            return len(written(block))
+            return len(text_of_block(block))
         return sum(
-            len(written(block))
+            len(text_of_block(block))
             for block in self.blocks
             if not isinstance(block, Thinking | RedactedThinking)
         )
@@ -346,8 +346,8 @@ def dump_block(block: Block) -> dict[str, Any]:
     return {**found, **block.extra}
 
 
-def written(block: Block) -> str:
-    """Return what counts as the length of a block: its text, or its JSON where it has more."""
+def text_of_block(block: Block) -> str:
+    """Return the text of a text block, or the JSON of any other block, to measure its length."""
     if isinstance(block, Text) and not block.extra:
         return block.text
     return json.dumps(dump_block(block), ensure_ascii=False, separators=(",", ":"))

@@ -16,7 +16,7 @@ from wsserver.content import (
     RedactedThinking,
     Thinking,
     ToolResult,
-    written,
+    text_of_block,
 )
 from wsserver.errors import Code
 from wsserver.generation import tokens_in
@@ -83,7 +83,7 @@ def tokens_of(request: Request) -> int:
             if isinstance(block, Image | Document) and block.source.get("type") == "base64":
                 data += _tokens_of_data(block)
             elif not isinstance(block, Thinking | RedactedThinking):
-                texts.append(written(block))
+                texts.append(text_of_block(block))
     return data + tokens_in("".join(texts))
 
 

@@ -268,7 +268,7 @@ class Generation:
     @property
     def prompt_size(self) -> int:
         """The bytes of the prompt in memory."""
-        messages = self.prompt.said
+        messages = self.prompt.new_messages
         size = memory_size(self.prompt.system or "") + sum(map(memory_of, messages))
         return PROMPT + MESSAGE * len(messages) + size
 
@@ -291,7 +291,7 @@ class Generation:
 
     def turn(self, number: int) -> Turn:
         """Return the prompt and the reply as the turn of that number, from 1."""
-        (prompt,) = self.prompt.said
+        (prompt,) = self.prompt.new_messages
         reply = Message(
             "assistant",
             self.log.pieces.blocks(),

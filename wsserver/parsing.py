@@ -105,7 +105,7 @@ def _check_shape(text: str) -> None:
         )
 
 
-def parts(text: str) -> int:
+def count_parts(text: str) -> int:
     """Count the brackets, commas and colons of a frame outside of its strings."""
     return _count(_without_strings(text))
 

@@ -72,19 +72,19 @@ class Price:
             + read * price.cache_read
             + output * price.output
         )
-        return Spent(_up(tokens), _up(money))
+        return Spent(_round_up(tokens), _round_up(money))
 
     def likely(self, asked: int, output: int) -> Spent:
         """Return the highest cost of a reply: no input is read from a cache."""
         price = self.at(asked)
-        return Spent(asked + output, _up(asked * price.cache_write + output * price.output))
+        return Spent(asked + output, _round_up(asked * price.cache_write + output * price.output))
 
     def at(self, asked: int) -> "Price":
         """Return the price of a request with so many input tokens."""
         return self.over if self.over is not None and asked > LONG else self
 
 
-def _up(amount: float) -> int:
+def _round_up(amount: float) -> int:
     # Rounded first, as 0.1 * 30 is a little more than 3.
     return min(math.ceil(round(amount, 6)), MOST)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from wsserver.content import Message, written
+from wsserver.content import Message, text_of_block
 from wsserver.errors import Code
 from wsserver.wire import (
     Content,
@@ -92,8 +92,8 @@ class Prompt(_Request):
         return self
 
     @property
-    def said(self) -> tuple[Message, ...]:
-        """What the prompt has of the conversation: its one message, or all ``messages``."""
+    def new_messages(self) -> tuple[Message, ...]:
+        """The messages in the prompt: the one of ``prompt``, or all ``messages``."""
         if self.messages is not None:
             return tuple(self.messages)
         return (Message("user", self.prompt or ()),)
@@ -101,7 +101,7 @@ class Prompt(_Request):
     @property
     def text(self) -> str:
         """The system prompt and all content, each block as text or as JSON, joined."""
-        blocks = (written(block) for message in self.said for block in message.blocks)
+        blocks = (text_of_block(block) for message in self.new_messages for block in message.blocks)
         return "".join((self.system or "", *blocks))
 
     @property

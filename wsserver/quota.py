@@ -4,7 +4,7 @@ import asyncio
 
 from wsserver.errors import Code, Refused
 from wsserver.settings import Settings
-from wsserver.stores.base import Held, Store
+from wsserver.stores.base import Amounts, Store
 
 FRESH = 10.0  # seconds for which an answer of the store is used again; prompts have a rate limit
 SWEEP = 1024  # answers after which old ones are dropped
@@ -22,7 +22,7 @@ class Quota:
         self._store = store
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._known: dict[str, tuple[float, Held]] = {}  # by owner, with the time of the answer
+        self._known: dict[str, tuple[float, Amounts]] = {}  # by owner, with the time of the answer
 
     def knows(self, owner: str, *, new: bool) -> bool:
         """Whether :meth:`check` passes an owner without asking the store."""
@@ -43,31 +43,31 @@ class Quota:
             StoreError: the store cannot tell.
         """
         settings, now = self._settings, self._loop.time()
-        asked, held = self._known.get(owner, (now - FRESH, Held(0, 0)))
-        if now - asked >= FRESH or self._over(held, new=new) is not None:
-            held = await self._store.held(owner)
+        asked, stored = self._known.get(owner, (now - FRESH, Amounts(0, 0)))
+        if now - asked >= FRESH or self._over(stored, new=new) is not None:
+            stored = await self._store.amounts(owner)
             if len(self._known) >= SWEEP:
                 self._known = {k: v for k, v in self._known.items() if now - v[0] < FRESH}
-            self._known[owner] = now, held
-        over = self._over(held, new=new)
+            self._known[owner] = now, stored
+        over = self._over(stored, new=new)
         if over == "bytes":
             message = (
-                f"Your conversations take {held.bytes} bytes; {settings.bytes_per_principal} are "
+                f"Your conversations take {stored.bytes} bytes; {settings.bytes_per_principal} are "
                 "allowed (bytes_per_principal). Delete some."
             )
             raise Refused(Code.LIMIT, message, retryable=False)
         if over == "conversations":
             message = (
-                f"You have {held.conversations} conversations; "
+                f"You have {stored.conversations} conversations; "
                 f"{settings.conversations_per_principal} are allowed "
                 "(conversations_per_principal). Delete some."
             )
             raise Refused(Code.LIMIT, message, retryable=False)
 
-    def _over(self, held: Held, *, new: bool) -> str | None:
+    def _over(self, stored: Amounts, *, new: bool) -> str | None:
         """Return which limit an owner has reached."""
-        if held.bytes >= self._settings.bytes_per_principal:
+        if stored.bytes >= self._settings.bytes_per_principal:
             return "bytes"
-        if new and held.conversations >= self._settings.conversations_per_principal:
+        if new and stored.conversations >= self._settings.conversations_per_principal:
             return "conversations"
         return None

@@ -62,7 +62,7 @@ class Runner:
         self._timer: asyncio.TimerHandle | None = None
         self._declared_name = declared_name(model)
         self._provider = provider_of(model)
-        self._ask = _asking(model)
+        self._ask = _starter(model)
         self._settings = settings
         self._journal = journal
         self._memory = memory
@@ -107,14 +107,14 @@ class Runner:
         """
         prompt, settings, conversation = generation.prompt, self._settings, generation.conversation
         if conversation is None:
-            messages = list(prompt.said)
+            messages = list(prompt.new_messages)
         else:
             refused = (conversation.refused or {}).get(generation.model)
             if size is None and refused is not None:
                 size = less_than(refused)
             messages = messages_of(
                 conversation.turns,
-                prompt.said[0],
+                prompt.new_messages[0],
                 count=settings.history_messages,
                 size=settings.history_size if size is None else min(settings.history_size, size),
             )
@@ -276,7 +276,7 @@ class Runner:
         self._report.ended(generation, terminal, failure)
 
 
-def _asking(model: Model | PushModel) -> Callable[[Request, Intake], Awaitable[None]]:
+def _starter(model: Model | PushModel) -> Callable[[Request, Intake], Awaitable[None]]:
     """Return what has a model answer into an intake. The kind of the model is found out once."""
     if isinstance(model, PushModel):
         push = model.push

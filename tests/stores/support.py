@@ -17,9 +17,9 @@ from wsserver.prices import Spent
 from wsserver.protocol import Done, Error, Prompt, StoppedBy, Terminal
 from wsserver.stores import Store
 from wsserver.stores.base import (
+    Amounts,
     Entry,
     Header,
-    Held,
     StoredConversation,
     StoredGeneration,
 )
@@ -103,9 +103,9 @@ class Reopened(SqliteStore):
         async with self._again():
             return await super().purge(until)
 
-    async def held(self, owner: str) -> Held:
+    async def amounts(self, owner: str) -> Amounts:
         async with self._again():
-            return await super().held(owner)
+            return await super().amounts(owner)
 
     async def idle(self, *args: Any) -> Any:
         async with self._again():

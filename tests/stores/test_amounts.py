@@ -26,8 +26,8 @@ from wsserver.errors import Code
 from wsserver.prices import Spent
 from wsserver.stores import Store
 from wsserver.stores.base import (
+    Amounts,
     Entry,
-    Held,
     day_of,
 )
 
@@ -35,9 +35,9 @@ pytestmark = pytest.mark.slow
 
 
 async def test_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
-    assert await store.held("me") == Held(0, 0)
+    assert await store.amounts("me") == Amounts(0, 0)
     await store.commit([whole(header("1"), "x" * 10_000), whole(header("2"), Thinking("é" * 1000))])
-    first = await store.held("me")
+    first = await store.amounts("me")
     assert 12_000 < first.bytes < 17_000
     assert first.conversations == 1
     await store.commit(
@@ -47,19 +47,19 @@ async def test_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
             whole(header("1", owner="you"), "x"),
         ]
     )
-    held = await store.held("me")
+    held = await store.amounts("me")
     assert first.bytes + 6000 < held.bytes < first.bytes + 11_000
     assert held.conversations == 2
-    assert (await store.held("you")).conversations == 1
+    assert (await store.amounts("you")).conversations == 1
     await store.commit([whole(header("1"), "x" * 10_000)])  # once more
-    assert await store.held("me") == held
+    assert await store.amounts("me") == held
     await store.delete("c", "me")
     await store.purge(1e12)
-    left = await store.held("me")
+    left = await store.amounts("me")
     assert 1000 < left.bytes < 4000
     assert left.conversations == 1
     await store.delete("d", "me")
-    assert await store.held("me") == Held(0, 0)
+    assert await store.amounts("me") == Amounts(0, 0)
 
 
 async def test_conversation_used_last_is_first_though_the_clock_was_set_back(

@@ -202,7 +202,7 @@ async def test_what_an_owner_has_is_about_what_it_takes_on_the_disk(
         pieces = [f"{word} " for word in ("x" * size).replace("xxxxx", "xxxx ").split()]
         name = f"generation-{number:012}"
         await file.commit([whole(header(name, f"conversation-{number % 20:010}"), *pieces)])
-    held = (await file.held("me")).bytes
+    held = (await file.amounts("me")).bytes
     await file.close()  # which empties the WAL
     taken = path.stat().st_size
     assert 0.6 < held / (taken - 90_000) < 1.6, (held, taken)

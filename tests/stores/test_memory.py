@@ -22,8 +22,8 @@ from tests.support.work import counted
 from wsserver.limits import Memory
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import (
+    Amounts,
     Forgotten,
-    Held,
 )
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
     assert isinstance(await store.find("a", "me"), Forgotten)
     assert memory.used < 100_000
     await store.delete("a", "me")
-    assert (memory.used, await store.held("me")) == (0, Held(0, 0))
+    assert (memory.used, await store.amounts("me")) == (0, Amounts(0, 0))
 
 
 async def test_memory_counts_what_it_holds_as_it_is() -> None:

@@ -124,7 +124,7 @@ async def test_generations_of_an_old_file_are_whole(old: Path) -> None:
     assert isinstance(withdrawn, Done)
     assert (withdrawn.reason, withdrawn.by) == ("stopped", "client")
     outside = await find(store, "outside")
-    assert outside.header.prompt.said == (
+    assert outside.header.prompt.new_messages == (
         Message("user", "Hi"),
         Message("assistant", "Hello"),
         Message("user", "Who?"),
@@ -140,12 +140,12 @@ async def test_bytes_and_costs_of_an_old_file_stay(old: Path) -> None:
         old, "SELECT bytes, (SELECT sum(size + rest) FROM generation) FROM held"
     )
     assert bytes_ == sizes > 6405  # and the pieces of the generation that died
-    assert (await store.held("ann")).conversations == 2
+    assert (await store.amounts("ann")).conversations == 2
     assert (await store.spent("ann", 20784)).tokens > 182  # and those of the one that died
     assert await store.delete("conversation-one", "ann")
     assert await store.delete("conversation-two", "ann")
     await store.purge(2e9)
-    assert (await store.held("ann")).bytes == 0
+    assert (await store.amounts("ann")).bytes == 0
     await store.close()
     check(old)
 

@@ -96,7 +96,7 @@ def test_prompt_is_read_back(prompt: Prompt) -> None:
     assert json.loads(record)["v"] == VERSION
     assert parse_prompt(record) == parse_prompt(record.encode()) == prompt
     if prompt.messages is None:
-        assert content_in(record) == prompt.said[0].blocks
+        assert content_in(record) == prompt.new_messages[0].blocks
     else:
         assert content_in(record) == ()
     old = prompt.model_dump_json(exclude_none=True)  # the record of the first version

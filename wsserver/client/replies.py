@@ -124,7 +124,7 @@ class Replies:
         reply.stopping = True
         if active.prompt is not None and not active.request.times_sent:
             self._remove(active)
-            reply.end("stopped", "client", Usage())
+            reply.finish("stopped", "client", Usage())
         elif link is not None and not link.is_queued(active.request):
             self._send_stop(reply)
         # Else `receive` sends the stop after the `start` on this connection.
@@ -205,7 +205,7 @@ class Replies:
             return  # the server closes, and the next connection sends the prompt again
         if error.code == Code.NOT_FOUND and reply.stopping and not active.accepted:
             self._remove(active)
-            reply.end("stopped", "client", Usage())
+            reply.finish("stopped", "client", Usage())
             return
         if error.code == Code.NOT_FOUND and reply.started:  # the server died and saved nothing
             self._remove(active)

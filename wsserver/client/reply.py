@@ -182,7 +182,7 @@ class Reply:
             self.seq = seq
             self._content.receive(frame)
         elif kind == "done":
-            self.end(
+            self.finish(
                 frame["reason"],
                 frame.get("by"),
                 parse_usage(frame["usage"]),
@@ -199,7 +199,7 @@ class Reply:
         self.seq = self.first
         self._content = ReplyContent()
 
-    def end(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
+    def finish(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
         """End the reply."""
         self.usage = usage
         self._done = Done(reason, by, usage, self.text, saved)

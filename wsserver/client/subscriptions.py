@@ -77,7 +77,7 @@ class Subscription:
             ConnectionFailed: there is no connection.
         """
         if not self._ended:
-            self.end()
+            self.finish()
             await self._close(self)
 
     # Called by the chat.
@@ -91,7 +91,7 @@ class Subscription:
         """Add a reply to the iteration."""
         self._replies.put_nowait(reply)
 
-    def end(self, failure: ChatError | None = None) -> None:
+    def finish(self, failure: ChatError | None = None) -> None:
         """End the iteration."""
         if not self._ended:
             self._ended, self._failure = True, failure
@@ -171,7 +171,7 @@ class Subscriptions:
         except ServerError as error:
             if (subscription := self._open.pop(conversation, None)) is not None:
                 subscription.deleted = error.code == Code.NOT_FOUND
-                subscription.end(None if subscription.deleted else error)
+                subscription.finish(None if subscription.deleted else error)
             return
         if (subscription := self._open.get(conversation)) is not None:
             subscription.reopened(history)
@@ -187,7 +187,7 @@ class Subscriptions:
         elif kind == "deleted":
             del self._open[subscription.conversation]
             subscription.deleted = True
-            subscription.end()
+            subscription.finish()
         elif kind == "start" and "prompt" in frame and self._replies.get(frame["id"]) is None:
             subscription.add(self._replies.adopt(frame["id"], subscription.conversation))
 
@@ -195,7 +195,7 @@ class Subscriptions:
         """End all subscriptions if the chat is closed for good."""
         if failure.final or self._connection.closing:
             for subscription in self._open.values():
-                subscription.end(failure)
+                subscription.finish(failure)
             self._open.clear()
             for task in self._tasks.values():
                 task.cancel()

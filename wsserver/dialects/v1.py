@@ -23,7 +23,7 @@ class V1:
                 model=generation.model,
                 queued=queued,
                 after=after or None,
-                prompt=generation.prompt.said[-1].text if shown else None,
+                prompt=generation.prompt.new_messages[-1].text if shown else None,
                 retry_of=generation.prompt.retry_of if shown else None,
                 request=request,
             )

@@ -102,7 +102,7 @@ class Turn:
         put = object.__setattr__
         put(self, "size", self.prompt.size + self.reply.size)
         put(self, "memory", memory_of(self.prompt) + memory_of(self.reply))
-        put(self, "answered", _says_something(self.reply))
+        put(self, "answered", _has_content(self.reply))
 
     @property
     def id(self) -> str:
@@ -120,7 +120,7 @@ class Turn:
         return self.reply.partial
 
 
-def _says_something(reply: Message) -> bool:
+def _has_content(reply: Message) -> bool:
     """Whether a reply has more than thinking and white space."""
     if reply.text.strip():
         return True
@@ -158,8 +158,8 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """What an owner has in a store. Generations outside of conversations count too."""
+class Amounts:
+    """How much an owner has stored, including generations outside of conversations."""
 
     bytes: int
     conversations: int
@@ -259,7 +259,7 @@ class Store(Protocol):
         """
         ...
 
-    async def held(self, owner: str) -> Held:
+    async def amounts(self, owner: str) -> Amounts:
         """Return how much the store has of an owner."""
         ...
 
@@ -324,7 +324,7 @@ def turn_of(
 
 def title_of(prompt: Prompt) -> str:
     """Make a conversation's title from its first prompt: one line, cut where a word ends."""
-    text = "" if prompt.prompt is None else " ".join(prompt.said[0].text.split())
+    text = "" if prompt.prompt is None else " ".join(prompt.new_messages[0].text.split())
     if len(text) <= TITLE_LENGTH:
         return text
     space = text.rfind(" ", TITLE_LENGTH // 2, TITLE_LENGTH)

@@ -16,10 +16,10 @@ from wsserver.protocol import Terminal
 from wsserver.stores.base import (
     TRACE_KEPT,
     TRACES,
+    Amounts,
     Entry,
     Forgotten,
     Header,
-    Held,
     StoredConversation,
     StoredGeneration,
     Summary,
@@ -410,9 +410,9 @@ class MemoryStore:
         """Return the cost of an owner's replies that ended on a day."""
         return self._spent.get(day, {}).get(owner, NOTHING)
 
-    async def held(self, owner: str) -> Held:
+    async def amounts(self, owner: str) -> Amounts:
         """Return how much the store has of an owner."""
-        return Held(self._sizes[owner], len(self._places.get(owner, ())))
+        return Amounts(self._sizes[owner], len(self._places.get(owner, ())))
 
     async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
         """Return the owners and ids of some conversations that were last used before a time."""

@@ -13,7 +13,7 @@ from wsserver.stores.base import (
     turn_of,
 )
 from wsserver.stores.records import Packed, content_in, parse_prompt, parse_terminal
-from wsserver.stores.rows import loose, said
+from wsserver.stores.rows import read_batches, read_pieces
 
 # The turns of a history, newest first, until either bound is reached.
 _TURNS = """
@@ -43,7 +43,7 @@ def find(
         parsed = parse_prompt(prompt)
         header = Header(generation, owner, conversation, parsed, model, began, retry_of)
         end = None if terminal is None else parse_terminal(terminal, generation)
-        return StoredGeneration(header, said(database, number), end)
+        return StoredGeneration(header, read_pieces(database, number), end)
     for (when,) in database.execute(
         "SELECT at FROM forgotten WHERE owner = ? AND id = ?", (owner, generation)
     ):
@@ -88,7 +88,7 @@ def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
         blocks = Packed(text, other, lengths or "[]", runs).blocks()
     else:
         try:
-            blocks = loose(database, number).blocks()
+            blocks = read_batches(database, number).blocks()
         except ValueError:
             if text is None:
                 raise

@@ -118,10 +118,12 @@ def dump_prompt(prompt: Prompt) -> str:
     """Return the record of a prompt."""
     messages = None
     if prompt.messages is not None:
-        messages = [{"role": m.role, "content": dump_content(m.blocks)} for m in prompt.said]
+        messages = [
+            {"role": m.role, "content": dump_content(m.blocks)} for m in prompt.new_messages
+        ]
     record = {
         "v": VERSION,
-        "prompt": None if prompt.prompt is None else dump_content(prompt.said[0].blocks),
+        "prompt": None if prompt.prompt is None else dump_content(prompt.new_messages[0].blocks),
         "messages": messages,
         **{key: getattr(prompt, key) for key in _PROMPT_KEYS},
     }

@@ -75,7 +75,7 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
                 (number, entry.after, dump_batch(entry.pieces)),
             )
         return
-    pieces = said(database, number)
+    pieces = read_pieces(database, number)
     pieces.replace(entry.after, entry.pieces)
     pack(database, number, pieces)
     if terminal is None:
@@ -99,17 +99,17 @@ def add(database: sqlite3.Connection, entry: Entry, now: float, prices: Prices) 
         )
 
 
-def said(database: sqlite3.Connection, number: int) -> Pieces:
+def read_pieces(database: sqlite3.Connection, number: int) -> Pieces:
     """Return the pieces of a generation, packed or not."""
     ((text, lengths, other, runs),) = database.execute(
         "SELECT text, lengths, thinking, runs FROM generation WHERE number = ?", (number,)
     )
     if lengths is None:
-        return loose(database, number)
+        return read_batches(database, number)
     return Packed(text, other, lengths, runs).pieces()
 
 
-def loose(database: sqlite3.Connection, number: int) -> Pieces:
+def read_batches(database: sqlite3.Connection, number: int) -> Pieces:
     """Return the pieces of a generation that are in rows."""
     pieces = Pieces()
     for after, batch in database.execute(

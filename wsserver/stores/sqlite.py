@@ -29,9 +29,9 @@ from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.stores.base import (
     TRACE_KEPT,
     TRACES,
+    Amounts,
     Entry,
     Forgotten,
-    Held,
     StoredConversation,
     StoredGeneration,
     Summary,
@@ -42,7 +42,7 @@ from wsserver.stores.database import Connection, check, errors, files_of, identi
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.reads import find, load
-from wsserver.stores.rows import COUNT, add, begin, loose, pack
+from wsserver.stores.rows import COUNT, add, begin, pack, read_batches
 
 T = TypeVar("T")
 
@@ -224,7 +224,7 @@ class SqliteStore:
             text = ""
             # A damaged generation must not keep the server from starting.
             with contextlib.suppress(StoreError), errors():
-                pieces = loose(database, number)
+                pieces = read_batches(database, number)
                 pack(database, number, pieces)
                 text = "".join(pieces.data)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
@@ -367,11 +367,11 @@ class SqliteStore:
         rows = await self._select(owner, statement, (owner, day))
         return Spent(*rows[0]) if rows else NOTHING
 
-    async def held(self, owner: str) -> Held:
+    async def amounts(self, owner: str) -> Amounts:
         """Return how much the store has of an owner."""
         statement = "SELECT bytes, conversations FROM held WHERE owner = ?"
         rows = await self._select(owner, statement, (owner,))
-        return Held(*rows[0]) if rows else Held(0, 0)
+        return Amounts(*rows[0]) if rows else Amounts(0, 0)
 
     async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
         """Return the owners and ids of some conversations that were last used before a time."""
@@ -430,7 +430,7 @@ class SqliteStore:
         for (number,) in older:
             self._compacted = number
             with contextlib.suppress(StoreError), errors():  # a damaged reply stays in rows
-                pack(database, number, loose(database, number))
+                pack(database, number, read_batches(database, number))
         return len(older)
 
     async def _read(self, owner: str, work: "Callable[[sqlite3.Connection], T]") -> T:

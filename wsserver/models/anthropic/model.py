@@ -155,7 +155,7 @@ class Anthropic:
             response.headers.clear()
             try:
                 await response.read_body(reply.feed)
-                end = reply.end()
+                end = reply.finish()
             finally:
                 reply.close()
             response.release()  # `done` does not wait for the end of the body

@@ -81,7 +81,7 @@ class Reply:
             self._hand_on()
         return self._end is not None
 
-    def end(self) -> End:
+    def finish(self) -> End:
         """Return how the reply ended.
 
         Raises:
