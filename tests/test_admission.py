@@ -86,13 +86,13 @@ async def status_of(
         ("\uff4cocalhost", (), 421),
     ],
 )
-async def test_names_that_may_have_been_made_to_lead_here_are_refused(
+async def test_host_of_unknown_name_is_refused(
     host: str, hosts: tuple[str, ...], status: int
 ) -> None:
     assert await status_of({"hosts": hosts}, {"host": host}) == status
 
 
-async def test_the_name_that_it_is_told_to_listen_on_is_its_own() -> None:
+async def test_host_setting_is_known_host_name() -> None:
     assert await status_of({"host": "chat.internal"}, {"host": "chat.internal:3001"}) == 101
 
 
@@ -163,9 +163,7 @@ async def test_the_name_that_it_is_told_to_listen_on_is_its_own() -> None:
         ("NULL", 403),
     ],
 )
-async def test_on_loopback_pages_of_localhost_and_programs_come_in(
-    origin: str | None, status: int
-) -> None:
+async def test_local_origins_are_accepted_on_loopback(origin: str | None, status: int) -> None:
     headers = {"host": "localhost:3001"} | ({} if origin is None else {"origin": origin})
     assert await status_of({}, headers) == status
 
@@ -184,7 +182,9 @@ async def test_on_loopback_pages_of_localhost_and_programs_come_in(
         ("http://localhost:3001", "localhost:3001", 101),
     ],
 )
-async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, status: int) -> None:
+async def test_only_own_origin_is_accepted_off_loopback(
+    origin: str, host: str, status: int
+) -> None:
     settings = {"hosts": ("*.example.com",), "allow_anonymous": True}
     headers = {"host": host, "origin": origin}
     assert await status_of(settings, headers, loopback=False) == status
@@ -213,7 +213,7 @@ async def test_elsewhere_only_its_own_pages_come_in(origin: str, host: str, stat
         ("*", "null", 101),
     ],
 )
-async def test_listed_pages_come_in_from_anywhere(listed: str, origin: str, status: int) -> None:
+async def test_listed_origins_are_accepted(listed: str, origin: str, status: int) -> None:
     headers = {"host": "localhost", "origin": origin}
     assert await status_of({"origins": (listed,)}, headers, loopback=False) == status
 
@@ -232,7 +232,7 @@ async def test_listed_pages_come_in_from_anywhere(listed: str, origin: str, stat
         ("null", "nullx"),
     ],
 )
-async def test_what_is_no_origin_matches_no_star(listed: str, origin: str) -> None:
+async def test_malformed_origin_matches_no_wildcard(listed: str, origin: str) -> None:
     headers = {"host": "localhost", "origin": origin}
     assert await status_of({"origins": (listed,)}, headers, loopback=False) == 403
 
@@ -251,14 +251,14 @@ async def test_what_is_no_origin_matches_no_star(listed: str, origin: str) -> No
     ],
 )
 @pytest.mark.parametrize("loopback", [True, False])
-async def test_without_an_origin_it_is_the_browsers_word_that_counts(
+async def test_sec_fetch_site_decides_without_origin(
     site: str, origins: tuple[str, ...], status: int, loopback: bool
 ) -> None:
     headers = {"host": "localhost", "sec-fetch-site": site}
     assert await status_of({"origins": origins}, headers, loopback=loopback) == status
 
 
-async def test_a_page_without_tls_is_not_that_of_a_server_with_it() -> None:
+async def test_http_origin_is_refused_by_tls_server() -> None:
     headers = {"host": "localhost:3001", "origin": "http://localhost:3001"}
     assert await status_of({}, headers, loopback=False, secure=True) == 403
     headers["origin"] = "https://localhost:3001"
@@ -266,7 +266,7 @@ async def test_a_page_without_tls_is_not_that_of_a_server_with_it() -> None:
 
 
 @pytest.mark.parametrize(("proxies", "status"), [((), 101), (("10.0.0.1",), 403)])
-async def test_only_a_listed_proxy_is_believed_that_there_is_tls(
+async def test_x_forwarded_proto_counts_from_listed_proxy_only(
     proxies: tuple[str, ...], status: int
 ) -> None:
     headers = {
@@ -295,7 +295,7 @@ async def test_only_a_listed_proxy_is_believed_that_there_is_tls(
         (False, {"origin": "http://localhost", "authorization": "Bearer bad"}, 401),
     ],
 )
-async def test_programs_need_credentials_but_on_loopback(
+async def test_clients_without_origin_need_token_off_loopback(
     loopback: bool, headers: dict[str, str], status: int
 ) -> None:
     headers = {"host": "localhost", **headers}
@@ -320,7 +320,7 @@ async def test_programs_need_credentials_but_on_loopback(
         (("127.0.0.1",), "unix", "203.0.113.1", "unix"),
     ],
 )
-async def test_only_listed_proxies_are_believed_who_the_client_is(
+async def test_x_forwarded_for_counts_from_listed_proxies_only(
     proxies: tuple[str, ...], peer: str, forwarded: str, address: str
 ) -> None:
     admission = Admission(Settings.load(proxies=proxies), None)
@@ -353,14 +353,16 @@ async def test_only_listed_proxies_are_believed_who_the_client_is(
         {"origins": "https://example.com:http"},
     ],
 )
-async def test_a_list_that_is_none_is_one_clear_line(puppet: Puppet, given: dict[str, Any]) -> None:
+async def test_malformed_list_setting_is_one_line_error(
+    puppet: Puppet, given: dict[str, Any]
+) -> None:
     with pytest.raises(ConfigError, match=f"^{next(iter(given))}: "):
         async with wsserver.serve(puppet, port=0, **given):
             raise AssertionError
 
 
 @pytest.mark.parametrize("bits", [64, 56, 48])
-async def test_a_network_of_ipv6_takes_a_few_shares_and_not_all(bits: int) -> None:
+async def test_ipv6_network_gets_few_shares_of_connections(bits: int) -> None:
     admission = Admission(Settings.load(connections_per_address=8), None)
     network = ipaddress.IPv6Network(f"2001:db8::/{bits}")
     step = network.num_addresses // 256 or 1
@@ -374,7 +376,7 @@ async def test_a_network_of_ipv6_takes_a_few_shares_and_not_all(bits: int) -> No
     admission.arrive("2001:db9::1")
 
 
-def test_networks_of_an_address_are_those_that_one_customer_may_have() -> None:
+def test_networks_of_ipv6_address_are_64_56_and_48() -> None:
     assert networks("203.0.113.1") == networks("::ffff:203.0.113.1") == ("address 203.0.113.1",)
     assert networks("unix") == ("address unix",)
     assert networks("2001:db8:1:2:3::4") == (
@@ -392,7 +394,7 @@ def is_empty(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
-async def test_it_does_not_serve_strangers_unless_told_so(
+async def test_exposed_server_without_tokens_does_not_start(
     puppet: Puppet, host: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "socket"
@@ -403,7 +405,7 @@ async def test_it_does_not_serve_strangers_unless_told_so(
     assert is_empty(tmp_path)
 
 
-async def test_told_so_it_says_so_loudly_and_serves_them(
+async def test_allow_anonymous_serves_everyone_and_logs_warning(
     puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(puppet, host="0.0.0.0", port=0, allow_anonymous=True) as server:
@@ -414,7 +416,7 @@ async def test_told_so_it_says_so_loudly_and_serves_them(
 
 
 @pytest.mark.parametrize("given", [{"proxies": "127.0.0.1"}, {"hosts": "chat.example.com"}])
-async def test_one_behind_a_proxy_is_not_for_its_machine_alone(
+async def test_server_behind_proxy_needs_tokens_or_allow_anonymous(
     puppet: Puppet, given: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError, match=r"hosts or proxies; .* --allow-anonymous"):
@@ -424,7 +426,7 @@ async def test_one_behind_a_proxy_is_not_for_its_machine_alone(
         pass
 
 
-async def test_who_comes_through_a_proxy_that_nobody_told_of_is_not_let_in(
+async def test_client_of_unlisted_proxy_is_refused(
     server: wsserver.Server,
 ) -> None:
     for header in ("X-Forwarded-For: 203.0.113.1", "Forwarded: for=203.0.113.1", "Via: 1.1 x"):
@@ -436,13 +438,13 @@ async def test_who_comes_through_a_proxy_that_nobody_told_of_is_not_let_in(
         assert (status, b"its own machine" in body) == (403, True)
 
 
-async def test_a_full_server_still_says_that_it_lives(puppet: Puppet) -> None:
+async def test_healthz_answers_while_server_is_full(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, connections=1) as server, client(server):
         for path, status in (("/healthz", 200), ("/readyz", 200), ("/", 503), ("/ws", 503)):
             assert (await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n"))[0] == status
 
 
-async def test_a_flood_of_refusals_is_counted_whole_and_logged_in_part(
+async def test_refused_connections_are_all_counted_and_few_logged(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
@@ -453,7 +455,7 @@ async def test_a_flood_of_refusals_is_counted_whole_and_logged_in_part(
     assert 'wsserver_connections_total{outcome="host"} 200.0' in exposition
 
 
-async def test_to_serve_strangers_and_to_ask_who_they_are_is_a_contradiction(
+async def test_allow_anonymous_with_tokens_is_refused(
     puppet: Puppet,
 ) -> None:
     with pytest.raises(ConfigError, match="contradicts"):
@@ -461,7 +463,7 @@ async def test_to_serve_strangers_and_to_ask_who_they_are_is_a_contradiction(
             raise AssertionError
 
 
-async def test_who_asks_for_credentials_may_be_reached_by_all(puppet: Puppet) -> None:
+async def test_server_with_tokens_serves_valid_tokens_off_loopback(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, authenticate=ada, host="0.0.0.0", port=0) as server:
         with pytest.raises(InvalidStatus) as raised:
             async with connect(server.url, proxy=None):
@@ -474,7 +476,7 @@ async def test_who_asks_for_credentials_may_be_reached_by_all(puppet: Puppet) ->
 
 
 @pytest.mark.parametrize("path", ["/", "/ws", "/metrics", "/nowhere"])
-async def test_a_rebound_name_gets_nothing(server: wsserver.Server, path: str) -> None:
+async def test_request_for_rebound_name_gets_421(server: wsserver.Server, path: str) -> None:
     status, _, body = await ask(server, f"GET {path} HTTP/1.1\nHost: evil.example\n\n")
     assert status == 421
     assert b"WSSERVER_HOSTS" in body
@@ -485,7 +487,7 @@ async def test_a_rebound_name_gets_nothing(server: wsserver.Server, path: str) -
     assert status == 421
 
 
-async def test_a_repeated_host_or_origin_is_no_way_in(server: wsserver.Server) -> None:
+async def test_repeated_host_or_origin_is_refused(server: wsserver.Server) -> None:
     for twice in (
         "Host: localhost\nHost: evil.example\n",
         "Host: localhost\nOrigin: http://localhost\nOrigin: https://evil.example\n",
@@ -494,14 +496,14 @@ async def test_a_repeated_host_or_origin_is_no_way_in(server: wsserver.Server) -
         assert status in {403, 421}
 
 
-async def test_a_page_elsewhere_is_told_what_its_operator_can_do(server: wsserver.Server) -> None:
+async def test_refused_origin_response_names_setting(server: wsserver.Server) -> None:
     status, _, body = await ask(
         server, f"GET /ws HTTP/1.1\nHost: localhost\nOrigin: https://evil.example\n{HANDSHAKE}\n"
     )
     assert (status, b"WSSERVER_ORIGINS" in body) == (403, True)
 
 
-async def test_one_that_is_refused_has_no_connection(server: wsserver.Server) -> None:
+async def test_refused_client_leaves_no_connection(server: wsserver.Server) -> None:
     for _ in range(3):
         await ask(server, f"GET / HTTP/1.1\nHost: localhost\nOrigin: null\n{HANDSHAKE}\n")
     assert not server.app.connections

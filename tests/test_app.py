@@ -95,7 +95,7 @@ async def test_reply_streams_to_a_transport_in_memory(puppet: Puppet) -> None:
         assert not app.connections
 
 
-async def test_only_a_client_of_the_subprotocol_is_greeted(puppet: Puppet) -> None:
+async def test_only_subprotocol_client_gets_hello(puppet: Puppet) -> None:
     async with running(puppet) as app:
         _, plain, _ = await connect(app)
         _, line, _ = await connect(app, SUBPROTOCOL)
@@ -103,7 +103,7 @@ async def test_only_a_client_of_the_subprotocol_is_greeted(puppet: Puppet) -> No
         assert not plain.frames
 
 
-async def test_upgrade_names_the_subprotocol(puppet: Puppet) -> None:
+async def test_upgrade_response_names_subprotocol(puppet: Puppet) -> None:
     async with running(puppet) as app:
         answer = await app.respond(Request("GET", "/ws?x=1", HANDSHAKE), arrival(app))
         assert answer == Upgrade((SUBPROTOCOL,))
@@ -121,7 +121,7 @@ async def test_upgrade_names_the_subprotocol(puppet: Puppet) -> None:
         ("GET", "/readyz", "elsewhere.example", 200),
     ],
 )
-async def test_head_has_the_answer_of_get_without_its_body(
+async def test_head_response_equals_get_without_body(
     puppet: Puppet, method: str, target: str, host: str, status: int
 ) -> None:
     async with running(puppet) as app:
@@ -135,7 +135,7 @@ async def test_head_has_the_answer_of_get_without_its_body(
             assert (head.status, head.headers) == (status, answer.headers)
 
 
-async def test_a_stopping_application_is_not_ready(puppet: Puppet) -> None:
+async def test_stopping_application_is_not_ready(puppet: Puppet) -> None:
     async with running(puppet) as app:
         app.stop()
         answer = await app.respond(Request("GET", "/readyz", {}), arrival(app))
@@ -162,7 +162,7 @@ async def test_drain_finishes_replies_and_closes_clients_with_1012(puppet: Puppe
         assert (line.frames[-1]["type"], line.ended) == ("done", Close.SERVICE_RESTART)
 
 
-async def test_a_fault_in_a_route_is_a_500_without_its_text(
+async def test_exception_in_route_is_500_without_exception_text(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(puppet) as app:

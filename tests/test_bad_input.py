@@ -101,7 +101,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("message", "code", "says"), BAD.values(), ids=BAD.keys())
-async def test_a_bad_frame_is_explained_and_the_socket_lives_on(
+async def test_bad_frame_gets_explanation_and_socket_stays_open(
     chat: Client, puppet: Puppet, message: str | bytes, code: str, says: str
 ) -> None:
     await chat.send(message)
@@ -116,13 +116,13 @@ async def test_a_bad_frame_is_explained_and_the_socket_lives_on(
     assert (await chat.text(start["id"]))[0] == "fine"
 
 
-async def test_an_unusable_frame_is_named_by_its_id_if_that_can_be_read(chat: Client) -> None:
+async def test_error_of_unusable_frame_has_readable_id(chat: Client) -> None:
     for id_, about in ((ID, ID), ("short", None), (5, None)):
         await chat.send({"prompt": "", "id": id_})
         assert (await chat.receive()).get("about") == about
 
 
-async def test_repeated_abuse_ends_in_1008_and_other_sockets_feel_nothing(
+async def test_repeated_bad_frames_close_only_their_socket_with_1008(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt()
@@ -140,9 +140,7 @@ async def test_repeated_abuse_ends_in_1008_and_other_sockets_feel_nothing(
     assert (await chat.text(start["id"]))[0] == "undisturbed"
 
 
-async def test_a_good_frame_in_between_forgives_the_bad_ones(
-    server: wsserver.Server, chat: Client
-) -> None:
+async def test_good_frame_resets_count_of_bad_frames(server: wsserver.Server, chat: Client) -> None:
     for _ in range(2):
         for _ in range(server.settings.bad_frames - 1):
             await chat.send("nonsense")
@@ -150,7 +148,7 @@ async def test_a_good_frame_in_between_forgives_the_bad_ones(
         await chat.next("conversations")
 
 
-async def test_a_ping_in_between_does_not_forgive_the_bad_ones(
+async def test_ping_does_not_reset_count_of_bad_frames(
     server: wsserver.Server, chat: Client
 ) -> None:
     for _ in range(server.settings.bad_frames):
@@ -159,7 +157,7 @@ async def test_a_ping_in_between_does_not_forgive_the_bad_ones(
     assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
 
 
-async def test_unusable_frames_count_against_the_frame_rate(puppet: Puppet) -> None:
+async def test_unusable_frames_count_for_frame_rate(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, frame_rate=0.001, frame_burst=3) as server:
         async with client(server) as chat:
             for _ in range(server.settings.bad_frames):
@@ -169,7 +167,7 @@ async def test_unusable_frames_count_against_the_frame_rate(puppet: Puppet) -> N
     assert codes == ["invalid_json"] * 3 + ["limit"] * (server.settings.bad_frames - 3)
 
 
-async def test_flood_of_stops_for_a_prompt_that_waits_keeps_one_of_them(
+async def test_flood_of_stops_for_waiting_prompt_keeps_one_stop(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = asyncio.Event()
@@ -227,7 +225,7 @@ async def test_frame_of_many_parts_before_auth_is_not_parsed(
             assert (await chat.closed()).rcvd.code == 1008  # type: ignore[union-attr]
 
 
-async def test_what_is_refused_for_other_reasons_is_no_abuse(
+async def test_refused_stops_do_not_count_as_bad_frames(
     server: wsserver.Server, chat: Client
 ) -> None:
     for _ in range(2 * server.settings.bad_frames):
@@ -235,7 +233,7 @@ async def test_what_is_refused_for_other_reasons_is_no_abuse(
     assert len(await chat.quiet()) == 2 * server.settings.bad_frames
 
 
-async def test_a_prompt_in_fragments_is_put_together(chat: Client, puppet: Puppet) -> None:
+async def test_prompt_in_fragments_is_joined(chat: Client, puppet: Puppet) -> None:
     await chat.socket.send(['{"pro', 'mpt": "in ', 'pieces"}'])
     await chat.next("start")
     assert (await puppet.reply()).request.prompt == "in pieces"
@@ -254,14 +252,14 @@ async def test_invalid_utf8_closes_with_1007(chat: Client) -> None:
     assert closed.rcvd.code == 1007
 
 
-async def test_an_oversize_message_closes_with_1009(chat: Client) -> None:
+async def test_message_over_message_size_closes_with_1009(chat: Client) -> None:
     await chat.send(json.dumps({"prompt": "x" * 70_000}))
     closed = await chat.closed()
     assert closed.rcvd is not None
     assert closed.rcvd.code == 1009
 
 
-async def test_an_oversize_message_in_fragments_closes_with_1009(chat: Client) -> None:
+async def test_fragments_over_message_size_close_with_1009(chat: Client) -> None:
     await chat.socket.send(["x" * 40_000, "x" * 40_000])
     closed = await chat.closed()
     assert closed.rcvd is not None
@@ -276,7 +274,7 @@ async def test_thousands_of_empty_fragments_close_with_1009(chat: Client) -> Non
     assert closed.rcvd.code == 1009
 
 
-async def test_an_unmasked_or_unknown_frame_closes_with_1002(server: wsserver.Server) -> None:
+async def test_unmasked_frame_closes_with_1002(server: wsserver.Server) -> None:
     async with client(server) as one:
         one.socket.transport.write(Frame(Opcode.TEXT, b"{}").serialize(mask=False, extensions=[]))
         closed = await one.closed()
@@ -284,7 +282,7 @@ async def test_an_unmasked_or_unknown_frame_closes_with_1002(server: wsserver.Se
         assert closed.rcvd.code == 1002
 
 
-async def test_a_client_that_leaves_in_the_middle_of_a_frame_is_forgotten(
+async def test_client_lost_within_frame_is_forgotten(
     server: wsserver.Server,
 ) -> None:
     async with client(server) as one:
@@ -306,7 +304,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_frame_is_forgotten(
     ],
     ids=["over the frame rate", "nested too deeply"],
 )
-async def test_a_frame_that_is_not_parsed_is_named_by_its_first_key(
+async def test_error_of_unparsed_frame_has_request_of_first_key(
     puppet: Puppet, message: str
 ) -> None:
     async with wsserver.serve(puppet, port=0, frame_burst=2, frame_rate=0.001) as server:

@@ -404,7 +404,7 @@ CONTINUED = [
     ],
     ids=["of what was saved", "of nothing"],
 )
-async def test_text_after_gap_becomes_what_the_server_has(saved: list[Frame], text: str) -> None:
+async def test_text_after_gap_is_replaced_by_text_of_server(saved: list[Frame], text: str) -> None:
     async with scripted(_crashed(saved)) as url, connect(url) as chat:
         reply = chat.prompt("Count")
         reader = aiter(reply)

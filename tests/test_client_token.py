@@ -43,7 +43,7 @@ class Issuer:
         return None if expires is None or self.bad else Principal("ada", expires)
 
 
-async def test_token_is_renewed_before_it_expires(
+async def test_token_is_renewed_before_expiry(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credentials, "RENEW_AT", 0.001)  # long before, so that none is late

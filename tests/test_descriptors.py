@@ -38,7 +38,7 @@ def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]
     [{}, {"operations_port": 0}, {"generations": 5}, {"connections": 50}],
     ids=["defaults", "a port for operators", "few replies", "few connections"],
 )
-def test_connections_and_replies_fit_the_limit_and_each_socket_has_a_reply(
+def test_connections_and_replies_fit_descriptor_limit(
     few: int,
     given: dict[str, Any],
     limit: Callable[..., object],
@@ -59,7 +59,7 @@ def test_connections_and_replies_fit_the_limit_and_each_socket_has_a_reply(
         assert (event["limit"], event["connections"]) == (few, got.connections)
 
 
-def test_a_limit_that_is_high_enough_changes_nothing(
+def test_high_descriptor_limit_changes_no_setting(
     limit: Callable[..., object], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings()
@@ -69,7 +69,7 @@ def test_a_limit_that_is_high_enough_changes_nothing(
     assert not caplog.records
 
 
-def test_next_to_no_descriptors_are_one_clear_line(limit: Callable[..., object]) -> None:
+def test_too_few_descriptors_are_one_line_error(limit: Callable[..., object]) -> None:
     limit(64)
     with pytest.raises(ConfigError, match=r"^64 file descriptors are too few.*ulimit -n"):
         fit(Settings())
@@ -84,7 +84,7 @@ def test_next_to_no_descriptors_are_one_clear_line(limit: Callable[..., object])
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, []),
     ],
 )
-def test_the_soft_limit_is_raised_as_far_as_it_goes(
+def test_soft_limit_is_raised_up_to_hard_limit(
     soft: int, hard: int, raised: list[tuple[int, int]], limit: Callable[..., Any]
 ) -> None:
     changes = limit(soft, hard)
@@ -93,7 +93,7 @@ def test_the_soft_limit_is_raised_as_far_as_it_goes(
 
 
 @pytest.mark.parametrize("hard", [1_000_000, resource.RLIM_INFINITY])
-def test_the_soft_limit_is_not_raised_beyond_the_need(hard: int, limit: Callable[..., Any]) -> None:
+def test_soft_limit_is_not_raised_beyond_need(hard: int, limit: Callable[..., Any]) -> None:
     changes = limit(1024, hard)
     raise_limit(Settings())
     ((soft, same),) = changes
@@ -101,7 +101,7 @@ def test_the_soft_limit_is_not_raised_beyond_the_need(hard: int, limit: Callable
     assert same == hard
 
 
-async def test_an_embedded_server_lowers_its_settings_and_leaves_the_limit(
+async def test_embedded_server_lowers_settings_and_keeps_soft_limit(
     limit: Callable[..., Any], puppet: Puppet
 ) -> None:
     changes = limit(300, 100_000)
@@ -111,7 +111,7 @@ async def test_an_embedded_server_lowers_its_settings_and_leaves_the_limit(
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
-async def test_without_descriptors_connections_wait_and_the_log_has_few_lines(
+async def test_connections_wait_without_descriptors_and_log_stays_short(
     number: int, puppet: Puppet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attempts = 0
@@ -145,7 +145,7 @@ async def test_without_descriptors_connections_wait_and_the_log_has_few_lines(
     }
 
 
-async def test_probes_are_answered_while_strangers_hold_all_places(puppet: Puppet) -> None:
+async def test_probes_are_answered_while_all_connections_are_taken(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, connections=10) as server:
         held = []
         for _ in range(60):
@@ -157,7 +157,7 @@ async def test_probes_are_answered_while_strangers_hold_all_places(puppet: Puppe
             writer.transport.abort()
 
 
-async def test_the_port_for_operators_takes_so_many_connections_and_the_rest_wait(
+async def test_operators_port_bounds_connections_and_the_rest_wait(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, operations_port=0) as server:
@@ -172,7 +172,7 @@ async def test_the_port_for_operators_takes_so_many_connections_and_the_rest_wai
         assert (await waiting)[0] == 200
 
 
-async def test_a_name_with_several_addresses_is_served_at_each(puppet: Puppet) -> None:
+async def test_host_name_is_bound_at_each_address(puppet: Puppet) -> None:
     for sock in (bound := await listening.bound("localhost", 0)):
         assert sock.getsockname()[1] > 0
         sock.close()

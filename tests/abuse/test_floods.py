@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 # Floods.
 
 
-async def test_a_flood_of_pings_closes_the_socket() -> None:
+async def test_ping_flood_closes_socket() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server) as peer:
             peer.write(frame(opcode=Opcode.PING) * 1000)
@@ -38,7 +38,7 @@ async def test_a_flood_of_pings_closes_the_socket() -> None:
         await server.said("connection", code=1008)
 
 
-async def test_a_flood_of_pings_from_one_that_never_reads_ends_in_an_abort() -> None:
+async def test_ping_flood_without_reading_aborts_connection() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server, narrow=True) as peer:
             await peer.flood(frame(b"x" * 125, Opcode.PING) * 100)
@@ -51,7 +51,7 @@ async def test_a_flood_of_pings_from_one_that_never_reads_ends_in_an_abort() -> 
         ] == 5
 
 
-async def test_a_flood_of_frames_gets_limit_and_then_1008() -> None:
+async def test_frame_flood_gets_limit_errors_then_close_1008() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server) as peer:
             peer.write(frame('{"prompt": "hang", "id": "0123456789abcdef"}'.replace("0", "a")))
@@ -75,7 +75,7 @@ async def test_a_flood_of_frames_gets_limit_and_then_1008() -> None:
         await server.said("connection", code=1008)
 
 
-async def test_a_flood_of_frames_from_one_that_never_reads_ends_too() -> None:
+async def test_frame_flood_without_reading_aborts_connection() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server, narrow=True) as peer:
             await peer.flood(frame(PING) * 100)
@@ -88,7 +88,7 @@ async def test_a_flood_of_frames_from_one_that_never_reads_ends_too() -> None:
 # Readers.
 
 
-async def test_one_that_stops_reading_is_aborted_and_holds_up_nobody() -> None:
+async def test_client_not_reading_is_aborted_and_delays_no_other() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server, narrow=True) as peer:
             peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ def oversize() -> dict[str, Iterable[bytes]]:
 
 
 @pytest.mark.parametrize("parts", oversize().values(), ids=oversize().keys())
-async def test_an_oversize_message_closes_with_1009(parts: Iterable[bytes]) -> None:
+async def test_message_over_message_size_closes_with_1009(parts: Iterable[bytes]) -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server) as peer:
             for part in parts:
@@ -133,7 +133,7 @@ async def test_an_oversize_message_closes_with_1009(parts: Iterable[bytes]) -> N
         await server.said("connection", code=1009)
 
 
-async def test_one_that_stays_after_1009_is_cut() -> None:
+async def test_client_ignoring_close_1009_is_aborted() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server) as peer:
             peer.write(frame("x" * 70_000))
@@ -144,7 +144,7 @@ async def test_one_that_stays_after_1009_is_cut() -> None:
         await meanwhile(server, each(10, abuse, server))
 
 
-async def test_a_compressed_bomb_closes_with_1002() -> None:
+async def test_compressed_message_closes_with_1002() -> None:
     async def abuse(server: Served) -> None:
         async with Peer.open(server) as peer:
             answer = await peer.upgrade(b"Sec-WebSocket-Extensions: permessage-deflate")

@@ -37,7 +37,7 @@ from wsserver.logs import MAX_LINES
 pytestmark = pytest.mark.slow
 
 
-async def test_slow_handshakes_are_cut_and_no_more_than_the_limits_are_taken() -> None:
+async def test_slow_handshakes_time_out_and_count_for_connection_limits() -> None:
     async def nothing(peer: Peer) -> bytes:
         return await peer.rest()
 
@@ -78,7 +78,7 @@ async def test_slow_handshakes_are_cut_and_no_more_than_the_limits_are_taken() -
         await exchange(server)
 
 
-async def test_handshakes_of_tls_count_and_are_cut(tmp_path: Path) -> None:
+async def test_tls_handshakes_time_out_and_count_for_connection_limits(tmp_path: Path) -> None:
     file = await certificate(tmp_path)
 
     async def abuse(server: Served) -> None:
@@ -99,7 +99,7 @@ async def test_handshakes_of_tls_count_and_are_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-async def test_strangers_leave_descriptors_for_everybody_else(loop: str) -> None:
+async def test_idle_connections_leave_descriptors_for_replies(loop: str) -> None:
     async def abuse(server: Served) -> None:
         async with contextlib.AsyncExitStack() as stack:
             for number in range(400):
@@ -126,7 +126,7 @@ async def test_strangers_leave_descriptors_for_everybody_else(loop: str) -> None
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-async def test_a_server_out_of_memory_ends_with_one_line(loop: str) -> None:
+async def test_server_out_of_memory_exits_with_one_line(loop: str) -> None:
     command = ("-m", "wsserver", "serve", "--port", "0", "--store", "memory:", "--model", MODEL)
     limits = ("--event-loop", loop, "--grace", "60", "--grace-tokens", "1000000")
     async with run(*command, *limits, cwd=ROOT) as process:
@@ -147,7 +147,7 @@ async def test_a_server_out_of_memory_ends_with_one_line(loop: str) -> None:
     assert len(process.output) < 100_000
 
 
-async def test_those_turned_away_who_do_not_go_take_no_descriptors() -> None:
+async def test_refused_connections_left_open_keep_no_descriptors() -> None:
     async def abuse(server: Served) -> None:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(1000):
@@ -159,7 +159,7 @@ async def test_those_turned_away_who_do_not_go_take_no_descriptors() -> None:
         await meanwhile(server, abuse(server))
 
 
-async def test_sockets_that_are_half_closed_are_closed() -> None:
+async def test_half_closed_connections_are_closed() -> None:
     async def before_the_handshake(peer: Peer) -> None:
         peer.shut()
 
@@ -219,7 +219,7 @@ async def test_sockets_that_are_half_closed_are_closed() -> None:
     ],
     ids=["request line", "header", "many headers", "list", "lists", "noise"],
 )
-async def test_a_huge_request_is_refused(head: bytes, status: bytes) -> None:
+async def test_request_over_header_limit_is_refused(head: bytes, status: bytes) -> None:
     async def abuse(server: Served) -> None:
         async with Peer.open(server) as peer:
             peer.write(head)

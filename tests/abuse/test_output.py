@@ -30,7 +30,7 @@ from tests.support.upstream import Answer, Hang, Script, reply
 pytestmark = pytest.mark.slow
 
 
-async def test_whatever_it_is_told_of_an_event_is_one_line_of_json(tmp_path: Path) -> None:
+async def test_log_event_is_one_json_line_for_any_client_input(tmp_path: Path) -> None:
     names = {"al\x1b[31mice": "token-1", "b\u202eob\u200b": "token-2"}
     file = tmp_path / "tokens"
     file.write_text(
@@ -91,7 +91,7 @@ async def test_whatever_it_is_told_of_an_event_is_one_line_of_json(tmp_path: Pat
         }
 
 
-async def test_a_signed_token_with_a_name_that_cannot_be_shown_is_refused() -> None:
+async def test_jwt_with_unprintable_name_is_refused() -> None:
     secret = secrets.token_hex()
 
     def token(name: str) -> str:
@@ -117,7 +117,7 @@ async def test_a_signed_token_with_a_name_that_cannot_be_shown_is_refused() -> N
 
 
 @pytest.mark.parametrize("where", ["body", "header", "event"])
-async def test_no_secret_of_the_api_gets_out(where: str) -> None:
+async def test_api_error_text_reaches_neither_client_nor_log(where: str) -> None:
     body = json.dumps({"type": "error", "error": {"type": SECRET, "message": SECRET}})
     script: Script | Answer
     if where == "body":
@@ -153,7 +153,7 @@ async def told(server: Served) -> list[str]:
     return [*pages, *server.log, server.process.output]
 
 
-async def test_no_token_and_no_exception_gets_out(tmp_path: Path) -> None:
+async def test_tokens_and_exception_texts_reach_neither_client_nor_log(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     good = "good-" + SECRET
     file.write_text(f"alice sha256:{hashlib.sha256(good.encode()).hexdigest()}\n")

@@ -30,7 +30,7 @@ from wsserver.prices import NOTHING
 pytestmark = pytest.mark.slow
 
 
-async def test_a_storm_of_reconnects_is_served_or_told_when_to_come_back() -> None:
+async def test_reconnect_storm_is_served_or_gets_retry_after() -> None:
     clients = [
         (f"127.0.1.{1 + n % 3 // 2}", f"storm-{n:04}-{secrets.token_hex(4)}") for n in range(360)
     ]
@@ -97,7 +97,7 @@ async def stop_at_once(chat: Client, count: int) -> None:
         assert (done["id"], done.get("reason"), done.get("by")) == (name, "stopped", "client")
 
 
-async def test_prompts_that_are_stopped_at_once_leave_nothing() -> None:
+async def test_prompts_stopped_at_once_leave_no_upstream_request() -> None:
     async def abuse(server: Served) -> None:
         async with server.client() as chat:
             await stop_at_once(chat, 50)

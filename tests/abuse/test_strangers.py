@@ -49,7 +49,7 @@ def token_file(tmp_path: Path) -> Path:
 BEARER: dict[str, Any] = {"additional_headers": {"Authorization": "Bearer token"}}
 
 
-async def test_guessing_tokens_costs_a_connection_each(token_file: Path) -> None:
+async def test_wrong_token_closes_connection(token_file: Path) -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server) as peer:
             guess = json.dumps({"type": "auth", "token": secrets.token_hex()})
@@ -77,7 +77,7 @@ def socket_of_another_user(server: Served) -> socket.socket:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
-async def test_another_user_of_the_machine_is_refused() -> None:
+async def test_other_user_of_machine_is_refused() -> None:
     served_ones = 'wsserver_connections_total{outcome="served"}'
 
     async def abuse(server: Served) -> None:
@@ -113,7 +113,7 @@ def left_out(server: Served, name: str) -> int:
     return sum(event.get(name, 0) for event in server.events("lines left out"))
 
 
-async def test_strangers_cannot_fill_the_log(token_file: Path) -> None:
+async def test_anonymous_flood_writes_bounded_log(token_file: Path) -> None:
     async def come_and_go(server: Served) -> None:
         for _ in range(MAX_LINES):
             async with Peer.websocket(server):
@@ -139,7 +139,7 @@ async def test_strangers_cannot_fill_the_log(token_file: Path) -> None:
         assert any(event.get("principal") == "alice" for event in server.events("connection"))
 
 
-async def test_one_that_never_says_who_it_is_is_cut(token_file: Path) -> None:
+async def test_client_without_auth_is_closed_after_auth_timeout(token_file: Path) -> None:
     async def abuse(server: Served) -> None:
         async with Peer.websocket(server) as peer:
             codes = [message["code"] async for message in peer.texts()]
@@ -151,7 +151,7 @@ async def test_one_that_never_says_who_it_is_is_cut(token_file: Path) -> None:
         await meanwhile(server, each(100, abuse, server), **BEARER)
 
 
-async def test_frames_before_auth_are_refused_and_too_many_close_the_socket(
+async def test_frames_before_auth_are_refused_and_flood_closes_socket(
     token_file: Path,
 ) -> None:
     async def abuse(server: Served) -> None:
@@ -170,7 +170,7 @@ async def test_frames_before_auth_are_refused_and_too_many_close_the_socket(
         assert not [e for e in server.events("generation") if e["principal"] != "alice"]
 
 
-async def test_costly_frames_before_auth_are_not_parsed_and_close_the_socket(
+async def test_costly_frames_before_auth_close_socket_unparsed(
     token_file: Path,
 ) -> None:
     costly = frame('{"messages": [' + ",".join(["{}"] * 21_000) + "]}")
@@ -191,7 +191,7 @@ async def test_costly_frames_before_auth_are_not_parsed_and_close_the_socket(
         await server.said("connection", code=1008)
 
 
-async def test_unfinished_messages_before_auth_take_their_bytes_and_no_more(
+async def test_unfinished_messages_before_auth_use_bounded_memory(
     token_file: Path,
 ) -> None:
     empty = frame("{", fin=False) + frame(b"", Opcode.CONT, fin=False) * 4095
@@ -221,7 +221,7 @@ async def test_unfinished_messages_before_auth_take_their_bytes_and_no_more(
         await server.said("connection", code=1009)
 
 
-async def test_many_addresses_do_not_fill_the_memory() -> None:
+async def test_clients_of_many_addresses_use_bounded_memory() -> None:
     async def abuse(server: Served) -> None:
         for number in range(1000):
             forwarded = f"X-Forwarded-For: 2001:db8:{number // 100:x}:{number % 100:x}::1"
@@ -245,7 +245,7 @@ async def test_many_addresses_do_not_fill_the_memory() -> None:
         await meanwhile(server, abuse(server))
 
 
-def test_limits_forget_whom_they_need_not_know() -> None:
+def test_limits_forget_unused_keys() -> None:
     rates, shares, budget = Rates(1.0, 60), Shares(4), Budget(1000)
     for number in range(100_000):
         now = number / 1000

@@ -51,7 +51,7 @@ AT_ONCE = {"retry-after": "0"}
         (529, "overloaded_error", None, "overloaded", 3),
     ],
 )
-async def test_refused_request_is_one_error_with_a_stable_code(
+async def test_refused_request_is_one_error_with_stable_code(
     chat: Client,
     upstream: Upstream,
     caplog: pytest.LogCaptureFixture,
@@ -89,7 +89,7 @@ def test_request_id_is_for_the_log_if_it_has_the_form_of_the_apis(name: str, log
         assert failure.error.kind == "overloaded_error"
 
 
-async def test_failed_attempt_is_made_again(chat: Client, upstream: Upstream) -> None:
+async def test_failed_attempt_is_retried(chat: Client, upstream: Upstream) -> None:
     upstream.play(
         error(429, "rate_limit_error", headers={"retry-after-ms": "1"}),
         error(529, "overloaded_error", headers=AT_ONCE),
@@ -105,7 +105,7 @@ async def test_failed_attempt_is_made_again(chat: Client, upstream: Upstream) ->
     [("3600", 3600), ("Wed, 21 Oct 2099 07:28:00 GMT", None)],
     ids=["seconds", "a date"],
 )
-async def test_retry_after_beyond_the_budget_goes_to_the_client(
+async def test_retry_after_beyond_retry_time_reaches_client(
     chat: Client, upstream: Upstream, value: str, seconds: float | None
 ) -> None:
     upstream.play(error(429, "rate_limit_error", headers={"retry-after": value}))
@@ -158,7 +158,7 @@ async def test_refused_connection_is_unreachable(monkeypatch: pytest.MonkeyPatch
     assert (failed["code"], failed["retryable"]) == ("unreachable", True)
 
 
-async def test_untrusted_certificate_is_untrusted_and_gets_no_prompt(
+async def test_untrusted_certificate_gets_no_prompt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with Upstream(tls=True) as upstream, claude(monkeypatch, upstream.url) as server:
@@ -169,7 +169,7 @@ async def test_untrusted_certificate_is_untrusted_and_gets_no_prompt(
     assert upstream.requests == []
 
 
-async def test_connection_cut_before_the_headers_is_unreachable(
+async def test_connection_lost_before_headers_is_unreachable(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     upstream.default = Script((Cut(),))
@@ -179,7 +179,7 @@ async def test_connection_cut_before_the_headers_is_unreachable(
 
 
 @pytest.mark.parametrize("script", [Hang(), stream(Hang()), stream(Hang(ping_every=0.01))])
-async def test_silent_api_is_a_timeout_and_the_request_is_closed(
+async def test_silent_api_is_timeout_and_request_is_closed(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, script: Script | Step
 ) -> None:
     # The first one to have all loaded, so that the second is under way before its time is up.
@@ -205,7 +205,7 @@ async def test_silent_api_is_a_timeout_and_the_request_is_closed(
     ],
     ids=["nothing", "a ping", "a start", "an end of nothing", "cut"],
 )
-async def test_body_that_ends_before_the_first_text_is_asked_for_again(
+async def test_truncated_body_without_text_is_retried(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream, fault: Script
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
@@ -245,7 +245,7 @@ async def test_body_that_ends_before_the_first_text_is_asked_for_again(
     ],
     ids=lambda value: value if isinstance(value, str) else repr(value)[:50],
 )
-async def test_fault_mid_stream_is_one_error_and_keeps_the_text_before_it(
+async def test_fault_mid_stream_is_one_error_and_keeps_text(
     chat: Client, upstream: Upstream, fault: bytes | Step, code: str
 ) -> None:
     upstream.play(reply("half an ", "answer", fault, " more"))
@@ -262,7 +262,7 @@ async def test_fault_mid_stream_is_one_error_and_keeps_the_text_before_it(
     assert sent[1] == {"role": "assistant", "content": "half an answer"}
 
 
-async def test_stall_after_some_tokens_is_a_timeout(
+async def test_silence_after_some_tokens_is_timeout(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     upstream.play(reply("half", Hang(ping_every=0.01)))
@@ -274,7 +274,7 @@ async def test_stall_after_some_tokens_is_a_timeout(
         assert await upstream.requests[0].closed() == "closed"
 
 
-async def test_error_event_before_the_first_text_is_asked_for_again(
+async def test_error_event_before_first_text_is_retried(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
@@ -285,7 +285,7 @@ async def test_error_event_before_the_first_text_is_asked_for_again(
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/json"])
-async def test_response_that_is_no_event_stream_is_malformed(
+async def test_response_of_other_content_type_is_malformed(
     chat: Client, upstream: Upstream, kind: str
 ) -> None:
     upstream.play(Answer(200, kind, "<html>hello</html>"))
@@ -293,7 +293,7 @@ async def test_response_that_is_no_event_stream_is_malformed(
     assert (await chat.next("error"))["code"] == "malformed"
 
 
-async def test_damaged_compression_is_malformed_and_not_asked_for_again(
+async def test_damaged_compression_is_malformed_and_not_retried(
     chat: Client, upstream: Upstream
 ) -> None:
     headers = {"content-encoding": "gzip"}
@@ -303,7 +303,7 @@ async def test_damaged_compression_is_malformed_and_not_asked_for_again(
     assert len(upstream.requests) == 1
 
 
-async def test_exception_of_the_server_itself_is_internal(
+async def test_exception_in_server_is_internal_error(
     chat: Client, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:

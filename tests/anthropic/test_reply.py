@@ -18,7 +18,7 @@ from tests.support.upstream import (
 MODEL = "claude-sonnet-4-6"
 
 
-async def test_text_and_thinking_reach_the_client(chat: Client, upstream: Upstream) -> None:
+async def test_text_and_thinking_reach_client(chat: Client, upstream: Upstream) -> None:
     upstream.play(reply("Hello ", "wide world", thinking="Let me think", output_tokens=9))
     start = await chat.prompt("Hi")
     text, done = await chat.text(start["id"])
@@ -41,15 +41,13 @@ async def test_text_and_thinking_reach_the_client(chat: Client, upstream: Upstre
         "a_reason_of_tomorrow",
     ],
 )
-async def test_stop_reason_reaches_the_client(
-    chat: Client, upstream: Upstream, reason: str
-) -> None:
+async def test_stop_reason_reaches_client(chat: Client, upstream: Upstream, reason: str) -> None:
     upstream.play(reply("So", stop_reason=reason))
     await chat.prompt()
     assert (await chat.next("done"))["reason"] == reason
 
 
-async def test_refusal_is_an_error_and_keeps_its_text(chat: Client, upstream: Upstream) -> None:
+async def test_refusal_is_error_and_keeps_text(chat: Client, upstream: Upstream) -> None:
     upstream.play(reply("Well, ", stop_reason="refusal", output_tokens=3))
     start = await chat.prompt()
     text, refusal = await chat.text(start["id"])
@@ -69,7 +67,7 @@ async def test_refusal_is_an_error_and_keeps_its_text(chat: Client, upstream: Up
     ],
     ids=["byte by byte", "CRLF in bits", "CRLF", "unknown events", "other fields", "a tool"],
 )
-async def test_stream_is_read_wherever_reads_cut_it(
+async def test_stream_is_parsed_when_split_at_any_byte(
     chat: Client, upstream: Upstream, script: Script
 ) -> None:
     upstream.play(script)
@@ -79,7 +77,7 @@ async def test_stream_is_read_wherever_reads_cut_it(
     assert chat.said(start["id"], "thinking") == "hm"
 
 
-async def test_text_of_one_read_is_sent_in_few_frames(chat: Client, upstream: Upstream) -> None:
+async def test_deltas_of_one_read_are_sent_in_few_frames(chat: Client, upstream: Upstream) -> None:
     upstream.play(reply(["word "] * 5000))
     start = await chat.prompt()
     text, _ = await chat.text(start["id"])
@@ -99,7 +97,7 @@ async def test_text_after_message_stop_is_ignored(chat: Client, upstream: Upstre
     assert (text, done["reason"]) == ("Hello", "end_turn")
 
 
-async def test_done_does_not_wait_for_the_end_of_the_body(chat: Client, upstream: Upstream) -> None:
+async def test_done_is_sent_before_body_ends(chat: Client, upstream: Upstream) -> None:
     whole = reply("whole")
     upstream.play(Script((*whole.steps, Gate("go"))))
     start = await chat.prompt()
@@ -126,7 +124,7 @@ async def test_done_does_not_wait_for_the_end_of_the_body(chat: Client, upstream
 )
 @pytest.mark.parametrize("kind", ["text", "thinking"])
 @pytest.mark.parametrize("chop", [0, 7], ids=["one read", "many reads"])
-async def test_halves_of_a_surrogate_pair_are_joined(
+async def test_split_surrogate_pair_is_joined(
     chat: Client, upstream: Upstream, deltas: list[str], said: str, kind: str, chop: int
 ) -> None:
     end = event("message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 1})

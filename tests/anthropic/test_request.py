@@ -19,7 +19,7 @@ from wsserver.settings import Settings
 MODEL = "claude-sonnet-4-6"
 
 
-async def test_request_body_is_what_the_api_documents(
+async def test_request_body_follows_api_reference(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     async with claude(monkeypatch, upstream.url, models="claude-opus-5") as server:
@@ -65,7 +65,7 @@ async def test_request_body_is_what_the_api_documents(
         ({}, None),
     ],
 )
-async def test_thinking_setting_becomes_the_thinking_argument(
+async def test_thinking_setting_sets_thinking_parameter(
     monkeypatch: pytest.MonkeyPatch,
     upstream: Upstream,
     given: dict[str, Any],
@@ -89,7 +89,7 @@ async def test_thinking_setting_becomes_the_thinking_argument(
     ("thinking", "max_tokens", "sent"),
     [("adaptive", 2000, None), ("1500", 2000, None), ("1500", 1500, 0.2), ("disabled", 2000, 0.2)],
 )
-async def test_temperature_is_left_out_while_the_model_thinks(
+async def test_temperature_is_omitted_with_thinking(
     monkeypatch: pytest.MonkeyPatch,
     upstream: Upstream,
     thinking: str,
@@ -110,7 +110,7 @@ async def test_temperature_is_left_out_while_the_model_thinks(
         "`temperature` may only be set to 1 when thinking is enabled or in adaptive mode.",
     ],
 )
-async def test_model_that_refuses_temperature_gets_none_from_then_on(
+async def test_temperature_is_omitted_after_model_refuses_it(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, message: str
 ) -> None:
     upstream.play(error(400, "invalid_request_error", message))
@@ -123,9 +123,7 @@ async def test_model_that_refuses_temperature_gets_none_from_then_on(
     assert sent == [0.2, None, None, 0.2]
 
 
-async def test_temperature_above_the_range_of_the_api_is_an_error(
-    chat: Client, upstream: Upstream
-) -> None:
+async def test_temperature_above_api_range_is_error(chat: Client, upstream: Upstream) -> None:
     message = "temperature: Input should be less than or equal to 1"
     upstream.play(error(400, "invalid_request_error", message))
     await chat.prompt(temperature=1.5)
@@ -137,7 +135,7 @@ async def test_temperature_above_the_range_of_the_api_is_an_error(
 
 @pytest.mark.parametrize("status", [307, 308])
 @pytest.mark.parametrize("location", ["{}/v1/messages", "/v1/messages?again", "?again"])
-async def test_redirect_within_the_origin_is_followed_with_the_same_body(
+async def test_redirect_to_same_origin_is_followed_with_same_body(
     chat: Client, upstream: Upstream, status: int, location: str
 ) -> None:
     to = {"location": location.format(upstream.url)}
@@ -162,7 +160,7 @@ async def test_redirect_within_the_origin_is_followed_with_the_same_body(
         (303, "/v1/messages"),
     ],
 )
-async def test_redirect_to_another_origin_is_refused_and_gets_no_prompt(
+async def test_redirect_to_other_origin_is_refused_and_gets_no_prompt(
     chat: Client,
     upstream: Upstream,
     caplog: pytest.LogCaptureFixture,
@@ -192,7 +190,7 @@ async def test_endless_redirects_are_refused(chat: Client, upstream: Upstream) -
     ("name", "value"),
     [("HTTP_PROXY", "http://{}"), ("HTTP_PROXY", "user:word@{}"), ("ALL_PROXY", "http://{}")],
 )
-async def test_prompt_goes_through_the_proxy_of_the_environment(
+async def test_prompt_uses_proxy_of_environment(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value.format(upstream.url.removeprefix("http://")))
@@ -205,7 +203,7 @@ async def test_prompt_goes_through_the_proxy_of_the_environment(
 
 
 @pytest.mark.parametrize("exempt", ["127.0.0.1", "127.0.0.0/8", "*"])
-async def test_no_proxy_exempts_the_address(
+async def test_no_proxy_exempts_address(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, exempt: str
 ) -> None:
     with refused_url() as url:
@@ -215,7 +213,7 @@ async def test_no_proxy_exempts_the_address(
             assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
 
 
-async def test_passwords_of_netrc_are_not_sent(
+async def test_netrc_passwords_are_not_sent(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: Path
 ) -> None:
     (tmp_path / "netrc").write_text("default login somebody password secret\n")
@@ -225,14 +223,14 @@ async def test_passwords_of_netrc_are_not_sent(
     assert "sk-secret" in str((await upstream.request()).headers)
 
 
-async def test_connection_serves_one_reply_after_another(chat: Client, upstream: Upstream) -> None:
+async def test_replies_in_sequence_share_one_connection(chat: Client, upstream: Upstream) -> None:
     for _ in range(3):
         start = await chat.prompt()
         await chat.text(start["id"])
     assert len({received.peer for received in upstream.requests}) == 1
 
 
-async def test_closing_the_server_closes_the_connections_to_the_api(
+async def test_server_close_closes_api_connections(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     async with claude(monkeypatch, upstream.url) as server, client(server) as chat:
@@ -242,7 +240,7 @@ async def test_closing_the_server_closes_the_connections_to_the_api(
     await until(lambda: not upstream.connections)
 
 
-async def test_request_body_is_not_kept_while_the_reply_streams(upstream: Upstream) -> None:
+async def test_request_body_is_freed_while_reply_streams(upstream: Upstream) -> None:
     upstream.play(reply("ready"), reply("some ", Hang()))
     said = asyncio.Event()
 

@@ -46,7 +46,7 @@ async def ask(upstream: Upstream, prompts: int = 1) -> list[Received]:
 # Headers and addresses
 
 
-async def test_key_the_version_and_the_headers_of_the_environment_are_sent(
+async def test_key_version_and_environment_headers_are_sent(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -65,7 +65,7 @@ async def test_key_the_version_and_the_headers_of_the_environment_are_sent(
     assert {**first.headers, "content-length": ""} == {**second.headers, "content-length": ""}
 
 
-async def test_auth_token_is_sent_as_a_bearer_token(
+async def test_auth_token_is_sent_as_bearer_token(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_AUTH_TOKEN", "token-secret")
@@ -73,7 +73,7 @@ async def test_auth_token_is_sent_as_a_bearer_token(
     assert received.headers["authorization"] == "Bearer token-secret"
 
 
-async def test_base_url_may_have_a_path(
+async def test_base_url_with_path_is_used(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -111,7 +111,7 @@ def issuer(monkeypatch: pytest.MonkeyPatch, upstream: Upstream) -> Issuer:
     return Issuer(upstream)
 
 
-async def test_federated_identity_is_exchanged_once_for_many_prompts(
+async def test_federated_token_is_fetched_once_for_many_prompts(
     upstream: Upstream, issuer: Issuer
 ) -> None:
     received = await ask(upstream, 3)
@@ -120,7 +120,7 @@ async def test_federated_identity_is_exchanged_once_for_many_prompts(
     assert len(issuer.requests) == 1
 
 
-async def test_token_that_the_api_refuses_is_renewed_and_the_prompt_sent_again(
+async def test_refused_token_is_renewed_and_prompt_retried(
     upstream: Upstream, issuer: Issuer
 ) -> None:
     upstream.play(reply("One"), error(401, "authentication_error"), reply("Two"))
@@ -129,9 +129,7 @@ async def test_token_that_the_api_refuses_is_renewed_and_the_prompt_sent_again(
     assert tokens == ["Bearer token-1", "Bearer token-1", "Bearer token-2"]
 
 
-async def test_renewed_token_that_is_refused_too_is_the_end(
-    upstream: Upstream, issuer: Issuer
-) -> None:
+async def test_refused_renewed_token_is_error(upstream: Upstream, issuer: Issuer) -> None:
     upstream.default = Script((error(401, "authentication_error"),))
     received = await ask(upstream)
     assert [each.headers["authorization"] for each in received] == [
@@ -140,7 +138,7 @@ async def test_renewed_token_that_is_refused_too_is_the_end(
     ]
 
 
-async def test_token_is_renewed_before_it_expires(
+async def test_token_is_renewed_before_expiry(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.templates.TEMPLATE_TIME", 0.0)
@@ -150,7 +148,7 @@ async def test_token_is_renewed_before_it_expires(
     assert tokens == ["Bearer token-1", "Bearer token-2"]
 
 
-async def test_key_that_the_api_refuses_is_not_sent_again(
+async def test_refused_key_is_not_retried(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -161,7 +159,7 @@ async def test_key_that_the_api_refuses_is_not_sent_again(
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "credentials"), (401, "credentials"), (503, "upstream_error")]
 )
-async def test_exchange_that_fails_is_an_error_and_is_tried_for_the_next_prompt(
+async def test_failed_token_exchange_is_retried_for_next_prompt(
     upstream: Upstream, issuer: Issuer, status: int, code: str
 ) -> None:
     issuer.answer = Answer(status, "application/json", '{"error": "no"}')
@@ -173,7 +171,7 @@ async def test_exchange_that_fails_is_an_error_and_is_tried_for_the_next_prompt(
     assert (failed["code"], text) == (code, "Hello world")
 
 
-async def test_issuer_that_cannot_be_reached_is_an_error(
+async def test_unreachable_token_issuer_is_error(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_BASE_URL", "http://127.0.0.1:1")
@@ -183,7 +181,7 @@ async def test_issuer_that_cannot_be_reached_is_an_error(
     assert failed["code"] == "unreachable"
 
 
-async def test_profile_of_the_config_folder_is_used(
+async def test_profile_of_config_folder_is_used(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: Path
 ) -> None:
     for folder in ("configs", "credentials"):
@@ -202,13 +200,13 @@ async def test_profile_of_the_config_folder_is_used(
 # When the SDK is imported
 
 
-def test_server_starts_without_the_sdk() -> None:
+def test_server_starts_without_importing_sdk() -> None:
     program = "import sys, wsserver.cli, wsserver.models.anthropic; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
     assert not {"anthropic", "httpx2"} & set(done.stdout.decode().split())
 
 
-async def test_sdk_is_imported_once_the_server_listens(
+async def test_sdk_is_imported_after_server_listens(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -244,7 +242,7 @@ async def test_sdk_is_imported_once_the_server_listens(
         ("ANTHROPIC_BASE_URL", ""),
     ],
 )
-def test_environment_that_cannot_work_is_refused_at_the_start(
+def test_invalid_environment_is_refused_at_start(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     if name == "ANTHROPIC_BASE_URL":
@@ -255,7 +253,7 @@ def test_environment_that_cannot_work_is_refused_at_the_start(
     assert "secr" not in str(refused.value)
 
 
-async def test_trust_settings_that_cannot_be_read_are_named_in_the_log(
+async def test_unreadable_trust_settings_are_named_in_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
@@ -269,7 +267,7 @@ async def test_trust_settings_that_cannot_be_read_are_named_in_the_log(
     assert "SSL_CERT_FILE" in caplog.text
 
 
-async def test_header_that_would_be_two_is_not_sent_and_named_in_the_log(
+async def test_header_with_line_break_is_not_sent_and_named_in_log(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")

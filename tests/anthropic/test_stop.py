@@ -27,7 +27,7 @@ from tests.test_slow_reader import sluggard
     ],
     ids=["before headers", "after headers", "pings only", "mid-stream", "thinking", "streaming"],
 )
-async def test_stop_closes_the_request_to_the_api(
+async def test_stop_closes_api_request(
     chat: Client, upstream: Upstream, script: Script | Step, said: str | None
 ) -> None:
     upstream.play(script)
@@ -41,7 +41,7 @@ async def test_stop_closes_the_request_to_the_api(
     await goes_on(chat)
 
 
-async def test_stop_between_attempts_makes_no_new_attempt(chat: Client, upstream: Upstream) -> None:
+async def test_stop_between_attempts_ends_retries(chat: Client, upstream: Upstream) -> None:
     upstream.play(error(429, "rate_limit_error", headers={"retry-after": "10"}))
     start = await chat.prompt()
     await (await upstream.request()).closed()
@@ -51,7 +51,7 @@ async def test_stop_between_attempts_makes_no_new_attempt(chat: Client, upstream
     await goes_on(chat)
 
 
-async def test_stop_of_one_reply_leaves_the_other_running(chat: Client, upstream: Upstream) -> None:
+async def test_stop_of_one_reply_leaves_other_running(chat: Client, upstream: Upstream) -> None:
     upstream.play(reply("one ", Hang()), reply("two ", Gate("go"), "three"))
     one = await chat.prompt("1", conversation="conversation-one")
     await upstream.request(0)
@@ -64,7 +64,7 @@ async def test_stop_of_one_reply_leaves_the_other_running(chat: Client, upstream
     assert (await chat.text(two["id"]))[0] == "two three"
 
 
-async def test_stop_while_the_send_buffer_of_the_client_is_full(
+async def test_stop_with_full_send_buffer_closes_api_request(
     server: wsserver.Server, upstream: Upstream
 ) -> None:
     upstream.play(reply(["0123456789abcde "] * 100_000, interval=0.0001))
@@ -82,7 +82,7 @@ async def test_stop_while_the_send_buffer_of_the_client_is_full(
         assert "the-slow-one-0002" in texts[-1]
 
 
-async def test_reply_of_a_client_that_is_gone_is_stopped_after_the_grace_time(
+async def test_reply_of_lost_client_is_stopped_after_grace_time(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     upstream.play(reply("some ", Hang()))
@@ -93,7 +93,7 @@ async def test_reply_of_a_client_that_is_gone_is_stopped_after_the_grace_time(
         assert await upstream.requests[0].closed() == "closed"
 
 
-async def test_hundreds_of_stops_leave_no_request_open(
+async def test_hundreds_of_stops_leave_no_open_request(
     server: wsserver.Server, chat: Client, upstream: Upstream
 ) -> None:
     upstream.default = reply("some ", Hang())
@@ -106,7 +106,7 @@ async def test_hundreds_of_stops_leave_no_request_open(
     assert server.app.hub.live == 0
 
 
-async def test_stop_over_tls_does_not_wait_for_the_closing_handshake(
+async def test_stop_over_tls_does_not_wait_for_close_notify(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

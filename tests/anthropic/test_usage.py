@@ -11,14 +11,14 @@ from tests.support.puppet import until
 from tests.support.upstream import Cut, Hang, Upstream, error, event, reply, stream
 
 
-async def test_cached_tokens_are_in_the_usage(chat: Client, upstream: Upstream) -> None:
+async def test_usage_includes_cached_tokens(chat: Client, upstream: Upstream) -> None:
     upstream.play(reply("So", cache_read_input_tokens=1000))
     await chat.prompt()
     usage = (await chat.next("done"))["usage"]
     assert usage == {"input_tokens": 25, "output_tokens": 1, "cache_read_input_tokens": 1000}
 
 
-async def test_usage_of_a_stopped_reply_has_the_exact_input_tokens(
+async def test_usage_of_stopped_reply_has_exact_input_tokens(
     chat: Client, upstream: Upstream
 ) -> None:
     upstream.play(reply("twelve chars", Hang(), input_tokens=321))
@@ -28,7 +28,7 @@ async def test_usage_of_a_stopped_reply_has_the_exact_input_tokens(
     assert done["usage"] == {"input_tokens": 321, "output_tokens": 3, "estimated": True}
 
 
-async def test_usage_of_a_stopped_chinese_reply_is_a_token_or_more_per_character(
+async def test_stopped_chinese_reply_costs_a_token_per_character(
     chat: Client, upstream: Upstream
 ) -> None:
     upstream.play(reply(["漢字仮名交じり文"] * 250, Hang()))
@@ -42,7 +42,7 @@ async def test_usage_of_a_stopped_chinese_reply_is_a_token_or_more_per_character
 
 @pytest.mark.parametrize("summary", ["A short one", ""])
 @pytest.mark.parametrize("later", ["stopped", "text, then stopped", "text, then cut"])
-async def test_summarised_thinking_is_estimated_by_its_time(
+async def test_summarised_thinking_is_estimated_by_time(
     monkeypatch: pytest.MonkeyPatch,
     server: wsserver.Server,
     chat: Client,
@@ -81,7 +81,7 @@ async def test_estimated_thinking_is_at_most_max_tokens(
     assert (await stop(chat, start))[1]["usage"]["output_tokens"] == 300
 
 
-async def test_count_of_the_api_replaces_the_estimate(
+async def test_api_token_count_replaces_estimate(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
     clock = itertools.chain([100.0], itertools.repeat(110.0))
@@ -91,7 +91,7 @@ async def test_count_of_the_api_replaces_the_estimate(
     assert done["usage"] == {"input_tokens": 25, "output_tokens": 77}
 
 
-async def test_usage_of_a_failed_attempt_is_added_to_the_usage_of_the_next(
+async def test_usage_of_failed_attempt_is_added_to_next_attempt(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
@@ -109,7 +109,7 @@ async def test_usage_of_a_failed_attempt_is_added_to_the_usage_of_the_next(
     }
 
 
-async def test_usage_of_a_failed_attempt_survives_an_attempt_without_usage(
+async def test_usage_of_failed_attempt_survives_attempt_without_usage(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)

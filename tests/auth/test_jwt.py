@@ -30,7 +30,7 @@ from wsserver.auth.base import Principal
 # Accepted tokens.
 
 
-async def test_valid_token_names_its_principal_and_expiry() -> None:
+async def test_valid_token_gives_principal_and_expiry() -> None:
     end = int(time.time()) + 60
     check = with_secret()
     for exp in (end, end + 0.5):
@@ -47,7 +47,7 @@ async def test_valid_token_names_its_principal_and_expiry() -> None:
     [("rsa-1", "RS256"), ("rsa-1", "PS256"), ("ec-1", "ES256"), ("ed-1", "EdDSA")],
 )
 @pytest.mark.parametrize("kid", ["", None])
-async def test_each_kind_of_key_verifies_with_and_without_kid(
+async def test_key_of_each_type_verifies_with_and_without_kid(
     key: str, algorithm: str, kid: str | None, keys_file: Callable[..., str]
 ) -> None:
     check = authenticator(jwt_jwks=keys_file("rsa-2", "ec-2", "rsa-1", "ec-1", "ed-1"))
@@ -56,14 +56,14 @@ async def test_each_kind_of_key_verifies_with_and_without_kid(
     assert await check(sign(f"{key}0", algorithm, kid), HERE) is None
 
 
-async def test_kid_may_name_several_keys(keys_file: Callable[..., str]) -> None:
+async def test_several_keys_may_share_one_kid(keys_file: Callable[..., str]) -> None:
     one, two = public("rsa-1", kid=False), public("ec-1", kid=False)
     check = authenticator(jwt_jwks=keys_file(one | {"kid": "a"}, two | {"kid": "a"}))
     assert await check(sign("rsa-1", kid="a"), HERE) is not None
     assert await check(sign("ec-1", "ES256", kid="a"), HERE) is not None
 
 
-async def test_private_key_in_the_file_is_used_as_public_key(
+async def test_private_key_in_file_is_used_as_public_key(
     keys_file: Callable[..., str],
 ) -> None:
     key: Any = ECAlgorithm.to_jwk(private("ec-1"), as_dict=True)
@@ -123,7 +123,7 @@ async def test_name_of_maximum_length_is_accepted() -> None:
     assert await with_secret()(secretly(claims(sub="é" * 256)), HERE) is not None
 
 
-async def test_clocks_may_differ_by_ten_seconds() -> None:
+async def test_ten_seconds_of_clock_difference_are_accepted() -> None:
     now = int(time.time())
     check = with_secret()
     assert await check(secretly(claims(exp=now - 5)), HERE) == Principal("ada", now + 5)
@@ -148,7 +148,7 @@ async def test_token_with_audience_is_refused_without_jwt_audience() -> None:
     assert await check(secretly(), HERE) is None
 
 
-async def test_jwt_claim_chooses_the_name() -> None:
+async def test_jwt_claim_setting_chooses_name() -> None:
     check = with_secret(jwt_claim="user_id")
     principal = await check(secretly(claims(user_id="bob")), HERE)
     assert principal is not None
@@ -180,7 +180,7 @@ async def test_jwt_claim_chooses_the_name() -> None:
     ],
     ids=lambda header: str(header)[:40],
 )
-async def test_header_does_not_choose_the_algorithm(header: Any) -> None:
+async def test_token_header_does_not_choose_algorithm(header: Any) -> None:
     token = forged(header, claims(), SECRET.encode())
     assert await with_secret()(token, HERE) is None
     assert await with_secret()(token.rpartition(".")[0] + ".", HERE) is None
@@ -188,7 +188,7 @@ async def test_header_does_not_choose_the_algorithm(header: Any) -> None:
 
 @pytest.mark.parametrize("name", ["rsa-1", "ec-1", "ed-1"])
 @pytest.mark.parametrize("kid", [True, False])
-async def test_token_signed_with_the_public_key_as_secret_is_refused(
+async def test_token_signed_with_public_key_as_secret_is_refused(
     name: str, kid: bool, keys_file: Callable[..., str]
 ) -> None:
     check = authenticator(jwt_jwks=keys_file(name))
@@ -202,7 +202,7 @@ async def test_token_signed_with_the_public_key_as_secret_is_refused(
         assert await check(forged(header, claims()), HERE) is None
 
 
-async def test_key_in_the_token_is_not_used(keys_file: Callable[..., str]) -> None:
+async def test_key_in_token_is_not_used(keys_file: Callable[..., str]) -> None:
     check = authenticator(jwt_jwks=keys_file("rsa-1"))
     for kid in ("rsa-1", None):
         assert await check(sign("rsa-9", kid=kid, jwk=public("rsa-9")), HERE) is None
@@ -238,7 +238,7 @@ async def test_malformed_token_is_refused(token: str) -> None:
     assert await with_secret()(token, HERE) is None
 
 
-async def test_token_over_the_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_token_over_size_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     long = secretly(claims(more="x" * 6500))
     assert len(long) > 8192
     short = secretly(claims(more="x" * 5000))
@@ -253,7 +253,7 @@ async def test_other_algorithms_are_refused(algorithm: str, keys_file: Callable[
     assert await check(sign("rsa-1", algorithm), HERE) is None
 
 
-async def test_alg_of_a_key_allows_only_this_algorithm(
+async def test_alg_of_key_restricts_algorithm(
     keys_file: Callable[..., str],
 ) -> None:
     check = authenticator(jwt_jwks=keys_file(public("rsa-1", alg="RS256")))

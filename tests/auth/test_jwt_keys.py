@@ -66,7 +66,7 @@ UNUSABLE: list[Any] = [
         lambda: public("rsa-1", kid=False) | {"kid": 7},
     ],
 )
-async def test_key_for_another_purpose_is_left_out(key: Any, keys_file: Callable[..., str]) -> None:
+async def test_key_for_other_use_is_ignored(key: Any, keys_file: Callable[..., str]) -> None:
     key = key() if callable(key) else key
     with pytest.raises(ConfigError, match="no usable key"):
         authenticator(jwt_jwks=keys_file(key))
@@ -79,14 +79,14 @@ async def test_key_for_another_purpose_is_left_out(key: Any, keys_file: Callable
 
 
 @pytest.mark.parametrize("document", [b"", b"{", b"[]", b"7", b"{}", b'{"keys": {}}', b"\xff"])
-def test_invalid_key_set_is_a_one_line_error(document: bytes, tmp_path: Path) -> None:
+def test_invalid_key_set_is_one_line_error(document: bytes, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     path.write_bytes(document)
     with pytest.raises(ConfigError, match="not a JSON Web Key Set"):
         authenticator(jwt_jwks=str(path))
 
 
-async def test_reload_reads_the_key_file_and_ignores_an_invalid_one(
+async def test_reload_reads_key_file_and_ignores_invalid_file(
     keys_file: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = keys_file("rsa-1")
@@ -128,7 +128,7 @@ async def test_keys_are_fetched_at_first_use_and_when_old(issuer: Issuer, clock:
         assert len(issuer.paths) == 2
 
 
-async def test_key_withdrawn_during_a_pause_is_refused(issuer: Issuer, clock: Clock) -> None:
+async def test_key_withdrawn_during_pause_is_refused(issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         issuer.body = key_set("rsa-2")
@@ -177,7 +177,7 @@ async def test_failed_reload_is_reported_each_time_and_changes_nothing(
         assert await check(sign("rsa-1"), HERE) is not None
 
 
-async def test_unknown_keys_at_a_hanging_issuer_do_not_delay_known_logins(
+async def test_unknown_keys_at_hanging_issuer_do_not_delay_known_logins(
     issuer: Issuer, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(
@@ -217,7 +217,7 @@ async def test_unknown_key_is_fetched(kid: str | None, issuer: Issuer, clock: Cl
         assert len(issuer.paths) == 2
 
 
-async def test_made_up_tokens_cause_few_fetches(issuer: Issuer, clock: Clock) -> None:
+async def test_forged_tokens_cause_few_fetches(issuer: Issuer, clock: Clock) -> None:
     async with fetching(issuer.url, clock) as check:
         assert await check(sign("rsa-1"), HERE) is not None
         for second in range(1, 62):
@@ -237,7 +237,7 @@ async def test_made_up_tokens_cause_few_fetches(issuer: Issuer, clock: Clock) ->
         assert len(issuer.paths) == 3
 
 
-async def test_concurrent_logins_share_a_fetch_and_survive_a_cancellation(issuer: Issuer) -> None:
+async def test_concurrent_logins_share_fetch_and_survive_cancellation(issuer: Issuer) -> None:
     issuer.open.clear()
     async with fetching(issuer.url) as check:
         waiting = [asyncio.create_task(check(sign("rsa-1"), HERE)) for _ in range(20)]
@@ -251,7 +251,7 @@ async def test_concurrent_logins_share_a_fetch_and_survive_a_cancellation(issuer
         assert len(issuer.paths) == 1
 
 
-async def test_known_key_does_not_wait_for_the_fetch_of_another(
+async def test_known_key_does_not_wait_for_fetch_of_unknown_key(
     issuer: Issuer, clock: Clock
 ) -> None:
     async with fetching(issuer.url, clock) as check:
@@ -312,7 +312,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("spoil", "says"), FAULTS)
-async def test_without_keys_authentication_is_unavailable_until_a_fetch_works(
+async def test_authentication_is_unavailable_until_keys_are_fetched(
     spoil: Callable[[Issuer], None],
     says: str,
     issuer: Issuer,
@@ -408,7 +408,7 @@ async def test_reload_fetches_keys_at_once(issuer: Issuer, clock: Clock) -> None
         assert len(issuer.paths) == 2
 
 
-async def test_aclose_cancels_a_running_fetch(issuer: Issuer) -> None:
+async def test_aclose_cancels_running_fetch(issuer: Issuer) -> None:
     issuer.open.clear()
     async with fetching(issuer.url) as check:
         waiting = asyncio.create_task(check(sign("rsa-1"), HERE))
@@ -417,7 +417,7 @@ async def test_aclose_cancels_a_running_fetch(issuer: Issuer) -> None:
         await waiting
 
 
-async def test_tokens_of_a_file_work_while_the_issuer_is_down() -> None:
+async def test_file_tokens_work_while_issuer_is_down() -> None:
     token, line = tokens.new("ada")
     with refused_url() as url:
         settings = Settings.load(tokens=line, jwt_jwks=f"{url}/keys", jwt_audience="chat")

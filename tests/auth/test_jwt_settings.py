@@ -44,7 +44,7 @@ from wsserver.cli import main
         ({"jwt_jwks": "https://i.example:port/k"}, "not an address"),
     ],
 )
-def test_invalid_settings_are_a_one_line_error(settings: dict[str, Any], says: str) -> None:
+def test_invalid_jwt_settings_are_one_line_error(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError) as raised:
         authenticator(**settings)
     assert says in str(raised.value)
@@ -62,7 +62,7 @@ def test_invalid_settings_are_a_one_line_error(settings: dict[str, Any], says: s
         "http://[::1]:8080/keys",
     ],
 )
-async def test_allowed_addresses(url: str) -> None:
+async def test_https_and_loopback_addresses_are_allowed(url: str) -> None:
     async with fetching(url):
         pass
 
@@ -99,9 +99,7 @@ def test_secret_is_in_no_repr_and_no_error(
     assert SECRET not in str(raised.value)
 
 
-async def test_reload_reads_the_secret_file_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_reload_reads_secret_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = tmp_path / "secret"
     file.write_text(SECRET + "\n")
     check = authenticator(jwt_secret_file=str(file))
@@ -121,7 +119,7 @@ async def test_reload_reads_the_secret_file_again(
         authenticator(jwt_secret_file=str(file))
 
 
-def test_missing_pyjwt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyjwt_error_names_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "wsserver.auth.jwt")
     with pytest.raises(ConfigError, match=r"pip install wsserver\[jwt\]"):

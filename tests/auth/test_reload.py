@@ -42,7 +42,7 @@ async def test_reload_closes_only_sockets_of_removed_tokens(puppet: Puppet, tmp_
         await until(lambda: len(server.listener.connections) == 2)
 
 
-async def test_reload_can_shorten_a_token(puppet: Puppet) -> None:
+async def test_reload_can_shorten_token_lifetime(puppet: Puppet) -> None:
     seconds: list[float | None] = [None]
 
     async def lasting(token: str | None, _: Handshake) -> Principal | None:
@@ -61,7 +61,7 @@ async def test_reload_can_shorten_a_token(puppet: Puppet) -> None:
         await undecided.quiet()
 
 
-async def test_authentication_during_a_reload_is_repeated(puppet: Puppet) -> None:
+async def test_authentication_during_reload_is_repeated(puppet: Puppet) -> None:
     good = {"ada"}
     asked: asyncio.Queue[str] = asyncio.Queue()
     answer = asyncio.Event()
@@ -91,7 +91,7 @@ async def test_authentication_during_a_reload_is_repeated(puppet: Puppet) -> Non
                 await shaking
 
 
-async def test_token_renewed_during_a_reload_counts(puppet: Puppet) -> None:
+async def test_token_renewed_during_reload_is_kept(puppet: Puppet) -> None:
     good = {"ada old"}
     asked, answer = asyncio.Event(), asyncio.Event()
 
@@ -117,7 +117,7 @@ async def test_token_renewed_during_a_reload_counts(puppet: Puppet) -> None:
 
 
 @pytest.mark.parametrize("expires", [0, 0.0, -1.0])
-async def test_principal_that_expired_long_ago_is_refused(puppet: Puppet, expires: float) -> None:
+async def test_principal_expired_long_ago_is_refused(puppet: Puppet, expires: float) -> None:
     async def ended(_: str | None, __: Handshake) -> Principal | None:
         return Principal("ada", expires)
 
@@ -127,9 +127,7 @@ async def test_principal_that_expired_long_ago_is_refused(puppet: Puppet, expire
                 raise AssertionError
 
 
-async def test_replies_of_a_principal_stop_when_its_token_is_removed(
-    puppet: Puppet, tmp_path: Path
-) -> None:
+async def test_removed_token_stops_replies_of_principal(puppet: Puppet, tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text(f"ada sha256:{digest('one')}\nada sha256:{digest('two')}\n")
     async with (

@@ -17,7 +17,7 @@ from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Handshake, Principal, Unavailable
 
 
-async def test_token_in_the_handshake_authenticates(puppet: Puppet) -> None:
+async def test_token_in_handshake_authenticates(puppet: Puppet) -> None:
     async with serving(puppet) as server:
         async with client(server, additional_headers={"Authorization": "Bearer ada-token"}) as chat:
             assert (await chat.prompt())["type"] == "start"
@@ -29,14 +29,14 @@ async def test_token_in_the_handshake_authenticates(puppet: Puppet) -> None:
         assert raised.value.response.status_code == 401
 
 
-async def test_token_in_the_first_frame_authenticates(puppet: Puppet) -> None:
+async def test_token_in_first_frame_authenticates(puppet: Puppet) -> None:
     async with serving(puppet) as server, client(server) as chat:
         await chat.send({"type": "auth", "token": "ada-token"})
         assert await chat.receive() == {"type": "authenticated", "principal": "ada"}
         assert (await chat.prompt())["type"] == "start"
 
 
-async def test_frames_right_after_auth_wait_for_its_answer(puppet: Puppet) -> None:
+async def test_frames_right_after_auth_wait_for_answer(puppet: Puppet) -> None:
     asked: asyncio.Queue[str | None] = asyncio.Queue()
     answer = asyncio.Event()
 
@@ -103,7 +103,7 @@ async def test_frames_before_auth_are_refused(puppet: Puppet, frame: dict[str, A
 
 
 @pytest.mark.parametrize("token", ["bad", "ada-token ", "x" * 8192])
-async def test_invalid_token_closes_the_socket(puppet: Puppet, token: str) -> None:
+async def test_invalid_token_closes_socket(puppet: Puppet, token: str) -> None:
     async with serving(puppet) as server, client(server) as chat:
         await chat.send({"type": "auth", "token": token})
         await chat.send({"prompt": "Hello"})
@@ -126,7 +126,7 @@ async def test_socket_without_auth_is_closed_after_auth_timeout(puppet: Puppet) 
             await other.quiet()
 
 
-async def test_expired_token_closes_the_socket_unless_renewed(
+async def test_expired_token_closes_socket_unless_renewed(
     puppet: Puppet,
 ) -> None:
     async def until_then(token: str | None, _: Handshake) -> Principal | None:
@@ -150,7 +150,7 @@ async def test_expired_token_closes_the_socket_unless_renewed(
         assert (await renewed.next("start"))["id"] == start["id"]
 
 
-async def test_socket_cannot_change_its_principal(puppet: Puppet) -> None:
+async def test_socket_cannot_change_principal(puppet: Puppet) -> None:
     async with serving(puppet) as server, entered(server, "ada-token") as chat:
         for token in ("bob-token", "nonsense"):
             await chat.send({"type": "auth", "token": token})
@@ -166,7 +166,7 @@ async def test_server_without_authenticator_accepts_any_auth_frame(
     assert await chat.receive() == {"type": "authenticated", "principal": "anonymous"}
 
 
-async def test_no_principal_can_be_named_anonymous(puppet: Puppet) -> None:
+async def test_principal_named_anonymous_is_refused(puppet: Puppet) -> None:
     async with serving(puppet, tokens=f"anonymous sha256:{digest('x')}") as server:
         async with client(server) as chat:
             await chat.send({"type": "auth", "token": "x"})
@@ -174,7 +174,7 @@ async def test_no_principal_can_be_named_anonymous(puppet: Puppet) -> None:
 
 
 @pytest.mark.parametrize("failure", [Unavailable(), ValueError("secret")])
-async def test_unavailable_authenticator_is_a_retryable_error(
+async def test_unavailable_authenticator_is_retryable_error(
     puppet: Puppet, failure: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def failing(token: str | None, _: Handshake) -> Principal | None:
@@ -196,7 +196,7 @@ async def test_unavailable_authenticator_is_a_retryable_error(
     assert "secret" not in caplog.text
 
 
-async def test_disconnect_during_authentication_leaves_nothing(puppet: Puppet) -> None:
+async def test_disconnect_during_authentication_releases_limits(puppet: Puppet) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
     answered = asyncio.Event()
 
@@ -225,7 +225,7 @@ async def test_disconnect_during_authentication_leaves_nothing(puppet: Puppet) -
     del reader
 
 
-async def test_custom_authenticator_gets_the_handshake(puppet: Puppet) -> None:
+async def test_custom_authenticator_gets_handshake(puppet: Puppet) -> None:
     seen: list[Handshake] = []
 
     async def by_cookie(token: str | None, handshake: Handshake) -> Principal | None:
@@ -247,7 +247,7 @@ async def test_custom_authenticator_gets_the_handshake(puppet: Puppet) -> None:
     "answer",
     [lambda: "ada", lambda: Principal(42), lambda: Principal("")],  # type: ignore[arg-type]
 )
-async def test_result_that_is_no_principal_is_logged(
+async def test_wrong_type_from_authenticator_is_logged(
     puppet: Puppet, answer: Callable[[], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def wrong(token: str | None, _: Handshake) -> Any:
@@ -261,7 +261,7 @@ async def test_result_that_is_no_principal_is_logged(
     assert "the authenticator failed failure=TypeError" in caplog.text
 
 
-async def test_principal_that_expired_at_the_epoch_is_expired(puppet: Puppet) -> None:
+async def test_principal_with_expiry_zero_is_expired(puppet: Puppet) -> None:
     async def ended(token: str | None, _: Handshake) -> Principal | None:
         return Principal("ada", expires=0)
 
@@ -290,7 +290,7 @@ async def test_failing_aclose_does_not_block_shutdown(puppet: Puppet, *, hangs: 
 # What a principal owns.
 
 
-async def test_data_of_one_principal_is_not_found_for_another(puppet: Puppet) -> None:
+async def test_other_principal_finds_no_data(puppet: Puppet) -> None:
     async with (
         serving(puppet) as server,
         entered(server, "ada-token") as ada,

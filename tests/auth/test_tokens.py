@@ -16,7 +16,7 @@ from wsserver.auth.tokens import Tokens
 HERE = Handshake("127.0.0.1", "/", {})
 
 
-async def test_new_token_authenticates_its_principal_only(
+async def test_new_token_authenticates_only_named_principal(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "tokens"
@@ -34,12 +34,12 @@ async def test_new_token_authenticates_its_principal_only(
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-async def test_principal_may_have_several_tokens() -> None:
+async def test_several_tokens_of_one_principal_work() -> None:
     check = Tokens(f"ada sha256:{digest('one')}, ada sha256:{digest('two')}")
     assert await check("one", HERE) == await check("two", HERE) == Principal("ada")
 
 
-async def test_file_may_have_comments_blank_lines_and_no_last_line_end(tmp_path: Path) -> None:
+async def test_file_with_comments_and_blank_lines_is_read(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text(f"# Ours\n\n  ada   sha256:{digest('one')}  # since May")
     tokens.add(path, f"bob sha256:{digest('two')}")
@@ -72,9 +72,7 @@ async def test_token_expires_after_its_last_day() -> None:
         (f"ok sha256:{digest('x')}\nada {digest('x')}", "entry 2 is not"),
     ],
 )
-def test_error_about_an_invalid_line_does_not_quote_it(
-    line: str, says: str, tmp_path: Path
-) -> None:
+def test_error_about_invalid_line_does_not_quote_line(line: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "t").write_text(line)
     with pytest.raises(ConfigError, match=says) as raised:
         Tokens(path=tmp_path / "t")
@@ -84,7 +82,7 @@ def test_error_about_an_invalid_line_does_not_quote_it(
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a,b", "#a", "a#b", "a\n", "a\x1b[2J", "x" * 257])
-def test_name_that_does_not_fit_a_file_is_refused(name: str) -> None:
+def test_token_name_with_separator_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="a token's name"):
         tokens.new(name)
 
@@ -94,7 +92,7 @@ def test_too_many_days_are_refused() -> None:
         tokens.new("anonymous")
 
 
-def test_unreadable_file_is_a_one_line_error(tmp_path: Path) -> None:
+def test_unreadable_token_file_is_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"token_file: cannot read .*: No such file"):
         Tokens(path=tmp_path / "none")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
@@ -104,7 +102,7 @@ def test_unreadable_file_is_a_one_line_error(tmp_path: Path) -> None:
         tokens.add(tmp_path / "none" / "t", "x")
 
 
-async def test_reload_of_an_invalid_file_changes_nothing(
+async def test_reload_of_invalid_file_changes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "tokens"
@@ -120,7 +118,7 @@ async def test_reload_of_an_invalid_file_changes_nothing(
     assert await check("two", HERE) == Principal("bob")
 
 
-async def test_both_kinds_of_tokens_work_together() -> None:
+async def test_configured_tokens_and_jwt_work_together() -> None:
     import jwt
 
     secret = "x" * 32
@@ -136,14 +134,14 @@ async def test_both_kinds_of_tokens_work_together() -> None:
     await close(check)
 
 
-def test_no_settings_make_no_authenticator() -> None:
+def test_settings_without_tokens_make_no_authenticator() -> None:
     assert make(wsserver.Settings.load()) is None
 
 
 # The command line.
 
 
-async def test_command_line_makes_tokens(tmp_path: Path) -> None:
+async def test_token_new_command_makes_token(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     async with run("-m", "wsserver", "token", "new", "ada", "--file", str(path)) as process:
         made = (await process.line(r"^(wss_\S+)$"))[1]

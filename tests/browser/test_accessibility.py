@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
-async def test_axe_finds_no_violation(
+async def test_axe_reports_no_violation(
     timed: Page, server: wsserver.Server, puppet: Puppet, width: int, scheme: Any
 ) -> None:
     page = timed
@@ -117,7 +117,7 @@ async def test_keyboard_reaches_everything(page: Page, puppet: Puppet) -> None:
     await closed(model.closed)
 
 
-async def test_screen_reader_announces_the_whole_reply_once(page: Page, puppet: Puppet) -> None:
+async def test_screen_reader_announces_whole_reply_once(page: Page, puppet: Puppet) -> None:
     await page.evaluate("""() => {
         globalThis.said = []
         const regions = '[role=status], [role=alert], [aria-live]'

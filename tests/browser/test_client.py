@@ -29,7 +29,7 @@ def page(bare_page: Page) -> Page:
 NEVER = {"firstPause": 10**9, "longestPause": 10**9}  # comes back only when there is a reason to
 
 
-async def test_prompt_and_stop(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
+async def test_stop_ends_reply(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
     await page.goto(server.page)  # whose policy has to allow it
     await connect(page)
     await ask(page, "Count")
@@ -49,7 +49,7 @@ async def test_prompt_and_stop(page: Page, server: wsserver.Server, puppet: Pupp
     assert await page.evaluate("replies[0].thinking") == "Hm."
 
 
-async def test_readme_lines_work(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
+async def test_readme_lines_run(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
     section = (ROOT / "README.md").read_text().partition("\n## In a browser\n")[2]
     (lines,) = re.findall(r"```js\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
     for name, here in (("'./client.js'", "'/client.js'"), ("ws://localhost:3001", server.url)):
@@ -73,7 +73,7 @@ async def test_readme_lines_work(page: Page, server: wsserver.Server, puppet: Pu
     await expect(page).to_have_title("stopped")
 
 
-async def test_two_replies_continue_after_a_lost_connection(
+async def test_two_replies_continue_after_lost_connection(
     page: Page, line: Line, puppet: Puppet
 ) -> None:
     await connect(page, line.url, firstPause=1)
@@ -111,7 +111,7 @@ async def test_stop_while_offline_is_sent_on_reconnect(
         await model.closed.wait()
 
 
-async def test_client_reconnects_at_once_when_the_network_is_back(
+async def test_client_reconnects_at_once_when_network_is_back(
     page: Page, line: Line, puppet: Puppet
 ) -> None:
     await connect(page, line.url, **NEVER)
@@ -128,9 +128,7 @@ async def test_client_reconnects_at_once_when_the_network_is_back(
     await says(page, "one two")
 
 
-async def test_client_reconnects_at_once_when_the_page_becomes_visible(
-    page: Page, line: Line
-) -> None:
+async def test_client_reconnects_at_once_when_page_becomes_visible(page: Page, line: Line) -> None:
     await connect(page, line.url, **NEVER)
     await state(page, "open")
     line.cut()
@@ -145,9 +143,7 @@ async def test_client_reconnects_at_once_when_the_page_becomes_visible(
     await state(page, "open")
 
 
-async def test_dead_connection_is_noticed_when_the_page_becomes_visible(
-    page: Page, line: Line
-) -> None:
+async def test_dead_connection_is_noticed_when_page_becomes_visible(page: Page, line: Line) -> None:
     await connect(page, line.url, heartbeat=10**9, **NEVER)
     await state(page, "open")
     line.deafen()
@@ -181,7 +177,7 @@ async def tell(process: asyncio.subprocess.Process, what: str, **keys: Any) -> A
         return json.loads(await process.stdout.readline())["answer"]
 
 
-async def test_client_reconnects_to_a_restarted_server(page: Page, tmp_path: Path) -> None:
+async def test_client_reconnects_to_restarted_server(page: Page, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"store": f"sqlite:///{tmp_path / 'file'}", "save_interval": 0.01}
     async with stage() as doomed:
         port = (await tell(doomed, "serve", settings=settings))["port"]

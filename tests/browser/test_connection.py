@@ -35,7 +35,7 @@ from tests.support.tools import ROOT
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 
-async def test_reply_continues_after_a_lost_connection(
+async def test_reply_continues_after_lost_connection(
     timed: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await timed.clock.resume()
@@ -66,7 +66,7 @@ async def test_reply_continues_after_a_lost_connection(
     assert said == ["Count", "one two three four", "And on"]
 
 
-async def test_reply_that_ended_while_offline_is_shown_whole(
+async def test_reply_ended_while_offline_is_shown_whole(
     page: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await ask(page, "Count")
@@ -81,7 +81,7 @@ async def test_reply_that_ended_while_offline_is_shown_whole(
     assert len(puppet.replies) == 1
 
 
-async def test_page_reconnects_when_the_network_is_back(
+async def test_page_reconnects_when_network_is_back(
     page: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await ask(page, "Count")
@@ -118,7 +118,7 @@ async def test_turns_of_other_tabs_appear_after_reconnect(
     await expect(timed.locator(".text")).to_have_text(["Reply", "Meanwhile"])
 
 
-async def test_conversation_deleted_while_offline_stays_visible_with_a_note(
+async def test_conversation_deleted_while_offline_stays_visible_with_note(
     timed: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await timed.clock.resume()
@@ -139,7 +139,7 @@ async def test_conversation_deleted_while_offline_stays_visible_with_a_note(
     await expect(alert(timed)).to_be_hidden()
 
 
-async def test_stop_without_a_connection_is_sent_on_reconnect(
+async def test_stop_without_connection_is_sent_on_reconnect(
     timed: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await timed.clock.resume()
@@ -156,7 +156,7 @@ async def test_stop_without_a_connection_is_sent_on_reconnect(
     await closed(model.closed)
 
 
-async def test_prompt_without_a_connection_is_sent_on_reconnect(
+async def test_prompt_without_connection_is_sent_on_reconnect(
     blank: Page,
 ) -> None:
     await blank.add_init_script("Math.random = () => 0")  # no pauses
@@ -187,7 +187,7 @@ async def test_final_close_code_does_not_reconnect(
     model.end()
 
 
-async def test_shutdown_of_the_server_is_shown(
+async def test_server_shutdown_is_shown(
     page: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await ask(page, "Count")
@@ -199,7 +199,7 @@ async def test_shutdown_of_the_server_is_shown(
     await expect(state(page)).to_have_text(re.compile(r"trying again…|Connecting…"))
 
 
-async def test_interrupted_reply_after_a_crash_of_the_server(blank: Page, tmp_path: Path) -> None:
+async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -232,7 +232,7 @@ async def test_interrupted_reply_after_a_crash_of_the_server(blank: Page, tmp_pa
         await expect(first.locator(".note")).to_have_text("Broken off, as the server went away.")
 
 
-async def test_text_after_gap_becomes_what_the_server_has(
+async def test_text_after_gap_is_replaced_by_text_of_server(
     blank: Page, server: wsserver.Server
 ) -> None:
     """A scripted server sends three pieces, dies, and has two of them."""

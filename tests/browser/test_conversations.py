@@ -37,7 +37,7 @@ from wsserver.stores import MemoryStore
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 
-async def test_reload_continues_the_running_reply(page: Page, puppet: Puppet) -> None:
+async def test_page_reload_continues_running_reply(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First")
     await ask(page, "Count")
     model = (await puppet.reply(1)).say("one ", "two ")
@@ -54,7 +54,7 @@ async def test_reload_continues_the_running_reply(page: Page, puppet: Puppet) ->
     assert said == ["First", "Reply", "Count", "one two three", "Third"]
 
 
-async def test_reload_keeps_thinking_model_and_usage(page: Page, puppet: Puppet) -> None:
+async def test_page_reload_keeps_thinking_model_and_usage(page: Page, puppet: Puppet) -> None:
     await ask(page, "Hello")
     model = await puppet.reply()
     model.say(Thinking("A greeting. "), Thinking("I greet back."), "Hi!", Usage(1234, 56)).end()
@@ -69,9 +69,7 @@ async def test_reload_keeps_thinking_model_and_usage(page: Page, puppet: Puppet)
         await expect(text(page)).to_have_text("Hi!")
 
 
-async def test_two_tabs_show_the_same_reply_and_each_can_stop_it(
-    page: Page, puppet: Puppet
-) -> None:
+async def test_two_tabs_show_same_reply_and_each_can_stop_it(page: Page, puppet: Puppet) -> None:
     await ask(page, "Count")
     model = (await puppet.reply()).say("one ")
     await expect(text(page)).to_have_text("one")
@@ -93,7 +91,7 @@ async def test_two_tabs_show_the_same_reply_and_each_can_stop_it(
         await idle(each)
 
 
-async def test_address_contains_the_conversation(page: Page, puppet: Puppet) -> None:
+async def test_address_contains_conversation_id(page: Page, puppet: Puppet) -> None:
     assert "#" not in page.url
     await expect(title(page)).to_have_text("New conversation")
     await converse(page, puppet, "First one", "Reply to the first")
@@ -157,9 +155,7 @@ async def test_unsent_prompt_is_kept_in_its_conversation(
     assert said == ["Second one", "Reply", "Unsent"]
 
 
-async def test_title_being_edited_survives_a_refresh_of_the_list(
-    page: Page, puppet: Puppet
-) -> None:
+async def test_edited_title_survives_list_refresh(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First one")
     tab = await second_tab(page, page.url.partition("#")[0])
     await page.bring_to_front()
@@ -176,7 +172,7 @@ async def test_title_being_edited_survives_a_refresh_of_the_list(
         await expect(rows(each).get_by_role("link")).to_have_text(["Second one", "Half a title"])
 
 
-async def test_address_of_an_unknown_conversation_shows_a_message(
+async def test_address_of_unknown_conversation_shows_message(
     page: Page, server: wsserver.Server
 ) -> None:
     await page.goto(f"{server.page}#{'x' * 32}")
@@ -202,7 +198,7 @@ async def test_history_notes_missing_and_shortened_replies(page: Page, puppet: P
     await expect(page.locator("[aria-busy=true]")).to_have_count(0)
 
 
-async def test_rename_edits_the_title_in_the_list(page: Page, puppet: Puppet) -> None:
+async def test_rename_edits_title_in_list(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First")
     tab = await second_tab(page)
     await rename(page, "  A title of mine ")
@@ -239,7 +235,7 @@ async def test_hidden_idle_page_does_not_reconnect_for_other_tabs(
     assert await state(tab).text_content() == "Idle until you ask"
 
 
-async def test_conversation_deleted_by_another_browser_disappears(
+async def test_conversation_deleted_in_other_browser_disappears(
     page: Page, server: wsserver.Server, puppet: Puppet
 ) -> None:
     await converse(page, puppet, "First")
@@ -251,7 +247,7 @@ async def test_conversation_deleted_by_another_browser_disappears(
     await expect(page.get_by_text("This conversation was deleted.")).to_be_visible()
 
 
-async def test_failed_rename_shows_a_message(
+async def test_failed_rename_shows_message(
     page: Page, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*_: object) -> bool:

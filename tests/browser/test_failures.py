@@ -40,7 +40,7 @@ async def test_failed_reply_shows_text_reason_and_retry(timed: Page, puppet: Pup
         await expect(text(timed)).to_have_text("Whole")
 
 
-async def test_retry_replaces_the_failed_turn_in_every_tab(page: Page, puppet: Puppet) -> None:
+async def test_retry_replaces_failed_turn_in_every_tab(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First")
     await ask(page, "Second")
     (await puppet.reply(1)).say("Half").fail(ModelError(Code.OVERLOADED))
@@ -118,7 +118,7 @@ async def test_early_stop_reason_is_shown(
     await expect(note(page)).to_have_text(says)
 
 
-async def test_refused_prompt_returns_to_the_box(page: Page, puppet: Puppet) -> None:
+async def test_refused_prompt_returns_to_text_box(page: Page, puppet: Puppet) -> None:
     long = "x" * 40_000  # over the prompt_size
     await ask(page, long)
     await expect(note(page)).to_contain_text("The prompt has 40000 bytes; 32768 are allowed.")
@@ -127,9 +127,7 @@ async def test_refused_prompt_returns_to_the_box(page: Page, puppet: Puppet) -> 
     assert puppet.replies == []
 
 
-async def test_prompt_that_closes_the_connection_is_not_sent_again(
-    page: Page, puppet: Puppet
-) -> None:
+async def test_prompt_closing_connection_is_not_resent(page: Page, puppet: Puppet) -> None:
     long = "x" * 70_000  # over the message_size
     await ask(page, long)
     await expect(note(page)).to_have_text("This is too long for the server.")

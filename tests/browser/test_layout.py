@@ -54,7 +54,7 @@ async def test_content_security_policy_blocks_foreign_content(
 
 
 @pytest.mark.parametrize("width", [320, 360, 390])
-async def test_page_fits_a_phone(page: Page, puppet: Puppet, width: int) -> None:
+async def test_page_fits_phone_screen(page: Page, puppet: Puppet, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 844})
     await ask(page, "x" * 300)
     code = f"\n```\n{'w' * 300}\n```\n`{'v' * 300}`"
@@ -84,9 +84,7 @@ async def test_page_follows_dark_mode(page: Page) -> None:
     assert await page.evaluate(colour) != light
 
 
-async def test_page_scrolls_with_the_text_unless_the_reader_scrolled_up(
-    page: Page, puppet: Puppet
-) -> None:
+async def test_page_scrolls_with_text_unless_reader_scrolled_up(page: Page, puppet: Puppet) -> None:
     await page.set_viewport_size({"width": 390, "height": 400})
     jump = page.get_by_role("button", name="Jump to the end")
     await ask(page, "Count")
@@ -125,7 +123,7 @@ async def test_opened_thinking_stays_visible(page: Page, puppet: Puppet) -> None
     await expect(page.get_by_role("button", name="Jump to the end")).to_be_visible()
 
 
-async def test_page_keeps_up_with_a_fast_model(blank: Page) -> None:
+async def test_page_keeps_up_with_fast_model(blank: Page) -> None:
     """Three seconds of 3,000 tokens each, and then as many as fast as they come."""
     words = ["**fast** ", "and `so` ", "on, ", *["word "] * 60, "\n\n", "- item\n", "```py\n"]
     words += ["x = 1\n"] * 20 + ["```\n"]

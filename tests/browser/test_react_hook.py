@@ -75,7 +75,7 @@ async def type_in(page: Page, text: str) -> None:
     await page.get_by_label("Your message").press("Enter")
 
 
-async def test_hook_streams_and_stops_a_reply(
+async def test_hook_streams_and_stops_reply(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -103,7 +103,7 @@ async def test_hook_streams_and_stops_a_reply(
     await expect(button).to_have_text(["Send", "Retry"])
 
 
-async def test_hook_joins_the_running_reply_of_another_page(
+async def test_hook_joins_running_reply_of_other_page(
     page: Page, line: Line, puppet: Puppet, app: str
 ) -> None:
     await connect(page)
@@ -144,7 +144,7 @@ async def two(page: Page, puppet: Puppet) -> None:
 
 
 @pytest.mark.usefixtures("two")
-async def test_hook_clears_messages_when_the_conversation_changes(
+async def test_hook_clears_messages_when_conversation_changes(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url, conversation=A)
@@ -171,7 +171,7 @@ async def test_hook_clears_messages_when_the_conversation_changes(
 
 @pytest.mark.usefixtures("two")
 @pytest.mark.parametrize("other", [B, UNKNOWN, None])
-async def test_hook_hides_the_running_reply_of_the_former_conversation(
+async def test_hook_hides_running_reply_of_former_conversation(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str, other: str | None
 ) -> None:
     await start(page, app, url=server.url, conversation=A)
@@ -213,7 +213,7 @@ async def until_ended(page: Page, server: wsserver.Server) -> None:
     )
 
 
-async def test_hook_reports_the_conversation_for_a_reload(
+async def test_hook_reports_conversation_for_reload(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -237,7 +237,7 @@ async def test_hook_reports_the_conversation_for_a_reload(
     await expect(messages).to_have_count(0)
 
 
-async def test_hook_retry_replaces_the_failed_turn(
+async def test_hook_retry_replaces_failed_turn(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -260,7 +260,7 @@ async def test_hook_retry_replaces_the_failed_turn(
     await expect(messages).to_have_text(["Hello", "whole"])
 
 
-async def test_hook_retry_after_a_refusal(
+async def test_hook_retries_refused_prompt(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)
@@ -275,7 +275,7 @@ async def test_hook_retry_after_a_refusal(
     await expect(messages).to_have_text([long, "(not whole: too_long)", "short", "whole"])
 
 
-async def test_hook_ends_the_reply_after_a_final_close_code(
+async def test_hook_ends_reply_after_final_close_code(
     page: Page, server: wsserver.Server, puppet: Puppet, app: str
 ) -> None:
     await start(page, app, url=server.url)

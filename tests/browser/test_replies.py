@@ -41,7 +41,7 @@ async def test_reply_appears_while_it_streams(page: Page, puppet: Puppet) -> Non
     assert model.request.prompt == "Count"
 
 
-async def test_next_prompt_continues_the_conversation(page: Page, puppet: Puppet) -> None:
+async def test_next_prompt_continues_conversation(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First")
     await converse(page, puppet, "Second", "Another")
     said = [message.content for message in puppet.replies[1].request.messages]
@@ -65,7 +65,7 @@ async def test_stop_closes_upstream_and_next_prompt_works(page: Page, puppet: Pu
     await expect(note(page)).to_be_empty()
 
 
-async def test_escape_stops_the_reply(page: Page, puppet: Puppet) -> None:
+async def test_escape_key_stops_reply(page: Page, puppet: Puppet) -> None:
     await ask(page, "Count")
     model = await puppet.reply()
     await page.keyboard.press("Escape")
@@ -73,7 +73,7 @@ async def test_escape_stops_the_reply(page: Page, puppet: Puppet) -> None:
     await expect(note(page)).to_have_text("Stopped.")
 
 
-async def test_double_click_on_send_does_not_stop_the_reply(page: Page, puppet: Puppet) -> None:
+async def test_double_click_on_send_does_not_stop_reply(page: Page, puppet: Puppet) -> None:
     await box(page).fill("Count")
     await button(page).dblclick()
     (await puppet.reply()).say("one").end()
@@ -82,7 +82,7 @@ async def test_double_click_on_send_does_not_stop_the_reply(page: Page, puppet: 
     await expect(note(page)).to_be_empty()
 
 
-async def test_shift_enter_adds_a_line_and_the_box_grows(page: Page, puppet: Puppet) -> None:
+async def test_shift_enter_adds_line_and_grows_text_box(page: Page, puppet: Puppet) -> None:
     await box(page).fill("one")
     before = await box(page).bounding_box()
     await box(page).press("Shift+Enter")
@@ -127,7 +127,7 @@ async def test_thinking_is_collapsed(page: Page, puppet: Puppet) -> None:
     await expect(reply(page).locator("details")).not_to_be_visible()
 
 
-async def test_copy_buttons_copy_the_reply_and_its_code(page: Page, puppet: Puppet) -> None:
+async def test_copy_buttons_copy_reply_and_code(page: Page, puppet: Puppet) -> None:
     whole = "Here:\n\n```py\nx = 1\n\ny = `2`\n```\nDone."
     await ask(page, "Code")
     (await puppet.reply()).say(whole).end()

@@ -56,7 +56,7 @@ async def ten_lines(blank: Page, server: wsserver.Server, tmp_path: Path) -> Asy
         yield blank
 
 
-async def test_ten_lines_stream_and_stop_a_reply(ten_lines: Page, puppet: Puppet) -> None:
+async def test_ten_line_client_streams_and_stops_reply(ten_lines: Page, puppet: Puppet) -> None:
     output = ten_lines.locator("pre")
     await ten_lines.get_by_label("Prompt").fill("Count")
     await ten_lines.get_by_role("button", name="Send").click()
@@ -90,7 +90,7 @@ ws.onclose = ({ code }) => { document.title = `closed ${code}`; };
         ("evil.test", "evil.test", 421),  # a name that leads here (DNS rebinding)
     ],
 )
-async def test_page_of_a_foreign_origin_is_refused(
+async def test_page_of_foreign_origin_is_refused(
     server: wsserver.Server, tmp_path: Path, page_host: str, server_host: str, status: int
 ) -> None:
     """In a browser for which a foreign name leads to this machine."""
@@ -119,7 +119,7 @@ async def test_page_of_localhost_is_accepted(
         await expect(blank).to_have_title('{"type":"conversations","items":[]}')
 
 
-async def test_first_lines_of_the_readme_stream_a_reply(
+async def test_first_lines_of_readme_stream_reply(
     blank: Page, server: wsserver.Server, puppet: Puppet, tmp_path: Path
 ) -> None:
     readme = (ROOT / "README.md").read_text()
@@ -141,7 +141,7 @@ async def test_first_lines_of_the_readme_stream_a_reply(
         await closed(model.closed)
 
 
-async def test_ten_lines_are_ten() -> None:
+async def test_ten_line_client_has_ten_lines() -> None:
     script = re.findall("<script>\n(.*?)</script>", TEN_LINES.read_text(), re.DOTALL)
     assert [len(found.splitlines()) for found in script] == [10]
     assert wsserver.Settings.load().port == 3001

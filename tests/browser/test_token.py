@@ -10,7 +10,7 @@ from tests.support.puppet import Puppet
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 
-async def test_page_asks_for_a_token_if_the_server_needs_one(puppet: Puppet, blank: Page) -> None:
+async def test_page_asks_for_token_if_server_requires_tokens(puppet: Puppet, blank: Page) -> None:
     async def named(token: str | None, _: object) -> wsserver.Principal | None:
         return wsserver.Principal("ada") if token == "sesame" else None
 
@@ -54,7 +54,7 @@ async def test_page_works_without_local_storage(puppet: Puppet, blank: Page) -> 
         await converse(blank, puppet, "Hello")
 
 
-async def test_token_of_one_tab_is_used_by_the_others(puppet: Puppet, blank: Page) -> None:
+async def test_token_of_one_tab_is_used_by_other_tabs(puppet: Puppet, blank: Page) -> None:
     good = {"old"}
 
     async def named(token: str | None, _: object) -> wsserver.Principal | None:

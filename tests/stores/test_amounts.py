@@ -34,7 +34,7 @@ from wsserver.stores.base import (
 pytestmark = pytest.mark.slow
 
 
-async def test_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
+async def test_held_counts_bytes_and_conversations_of_owner(store: Store) -> None:
     assert await store.amounts("me") == Amounts(0, 0)
     await store.commit([whole(header("1"), "x" * 10_000), whole(header("2"), Thinking("é" * 1000))])
     first = await store.amounts("me")
@@ -62,7 +62,7 @@ async def test_owner_is_told_what_they_have_in_the_store(store: Store) -> None:
     assert await store.amounts("me") == Amounts(0, 0)
 
 
-async def test_conversation_used_last_is_first_though_the_clock_was_set_back(
+async def test_last_used_conversation_is_first_after_clock_set_back(
     store: Store, clock: Clock
 ) -> None:
     for name in "abc":
@@ -79,9 +79,7 @@ async def test_conversation_used_last_is_first_though_the_clock_was_set_back(
     assert [summary.id for summary in page] == ["b"]
 
 
-async def test_conversations_that_were_not_used_for_long_are_told(
-    store: Store, clock: Clock
-) -> None:
+async def test_idle_returns_conversations_unused_since_a_time(store: Store, clock: Clock) -> None:
     for name in "abc":
         await store.commit([whole(header(name, name, owner=f"of {name}"))])
         clock.now += 10
@@ -102,14 +100,12 @@ async def test_probe_changes_nothing(store: Store) -> None:
     ("seconds", "day"),
     [(0.0, 0), (DAY - 0.1, 0), (DAY, 1), (-0.1, -1), (1_700_000_000.5, 19675)],
 )
-def test_day_is_one_in_utc(seconds: float, day: int) -> None:
+def test_day_is_counted_in_utc(seconds: float, day: int) -> None:
     assert day_of(seconds) == day
     assert type(day_of(seconds)) is int
 
 
-async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
-    store: Store, clock: Clock
-) -> None:
+async def test_tokens_count_for_owner_and_day_of_end(store: Store, clock: Clock) -> None:
     assert await tokens_spent(store, "me", 0) == 0
     await store.commit(
         [
@@ -130,7 +126,7 @@ async def test_tokens_are_counted_for_each_owner_and_the_day_of_the_end(
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-async def test_reply_is_counted_when_it_ends_and_not_before(store: Store, clock: Clock) -> None:
+async def test_tokens_count_when_reply_ends(store: Store, clock: Clock) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
     await store.commit([entry(header(), False, 1, ["b"])])
     assert await tokens_spent(store, "me", 0) == 0
@@ -140,7 +136,7 @@ async def test_reply_is_counted_when_it_ends_and_not_before(store: Store, clock:
 
 
 @pytest.mark.parametrize("conversation", ["c", None])
-async def test_what_is_committed_again_is_counted_once(
+async def test_reply_committed_twice_is_counted_once(
     store: Store, clock: Clock, conversation: str | None
 ) -> None:
     asked = header(conversation=conversation)
@@ -156,7 +152,7 @@ async def test_what_is_committed_again_is_counted_once(
 
 
 @pytest.mark.parametrize("repeated", [entry(header(), False, 1, [], done()), whole(header())])
-async def test_to_delete_a_conversation_gives_no_tokens_back(
+async def test_delete_of_conversation_keeps_spent_tokens(
     store: Store, clock: Clock, repeated: Entry
 ) -> None:
     await store.commit([whole(header()), whole(header("h"))])
@@ -168,9 +164,7 @@ async def test_to_delete_a_conversation_gives_no_tokens_back(
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-async def test_reply_that_ends_after_its_conversation_was_deleted_is_counted(
-    store: Store, clock: Clock
-) -> None:
+async def test_reply_ended_after_delete_is_counted(store: Store, clock: Clock) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
     assert await store.delete("c", "me")
     for _ in range(2):
@@ -179,7 +173,7 @@ async def test_reply_that_ends_after_its_conversation_was_deleted_is_counted(
     assert await names(store) == []
 
 
-async def test_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
+async def test_purge_keeps_spent_tokens(store: Store, clock: Clock) -> None:
     asked = header(conversation=None)
     await store.commit([whole(asked), whole(header("h"))])
     await store.purge(1e12)
@@ -188,7 +182,7 @@ async def test_purge_gives_no_tokens_back(store: Store, clock: Clock) -> None:
     assert await tokens_spent(store, "me", 0) == 16
 
 
-async def test_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Clock) -> None:
+async def test_purge_keeps_accounts_of_last_90_days(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1"))])
     clock.now = DAY
     await store.purge(1e12)
@@ -199,16 +193,14 @@ async def test_purge_keeps_the_accounts_of_the_last_days(store: Store, clock: Cl
     assert [await tokens_spent(store, "me", day) for day in (0, 91)] == [0, 8]
 
 
-async def test_what_costs_more_than_can_be_is_counted_as_far_as_can_be(
-    store: Store, clock: Clock
-) -> None:
+async def test_usage_over_maximum_counts_as_maximum(store: Store, clock: Clock) -> None:
     huge = Usage(input_tokens=10**30, cache_read_input_tokens=10**30)
     terminal = done().model_copy(update={"usage": huge})
     await store.commit([whole(header(str(number)), terminal=terminal) for number in range(3)])
     assert await tokens_spent(store, "me", 0) == 3 * 10**12
 
 
-async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> None:
+async def test_concurrent_commits_and_reads_do_not_mix(store: Store) -> None:
     async def converse(name: str) -> None:
         for number in range(5):
             asked = header(f"{name}{number}", name)
@@ -224,13 +216,13 @@ async def test_commits_and_reads_at_the_same_time_do_not_mix(store: Store) -> No
         assert [(turn.id, turn.text) for turn in turns] == [(f"{name}{n}", "ab") for n in range(5)]
 
 
-async def test_store_can_be_closed_twice(store: Store) -> None:
+async def test_second_close_does_nothing(store: Store) -> None:
     await store.close()
     await store.close()
 
 
 @pytest.mark.usefixtures("clock")
-async def test_money_is_counted_by_the_price_of_the_model(store: Store) -> None:
+async def test_cost_is_counted_at_price_of_model(store: Store) -> None:
     usage = Usage(100, 10, 1000, 10_000)
     for name, model in (("1", "claude-sonnet-4-6"), ("2", "claude-opus-5"), ("3", "demo")):
         terminal = done().model_copy(update={"usage": usage})

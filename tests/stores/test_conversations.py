@@ -41,7 +41,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_retry_replaces_the_attempt_in_the_history_and_both_are_found(
+async def test_retry_replaces_turn_in_history_and_both_are_found(
     store: Store,
 ) -> None:
     await store.commit([whole(header("1"), "one")])
@@ -64,9 +64,7 @@ async def test_retry_replaces_the_attempt_in_the_history_and_both_are_found(
 
 
 @pytest.mark.parametrize("retry_of", ["2", "unknown", "y", "o"])
-async def test_retry_replaces_its_owners_attempt_in_its_own_conversation_alone(
-    store: Store, retry_of: str
-) -> None:
+async def test_retry_replaces_only_turn_of_own_conversation(store: Store, retry_of: str) -> None:
     await store.commit(
         [
             whole(header("1"), "one"),
@@ -81,7 +79,7 @@ async def test_retry_replaces_its_owners_attempt_in_its_own_conversation_alone(
     assert [turn.text for turn in (await loaded(store, "c", "you")).turns] == ["yours"]
 
 
-async def test_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: Store) -> None:
+async def test_unsaid_prompt_is_found_but_not_in_history(store: Store) -> None:
     queued = header("2")
     await store.commit([whole(header("1"), "one"), entry(queued, new=True)])
     await store.commit([whole(header("3"), "three")])
@@ -98,7 +96,7 @@ async def test_prompt_that_was_unsaid_is_in_no_history_and_still_found(store: St
     assert ([turn.number for turn in page.turns], page.older) == ([1], False)
 
 
-async def test_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
+async def test_replaced_turn_returns_when_retry_is_unsaid(
     store: Store,
 ) -> None:
     await store.commit([whole(header("1"), "half", terminal=failed(Code.OVERLOADED))])
@@ -109,7 +107,7 @@ async def test_attempt_is_back_in_the_history_when_its_retry_was_unsaid(
     assert await texts(store) == [(1, "half")]
 
 
-async def test_queued_prompt_whose_process_died_is_interrupted_and_costs_nothing(
+async def test_queued_prompt_of_dead_process_is_interrupted_and_free(
     path: Path,
 ) -> None:
     store = SqliteStore(path)
@@ -129,7 +127,7 @@ async def test_queued_prompt_whose_process_died_is_interrupted_and_costs_nothing
     await store.close()
 
 
-async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store) -> None:
+async def test_load_returns_turns_oldest_first_with_prompt_and_reply(store: Store) -> None:
     for number in range(3):
         asked = header(f"g{number}", prompt=f"Question {number}?")
         await store.commit([whole(asked, Thinking("hm"), f"Answer {number}", ".")])
@@ -141,12 +139,12 @@ async def test_turns_come_oldest_first_with_what_was_asked_and_said(store: Store
     assert [turn.number for turn in stored.turns] == [1, 2, 3]
 
 
-async def test_conversation_that_is_unknown_is_none(store: Store) -> None:
+async def test_load_of_unknown_conversation_is_none(store: Store) -> None:
     assert await load(store, "c", "me", 10) is None
     assert await load(store, "c", "me", 10, 5) is None
 
 
-async def test_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
+async def test_load_returns_newest_turns_up_to_limit(store: Store) -> None:
     await store.commit([whole(header(f"g{number}")) for number in range(5)])
     for limit, expected in [(0, ""), (1, "4"), (3, "234"), (5, "01234"), (100, "01234")]:
         stored = await load(store, "c", "me", limit)
@@ -155,7 +153,7 @@ async def test_newest_turns_are_loaded_up_to_the_limit(store: Store) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
-async def test_whole_history_can_be_paged_through(store: Store, size: int) -> None:
+async def test_pages_cover_whole_history(store: Store, size: int) -> None:
     # What is said elsewhere meanwhile leaves no gaps, by which one could tell how much that is.
     await store.commit(
         [
@@ -182,7 +180,7 @@ async def test_whole_history_can_be_paged_through(store: Store, size: int) -> No
     assert numbers == [1, 2, 3, 4, 5, 6, 7]
 
 
-async def test_turns_are_read_newest_first_until_their_bytes_reach_a_bound(store: Store) -> None:
+async def test_load_returns_newest_turns_up_to_size(store: Store) -> None:
     sizes = [10, 1000, 20, 30, 40]
     for number, size in enumerate(sizes, start=1):
         prompt = "é" * (size // 4)  # of two bytes each
@@ -210,7 +208,7 @@ async def test_turns_are_read_newest_first_until_their_bytes_reach_a_bound(store
     assert await read(0, 1) == ([], False)
 
 
-async def test_history_tells_whether_there_are_older_turns(store: Store) -> None:
+async def test_load_tells_whether_older_turns_exist(store: Store) -> None:
     await store.commit([whole(header(f"g{number}")) for number in range(3)])
     for limit, before, older in [(3, None, False), (2, None, True), (2, 3, False), (1, 2, False)]:
         stored = await load(store, "c", "me", limit, before)
@@ -219,7 +217,7 @@ async def test_history_tells_whether_there_are_older_turns(store: Store) -> None
 
 
 @pytest.mark.parametrize("before", [0, 1, -1, -(10**30)])
-async def test_before_the_first_turn_there_are_none(store: Store, before: int) -> None:
+async def test_load_before_first_turn_returns_no_turns(store: Store, before: int) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"))])
     stored = await load(store, "c", "me", 10, before)
     assert stored is not None
@@ -228,7 +226,7 @@ async def test_before_the_first_turn_there_are_none(store: Store, before: int) -
 
 
 @pytest.mark.parametrize("before", [1000, 2**63 - 1, 2**63, 10**30])
-async def test_before_any_later_number_there_are_all_turns(store: Store, before: int) -> None:
+async def test_load_before_larger_number_returns_all_turns(store: Store, before: int) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"))])
     stored = await load(store, "c", "me", 10, before)
     assert stored is not None
@@ -247,7 +245,7 @@ async def test_before_any_later_number_there_are_all_turns(store: Store, before:
         (None, "interrupted"),
     ],
 )
-async def test_turn_says_why_it_is_not_whole(
+async def test_partial_turn_has_reason(
     store: Store, terminal: Terminal | None, why: str | None
 ) -> None:
     await store.commit([entry(header(), True, 0, ["Hi"], terminal)])
@@ -257,21 +255,19 @@ async def test_turn_says_why_it_is_not_whole(
     assert turn.text == "Hi"
 
 
-async def test_turn_in_which_nothing_was_said_has_no_text(store: Store) -> None:
+async def test_turn_without_pieces_has_no_text(store: Store) -> None:
     await store.commit([entry(header(), new=True), whole(header("h"), Thinking("hm"))])
     assert [turn.text for turn in (await loaded(store)).turns] == ["", ""]
 
 
-async def test_conversation_of_someone_else_looks_absent(store: Store) -> None:
+async def test_conversation_of_other_owner_is_not_found(store: Store) -> None:
     await store.commit([whole(header())])
     assert await load(store, "c", "you", 10) is None
     assert await load(store, "c", "", 10, 5) is None
     assert await names(store, "you") == []
 
 
-async def test_two_owners_may_have_a_conversation_of_the_same_id(
-    store: Store, clock: Clock
-) -> None:
+async def test_two_owners_may_use_same_conversation_id(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1", prompt="Mine?"), "a")])
     clock.now = 2000.0
     await store.commit(  # of the same id and even of the same moment, and in turns
@@ -299,7 +295,7 @@ async def test_two_owners_may_have_a_conversation_of_the_same_id(
     assert await listed(store, "you") == [("c", "Yours?", 2000.0, 2000.0)]
 
 
-async def test_what_one_owner_does_the_other_of_the_same_id_does_not_notice(
+async def test_changes_of_one_owner_do_not_affect_other_with_same_id(
     store: Store, clock: Clock
 ) -> None:
     running = header("running")
@@ -352,12 +348,12 @@ async def test_what_one_owner_does_the_other_of_the_same_id_does_not_notice(
         (".\n" * 3, ". . ."),
     ],
 )
-def test_title_is_the_prompt_on_one_line_of_sixty_characters(prompt: str, title: str) -> None:
+def test_title_is_prompt_as_one_line_of_60_characters(prompt: str, title: str) -> None:
     assert title_of(Prompt(prompt=prompt)) == title
     assert 0 < len(title) <= 60
 
 
-async def test_conversation_is_named_after_its_first_prompt(store: Store) -> None:
+async def test_title_comes_from_first_prompt(store: Store) -> None:
     await store.commit([whole(header(prompt="Tell me of\n\n" + "字" * 500))])
     await store.commit([whole(header("h", prompt="Another?"))])
     title = "Tell me of " + "字" * 48 + "…"
@@ -365,11 +361,11 @@ async def test_conversation_is_named_after_its_first_prompt(store: Store) -> Non
     assert [summary.title for summary in await store.list("me", 1, None)] == [title]
 
 
-def test_history_that_the_client_keeps_has_no_title() -> None:
+def test_prompt_with_messages_has_no_title() -> None:
     assert title_of(Prompt(messages=[Message("user", "Hi")])) == ""
 
 
-async def test_messages_of_a_history_have_blocks_model_usage_and_times(store: Store) -> None:
+async def test_history_messages_have_blocks_model_usage_and_times(store: Store) -> None:
     image = Image({"type": "base64", "media_type": "image/png", "data": "aGk="})
     prompt = (Text("What is this?"), image)
     pieces = Pieces(

@@ -34,9 +34,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_full_disk_fails_the_whole_batch_and_nothing_after_it(
-    file: SqliteStore, path: Path
-) -> None:
+async def test_full_disk_fails_whole_batch_and_no_later_one(file: SqliteStore, path: Path) -> None:
     await file.commit([entry(header(), True, 0, ["Hi."]), whole(header("o", None))])
     ((pages,),) = await ask(file.writer, "PRAGMA page_count")
     await ask(file.writer, f"PRAGMA max_page_count = {pages + 2}")
@@ -59,7 +57,7 @@ async def test_full_disk_fails_the_whole_batch_and_nothing_after_it(
     assert await found(file, "h19") == ["x" * 5000]
 
 
-async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: SqliteStore) -> None:
+async def test_unsavable_entry_fails_whole_batch(file: SqliteStore) -> None:
     bad = whole(header("h"), "half a pair: \ud800")
     with pytest.raises(Unsavable) as raised:
         await file.commit([whole(header()), bad, whole(header("i"))])
@@ -70,7 +68,7 @@ async def test_one_entry_that_cannot_be_saved_fails_the_whole_batch(file: Sqlite
     assert await names(file) == ["c"]
 
 
-async def test_no_text_that_cannot_be_asked_for_is_another_error(file: SqliteStore) -> None:
+async def test_lone_surrogate_in_query_is_store_error(file: SqliteStore) -> None:
     for attempt in (
         lambda: file.find("\ud800", "me"),
         lambda: load(file, "\ud800", "me", 1),
@@ -106,7 +104,7 @@ async def all_that_can_be_asked(store: SqliteStore) -> int:
     return failures
 
 
-async def test_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> None:
+async def test_broken_file_raises_only_store_errors(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     for turn in range(3):
@@ -143,7 +141,7 @@ async def test_broken_file_is_a_broken_store_and_nothing_worse(path: Path) -> No
     assert failures > len(breakages) / 2
 
 
-async def test_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None:
+async def test_file_with_invalid_schema_text_is_refused(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.close()
@@ -152,9 +150,7 @@ async def test_file_whose_tables_cannot_be_told_is_refused(path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 50, 4096, 3 * 4096 + 17])
-async def test_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
-    path: Path, size: int
-) -> None:
+async def test_truncated_file_raises_only_store_errors(path: Path, size: int) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header(f"g{n}", f"c{n}"), "text " * 100) for n in range(10)])
@@ -204,7 +200,7 @@ async def test_file_that_was_cut_short_is_a_broken_store_and_nothing_worse(
         ("DROP TABLE piece", "both"),
     ],
 )
-async def test_damage_is_an_error_that_does_not_tell_what_was_said(
+async def test_error_about_damage_has_no_text_of_conversation(
     path: Path, damage: str, fails: str
 ) -> None:
     store = SqliteStore(path)
@@ -237,9 +233,7 @@ async def test_closed_store_fails(file: SqliteStore) -> None:
 
 @pytest.mark.parametrize("suffix", ["", "-wal"])
 @pytest.mark.parametrize("how", ["deleted", "replaced"])
-async def test_file_that_is_gone_fails_what_would_be_written_to_it(
-    path: Path, suffix: str, how: str
-) -> None:
+async def test_writes_to_deleted_or_replaced_file_fail(path: Path, suffix: str, how: str) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header())])
@@ -264,7 +258,7 @@ async def test_file_that_is_gone_fails_what_would_be_written_to_it(
     assert len(query(path, "SELECT * FROM generation")) == 2
 
 
-async def test_damaged_file_is_refused_at_the_start(path: Path) -> None:
+async def test_damaged_file_is_refused_at_start(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header(f"g{n}"), "x" * 10_000) for n in range(100)])
@@ -278,7 +272,7 @@ async def test_damaged_file_is_refused_at_the_start(path: Path) -> None:
     assert ".recover" in message
 
 
-async def test_large_file_is_checked_while_it_is_used(
+async def test_large_file_is_checked_in_background(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = SqliteStore(path)
@@ -304,7 +298,7 @@ async def test_large_file_is_checked_while_it_is_used(
         await store.close()
 
 
-async def test_damage_that_a_read_meets_is_told_by_the_probe(file: SqliteStore) -> None:
+async def test_probe_fails_after_read_finds_damage(file: SqliteStore) -> None:
     await file.probe()
 
     def meet(database: sqlite3.Connection) -> None:

@@ -41,9 +41,7 @@ def traces_in(path: Path, word: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("size", [1, 300, 3000, 100_000])
-async def test_deleted_text_is_in_none_of_the_files(
-    file: SqliteStore, path: Path, size: int
-) -> None:
+async def test_deleted_text_is_in_no_file(file: SqliteStore, path: Path, size: int) -> None:
     def said(number: int, word: str) -> str:
         return f"{word}{number} ".rjust(size, "x")
 
@@ -65,9 +63,7 @@ async def test_deleted_text_is_in_none_of_the_files(
     assert len((await loaded(file, "kept")).turns) == 20
 
 
-async def test_deleted_text_goes_from_the_wal_when_nobody_reads_it_any_more(
-    file: SqliteStore, path: Path
-) -> None:
+async def test_deleted_text_leaves_wal_after_last_reader(file: SqliteStore, path: Path) -> None:
     await file.commit([whole(header(), "Geheimnis")])
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN")
@@ -80,7 +76,7 @@ async def test_deleted_text_goes_from_the_wal_when_nobody_reads_it_any_more(
     assert traces_in(path, b"Geheimnis") == []
 
 
-async def test_delete_does_not_wait_for_another_program_that_reads_the_file(path: Path) -> None:
+async def test_delete_does_not_wait_for_reader_in_other_program(path: Path) -> None:
     store = SqliteStore(path, timeout=3600.0)
     await store.open()
     await store.commit([whole(header(), "Geheimnis")])
@@ -97,7 +93,7 @@ async def test_delete_does_not_wait_for_another_program_that_reads_the_file(path
     await store.close()
 
 
-async def test_large_conversation_is_deleted_in_steps_between_which_others_write(
+async def test_large_delete_lets_other_writes_run_between_steps(
     file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "DELETED_AT_ONCE", 50_000)
@@ -116,7 +112,7 @@ async def test_large_conversation_is_deleted_in_steps_between_which_others_write
     assert await names(file) == ["o"]
 
 
-async def test_deletes_at_once_empty_the_wal_together_and_none_is_refused(
+async def test_concurrent_deletes_share_wal_truncation(
     file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fair, "MOST_WAITING", 30)
@@ -146,7 +142,7 @@ async def test_deletes_at_once_empty_the_wal_together_and_none_is_refused(
     assert traces_in(path, b"Geheimnis") == []
 
 
-async def test_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
+async def test_delete_interrupted_by_crash_is_finished_at_start(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
@@ -179,7 +175,7 @@ async def test_delete_that_a_crash_has_cut_short_is_finished_at_the_next_start(
     await store.close()
 
 
-async def test_turn_that_is_accepted_after_half_a_delete_is_kept(
+async def test_turn_accepted_after_interrupted_delete_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SqliteStore(path)
@@ -194,9 +190,7 @@ async def test_turn_that_is_accepted_after_half_a_delete_is_kept(
 
 
 @pytest.mark.parametrize("size", [1, 100, 2000, 50_000])
-async def test_what_an_owner_has_is_about_what_it_takes_on_the_disk(
-    file: SqliteStore, path: Path, size: int
-) -> None:
+async def test_held_bytes_match_file_size(file: SqliteStore, path: Path, size: int) -> None:
     count = max(40, 400_000 // size // 10)
     for number in range(count):
         pieces = [f"{word} " for word in ("x" * size).replace("xxxxx", "xxxx ").split()]

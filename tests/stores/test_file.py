@@ -36,7 +36,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_file_is_set_up_for_readers_beside_a_writer(file: SqliteStore, path: Path) -> None:
+async def test_file_uses_wal_and_foreign_keys(file: SqliteStore, path: Path) -> None:
     assert query(path, "PRAGMA journal_mode") == [("wal",)]
     assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     for connection in (file.writer, file.reader):
@@ -45,7 +45,7 @@ async def test_file_is_set_up_for_readers_beside_a_writer(file: SqliteStore, pat
         assert await ask(connection, "PRAGMA busy_timeout") == [(10,)]
 
 
-async def test_one_file_remains_once_it_is_closed_beside_the_lock(path: Path) -> None:
+async def test_close_leaves_database_and_lock_file_only(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header())])
@@ -53,7 +53,7 @@ async def test_one_file_remains_once_it_is_closed_beside_the_lock(path: Path) ->
     assert {found.name for found in path.parent.iterdir()} == {"chat.db", "chat.db.lock"}
 
 
-async def test_missing_folders_are_made(tmp_path: Path) -> None:
+async def test_missing_folders_are_created(tmp_path: Path) -> None:
     path = tmp_path / "some" / "where" / "chat.db"
     store = SqliteStore(path)
     await store.open()
@@ -70,7 +70,7 @@ async def test_empty_file_is_migrated(path: Path) -> None:
     await store.close()
 
 
-async def test_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
+async def test_file_of_older_version_is_migrated_with_data(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SqliteStore(path)
@@ -86,7 +86,7 @@ async def test_file_of_an_older_version_is_migrated_and_keeps_what_it_has(
     assert query(path, "SELECT * FROM sqlite_master WHERE name LIKE 'later%'") == []
 
 
-async def test_file_from_before_tokens_were_counted_is_migrated(path: Path, clock: Clock) -> None:
+async def test_file_of_version_1_is_migrated(path: Path, clock: Clock) -> None:
     prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
     for statement in [
         *MIGRATIONS[0].split(";"),
@@ -111,7 +111,7 @@ async def test_file_from_before_tokens_were_counted_is_migrated(path: Path, cloc
     check(path)
 
 
-async def test_file_from_before_ids_were_their_owners_is_migrated(path: Path, clock: Clock) -> None:
+async def test_file_of_version_2_is_migrated(path: Path, clock: Clock) -> None:
     prompt, end = '{"prompt": "Hello?"}', done().model_dump_json(exclude_none=True)
     database = sqlite3.connect(path)
     database.executescript("".join(MIGRATIONS[:2]))
@@ -191,7 +191,7 @@ async def test_file_from_before_ids_were_their_owners_is_migrated(path: Path, cl
     assert query(path, tables) == query(new, tables)
 
 
-async def test_nothing_looks_at_all_that_there_is(file: SqliteStore, path: Path) -> None:
+async def test_statements_scan_no_whole_table(file: SqliteStore, path: Path) -> None:
     statements = await trace(file.writer)
     await trace(file.reader, statements)
     await file.commit([whole(header()), whole(header("o", None))])
@@ -209,7 +209,7 @@ async def test_nothing_looks_at_all_that_there_is(file: SqliteStore, path: Path)
             assert not re.match("SCAN (TABLE )?[a-z]", step[-1]), (statement, step)
 
 
-async def test_migration_that_fails_changes_nothing(
+async def test_failed_migration_changes_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = SqliteStore(path)
@@ -221,7 +221,7 @@ async def test_migration_that_fails_changes_nothing(
     await store.close()
 
 
-async def test_file_of_a_later_version_is_refused_and_left_alone(path: Path) -> None:
+async def test_file_of_later_version_is_refused_unchanged(path: Path) -> None:
     query(path, "PRAGMA user_version = 99")
     before = path.read_bytes()
     message = await refused(SqliteStore(path))
@@ -231,9 +231,7 @@ async def test_file_of_a_later_version_is_refused_and_left_alone(path: Path) -> 
 
 
 @pytest.mark.parametrize("statement", ["CREATE TABLE theirs (x)", "PRAGMA user_version = -1"])
-async def test_database_of_another_program_is_refused_and_left_alone(
-    path: Path, statement: str
-) -> None:
+async def test_database_of_other_program_is_refused_unchanged(path: Path, statement: str) -> None:
     query(path, statement)
     before = path.read_bytes()
     message = await refused(SqliteStore(path))
@@ -245,9 +243,7 @@ async def test_database_of_another_program_is_refused_and_left_alone(
 @pytest.mark.parametrize(
     "content", [b"Dear diary,\n" * 100, b"Dear diary,\n" * 1000, b"SQLite format 3\0" + b"x" * 84]
 )
-async def test_file_that_is_no_database_is_refused_and_left_alone(
-    path: Path, content: bytes
-) -> None:
+async def test_file_of_other_format_is_refused_unchanged(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     assert str(path) in await refused(SqliteStore(path))
     assert path.read_bytes() == content
@@ -266,13 +262,13 @@ async def test_folder_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [folder]
 
 
-async def test_path_below_a_file_is_refused(tmp_path: Path) -> None:
+async def test_path_below_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "chat.db", tmp_path / "file" / "deeper" / "chat.db"):
         assert str(path) in await refused(SqliteStore(path))
 
 
-async def test_link_that_leads_to_itself_is_refused_before_any_thread_begins(
+async def test_link_to_itself_is_refused_before_database_is_opened(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite3, "connect", None)
@@ -280,13 +276,13 @@ async def test_link_that_leads_to_itself_is_refused_before_any_thread_begins(
     assert str(path) in await refused(SqliteStore(path))
 
 
-async def test_lock_that_cannot_be_made_is_told(path: Path) -> None:
+async def test_error_names_unusable_lock_file(path: Path) -> None:
     path.with_name("chat.db.lock").mkdir()
     assert "chat.db.lock" in await refused(SqliteStore(path))
 
 
 @pytest.mark.parametrize("exists", [True, False])
-async def test_file_that_cannot_be_written_is_refused(
+async def test_read_only_file_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
     # SQLite is told so, as a file's permissions do not bind whoever is root.
@@ -309,7 +305,7 @@ async def test_file_that_cannot_be_written_is_refused(
 
 
 @pytest.mark.parametrize("what", ["chat.db", "chat.db.lock", "."])
-async def test_permissions_that_are_missing_are_told(path: Path, what: str) -> None:
+async def test_error_names_file_with_missing_permission(path: Path, what: str) -> None:
     store = SqliteStore(path)
     if what != ".":
         await store.open()

@@ -33,7 +33,7 @@ from wsserver.stores.base import (
 pytestmark = pytest.mark.slow
 
 
-async def test_what_was_committed_in_one_batch_is_found(store: Store) -> None:
+async def test_generations_of_one_batch_are_found(store: Store) -> None:
     asked = header()
     await store.commit([whole(asked, "Hi", " there.")])
     stored = await store.find("g", "me")
@@ -43,7 +43,7 @@ async def test_what_was_committed_in_one_batch_is_found(store: Store) -> None:
     assert stored.terminal == done()
 
 
-async def test_what_was_committed_bit_by_bit_is_found_as_a_whole(store: Store) -> None:
+async def test_generation_committed_in_parts_is_found_whole(store: Store) -> None:
     asked = header()
     batches = [
         entry(asked, new=True),
@@ -63,7 +63,7 @@ async def test_what_was_committed_bit_by_bit_is_found_as_a_whole(store: Store) -
     assert turn.text == "acd"
 
 
-async def test_several_entries_of_one_generation_may_be_in_a_batch(store: Store) -> None:
+async def test_batch_may_have_several_entries_of_one_generation(store: Store) -> None:
     asked = header()
     await store.commit(
         [
@@ -76,19 +76,19 @@ async def test_several_entries_of_one_generation_may_be_in_a_batch(store: Store)
     assert await found(store) == ["a", "b", "c"]
 
 
-async def test_end_may_come_without_a_number_or_pieces(store: Store) -> None:
+async def test_terminal_may_be_committed_without_pieces(store: Store) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
     await store.commit([entry(header(), terminal=done())])
     assert await found(store) == ["a"]
 
 
-async def test_nothing_to_commit_is_no_error(store: Store) -> None:
+async def test_empty_batch_is_accepted(store: Store) -> None:
     await store.commit([])
     assert await names(store) == []
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-async def test_pieces_come_back_exactly_and_each_of_its_kind(store: Store, size: int) -> None:
+async def test_pieces_are_read_back_exactly_with_their_kinds(store: Store, size: int) -> None:
     asked = header()
     await store.commit([entry(asked, new=True)])
     for after in range(0, len(PIECES), size):
@@ -109,7 +109,7 @@ async def test_thousand_pieces_stay_in_order(store: Store) -> None:
     assert await found(store) == pieces
 
 
-async def test_prompt_comes_back_with_all_its_keys(store: Store) -> None:
+async def test_prompt_is_read_back_with_all_keys(store: Store) -> None:
     prompt = Prompt(
         prompt="line one\nline two\0 🎈 \\",
         id="g" * 16,
@@ -161,14 +161,14 @@ async def test_prompt_comes_back_with_all_its_keys(store: Store) -> None:
     ],
     ids=["done", "max_tokens", "stopped", "all of done", "error", "all of error"],
 )
-async def test_terminal_comes_back_as_it_was(store: Store, terminal: Terminal) -> None:
+async def test_terminal_is_read_back_unchanged(store: Store, terminal: Terminal) -> None:
     await store.commit([whole(header(), terminal=terminal)])
     stored = await store.find("g", "me")
     assert isinstance(stored, StoredGeneration)
     assert stored.terminal == terminal
 
 
-async def test_to_commit_the_same_again_is_harmless(store: Store) -> None:
+async def test_repeated_commit_changes_nothing(store: Store) -> None:
     asked, outside = header(), header("o", None)
     first = [entry(asked, True, 0, ["a", "b"]), entry(outside, True, 0, ["x"])]
     then = [entry(asked, False, 2, ["c"], done()), entry(outside, False, 1, ["y"], done())]
@@ -180,7 +180,7 @@ async def test_to_commit_the_same_again_is_harmless(store: Store) -> None:
     assert [(turn.text, turn.partial) for turn in stored.turns] == [("abc", None)]
 
 
-async def test_what_failed_to_be_saved_may_come_again_with_more(store: Store) -> None:
+async def test_overlapping_entries_are_saved_once(store: Store) -> None:
     asked = header()
     await store.commit([entry(asked, True, 0, ["a"])])
     await store.commit([entry(asked, True, 0, ["a", "b"])])
@@ -191,7 +191,7 @@ async def test_what_failed_to_be_saved_may_come_again_with_more(store: Store) ->
     assert await found(store) == ["a", "b", "c", "d"]
 
 
-async def test_id_that_comes_again_finds_the_latest(store: Store) -> None:
+async def test_find_returns_latest_generation_of_reused_id(store: Store) -> None:
     old, new = header(began=1.0), header(began=2.0, prompt="And now?")
     await store.commit([whole(old, "old")])
     await store.commit([whole(new, "new")])
@@ -201,7 +201,7 @@ async def test_id_that_comes_again_finds_the_latest(store: Store) -> None:
     assert [turn.text for turn in (await loaded(store)).turns] == ["old", "new"]
 
 
-async def test_older_generation_of_an_id_still_gets_its_end(store: Store) -> None:
+async def test_older_generation_of_reused_id_gets_its_terminal(store: Store) -> None:
     old, new = header(began=1.0), header(began=2.0)
     await store.commit([entry(old, True, 0, ["old"]), entry(new, True, 0, ["new"])])
     await store.commit([entry(old, False, 1, ["er"], done("stopped", "client"))])
@@ -213,21 +213,21 @@ async def test_older_generation_of_an_id_still_gets_its_end(store: Store) -> Non
     ]
 
 
-async def test_generation_of_someone_else_looks_absent(store: Store) -> None:
+async def test_generation_of_other_owner_is_not_found(store: Store) -> None:
     await store.commit([whole(header())])
     assert await store.find("g", "you") is None
     assert await store.find("g", "") is None
     assert await store.find("unknown", "me") is None
 
 
-async def test_id_belongs_to_each_owner_alone(store: Store) -> None:
+async def test_owners_may_use_same_generation_id(store: Store) -> None:
     await store.commit([whole(header(conversation="a"), "mine")])
     await store.commit([whole(header(conversation="b", owner="you"), "yours")])
     assert await found(store) == ["mine"]
     assert await found(store, owner="you") == ["yours"]
 
 
-async def test_generation_that_has_not_ended_is_found(store: Store) -> None:
+async def test_running_generation_is_found(store: Store) -> None:
     await store.commit([entry(header(began=1.0), True, 0, ["a"])])
     stored = await store.find("g", "me")
     assert isinstance(stored, StoredGeneration)
@@ -235,7 +235,7 @@ async def test_generation_that_has_not_ended_is_found(store: Store) -> None:
     assert stored.terminal is None
 
 
-async def test_generation_outside_of_conversations_is_only_found(store: Store) -> None:
+async def test_generation_without_conversation_is_found_but_not_listed(store: Store) -> None:
     asked = header(conversation=None)
     await store.commit([whole(asked, "Hi.")])
     stored = await store.find("g", "me")
@@ -246,7 +246,7 @@ async def test_generation_outside_of_conversations_is_only_found(store: Store) -
     assert await load(store, "c", "me", 10) is None
 
 
-async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
+async def test_caller_may_change_returned_objects(store: Store) -> None:
     said = ["a"]
     await store.commit([entry(header(), True, 0, said)])
     said.append("b")
@@ -258,7 +258,7 @@ async def test_what_is_returned_is_the_callers_own(store: Store) -> None:
     assert len((await loaded(store)).turns) == 1
 
 
-async def test_generation_is_found_for_as_long_as_it_is_stored(store: Store, clock: Clock) -> None:
+async def test_generation_is_found_until_delete(store: Store, clock: Clock) -> None:
     await store.commit([whole(header(), "a", Thinking("b"), "c")])
     clock.now += 365 * DAY
     await store.purge(clock.now)
@@ -267,9 +267,7 @@ async def test_generation_is_found_for_as_long_as_it_is_stored(store: Store, clo
     assert kinds(stored) == kinds(["a", Thinking("b"), "c"])
 
 
-async def test_deleted_conversation_leaves_traces_of_its_generations(
-    store: Store, clock: Clock
-) -> None:
+async def test_delete_leaves_traces_of_generations(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1")), entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("1", owner="you"))])
     clock.now = 2000.0
@@ -279,9 +277,7 @@ async def test_deleted_conversation_leaves_traces_of_its_generations(
     assert await trace_of(store, "2", "you") is None
 
 
-async def test_purged_generation_leaves_a_trace_until_its_time_is_up(
-    store: Store, clock: Clock
-) -> None:
+async def test_purge_leaves_trace_for_trace_kept_seconds(store: Store, clock: Clock) -> None:
     await store.commit([whole(header(conversation=None))])
     clock.now = 2000.0
     await store.purge(clock.now)
@@ -294,7 +290,7 @@ async def test_purged_generation_leaves_a_trace_until_its_time_is_up(
     assert await trace_of(store) is None
 
 
-async def test_owner_has_so_many_traces_and_the_oldest_are_dropped_first(
+async def test_oldest_traces_of_owner_are_dropped_over_limit(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsserver.stores.memory.TRACES", 3)
@@ -318,7 +314,7 @@ async def test_owner_has_so_many_traces_and_the_oldest_are_dropped_first(
     assert [await trace_of(store, f"y{number}", "you") for number in range(2)] == [1000.0] * 2
 
 
-async def test_id_that_was_forgotten_can_come_again(store: Store) -> None:
+async def test_forgotten_id_may_be_reused(store: Store) -> None:
     await store.commit([whole(header(conversation=None, began=1.0))])
     await store.purge(1e12)
     await store.commit([whole(header(began=2.0), "again")])

@@ -29,7 +29,7 @@ from wsserver.stores.base import (
 pytestmark = pytest.mark.slow
 
 
-async def test_memory_drops_the_conversation_that_was_idle_for_longest() -> None:
+async def test_longest_idle_conversation_is_dropped_over_limit() -> None:
     store = MemoryStore(2)
     await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
     await store.commit([entry(header("3", "a"), True, 0, ["x"])])
@@ -44,7 +44,7 @@ async def test_memory_drops_the_conversation_that_was_idle_for_longest() -> None
     assert await found(store, "4") == ["Hi."]
 
 
-async def test_memory_drops_a_conversation_and_not_another_owners_of_the_same_id() -> None:
+async def test_drop_keeps_conversation_of_other_owner_with_same_id() -> None:
     store = MemoryStore(2)
     await store.commit([whole(header()), whole(header(owner="you")), whole(header("h", "d"))])
     assert await names(store) == ["d"]
@@ -52,7 +52,7 @@ async def test_memory_drops_a_conversation_and_not_another_owners_of_the_same_id
     assert (await found(store), await found(store, owner="you")) == (None, ["Hi."])
 
 
-async def test_memory_drops_what_is_said_in_a_conversation_that_it_dropped() -> None:
+async def test_pieces_of_dropped_conversation_are_not_kept() -> None:
     store = MemoryStore(1)
     await store.commit([entry(header("1", "a"), new=True), entry(header("2", "b"), new=True)])
     await store.commit([entry(header("1", "a"), False, 0, ["x"], done())])
@@ -60,7 +60,7 @@ async def test_memory_drops_what_is_said_in_a_conversation_that_it_dropped() -> 
     assert await found(store, "1") is None
 
 
-async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
+async def test_accounts_are_kept_for_today_and_yesterday(clock: Clock) -> None:
     store = MemoryStore(1)
     for day in range(5):
         clock.now = day * DAY
@@ -70,7 +70,7 @@ async def test_memory_counts_for_today_and_yesterday(clock: Clock) -> None:
     assert [await tokens_spent(store, "me", day) for day in range(6)] == [0, 0, 0, 16, 16, 0]
 
 
-async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
+async def test_oldest_content_is_dropped_first_over_memory_limit() -> None:
     memory = Memory(100_000)
     store = MemoryStore(memory=memory)
     for name in "abc":
@@ -91,7 +91,7 @@ async def test_memory_drops_by_bytes_what_is_cheapest_to_lose_first() -> None:
     assert (memory.used, await store.amounts("me")) == (0, Amounts(0, 0))
 
 
-async def test_memory_counts_what_it_holds_as_it_is() -> None:
+async def test_counted_bytes_match_allocated_memory() -> None:
     memory = Memory(10**9)
     store = MemoryStore(memory=memory)
     chance = random.Random(3)
@@ -111,7 +111,7 @@ async def test_memory_counts_what_it_holds_as_it_is() -> None:
         assert 0.8 < grown / held < 1.3, (text[:2], grown, held)
 
 
-async def test_memory_lists_a_page_without_looking_at_the_other_conversations() -> None:
+async def test_cost_of_a_page_does_not_grow_with_conversations() -> None:
     async def work_beside(others: int) -> int:
         store = MemoryStore()
         await store.commit([whole(header(f"g{n}", f"c{n}")) for n in range(others)])
@@ -127,7 +127,7 @@ async def test_memory_lists_a_page_without_looking_at_the_other_conversations() 
     assert await work_beside(5000) < 1.1 * await work_beside(50)
 
 
-async def test_memory_purges_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_purge_runs_in_bounded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsserver.stores.memory.PURGED_AT_ONCE", 2)
     store = MemoryStore()
     await store.commit([whole(header(f"g{n}", None)) for n in range(5)])
@@ -142,7 +142,9 @@ async def test_memory_purges_in_small_steps(monkeypatch: pytest.MonkeyPatch) -> 
     assert (left, await kept()) == ([8, 6], 5)
 
 
-async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_oldest_traces_of_all_owners_are_dropped_over_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("wsserver.stores.memory.ALL_TRACES", 3)
     store = MemoryStore()
     for number in range(5):
@@ -157,7 +159,7 @@ async def test_memory_has_so_many_traces_of_all_owners(monkeypatch: pytest.Monke
     ]
 
 
-async def test_memory_keeps_nothing_of_owners_whose_content_was_deleted(
+async def test_owner_without_content_uses_no_memory(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     monkeypatch.setattr("wsserver.stores.memory.ALL_TRACES", 3)

@@ -47,7 +47,7 @@ def told(turn: Turn) -> tuple[Any, ...]:
     return turn.number, turn.id.removesuffix("-generation"), turn.reply.blocks, turn.partial
 
 
-async def test_conversations_of_an_old_file_are_whole(old: Path) -> None:
+async def test_old_file_keeps_conversations(old: Path) -> None:
     assert query(old, "PRAGMA user_version") == [(6,)]
     store = SqliteStore(old)
     for _ in range(2):
@@ -86,7 +86,7 @@ async def test_conversations_of_an_old_file_are_whole(old: Path) -> None:
     check(old)
 
 
-async def test_generations_of_an_old_file_are_whole(old: Path) -> None:
+async def test_old_file_keeps_generations(old: Path) -> None:
     store = SqliteStore(old)
     await store.open()
     whole = await find(store, "whole")
@@ -133,7 +133,7 @@ async def test_generations_of_an_old_file_are_whole(old: Path) -> None:
     await store.close()
 
 
-async def test_bytes_and_costs_of_an_old_file_stay(old: Path) -> None:
+async def test_old_file_keeps_held_bytes_and_costs(old: Path) -> None:
     store = SqliteStore(old)
     await store.open()
     ((bytes_, sizes),) = query(
@@ -151,9 +151,7 @@ async def test_bytes_and_costs_of_an_old_file_stay(old: Path) -> None:
 
 
 @pytest.mark.parametrize("table", ["generation", "conversation"])
-async def test_old_file_becomes_as_one_of_this_version(
-    old: Path, tmp_path: Path, table: str
-) -> None:
+async def test_migrated_file_has_columns_of_new_file(old: Path, tmp_path: Path, table: str) -> None:
     store = SqliteStore(old)
     await store.open()
     await store.close()
@@ -165,7 +163,7 @@ async def test_old_file_becomes_as_one_of_this_version(
     assert query(old, columns) == query(new, columns)
 
 
-async def test_record_of_a_later_version_is_refused(old: Path) -> None:
+async def test_record_of_later_version_is_refused(old: Path) -> None:
     store = SqliteStore(old)
     await store.open()
     query(old, 'UPDATE generation SET prompt = \'{"v": 3, "secret": 1}\' WHERE number = 1')

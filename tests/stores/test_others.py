@@ -40,7 +40,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_file_has_one_store_at_a_time(file: SqliteStore, path: Path) -> None:
+async def test_second_store_of_same_file_is_refused(file: SqliteStore, path: Path) -> None:
     other = SqliteStore(path)
     message = await refused(other)
     assert "another server" in message
@@ -53,14 +53,14 @@ async def test_file_has_one_store_at_a_time(file: SqliteStore, path: Path) -> No
     await other.close()
 
 
-async def test_store_that_is_open_cannot_be_opened_again(file: SqliteStore) -> None:
+async def test_open_store_cannot_be_opened_again(file: SqliteStore) -> None:
     with pytest.raises(ConfigError, match="another server"):
         await file.open()
     await file.commit([whole(header())])
     assert await found(file) == ["Hi."]
 
 
-async def test_file_is_the_same_by_any_name(file: SqliteStore, path: Path) -> None:
+async def test_file_is_locked_under_any_path(file: SqliteStore, path: Path) -> None:
     link = path.with_name("link.db")
     link.symlink_to(path)
     assert "another server" in await refused(SqliteStore(link))
@@ -70,7 +70,7 @@ async def test_file_is_the_same_by_any_name(file: SqliteStore, path: Path) -> No
     assert "another server" in await refused(SqliteStore(path.parent / "x" / ".." / "chat.db"))
 
 
-async def test_store_does_not_move_with_the_current_folder(
+async def test_relative_path_is_resolved_when_store_is_made(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(path.parent)
@@ -81,7 +81,7 @@ async def test_store_does_not_move_with_the_current_folder(
     assert path.is_file()
 
 
-async def test_lock_of_a_process_that_was_killed_is_free_and_its_commits_are_there(
+async def test_killed_process_frees_lock_and_keeps_commits(
     path: Path,
 ) -> None:
     script = f"""
@@ -127,7 +127,7 @@ asyncio.run(main())
     check(path)
 
 
-async def test_one_that_died_with_its_process_is_purged_in_time(
+async def test_generation_of_dead_process_is_purged_in_time(
     file: SqliteStore, clock: Clock
 ) -> None:
     await file.commit([entry(header(conversation=None), True, 0, ["a"])])
@@ -140,9 +140,7 @@ async def test_one_that_died_with_its_process_is_purged_in_time(
     assert await found(file) is None
 
 
-async def test_one_that_died_with_its_process_costs_what_its_model_does(
-    path: Path, clock: Clock
-) -> None:
+async def test_generation_of_dead_process_costs_price_of_model(path: Path, clock: Clock) -> None:
     file = SqliteStore(path, prices=Prices(["dear=1/100"]))
     await file.open()
     dear = replace(header("dear", None), model="dear")
@@ -153,7 +151,7 @@ async def test_one_that_died_with_its_process_costs_what_its_model_does(
     await file.close()
 
 
-async def test_one_that_died_with_its_process_is_counted_as_what_it_said(
+async def test_generation_of_dead_process_is_charged_for_its_text(
     file: SqliteStore, clock: Clock
 ) -> None:
     await file.commit([whole(header("ended", None))])
@@ -170,7 +168,7 @@ async def test_one_that_died_with_its_process_is_counted_as_what_it_said(
 
 
 @pytest.mark.parametrize("texts", ["'[\"secret'", "x'ff'", "CAST(x'ff' AS TEXT)", "'{}'", "5"])
-async def test_one_that_died_and_is_damaged_is_not_in_the_way_of_the_others(
+async def test_damaged_generation_of_dead_process_does_not_stop_start(
     file: SqliteStore, path: Path, clock: Clock, texts: str
 ) -> None:
     await file.commit([entry(header("g"), True, 0, ["a"]), entry(header("h"), True, 0, ["b"])])
@@ -181,7 +179,7 @@ async def test_one_that_died_and_is_damaged_is_not_in_the_way_of_the_others(
     assert await found(file, "h") == ["b"]
 
 
-async def test_those_that_died_are_found_without_looking_at_all_others(
+async def test_generations_of_dead_process_are_found_by_index(
     file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statements: list[str] = []
@@ -203,7 +201,7 @@ async def test_those_that_died_are_found_without_looking_at_all_others(
     ]
 
 
-async def test_accounts_are_kept_for_ninety_days_and_purged_by_and_by(
+async def test_accounts_are_kept_for_90_days_and_purged_in_steps(
     file: SqliteStore, path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
@@ -222,9 +220,7 @@ async def test_accounts_are_kept_for_ninety_days_and_purged_by_and_by(
     assert [await tokens_spent(file, "4", day) for day in (0, 1)] == [0, 8]
 
 
-async def test_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
-    file: SqliteStore, path: Path
-) -> None:
+async def test_writes_fail_while_other_program_locks_file(file: SqliteStore, path: Path) -> None:
     await file.commit([whole(header())])
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
@@ -246,7 +242,7 @@ async def test_lock_of_another_program_fails_writes_for_as_long_as_it_lasts(
     assert await found(file, "h") == ["Hi."]
 
 
-async def test_lock_of_another_program_is_waited_for(path: Path) -> None:
+async def test_write_waits_for_lock_of_other_program(path: Path) -> None:
     store = SqliteStore(path, timeout=SECONDS)
     await store.open()
     other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -264,7 +260,7 @@ async def test_lock_of_another_program_is_waited_for(path: Path) -> None:
     await store.close()
 
 
-async def test_file_that_another_program_has_locked_is_refused_until_it_is_free(
+async def test_file_locked_by_other_program_is_refused_until_free(
     path: Path,
 ) -> None:
     store = SqliteStore(path, timeout=0.01)

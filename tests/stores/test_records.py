@@ -40,7 +40,7 @@ def test_packed_pieces_are_unpacked(given_pieces: list[Piece]) -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.text(min_size=1, max_size=5)), max_size=20))
-def test_blocks_are_those_of_the_pieces(said: list[tuple[bool, str]]) -> None:
+def test_blocks_of_packed_pieces_equal_blocks_of_pieces(said: list[tuple[bool, str]]) -> None:
     given_pieces = Pieces()
     for number, (thinking, text) in enumerate(said):
         given_pieces.extend("thinking" if thinking else "text", number // 3 * 2 + thinking, [text])
@@ -48,16 +48,14 @@ def test_blocks_are_those_of_the_pieces(said: list[tuple[bool, str]]) -> None:
 
 
 @given(pieces, st.lists(st.integers(0, 30), max_size=5))
-def test_batches_make_the_pieces_however_they_are_cut(
-    given_pieces: list[Piece], cuts: list[int]
-) -> None:
+def test_batches_of_any_size_give_same_pieces(given_pieces: list[Piece], cuts: list[int]) -> None:
     whole, read = Pieces(given_pieces), Pieces()
     for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), 30], strict=True):
         parse_batch(dump_batch(Pieces(list(whole)[start:end])), read, min(start, len(whole)))
     assert list(read) == given_pieces
 
 
-def test_first_version_told_thinking_by_negative_lengths() -> None:
+def test_records_of_version_1_are_read() -> None:
     packed = Packed("abc", "xyz", "[1,-3,-2,2]", None)
     assert list(packed.pieces()) == [
         ("text", 0, "a"),
@@ -138,7 +136,7 @@ def test_unknown_version_is_refused(version: Any) -> None:
 
 
 @pytest.mark.parametrize("record", ["[]", "5", "{", '{"v":2,"messages":[{"role":"x"}]}'])
-def test_damaged_prompt_is_a_value_error(record: str) -> None:
+def test_damaged_prompt_raises_value_error(record: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         parse_prompt(record)
 
@@ -157,12 +155,12 @@ def test_damaged_prompt_is_a_value_error(record: str) -> None:
         '{"v":2,"runs":[[["text"],0,["a"]]]}',
     ],
 )
-def test_damaged_batch_is_a_value_error(record: str) -> None:
+def test_damaged_batch_raises_value_error(record: str) -> None:
     with pytest.raises(ValueError, match=r"^a batch of pieces is damaged$"):
         parse_batch(record, Pieces(), 0)
 
 
 @pytest.mark.parametrize("runs", ["5", "[5]", '[["text",0]]', '[[["text"],0,1]]', '[["text",0,9]]'])
-def test_damaged_runs_are_a_value_error(runs: str) -> None:
+def test_damaged_runs_raise_value_error(runs: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Packed("a", "b", "[1,1]", runs).pieces()

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-async def test_reply_goes_on_after_the_other_owner_of_the_same_id_deleted_theirs(
+async def test_reply_continues_after_other_owner_deletes_same_id(
     store: Store,
 ) -> None:
     await store.commit([whole(header(owner="you")), entry(header(), True, 0, ["a"])])
@@ -54,9 +54,7 @@ async def test_conversations_are_listed_newest_first(store: Store, clock: Clock)
     ]
 
 
-async def test_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_between(
-    store: Store, clock: Clock
-) -> None:
+async def test_conversation_is_used_when_turn_begins_or_ends(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
     clock.now = 1001.0
     await store.commit([entry(header("3", "a"), new=True)])
@@ -74,7 +72,7 @@ async def test_conversation_is_newer_when_a_turn_begins_or_ends_and_not_in_betwe
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 9, 10])
-async def test_list_is_paged_without_gap_or_duplicate_where_times_are_equal(
+async def test_pages_of_equal_times_have_no_gap_or_duplicate(
     store: Store, clock: Clock, size: int
 ) -> None:
     for number in range(9):
@@ -91,12 +89,12 @@ async def test_list_is_paged_without_gap_or_duplicate_where_times_are_equal(
     assert seen == await store.list("me", 100, None)
 
 
-async def test_conversations_of_one_batch_are_listed_in_its_order(store: Store) -> None:
+async def test_conversations_of_one_batch_are_listed_in_batch_order(store: Store) -> None:
     await store.commit([whole(header(name, name)) for name in ("b", "c", "a")])
     assert await names(store) == ["a", "c", "b"]
 
 
-async def test_list_has_the_owners_own_alone(store: Store) -> None:
+async def test_list_has_only_conversations_of_owner(store: Store) -> None:
     await store.commit([whole(header("1", "mine")), whole(header("2", "yours", owner="you"))])
     assert await names(store) == ["mine"]
     assert await names(store, "you") == ["yours"]
@@ -104,7 +102,7 @@ async def test_list_has_the_owners_own_alone(store: Store) -> None:
     assert await store.list("me", 0, None) == []
 
 
-async def test_conversation_is_renamed_by_its_owner(store: Store) -> None:
+async def test_owner_renames_conversation(store: Store) -> None:
     await store.commit([whole(header())])
     before = await store.list("me", 1, None)
     assert await store.rename("c", "me", "Neuer\0 Titel 🎈")
@@ -116,14 +114,14 @@ async def test_conversation_is_renamed_by_its_owner(store: Store) -> None:
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
 
 
-async def test_nobody_else_renames_a_conversation(store: Store) -> None:
+async def test_other_owner_cannot_rename_conversation(store: Store) -> None:
     await store.commit([whole(header())])
     assert not await store.rename("c", "you", "Mine")
     assert not await store.rename("unknown", "me", "Mine")
     assert (await loaded(store)).title == "Hello?"
 
 
-async def test_deleted_conversation_is_gone_with_all_in_it(store: Store) -> None:
+async def test_deleted_conversation_is_gone_with_its_generations(store: Store) -> None:
     await store.commit([whole(header("1")), entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("3", "other")), whole(header("4", None))])
     assert await store.delete("c", "me")
@@ -134,7 +132,7 @@ async def test_deleted_conversation_is_gone_with_all_in_it(store: Store) -> None
     assert not await store.rename("c", "me", "Back")
 
 
-async def test_nobody_else_deletes_a_conversation(store: Store) -> None:
+async def test_other_owner_cannot_delete_conversation(store: Store) -> None:
     await store.commit([whole(header())])
     assert not await store.delete("c", "you")
     assert not await store.delete("unknown", "me")
@@ -142,7 +140,7 @@ async def test_nobody_else_deletes_a_conversation(store: Store) -> None:
     assert await names(store) == ["c"]
 
 
-async def test_what_is_committed_after_a_delete_is_dropped(store: Store) -> None:
+async def test_entries_committed_after_delete_are_dropped(store: Store) -> None:
     running = header("running")
     await store.commit([whole(header()), entry(running, True, 0, ["a"])])
     assert await store.delete("c", "me")
@@ -158,7 +156,7 @@ async def test_what_is_committed_after_a_delete_is_dropped(store: Store) -> None
     assert await names(store) == ["other"]  # what else was in that batch is saved
 
 
-async def test_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock) -> None:
+async def test_conversation_id_may_be_reused_after_delete(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"), "old")])
     assert await store.delete("c", "me")
     clock.now = 2000.0
@@ -169,7 +167,7 @@ async def test_name_can_be_used_anew_after_a_delete(store: Store, clock: Clock) 
     assert await listed(store) == [("c", "Anew?", 2000.0, 2000.0)]
 
 
-async def test_delete_uncovers_an_older_generation_of_the_id(store: Store) -> None:
+async def test_delete_reveals_older_generation_of_same_id(store: Store) -> None:
     await store.commit([whole(header(conversation="a", began=1.0), "old")])
     await store.commit([whole(header(conversation="b", began=2.0), "new")])
     assert await store.delete("b", "me")
@@ -178,7 +176,7 @@ async def test_delete_uncovers_an_older_generation_of_the_id(store: Store) -> No
     assert await found(store) is None
 
 
-async def test_one_that_died_with_its_process_is_found_and_is_in_the_history(
+async def test_generation_of_dead_process_is_found_and_in_history(
     file: SqliteStore, path: Path
 ) -> None:
     pieces = ["a", Thinking("b"), "c"]
@@ -194,7 +192,7 @@ async def test_one_that_died_with_its_process_is_found_and_is_in_the_history(
     assert query(path, "SELECT * FROM piece") == []
 
 
-async def test_text_that_comes_with_an_end_is_that_of_the_turn(store: Store) -> None:
+async def test_pieces_committed_with_terminal_are_text_of_turn(store: Store) -> None:
     pieces = [Thinking("hm"), "a", "b"]
     await store.commit([entry(header(), True, 0, pieces, done())])
     (turn,) = (await loaded(store)).turns
@@ -202,7 +200,7 @@ async def test_text_that_comes_with_an_end_is_that_of_the_turn(store: Store) -> 
     assert await found(store) == pieces
 
 
-async def test_purge_takes_generations_outside_of_conversations_that_ended_before_a_time(
+async def test_purge_deletes_ended_generations_without_conversation(
     store: Store, clock: Clock
 ) -> None:
     running = header("running", None, began=1.0)
@@ -232,7 +230,7 @@ async def test_purge_takes_generations_outside_of_conversations_that_ended_befor
     assert await found(store, "running") is None
 
 
-async def test_purge_takes_nothing_from_a_conversation(store: Store) -> None:
+async def test_purge_keeps_conversations(store: Store) -> None:
     await store.commit(
         [
             whole(header("g1"), "a", Thinking("hm"), "b", terminal=done("stopped", "client")),
@@ -247,7 +245,7 @@ async def test_purge_takes_nothing_from_a_conversation(store: Store) -> None:
     assert await names(store) == ["c"]
 
 
-async def test_many_generations_are_purged_by_and_by(store: Store) -> None:
+async def test_many_generations_are_purged_in_steps(store: Store) -> None:
     count = 2 * sqlite.PURGED_AT_ONCE + 1
     await store.commit([whole(header(f"g{number}", None)) for number in range(count)])
     for _ in range(3):

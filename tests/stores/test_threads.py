@@ -43,7 +43,7 @@ def cancel() -> None:
     task.cancel()
 
 
-async def test_commit_that_is_cancelled_is_made_as_a_whole_or_not_at_all(
+async def test_cancelled_commit_is_saved_whole_or_not_at_all(
     file: SqliteStore, clock: Clock
 ) -> None:
     statements = await trace(file.writer)
@@ -69,7 +69,7 @@ async def test_commit_that_is_cancelled_is_made_as_a_whole_or_not_at_all(
         assert await tokens_spent(file, "me", 0) == 8 * (2 + 3 * number)
 
 
-async def test_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: SqliteStore) -> None:
+async def test_cancelled_read_releases_its_snapshot(file: SqliteStore) -> None:
     await file.commit([whole(header())])
     statements = await trace(file.reader)
     await loaded(file)
@@ -84,7 +84,7 @@ async def test_read_that_is_cancelled_does_not_hold_on_to_what_it_saw(file: Sqli
         assert await found(file, f"g{number}") == ["Hi."]
 
 
-async def test_opening_that_is_cancelled_leaves_nothing_open(
+async def test_cancelled_open_leaves_nothing_open(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trips = at = 0
@@ -116,7 +116,7 @@ async def test_opening_that_is_cancelled_leaves_nothing_open(
             await store.close()
 
 
-async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
+async def test_commits_run_one_after_another(file: SqliteStore) -> None:
     statements = await trace(file.writer)
     async with asyncio.timeout(SECONDS):
         await asyncio.gather(
@@ -131,7 +131,7 @@ async def test_commits_are_made_one_after_another(file: SqliteStore) -> None:
     assert len((await loaded(file)).turns) == 5
 
 
-async def test_reads_at_the_same_time_are_none_the_worse_for_each_other(
+async def test_concurrent_reads_return_whole_results(
     file: SqliteStore,
 ) -> None:
     await file.commit([whole(header())])
@@ -145,7 +145,7 @@ async def test_reads_at_the_same_time_are_none_the_worse_for_each_other(
             assert len(conversation.turns) == len(stored.pieces) == len(summaries) == 1
 
 
-async def test_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
+async def test_read_sees_one_snapshot(file: SqliteStore) -> None:
     await file.commit([entry(header(), True, 0, ["a"])])
     async with Hold(file.reader, 3) as hold:
         finding = asyncio.ensure_future(file.find("g", "me"))
@@ -164,7 +164,7 @@ async def test_read_sees_one_moment_of_the_file(file: SqliteStore) -> None:
     assert await load(file, "c", "me", 10) is None
 
 
-async def test_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
+async def test_close_waits_for_running_commit(file: SqliteStore) -> None:
     async with Hold(file.writer, 1) as hold:
         commit = asyncio.ensure_future(file.commit([whole(header())]))
         await hold.reached()
@@ -179,7 +179,7 @@ async def test_close_lets_a_commit_be_finished(file: SqliteStore) -> None:
     assert await found(file) == ["Hi."]
 
 
-async def test_close_that_is_cancelled_can_be_made_again(file: SqliteStore) -> None:
+async def test_cancelled_close_can_be_repeated(file: SqliteStore) -> None:
     async with Hold(file.writer, 1) as hold:
         commit = asyncio.ensure_future(file.commit([whole(header())]))
         await hold.reached()
@@ -193,7 +193,7 @@ async def test_close_that_is_cancelled_can_be_made_again(file: SqliteStore) -> N
         await file.close()
 
 
-async def test_nothing_is_left_to_the_garbage_collector(path: Path) -> None:
+async def test_close_leaves_no_thread_and_no_open_connection(path: Path) -> None:
     before = workers()
     store = SqliteStore(path)
     await store.open()
@@ -209,6 +209,6 @@ async def test_nothing_is_left_to_the_garbage_collector(path: Path) -> None:
     gc.collect()  # whose warnings are errors
 
 
-async def test_store_that_was_never_opened_can_be_closed(path: Path) -> None:
+async def test_unopened_store_can_be_closed(path: Path) -> None:
     await SqliteStore(path).close()
     assert not path.exists()

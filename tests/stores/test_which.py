@@ -13,7 +13,7 @@ from wsserver.stores import MemoryStore, make
 pytestmark = pytest.mark.slow
 
 
-async def test_settings_name_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_store_setting_chooses_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     assert isinstance(make(Settings(store="memory:"), Memory(10**9)), MemoryStore)
@@ -48,7 +48,7 @@ async def test_settings_name_the_store(tmp_path: Path, monkeypatch: pytest.Monke
         "postgres://host/db",
     ],
 )
-def test_store_that_is_unknown_is_one_clear_line(url: str) -> None:
+def test_unknown_store_is_one_line_error(url: str) -> None:
     with pytest.raises(ConfigError, match=r"^store: ") as raised:
         make(Settings(store=url), Memory(10**9))
     assert "\n" not in str(raised.value)

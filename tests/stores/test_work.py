@@ -32,7 +32,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_batch_takes_one_trip_to_the_thread_however_large_it_is(
+async def test_batch_of_any_size_takes_one_call_to_the_thread(
     file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}", f"c{number}")) for number in range(800)])
@@ -40,7 +40,7 @@ async def test_batch_takes_one_trip_to_the_thread_however_large_it_is(
     assert len(await names(file)) == 800
 
 
-async def test_history_takes_one_trip_to_the_thread_however_long_it_is(
+async def test_history_of_any_length_takes_one_call_to_the_thread(
     file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}")) for number in range(200)])
@@ -51,7 +51,7 @@ async def test_history_takes_one_trip_to_the_thread_however_long_it_is(
     assert len(trips) == 2
 
 
-async def test_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteStore) -> None:
+async def test_long_prompt_is_read_once_for_all_pieces(file: SqliteStore) -> None:
     asked = header(prompt="x" * 30_000)
     await file.commit([entry(asked, new=True)])
     for number in range(100):
@@ -63,7 +63,7 @@ async def test_long_prompt_is_read_once_and_not_with_every_piece(file: SqliteSto
     assert 60_000 < characters < 67_000
 
 
-async def test_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
+async def test_ended_reply_is_read_as_one_row(
     file: SqliteStore,
 ) -> None:
     await file.commit([entry(header("g1"), True, 0, ["y"] * 100, done())])
@@ -73,7 +73,7 @@ async def test_reply_that_has_ended_is_read_as_one_text_and_not_as_pieces(
     assert len(rows) == 1 + 2 + 1  # the conversation, its turns, and one row of pieces
 
 
-async def test_no_more_is_read_than_the_answer_has_room_for(file: SqliteStore) -> None:
+async def test_load_reads_no_more_bytes_than_size(file: SqliteStore) -> None:
     await file.commit(
         [
             whole(header(f"g{number}", prompt="p" * 5_000), Thinking("t" * 500), "x" * 4_500)
@@ -89,7 +89,7 @@ async def test_no_more_is_read_than_the_answer_has_room_for(file: SqliteStore) -
     assert read < 100_000
 
 
-async def test_turns_that_are_not_in_the_history_make_no_request_slower(file: SqliteStore) -> None:
+async def test_hidden_turns_do_not_slow_requests(file: SqliteStore) -> None:
     async def steps_of_a_retry_and_a_history(name: str, retried: str) -> int:
         """Count the steps of SQLite's virtual machine, a hundred at a time."""
         steps: list[None] = []
@@ -119,9 +119,7 @@ async def test_turns_that_are_not_in_the_history_make_no_request_slower(file: Sq
     assert await steps_of_a_retry_and_a_history("g1000", "g999") <= 2 * few + 5
 
 
-async def test_ended_reply_is_one_row_however_many_pieces_it_has(
-    file: SqliteStore, path: Path
-) -> None:
+async def test_ended_reply_with_many_pieces_is_one_row(file: SqliteStore, path: Path) -> None:
     asked = header()
     for number in range(200):
         await file.commit([entry(asked, not number, number, [f"piece {number} "])])
@@ -135,7 +133,7 @@ async def test_ended_reply_is_one_row_however_many_pieces_it_has(
     assert row.count("piece 17 ") == 1
 
 
-async def test_pieces_of_an_older_version_are_packed_by_and_by(
+async def test_pieces_of_older_version_are_packed_in_steps(
     file: SqliteStore, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite, "PURGED_AT_ONCE", 2)
@@ -157,7 +155,7 @@ async def test_pieces_of_an_older_version_are_packed_by_and_by(
     assert await loaded(file) == before
 
 
-async def test_owners_take_turns_at_the_store(file: SqliteStore) -> None:
+async def test_owners_take_turns(file: SqliteStore) -> None:
     await file.commit([whole(header()), whole(header(owner="you"))])
     order: list[str] = []
 
@@ -177,7 +175,7 @@ async def test_owners_take_turns_at_the_store(file: SqliteStore) -> None:
     assert order[6:] == ["me"] * 48
 
 
-async def test_one_owner_has_so_many_requests_wait_for_the_store(
+async def test_waiting_requests_of_one_owner_are_bounded(
     file: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fair, "MOST_WAITING", 2)
@@ -197,7 +195,7 @@ async def test_one_owner_has_so_many_requests_wait_for_the_store(
     assert await file.list("me", 1, None) == []
 
 
-async def test_turn_that_comes_to_whoever_is_cancelled_is_passed_on() -> None:
+async def test_cancelled_waiter_passes_lock_on() -> None:
     lock = fair.FairLock()
     await lock.acquire("a")
     second = asyncio.ensure_future(lock.acquire("b"))
@@ -213,7 +211,7 @@ async def test_turn_that_comes_to_whoever_is_cancelled_is_passed_on() -> None:
     lock.release()
 
 
-async def test_new_file_is_for_its_owner_only(path: Path) -> None:
+async def test_new_file_is_readable_by_its_user_only(path: Path) -> None:
     store = SqliteStore(path)
     await store.open()
     await store.commit([whole(header())])

@@ -89,7 +89,7 @@ async def texts(client: AsyncAnthropic) -> AsyncIterator[str]:
 
 
 @pytest.mark.asyncio
-async def test_a_reply_is_a_whole_message() -> None:
+async def test_reply_is_read_as_whole_message() -> None:
     tool = ToolUse("look_up", {"city": "Köln"})
     async with Upstream() as upstream, client_of(upstream.url) as client:
         upstream.play(
@@ -129,7 +129,7 @@ async def test_a_reply_is_a_whole_message() -> None:
 @pytest.mark.parametrize("chop", [0, 1, 7])
 @pytest.mark.parametrize("crlf", [False, True])
 @pytest.mark.parametrize("interval", [0, 0.001])
-async def test_the_same_message_arrives_in_every_shape(
+async def test_message_split_in_any_way_is_read_whole(
     chop: int, interval: float, crlf: bool
 ) -> None:
     parts = "Grüße \u2028🙂 ", UNKNOWN_EVENT, "an alle"
@@ -140,7 +140,7 @@ async def test_the_same_message_arrives_in_every_shape(
 
 
 @pytest.mark.asyncio
-async def test_connections_live_on_after_normal_ends_and_errors() -> None:
+async def test_connection_is_kept_after_reply_and_after_error() -> None:
     async with Upstream() as upstream, client_of(upstream.url) as client:
         upstream.play(reply("one"), error(400, "invalid_request_error"))
         await ask(client)
@@ -151,7 +151,7 @@ async def test_connections_live_on_after_normal_ends_and_errors() -> None:
 
 
 @pytest.mark.asyncio
-async def test_errors_carry_their_cause_and_headers() -> None:
+async def test_errors_have_type_and_headers() -> None:
     async with Upstream() as upstream, client_of(upstream.url) as client:
         upstream.play(
             error(529, "overloaded_error", "Busy", error_code="busy", headers=HINT),
@@ -169,7 +169,7 @@ async def test_errors_carry_their_cause_and_headers() -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-async def test_a_fault_hurts_its_own_request_and_no_other(fault: Script | Step) -> None:
+async def test_fault_fails_only_its_request(fault: Script | Step) -> None:
     async with Upstream() as upstream, client_of(upstream.url) as client:
         upstream.play(fault)
         with pytest.raises((AnthropicError, httpx2.HTTPError, ValueError, AssertionError)):
@@ -179,7 +179,7 @@ async def test_a_fault_hurts_its_own_request_and_no_other(fault: Script | Step) 
 
 
 @pytest.mark.asyncio
-async def test_a_clean_end_may_come_too_soon() -> None:
+async def test_script_may_end_body_early() -> None:
     async with Upstream() as upstream, client_of(upstream.url) as client:
         upstream.play(reply("one two ", END, "three"))
         assert [text async for text in texts(client)] == ["one ", "two "]
@@ -188,7 +188,7 @@ async def test_a_clean_end_may_come_too_soon() -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(("script", "sent"), LASTING.values(), ids=LASTING)
-async def test_a_client_that_goes_is_seen_to_go(script: Script | Step, sent: int) -> None:
+async def test_disconnect_of_client_is_recorded(script: Script | Step, sent: int) -> None:
     async with Upstream() as upstream, client_of(upstream.url) as client, asyncio.timeout(BOUND):
         upstream.play(script)
         asking = asyncio.create_task(ask(client))
@@ -203,7 +203,7 @@ async def test_a_client_that_goes_is_seen_to_go(script: Script | Step, sent: int
 
 
 @pytest.mark.asyncio
-async def test_gates_let_a_test_drive_the_stream() -> None:
+async def test_gates_hold_stream_until_opened() -> None:
     async with Upstream() as upstream, client_of(upstream.url) as client, asyncio.timeout(BOUND):
         upstream.play(reply("one ", Gate("second"), "two").after(Gate("first")))
         words = texts(client)
@@ -217,7 +217,7 @@ async def test_gates_let_a_test_drive_the_stream() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_slow_reader_holds_the_script_back() -> None:
+async def test_slow_reader_pauses_script() -> None:
     pieces = ["x" * 10_000] * 3_000
     async with (
         Upstream() as upstream,
@@ -238,7 +238,7 @@ async def test_a_slow_reader_holds_the_script_back() -> None:
 
 
 @pytest.mark.asyncio
-async def test_stopping_ends_whatever_hangs() -> None:
+async def test_stop_ends_hanging_requests() -> None:
     async with client_of("http://127.0.0.1") as client:
         async with Upstream() as upstream:
             client.base_url = httpx2.URL(upstream.url)
@@ -253,7 +253,7 @@ async def test_stopping_ends_whatever_hangs() -> None:
 
 
 @pytest.mark.asyncio
-async def test_waiting_in_vain_says_for_what() -> None:
+async def test_request_timeout_names_request() -> None:
     async with Upstream() as upstream:
         upstream.timeout = 0
         with pytest.raises(AssertionError, match="request 0"):
@@ -262,7 +262,7 @@ async def test_waiting_in_vain_says_for_what() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_script_that_fails_says_so() -> None:
+async def test_exception_in_script_is_raised() -> None:
     class Faulty(Step):
         async def play(self, wire: Connection) -> None:
             raise RuntimeError("no such step")
@@ -275,7 +275,7 @@ async def test_a_script_that_fails_says_so() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_client_is_refused_where_nothing_listens() -> None:
+async def test_refused_url_refuses_connections() -> None:
     with refused_url() as url:
         async with client_of(url) as client:
             with pytest.raises(APIConnectionError):
@@ -283,7 +283,7 @@ async def test_a_client_is_refused_where_nothing_listens() -> None:
 
 
 @pytest.mark.asyncio
-async def test_a_client_does_not_trust_the_certificate() -> None:
+async def test_certificate_is_untrusted_by_default() -> None:
     async with Upstream(tls=True) as upstream, client_of(upstream.url) as client:
         with pytest.raises(APIConnectionError):
             await ask(client)
@@ -291,7 +291,7 @@ async def test_a_client_does_not_trust_the_certificate() -> None:
 
 
 @pytest.mark.asyncio
-async def test_tls_works_and_stops_even_in_the_middle_of_a_handshake() -> None:
+async def test_tls_upstream_stops_during_handshake() -> None:
     http = DefaultAsyncHttpxClient(verify=False)
     async with Upstream(tls=True) as upstream:
         async with AsyncAnthropic(api_key="k", base_url=upstream.url, http_client=http) as client:
@@ -306,7 +306,7 @@ async def test_tls_works_and_stops_even_in_the_middle_of_a_handshake() -> None:
 
 
 @pytest.mark.asyncio
-async def test_it_runs_as_a_process_and_keeps_statistics() -> None:
+async def test_upstream_process_serves_statistics() -> None:
     command = ["-m", "tests.support.upstream", "--pieces", "3", "--interval", "0.001"]
     process = await asyncio.create_subprocess_exec(
         sys.executable, *command, "--text", "token ", stdin=PIPE, stdout=PIPE
