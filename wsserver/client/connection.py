@@ -48,22 +48,7 @@ class Requester(Protocol):
 
 
 class Connection:
-    """Connects, uses the :class:`Link`, and connects again.
-
-    Args:
-        url: the server's address.
-        token: the client's token or its source.
-        timeouts: the chat's.
-        on_state: called with each new state.
-
-    Attributes:
-        requesters: the users of the connection.
-        link: the current link; None while there is no connection.
-        state: the current state.
-        closing: whether the chat is about to close the connection.
-        failure: the reason why there is no connection; None while there is one.
-        limits: the server's limits; None before its first ``hello``.
-    """
+    """Connects, uses the :class:`Link`, and connects again."""
 
     def __init__(
         self,
@@ -73,11 +58,12 @@ class Connection:
         on_state: Callable[[State], None] | None,
     ) -> None:
         self.requesters: Sequence[Requester] = ()
-        self.link: Link | None = None
+        self.link: Link | None = None  # the current link; None while there is no connection
         self.state = State.CONNECTING
-        self.closing = False
+        self.closing = False  # whether the chat is about to close the connection
+        # The reason why there is no connection; None while there is one.
         self.failure: ConnectionFailed | None = None
-        self.limits: Limits | None = None
+        self.limits: Limits | None = None  # the server's limits; None before its first `hello`
         self._url = url
         self._credentials = Credentials(token, self._note_error)
         self._timeouts = timeouts

@@ -25,12 +25,10 @@ class Credentials:
     Args:
         token: the token or its source; None for a server that accepts anonymous clients.
         on_refused: called with the error when the server refuses a token.
-
-    Attributes:
-        principal: the principal of the client; None if the server has not told.
     """
 
     def __init__(self, token: Token | None, on_refused: Callable[[ServerError], None]) -> None:
+        # The principal of the client; None if the server has not told.
         self.principal: str | None = None
         self._token = token
         self._on_refused = on_refused

@@ -55,14 +55,11 @@ class Timeouts:
 
 
 class Socket(ClientConnection):
-    """A WebSocket connection that records when data arrived.
-
-    Attributes:
-        last_data_at: time of the last bytes from the server, by the event loop's clock.
-    """
+    """A WebSocket connection that records when data arrived."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        # Time of the last bytes from the server, by the event loop's clock.
         self.last_data_at = self.loop.time()
 
     def data_received(self, data: bytes) -> None:
@@ -72,17 +69,12 @@ class Socket(ClientConnection):
 
 
 class AttemptFailed(Exception):
-    """An attempt to connect failed; a later one may succeed.
-
-    Attributes:
-        status: HTTP status of the refusal; None if there was no HTTP response.
-        retry_after: seconds that the server asks to wait.
-    """
+    """An attempt to connect failed; a later one may succeed."""
 
     def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.status = status
-        self.retry_after = retry_after
+        self.status = status  # HTTP status of the refusal; None if there was no HTTP response
+        self.retry_after = retry_after  # seconds that the server asks to wait
 
 
 class Backoff:

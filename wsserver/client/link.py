@@ -51,17 +51,13 @@ _ANSWERS: dict[str, type[ClientFrame]] = {
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A frame that the server has to answer. It can be sent on several connections in turn.
+    """A frame that the server has to answer. It can be sent on several connections in turn."""
 
-    Attributes:
-        make_frame: returns the frame; called each time that the request is sent.
-        on_answer: called with the answer, or with the ``error`` that refuses the request.
-        times_sent: how often it was sent.
-    """
-
+    # Returns the frame; called each time that the request is sent.
     make_frame: Callable[[], ClientFrame]
+    # Called with the answer, or with the `error` that refuses the request.
     on_answer: Callable[[Mapping[str, Any]], None]
-    times_sent: int = 0
+    times_sent: int = 0  # how often it was sent
 
 
 @dataclass(eq=False, slots=True)
@@ -83,11 +79,6 @@ class Link:
         reply_pending: returns whether the user waits for a reply.
         on_frame: called with ``hello``, with frames that have an ``id``, and with frames that
             answer no request.
-
-    Attributes:
-        limits: the server's limits; None before ``hello``.
-        answered: whether the server sent anything but ``hello`` and refusals.
-        failure: why the client aborted the connection; empty if it did not.
     """
 
     def __init__(
@@ -98,9 +89,9 @@ class Link:
         on_frame: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.socket = socket
-        self.limits: Limits | None = None
-        self.answered = False
-        self.failure = ""
+        self.limits: Limits | None = None  # the server's limits; None before `hello`
+        self.answered = False  # whether the server sent anything but `hello` and refusals
+        self.failure = ""  # why the client aborted the connection; empty if it did not
         self._silence = silence
         self._reply_pending = reply_pending
         self._on_frame = on_frame

@@ -21,12 +21,7 @@ SHORTEST_WAIT = 0.05  # seconds before a refused request is sent again
 
 
 class Queries:
-    """Sends queries, and sends them again on a new connection while they have no answer.
-
-    Args:
-        connection: the chat's.
-        patience: seconds that a query may take.
-    """
+    """Sends queries, and sends them again on a new connection while they have no answer."""
 
     def __init__(self, connection: Connection, patience: float) -> None:
         self._connection = connection

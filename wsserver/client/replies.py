@@ -24,26 +24,18 @@ DEFAULT_WAIT = 1.0  # seconds before a refused resume is sent again, if the serv
 
 @dataclass(eq=False, slots=True)
 class _Active:
-    """A reply that has not ended.
-
-    Attributes:
-        reply: the reply.
-        prompt: the frame that asks for it; None for a reply that the client only follows.
-        deadline: until when a refusal is tried again, by the event loop's clock.
-        request: sends :meth:`frame`.
-        timer: ends the wait for the ``start``.
-        refusal: the last error that refused the prompt or a resume.
-        behind: whether the server has fewer pieces than the client. The text then starts over.
-        gap: the ``gap`` error of a server that has fewer pieces than the caller of ``resume``.
-    """
+    """A reply that has not ended."""
 
     reply: Reply
+    # The frame that asks for it; None for a reply that the client only follows.
     prompt: Prompt | None
-    deadline: float
-    request: Request = field(init=False)
-    timer: asyncio.TimerHandle = field(init=False)
-    refusal: ReplyError | None = None
+    deadline: float  # until when a refusal is tried again, by the event loop's clock
+    request: Request = field(init=False)  # sends `frame`
+    timer: asyncio.TimerHandle = field(init=False)  # ends the wait for the `start`
+    refusal: ReplyError | None = None  # the last error that refused the prompt or a resume
+    # Whether the server has fewer pieces than the client. The text then starts over.
     behind: bool = False
+    # The `gap` error of a server that has fewer pieces than the caller of `resume`.
     gap: ReplyError | None = None
 
     @property
@@ -62,12 +54,7 @@ class _Active:
 
 
 class Replies:
-    """Starts replies, continues them on new connections, and stops them.
-
-    Args:
-        connection: the chat's.
-        patience: seconds until the server has to accept a prompt.
-    """
+    """Starts replies, continues them on new connections, and stops them."""
 
     def __init__(self, connection: Connection, patience: float) -> None:
         self._connection = connection

@@ -46,16 +46,11 @@ class _Run:
 
 
 class ReplyContent:
-    """The content so far.
-
-    Attributes:
-        text: the text of all text blocks.
-        thinking: the text of all thinking blocks.
-    """
+    """The content so far."""
 
     def __init__(self) -> None:
-        self.text = GrowingText()
-        self.thinking = GrowingText()
+        self.text = GrowingText()  # the text of all text blocks
+        self.thinking = GrowingText()  # the text of all thinking blocks
         self._runs: list[_Run] = []
 
     def receive(self, frame: Mapping[str, Any]) -> None:

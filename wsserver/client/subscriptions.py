@@ -99,13 +99,7 @@ class Subscription:
 
 
 class Subscriptions:
-    """The open conversations of a chat.
-
-    Args:
-        connection: the chat's.
-        replies: the chat's.
-        queries: the chat's.
-    """
+    """The open conversations of a chat."""
 
     def __init__(self, connection: Connection, replies: Replies, queries: Queries) -> None:
         self._connection = connection

@@ -44,21 +44,13 @@ class ProxyRefused(CannotConnect):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where requests go.
+    """Where requests go."""
 
-    Attributes:
-        scheme: ``http`` or ``https``.
-        host: name or address, in ASCII.
-        port: the port.
-        server_name: the name in the TLS handshake, which the certificate must have.
-        proxy: the proxy that connections go through.
-    """
-
-    scheme: str
-    host: str
+    scheme: str  # `http` or `https`
+    host: str  # name or address, in ASCII
     port: int
-    server_name: str
-    proxy: Proxy | None = None
+    server_name: str  # the name in the TLS handshake, which the certificate must have
+    proxy: Proxy | None = None  # the proxy that connections go through
 
 
 class Resolver:
@@ -120,12 +112,6 @@ async def dial(
     connection: Connection,
 ) -> None:
     """Connect to an origin.
-
-    Args:
-        origin: where to.
-        resolver: finds the addresses.
-        tls: gives the trust settings, if TLS is needed.
-        connection: the protocol of the connection.
 
     Raises:
         CannotConnect: no connection could be made.

@@ -43,16 +43,10 @@ class Owner(Protocol):
 
 
 class Connection(asyncio.Protocol):
-    """The protocol of one connection.
-
-    Args:
-        owner: the pool.
-
-    Attributes:
-        keep_alive: for how many seconds the connection may be idle, if the server tells.
-    """
+    """The protocol of one connection."""
 
     def __init__(self, owner: Owner) -> None:
+        # For how many seconds the connection may be idle, if the server tells.
         self.keep_alive = math.inf
         self._owner = owner
         self._transport: asyncio.Transport | None = None

@@ -41,17 +41,11 @@ class InvalidRequest(WsserverError):
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The parts that all requests share: the server, the path and the headers.
-
-    Attributes:
-        origin: the server.
-        target: path and query.
-        headers: the lines of the headers.
-    """
+    """The parts that all requests share: the server, the path and the headers."""
 
     origin: Origin
-    target: bytes
-    headers: bytes
+    target: bytes  # path and query
+    headers: bytes  # the lines of the headers
 
     @classmethod
     def make(

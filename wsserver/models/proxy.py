@@ -19,18 +19,12 @@ PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """An HTTP proxy.
+    """An HTTP proxy."""
 
-    Attributes:
-        host: its name or address.
-        port: its port.
-        tls: whether the connection to the proxy itself is encrypted.
-        authorization: the value of ``Proxy-Authorization``, if its address has credentials.
-    """
-
-    host: str
+    host: str  # its name or address
     port: int
-    tls: bool
+    tls: bool  # whether the connection to the proxy itself is encrypted
+    # The value of `Proxy-Authorization`, if its address has credentials.
     authorization: bytes | None
 
 

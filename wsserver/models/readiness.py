@@ -11,12 +11,7 @@ from wsserver.models.base import Model, PushModel
 
 
 class Readiness:
-    """Calls ``prepare`` and ``warm`` of a model that has them, in tasks of their own.
-
-    Args:
-        model: the model.
-        warm: whether connections are opened ahead.
-    """
+    """Calls ``prepare`` and ``warm`` of a model that has them, in tasks of their own."""
 
     def __init__(self, model: Model | PushModel, *, warm: bool) -> None:
         instance = not isinstance(model, type)

@@ -64,17 +64,13 @@ class Response:
     Args:
         source: the connection that the response comes from.
         accept: called with the status and the headers; see :data:`Accept`.
-
-    Attributes:
-        status: the status code.
-        headers: names in lower case, and values, as they came.
-        complete: whether the whole body has arrived.
     """
 
     def __init__(self, source: Source, accept: Accept | None = None) -> None:
         self.status = 0
+        # Names in lower case, and values, as they came.
         self.headers: list[tuple[bytes, bytes]] = []
-        self.complete = False
+        self.complete = False  # whether the whole body has arrived
         self.head: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source = source
         self._accept = accept

@@ -64,21 +64,17 @@ class TransientError(WsserverError):
 
 
 class ApiError(WsserverError):
-    """The API answered with an error.
-
-    Attributes:
-        status: the status code of the response.
-        kind: the ``type`` of the error, if it is a word, as all of the API's are.
-        request_id: the API's id of the request, if it has the form of the API's ids.
-        message: the ``message`` of a 400. It may quote the prompt and is not for the log.
-    """
+    """The API answered with an error."""
 
     def __init__(self, status: int, headers: dict[str, str], body: object) -> None:
         cause = _get(body, "error")
         super().__init__(f"status {status}")
         self.status = status
+        # The `type` of the error, if it is a word, as all of the API's are.
         self.kind = _kind(_get(cause, "type"))
+        # The API's id of the request, if it has the form of the API's ids.
         self.request_id = _request_id(headers.get("request-id"))
+        # The `message` of a 400. It may quote the prompt and is not for the log.
         self.message = str(_get(cause, "message") or "") if status == _BAD_REQUEST else ""
         self._error_code = str(_get(_get(cause, "details"), "error_code") or "")
         self._headers = headers

@@ -41,10 +41,6 @@ class Anthropic:
     Credentials, ``ANTHROPIC_BASE_URL`` and whatever else the SDK reads from the environment are
     honoured.
 
-    Args:
-        name: the id of the model.
-        settings: time-outs and limits.
-
     Raises:
         ConfigError: there are no credentials, or they cannot be used.
     """

@@ -36,17 +36,13 @@ class Reply:
         take: gets the pieces.
         limit: output tokens at most.
         spent: usage of the attempts before this one, which is added to this one's.
-
-    Attributes:
-        take: gets the pieces.
-        begun: whether there was any text.
-        spent: usage so far, of this attempt and of those before it; None if no attempt told any.
     """
 
     def __init__(self, take: Take, limit: int, spent: Usage | None) -> None:
-        self.begun = False
+        self.begun = False  # whether there was any text
+        # Usage so far, of this attempt and of those before it; None if no attempt told any.
         self.spent = spent
-        self.take = take
+        self.take = take  # gets the pieces
         self._before = spent
         self._limit = limit
         self._thinking_since: float | None = None

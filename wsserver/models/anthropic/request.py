@@ -77,10 +77,6 @@ def _content(message: Message, answer: Message | None) -> str | list[dict[str, A
     The API asks for the thinking of a reply while it waits for the results of the reply's tools,
     and refuses thinking without its signature. It refuses the call of a tool without the tool's
     result.
-
-    Args:
-        message: which.
-        answer: the message after it.
     """
     blocks = message.blocks
     if len(blocks) == 1 and isinstance(blocks[0], Text):  # nearly all messages

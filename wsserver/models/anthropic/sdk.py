@@ -28,17 +28,13 @@ _SERVER_ERROR = 500
 
 
 class _Recorder(httpx2.AsyncBaseTransport):
-    """Keeps the SDK's request and answers it with an empty stream.
-
-    Attributes:
-        request: the last request.
-        refuse: whether the next request is answered with 401, upon which the SDK renews its
-            credentials and asks again at once.
-    """
+    """Keeps the SDK's request and answers it with an empty stream."""
 
     request: httpx2.Request
 
     def __init__(self) -> None:
+        # Whether the next request is answered with 401, upon which the SDK renews its credentials
+        # and asks again at once.
         self.refuse = False
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -51,9 +47,6 @@ class _Recorder(httpx2.AsyncBaseTransport):
 
 class Sdk:
     """The SDK's client, as the environment configures it.
-
-    Args:
-        model: the id of the model.
 
     Raises:
         ConfigError: there are no credentials, or a profile or another setting of the environment

@@ -22,9 +22,6 @@ class Templates:
     If the environment has a key or a token, a thread imports the SDK when it is first needed.
     Otherwise the SDK has to look for credentials, and is imported at once.
 
-    Args:
-        model: the id of the model.
-
     Raises:
         ConfigError: there are no credentials, or a setting of the environment is malformed.
     """
