@@ -8,6 +8,7 @@ from tests.support.puppet import Puppet, Reply
 from wsserver import Server, Thinking
 from wsserver.content import RedactedThinking, Text, ToolUse
 from wsserver.pieces import Piece
+from wsserver.settings import ESCAPED
 
 CITATION = {"type": "char_location", "cited_text": "é"}
 CALL = ToolUse("t", "add", {"a": ["é", 1]})
@@ -100,6 +101,24 @@ async def test_citations_come_with_the_block_that_they_belong_to(
         {"type": "token", "text": "", "block": 1, "citation": CITATION},
         {"type": "token", "block": 2, "text": "c"},
     ]
+
+
+async def test_citation_longer_than_a_frame_of_text_is_whole(
+    chat: Client, puppet: Puppet, server: Server
+) -> None:
+    cited = {"cited_text": "é" * 2 * server.settings.frame_size}
+    found = await frames(chat, puppet, Text("a", {"citations": [cited]}), "b")
+    assert [frame.get("citation") for frame in found] == [None, cited, None]
+
+
+async def test_reply_ends_before_a_citation_that_no_frame_can_have(
+    chat: Client, puppet: Puppet, server: Server
+) -> None:
+    cited = {"cited_text": "x" * ESCAPED * server.settings.frame_size}
+    start = await chat.prompt()
+    (await puppet.reply()).say("a", Text("b", {"citations": [cited]}), "c").end()
+    text, done = await chat.text(start["id"])
+    assert (text, done["reason"]) == ("ab", "max_tokens")
 
 
 async def test_text_with_half_of_a_pair_is_mended_within_its_block(

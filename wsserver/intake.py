@@ -11,7 +11,7 @@ from wsserver.live import Generation
 from wsserver.models.base import Output
 from wsserver.pieces import TEXT, Kind, Piece, pieces_of
 from wsserver.protocol import StoppedBy
-from wsserver.settings import Settings
+from wsserver.settings import ESCAPED, Settings
 
 CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces take any
 PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serves others
@@ -223,13 +223,18 @@ class Intake:
     def _append_in_parts(self, kind: Kind, data: str) -> None:
         """Append data in parts that a frame can hold.
 
-        Of text and thinking goes in what there is room for. Data of another kind goes in whole or
-        not at all, and a citation only where one frame can hold it.
+        Of text and thinking goes in what there is room for. Data of another kind goes in whole, or
+        the reply ends before it. A frame has a whole citation, as it is: a citation may have as
+        many bytes as the longest frame of text.
         """
+        most = self._size
+        if kind == "citation":
+            most = len(data)
+            if len(data.encode()) > ESCAPED * self._size:
+                self._room = 0
         size = min(len(data), self._room)
-        whole = kind in _FAMILIES.values() or size == len(data)
-        if whole and not (kind == "citation" and size > self._size):
-            for start in range(0, size, self._size):
-                part = data[start : min(start + self._size, size)]
+        if kind in _FAMILIES.values() or size == len(data):
+            for start in range(0, size, most):
+                part = data[start : min(start + most, size)]
                 self._generation.log.append(part, kind, self._block)
         self._room -= len(data)
