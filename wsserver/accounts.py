@@ -18,12 +18,7 @@ LEAST_REPLY = 64  # output tokens; a reply starts only if the rest of the day pa
 
 
 class Accounts:
-    """Checks the limits, and books what is within them.
-
-    Args:
-        settings: the limits.
-        store: knows what each owner has stored and has spent today.
-    """
+    """Checks the limits, and books what is within them."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
@@ -96,10 +91,6 @@ class Accounts:
 
     async def check_store(self, owner: str, *, new: bool) -> None:
         """Pass an owner who has room in the store, and learn what the owner has spent today.
-
-        Args:
-            owner: whose prompt.
-            new: the prompt begins a conversation.
 
         Raises:
             Refused: the owner has to delete something first.

@@ -107,9 +107,6 @@ class Log(Generic[T]):
 
     ``seq`` is the number of a piece, from 1; a cursor is the seq of the last piece read, 0 at
     the start. Appending takes constant time, and reading time in proportion to what is read.
-
-    Args:
-        pieces: what the log begins with.
     """
 
     __slots__ = ("followers", "pieces", "terminal")

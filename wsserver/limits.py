@@ -162,16 +162,12 @@ class Memory:
     Args:
         limit: bytes for all accounts together.
         share: part of the free bytes that one account may hold.
-
-    Attributes:
-        used: acquired bytes, including cached ones.
-        cached: bytes of the account :data:`CACHE`.
     """
 
     def __init__(self, limit: int, share: float = SHARE) -> None:
         self.limit = limit
-        self.used = 0
-        self.cached = 0
+        self.used = 0  # acquired bytes, including cached ones
+        self.cached = 0  # bytes of the account `CACHE`
         self._share = share
         self._held: dict[str, int] = {}
         self._caches: list[Callable[[int], None]] = []

@@ -45,20 +45,14 @@ class Run(NamedTuple):
 
 
 class Pieces:
-    """Pieces in order.
-
-    Attributes:
-        data: the data of each piece.
-        kind: the kind of the last piece.
-        block: the block of the last piece.
-    """
+    """Pieces in order."""
 
     __slots__ = ("_runs", "block", "data", "kind")
 
     def __init__(self, pieces: Iterable[Piece] = ()) -> None:
-        self.data: list[str] = []
-        self.kind: Kind = TEXT
-        self.block = 0
+        self.data: list[str] = []  # the data of each piece
+        self.kind: Kind = TEXT  # the kind of the last piece
+        self.block = 0  # the block of the last piece
         self._runs = [_FIRST]  # the index of the first piece, kind and block; the last may be empty
         for kind, block, item in pieces:
             self.extend(kind, block, [item])

@@ -11,12 +11,7 @@ SWEEP = 1024  # answers after which old ones are dropped
 
 
 class Quota:
-    """Refuses prompts of owners who have reached a limit of the store.
-
-    Args:
-        store: tells how much each owner has.
-        settings: the limits.
-    """
+    """Refuses prompts of owners who have reached a limit of the store."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
@@ -33,10 +28,6 @@ class Quota:
 
     async def check(self, owner: str, *, new: bool) -> None:
         """Pass where an owner may store one more prompt.
-
-        Args:
-            owner: whose prompt.
-            new: the prompt begins a conversation.
 
         Raises:
             Refused: the owner has to delete something first.

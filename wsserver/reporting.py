@@ -14,11 +14,7 @@ FAILING = 30.0  # seconds after the last failure, in which the API counts as fai
 
 
 class Reporter:
-    """Reports generations.
-
-    Args:
-        metrics: the numbers to count in.
-    """
+    """Reports generations."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

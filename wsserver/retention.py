@@ -28,9 +28,6 @@ class Retention:
         accounts: pay for what is read from the store.
         settings: the replay time and the replay size.
         memory: counts the bytes of the ended generations as a cache.
-
-    Attributes:
-        size: bytes of the ended generations in memory.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class Retention:
         settings: Settings,
         memory: Memory,
     ) -> None:
-        self.size = 0
+        self.size = 0  # bytes of the ended generations in memory
         self._store = store
         self._journal = journal
         self._accounts = accounts

@@ -48,23 +48,14 @@ _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The arguments of the command line.
+    """The arguments of the command line."""
 
-    Attributes:
-        url: the server's address; None starts a private server.
-        once: the only prompt; ``-`` reads it from stdin. None starts a dialogue.
-        conversation: id of the conversation to continue.
-        token: bearer token. Default: that of the environment.
-        model: the model's name.
-        system: the system prompt.
-    """
-
-    url: str | None = None
-    once: str | None = None
-    conversation: str | None = None
-    token: str | None = None
-    model: str | None = None
-    system: str | None = None
+    url: str | None = None  # the server's address; None starts a private server
+    once: str | None = None  # the only prompt; `-` reads it from stdin. None starts a dialogue
+    conversation: str | None = None  # id of the conversation to continue
+    token: str | None = None  # bearer token. Default: that of the environment
+    model: str | None = None  # the model's name
+    system: str | None = None  # the system prompt
 
 
 def run(options: Options) -> int:

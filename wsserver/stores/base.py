@@ -51,12 +51,7 @@ class Entry:
 
 
 class Unsavable(StoreError):
-    """No attempt can save an entry. The rest of its batch was not saved.
-
-    Args:
-        entry: the entry.
-        message: the reason, for the log.
-    """
+    """No attempt can save an entry. The rest of its batch was not saved."""
 
     def __init__(self, entry: Entry, message: str) -> None:
         super().__init__(message)
@@ -81,21 +76,17 @@ class Forgotten:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A prompt and its reply.
+    """A prompt and its reply."""
 
-    Attributes:
-        number: counts from 1 in a conversation.
-        size: characters of both messages, without thinking.
-        memory: bytes of memory that both messages take.
-        answered: whether the reply has more than thinking and white space.
-    """
-
-    number: int
+    number: int  # counts from 1 in a conversation
     prompt: Message
     reply: Message
     # Each request to the model asks for these of every turn.
+    # Characters of both messages, without thinking.
     size: int = field(init=False, compare=False, repr=False)
+    # Bytes of memory that both messages take.
     memory: int = field(init=False, compare=False, repr=False)
+    # Whether the reply has more than thinking and white space.
     answered: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

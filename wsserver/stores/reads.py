@@ -54,15 +54,8 @@ def find(
 def load(
     database: sqlite3.Connection, conversation: str, owner: str, bounds: tuple[int, int, int]
 ) -> StoredConversation | None:
-    """Return a part of an owner's conversation; None where the owner has no such conversation.
-
-    Args:
-        database: the file.
-        conversation: the id of the conversation.
-        owner: whose.
-        bounds: turns at most, bytes at most, and the number of the turn before which they end.
-    """
-    limit, size, end = bounds
+    """Return a part of an owner's conversation; None where the owner has no such conversation."""
+    limit, size, end = bounds  # turns, bytes, and the number of the turn before which they end
     for (title,) in database.execute(
         "SELECT title FROM conversation WHERE owner = ? AND id = ? AND (owner, id) NOT IN deleting",
         (owner, conversation),

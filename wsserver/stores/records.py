@@ -36,20 +36,14 @@ _ERROR_KEYS = ("code", "message", "seq", "retryable", "retry_after", "ref")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The pieces of an ended generation.
+    """The pieces of an ended generation."""
 
-    Attributes:
-        text: the data of all pieces of text, joined.
-        other: the data of all other pieces, joined.
-        lengths: a JSON list with the number of characters of each piece.
-        runs: a JSON list with the kind, the block and the number of pieces of each run. None in the
-            first version, which had text and thinking alone: there the length of a piece of
-            thinking is its bitwise complement (-1 for 0, -2 for 1, …).
-    """
-
-    text: str
-    other: str
-    lengths: str
+    text: str  # the data of all pieces of text, joined
+    other: str  # the data of all other pieces, joined
+    lengths: str  # a JSON list with the number of characters of each piece
+    # A JSON list with the kind, the block and the number of pieces of each run. None in the first
+    # version, which had text and thinking alone: there the length of a piece of thinking is its
+    # bitwise complement (-1 for 0, -2 for 1, …).
     runs: str | None
 
     @classmethod
@@ -171,10 +165,6 @@ def dump_terminal(terminal: Terminal) -> str:
 
 def parse_terminal(record: str, generation: str) -> Terminal:
     """Return the terminal of a record, of version 1 too, which had the same keys.
-
-    Args:
-        record: the record.
-        generation: the id of the generation.
 
     Raises:
         ValueError: the record is damaged, or of a later version.
