@@ -72,9 +72,10 @@ class Record:
         self._journal.note(self)
 
     def entry(self) -> Entry:
-        """Return what is not saved yet."""
-        pieces = self.log.pieces.after(self._saved)
-        return Entry(self.header, self.new, self._saved, pieces, self.terminal, self.withdrawn)
+        """Return what is not saved yet; the whole reply once it has ended."""
+        after = self._saved if self.terminal is None else 0  # the store joins the pieces at the end
+        pieces = self.log.pieces.after(after)
+        return Entry(self.header, self.new, after, pieces, self.terminal, self.withdrawn)
 
     def saved(self, entry: Entry) -> None:
         """Note that an entry is saved."""

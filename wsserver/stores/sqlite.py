@@ -42,7 +42,7 @@ from wsserver.stores.database import Connection, check, errors, files_of, identi
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.reads import find, load
-from wsserver.stores.rows import COUNT, add, begin, pack, read_batches
+from wsserver.stores.rows import COUNT, pack, read_batches, save
 
 T = TypeVar("T")
 
@@ -251,23 +251,11 @@ class SqliteStore:
         def commit(database: sqlite3.Connection) -> None:
             for entry in entries:
                 try:
-                    self._save(database, entry, now)
+                    save(database, entry, now, self._prices)
                 except (ArithmeticError, ValueError, *_UNSAVABLE) as error:
                     raise Unsavable(entry, type(error).__name__) from None
 
         await self._write("", commit)
-
-    def _save(self, database: sqlite3.Connection, entry: Entry, now: float) -> None:
-        header = entry.header
-        if entry.new:
-            begin(database, header, now)
-        add(database, entry, now, self._prices)
-        if header.conversation is not None and (entry.new or entry.terminal):
-            database.execute(
-                "UPDATE conversation SET updated = max(updated, ?), place = (SELECT "
-                "max(place) + 1 FROM conversation WHERE owner = ?) WHERE owner = ? AND id = ?",
-                (now, header.owner, header.owner, header.conversation),
-            )
 
     async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
