@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 import wsserver
 from tests.support.client import Client, client
@@ -14,6 +16,12 @@ from tests.support.line import Line
 from tests.support.puppet import Puppet
 from wsserver import logs
 from wsserver.client import dial
+
+# No example fails because the computer is busy.
+hypothesis_settings.register_profile(
+    "any computer", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("any computer")
 
 
 @pytest.fixture(autouse=True)

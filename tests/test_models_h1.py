@@ -87,7 +87,7 @@ PAYLOADS = st.lists(
 
 
 @given(payloads=PAYLOADS, cuts=st.sets(st.integers(0, 600), max_size=12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 async def test_chunks_are_read_wherever_reads_cut_them(
     payloads: list[bytes], cuts: set[int]
 ) -> None:
@@ -477,7 +477,7 @@ ANYTHING = st.lists(
 
 
 @given(parts=ANYTHING)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 async def test_any_bytes_are_a_response_or_an_error_and_leave_the_pool_usable(
     parts: list[bytes],
 ) -> None:

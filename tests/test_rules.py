@@ -459,10 +459,10 @@ class RulesAtLength(Rules):
 
 
 TestRules = Rules.TestCase
-TestRules.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRules.settings = hypothesis_settings(max_examples=150, stateful_step_count=40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 class TestRulesAtLength(RulesAtLength.TestCase):  # type: ignore[misc, valid-type]
-    settings = hypothesis_settings(max_examples=2000, stateful_step_count=50, deadline=None)
+    settings = hypothesis_settings(max_examples=2000, stateful_step_count=50)

@@ -161,7 +161,7 @@ def beyond_json_schema(frame: dict[str, object]) -> bool:
     return any(isinstance(value, float) and value.is_integer() for value in whole)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(frames())
 @example({"prompt": "Hi", "temperature": 1})
 @example({"messages": [{"role": "assistant", "content": "Hi"}]})
@@ -224,7 +224,6 @@ for nested in {
     st.register_type_strategy(nested, models(nested))
 
 
-@settings(deadline=None)
 @given(st.one_of([models(kind) for kind in SERVER_FRAMES.values()]))
 def test_what_the_server_encodes_is_valid_and_has_no_null(frame: ServerFrame) -> None:
     encoded = json.loads(encode(frame))

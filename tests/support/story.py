@@ -339,7 +339,6 @@ def on_one_server(examples: int) -> hypothesis_settings:
     """Let the examples share one server. Each example has its own generation."""
     return hypothesis_settings(
         max_examples=examples,
-        deadline=None,
         # No shrinking: a failing example may wait for its time limit each time.
         phases=[Phase.explicit, Phase.reuse, Phase.generate],
         report_multiple_bugs=False,
