@@ -49,7 +49,7 @@ def outputs(*events: bytes) -> list[Output]:
     return [item for item in found if not isinstance(item, Usage | End) and item != ""]
 
 
-def test_thinking_arrives_with_its_signature() -> None:
+def test_thinking_has_signature() -> None:
     assert outputs(
         start(0, type="thinking", thinking="", signature=""),
         delta("thinking_delta", 0, "thinking", "Hm"),
@@ -58,7 +58,7 @@ def test_thinking_arrives_with_its_signature() -> None:
     ) == [Piece("thinking", 0, ""), Thinking("Hm"), Piece("signature", 0, "abc")]
 
 
-def test_texts_of_two_blocks_are_told_apart() -> None:
+def test_text_blocks_have_separate_indexes() -> None:
     assert outputs(
         start(0, type="text", text=""),
         delta("text_delta", 0, "text", "a"),
@@ -78,7 +78,7 @@ def test_texts_of_two_blocks_are_told_apart() -> None:
     ]
 
 
-def test_blocks_that_are_not_shown_arrive_whole() -> None:
+def test_redacted_and_tool_blocks_arrive_whole() -> None:
     assert outputs(
         start(0, type="redacted_thinking", data="secret"),
         stop(0),
@@ -146,7 +146,7 @@ CALL = ToolUse("t", "add", {"a": 1})
         ),
     ],
 )
-def test_reply_is_sent_back_as_the_api_asks(
+def test_reply_in_history_is_sent_as_api_requires(
     blocks: tuple[Block, ...], answer: Any, content: Any
 ) -> None:
     question = Message("user", "Hello")
@@ -157,7 +157,7 @@ def test_reply_is_sent_back_as_the_api_asks(
     assert sent(question, reply, Message("user", answer), *more)[1] == content
 
 
-def test_prompt_is_sent_whole() -> None:
+def test_prompt_with_image_and_document_is_sent_whole() -> None:
     blocks = (Image(IMAGE), Document({"type": "text"}, {"title": "A"}), Text("What is this?"))
     assert sent(Message("user", blocks)) == [
         [
@@ -168,7 +168,7 @@ def test_prompt_is_sent_whole() -> None:
     ]
 
 
-def test_breakpoint_within_the_messages_is_on_the_last_block() -> None:
+def test_cache_breakpoint_is_on_last_block_of_message() -> None:
     asked = Message("user", (Text("a"), Image(IMAGE)))
     messages = [asked, Message("assistant", "b"), *[Message("user", "c")] * 30]
     body = arguments(Request(tuple(messages), "claude", 100), Settings(), takes_temperature=True)

@@ -38,7 +38,7 @@ def merged(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return whole
 
 
-async def test_each_change_of_kind_begins_a_block(chat: Client, puppet: Puppet) -> None:
+async def test_change_of_kind_begins_block(chat: Client, puppet: Puppet) -> None:
     found = await frames(chat, puppet, "a", "b", Thinking("c"), "", Thinking("d"), "e")
     assert merged(found) == [
         {"type": "token", "text": "ab"},
@@ -47,12 +47,12 @@ async def test_each_change_of_kind_begins_a_block(chat: Client, puppet: Puppet) 
     ]
 
 
-async def test_block_without_data_has_no_number(chat: Client, puppet: Puppet) -> None:
+async def test_empty_block_has_no_index(chat: Client, puppet: Puppet) -> None:
     outputs = Piece("text", 0, ""), Piece("thinking", 1, ""), Piece("text", 2, ""), "a", "b"
     assert merged(await frames(chat, puppet, *outputs)) == [{"type": "token", "text": "ab"}]
 
 
-async def test_piece_of_another_block_begins_one(chat: Client, puppet: Puppet) -> None:
+async def test_piece_with_other_block_index_begins_block(chat: Client, puppet: Puppet) -> None:
     outputs = Piece("text", 0, "a"), "b", Piece("text", 3, ""), "c"
     assert merged(await frames(chat, puppet, *outputs)) == [
         {"type": "token", "text": "ab"},
@@ -60,7 +60,7 @@ async def test_piece_of_another_block_begins_one(chat: Client, puppet: Puppet) -
     ]
 
 
-async def test_signature_ends_a_thought(chat: Client, puppet: Puppet) -> None:
+async def test_signature_ends_thinking_block(chat: Client, puppet: Puppet) -> None:
     outputs = Thinking("a", "s"), Thinking("b"), Thinking("", "t")
     assert merged(await frames(chat, puppet, *outputs)) == [
         {"type": "thinking", "text": "a"},
@@ -70,7 +70,7 @@ async def test_signature_ends_a_thought(chat: Client, puppet: Puppet) -> None:
     ]
 
 
-async def test_other_blocks_are_whole_in_one_frame(chat: Client, puppet: Puppet) -> None:
+async def test_other_block_is_one_frame(chat: Client, puppet: Puppet) -> None:
     found = await frames(chat, puppet, "a", CALL, RedactedThinking("x"), "b")
     assert [frame["type"] for frame in merged(found)] == ["token", "block", "block", "token"]
     assert [(f["block"], json.loads(f["partial_json"])) for f in found if f["type"] == "block"] == [
@@ -79,9 +79,7 @@ async def test_other_blocks_are_whole_in_one_frame(chat: Client, puppet: Puppet)
     ]
 
 
-async def test_block_longer_than_a_frame_comes_in_parts(
-    chat: Client, puppet: Puppet, server: Server
-) -> None:
+async def test_block_over_frame_size_is_split(chat: Client, puppet: Puppet, server: Server) -> None:
     data = "é" * 3 * server.settings.frame_size
     found = await frames(chat, puppet, RedactedThinking(data), Thinking("", data))
     assert len(found) > 6
@@ -90,9 +88,7 @@ async def test_block_longer_than_a_frame_comes_in_parts(
     assert signature == {"type": "thinking", "text": "", "block": 1, "signature": data}
 
 
-async def test_citations_come_with_the_block_that_they_belong_to(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_citations_follow_text_of_their_block(chat: Client, puppet: Puppet) -> None:
     outputs = "a", Text("b", {"citations": [CITATION, CITATION]}), "c"
     assert merged(await frames(chat, puppet, *outputs)) == [
         {"type": "token", "text": "a"},
@@ -121,16 +117,16 @@ async def test_reply_ends_before_a_citation_that_no_frame_can_have(
     assert (text, done["reason"]) == ("ab", "max_tokens")
 
 
-async def test_text_with_half_of_a_pair_is_mended_within_its_block(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_lone_surrogate_is_replaced_within_block(chat: Client, puppet: Puppet) -> None:
     outputs = "a\ud83d", Thinking("b\ud83d"), CALL, "\ude00c", ToolUse("t", "\ud83d", {})
     found = merged(await frames(chat, puppet, *outputs))
     assert [frame.get("text") for frame in found] == ["a\ufffd", "b\ufffd", None, "\ufffdc", None]
     assert json.loads(found[-1]["partial_json"])["name"] == "\ufffd"
 
 
-async def test_client_resumes_after_any_piece_of_any_block(server: Server, puppet: Puppet) -> None:
+async def test_resume_after_any_piece_of_any_block_gets_the_rest(
+    server: Server, puppet: Puppet
+) -> None:
     said = (Thinking("1"), Thinking("2", "s"), "a", "b", CALL, Text("c", {"citations": [CITATION]}))
     async with client(server) as chat:
         start = await chat.prompt()
@@ -159,16 +155,14 @@ def split(found: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     ]
 
 
-async def test_what_no_block_is_made_of_is_an_internal_error(chat: Client, puppet: Puppet) -> None:
+async def test_invalid_piece_is_internal_error(chat: Client, puppet: Puppet) -> None:
     for wrong in (Piece("block", 0, "{}"), Piece("citation", 0, "[]"), ToolUse("t", "n", None)):  # type: ignore[arg-type]
         await chat.prompt()
         (await puppet.reply(len(puppet.replies) - 1)).say("a", wrong)
         assert (await chat.next("error"))["code"] == "internal"
 
 
-async def test_client_that_knows_only_text_and_thinking_gets_both(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_older_client_gets_text_and_thinking(chat: Client, puppet: Puppet) -> None:
     """Clients of before this version ignore unknown types and keys, as PROTOCOL.md tells them."""
     outputs = Thinking("1", "s"), "a", CALL, Text("b", {"citations": [CITATION]}), "c"
     known = {"type", "text"}

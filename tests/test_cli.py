@@ -39,7 +39,7 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
-async def test_start_prints_addresses_and_says_that_the_demo_is_no_language_model() -> None:
+async def test_start_prints_addresses_and_warns_about_demo_model() -> None:
     async with run(*SERVE) as process:
         match = await process.line(r"(http://127\.0\.0\.1:\d+/)")
         assert "demo" in process.output
@@ -53,7 +53,7 @@ async def test_start_prints_addresses_and_says_that_the_demo_is_no_language_mode
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signal_drains_and_exits_with_0(number: signal.Signals) -> None:
+async def test_signal_drains_and_exits_with_code_0(number: signal.Signals) -> None:
     async with run(*SERVE, "--demo-rate", "0") as process:
         async with connect(await url(process), proxy=None) as socket_:
             chat = Client(socket_)
@@ -84,7 +84,7 @@ async def test_second_ctrl_c_exits_at_once() -> None:
             await chat.closed()
 
 
-async def test_model_that_ignores_cancellation_does_not_block_exit(tmp_path: Path) -> None:
+async def test_model_ignoring_cancellation_does_not_block_exit(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import asyncio, threading\n"
         "async def stubborn(request):\n"
@@ -126,7 +126,7 @@ async def test_flags_override_the_environment(tmp_path: Path) -> None:
         ("asyncio", True, "asyncio"),
     ],
 )
-async def test_event_loop_setting_chooses_the_loop(
+async def test_event_loop_setting_chooses_loop(
     asked: str, installed: bool, runs: str, tmp_path: Path
 ) -> None:
     if not installed:
@@ -150,7 +150,7 @@ def test_missing_uvloop_is_refused_if_required(
     assert "uvloop is not installed" in fails(capsys, "serve", "--event-loop", "uvloop")
 
 
-async def test_second_server_says_how_to_use_another_store(
+async def test_error_of_second_server_names_other_stores(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async with run(*SERVE) as process:
@@ -166,7 +166,7 @@ async def test_second_server_says_how_to_use_another_store(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SECRETS))
-async def test_secret_in_a_flag_logs_a_warning_without_the_secret(name: str) -> None:
+async def test_secret_in_flag_logs_warning_without_secret(name: str) -> None:
     flag, secret = "--" + name.replace("_", "-"), "hunter2-hunter2-hunter2-hunter2-hunter2"
     async with run("-m", "wsserver", "serve", "--port", "0", flag, secret) as process:
         await process.line("can see a secret")
@@ -178,7 +178,7 @@ async def test_secret_in_a_flag_logs_a_warning_without_the_secret(name: str) -> 
     assert "hunter2" not in process.output
 
 
-def test_port_in_use_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_port_in_use_is_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         line = fails(capsys, "serve", "--port", port)
@@ -200,7 +200,7 @@ def test_port_in_use_is_a_one_line_error(capsys: pytest.CaptureFixture[str]) -> 
         ([], "COMMAND"),
     ],
 )
-def test_invalid_arguments_are_a_one_line_error_and_exit_code_2(
+def test_invalid_arguments_exit_with_code_2_and_one_line(
     capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     assert says in fails(capsys, *arguments)
@@ -233,7 +233,7 @@ def test_help_fits_two_screens_and_has_the_first_settings(
 
 
 @pytest.mark.parametrize("name", REMOVED)
-def test_removed_setting_says_what_holds_now(
+def test_error_of_removed_setting_names_replacement(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert REMOVED[name] in fails(capsys, "serve", "--" + name.replace("_", "-"), "1")
@@ -279,7 +279,7 @@ async def test_failures_of_threads_and_finalizers_are_logged(tmp_path: Path) -> 
     assert "a secret" not in process.output
 
 
-async def test_chat_with_a_token_flag_warns_on_stderr_only() -> None:
+async def test_chat_with_token_flag_warns_on_stderr_only() -> None:
     async with wsserver.serve("demo", port=0, demo_rate=0) as server:
         arguments = ("chat", server.url, "--once", "Hello", "--token", "hunter2")
         process = await asyncio.create_subprocess_exec(
@@ -296,13 +296,13 @@ async def test_chat_with_a_token_flag_warns_on_stderr_only() -> None:
 @pytest.mark.parametrize(
     ("days", "says"), [("soon", "'soon' is not a number of days"), ("9" * 12, "days are too many")]
 )
-def test_invalid_days_of_a_token_are_a_one_line_error(
+def test_invalid_token_days_are_one_line_error(
     capsys: pytest.CaptureFixture[str], days: str, says: str
 ) -> None:
     assert says in fails(capsys, "token", "new", "alice", "--days", days)
 
 
-def test_new_token_without_a_file_prints_its_line_on_stderr(
+def test_token_new_without_file_prints_line_on_stderr(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -313,14 +313,14 @@ def test_new_token_without_a_file_prints_its_line_on_stderr(
     assert re.search(r"^alice sha256:[0-9a-f]{64} \d{4}-\d\d-\d\d$", captured.err, re.MULTILINE)
 
 
-def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_command_prints_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"wsserver {wsserver.__version__}\n"
 
 
-def test_schema_prints_the_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
+def test_schema_command_prints_json_schema(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["schema"])
     assert exit_.value.code == 0

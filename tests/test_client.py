@@ -46,7 +46,7 @@ async def test_reply_yields_text_thinking_and_end(server: wsserver.Server, puppe
         ]
 
 
-async def test_leaving_the_iteration_does_not_stop_the_reply(
+async def test_break_from_iteration_does_not_stop_reply(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with connect(server.url) as chat:
@@ -59,9 +59,7 @@ async def test_leaving_the_iteration_does_not_stop_the_reply(
         assert (await end_of(reply)).text == "Once upon"
 
 
-async def test_iteration_raises_a_failure_after_the_text(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_iteration_raises_failure_after_text(server: wsserver.Server, puppet: Puppet) -> None:
     async with connect(server.url) as chat:
         reply = chat.prompt("Go")
         (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED, retry_after=7))
@@ -75,7 +73,7 @@ async def test_iteration_raises_a_failure_after_the_text(
 
 
 @pytest.mark.parametrize("failing", [False, True])
-async def test_leaving_the_chat_stops_its_replies(
+async def test_chat_exit_stops_its_replies(
     server: wsserver.Server, puppet: Puppet, failing: bool
 ) -> None:
     with contextlib.suppress(RuntimeError):
@@ -93,7 +91,7 @@ async def test_leaving_the_chat_stops_its_replies(
         chat.prompt("More")
 
 
-async def test_leaving_the_chat_does_not_stop_a_followed_reply(
+async def test_chat_exit_does_not_stop_followed_reply(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with connect(server.url) as chat:
@@ -112,7 +110,7 @@ async def test_leaving_the_chat_does_not_stop_a_followed_reply(
         assert await read(later) == "upon"
 
 
-async def test_prompt_with_messages_belongs_to_no_conversation(
+async def test_prompt_with_messages_has_no_conversation(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with connect(server.url) as chat:
@@ -133,7 +131,7 @@ async def test_invalid_prompt_raises_value_error(server: wsserver.Server, prompt
             chat.prompt(prompt)
 
 
-async def test_retry_replaces_the_failed_turn(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_retry_replaces_failed_turn(server: wsserver.Server, puppet: Puppet) -> None:
     async with connect(server.url) as chat:
         first = chat.prompt("One")
         (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
@@ -147,7 +145,7 @@ async def test_retry_replaces_the_failed_turn(server: wsserver.Server, puppet: P
         assert (await failure_of(chat.prompt("One", retry_of=first.id))).code == "not_last"
 
 
-async def test_slow_reader_gets_the_rest_as_one_piece() -> None:
+async def test_slow_reader_gets_rest_as_one_piece() -> None:
     async def long(request: wsserver.Request) -> AsyncIterator[str]:
         for _ in range(2000):
             yield "x" * 100
@@ -163,7 +161,7 @@ async def test_slow_reader_gets_the_rest_as_one_piece() -> None:
         assert len(first) + len(rest[0]) == 200_000
 
 
-async def test_200_replies_at_once() -> None:
+async def test_200_concurrent_replies_arrive_whole() -> None:
     async def echo(request: wsserver.Request) -> AsyncIterator[str]:
         for word in request.prompt.split():
             await asyncio.sleep(0)
@@ -178,7 +176,7 @@ async def test_200_replies_at_once() -> None:
         assert await asyncio.gather(*map(read, replies)) == prompts
 
 
-async def test_prompts_over_the_frame_rate_are_sent_later() -> None:
+async def test_prompts_over_frame_rate_are_sent_later() -> None:
     async def echo(request: wsserver.Request) -> AsyncIterator[str]:
         yield request.prompt
 
@@ -193,7 +191,7 @@ async def test_prompts_over_the_frame_rate_are_sent_later() -> None:
         assert len(await chat.conversations(limit=60)) == 60
 
 
-async def test_prompt_over_a_limit_fails_if_retry_after_exceeds_patience(puppet: Puppet) -> None:
+async def test_prompt_over_limit_fails_if_retry_after_exceeds_patience(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, prompts_per_minute=1, drain_timeout=0) as server,
         connect(server.url, patience=5) as chat,
@@ -209,7 +207,7 @@ async def test_prompt_over_a_limit_fails_if_retry_after_exceeds_patience(puppet:
         assert 50 < raised.value.retry_after <= 60
 
 
-async def test_prompt_over_a_limit_is_sent_again_after_retry_after() -> None:
+async def test_prompt_over_limit_is_resent_after_retry_after() -> None:
     prompts: list[Frame] = []
 
     async def answer(frame: Frame, send: Send) -> None:
@@ -238,7 +236,7 @@ async def test_prompt_after_idle_close_connects_again(puppet: Puppet) -> None:
 # Content blocks and histories.
 
 
-async def test_reply_assembles_its_content_blocks() -> None:
+async def test_reply_assembles_content_blocks() -> None:
     block = json.dumps({"type": "tool_use", "id": "t", "name": "add", "input": {"a": 1}})
     citation = {"type": "char_location", "cited_text": "x"}
     frames: list[Frame] = [
@@ -271,7 +269,7 @@ async def test_reply_assembles_its_content_blocks() -> None:
         )
 
 
-async def test_reply_leaves_an_unfinished_block_out() -> None:
+async def test_reply_omits_unfinished_block() -> None:
     async def answer(frame: Frame, send: Send) -> None:
         await send({"type": "start", "id": frame["id"], "model": "m"}, request=frame["request"])
         await send({"type": "token", "id": frame["id"], "seq": 1, "text": "Hm"})
@@ -286,7 +284,9 @@ async def test_reply_leaves_an_unfinished_block_out() -> None:
         assert reply.blocks == (content.Text("Hm"),)
 
 
-async def test_prompt_with_content_blocks(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_prompt_with_content_blocks_reaches_model(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
     image = content.Image({"type": "url", "url": "https://example.com/duck.png"})
     async with connect(server.url) as chat:
         reply = chat.prompt([content.Text("What is this?"), image])
@@ -301,7 +301,7 @@ async def test_prompt_with_content_blocks(server: wsserver.Server, puppet: Puppe
         assert (first.blocks, last.text) == (asked.blocks, "Are you sure?")
 
 
-async def test_history_of_the_server_keeps_thinking_model_usage_and_times(
+async def test_server_history_keeps_thinking_model_usage_and_times(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with connect(server.url) as chat:

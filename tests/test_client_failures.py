@@ -59,7 +59,7 @@ async def test_temporary_status_is_retried(
             assert tried == 4
 
 
-async def test_retry_after_beyond_the_timeout_fails_at_once() -> None:
+async def test_retry_after_beyond_timeout_fails_at_once() -> None:
     def refuse(connection: ServerConnection, _: Request) -> Response:
         response = connection.respond(HTTPStatus(503), "Later.")
         response.headers["Retry-After"] = "3600"
@@ -73,7 +73,7 @@ async def test_retry_after_beyond_the_timeout_fails_at_once() -> None:
 
 
 @pytest.mark.parametrize("code", [1002, 1007, 1008])
-async def test_final_close_code_closes_the_chat(code: int) -> None:
+async def test_final_close_code_closes_chat(code: int) -> None:
     async def close(socket: ServerConnection) -> None:
         await socket.recv()
         await socket.close(code, "so it is")
@@ -101,7 +101,7 @@ async def test_other_close_codes_reconnect(code: int) -> None:
         await until(lambda: came == 3)
 
 
-async def test_server_that_always_closes_is_given_up_after_patience() -> None:
+async def test_client_gives_up_closing_server_after_patience() -> None:
     async def close(socket: ServerConnection) -> None:
         await socket.recv()
         await socket.close(1011, "no")
@@ -137,7 +137,7 @@ async def test_negative_retry_after_is_not_retried_at_once() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://localhost/", "ws://", "localhost:3001", "ws://["])
-async def test_invalid_address_is_a_final_failure(url: str) -> None:
+async def test_invalid_address_is_final_failure(url: str) -> None:
     with pytest.raises(ConnectionFailed, match="not the address"):
         await connect(url, open_timeout=1).__aenter__()
 
@@ -146,7 +146,7 @@ async def test_invalid_address_is_a_final_failure(url: str) -> None:
 
 
 @pytest.mark.parametrize("said", ["no JSON", "[]", "1", '{"type": "start", "id": 1}', '{"id": []}'])
-async def test_invalid_frame_closes_the_chat(said: str) -> None:
+async def test_invalid_frame_closes_chat(said: str) -> None:
     async def talk(socket: ServerConnection) -> None:
         name = str(await socket.recv()).partition('"id":"')[2].partition('"')[0]
         await socket.send(said.replace('"id": 1', f'"id": "{name}"'))
@@ -167,7 +167,7 @@ async def test_invalid_frame_closes_the_chat(said: str) -> None:
         '{"type": "error", "code": "overloaded", "retryable": true, "retry_after": NaN}',
     ],
 )
-async def test_invalid_answer_fails_the_query(said: str) -> None:
+async def test_invalid_answer_fails_query(said: str) -> None:
     async def talk(socket: ServerConnection) -> None:
         async for _ in socket:
             await socket.send(said)
@@ -178,7 +178,7 @@ async def test_invalid_answer_fails_the_query(said: str) -> None:
 
 
 @pytest.mark.parametrize("seq", ["NaN", "1.5", '"1"', "true", "null"])
-async def test_token_with_invalid_seq_closes_the_chat(seq: str) -> None:
+async def test_token_frame_with_invalid_seq_closes_chat(seq: str) -> None:
     async def talk(socket: ServerConnection) -> None:
         name = str(await socket.recv()).partition('"id":"')[2].partition('"')[0]
         for _ in range(2):
@@ -201,7 +201,7 @@ async def test_token_with_invalid_seq_closes_the_chat(seq: str) -> None:
         '"type": "token", "text": "x", "block": "1"',
     ],
 )
-async def test_invalid_content_frame_closes_the_chat(piece: str) -> None:
+async def test_invalid_content_frame_closes_chat(piece: str) -> None:
     async def talk(socket: ServerConnection) -> None:
         name = str(await socket.recv()).partition('"id":"')[2].partition('"')[0]
         await socket.send(f'{{"id": "{name}", "seq": 1, {piece}}}')
@@ -212,7 +212,7 @@ async def test_invalid_content_frame_closes_the_chat(piece: str) -> None:
             await end_of(chat.prompt("Hi"))
 
 
-async def test_list_ends_at_an_empty_page() -> None:
+async def test_list_ends_at_empty_page() -> None:
     async def talk(socket: ServerConnection) -> None:
         async for _ in socket:
             await socket.send('{"type": "conversations", "items": [], "next": "x"}')

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 # Requests and answers.
 
 
-async def test_refusal_fails_the_request_that_it_names() -> None:
+async def test_error_fails_only_named_request() -> None:
     waiting: list[Frame] = []
 
     async def answer(frame: Frame, send: Send) -> None:
@@ -75,7 +75,7 @@ async def test_unrelated_frames_answer_no_request() -> None:
             await asyncio.wait_for(chat.rename(chat.conversation, "Ours"), BOUND)
 
 
-async def test_every_frame_after_hello_has_a_request_key() -> None:
+async def test_frames_after_hello_have_request_key() -> None:
     seen: list[Frame] = []
 
     async def answer(frame: Frame, send: Send) -> None:
@@ -148,7 +148,7 @@ async def test_older_server_gets_no_request_keys(server: wsserver.Server, puppet
         assert chat.limits is None
 
 
-async def test_request_before_a_late_hello_is_answered_without_key() -> None:
+async def test_request_before_late_hello_is_answered_without_key() -> None:
     async def talk(socket: ServerConnection) -> None:
         asked = [json.loads(await socket.recv())]
         await socket.send(json.dumps({"type": "hello", "limits": {"prompt_size": 5}}))
@@ -175,7 +175,7 @@ async def test_request_before_a_late_hello_is_answered_without_key() -> None:
     ["x" * 1001, "ü" * 501, "\x01" * 400],
     ids=["of the prompt", "in bytes", "of the frame, with its escapes"],
 )
-async def test_prompt_over_a_limit_is_refused_without_being_sent(
+async def test_prompt_over_message_size_is_refused_unsent(
     puppet: Puppet, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with (
@@ -218,7 +218,7 @@ async def test_close_1009_refuses_only_the_longest_prompt(
         assert await read(short) == "Here"
 
 
-async def test_frame_over_the_client_limit_is_a_protocol_error(
+async def test_frame_over_client_limit_is_protocol_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dial, "FRAME_SIZE", 1000)
@@ -232,7 +232,7 @@ async def test_frame_over_the_client_limit_is_a_protocol_error(
         assert "breaks the protocol" in str(error)
 
 
-async def test_low_bad_frames_limit_lowers_the_window() -> None:
+async def test_low_bad_frames_limit_lowers_request_window() -> None:
     most = waiting = 0
 
     async def answer(frame: Frame, send: Send) -> None:
@@ -250,7 +250,7 @@ async def test_low_bad_frames_limit_lowers_the_window() -> None:
 # Dead connections.
 
 
-async def test_silence_during_a_reply_replaces_the_connection(
+async def test_silence_during_reply_replaces_connection(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "SILENCE_WHILE_WAITING", 0.05)
@@ -271,7 +271,7 @@ async def test_silence_during_a_reply_replaces_the_connection(
         line.reset()
 
 
-async def test_prompt_on_a_dead_idle_connection_is_sent_again(
+async def test_prompt_on_dead_idle_connection_is_resent(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "SILENCE_WHILE_WAITING", 0.05)
@@ -291,7 +291,7 @@ async def test_prompt_on_a_dead_idle_connection_is_sent_again(
         line.reset()
 
 
-async def test_answered_pings_keep_a_silent_connection(
+async def test_answered_pings_keep_silent_connection(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link, "SILENCE_WHILE_WAITING", 0.01)
@@ -330,7 +330,7 @@ async def test_blocked_event_loop_does_not_count_as_silence(
     assert states == [State.OPEN, State.CLOSED]
 
 
-async def test_closing_a_dead_connection_respects_close_timeout(
+async def test_close_of_dead_connection_takes_at_most_close_timeout(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with Line(server.port) as line:

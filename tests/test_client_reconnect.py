@@ -51,7 +51,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 @pytest.mark.parametrize("late", [False, True], ids=["at", "after"])
-async def test_text_is_exact_wherever_the_connection_is_cut(reset: bool, late: bool) -> None:
+async def test_text_is_whole_after_cut_at_any_byte(reset: bool, late: bool) -> None:
     calls = 0
 
     async def counted(request: wsserver.Request) -> AsyncIterator[str | wsserver.Thinking]:
@@ -99,7 +99,7 @@ async def test_running_and_queued_replies_continue_over_many_cuts(
         assert len(puppet.replies) == 3
 
 
-async def test_stop_without_a_connection_is_sent_on_the_next(line: Line, puppet: Puppet) -> None:
+async def test_stop_without_connection_is_sent_on_reconnect(line: Line, puppet: Puppet) -> None:
     states: list[State] = []
     async with connect(line.url, on_state=states.append) as chat:
         reply = chat.prompt("Tell me a story")
@@ -119,9 +119,7 @@ async def test_stop_without_a_connection_is_sent_on_the_next(line: Line, puppet:
     assert states == [State.OPEN, State.LOST, State.OPEN, State.CLOSED]
 
 
-async def test_stopped_prompt_that_may_be_lost_is_not_sent_again(
-    line: Line, puppet: Puppet
-) -> None:
+async def test_stopped_unconfirmed_prompt_is_not_resent(line: Line, puppet: Puppet) -> None:
     async with connect(line.url) as chat:
         line.deafen()
         arrived, lost = chat.prompt("One"), chat.prompt("Two")
@@ -149,7 +147,7 @@ async def test_dead_connection_is_replaced(line: Line, puppet: Puppet) -> None:
         assert await read(reply) == "Once upon"
 
 
-async def test_queries_without_a_connection_are_answered_on_the_next(
+async def test_queries_without_connection_are_answered_on_reconnect(
     line: Line, puppet: Puppet
 ) -> None:
     async with connect(line.url) as chat:
@@ -166,7 +164,7 @@ async def test_queries_without_a_connection_are_answered_on_the_next(
         assert [c.id for c in conversations] == [chat.conversation]
 
 
-async def test_delete_whose_answer_was_lost_succeeds(
+async def test_delete_with_lost_answer_succeeds(
     line: Line, puppet: Puppet, server: wsserver.Server
 ) -> None:
     async with connect(line.url) as chat:
@@ -186,7 +184,7 @@ async def test_delete_whose_answer_was_lost_succeeds(
         assert raised.value.code == "not_found"
 
 
-async def test_requests_fail_after_patience_and_the_next_one_connects(
+async def test_requests_fail_after_patience_and_next_request_connects(
     line: Line, puppet: Puppet
 ) -> None:
     async with connect(line.url, patience=0.05) as chat:
@@ -204,9 +202,7 @@ async def test_requests_fail_after_patience_and_the_next_one_connects(
         assert await read(chat.resume(reply.id, after=reply.seq)) == "upon"
 
 
-async def test_history_arrives_over_connections_that_each_carry_a_few_bytes(
-    line: Line, puppet: Puppet
-) -> None:
+async def test_history_arrives_over_repeatedly_cut_connections(line: Line, puppet: Puppet) -> None:
     async with connect(line.url) as chat:
         texts = [str(number) * 5_000 for number in range(6)]
         for number, text in enumerate(texts):
@@ -221,7 +217,7 @@ async def test_history_arrives_over_connections_that_each_carry_a_few_bytes(
 
 
 @pytest.mark.filterwarnings("ignore")
-async def test_older_server_without_page_size_gets_the_request_without_it() -> None:
+async def test_older_server_gets_no_page_size() -> None:
     sizes: list[int | None] = []
 
     async def answer(frame: Frame, send: Send) -> None:
@@ -243,7 +239,7 @@ async def test_older_server_without_page_size_gets_the_request_without_it() -> N
 # Servers that restart.
 
 
-async def test_conversation_continues_after_a_restart_of_the_server(tmp_path: Path) -> None:
+async def test_conversation_continues_after_server_restart(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     settings: dict[str, Any] = {
@@ -273,9 +269,7 @@ async def test_conversation_continues_after_a_restart_of_the_server(tmp_path: Pa
 
 
 @pytest.mark.parametrize("interval", ["0.01", "1000"], ids=["some", "nothing"])
-async def test_reply_is_interrupted_after_the_server_was_killed(
-    tmp_path: Path, interval: str
-) -> None:
+async def test_reply_is_interrupted_after_server_kill(tmp_path: Path, interval: str) -> None:
     serve_ = ("-m", "wsserver", "serve", "--demo-rate", "100", "--save-interval", interval)
     store = ("--store", f"sqlite:///{tmp_path}/c.sqlite")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -305,7 +299,7 @@ async def test_reply_is_interrupted_after_the_server_was_killed(
         assert all(message.partial == "interrupted" for message in said)
 
 
-async def test_reply_is_interrupted_if_the_next_server_does_not_know_it() -> None:
+async def test_reply_unknown_to_next_server_is_interrupted() -> None:
     first, second = Puppet(), Puppet()
     async with contextlib.AsyncExitStack() as stack:
         one = await stack.enter_async_context(wsserver.serve(first, port=0, drain_timeout=0))
@@ -334,7 +328,7 @@ async def until_refused(port: int) -> None:
             writer.close()
 
 
-async def test_prompt_refused_by_a_draining_server_goes_to_the_next() -> None:
+async def test_prompt_refused_by_draining_server_is_sent_to_next() -> None:
     first, second = Puppet(), Puppet()
     async with contextlib.AsyncExitStack() as stack:
         one = await stack.enter_async_context(wsserver.serve(first, port=0))
@@ -424,7 +418,7 @@ async def test_text_after_gap_is_replaced_by_text_of_server(saved: list[Frame], 
 
 
 @pytest.mark.filterwarnings("ignore")
-async def test_iteration_over_text_before_gap_raises_if_the_reply_continues() -> None:
+async def test_iteration_before_gap_raises_if_reply_continues() -> None:
     async with scripted(_crashed(CONTINUED)) as url, connect(url) as chat:
         reply = chat.prompt("Count")
         reader, later = aiter(reply), aiter(reply)
@@ -446,7 +440,7 @@ async def test_iteration_over_text_before_gap_raises_if_the_reply_continues() ->
     ],
     ids=["interrupted", "that continues", "that ends"],
 )
-async def test_resume_after_more_than_the_server_has_fails(saved: list[Frame], code: str) -> None:
+async def test_resume_after_unknown_seq_fails(saved: list[Frame], code: str) -> None:
     async with scripted(_crashed(saved)) as url, connect(url) as chat:
         reply = chat.resume("chosen-by-another-program", after=5)
         error = await failure_of(reply)
@@ -455,7 +449,7 @@ async def test_resume_after_more_than_the_server_has_fails(saved: list[Frame], c
         assert chat.state is State.OPEN
 
 
-async def test_reply_continues_on_a_server_without_gap() -> None:
+async def test_reply_continues_on_server_without_gap_frames() -> None:
     came = itertools.count(1)
 
     async def talk(socket: ServerConnection) -> None:
@@ -491,7 +485,7 @@ async def test_reply_continues_on_a_server_without_gap() -> None:
 # Time to connect.
 
 
-async def test_last_attempt_begins_at_the_deadline(
+async def test_last_connect_attempt_begins_at_deadline(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Backoff, "next", lambda _: 1000.0)  # more than there is
@@ -515,7 +509,7 @@ async def test_last_attempt_begins_at_the_deadline(
         await chat.close()
 
 
-async def test_connecting_fails_after_the_last_attempt(
+async def test_connect_fails_after_last_attempt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Backoff, "next", lambda _: 1000.0)
@@ -527,12 +521,12 @@ async def test_connecting_fails_after_the_last_attempt(
         assert line.tried >= 2
 
 
-def test_default_open_timeout_is_longer_than_a_restart() -> None:
+def test_default_open_timeout_outlasts_server_restart() -> None:
     default = inspect.signature(connect).parameters["open_timeout"].default
     assert default > wsserver.Settings().shutdown_timeout + 2, "and a start"
 
 
-async def test_connecting_without_a_server_fails_after_open_timeout() -> None:
+async def test_connect_without_server_fails_after_open_timeout() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"ws://127.0.0.1:{free.getsockname()[1]}/"
     with pytest.raises(ConnectionFailed, match="cannot connect") as raised:
@@ -540,7 +534,7 @@ async def test_connecting_without_a_server_fails_after_open_timeout() -> None:
     assert not raised.value.final
 
 
-def test_backoff_is_full_jitter_below_a_doubling_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backoff_has_full_jitter_below_doubling_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     bounds: list[tuple[float, float]] = []
 

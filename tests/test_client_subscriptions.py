@@ -50,9 +50,7 @@ async def test_subscription_yields_running_and_later_replies_of_others(
         assert await chat.open(other.conversation) is subscription
 
 
-async def test_own_replies_are_not_in_the_subscription(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_subscription_omits_own_replies(server: wsserver.Server, puppet: Puppet) -> None:
     async with connect(server.url) as chat, connect(server.url) as other:
         own = chat.prompt("Mine")
         (await puppet.reply()).say("Yes").end()
@@ -66,7 +64,7 @@ async def test_own_replies_are_not_in_the_subscription(
         assert (await following(subscription)).prompt == "Theirs"
 
 
-async def test_subscription_continues_after_a_lost_connection(
+async def test_subscription_continues_after_lost_connection(
     server: wsserver.Server, puppet: Puppet, line: Line
 ) -> None:
     async with connect(line.url) as chat, connect(server.url) as other:
@@ -90,7 +88,7 @@ async def test_subscription_continues_after_a_lost_connection(
         assert (await following(subscription)).prompt == "Three"
 
 
-async def test_close_ends_the_subscription_and_running_replies_continue(
+async def test_close_ends_subscription_and_running_replies_continue(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with connect(server.url) as chat, connect(server.url) as other:
@@ -108,7 +106,7 @@ async def test_close_ends_the_subscription_and_running_replies_continue(
         assert len((await chat.open(other.conversation)).history.messages) == 4
 
 
-async def test_rename_and_delete_by_others_reach_the_subscription(
+async def test_subscription_yields_rename_and_delete_by_others(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with connect(server.url) as chat, connect(server.url) as other:
@@ -125,7 +123,7 @@ async def test_rename_and_delete_by_others_reach_the_subscription(
         assert subscription.deleted
 
 
-async def test_conversation_deleted_while_offline_ends_the_subscription(
+async def test_conversation_deleted_while_offline_ends_subscription(
     server: wsserver.Server, puppet: Puppet, line: Line
 ) -> None:
     async with connect(line.url) as chat, connect(server.url) as other:
@@ -141,16 +139,14 @@ async def test_conversation_deleted_while_offline_ends_the_subscription(
         assert subscription.deleted
 
 
-async def test_open_of_an_unknown_conversation_raises(server: wsserver.Server) -> None:
+async def test_open_of_unknown_conversation_raises(server: wsserver.Server) -> None:
     async with connect(server.url) as chat:
         with pytest.raises(ServerError) as raised:
             await chat.open(new_id())
         assert raised.value.code == "not_found"
 
 
-async def test_closing_the_chat_ends_its_subscriptions(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_chat_close_ends_subscriptions(server: wsserver.Server, puppet: Puppet) -> None:
     async with connect(server.url) as chat:
         chat.prompt("One")
         await puppet.reply()

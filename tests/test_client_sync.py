@@ -46,7 +46,7 @@ def threaded_server() -> Iterator[str]:
     loop.close()
 
 
-def test_blocking_calls_do_the_same_as_async_ones(threaded_server: str) -> None:
+def test_blocking_calls_equal_async_calls(threaded_server: str) -> None:
     with connect_sync(threaded_server) as chat:
         assert chat.state is State.OPEN
         reply = chat.prompt("Hello")
@@ -85,7 +85,7 @@ def test_subscription_yields_replies_of_others(threaded_server: str) -> None:
         assert not subscription.deleted
 
 
-def test_reply_is_readable_after_the_chat(threaded_server: str) -> None:
+def test_reply_is_readable_after_chat_exit(threaded_server: str) -> None:
     with connect_sync(threaded_server) as chat:
         reply = chat.prompt("Hello")
         reply.done()
@@ -105,7 +105,7 @@ def test_reply_is_readable_after_the_chat(threaded_server: str) -> None:
     assert chat.state is State.CLOSED
 
 
-def test_chat_outside_its_with_block_raises() -> None:
+def test_chat_outside_with_block_raises() -> None:
     chat = connect_sync("ws://localhost:1/", open_timeout=0.01)
     assert chat.state is State.CONNECTING
     for ask in (lambda: chat.prompt("Hi"), chat.history):
@@ -119,7 +119,7 @@ def test_chat_outside_its_with_block_raises() -> None:
         connect_sync("ws://localhost:1/", colour="red")
 
 
-async def test_ctrl_c_stops_the_reply(puppet: Puppet) -> None:
+async def test_ctrl_c_stops_reply(puppet: Puppet) -> None:
     script = (
         "import sys\n"
         "from wsserver.client import connect_sync\n"

@@ -62,7 +62,7 @@ async def test_token_is_renewed_before_expiry(
         assert states == [State.OPEN]
 
 
-async def test_expired_token_is_replaced_on_a_new_connection(
+async def test_expired_token_is_replaced_on_new_connection(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(credentials, "RENEW_AT", 1000.0)  # too late
@@ -79,7 +79,7 @@ async def test_expired_token_is_replaced_on_a_new_connection(
         assert await read(reply) == "Once upon"
 
 
-async def test_expired_constant_token_closes_the_chat(puppet: Puppet) -> None:
+async def test_expired_constant_token_closes_chat(puppet: Puppet) -> None:
     issuer = Issuer(1.0)
     async with wsserver.serve(puppet, authenticate=issuer, port=0, drain_timeout=0) as server:
         async with connect(server.url, token=await issuer.token()) as chat:
@@ -91,7 +91,7 @@ async def test_expired_constant_token_closes_the_chat(puppet: Puppet) -> None:
                 chat.prompt("More")
 
 
-async def test_invalid_token_is_a_final_failure() -> None:
+async def test_invalid_token_is_final_failure() -> None:
     async with wsserver.serve(
         port=0, tokens=f"ada sha256:{hashlib.sha256(b'good').hexdigest()}"
     ) as server:
@@ -122,7 +122,7 @@ async def test_failing_token_source_is_called_again(puppet: Puppet) -> None:
 
 
 @pytest.mark.parametrize("ahead", [3600, -3600])
-async def test_renewal_does_not_depend_on_the_clock(
+async def test_renewal_does_not_depend_on_system_clock(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch, ahead: float
 ) -> None:
     given: list[str] = []
@@ -152,7 +152,7 @@ async def test_renewal_does_not_depend_on_the_clock(
     assert len(given) == 1
 
 
-def test_remaining_life_prefers_expires_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_lifetime_prefers_expires_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(credentials, "time", SimpleNamespace(time=lambda: 1000.0))
     assert remaining_life({}) is None
     assert remaining_life({"expires": 5.0, "expires_in": 600}) == 600
@@ -184,7 +184,7 @@ async def test_failed_renewal_is_retried(puppet: Puppet, monkeypatch: pytest.Mon
         assert chat.state is State.OPEN
 
 
-async def test_close_reason_is_not_an_unrelated_earlier_error() -> None:
+async def test_close_failure_ignores_earlier_unrelated_error() -> None:
     async def talk(socket: ServerConnection) -> None:
         error = {"type": "error", "code": "limit", "message": "Old news.", "retryable": True}
         await socket.send(json.dumps(error))

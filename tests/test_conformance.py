@@ -127,7 +127,7 @@ async def line(server: wsserver.Server) -> AsyncIterator[Line]:
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-async def test_raw_frames(name: str, puppet: Puppet, line: Line) -> None:
+async def test_raw_frames_match_exchanges(name: str, puppet: Puppet, line: Line) -> None:
     driver = Raw(line.url)
     await driver.connect()
     await play(EXCHANGES[name], driver, puppet, line)
@@ -219,7 +219,7 @@ class Python:
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-async def test_python_client(
+async def test_python_client_matches_exchanges(
     name: str, puppet: Puppet, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dial, "FIRST_BACKOFF", 0.01)

@@ -24,7 +24,7 @@ async def stand() -> AsyncIterator[Stand]:
     await stand.hub.close(BOUND)
 
 
-async def test_piece_is_written_in_the_call_that_appends_it(stand: Stand) -> None:
+async def test_piece_is_written_in_same_call_as_append(stand: Stand) -> None:
     connection, port = stand.client()
     connection.receive(json.dumps({"prompt": "Hello?"}))
     start = await port.next("start")
@@ -71,7 +71,7 @@ class LineReader:
         raise error
 
 
-async def test_followers_of_two_dialects_read_one_log(stand: Stand) -> None:
+async def test_two_dialects_read_one_log(stand: Stand) -> None:
     connection, port = stand.client()
     connection.receive(json.dumps({"prompt": "Hello?", "id": ID}))
     reply = await stand.puppet.reply()
@@ -88,7 +88,7 @@ async def test_followers_of_two_dialects_read_one_log(stand: Stand) -> None:
     assert [frame["text"] for frame in port.of("token")] == ["one ", "two"]
 
 
-async def test_client_whose_transport_fails_is_closed_and_no_other_notices(
+async def test_failing_transport_closes_only_its_client(
     stand: Stand, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection, port = stand.client()
@@ -110,7 +110,7 @@ async def test_client_whose_transport_fails_is_closed_and_no_other_notices(
     assert stand.hub.live == 0
 
 
-async def test_account_pays_for_new_titles_that_others_are_sent(
+async def test_titles_sent_to_others_count_for_read_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("wsserver.accounts.READ_BURST", 20_000)
@@ -133,7 +133,7 @@ async def test_account_pays_for_new_titles_that_others_are_sent(
     await stand.hub.close(BOUND)
 
 
-async def test_stops_of_what_is_being_stopped_are_bounded(stand: Stand) -> None:
+async def test_repeated_stops_add_bounded_followers(stand: Stand) -> None:
     connection, port = stand.client()
     connection.receive(json.dumps({"prompt": "Hello?", "id": ID, "conversation": ONE}))
     reply = await stand.puppet.reply()

@@ -89,7 +89,7 @@ def test_unknown_keys_are_kept(known: dict[str, Any], more: dict[str, Any]) -> N
 
 
 @given(name=st.text(min_size=1, max_size=64), more=st.dictionaries(st.text(), JSON, max_size=4))
-def test_block_of_unknown_type_is_kept_whole(name: str, more: dict[str, Any]) -> None:
+def test_unknown_block_type_is_kept_whole(name: str, more: dict[str, Any]) -> None:
     value = more | {"type": f"_{name}"[:64]}
     assert parse_block(value) == Other(
         value["type"], {k: v for k, v in more.items() if k != "type"}
@@ -97,7 +97,7 @@ def test_block_of_unknown_type_is_kept_whole(name: str, more: dict[str, Any]) ->
     assert dump_block(parse_block(value)) == value
 
 
-def test_null_counts_as_left_out() -> None:
+def test_null_equals_missing_key() -> None:
     assert parse_block({"type": "text", "text": "x", "citations": None}) == Text("x")
     with pytest.raises(ValueError, match=r"^text: missing$"):
         parse_block({"type": "text", "text": None})
@@ -126,12 +126,12 @@ def test_null_counts_as_left_out() -> None:
         ([{"type": "x", "\ud83d" * 99: 1}], r"0.\\ud83d"),
     ],
 )
-def test_error_names_the_key(value: object, why: str) -> None:
+def test_error_names_key(value: object, why: str) -> None:
     with pytest.raises(ValueError, match=f"^{why}"):
         parse_content(value)
 
 
-def test_depth_of_a_block_is_bounded() -> None:
+def test_block_nesting_is_bounded() -> None:
     def nested(depth: int) -> dict[str, Any]:
         value: Any = 1
         for _ in range(depth):
@@ -145,7 +145,7 @@ def test_depth_of_a_block_is_bounded() -> None:
         parse_block(nested(100_000))
 
 
-def test_text_stands_for_one_text_block() -> None:
+def test_string_content_equals_one_text_block() -> None:
     assert Message("user", "Hello") == Message("user", [Text("Hello")])
     assert Message("assistant", "").blocks == ()
     assert parse_content("Hello") == (Text("Hello"),)
@@ -159,7 +159,7 @@ def test_text_stands_for_one_text_block() -> None:
     ]
 
 
-def test_message_joins_its_texts_and_its_thinking() -> None:
+def test_message_text_and_thinking_join_blocks() -> None:
     blocks = (Thinking("1", "s"), Text("a"), ToolUse("t", "n", {}), Thinking("2"), Text("b"))
     message = Message("assistant", blocks, "client", model="m", usage=Usage(1, 2))
     assert (message.text, message.thinking) == ("ab", "12")
@@ -168,7 +168,7 @@ def test_message_joins_its_texts_and_its_thinking() -> None:
     )
 
 
-def test_size_counts_text_and_else_json() -> None:
+def test_size_counts_text_or_json() -> None:
     assert Message("user", "grüß").size == 4
     image = Image(SOURCE)
     assert text_of_block(image) == (
@@ -177,7 +177,7 @@ def test_size_counts_text_and_else_json() -> None:
     assert Message("user", (Text("ab"), image)).size == 2 + len(text_of_block(image))
 
 
-def test_memory_counts_all_values_of_a_block() -> None:
+def test_memory_counts_all_values_of_block() -> None:
     small = memory_of(Message("user", [ToolUse("t", "n", {"x": ["y"]})]))
     large = memory_of(Message("user", [ToolUse("t", "n", {"x": ["y" * 10_000]})]))
     assert large - small == 9_999

@@ -49,7 +49,7 @@ def long_conversation(sizes: Iterable[int]) -> Iterable[tuple[list[Turn], str]]:
     st.integers(1, 300),
     st.integers(1, 30),
 )
-def test_newest_turns_are_shown_whole_and_within_the_limits(
+def test_newest_turns_are_sent_whole_within_limits(
     sizes: list[tuple[int, int]], count: int, size: int, prompt: int
 ) -> None:
     turns = [
@@ -66,7 +66,7 @@ def test_newest_turns_are_shown_whole_and_within_the_limits(
 
 
 @pytest.mark.parametrize("sizes", [(2000, 2000), (20, 20), (7000, 7000), (1, 8000)])
-def test_nine_tenths_of_what_is_sent_begin_as_the_request_before(sizes: tuple[int, int]) -> None:
+def test_90_percent_of_request_equals_previous_request(sizes: tuple[int, int]) -> None:
     chance = random.Random(1)
     sent = same = 0
     before: list[Message] = []
@@ -81,7 +81,7 @@ def test_nine_tenths_of_what_is_sent_begin_as_the_request_before(sizes: tuple[in
     assert same / sent > 0.9
 
 
-def test_where_the_history_begins_does_not_depend_on_what_is_in_memory() -> None:
+def test_first_turn_does_not_depend_on_turns_in_memory() -> None:
     everything: list[Turn] = []
     for turns, prompt in long_conversation([2000] * 600):
         after_a_restart = newest(everything[-COUNT:], COUNT, SIZE)
@@ -90,7 +90,7 @@ def test_where_the_history_begins_does_not_depend_on_what_is_in_memory() -> None
         everything.append(turn(number, prompt, f"{number}".ljust(2000, "!")))
 
 
-def test_all_is_shown_that_fits_where_the_first_turn_was_replaced() -> None:
+def test_all_fitting_turns_are_sent_after_first_turn_is_replaced() -> None:
     turns = [turn(number, "?" * 1000, "!" * 1000) for number in range(2, 90)]
     assert len(asked(turns, "p")) == 2 * len(turns) + 1
 
@@ -119,7 +119,7 @@ SAID = [("user", "Fine"), ("assistant", "Yes")]
         ("X", "", None, [("user", "X")]),
     ],
 )
-def test_prompt_that_failed_without_a_word_is_not_shown_again(
+def test_failed_prompt_without_reply_is_omitted(
     prompt: str, text: str, partial: str | None, shown: list[tuple[str, str]]
 ) -> None:
     turns = [turn(1, "Fine", "Yes"), turn(2, prompt, text, partial)]
@@ -127,9 +127,7 @@ def test_prompt_that_failed_without_a_word_is_not_shown_again(
     assert [(m.role, m.content) for m in messages] == [*SAID, *shown, ("user", "Y")]
 
 
-async def test_prompt_that_is_asked_again_after_a_failure_is_shown_once(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_prompt_repeated_after_failure_is_sent_once(chat: Client, puppet: Puppet) -> None:
     for number in range(2):
         await chat.prompt("X")
         (await puppet.reply(number)).fail(ModelError(Code.OVERLOADED))
@@ -180,7 +178,7 @@ async def ask(chat: Client, prompt: str, **keys: Any) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("upstream")
-async def test_nine_tenths_of_300_turns_are_read_from_the_prompt_cache(cache: PromptCache) -> None:
+async def test_90_percent_of_300_turns_are_read_from_prompt_cache(cache: PromptCache) -> None:
     async with serve() as server, client(server) as chat:
         for number in range(300):
             await ask(chat, f"{number}".ljust(2000))
@@ -188,7 +186,7 @@ async def test_nine_tenths_of_300_turns_are_read_from_the_prompt_cache(cache: Pr
 
 
 @pytest.mark.parametrize("stopped", [1, 18, 19, 20, 21, 60])
-async def test_prompt_cache_is_found_behind_prompts_that_were_stopped_without_a_word(
+async def test_prompt_cache_is_found_after_prompts_stopped_early(
     upstream: Upstream, cache: PromptCache, stopped: int
 ) -> None:
     def answer(body: Any) -> Script:
@@ -210,7 +208,7 @@ async def test_prompt_cache_is_found_behind_prompts_that_were_stopped_without_a_
 
 
 @pytest.mark.usefixtures("upstream")
-async def test_long_system_prompt_is_cached_for_all_conversations(cache: PromptCache) -> None:
+async def test_system_prompt_is_cached_for_all_conversations(cache: PromptCache) -> None:
     system = "Be brief. " * 1000
     async with serve(system=system) as server, client(server) as chat:
         first = await ask(chat, "Hi", conversation="conversation-one")
@@ -220,7 +218,7 @@ async def test_long_system_prompt_is_cached_for_all_conversations(cache: PromptC
 
 
 @pytest.mark.usefixtures("upstream")
-async def test_restart_finds_the_prompt_cache_again(cache: PromptCache, tmp_path: Any) -> None:
+async def test_prompt_cache_is_found_after_restart(cache: PromptCache, tmp_path: Any) -> None:
     for _ in range(3):
         async with serve(store=f"sqlite:///{tmp_path}/s.sqlite", history_messages=40) as server:
             async with client(server) as chat:

@@ -48,9 +48,7 @@ def fill(memory: Memory) -> dict[str, int]:
     return taken
 
 
-async def test_turns_count_with_their_size_in_memory(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_turns_are_counted_by_size_in_memory(server: wsserver.Server, puppet: Puppet) -> None:
     async with client(server) as chat:
         await say(chat, puppet, "warm", "up", TWO)
         before = server.memory.used
@@ -66,7 +64,7 @@ async def test_turns_count_with_their_size_in_memory(
         assert server.memory.used == server.memory.cached
 
 
-async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
+async def test_idle_turns_are_dropped_for_memory_and_reread(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -85,7 +83,7 @@ async def test_idle_turns_are_dropped_when_memory_is_needed_and_read_again(
         assert said == ["one", "x" * 10_000, "again"]
 
 
-async def test_turns_of_a_watched_conversation_may_be_dropped(
+async def test_turns_of_watched_conversation_may_be_dropped(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat, client(server) as watcher:
@@ -102,7 +100,7 @@ async def test_turns_of_a_watched_conversation_may_be_dropped(
         await watcher.next("done")
 
 
-async def test_turns_of_a_running_conversation_are_not_dropped(
+async def test_turns_of_running_conversation_are_kept(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -127,7 +125,7 @@ async def test_turns_of_a_running_conversation_are_not_dropped(
         assert conversation.size > 10_000
 
 
-async def test_prompt_is_refused_without_memory_for_its_conversation(
+async def test_prompt_without_memory_for_conversation_is_refused(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -142,7 +140,7 @@ async def test_prompt_is_refused_without_memory_for_its_conversation(
     assert len(puppet.replies) == 2
 
 
-async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
+async def test_ended_replies_are_dropped_for_memory_and_reread(
     puppet: Puppet, tmp_path: Path
 ) -> None:
     store = f"sqlite:///{tmp_path}/chat.db"
@@ -166,9 +164,7 @@ async def test_ended_replies_are_dropped_when_memory_is_needed_and_read_again(
         assert (text, done["seq"]) == ("".join(pieces[500:]), 1000)
 
 
-async def test_deleted_conversations_take_no_memory(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_deleted_conversations_use_no_memory(server: wsserver.Server, puppet: Puppet) -> None:
     async with client(server) as chat:
         for name in (ONE, TWO):
             await say(chat, puppet, "Hello", "x" * 10_000, name)
@@ -178,7 +174,7 @@ async def test_deleted_conversations_take_no_memory(
     assert server.memory.used == 0
 
 
-async def test_opened_histories_are_not_kept_in_memory(
+async def test_histories_sent_to_clients_are_not_kept_in_memory(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:

@@ -28,7 +28,9 @@ async def exchange(chat: Client, puppet: Puppet, number: int, prompt: str, answe
     await chat.text(start["id"])
 
 
-async def test_sockets_own_conversation_goes_on(chat: Client, puppet: Puppet) -> None:
+async def test_prompts_without_conversation_continue_that_of_socket(
+    chat: Client, puppet: Puppet
+) -> None:
     await exchange(chat, puppet, 0, "I am Ann", "Hello Ann")
     await exchange(chat, puppet, 1, "Who am I?", "Ann")
     assert said(puppet, 1) == [
@@ -38,7 +40,9 @@ async def test_sockets_own_conversation_goes_on(chat: Client, puppet: Puppet) ->
     ]
 
 
-async def test_thinking_is_sent_but_is_no_part_of_the_history(chat: Client, puppet: Puppet) -> None:
+async def test_thinking_is_streamed_but_not_sent_back_to_model(
+    chat: Client, puppet: Puppet
+) -> None:
     start = await chat.prompt("Think")
     (await puppet.reply()).say(Thinking("hm, "), Thinking("well"), "Yes").end()
     await chat.text(start["id"])
@@ -49,7 +53,7 @@ async def test_thinking_is_sent_but_is_no_part_of_the_history(chat: Client, pupp
     assert said(puppet, 1)[1] == ("assistant", "Yes")
 
 
-async def test_failed_reply_stays_as_partial(chat: Client, puppet: Puppet) -> None:
+async def test_failed_reply_stays_in_history_as_partial(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt("One")
     (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
     text, error = await chat.text(start["id"])
@@ -64,9 +68,7 @@ async def test_failed_reply_stays_as_partial(chat: Client, puppet: Puppet) -> No
     assert (message.content, message.partial) == ("Half", "overloaded")
 
 
-async def test_prompt_sent_again_after_it_failed_without_a_word_is_not_said_twice(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_failed_prompt_sent_again_is_sent_to_model_once(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt("Once")
     (await puppet.reply()).fail(ModelError(Code.OVERLOADED))
     await chat.text(start["id"])
@@ -75,7 +77,7 @@ async def test_prompt_sent_again_after_it_failed_without_a_word_is_not_said_twic
     assert said(puppet, 1) == [("user", "Once")]
 
 
-async def test_fault_of_a_model_is_not_told_to_the_client(
+async def test_exception_text_of_model_is_not_sent(
     chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     await chat.prompt()
@@ -104,7 +106,7 @@ NONSENSE: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("make", NONSENSE.values(), ids=NONSENSE.keys())
-async def test_model_that_does_nonsense_is_a_fault_and_nothing_hangs(
+async def test_invalid_model_output_is_internal_error(
     make: Callable[[], object],
 ) -> None:
     calls = 0
@@ -125,9 +127,7 @@ async def test_model_that_does_nonsense_is_a_fault_and_nothing_hangs(
         assert server.app.hub.live == 0
 
 
-async def test_what_a_model_says_of_itself_is_made_fit_to_be_sent(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_lone_surrogates_in_end_and_error_are_replaced(chat: Client, puppet: Puppet) -> None:
     await chat.prompt()
     (await puppet.reply()).fail(ModelError(Code.REFUSAL, "caf\udce9"))
     assert (await chat.next("error"))["message"] == "caf\ufffd"
@@ -136,9 +136,7 @@ async def test_what_a_model_says_of_itself_is_made_fit_to_be_sent(
     assert (await chat.next("done"))["reason"] == "all\ufffdwell"
 
 
-async def test_reply_in_one_large_piece_arrives_in_frames_that_fit(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_large_piece_is_split_into_frames(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
     said = "\0" * 100_000 + "é" * 1_000_000  # six bytes each in JSON, and two
     (await puppet.reply()).say(said).end()
@@ -147,9 +145,7 @@ async def test_reply_in_one_large_piece_arrives_in_frames_that_fit(
     assert done["reason"] == "end_turn"
 
 
-async def test_turn_that_the_model_declined_is_not_shown_to_it_again(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_refused_turn_is_not_sent_to_model_again(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, 0, "Fine", "Yes")
     for number, error in enumerate((Code.REFUSAL, Code.REFUSAL, Code.BAD_REQUEST), start=1):
         await chat.prompt(f"Bad {number}")
@@ -161,7 +157,7 @@ async def test_turn_that_the_model_declined_is_not_shown_to_it_again(
     assert said(puppet, 4) == [("user", "Fine"), ("assistant", "Yes"), ("user", "Good")]
 
 
-async def test_client_owned_history_touches_no_conversation(chat: Client, puppet: Puppet) -> None:
+async def test_prompt_with_messages_changes_no_conversation(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, 0, "Mine", "Yes")
     messages = [
         {"role": "user", "content": "a"},
@@ -179,9 +175,7 @@ async def test_client_owned_history_touches_no_conversation(chat: Client, puppet
     assert said(puppet, 2) == [("user", "Mine"), ("assistant", "Yes"), ("user", "Next")]
 
 
-async def test_several_conversations_stream_at_once_on_one_socket(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_one_socket_streams_several_conversations(chat: Client, puppet: Puppet) -> None:
     one = await chat.prompt("1", conversation=ONE)
     two = await chat.prompt("2", conversation=TWO)
     first, second = await puppet.reply(0), await puppet.reply(1)
@@ -197,7 +191,7 @@ async def test_several_conversations_stream_at_once_on_one_socket(
     assert (one["conversation"], two["conversation"]) == (ONE, TWO)
 
 
-async def test_conversation_goes_on_from_another_socket(
+async def test_conversation_continues_on_other_socket(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt("From one")
@@ -209,7 +203,7 @@ async def test_conversation_goes_on_from_another_socket(
     assert said(puppet, 1)[:2] == [("user", "From one"), ("assistant", "Heard")]
 
 
-async def test_history_is_cut_at_a_user_turn_when_it_grows_too_long(puppet: Puppet) -> None:
+async def test_history_over_limit_is_cut_at_user_turn(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, history_size=12, drain_timeout=0) as server,
         client(server) as chat,
@@ -226,7 +220,9 @@ async def test_history_is_cut_at_a_user_turn_when_it_grows_too_long(puppet: Pupp
 # on_busy
 
 
-async def test_busy_conversation_rejects_by_default(chat: Client, puppet: Puppet) -> None:
+async def test_prompt_in_busy_conversation_is_refused_by_default(
+    chat: Client, puppet: Puppet
+) -> None:
     start = await chat.prompt("A")
     refused = await chat.prompt("B", id=ID)
     assert (refused["code"], refused["retryable"], refused["about"]) == ("busy", True, ID)
@@ -236,7 +232,7 @@ async def test_busy_conversation_rejects_by_default(chat: Client, puppet: Puppet
     assert again["type"] == "start", "a refused id is still free"
 
 
-async def test_queue_waits_its_turn(chat: Client, puppet: Puppet) -> None:
+async def test_queued_prompts_run_in_order(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("A")
     starts = [await chat.prompt(text, on_busy="queue") for text in ("B", "C")]
     assert [start["queued"] for start in starts] == [1, 2]
@@ -246,7 +242,7 @@ async def test_queue_waits_its_turn(chat: Client, puppet: Puppet) -> None:
     assert [content for _, content in said(puppet, 2)] == ["A", "a", "B", "b", "C"]
 
 
-async def test_full_queue_refuses(puppet: Puppet) -> None:
+async def test_prompt_to_full_queue_is_refused(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, queue_size=1, drain_timeout=0) as server,
         client(server) as chat,
@@ -256,7 +252,7 @@ async def test_full_queue_refuses(puppet: Puppet) -> None:
         assert (await chat.prompt("C", on_busy="queue"))["code"] == "limit"
 
 
-async def test_interrupt_keeps_the_partial_text_and_starts_the_new_one(
+async def test_interrupt_keeps_partial_text_and_starts_new_reply(
     chat: Client, puppet: Puppet
 ) -> None:
     old = await chat.prompt("A")
@@ -272,7 +268,7 @@ async def test_interrupt_keeps_the_partial_text_and_starts_the_new_one(
     assert [content for _, content in said(puppet, 1)] == ["A", "half an an", "B"]
 
 
-async def test_interrupt_replaces_what_waits_as_well(chat: Client, puppet: Puppet) -> None:
+async def test_interrupt_replaces_queued_prompts(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("A")
     (await puppet.reply()).hold = asyncio.Event()
     queued = await chat.prompt("B", on_busy="queue")
@@ -290,7 +286,7 @@ async def test_interrupt_replaces_what_waits_as_well(chat: Client, puppet: Puppe
     assert len(puppet.replies) == 2
 
 
-async def test_interrupt_of_nothing_is_a_prompt(chat: Client, puppet: Puppet) -> None:
+async def test_interrupt_in_idle_conversation_starts_reply(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt("A", on_busy="interrupt")
     (await puppet.reply()).say("x").end()
     assert (await chat.text(start["id"]))[0] == "x"
@@ -299,7 +295,7 @@ async def test_interrupt_of_nothing_is_a_prompt(chat: Client, puppet: Puppet) ->
 # Ids
 
 
-async def test_prompt_sent_again_attaches_to_what_runs(
+async def test_repeated_prompt_attaches_to_running_reply(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     frame = {"prompt": "Hello", "id": ID}
@@ -317,9 +313,7 @@ async def test_prompt_sent_again_attaches_to_what_runs(
     assert len(puppet.replies) == 1
 
 
-async def test_prompt_sent_again_attaches_to_what_ran(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
+async def test_repeated_prompt_gets_ended_reply(server: wsserver.Server, puppet: Puppet) -> None:
     async with client(server) as chat:
         await chat.prompt("Hello", id=ID)
         (await puppet.reply()).say("all").end()
@@ -333,7 +327,7 @@ async def test_prompt_sent_again_attaches_to_what_ran(
     assert [content for _, content in said(puppet, 1)] == ["Hello", "all", "And?"]
 
 
-async def test_after_each_start_comes_everything_also_on_one_socket(
+async def test_repeated_prompt_on_same_socket_gets_all_content_again(
     chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt("Hello", id=ID)
@@ -348,7 +342,7 @@ async def test_after_each_start_comes_everything_also_on_one_socket(
     assert len(puppet.replies) == 1
 
 
-async def test_another_prompt_under_a_known_id_is_refused(chat: Client, puppet: Puppet) -> None:
+async def test_other_prompt_with_known_id_is_refused(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("Hello", id=ID)
     refused = await chat.prompt("Goodbye", id=ID)
     assert (refused["code"], refused["about"]) == ("id_conflict", ID)
@@ -357,7 +351,7 @@ async def test_another_prompt_under_a_known_id_is_refused(chat: Client, puppet: 
     assert (await chat.text(ID))[0] == "on"
 
 
-async def test_prompt_sent_again_after_the_replay_time_is_answered_from_the_store(
+async def test_repeated_prompt_after_replay_time_is_read_from_store(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, replay=0, drain_timeout=0) as server:
@@ -375,7 +369,7 @@ async def test_prompt_sent_again_after_the_replay_time_is_answered_from_the_stor
 # Disconnecting
 
 
-async def test_reply_runs_on_for_the_grace_time_and_can_be_had_again(
+async def test_reply_without_reader_continues_for_grace_time(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as chat:
@@ -389,7 +383,7 @@ async def test_reply_runs_on_for_the_grace_time_and_can_be_had_again(
         assert (await other.text(ID))[0] == "before meanwhile after"
 
 
-async def test_without_a_reader_it_is_cancelled_after_the_grace_time(puppet: Puppet) -> None:
+async def test_reply_without_reader_is_stopped_after_grace_time(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, grace=0, drain_timeout=0) as server:
         async with client(server) as chat:
             await chat.prompt("Hello", id=ID)
@@ -406,7 +400,7 @@ async def test_without_a_reader_it_is_cancelled_after_the_grace_time(puppet: Pup
 # Limits and options
 
 
-async def test_one_socket_runs_as_many_as_it_may(server: wsserver.Server, chat: Client) -> None:
+async def test_replies_of_one_socket_are_limited(server: wsserver.Server, chat: Client) -> None:
     for number in range(server.settings.generations_per_socket):
         start = await chat.prompt("x", conversation=f"conversation-number-{number}")
         assert start["type"] == "start"
@@ -415,7 +409,7 @@ async def test_one_socket_runs_as_many_as_it_may(server: wsserver.Server, chat: 
         assert (await other.prompt("x"))["type"] == "start"
 
 
-async def test_one_server_runs_as_many_as_it_may(puppet: Puppet) -> None:
+async def test_replies_of_server_are_limited(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, generations=1, drain_timeout=0) as server:
         async with client(server) as one, client(server) as two:
             await one.prompt()
@@ -426,7 +420,7 @@ async def test_one_server_runs_as_many_as_it_may(puppet: Puppet) -> None:
             assert (await two.prompt())["type"] == "start"
 
 
-async def test_interrupt_does_not_count_what_it_replaces(chat: Client) -> None:
+async def test_interrupt_does_not_count_replaced_prompts(chat: Client) -> None:
     await chat.prompt("A")
     for text in ("B", "C", "D"):
         await chat.prompt(text, on_busy="queue")
@@ -434,7 +428,7 @@ async def test_interrupt_does_not_count_what_it_replaces(chat: Client) -> None:
     assert (await chat.prompt("E", on_busy="interrupt"))["type"] == "start"
 
 
-async def test_failed_reply_does_not_keep_what_its_model_held() -> None:
+async def test_failed_reply_releases_objects_of_model() -> None:
     class Held:
         pass
 
@@ -454,7 +448,7 @@ async def test_failed_reply_does_not_keep_what_its_model_held() -> None:
         assert kept[0]() is None
 
 
-async def test_ended_replies_are_kept_within_their_size(puppet: Puppet) -> None:
+async def test_ended_replies_are_kept_within_replay_size(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, replay_size=10_000, drain_timeout=0) as server,
         client(server) as chat,
@@ -467,7 +461,7 @@ async def test_ended_replies_are_kept_within_their_size(puppet: Puppet) -> None:
         assert server.app.hub.known("anonymous", f"number-2-{ID}") is not None
 
 
-async def test_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) -> None:
+async def test_longest_idle_conversation_is_dropped_first(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, conversations=2, drain_timeout=0) as server,
         client(server) as chat,
@@ -481,7 +475,7 @@ async def test_conversation_idle_for_longest_is_dropped_first(puppet: Puppet) ->
         assert kept == {names[0], names[2]}
 
 
-async def test_options_reach_the_model_within_their_limits(puppet: Puppet) -> None:
+async def test_prompt_options_reach_model_within_limits(puppet: Puppet) -> None:
     async with (
         wsserver.serve(
             puppet,
@@ -523,7 +517,7 @@ async def endless(_: wsserver.Request) -> AsyncIterator[str]:
         yield "more "
 
 
-async def test_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Puppet) -> None:
+async def test_silent_model_is_timeout_and_text_is_kept(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, silence_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
@@ -535,7 +529,7 @@ async def test_silent_model_fails_with_timeout_and_its_text_is_kept(puppet: Pupp
         assert reply.closed.is_set()
 
 
-async def test_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
+async def test_reply_over_reply_timeout_is_stopped(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, reply_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
@@ -546,7 +540,7 @@ async def test_reply_that_takes_too_long_is_stopped(puppet: Puppet) -> None:
         assert (text, done["reason"], done["by"]) == ("on and on", "stopped", "timeout")
 
 
-async def test_model_that_knows_no_end_is_ended() -> None:
+async def test_endless_reply_ends_at_reply_size() -> None:
     async with (
         wsserver.serve(endless, port=0, reply_size=10_000) as server,
         client(server) as chat,
@@ -557,7 +551,7 @@ async def test_model_that_knows_no_end_is_ended() -> None:
         assert len(text) == 10_000
 
 
-async def test_model_that_never_waits_can_be_stopped() -> None:
+async def test_model_without_awaits_can_be_stopped() -> None:
     async with wsserver.serve(endless, port=0) as server, client(server) as chat:
         start = await chat.prompt()
         await chat.next("token")

@@ -280,7 +280,7 @@ class Lane:
         self.histories[victim.conversation] = history + await ask(victim, chat, history)
 
 
-async def test_kill_9_at_any_moment_takes_no_more_than_the_last_quarter_of_a_second(
+async def test_kill_9_loses_at_most_last_quarter_second(
     tmp_path: Path,
 ) -> None:
     chance = random.Random(9)
@@ -294,9 +294,7 @@ async def test_kill_9_at_any_moment_takes_no_more_than_the_last_quarter_of_a_sec
 
 
 @pytest.mark.parametrize("ending", ["", ".lock", "-wal"])
-async def test_kill_9_while_the_file_is_being_made_leaves_one_that_works(
-    tmp_path: Path, ending: str
-) -> None:
+async def test_kill_9_during_file_creation_leaves_usable_file(tmp_path: Path, ending: str) -> None:
     async with run(*command(tmp_path), cwd=tmp_path) as process:
         await until(file_in(tmp_path, ending).exists)
         process.signal(signal.SIGKILL)
@@ -307,7 +305,7 @@ async def test_kill_9_while_the_file_is_being_made_leaves_one_that_works(
         assert (await chat.text(start["id"]))[0] == text_of(list(pieces_of("3 words")))
 
 
-async def test_kill_9_takes_no_queued_prompt_away(tmp_path: Path) -> None:
+async def test_kill_9_keeps_queued_prompts(tmp_path: Path) -> None:
     conversation, running, queued = "conversation-one", "the-running-reply", "the-queued-reply-"
     async with life(tmp_path) as (process, chat):
         await chat.prompt("4000 words", id=running, conversation=conversation)
@@ -336,7 +334,7 @@ async def test_kill_9_takes_no_queued_prompt_away(tmp_path: Path) -> None:
             assert bool(text) == bool(error["usage"]["output_tokens"]) == (name == running)
 
 
-async def test_sigterm_without_time_to_drain_loses_nothing_at_all(tmp_path: Path) -> None:
+async def test_sigterm_without_drain_time_loses_nothing(tmp_path: Path) -> None:
     prompts = {f"a-reply-of-a-name-{letter}": f"400 {letter}" for letter in "ab"}
     async with life(tmp_path, "--drain-timeout", "0") as (process, chat):
         for number, (name, prompt) in enumerate(prompts.items(), start=1):

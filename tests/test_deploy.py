@@ -344,9 +344,7 @@ async def nginx(
             await process.communicate()
 
 
-async def test_through_nginx_each_piece_comes_at_once_and_a_stop_closes_the_model(
-    folder: Path, made: Path
-) -> None:
+async def test_nginx_passes_pieces_at_once_and_stop_closes_model(folder: Path, made: Path) -> None:
     async with serving(folder) as behind, nginx(folder, made) as front:
         spoofed = {"X-Forwarded-For": "192.0.2.66", "Forwarded": "for=192.0.2.66"}
         async with front.client(behind.bearer | spoofed, path="/ws") as chat:
@@ -374,9 +372,7 @@ async def test_through_nginx_each_piece_comes_at_once_and_a_stop_closes_the_mode
         assert await front.refused(behind.bearer) == 502
 
 
-async def test_through_nginx_only_the_sites_own_pages_and_those_with_a_token_come_in(
-    folder: Path, made: Path
-) -> None:
+async def test_nginx_passes_only_own_pages_and_clients_with_token(folder: Path, made: Path) -> None:
     async with serving(folder) as behind, nginx(folder, made) as front:
         own = {"Origin": front.origin}
         async with front.client(own) as chat:
@@ -411,7 +407,7 @@ async def test_through_nginx_only_the_sites_own_pages_and_those_with_a_token_com
         assert f"Location: https://{NAME}/a?b=c\r\n" in answer
 
 
-async def test_a_reply_goes_on_over_reloads_of_nginx(folder: Path, made: Path) -> None:
+async def test_reply_continues_over_nginx_reloads(folder: Path, made: Path) -> None:
     async with serving(folder) as behind, nginx(folder, made) as front:
         async with front.client(behind.bearer) as first:
             name = (await first.prompt())["id"]
@@ -439,7 +435,7 @@ async def test_a_reply_goes_on_over_reloads_of_nginx(folder: Path, made: Path) -
             assert (done["reason"], done["seq"]) == ("end_turn", 4)
 
 
-async def test_the_servers_own_limits_pass_through_nginx(folder: Path, made: Path) -> None:
+async def test_server_limits_pass_through_nginx(folder: Path, made: Path) -> None:
     limits = {"WSSERVER_CONNECTIONS": "3", "WSSERVER_CONNECTIONS_PER_ADDRESS": "2"}
     async with serving(folder, **limits) as behind, nginx(folder, made) as front:
         async with front.client(behind.bearer), front.client(behind.bearer):
@@ -474,7 +470,7 @@ def test_nginx_waits_longer_than_the_server() -> None:
 # systemd.
 
 
-def test_the_units_are_valid_and_give_away_little(folder: Path) -> None:
+def test_systemd_units_are_valid_and_restricted(folder: Path) -> None:
     analyze = require_systemd("systemd-analyze")
     service = (DEPLOY / "wsserver.service").read_text()
     program = ("/opt/wsserver/bin/wsserver", shutil.which("true") or "")
@@ -500,7 +496,7 @@ def test_the_units_are_valid_and_give_away_little(folder: Path) -> None:
         assert (done.returncode, warned) == (0, []), done.stdout
 
 
-def test_the_unit_gives_the_server_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_systemd_unit_limits_fit_default_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     service, settings = unit("wsserver.service"), Settings()
     assert int(service["TimeoutStopSec"][0]) > settings.shutdown_timeout + LAST_MOMENT
     assert service["MemoryMax"] == ["1G"]
@@ -511,7 +507,7 @@ def test_the_unit_gives_the_server_what_it_needs(monkeypatch: pytest.MonkeyPatch
     assert service["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
-async def test_systemd_starts_the_unit_for_its_first_client(tmp_path: Path) -> None:
+async def test_systemd_starts_unit_for_first_client(tmp_path: Path) -> None:
     activate = require_systemd("systemd-socket-activate")
     with tempfile.TemporaryDirectory(prefix="ws-") as name:
         folder = Path(name)
@@ -590,7 +586,7 @@ def image_command() -> tuple[str, ...]:
     return ("-m", "wsserver", *arguments)
 
 
-def test_the_image_is_built_from_what_there_is() -> None:
+def test_image_copies_needed_files() -> None:
     copied = [
         source
         for word, rest in instructions()
@@ -616,7 +612,7 @@ def test_the_image_is_built_from_what_there_is() -> None:
     assert tuple(map(int, version)) >= tuple(map(int, least))
 
 
-def test_the_image_is_nobody_and_keeps_its_data_where_it_may_write() -> None:
+def test_image_user_is_unprivileged_and_owns_volume() -> None:
     user = the_last("USER").partition(":")[0]
     assert int(user) > 0
     made = the_last("RUN")
@@ -630,7 +626,7 @@ def test_the_image_is_nobody_and_keeps_its_data_where_it_may_write() -> None:
     assert the_last("EXPOSE").split() == [str(settings.port), str(settings.operations_port)]
 
 
-async def test_the_image_does_not_serve_strangers() -> None:
+async def test_image_does_not_serve_anonymous_clients() -> None:
     image = image_environment() | {"WSSERVER_PORT": "0", "WSSERVER_STORE": "memory:"}
     assert image["WSSERVER_HOST"] == "0.0.0.0"
     no_file = {"WSSERVER_TOKEN_FILE": "/nowhere/tokens"}
@@ -643,7 +639,7 @@ async def test_the_image_does_not_serve_strangers() -> None:
             assert says in process.output
 
 
-async def test_the_image_tells_whether_it_is_healthy(folder: Path) -> None:
+async def test_image_has_health_check(folder: Path) -> None:
     image = image_environment()
     assert image["WSSERVER_TOKEN_FILE"].startswith("/etc/wsserver/")
     image |= {
@@ -673,7 +669,7 @@ async def test_the_image_tells_whether_it_is_healthy(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
-def test_each_setting_that_is_named_is_one(path: Path) -> None:
+def test_settings_named_in_deployment_files_exist(path: Path) -> None:
     known = {f"WSSERVER_{name.upper()}" for name in Settings.model_fields}
     for name in re.findall(r"WSSERVER_[A-Z_]+", path.read_text()):
         assert any(fnmatch(one, name + ("*" if name.endswith("_") else "")) for one in known), name

@@ -76,7 +76,7 @@ def test_documents_have_every_setting(document: str, tuning: bool, heading: str)
     assert tables == settings_tables(tuning=tuning, heading=heading)
 
 
-def test_protocol_has_every_error_code_and_its_retryable() -> None:
+def test_protocol_has_every_error_code_with_retryable() -> None:
     documented = {}
     for heading in ("### About a frame", "### Of a generation"):
         for code, retry, *_ in rows(PROTOCOL, heading):
@@ -89,7 +89,7 @@ def test_protocol_has_every_close_code() -> None:
     assert documented == {*Close, 1006}
 
 
-def test_protocol_has_every_key_of_a_prompt() -> None:
+def test_protocol_has_every_prompt_key() -> None:
     documented = {key.strip("`") for key, *_ in rows(PROTOCOL, "### prompt")}
     assert documented == set(wsserver.protocol.Prompt.model_fields)
 
@@ -105,7 +105,7 @@ def documented_keys(section: str) -> dict[str, tuple[set[str], set[str]]]:
     return found
 
 
-def test_protocol_has_every_key_of_server_frames() -> None:
+def test_protocol_has_every_server_frame_key() -> None:
     documented = documented_keys("## Frames of the server")
     assert documented.keys() == SERVER_FRAMES.keys()
     for kind, model in SERVER_FRAMES.items():
@@ -116,7 +116,7 @@ def test_protocol_has_every_key_of_server_frames() -> None:
         assert required <= always
 
 
-def test_protocol_has_every_key_of_requests() -> None:
+def test_protocol_has_every_request_key() -> None:
     documented = documented_keys("### list, rename, delete")
     assert documented.keys() == {"list", "rename", "delete"}
     for kind, (always, perhaps) in documented.items():
@@ -125,7 +125,7 @@ def test_protocol_has_every_key_of_requests() -> None:
         assert always == {name for name, field in fields.items() if field.is_required()}
 
 
-def test_safety_names_every_test_of_abuse() -> None:
+def test_safety_names_every_abuse_test() -> None:
     named = [re.fullmatch(r"`(test_\w+)`", row[4]) for row in ABUSE]
     files = [*(ROOT / "tests" / "abuse").glob("test_*.py"), ROOT / "tests" / "test_leak.py"]
     tests = re.findall(
@@ -164,7 +164,7 @@ def test_events_codes_and_settings_in_safety_exist() -> None:
                 assert (text or word) in values[key], line
 
 
-def test_sequences_in_the_protocol_are_the_test_vectors() -> None:
+def test_protocol_sequences_are_test_vectors() -> None:
     """``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes them."""
     text = "".join(f"{line}\n" for line in written())
     if os.environ.get("UPDATE_DOCS"):
@@ -177,7 +177,7 @@ EXAMPLES = re.findall(r"^```json\n(.*?)\n```$", PROTOCOL, re.MULTILINE | re.DOTA
 
 
 @pytest.mark.parametrize("line", FRAMES, ids=lambda line: line["frame"].get("type", "prompt"))
-def test_frames_in_the_protocol_are_valid(line: dict[str, Any]) -> None:
+def test_protocol_frames_are_valid(line: dict[str, Any]) -> None:
     frame = line["frame"]
     (OF_CLIENT if line["from"] == "client" else OF_SERVER).validate(frame)
     if line["from"] == "client":
@@ -196,7 +196,7 @@ def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_defaults")
-async def test_examples_in_the_protocol_are_valid_and_hello_is_current() -> None:
+async def test_protocol_examples_are_valid_and_hello_is_current() -> None:
     hello, *others = map(json.loads, EXAMPLES)
 
     async def nobody(token: str | None, _: wsserver.Handshake) -> None:
@@ -210,7 +210,7 @@ async def test_examples_in_the_protocol_are_valid_and_hello_is_current() -> None
 
 
 @pytest.mark.usefixtures("_defaults")
-def test_limits_in_the_protocol_are_the_defaults() -> None:
+def test_protocol_limits_are_defaults() -> None:
     settings, told = Settings(), set()
     for _, default, setting, hello, _ in rows(PROTOCOL, "## Limits"):
         name = setting.strip("`")
@@ -226,7 +226,7 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SERVER = "ws://localhost:3001"
 
 
-async def test_program_in_the_readme_runs() -> None:
+async def test_readme_program_runs() -> None:
     (program,) = [program for program in PROGRAMS if "wsserver.serve(shout" in program]
     source = program.replace("asyncio.sleep(0.2)", "asyncio.sleep(0)")
     names: dict[str, object] = {}
@@ -237,7 +237,7 @@ async def test_program_in_the_readme_runs() -> None:
         assert start["model"] == "shout"
 
 
-async def test_authenticator_in_the_readme_works() -> None:
+async def test_readme_authenticator_works() -> None:
     (program,) = [program for program in PROGRAMS if "by_cookie" in program]
     names: dict[str, Any] = {}
     exec(program, names)
@@ -250,7 +250,7 @@ async def test_authenticator_in_the_readme_works() -> None:
 
 
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if "wsserver.serve" not in p])
-async def test_clients_in_the_readme_run(program: str) -> None:
+async def test_readme_clients_run(program: str) -> None:
     assert SERVER in program
     async with wsserver.serve("demo", port=0, demo_rate=0) as server:
         async with run("-c", program.replace(SERVER, server.url)) as process:
@@ -260,7 +260,7 @@ async def test_clients_in_the_readme_run(program: str) -> None:
         assert re.search(r"\n\[(stopped|end_turn), \d+ tokens\]\n$", process.output)
 
 
-async def test_commands_in_the_readme_run(tmp_path: Path) -> None:
+async def test_readme_commands_run(tmp_path: Path) -> None:
     section = README.partition("## In a terminal\n")[2].partition("```\n")[2].partition("```")[0]
     commands = [line.partition("#")[0].strip() for line in section.splitlines()]
     assert len(commands) == 3
@@ -282,7 +282,7 @@ async def test_commands_in_the_readme_run(tmp_path: Path) -> None:
     assert (tmp_path / "story.txt").read_text().startswith("This is the demo model")
 
 
-async def test_token_commands_in_the_readme_work(tmp_path: Path) -> None:
+async def test_readme_token_commands_work(tmp_path: Path) -> None:
     section = README.partition("## Who may use it\n")[2].partition("```\n")[2].partition("```")[0]
     make, serve = [line.partition("#")[0].split() for line in section.strip().splitlines()]
     async with run("-m", *make, cwd=tmp_path) as process:
@@ -300,7 +300,7 @@ async def test_token_commands_in_the_readme_work(tmp_path: Path) -> None:
                 raise AssertionError
 
 
-def test_frames_in_the_readme_are_valid() -> None:
+def test_readme_frames_are_valid() -> None:
     sent = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
     got = re.findall(r"^< (\{.*\})$", README, re.MULTILINE)
     assert len(sent) == 3
@@ -311,7 +311,7 @@ def test_frames_in_the_readme_are_valid() -> None:
         frame.validate_json(text)
 
 
-async def test_frames_typed_in_the_readme_stop_and_resume_a_reply() -> None:
+async def test_readme_frames_stop_and_resume_reply() -> None:
     prompt, resume, stop = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
     name = json.loads(prompt)["id"]
     async with wsserver.serve("demo", port=0, drain_timeout=0) as server:
@@ -330,7 +330,7 @@ async def test_frames_typed_in_the_readme_stop_and_resume_a_reply() -> None:
             assert "This is the demo model".startswith((before + rest)[:22])
 
 
-def test_make_targets_in_the_readme_exist() -> None:
+def test_readme_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
@@ -348,7 +348,7 @@ def test_make_targets_in_the_readme_exist() -> None:
         "examples/deploy/README.md",
     ],
 )
-def test_links_inside_the_project_work(document: str) -> None:
+def test_links_within_project_exist(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
         assert (path.parent / target).exists(), target

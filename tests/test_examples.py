@@ -24,7 +24,7 @@ def _ctrl_c_arrives() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ctrl_c_arrives")
-async def test_embedding_serves_its_own_model_until_ctrl_c() -> None:
+async def test_embedding_example_serves_model_until_ctrl_c() -> None:
     program = await asyncio.create_subprocess_exec(
         sys.executable,
         ROOT / "examples/embedding.py",

@@ -40,7 +40,7 @@ class Counter:
 
 @pytest.mark.parametrize("state", State)
 @pytest.mark.parametrize("event", TRANSITIONS)
-def test_event_leads_to_the_state_of_the_table_or_is_illegal(state: State, event: Event) -> None:
+def test_event_leads_to_state_of_table_or_raises(state: State, event: Event) -> None:
     if (state, event) in LEGAL:
         assert state_after(state, event) is LEGAL[state, event]
     else:
@@ -59,9 +59,7 @@ def test_event_leads_to_the_state_of_the_table_or_is_illegal(state: State, event
         (["start"], "restore"),
     ],
 )
-async def test_illegal_event_changes_nothing_of_the_generation(
-    before: list[str], event: str
-) -> None:
+async def test_illegal_event_leaves_generation_unchanged(before: list[str], event: str) -> None:
     task = asyncio.get_running_loop().create_task(asyncio.sleep(0, End()))
     done = Done(id="g", seq=0, reason="end_turn", usage=Usage())
     generation = Generation("g", "me", Prompt(prompt="Hello?"), "m", None)
@@ -81,7 +79,7 @@ async def test_illegal_event_changes_nothing_of_the_generation(
     await task
 
 
-def test_closed_log_takes_neither_a_piece_nor_a_second_terminal() -> None:
+def test_closed_log_refuses_pieces_and_second_terminal() -> None:
     log: Log[str] = Log()
     log.append("a")
     log.end("terminal")
@@ -91,7 +89,7 @@ def test_closed_log_takes_neither_a_piece_nor_a_second_terminal() -> None:
     assert (log.pieces, log.terminal) == (said("a"), "terminal")
 
 
-def test_followers_are_woken_by_pieces_and_terminal_but_not_by_empty_pieces() -> None:
+def test_followers_wake_for_pieces_and_terminal_only() -> None:
     log, follower = Log[str](), Counter()
     log.followers.append(follower)
     log.append("a")
@@ -102,7 +100,7 @@ def test_followers_are_woken_by_pieces_and_terminal_but_not_by_empty_pieces() ->
     assert follower.woken == 3
 
 
-def test_follower_may_leave_while_it_is_woken() -> None:
+def test_follower_may_leave_while_woken() -> None:
     log, stays = Log[str](), Counter()
 
     class Leaver:
@@ -125,7 +123,7 @@ def test_follower_may_leave_while_it_is_woken() -> None:
         ("\ude00\ud83d!", "\ufffd\ufffd!"),
     ],
 )
-def test_half_surrogate_pairs_become_replacement_characters(broken: str, whole: str) -> None:
+def test_lone_surrogates_become_replacement_characters(broken: str, whole: str) -> None:
     assert well_formed(broken) == whole
 
 

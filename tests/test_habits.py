@@ -18,20 +18,20 @@ def test_pre_commit_runs_the_commands_of_make_lint() -> None:
     assert re.findall(r"entry: (.*)", hooks) == [command.strip() for command in commands]
 
 
-def test_make_targets_in_contributing_exist() -> None:
+def test_contributing_make_targets_exist() -> None:
     targets = set(re.findall(r"`make (\w[\w-]*)", CONTRIBUTING))
     assert targets
     for target in targets:
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
 
 
-def test_files_in_contributing_exist() -> None:
+def test_contributing_files_exist() -> None:
     source = ROOT / "wsserver"
     for name in re.findall(r"\b(?:[\w]+/)*\w+\.(?:py|md)\b", CONTRIBUTING):
         assert any((folder / name).exists() for folder in (ROOT, source)), name
 
 
-def test_supported_pythons_in_contributing_are_those_of_make_pythons() -> None:
+def test_contributing_pythons_equal_make_pythons() -> None:
     pythons = re.search(r"^PYTHONS := (.*)$", MAKEFILE, re.MULTILINE)
     assert pythons is not None
     *others, last = pythons[1].split()
@@ -39,11 +39,11 @@ def test_supported_pythons_in_contributing_are_those_of_make_pythons() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: p.name)
-def test_no_test_file_has_over_700_lines(path: Path) -> None:
+def test_test_file_has_at_most_700_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 700
 
 
-def test_tests_named_in_safety_exist() -> None:
+def test_safety_names_existing_tests() -> None:
     safety = (ROOT / "wsserver" / "SAFETY.md").read_text()
     source = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
     for name in set(re.findall(r"`(test_\w+)`", safety)):

@@ -48,7 +48,7 @@ async def stand() -> AsyncIterator[Stand]:
     await stand.hub.close(BOUND)
 
 
-async def test_failing_follower_keeps_no_generation_alive(
+async def test_failing_follower_does_not_keep_generation(
     stand: Stand, caplog: pytest.LogCaptureFixture
 ) -> None:
     generation = await stand.prompt()
@@ -67,7 +67,7 @@ async def test_failing_follower_keeps_no_generation_alive(
     assert "secret" not in caplog.text
 
 
-async def test_queued_prompt_whose_request_cannot_be_made_ends_and_the_next_one_runs(
+async def test_queued_prompt_with_failing_request_ends_and_next_runs(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generations = [await stand.prompt(text, on_busy="queue") for text in ("x", "0", "1")]
@@ -87,7 +87,7 @@ async def test_queued_prompt_whose_request_cannot_be_made_ends_and_the_next_one_
     assert stand.hub.live == len(stand.hub.accounts) == 0
 
 
-async def test_deletes_of_one_owner_make_no_other_read_the_store_again(
+async def test_delete_of_one_owner_does_not_repeat_find_of_other(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = await stand.prompt()
@@ -107,7 +107,7 @@ async def test_deletes_of_one_owner_make_no_other_read_the_store_again(
     assert finds == 1
 
 
-async def test_find_that_meets_a_delete_brings_nothing_back(
+async def test_find_during_delete_returns_forgotten(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = await stand.prompt(id="0123456789abcdef")
@@ -130,7 +130,7 @@ async def test_find_that_meets_a_delete_brings_nothing_back(
     assert refused.value.code == Code.FORGOTTEN
 
 
-async def test_delete_forgets_the_ended_replies_of_that_conversation_alone(stand: Stand) -> None:
+async def test_delete_forgets_only_ended_replies_of_conversation(stand: Stand) -> None:
     kept = [await stand.prompt(conversation=name) for name in (ONE, TWO)]
     for number in range(2):
         (await stand.puppet.reply(number)).end()
@@ -141,7 +141,7 @@ async def test_delete_forgets_the_ended_replies_of_that_conversation_alone(stand
     assert stand.hub.retention.size == kept[1].size
 
 
-async def test_reply_that_outlives_the_delete_of_its_conversation_is_not_found() -> None:
+async def test_reply_ending_after_delete_is_not_found() -> None:
     stand = Stand(stop_timeout=0.01)
     generation = await stand.prompt(id="0123456789abcdef")
     reply = await stand.puppet.reply()
@@ -158,7 +158,7 @@ async def test_reply_that_outlives_the_delete_of_its_conversation_is_not_found()
     await stand.hub.close(BOUND)
 
 
-async def test_prompt_over_a_limit_reads_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prompt_over_limit_reads_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
     stand = Stand(prompts_per_minute=1)
     await stand.prompt()
     loads: list[str] = []
@@ -174,7 +174,7 @@ async def test_prompt_over_a_limit_reads_no_history(monkeypatch: pytest.MonkeyPa
     await stand.hub.close(BOUND)
 
 
-async def test_messages_of_a_prompt_are_counted_while_its_reply_runs(stand: Stand) -> None:
+async def test_prompt_messages_count_for_memory_while_reply_runs(stand: Stand) -> None:
     messages = [{"role": "user", "content": "x" * 20}] * 1000
     prompt = Prompt.model_validate({"messages": messages})
     before = stand.memory.used
@@ -185,7 +185,7 @@ async def test_messages_of_a_prompt_are_counted_while_its_reply_runs(stand: Stan
     assert stand.memory.used == stand.memory.cached
 
 
-async def test_prompt_that_finds_no_memory_changes_nothing(stand: Stand) -> None:
+async def test_prompt_without_memory_is_refused_and_changes_nothing(stand: Stand) -> None:
     stand.memory.limit = 1000
     with pytest.raises(Refused) as refused:
         await stand.prompt("x" * 1000)
@@ -193,7 +193,7 @@ async def test_prompt_that_finds_no_memory_changes_nothing(stand: Stand) -> None
     assert stand.hub.live == len(stand.hub.accounts) == stand.memory.used == 0
 
 
-async def test_prompt_sent_again_is_paid_once_while_the_store_cannot_save() -> None:
+async def test_repeated_prompt_runs_once_while_store_fails() -> None:
     stand = Stand(replay_size=1)  # nothing that has ended is kept in memory
     stand.fail(StoreError("disk"))
     generation = await stand.prompt(id=ID)
@@ -210,7 +210,7 @@ async def test_prompt_sent_again_is_paid_once_while_the_store_cannot_save() -> N
     assert await stand.terminal(ID) is not None
 
 
-async def test_conversation_with_an_unsaved_reply_is_not_deleted(stand: Stand) -> None:
+async def test_conversation_with_unsaved_reply_is_not_deleted(stand: Stand) -> None:
     stand.fail(StoreError("disk"))
     generation = await stand.prompt(id=ID)
     with pytest.raises(StoreError):
@@ -223,7 +223,7 @@ async def test_conversation_with_an_unsaved_reply_is_not_deleted(stand: Stand) -
     assert refused.value.code == Code.FORGOTTEN
 
 
-async def test_reply_saved_late_is_in_the_history_that_the_model_sees() -> None:
+async def test_late_saved_reply_is_in_history_of_next_prompt() -> None:
     stand = Stand(conversations=1)
     stand.fail(StoreError("disk"))
     generation = await stand.prompt()
@@ -241,7 +241,7 @@ async def test_reply_saved_late_is_in_the_history_that_the_model_sees() -> None:
     await stand.hub.close(BOUND)
 
 
-async def test_conversations_in_use_are_not_looked_at_for_each_prompt(
+async def test_prompt_does_not_scan_conversations_in_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stand = Stand(conversations=1)
@@ -269,7 +269,7 @@ async def test_conversations_in_use_are_not_looked_at_for_each_prompt(
     await stand.hub.close(BOUND)
 
 
-async def test_close_saves_the_end_of_a_reply_whose_model_does_not_close() -> None:
+async def test_close_saves_terminal_while_model_hangs() -> None:
     stand = Stand()
     generation = await stand.prompt()
     reply = await stand.puppet.reply()
@@ -282,7 +282,7 @@ async def test_close_saves_the_end_of_a_reply_whose_model_does_not_close() -> No
     await until(reply.closed.is_set)
 
 
-async def test_prompt_is_accepted_while_the_end_before_it_is_being_saved(stand: Stand) -> None:
+async def test_prompt_is_accepted_while_previous_end_is_saved(stand: Stand) -> None:
     first = await stand.prompt()
     stand.store.turns = 50
     (await stand.puppet.reply()).end()

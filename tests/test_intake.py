@@ -42,7 +42,7 @@ async def asked(chat: Client, puppet: Puppet) -> tuple[str, Reply]:
     return start["id"], await puppet.reply(len(puppet.replies) - 1)
 
 
-async def test_text_thinking_usage_and_the_end_arrive(chat: Client, puppet: Puppet) -> None:
+async def test_text_thinking_usage_and_end_arrive(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say(Thinking("hm"), "Hello ", "", "you", Usage(3, 2), End("stop_sequence")).end()
     text, done = await chat.text(generation)
@@ -50,14 +50,14 @@ async def test_text_thinking_usage_and_the_end_arrive(chat: Client, puppet: Pupp
     assert (done["reason"], done["seq"]) == ("stop_sequence", 3)
 
 
-async def test_model_without_an_end_counts_as_end_turn(chat: Client, puppet: Puppet) -> None:
+async def test_model_without_end_counts_as_end_turn(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("Hello").end()
     text, done = await chat.text(generation)
     assert (text, done["reason"]) == ("Hello", "end_turn")
 
 
-async def test_stop_closes_the_model_and_drops_later_pieces(chat: Client, puppet: Puppet) -> None:
+async def test_stop_closes_model_and_drops_later_pieces(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.stubborn = True
     reply.say("before")
@@ -68,14 +68,14 @@ async def test_stop_closes_the_model_and_drops_later_pieces(chat: Client, puppet
     assert reply.closed.is_set()
 
 
-async def test_model_error_reaches_the_client(chat: Client, puppet: Puppet) -> None:
+async def test_model_error_reaches_client(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("half").fail(ModelError(Code.OVERLOADED, retry_after=2))
     text, error = await chat.text(generation)
     assert (text, error["code"], error["retry_after"]) == ("half", "overloaded", 2)
 
 
-async def test_illegal_piece_of_a_model_is_an_internal_error(chat: Client, puppet: Puppet) -> None:
+async def test_invalid_piece_of_model_is_internal_error(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("half", 5)  # type: ignore[arg-type]
     text, error = await chat.text(generation)
@@ -83,7 +83,7 @@ async def test_illegal_piece_of_a_model_is_an_internal_error(chat: Client, puppe
     assert reply.closed.is_set()
 
 
-async def test_reply_ends_at_the_largest_size(chat: Client, puppet: Puppet) -> None:
+async def test_reply_ends_at_reply_size(chat: Client, puppet: Puppet) -> None:
     generation, reply = await asked(chat, puppet)
     reply.say("a" * 990, "b" * 500, "never heard")
     text, done = await chat.text(generation)
@@ -110,7 +110,7 @@ async def test_reply_ends_at_the_largest_size(chat: Client, puppet: Puppet) -> N
     ids=ascii,
 )
 @pytest.mark.parametrize("fails", [False, True])
-async def test_half_a_surrogate_pair_waits_for_its_other_half(
+async def test_high_surrogate_waits_for_low_surrogate(
     chat: Client,
     puppet: Puppet,
     pieces: list[str | Usage],
@@ -128,7 +128,7 @@ async def test_half_a_surrogate_pair_waits_for_its_other_half(
     assert (said, chat.said(generation, "thinking")) == (text, thinking)
 
 
-async def test_followers_in_the_same_place_share_one_frame(
+async def test_followers_at_same_cursor_share_one_frame(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []

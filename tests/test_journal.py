@@ -119,7 +119,7 @@ async def test_writer_survives_any_number_of_failures(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("where", ["entry", "saved", "wake"])
-async def test_every_generation_ends_after_a_fault_in_the_journal(
+async def test_every_generation_ends_after_exception_in_journal(
     stand: Stand, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     record = stand.begin()
@@ -139,7 +139,7 @@ async def test_every_generation_ends_after_a_fault_in_the_journal(
     assert await stand.stored("g") == []
 
 
-async def test_failing_callback_of_one_end_does_not_hold_up_others(
+async def test_failing_end_callback_does_not_delay_others(
     stand: Stand, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(saved: bool) -> None:
@@ -156,7 +156,7 @@ async def test_failing_callback_of_one_end_does_not_hold_up_others(
     assert await stand.stored("g") == []
 
 
-async def test_unsaved_replies_are_kept_up_to_a_number_and_a_size(
+async def test_unsaved_replies_are_kept_up_to_count_and_size(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "MOST_KEPT", 4)
@@ -184,7 +184,7 @@ async def test_unsaved_replies_are_kept_up_to_a_number_and_a_size(
     assert await stand.stored("g6") is None
 
 
-async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
+async def test_turns_are_saved_in_prompt_order_after_failure(
     stand: Stand,
 ) -> None:
     stand.store.failure = StoreError("disk")
@@ -201,7 +201,7 @@ async def test_turns_are_saved_in_the_order_of_their_prompts_after_a_failure(
     assert [turn.id for turn in stored.turns] == names
 
 
-async def test_failed_batch_does_not_bring_a_deleted_conversation_back(stand: Stand) -> None:
+async def test_failed_batch_does_not_restore_deleted_conversation(stand: Stand) -> None:
     stand.store.gate = asyncio.Event()
     stand.store.failure = StoreError("disk")
     stand.begin()
@@ -216,7 +216,7 @@ async def test_failed_batch_does_not_bring_a_deleted_conversation_back(stand: St
     assert await stand.stored() is None
 
 
-async def test_ended_reply_is_found_in_the_journal_until_it_is_saved(stand: Stand) -> None:
+async def test_unsaved_ended_reply_is_found_in_journal(stand: Stand) -> None:
     stand.store.failure = StoreError("disk")
     record = stand.begin()
     record.log.append("x")
@@ -236,7 +236,7 @@ async def test_ended_reply_is_found_in_the_journal_until_it_is_saved(stand: Stan
     assert await stand.stored() == ["x"]
 
 
-async def test_ended_reply_of_a_deleted_conversation_is_not_found_in_the_journal(
+async def test_unsaved_reply_of_deleted_conversation_is_not_found(
     stand: Stand,
 ) -> None:
     stand.store.failure = StoreError("disk")
@@ -253,7 +253,7 @@ async def test_ended_reply_of_a_deleted_conversation_is_not_found_in_the_journal
     assert not stand.journal.has_late("me", "c")
 
 
-async def test_prompt_that_waits_is_saved_at_once() -> None:
+async def test_queued_prompt_is_saved_at_once() -> None:
     stand = Stand(interval=3600.0)
     stand.begin("runs")
     stand.begin("waits", waits=True)
@@ -262,7 +262,7 @@ async def test_prompt_that_waits_is_saved_at_once() -> None:
     await stand.journal.close(BOUND)
 
 
-async def test_probe_writes_to_the_store_once_a_second_at_most(
+async def test_probe_writes_at_most_once_per_second(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(journal, "PROBE_EVERY", 1000.0)
@@ -292,7 +292,7 @@ async def test_hanging_probe_is_not_repeated(stand: Stand, monkeypatch: pytest.M
     await stand.journal.probe()
 
 
-async def test_probe_fails_without_a_write_while_the_journal_cannot_save(stand: Stand) -> None:
+async def test_probe_fails_without_write_while_journal_fails(stand: Stand) -> None:
     stand.store.failure = StoreError("disk")
     stand.end(stand.begin())
     await until(lambda: stand.told)
@@ -306,7 +306,7 @@ async def test_probe_fails_without_a_write_while_the_journal_cannot_save(stand: 
     assert stand.store.probes == 1
 
 
-async def test_size_of_a_record_is_the_memory_of_its_pieces(stand: Stand) -> None:
+async def test_record_size_is_memory_of_pieces(stand: Stand) -> None:
     record = stand.begin()
     record.log.append("x" * 1000)
     record.log.append("🎈" * 1000)
@@ -314,7 +314,7 @@ async def test_size_of_a_record_is_the_memory_of_its_pieces(stand: Stand) -> Non
     assert 1000 + 4000 + 1000 < record.size < 1000 + 4000 + 1000 + 500
 
 
-async def test_unsavable_reply_does_not_hold_up_others(
+async def test_unsavable_reply_does_not_delay_others(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     commit = MemoryStore.commit

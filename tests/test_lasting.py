@@ -21,7 +21,7 @@ def file(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/deep/conversations.sqlite"
 
 
-async def test_conversations_survive_a_restart(puppet: Puppet, file: str) -> None:
+async def test_conversations_survive_restart(puppet: Puppet, file: str) -> None:
     async with wsserver.serve(puppet, port=0, store=file) as server, client(server) as chat:
         await exchange(chat, puppet, "I am Ann", "Hello Ann", conversation=ONE, id=ID)
         done = chat.frames[-1]
@@ -88,7 +88,7 @@ async def broken(
         yield store, server
 
 
-async def test_stream_goes_on_with_a_failing_store_and_done_is_unsaved(
+async def test_stream_continues_with_failing_store_and_done_is_unsaved(
     broken: tuple[Broken, wsserver.Server], puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     store, server = broken
@@ -112,7 +112,7 @@ async def test_stream_goes_on_with_a_failing_store_and_done_is_unsaved(
         assert "still here" in said, "the model still sees the unsaved turn"
 
 
-async def test_unsaved_replies_are_saved_when_the_store_is_back(
+async def test_unsaved_replies_are_saved_after_store_recovers(
     broken: tuple[Broken, wsserver.Server], puppet: Puppet
 ) -> None:
     store, server = broken
@@ -130,7 +130,7 @@ async def test_unsaved_replies_are_saved_when_the_store_is_back(
         assert found.pieces.data == ["during ", "after"]
 
 
-async def test_hanging_store_delays_an_end_by_the_store_timeout(
+async def test_hanging_store_delays_end_by_store_timeout(
     broken: tuple[Broken, wsserver.Server], puppet: Puppet
 ) -> None:
     store, server = broken
@@ -155,7 +155,7 @@ async def test_hanging_store_delays_an_end_by_the_store_timeout(
         )
 
 
-async def test_hanging_store_does_not_block_the_shutdown(
+async def test_hanging_store_does_not_block_shutdown(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     store = Broken()
@@ -176,7 +176,7 @@ async def test_hanging_store_does_not_block_the_shutdown(
     await until(lambda: asyncio.all_tasks() <= before)
 
 
-async def test_prompt_during_a_delete_is_answered_or_refused(
+async def test_prompt_during_delete_is_answered_or_refused(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Secret", "x", conversation=ONE)
@@ -192,7 +192,7 @@ async def test_prompt_during_a_delete_is_answered_or_refused(
             assert [m.content for m in reply.request.messages][-1] == "New"
 
 
-async def test_conversation_that_cannot_be_read_is_a_retryable_error(
+async def test_unreadable_conversation_is_retryable_error(
     broken: tuple[Broken, wsserver.Server], puppet: Puppet
 ) -> None:
     store, server = broken
@@ -205,7 +205,7 @@ async def test_conversation_that_cannot_be_read_is_a_retryable_error(
         assert (await chat.prompt("x", conversation=ONE))["type"] == "start"
 
 
-async def test_stop_overtakes_a_prompt_that_waits_for_the_store(
+async def test_stop_overtakes_prompt_waiting_for_store(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     gate = asyncio.Event()
@@ -227,7 +227,7 @@ async def test_stop_overtakes_a_prompt_that_waits_for_the_store(
         assert all(not reply.said for reply in puppet.replies)
 
 
-async def test_too_many_requests_at_once_are_refused(
+async def test_requests_over_queue_limit_are_refused(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     gate = asyncio.Event()
@@ -249,13 +249,13 @@ async def test_too_many_requests_at_once_are_refused(
 
 
 @pytest.mark.parametrize("store", ["postgres://x", "sqlite://", "sqlite:///", "nonsense"])
-async def test_unusable_store_is_a_config_error(puppet: Puppet, store: str) -> None:
+async def test_invalid_store_raises_config_error(puppet: Puppet, store: str) -> None:
     with pytest.raises(wsserver.ConfigError, match="store: "):
         async with wsserver.serve(puppet, port=0, store=store):
             raise AssertionError
 
 
-async def test_history_has_no_more_messages_than_set(puppet: Puppet) -> None:
+async def test_history_has_at_most_history_messages(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, history_messages=3, drain_timeout=0) as server:
         async with client(server) as chat:
             for number in range(4):

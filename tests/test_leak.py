@@ -144,7 +144,7 @@ async def test_thousands_of_clients_leave_no_descriptors_threads_or_memory(tmp_p
         )
 
 
-async def test_hundreds_of_clients_leave_no_task() -> None:
+async def test_hundreds_of_clients_leave_no_tasks() -> None:
     before = asyncio.all_tasks()
     settings: dict[str, Any] = {**BRIEF, "port": 0, "store": "memory:", "drain_timeout": 0}
     async with wsserver.serve(talker, **settings) as server:

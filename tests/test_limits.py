@@ -28,7 +28,7 @@ from wsserver.limits import (
 # Plain data.
 
 
-def test_bucket_gives_a_burst_and_then_a_rate() -> None:
+def test_bucket_gives_burst_then_rate() -> None:
     bucket = Bucket(rate=2, burst=3, now=0)
     assert [bucket.consume(0) for _ in range(4)] == [0, 0, 0, 0.5]
     assert bucket.consume(0.25) == 0.25
@@ -37,7 +37,7 @@ def test_bucket_gives_a_burst_and_then_a_rate() -> None:
     assert [bucket.consume(1000) for _ in range(4)] == [0, 0, 0, 0.5]
 
 
-def test_refused_take_leaves_the_bucket_unchanged() -> None:
+def test_refused_take_leaves_bucket_unchanged() -> None:
     bucket = Bucket(rate=1, burst=1, now=0)
     assert bucket.consume(0) == 0
     for step in range(1, 10):
@@ -45,7 +45,7 @@ def test_refused_take_leaves_the_bucket_unchanged() -> None:
     assert bucket.consume(1.0) == 0
 
 
-def test_each_key_has_its_own_rate_and_is_forgotten_once_full() -> None:
+def test_keys_have_own_rates_and_full_keys_are_forgotten() -> None:
     rates = Rates(rate=1, burst=1)
     assert rates.consume(("a",), 0) == 0
     assert rates.consume(("a",), 0) == 1
@@ -55,14 +55,14 @@ def test_each_key_has_its_own_rate_and_is_forgotten_once_full() -> None:
     assert len(rates) < 3000
 
 
-def test_wider_network_has_a_higher_rate_and_a_refusal_takes_nothing() -> None:
+def test_wider_network_has_higher_rate() -> None:
     rates = Rates(rate=1, burst=2)
     assert [rates.consume((name, "wide"), 0) for name in ("a", "a", "b", "b")] == [0, 0, 0, 0]
     assert rates.consume(("c", "wide"), 0) == 0.5
     assert [rates.consume(("c",), 0) for _ in range(3)] == [0, 0, 1]
 
 
-def test_share_is_given_back_and_its_key_forgotten() -> None:
+def test_returned_share_forgets_key() -> None:
     shares = Shares(2)
     a, b = ("a",), ("b",)
     assert shares.acquire(a)
@@ -76,7 +76,7 @@ def test_share_is_given_back_and_its_key_forgotten() -> None:
     assert len(shares) == 0
 
 
-def test_wider_network_has_a_larger_share_and_a_refusal_takes_nothing() -> None:
+def test_wider_network_has_larger_share() -> None:
     shares = Shares(2)
     accounts = [(f"64 {n}", f"56 {n // 10}", f"48 {n // 100}") for n in range(1000)]
     taken = [account for account in accounts for _ in range(3) if shares.acquire(account)]
@@ -91,7 +91,7 @@ def test_wider_network_has_a_larger_share_and_a_refusal_takes_nothing() -> None:
 # Memory.
 
 
-def test_memory_is_refused_over_the_share_of_an_account_and_nothing_is_taken() -> None:
+def test_memory_over_account_share_is_refused() -> None:
     memory = Memory(900, share=1 / 8)
     a, b = ("a",), ("b",)
     assert memory.acquire(a, 100)
@@ -106,7 +106,7 @@ def test_memory_is_refused_over_the_share_of_an_account_and_nothing_is_taken() -
     assert (memory.used, len(memory)) == (0, 0)
 
 
-def test_new_account_gets_memory_however_many_take_it() -> None:
+def test_new_account_gets_memory_beside_many_others() -> None:
     memory = Memory(2**20)
     for number in range(1000):
         while memory.acquire((str(number),), 64):
@@ -115,7 +115,7 @@ def test_new_account_gets_memory_however_many_take_it() -> None:
     assert memory.acquire(("newcomer",), 64) or memory.limit - memory.used < 64 * 8
 
 
-def test_wider_network_has_a_larger_but_bounded_share_of_memory() -> None:
+def test_wider_network_has_larger_but_bounded_memory_share() -> None:
     memory = Memory(10_000, share=1 / 8)
     for number in range(256):
         while memory.acquire((f"64 {number}", "56", "48"), 10):
@@ -123,7 +123,7 @@ def test_wider_network_has_a_larger_but_bounded_share_of_memory() -> None:
     assert memory.used <= 10_000 * (2 / 8) / (1 + 2 / 8)
 
 
-def test_caches_are_shed_before_anything_in_use_is_refused() -> None:
+def test_caches_are_shed_before_memory_in_use_is_refused() -> None:
     memory = Memory(1000, share=1)
     cached = [100] * 9
 
@@ -148,7 +148,7 @@ def test_caches_are_shed_before_anything_in_use_is_refused() -> None:
     assert memory.cached == 600, "nothing is dropped for a request that cannot fit"
 
 
-def test_cache_that_cannot_shed_enough_refuses_and_takes_nothing() -> None:
+def test_memory_is_refused_if_caches_shed_too_little() -> None:
     memory = Memory(1000, share=1)
     memory.shed_by(lambda size: None)
     assert memory.acquire(CACHE, 900)
@@ -156,13 +156,13 @@ def test_cache_that_cannot_shed_enough_refuses_and_takes_nothing() -> None:
     assert (memory.used, len(memory)) == (900, 0)
 
 
-def test_texts_count_with_their_size_in_memory() -> None:
+def test_texts_are_counted_by_size_in_memory() -> None:
     assert memory_size("x" * 1000) < 1100
     assert memory_size("x" * 999 + "\U0001f600") > 4000
     assert memory_size(b"x" * 1000) < 1100
 
 
-def test_budget_reserves_settles_and_begins_anew_each_day() -> None:
+def test_budget_reserves_settles_and_resets_daily() -> None:
     budget = Budget(100)
     assert not budget.knows("ada", 1)
     budget.learn("ada", 1, 30)
@@ -178,7 +178,7 @@ def test_budget_reserves_settles_and_begins_anew_each_day() -> None:
     assert len(budget) == 0
 
 
-def test_reservations_still_count_after_midnight() -> None:
+def test_reservations_count_after_midnight() -> None:
     budget = Budget(100)
     budget.learn("ada", 1, 90)
     budget.reserve("ada", 10)
@@ -188,7 +188,7 @@ def test_reservations_still_count_after_midnight() -> None:
     assert budget.left("ada") == 75
 
 
-def test_clock_that_steps_back_over_midnight_gives_nothing_back() -> None:
+def test_clock_set_back_over_midnight_restores_no_budget() -> None:
     budget = Budget(100)
     budget.learn("ada", 2, 60)
     budget.reserve("ada", 10)
@@ -201,7 +201,7 @@ def test_clock_that_steps_back_over_midnight_gives_nothing_back() -> None:
     assert budget.left("ada") == 0
 
 
-def test_no_budget_counts_nothing() -> None:
+def test_budget_without_limit_counts_nothing() -> None:
     budget = Budget(0)
     assert budget.knows("ada", 1)
     assert budget.left("ada") is None
@@ -224,7 +224,7 @@ async def acting_for(server: wsserver.Server, name: str) -> AsyncIterator[Client
         yield chat
 
 
-async def test_frames_over_the_rate_are_refused_with_retry_after(puppet: Puppet) -> None:
+async def test_frames_over_rate_are_refused_with_retry_after(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, frame_rate=0.001, frame_burst=2) as server:
         async with client(server) as chat:
             for _ in range(3):
@@ -237,7 +237,7 @@ async def test_frames_over_the_rate_are_refused_with_retry_after(puppet: Puppet)
             assert 900 < error["retry_after"] <= 1000
 
 
-async def test_stop_is_obeyed_over_the_frame_rate(puppet: Puppet) -> None:
+async def test_stop_over_frame_rate_is_obeyed(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, frame_rate=0.001, frame_burst=1) as server:
         async with client(server) as chat:
             start = await chat.prompt()
@@ -247,7 +247,7 @@ async def test_stop_is_obeyed_over_the_frame_rate(puppet: Puppet) -> None:
             assert (await chat.text(start["id"]))[1]["reason"] == "stopped"
 
 
-async def test_client_that_stays_over_the_rate_is_disconnected(puppet: Puppet) -> None:
+async def test_client_constantly_over_frame_rate_is_closed(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, frame_rate=0.001, frame_burst=1, bad_frames=5
     ) as server:
@@ -258,7 +258,7 @@ async def test_client_that_stays_over_the_rate_is_disconnected(puppet: Puppet) -
             assert [frame["type"] for frame in chat.frames] == ["pong", *["error"] * 5]
 
 
-async def test_flood_of_stops_of_nothing_closes_the_socket(puppet: Puppet) -> None:
+async def test_flood_of_stops_without_reply_closes_socket(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, frame_rate=0.001, frame_burst=50, bad_frames=5
     ) as server:
@@ -269,7 +269,7 @@ async def test_flood_of_stops_of_nothing_closes_the_socket(puppet: Puppet) -> No
             assert [frame["code"] for frame in chat.frames] == ["not_running"] * 55
 
 
-async def test_prompt_rate_counts_all_sockets_of_a_principal(puppet: Puppet) -> None:
+async def test_prompt_rate_counts_all_sockets_of_principal(puppet: Puppet) -> None:
     async with (
         wsserver.serve(
             puppet, authenticate=named, port=0, prompts_per_minute=3, drain_timeout=0
@@ -288,7 +288,7 @@ async def test_prompt_rate_counts_all_sockets_of_a_principal(puppet: Puppet) -> 
         assert (await other.prompt())["type"] == "start"
 
 
-async def test_prompt_sent_again_takes_nothing(puppet: Puppet) -> None:
+async def test_repeated_prompt_does_not_count_for_prompt_rate(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, prompts_per_minute=1, drain_timeout=0) as server:
         async with client(server) as chat:
             for _ in range(3):
@@ -296,7 +296,7 @@ async def test_prompt_sent_again_takes_nothing(puppet: Puppet) -> None:
             assert (await chat.prompt(conversation="conversation-two"))["code"] == "limit"
 
 
-async def test_generation_limit_counts_all_sockets_of_a_principal(puppet: Puppet) -> None:
+async def test_generation_limit_counts_all_sockets_of_principal(puppet: Puppet) -> None:
     async with (
         wsserver.serve(
             puppet, authenticate=named, port=0, generations_per_principal=2, drain_timeout=0
@@ -357,7 +357,7 @@ async def spend(chat: Client, puppet: Puppet, number: int, usage: Usage) -> dict
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-async def test_tokens_of_a_day_survive_a_restart(puppet: Puppet, tmp_path: Any, kind: str) -> None:
+async def test_daily_tokens_survive_restart(puppet: Puppet, tmp_path: Any, kind: str) -> None:
     store = "memory:" if kind == "memory" else f"sqlite:///{tmp_path}/s.sqlite"
     options: dict[str, Any] = {"tokens_per_day": 1000, "port": 0, "store": store}
     numbers = itertools.count()
@@ -377,7 +377,7 @@ async def test_tokens_of_a_day_survive_a_restart(puppet: Puppet, tmp_path: Any, 
                 assert (await ada.prompt())["code"] == "quota"
 
 
-async def test_rest_of_the_day_bounds_the_next_replies(puppet: Puppet) -> None:
+async def test_remaining_daily_tokens_bound_next_replies(puppet: Puppet) -> None:
     async with (
         wsserver.serve(
             puppet, authenticate=named, port=0, tokens_per_day=1000, max_tokens=700, drain_timeout=0
@@ -400,7 +400,7 @@ async def test_rest_of_the_day_bounds_the_next_replies(puppet: Puppet) -> None:
 
 
 @pytest.mark.parametrize("messages", [False, True])
-async def test_reserved_tokens_count_before_the_reply_ends(puppet: Puppet, messages: bool) -> None:
+async def test_reserved_tokens_count_while_reply_runs(puppet: Puppet, messages: bool) -> None:
     async with (
         wsserver.serve(
             puppet, authenticate=named, port=0, tokens_per_day=1000, max_tokens=1, drain_timeout=0
@@ -424,7 +424,7 @@ async def test_reserved_tokens_count_before_the_reply_ends(puppet: Puppet, messa
         assert (await ada.prompt(conversation="conversation-two"))["type"] == "start"
 
 
-async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Puppet) -> None:
+async def test_connections_per_address_are_limited_at_handshake(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, connections_per_address=2) as server:
         async with client(server), client(server):
             with pytest.raises(InvalidStatus) as raised:
@@ -438,7 +438,7 @@ async def test_connections_of_an_address_are_limited_at_the_handshake(puppet: Pu
             await chat.quiet()
 
 
-async def test_address_behind_a_proxy_is_the_clients_address(puppet: Puppet) -> None:
+async def test_address_behind_proxy_is_that_of_client(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, allow_anonymous=True, connections_per_address=1, proxies="127.0.0.0/8"
     ) as server:
@@ -456,7 +456,7 @@ async def test_address_behind_a_proxy_is_the_clients_address(puppet: Puppet) -> 
                 assert raised.value.response.status_code == 429
 
 
-async def test_connections_of_the_server_are_limited(puppet: Puppet) -> None:
+async def test_connections_of_server_are_limited(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, connections=2) as server:
         async with client(server) as chat, client(server):
             with pytest.raises(InvalidStatus) as raised:
@@ -467,7 +467,7 @@ async def test_connections_of_the_server_are_limited(puppet: Puppet) -> None:
             await chat.quiet()
 
 
-async def test_sockets_of_a_principal_are_limited_with_any_kind_of_authentication(
+async def test_connections_per_principal_are_limited_with_any_authentication(
     puppet: Puppet,
 ) -> None:
     async with (
@@ -487,7 +487,7 @@ async def test_sockets_of_a_principal_are_limited_with_any_kind_of_authenticatio
         assert server.app.admission.principals.full(account_of("ada"))
 
 
-async def test_idle_client_is_disconnected(puppet: Puppet) -> None:
+async def test_idle_client_is_closed_after_idle_timeout(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, idle_timeout=0.5, drain_timeout=0) as server:
         async with client(server) as busy, client(server) as idle:
             await busy.prompt()

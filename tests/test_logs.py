@@ -53,7 +53,7 @@ def failing(text: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
-def test_event_is_one_line_for_any_value(stream: io.StringIO) -> None:
+def test_log_event_is_one_line_for_any_value(stream: io.StringIO) -> None:
     set_up("info", stream)
     log.info("generation", id=NASTY, seconds=1.5, missing=None)
     logging.getLogger("other").warning("foreign %s", NASTY)
@@ -69,7 +69,7 @@ def test_invisible_characters_are_escaped() -> None:
     assert printable("\x1b\u202e\u2028\x7f\ud800") == r"\x1b\u202e\u2028\x7f\ud800"
 
 
-def test_pipe_gets_json_with_timestamp_and_level() -> None:
+def test_log_to_pipe_is_json_with_timestamp_and_level() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     log.info("generation", id="x", seconds=1.25, code=Code.BUSY)
@@ -92,14 +92,14 @@ def test_pipe_gets_json_with_timestamp_and_level() -> None:
     )
 
 
-def test_terminal_gets_readable_lines() -> None:
+def test_log_to_terminal_is_readable_text() -> None:
     stream = Terminal()
     set_up("info", stream)
     log.warning("generation", id="x", reason='a "b" c')
     assert stream.getvalue()[8:] == ' warning generation id=x reason="a \\"b\\" c"\n'
 
 
-def test_second_set_up_replaces_the_first() -> None:
+def test_second_set_up_replaces_first() -> None:
     first, second = io.StringIO(), io.StringIO()
     set_up("info", first)
     set_up("info", second)
@@ -110,7 +110,7 @@ def test_second_set_up_replaces_the_first() -> None:
 
 @pytest.mark.parametrize("foreign", [True, False])
 @pytest.mark.parametrize("level", ["info", "debug"])
-def test_exception_has_types_and_places_and_text_at_debug_only(level: str, foreign: bool) -> None:
+def test_exception_text_is_logged_at_debug_level_only(level: str, foreign: bool) -> None:
     stream = io.StringIO()
     set_up(level, stream)
     try:
@@ -142,7 +142,7 @@ def test_exception_group_and_cyclic_causes_are_logged() -> None:
     assert SECRET not in stream.getvalue()
 
 
-async def test_unretrieved_task_exception_is_logged_without_its_text() -> None:
+async def test_unretrieved_task_exception_is_logged_without_text() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     loop = asyncio.get_running_loop()
@@ -171,7 +171,7 @@ def test_library_records_about_disconnects_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
-def test_window_limits_lines_and_counts_the_others(
+def test_lines_over_limit_are_counted_in_window(
     stream: io.StringIO,
 ) -> None:
     now = 0.0
@@ -214,7 +214,7 @@ def test_left_out_errors_are_counted_at_level_error() -> None:
     assert (summary["level"], summary["it_failed"], summary["asyncio"]) == ("error", 1, 1)
 
 
-def test_anonymous_flood_takes_no_lines_of_a_principal() -> None:
+def test_anonymous_flood_takes_no_lines_of_principal() -> None:
     stream = io.StringIO()
     set_up("info", stream, lambda: 0.0)
     for _ in range(10 * MAX_LINES):
@@ -227,7 +227,7 @@ def test_anonymous_flood_takes_no_lines_of_a_principal() -> None:
     assert len(objects(stream.getvalue())) <= NAMES + 4 * MAX_LINES
 
 
-async def test_left_out_count_is_written_after_the_window_without_new_lines(
+async def test_left_out_count_is_written_after_window_without_new_lines(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told = asyncio.Event()
@@ -298,7 +298,7 @@ def test_import_configures_no_logging() -> None:
 # What the server says.
 
 
-async def test_generation_is_one_event(
+async def test_generation_is_one_log_event(
     chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wsserver"):
@@ -336,7 +336,7 @@ async def test_times_of_the_event_include_the_wait_in_the_queue(
     assert (event["first_token"], event["seconds"]) == (5.0, 6.0)
 
 
-async def test_stop_event_says_who_stopped(
+async def test_stop_event_names_stopper(
     chat: Client, puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wsserver"):
@@ -357,7 +357,7 @@ async def test_stop_event_says_who_stopped(
         (ModelError(Code.BAD_REQUEST, SECRET), "INFO"),
     ],
 )
-async def test_ref_of_an_error_is_in_one_log_line(
+async def test_error_ref_is_in_one_log_line(
     chat: Client,
     puppet: Puppet,
     caplog: pytest.LogCaptureFixture,
@@ -404,7 +404,7 @@ async def test_unusable_frames_are_logged_at_debug_only(
         assert f"frame refused ref={told['ref']} code=invalid_json" in caplog.messages
 
 
-async def test_connection_is_one_event(
+async def test_connection_is_one_log_event(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", "wsserver"):
@@ -421,7 +421,7 @@ async def serve(process: Process) -> str:
     return (await process.line(r"(ws://\S+)"))[1]
 
 
-async def test_exception_text_of_a_custom_model_is_not_logged(tmp_path: Path) -> None:
+async def test_exception_text_of_custom_model_is_not_logged(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "import asyncio\n"
         f"SECRET = {SECRET!r}\n"
@@ -459,7 +459,7 @@ async def test_exception_text_of_a_custom_model_is_not_logged(tmp_path: Path) ->
     assert "mine.py:11 in leaky" in event["where"]
 
 
-async def test_error_text_of_the_api_is_not_logged(tmp_path: Path) -> None:
+async def test_error_text_of_api_is_not_logged(tmp_path: Path) -> None:
     async with Upstream() as upstream:
         upstream.default = Script((error(401, "authentication_error", SECRET),))
         serving = ("-m", "wsserver", "serve", "--port", "0")

@@ -152,7 +152,7 @@ async def test_what_is_left_of_the_dollars_bounds_the_reply(puppet: Puppet) -> N
     assert (refused["code"], refused["message"].count("dollars")) == ("limit", 1)
 
 
-async def test_clock_that_steps_back_over_midnight_gives_nothing_back(
+async def test_clock_set_back_over_midnight_restores_no_budget(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     now = 10.0 * SECONDS_PER_DAY

@@ -239,7 +239,7 @@ async def test_stop_of_a_waiting_prompt_that_is_refused_is_answered(
 # Retry.
 
 
-async def test_retry_replaces_the_failed_turn(chat: Client, puppet: Puppet) -> None:
+async def test_retry_replaces_failed_turn(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, "Before", "said", conversation=ONE)
     failed = await chat.prompt("Question", conversation=ONE)
     (await puppet.reply(1)).say("half").fail(ModelError(Code.OVERLOADED))

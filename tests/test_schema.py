@@ -93,7 +93,7 @@ def test_what_is_no_frame_of_a_client_is_invalid_and_refused(frame: Any) -> None
         {"type": "list", "limit": None, "before": None},
     ],
 )
-def test_null_counts_as_left_out(frame: Any) -> None:
+def test_null_equals_missing_key(frame: Any) -> None:
     OF_CLIENT.validate(frame)
     parse(json.dumps(frame))
 
