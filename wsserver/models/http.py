@@ -120,7 +120,7 @@ class Pool:
         self._connections: dict[Connection, Origin] = {}  # those being made included
         self._dialing = 0
         # The connection that was used last is the last. Its timer closes it.
-        self._idle: dict[Origin, dict[Connection, asyncio.TimerHandle]] = {}
+        self._idle: dict[Connection, asyncio.TimerHandle] = {}
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._warming: asyncio.Task[None] | None = None
         self._warmed_for_someone = False
@@ -199,7 +199,6 @@ class Pool:
                     elif not self._full:
                         return await self._dial(origin)
                     else:
-                        self._close_one_idle()
                         await self._wait()
                     connection = self._pop_idle(origin)
                     if connection is not None:
@@ -232,7 +231,7 @@ class Pool:
             self._warming = None
 
     def _has_idle(self, origin: Origin) -> bool:
-        return any(connection.usable for connection in self._idle.get(origin, ()))
+        return any(self._connections[idle] == origin and idle.usable for idle in self._idle)
 
     async def _wait(self) -> None:
         """Wait until a connection may be free."""
@@ -256,38 +255,31 @@ class Pool:
                 return
 
     def _pop_idle(self, origin: Origin) -> Connection | None:
-        """Return the connection that was used last: it is the least likely to be closed."""
-        idle = self._idle.get(origin)
-        while idle:
-            connection, timer = idle.popitem()
+        """Return the connection that was used last: it is the least likely to be closed.
+
+        Connections to another origin are closed. The origin changes with the credentials only.
+        """
+        while self._idle:
+            connection, timer = self._idle.popitem()
             timer.cancel()
-            if connection.usable:
+            if self._connections.get(connection) == origin and connection.usable:
                 return connection
             connection.abort()
         return None
-
-    def _close_one_idle(self) -> None:
-        """Make room: an idle connection, if there is one, is to another origin."""
-        for idle in self._idle.values():
-            for connection in idle:
-                connection.abort()
-                return
 
     # For the connections.
 
     def on_free(self, connection: Connection) -> None:
         """Keep a connection for the next request, for no longer than the server keeps it."""
-        origin = self._connections.get(connection)
-        if origin is not None:  # else it has closed in the meantime
+        if connection in self._connections:  # else it has closed in the meantime
             seconds = min(IDLE_TIME, connection.keep_alive)
-            timer = asyncio.get_running_loop().call_later(seconds, connection.abort)
-            self._idle.setdefault(origin, {})[connection] = timer
+            loop = asyncio.get_running_loop()
+            self._idle[connection] = loop.call_later(seconds, connection.abort)
             self._wake()
 
     def on_lost(self, connection: Connection) -> None:
         """Forget a connection that has closed."""
-        origin = self._connections.pop(connection, None)
-        timer = self._idle[origin].pop(connection, None) if origin in self._idle else None
-        if timer is not None:
+        self._connections.pop(connection, None)
+        if (timer := self._idle.pop(connection, None)) is not None:
             timer.cancel()
         self._wake()

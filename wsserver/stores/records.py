@@ -9,7 +9,9 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Self, cast, get_args
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, TypeAdapter
 
 from wsserver.content import Block, Message, Role, Text, dump_content, parse_content
 from wsserver.errors import Code
@@ -19,7 +21,8 @@ from wsserver.wire import dump_usage
 
 VERSION = 2  # of all records; those of version 1 do not say so
 
-_KINDS = frozenset(get_args(Kind))
+_LENGTHS = TypeAdapter(list[int])
+_RUNS = TypeAdapter(list[tuple[Kind, int, int]])
 _PROMPT_KEYS = (
     "id",
     "conversation",
@@ -32,6 +35,13 @@ _PROMPT_KEYS = (
 )
 _DONE_KEYS = ("seq", "reason", "by")
 _ERROR_KEYS = ("code", "message", "seq", "retryable", "retry_after", "ref")
+
+
+class _Batch(BaseModel):
+    runs: list[tuple[Kind, int, list[str]]]
+
+
+_BATCH: TypeAdapter[_Batch | list[str | tuple[str]]] = TypeAdapter(_Batch | list[str | tuple[str]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +74,7 @@ class Packed:
         Raises:
             ValueError: the parts do not belong together.
         """
-        lengths = json.loads(self.lengths)
-        if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
-            raise ValueError("lengths are not a list of numbers")
+        lengths = _LENGTHS.validate_json(self.lengths, strict=True)
         pieces = Pieces()
         number = said = told = 0
         for kind, block, count in self._runs(lengths):
@@ -92,10 +100,7 @@ class Packed:
                 ("thinking" if thought else TEXT, block, len(list(run)))
                 for block, (thought, run) in enumerate(kinds)
             ]
-        runs = [_run(run) for run in _list(json.loads(self.runs))]
-        if not all(type(count) is int for _, _, count in runs):
-            raise ValueError("a run has no number of pieces")
-        return runs
+        return _RUNS.validate_json(self.runs, strict=True)
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks that the pieces make.
@@ -206,19 +211,19 @@ def parse_batch(record: str, pieces: Pieces, after: int) -> None:
         ValueError: the record is damaged.
     """
     try:
-        value = json.loads(record)
-        if isinstance(value, list):
-            batch = _old_batch(value, pieces)
-        else:
-            batch = Pieces()
-            for kind, block, data in map(_run, value["runs"]):
-                batch.extend(kind, block, _texts(data))
-        pieces.replace(operator.index(after), batch)
-    except (LookupError, TypeError, ValueError):
+        value, after = _BATCH.validate_json(record, strict=True), operator.index(after)
+    except (TypeError, ValueError):
         raise ValueError("a batch of pieces is damaged") from None
+    if isinstance(value, list):
+        batch = _old_batch(value, pieces)
+    else:
+        batch = Pieces()
+        for kind, block, data in value.runs:
+            batch.extend(kind, block, data)
+    pieces.replace(after, batch)
 
 
-def _old_batch(value: list[Any], before: Pieces) -> Pieces:
+def _old_batch(value: list[str | tuple[str]], before: Pieces) -> Pieces:
     """Return the pieces of a record of version 1: a text as it is, thinking in a list."""
     batch = Pieces()
     last, number = before.kind, before.block
@@ -227,29 +232,8 @@ def _old_batch(value: list[Any], before: Pieces) -> Pieces:
         if kind != last and (len(before) or len(batch)):
             number += 1
         last = kind
-        (text,) = (item,) if kind == TEXT else item
-        batch.extend(kind, number, _texts([text]))
+        batch.extend(kind, number, [item] if isinstance(item, str) else list(item))
     return batch
-
-
-def _run(run: Any) -> tuple[Kind, int, Any]:
-    """Return the kind and the block of a run, and what else is in its record."""
-    kind, block, rest = _list(run)
-    if not isinstance(kind, str) or kind not in _KINDS or type(block) is not int:
-        raise ValueError("a run has an unknown kind, or no block")
-    return cast("Kind", kind), block, rest
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError("a record has no list where one belongs")  # noqa: TRY004 - saved value
-    return value
-
-
-def _texts(value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError("pieces are not a list of texts")
-    return value
 
 
 def _dump(value: Any) -> str:
