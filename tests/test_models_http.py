@@ -20,8 +20,9 @@ from tests.support.http_client import (
     template,
     whole,
 )
+from tests.support.puppet import until
 from tests.support.raw import Raw, chunk, head_of
-from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin
+from wsserver.models.dial import CannotConnect, ConnectTimeout, Origin, dial
 from wsserver.models.h1 import Connection
 from wsserver.models.http import InvalidRequest, Redirected, Template
 from wsserver.models.response import NoResponse
@@ -531,6 +532,31 @@ async def test_request_waits_for_the_connection_that_is_being_made_ahead() -> No
         await whole(await client.post(template(raw.port), b"{}"))
         await warming
         assert raw.accepted == 1
+
+
+async def test_request_makes_its_own_connection_when_the_one_made_ahead_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dialed: list[asyncio.Future[None]] = []
+
+    async def fail_at_first(*arguments: Any) -> None:
+        dialed.append(asyncio.get_running_loop().create_future())
+        if len(dialed) == 1:
+            await dialed[0]
+        await dial(*arguments)
+
+    monkeypatch.setattr("wsserver.models.http.dial", fail_at_first)
+    async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
+        warming = asyncio.create_task(client.warm(template(raw.port).origin))
+        await until(lambda: dialed)
+        posting = asyncio.create_task(client.post(template(raw.port), b"{}"))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(dialed) == 1, "the request waits for the connection made ahead"
+        dialed[0].set_exception(CannotConnect("reset"))
+        await warming
+        assert await whole(await posting) == b"hello"
+        assert (len(dialed), raw.accepted) == (2, 1)
 
 
 async def test_no_connection_is_made_ahead_while_a_request_makes_one() -> None:
