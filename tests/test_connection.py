@@ -8,11 +8,11 @@ import pytest
 
 from tests.support.puppet import BOUND, until
 from tests.support.stand import ONE, OWNER, Stand
-from wsserver.connection import REQUESTS
 from wsserver.cursor import Cursor
 from wsserver.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Close, Terminal
+from wsserver.requests import REQUESTS
 
 ID = "0123456789abcdef"
 

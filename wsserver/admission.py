@@ -20,8 +20,6 @@ from wsserver.logs import log
 from wsserver.names import Names
 from wsserver.settings import Settings
 
-__all__ = ["Admission", "Visitor", "bearer"]
-
 _FORWARDED = re.compile(
     r"forwarded|x-forwarded-.*|via|x-real-ip|x-client-ip|true-client-ip|cf-connecting-ip"
 )

@@ -30,8 +30,6 @@ from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics
 
-__all__ = ["App", "ClientTransport"]
-
 CLOSE_BATCH = 100  # clients closed at once, so that they do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between two batches, on average
 SHOWN = 256  # characters of a header in the log

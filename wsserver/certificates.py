@@ -8,8 +8,6 @@ from typing import NoReturn
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-__all__ = ["Certificate"]
-
 # OpenSSL's reasons for a key of another certificate.
 MISMATCHES = {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"}
 

@@ -32,8 +32,6 @@ from wsserver.session import Session, Transport, name_frame
 from wsserver.settings import Settings
 from wsserver.stopping import Stopping
 
-__all__ = ["REQUESTS", "Connection", "Transport"]
-
 AUTH_PARTS = 64  # largest `count_parts` of a frame before `auth`; an `auth` has about ten
 LONGEST_STOP = 256  # bytes: a longer frame is no `stop`; over the frame rate it is not parsed
 V1_FRAMES = V1()

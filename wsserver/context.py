@@ -23,8 +23,6 @@ from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.stores.base import Turn
 
-__all__ = ["less_than", "messages_of", "newest", "tokens_of"]
-
 IMAGE = 1600  # tokens of an image at most, as the API scales larger ones down
 DOCUMENT = 32  # characters of a PDF's base64 data for each token, about
 

@@ -15,8 +15,6 @@ from wsserver.live import Conversation, Watcher
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, StoredConversation, Summary, Turn
 
-__all__ = ["Conversations"]
-
 TURN = 320  # bytes of a turn in memory besides its texts
 LOOKS = 16  # conversations that one use checks at most, to drop idle ones over the limit
 UTF8 = 4  # bytes of a character in UTF-8 at most

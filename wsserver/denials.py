@@ -5,8 +5,6 @@ from http import HTTPStatus
 
 from wsserver.telemetry import Refusal
 
-__all__ = ["RETRY_AFTER", "Denied", "no_memory", "no_place", "too_many", "unavailable"]
-
 RETRY_AFTER = 10  # seconds until a client over a limit may connect again
 
 

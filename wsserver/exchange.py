@@ -35,8 +35,6 @@ from wsserver.streaming import StreamedResponse
 from wsserver.tcp import READ_SIZE, TcpConnection, half_close
 from wsserver.websocket import SILENT, Place, Socket
 
-__all__ = ["Exchange", "Host"]
-
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
 UNREAD = 65_536  # bytes of responses that a client has not read yet, before another request

@@ -11,8 +11,6 @@ from wsserver.logs import log
 from wsserver.protocol import Close, Deleted, Prompt, Renamed
 from wsserver.session import Session
 
-__all__ = ["Following"]
-
 OPEN_CONVERSATIONS = 64  # of one client: more than a person has tabs, and each costs memory
 
 

@@ -12,8 +12,6 @@ from httptools import (
 
 from wsserver.responses import BadRequest, Request
 
-__all__ = ["HEAD_SIZE", "RequestParser"]
-
 HEAD_SIZE = 32_768  # bytes of a request's head, as nginx and others have it
 LINE_SIZE = 8192  # bytes of the target, and of one header
 HEADERS = 128  # of one request

@@ -21,8 +21,6 @@ from wsserver.stores.base import Store
 from wsserver.telemetry import Metrics
 from wsserver.upkeep import Upkeep
 
-__all__ = ["Hub"]
-
 UNAWARE = 15.0  # seconds in which a client notices that its connection is dead, and connects again
 
 

@@ -18,8 +18,6 @@ from wsserver.telemetry import Metrics
 from wsserver.tls import Tls
 from wsserver.websocket import Receiver, Socket
 
-__all__ = ["Listener"]
-
 
 class Listener:
     """Listening sockets, and what all connections that they accept have in common.

@@ -16,17 +16,6 @@ from wsserver.descriptors import AT_ONCE
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-__all__ = [
-    "Acceptor",
-    "Listening",
-    "StreamSocket",
-    "UnixSocket",
-    "bound",
-    "loopback",
-    "name_of",
-    "tcp_address",
-]
-
 BACKLOG = 100  # connections that wait to be accepted; asyncio's own default
 PAUSE = 0.1  # seconds until another attempt to accept connections, where there is no room
 NO_ADDRESS = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}

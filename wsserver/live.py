@@ -22,13 +22,6 @@ from wsserver.protocol import Prompt, StoppedBy, Terminal
 from wsserver.stores.base import Turn, partial
 from wsserver.telemetry import Span
 
-__all__ = [
-    "Conversation",
-    "Generation",
-    "Outcome",
-    "Watcher",
-]
-
 SMALLEST_FRAME = 256  # characters of a frame: the least for a client whose connections break
 PROMPT = 1024  # bytes of a prompt in memory besides its texts
 MESSAGE = 640  # bytes of each of its messages besides the text, in the prompt and in the request

@@ -29,8 +29,6 @@ from typing import Any, TextIO
 
 import structlog
 
-__all__ = ["log", "printable", "set_up", "write_left_out"]
-
 MAX_PLACES = 20  # innermost frames of a traceback; a recursion has a thousand
 CALLER = 4  # stack frames of structlog between the caller and the standard library
 WINDOW = 10.0  # seconds

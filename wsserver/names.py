@@ -15,8 +15,6 @@ from wsserver.addresses import (
 from wsserver.denials import Denied
 from wsserver.settings import Settings
 
-__all__ = ["Names"]
-
 _OWN_SITE = (None, "same-origin", "none")  # of Sec-Fetch-Site, where there is no Origin
 
 

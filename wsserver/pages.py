@@ -12,8 +12,6 @@ from wsserver.settings import ANSWER_ROOM, ESCAPED, Settings
 from wsserver.stores.base import StoredConversation, Summary, Turn
 from wsserver.wire import HistoryMessage
 
-__all__ = ["conversations", "history", "room_of"]
-
 _JSON = TypeAdapter(list[HistoryMessage])
 
 FRAME_ROOM = ANSWER_ROOM // 2  # bytes of a frame besides its items

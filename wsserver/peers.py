@@ -6,8 +6,6 @@ import socket
 import struct
 from typing import Any
 
-__all__ = ["ELSEWHERE", "NOBODY", "established", "own_users", "user_at"]
-
 NOBODY = -1  # the user of a connection that no program holds
 ELSEWHERE = -2  # the user of a connection from another kernel, as from Windows to WSL
 

@@ -35,8 +35,6 @@ from wsserver.protocol import (
 from wsserver.session import Session
 from wsserver.stopping import Stopping
 
-__all__ = ["REQUESTS", "Requests", "Waiting"]
-
 REQUESTS = 32  # frames of one client that wait for an answer; the client gets `limit` for more
 
 Request = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversation

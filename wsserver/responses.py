@@ -5,20 +5,6 @@ from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Protocol
 
-__all__ = [
-    "TEXT",
-    "Answer",
-    "BadRequest",
-    "BodyWriter",
-    "Producer",
-    "Request",
-    "Response",
-    "Stream",
-    "Upgrade",
-    "method_not_allowed",
-    "respond",
-]
-
 TEXT = "text/plain; charset=utf-8"
 
 

@@ -24,8 +24,6 @@ from wsserver.responses import (
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
 
-__all__ = ["Operations", "Page", "Routes"]
-
 WEBSOCKET_PATHS = ("/", "/ws")
 PROBES = ("/healthz", "/readyz")  # which load balancers request by any host name
 

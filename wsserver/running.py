@@ -21,8 +21,6 @@ from wsserver.reporting import Reporter
 from wsserver.settings import Settings
 from wsserver.telemetry import span
 
-__all__ = ["Runner"]
-
 SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
 # Who takes a prompt back. The history goes on without such a prompt, if nobody asked the model.
 WITHDRAWN_BY = frozenset({"client", "deleted", "disconnect", "replaced"})

@@ -21,8 +21,6 @@ from wsserver.running import Runner
 from wsserver.settings import Settings
 from wsserver.stores.base import Header
 
-__all__ = ["Scheduler"]
-
 
 class Scheduler:
     """Accepts prompts, and runs one generation of a conversation at a time.

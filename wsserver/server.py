@@ -22,8 +22,6 @@ from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
 
-__all__ = ["Server", "serve"]
-
 LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
 
 

@@ -7,8 +7,6 @@ import time
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-__all__ = ["inherited", "notify"]
-
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 NOTIFY_TIMEOUT = 1.0  # seconds for the service manager to take a message
 

@@ -13,8 +13,6 @@ from wsserver.logs import log
 from wsserver.protocol import ClientFrame, Close, Error, ServerFrame
 from wsserver.settings import Settings
 
-__all__ = ["Session", "Transport", "name_frame"]
-
 
 class Transport(Sink, Protocol):
     """The way to one client."""

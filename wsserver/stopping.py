@@ -7,8 +7,6 @@ from wsserver.hub import Hub
 from wsserver.live import Generation
 from wsserver.protocol import Stop, Terminal
 
-__all__ = ["Stopping"]
-
 
 class Stopping:
     """A ``stop`` whose generations have not all ended. A follower of each of their logs.

@@ -8,8 +8,6 @@ from wsserver.logs import log
 from wsserver.responses import Producer
 from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
 
-__all__ = ["StreamedResponse"]
-
 LAST_CHUNK = b"0\r\n\r\n"
 LINGER = 5.0  # seconds for a client to close the connection after the end of the body
 

@@ -15,8 +15,6 @@ from wsserver.logs import log
 from wsserver.settings import Settings
 from wsserver.telemetry import Aborted, Metrics
 
-__all__ = ["READ_SIZE", "Owner", "TcpConnection", "Writer", "half_close"]
-
 # Bytes that the kernel takes before it sends them (TCP_NOTSENT_LOWAT). Few, so that the text for a
 # slow reader waits here, where pieces are merged, and a stop does not wait behind stale text.
 UNSENT_IN_KERNEL = 16384

@@ -8,8 +8,6 @@ from asyncio.sslproto import SSLProtocol
 from wsserver.exchange import Exchange, Host
 from wsserver.tcp import READ_SIZE
 
-__all__ = ["Tls"]
-
 
 class Tls(SSLProtocol):
     """TLS with a small read buffer; asyncio's has a quarter of a megabyte.

@@ -19,8 +19,6 @@ from wsserver.logs import log
 from wsserver.protocol import Close
 from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
 
-__all__ = ["SILENT", "Place", "Receiver", "Socket", "frame"]
-
 # The library logs a failed handshake as an error, and any client can make handshakes fail.
 SILENT = logging.getLogger("wsserver.websockets")
 SILENT.setLevel(logging.CRITICAL)

@@ -6,8 +6,6 @@ from wsserver.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Terminal
 
-__all__ = ["Dialect"]
-
 
 class Dialect(Protocol):
     """Encodes a generation as the messages of one protocol. It has no state of its own.

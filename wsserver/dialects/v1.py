@@ -5,8 +5,6 @@ from wsserver.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Start, Terminal
 
-__all__ = ["V1"]
-
 
 class V1:
     """The dialect of :mod:`wsserver.protocol`: one frame each."""
