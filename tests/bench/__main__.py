@@ -2,14 +2,14 @@
 
 ::
 
-    python -m tests.bench              # all of it, about 15 minutes
+    python -m tests.bench              # all cases, about 15 minutes
     python -m tests.bench --quick      # about one minute
     python -m tests.bench --only cpu100,stop --servers wsserver,bun --rounds 5
     python -m tests.bench --promises   # what a stop and a lost connection cost, in two minutes
 
 Each case starts a new process of a server. All cases share one fake of the model's API
-(`tests/bench/upstream.py`). This process is the clients (`tests/bench/load.py`). The servers take
-turns in several rounds, so that other programs of the machine disturb all of them alike.
+(`tests/bench/upstream.py`). The clients run in this process (`tests/bench/load.py`). The servers
+take turns in several rounds, so that other programs on the machine disturb all servers alike.
 """
 
 import argparse
@@ -45,11 +45,11 @@ from tests.bench.servers import (
     upstream,
 )
 
-STEP = 0.25  # seconds
+STEP = 0.25  # seconds between two checks
 
 
 class Stand:
-    """The server and upstream of one case, and the time to measure."""
+    """The server and the upstream of one case, and the seconds to measure."""
 
     def __init__(self, running: Running, model: Upstream, seconds: float) -> None:
         self.running = running
@@ -59,12 +59,12 @@ class Stand:
         self.began = self._spent()
 
     def _spent(self) -> list[float]:
-        """Return the time, and the seconds of CPU of the machine, server, upstream and load."""
+        """Return the time, and the CPU seconds of the machine, server, upstream and clients."""
         own = [cpu(self.upstream.program.pid), cpu(os.getpid())]
         return [monotonic(), busy(), self.server.cpu(), *own]
 
     def others(self) -> float:
-        """Return the cores that other programs of the machine used since the start."""
+        """Return the average number of cores that other programs used since the start."""
         spent = zip(self.began, self._spent(), strict=True)
         took, whole, *known = (b - a for a, b in spent)
         return max(0.0, whole - sum(known)) / took
@@ -73,12 +73,12 @@ class Stand:
         return Load(self.running.url, stamps=True)
 
     def window(self, load: Load) -> Figures:
-        """Read for some seconds; return the cost of a token and the load of the processes.
+        """Read for some seconds; return the cost of a token and the CPU use of the processes.
 
         Returns:
-            `us`, microseconds of the server's CPU per token; `tokens` and `frames`, per second;
-            `took`, in seconds; and the cores that were used by `server`, its `system` calls,
-            `upstream` and `load`.
+            `us`: microseconds of the server's CPU per token. `tokens`, `frames`: per second.
+            `took`: seconds. `server`, `system`, `upstream`, `load`: cores that the server, its
+            system calls, the upstream and the clients used.
         """
 
         def counts() -> list[float]:
@@ -104,8 +104,8 @@ class Stand:
         }
 
 
-def ask(load: Load, clients: list[Client]) -> None:
-    """Send all prompts, and wait until as many streams run as the server can run."""
+def start_streams(load: Load, clients: list[Client]) -> None:
+    """Send all prompts, and wait until no further stream starts."""
     for client in clients:
         client.prompt(f"go #{client.number}")
     load.until(lambda: any(client.first_at for client in clients), "a first token")
@@ -118,11 +118,11 @@ def ask(load: Load, clients: list[Client]) -> None:
 
 
 def relay(stand: Stand, streams: int, rate: float, ahead: int = 0) -> Figures:
-    """Run streams at the pace of a model, after `ahead` tokens of each reply."""
+    """Measure streams of `rate` tokens per second, after the first `ahead` tokens of each reply."""
     stand.upstream.plan(rate=rate, ahead=ahead)
     with stand.load() as load:
         clients = load.connect(streams)
-        ask(load, clients)
+        start_streams(load, clients)
         load.until(lambda: all(c.tokens >= ahead for c in clients), f"{ahead} tokens of each")
         load.latencies = []
         before = [client.tokens for client in clients]
@@ -134,10 +134,10 @@ def relay(stand: Stand, streams: int, rate: float, ahead: int = 0) -> Figures:
 
 
 def throughput(stand: Stand) -> Figures:
-    """Run 50 streams of a model that is faster than the wire.
+    """Measure 50 streams of a model that writes as fast as the server reads.
 
-    Replies have 10,000 tokens, as some peers' libraries get slower the longer one is. Each is
-    followed by another one on a new connection, as a conversation would send its past again.
+    Replies have 10,000 tokens, because the libraries of some peers slow down in longer replies. The
+    next reply uses a new connection, because a conversation would send its history again.
     """
     stand.upstream.plan(tokens=10_000)
     with stand.load() as load:
@@ -155,7 +155,7 @@ def throughput(stand: Stand) -> Figures:
 
 
 def first(stand: Stand) -> Figures:
-    """Send 100 prompts at once, some times over, after once to warm up."""
+    """Measure the first token of 100 prompts at once: one burst to warm up, then five."""
     stand.upstream.plan(tokens=10, rate=50)
     firsts: list[float] = []
     bursts, used = 6, 0.0
@@ -179,11 +179,11 @@ def first(stand: Stand) -> Figures:
 
 
 def stop(stand: Stand) -> Figures:
-    """Stop 200 running streams one after the other, while the others run."""
+    """Measure the stop of 200 running streams, one after the other."""
     stand.upstream.plan(rate=20)
     with stand.load() as load:
         clients = load.connect(200)
-        ask(load, clients)
+        start_streams(load, clients)
         for client in clients:
             client.stop()
             load.run(0.01)
@@ -192,15 +192,16 @@ def stop(stand: Stand) -> Figures:
         closes = stand.upstream.stats()["closes"]
         took = [closes[str(c.number)] - c.stopped_at for c in clients if str(c.number) in closes]
         if len(took) < len(clients):
-            raise Failure(f"only {len(took)} of {len(clients)} stops have reached the upstream")
+            raise Failure(f"only {len(took)} of {len(clients)} stops reached the upstream")
     return {"p50": quantile(took, 0.5) * 1e3, "p99": quantile(took, 0.99) * 1e3}
 
 
 def memory(stand: Stand) -> Figures:
-    """Measure the memory of 2,000 idle connections and of 200 streams, after some of each."""
+    """Measure the memory of 2,000 more idle connections, and of 200 more streams."""
     stand.upstream.plan(rate=2)
 
-    def weigh(load: Load, few: int, many: int, begin: Callable[[list[Client]], object]) -> float:
+    def growth(load: Load, few: int, many: int, begin: Callable[[list[Client]], object]) -> float:
+        """Return the KiB of each of `many` connections that are opened after `few`."""
         begin(load.connect(few))
         load.run(1.5)
         before = stand.server.memory()
@@ -209,8 +210,9 @@ def memory(stand: Stand) -> Figures:
         return (stand.server.memory() - before) / many / 1024
 
     with stand.load() as load:
-        idle = weigh(load, 200, 2000, lambda clients: None)
-        return {"idle": idle, "running": weigh(load, 50, 200, lambda clients: ask(load, clients))}
+        idle = growth(load, 200, 2000, lambda clients: None)
+        running = growth(load, 50, 200, lambda clients: start_streams(load, clients))
+        return {"idle": idle, "running": running}
 
 
 Case = Callable[[Stand], Figures]
@@ -221,14 +223,15 @@ CASES: dict[str, Case] = {
     "first": first,
     "stop": stop,
     "memory": memory,
-    "start": lambda stand: {},  # measured for each process
+    "start": lambda stand: {},  # main() measures the start of every process
 }
-# Counts and no times: one round is enough, and servers without WebSocket take part.
+# These cases count tokens and measure no times. So one round is enough, and the load generator is
+# not needed: servers without WebSocket take part.
 PROMISES: dict[str, Case] = {
     "after_stop": lambda stand: after_stop(stand.running, stand.upstream),
     "resumed": lambda stand: resumed(stand.running, stand.upstream),
 }
-# As many tokens in all each time: a server that is rarely busy pays for each wake-up.
+# All cases have the same tokens per second, because an idle server spends more CPU per wake-up.
 GROWTH: dict[str, Case] = {
     "10 streams": lambda stand: relay(stand, 10, 500),
     "100 streams": lambda stand: relay(stand, 100, 50),
@@ -243,10 +246,10 @@ QUICK = ("cpu100", "throughput", "first", "stop", "memory", "start")
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tests.bench",
-        description="Compare this server with others. Nothing else should run meanwhile.",
+        description="Compare this server with others. No other program should run meanwhile.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="one short round with Bun alone, in about a minute"
+        "--quick", action="store_true", help="one short round with Bun only, in about a minute"
     )
     parser.add_argument("--only", metavar="CASES", help=f"some of {','.join(ALL)}; default: all")
     parser.add_argument(
@@ -257,12 +260,16 @@ def options() -> argparse.Namespace:
         metavar="NAMES",
         help=f"some of {','.join(SERVERS)}; default: all that are installed",
     )
-    parser.add_argument("--rounds", type=int, help="how often; default: 3, or 1 with --quick")
-    parser.add_argument("--seconds", type=float, help="to look at what runs; default: 3, or 2")
+    parser.add_argument(
+        "--rounds", type=int, help="number of rounds; default: 3, or 1 with --quick"
+    )
+    parser.add_argument(
+        "--seconds", type=float, help="to measure running streams; default: 3, or 2"
+    )
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"put the results into {RESULTS.name}, and those of all cases into {README.name}",
+        help=f"write the results to {RESULTS.name}, and if all cases ran also to {README.name}",
     )
     chosen = parser.parse_args()
     cases = QUICK if chosen.quick else tuple(PROMISES) if chosen.promises else ALL
@@ -281,7 +288,7 @@ def main() -> int:
     raise_limit()
     names = [name for name in chosen.names if SERVERS[name].ready()]
     for name in sorted({*chosen.names} - {*names}):
-        print(f"{name} is left out, as it is not installed: see the Makefile", file=sys.stderr)
+        print(f"{name} is not installed and is left out: see the Makefile", file=sys.stderr)
     if INSTALLED.exists():
         for path in PEERS.iterdir():
             shutil.copy(path, INSTALLED)
@@ -295,8 +302,8 @@ def main() -> int:
             some = [name for name in some if case != "resumed" or SERVERS[name].resumes]
             once += [(case, name, PROMISES[case]) for name in some]
         else:
-            # The demo model has no upstream, and is there for how fast it starts; the others start
-            # for every other case.
+            # The server with the demo model has no upstream; only its start is measured. The start
+            # of the other servers is measured in every case.
             some = [name for name in names if name != DEMO and not SERVERS[name].http]
             if case == "start":
                 some = names if chosen.cases == ["start"] else [n for n in names if n == DEMO]

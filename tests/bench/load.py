@@ -4,9 +4,9 @@
 
     python -m tests.bench.load ws://localhost:3001/ --streams 100 --seconds 10
 
-works with every server that takes ``{"prompt": …}`` and ``{"type": "stop"}`` and answers with
-``token`` frames and a terminal, ``done`` or ``error``. It uses raw sockets and its own WebSocket
-client (RFC 6455), so that it takes little CPU from the server.
+This works with every server that accepts ``{"prompt": …}`` and ``{"type": "stop"}``, and answers
+with ``token`` frames and a terminal, ``done`` or ``error``. The clients use raw sockets and a small
+WebSocket implementation (RFC 6455), to leave the CPU to the server.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from time import monotonic, process_time
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-BOUND = 30.0  # seconds that anything may take
-READ = 262144  # bytes at once
-BATCH = 100  # handshakes at once
+BOUND = 30.0  # seconds for any wait
+READ = 262144  # bytes per read
+BATCH = 100  # concurrent handshakes
 TEXT, CLOSE, PING, PONG = 1, 8, 9, 10
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 TYPE = re.compile(rb'\{"type": ?"(\w+)"')
@@ -39,7 +39,7 @@ STAMP = re.compile(rb"@(\d+)")
 
 
 class Failure(Exception):
-    """The server did not do what the benchmark waited for, or it ended."""
+    """The server ended, or did not do in time what the benchmark waited for."""
 
 
 def masked(opcode: int, payload: bytes) -> bytes:
@@ -57,7 +57,7 @@ def masked(opcode: int, payload: bytes) -> bytes:
 
 
 class Frames:
-    """Parses what a server sends, cut anywhere, into whole messages and control frames."""
+    """Parses the bytes of a server into whole messages and control frames."""
 
     __slots__ = ("_opcode", "_parts", "_rest")
 
@@ -67,10 +67,10 @@ class Frames:
         self._parts: list[bytes] = []
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Give opcode and payload of each message that is whole now.
+        """Yield opcode and payload of each message that the data completes.
 
         Raises:
-            Failure: it is not WebSocket, or uses what was not agreed upon.
+            Failure: a frame violates RFC 6455, or uses an extension that was not negotiated.
         """
         if self._rest:
             data = self._rest + data
@@ -95,7 +95,7 @@ class Frames:
                 continue
             opcode = first & 15
             if first & 112:
-                raise Failure("a frame of the server uses an extension")
+                raise Failure("a frame of the server uses an extension that was not negotiated")
             if opcode >= 8:
                 yield opcode, payload
                 continue
@@ -118,9 +118,9 @@ class Client:
         self.number = number
         self.frames = Frames()
         self.key = base64.b64encode(os.urandom(16))
-        self.answer = b""  # to the handshake, until `opened`
+        self.answer = b""  # response to the handshake so far
         self.opened = False
-        self.waiting = ""  # a prompt that is sent as soon as it is opened
+        self.waiting = ""  # prompt to send when the connection is open
         self.clear()
 
     def clear(self) -> None:
@@ -158,11 +158,12 @@ class Client:
 
 
 class Load:
-    """All clients of one server, and one loop for them.
+    """All clients of one server, and their event loop.
 
-    With `stamps`, tokens are counted by the ``@`` in their text that this benchmark's upstream puts
-    there, and while `latencies` is a list, the seconds from each one's stamp until its arrival are
-    added to it. Without, they are counted by `seq`, or as frames where frames have none.
+    With `stamps`, tokens are counted by the ``@`` that this benchmark's upstream puts into the text
+    of each token. While `latencies` is a list, the seconds from the stamp of each token until its
+    arrival are appended to it. Without `stamps`, tokens are counted by `seq`; if frames have no
+    `seq`, each frame counts as one token.
 
     `on_over` is called with each client whose reply has ended.
     """
@@ -170,7 +171,7 @@ class Load:
     def __init__(self, url: str, *, token: str = "", stamps: bool = False) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"ws", "wss"} or not parts.hostname:
-            raise Failure(f"{url} is no ws:// or wss:// address")
+            raise Failure(f"{url} is not a ws:// or wss:// address")
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "wss" else 80)
         self.tls = ssl.create_default_context() if parts.scheme == "wss" else None
@@ -194,7 +195,7 @@ class Load:
         self.epoll.close()
 
     def open(self, prompt: str = "") -> Client:
-        """Connect and ask for the upgrade; the answer is read by `run`."""
+        """Connect and send the handshake; :meth:`run` reads the response."""
         sock = socket.create_connection((self.host, self.port), BOUND)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
@@ -213,7 +214,7 @@ class Load:
         return client
 
     def connect(self, count: int) -> list[Client]:
-        """Open so many connections, and wait until all are."""
+        """Open `count` connections, and wait for their handshakes."""
         clients: list[Client] = []
         while len(clients) < count:
             batch = [self.open() for _ in range(min(BATCH, count - len(clients)))]
@@ -222,7 +223,7 @@ class Load:
         return clients
 
     def close(self, clients: Sequence[Client] = ()) -> None:
-        """Close these connections, or all."""
+        """Close some connections; all if none is given."""
         for client in clients or tuple(self.clients.values()):
             if self.clients.pop(client.sock.fileno(), None):
                 with contextlib.suppress(OSError):
@@ -230,16 +231,16 @@ class Load:
                 client.sock.close()
 
     def run(self, seconds: float) -> None:
-        """Read for so long."""
+        """Read for some seconds."""
         end = monotonic() + seconds
         while (left := end - monotonic()) > 0:
             self.read(left)
 
     def until(self, condition: Callable[[], bool], awaited: str) -> None:
-        """Read until it holds.
+        """Read until the condition is true.
 
         Raises:
-            Failure: that took too long.
+            Failure: it is still false after :data:`BOUND` seconds.
         """
         end = monotonic() + BOUND
         while not condition():
@@ -248,7 +249,7 @@ class Load:
             self.read(0.05)
 
     def read(self, seconds: float) -> None:
-        """Read what there is, or comes within so many seconds."""
+        """Read all data that is there, or that arrives within some seconds."""
         for fd, _ in self.epoll.poll(seconds):
             if not (client := self.clients.get(fd)):
                 continue
@@ -258,14 +259,14 @@ class Load:
                 except (BlockingIOError, ssl.SSLWantReadError):
                     break
                 except OSError as error:
-                    raise Failure(f"the server has cut a connection off: {error}") from error
-                self.take(client, data)
+                    raise Failure(f"the server reset a connection: {error}") from error
+                self.receive(client, data)
                 if not (isinstance(client.sock, ssl.SSLSocket) and client.sock.pending()):
                     break
 
-    def take(self, client: Client, data: bytes) -> None:
+    def receive(self, client: Client, data: bytes) -> None:
         if not data:
-            raise Failure(f"the server has closed a connection after {client.answer[:200]!r}")
+            raise Failure(f"the server closed a connection after {client.answer[:200]!r}")
         if not client.opened:
             data = self.upgrade(client, data)
             if not client.opened:
@@ -277,17 +278,19 @@ class Load:
             elif opcode == PING:
                 client.send(masked(PONG, payload))
             elif opcode == CLOSE:
-                raise Failure(f"the server has closed a connection: {payload[:200]!r}")
+                raise Failure(f"the server closed a connection: {payload[:200]!r}")
 
     def upgrade(self, client: Client, data: bytes) -> bytes:
-        """Take the answer to the handshake, and return what comes after it."""
+        """Parse the response to the handshake, and return the bytes after it."""
         head, end, rest = (client.answer + data).partition(b"\r\n\r\n")
         if not end:
             client.answer = head
             return b""
         accept = base64.b64encode(hashlib.sha1(client.key + GUID).digest())
         if not head.startswith(b"HTTP/1.1 101 ") or accept not in head:
-            raise Failure(f"the server refuses: {head.splitlines()[0].decode(errors='replace')}")
+            raise Failure(
+                f"the server refused the handshake: {head.splitlines()[0].decode(errors='replace')}"
+            )
         client.opened = True
         client.answer = b""
         if client.waiting:
@@ -311,39 +314,39 @@ class Load:
             client.tokens += tokens
             self.tokens += tokens
         elif kind in {b"done", b"error"} and b'"not_running"' not in payload:
-            # That one answers a stop that has crossed the terminal.
+            # `not_running` is the answer to a stop that crossed the terminal.
             client.over_at = now
             client.terminal = payload
             self.on_over(client)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value that so great a share of them does not exceed; nan if there is none."""
+    """Return the value that `share` of the values do not exceed; nan if there are no values."""
     if not values:
         return float("nan")
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
 
 
 def raise_limit() -> None:
-    """Let this process, and those that it starts, have as many descriptors as it may."""
+    """Raise the limit of file descriptors of this process and its children to the hard limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 EPILOG = """\
 figures:
-  tokens/s       by the `seq` of token frames, which count merged pieces too; where frames have
-                 none, each is taken for one token
-  frames/s       WebSocket messages; fewer than tokens where the server merges
-  first token    from the prompt sent until the first token frame, all prompts being sent at once
-  stop           from the stop sent until the terminal frame
-  lost           streams that ended with an error, the first of which is shown; they stay ended.
-                 A server's limits for one address or principal hold for this program too
-  load           what this program itself needed of one processor core; near 100 % it is the
-                 bottleneck, and the figures are its own
+  tokens/s       counted by `seq` of the token frames, which includes merged pieces; without `seq`
+                 each frame counts as one token
+  frames/s       WebSocket messages; fewer than tokens if the server merges pieces
+  first token    time from the prompt until the first token frame; all prompts are sent at once
+  stop           time from the stop until the terminal frame
+  lost           streams that ended with an error; the first error is shown. These streams send no
+                 further prompt. The server's limits for one address or principal apply to this
+                 program too
+  load           CPU use of this program; near 100 % of a core this program is the bottleneck
 
-A reply that ends before the time is over is followed by another prompt on the same socket. All of
-them cost whatever the server's model costs.
+If a reply ends before the time is over, its socket sends another prompt. All prompts cost what the
+server's model costs.
 """
 
 
@@ -355,20 +358,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("url", help="such as ws://localhost:3001/ or wss://chat.example.com/ws")
-    parser.add_argument("--streams", type=int, default=100, help="sockets, with one reply each")
-    parser.add_argument("--seconds", type=float, default=10.0, help="to count, after the first")
+    parser.add_argument(
+        "--streams", type=int, default=100, help="number of sockets, with one reply each"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="time to count, after the first tokens"
+    )
     parser.add_argument(
         "--token",
         default=os.environ.get("WSSERVER_CHAT_TOKEN", ""),
-        help="sent as Authorization: Bearer; default: that in WSSERVER_CHAT_TOKEN, which other "
-        "users of this machine cannot see",
+        help="bearer token; default: WSSERVER_CHAT_TOKEN, which other users of this machine "
+        "cannot see",
     )
     parser.add_argument("--prompt", default="Tell me a long story", metavar="TEXT")
     parser.add_argument(
         "--stop-after",
         type=float,
         metavar="SECONDS",
-        help="stop each reply this long after its first token, and ask again",
+        help="stop each reply this long after its first token, and send another prompt",
     )
     options = parser.parse_args(arguments)
     raise_limit()
@@ -379,7 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the load that the options ask for and return the figures."""
+    """Run the load of the options and return the figures."""
     firsts: list[float] = []
     stops: list[float] = []
     errors: list[str] = []

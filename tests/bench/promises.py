@@ -1,7 +1,7 @@
-"""What a stop and a lost connection come to, for each server, in tokens.
+"""Count the tokens after a stop, and the pieces lost or doubled after a lost connection.
 
-Each server is asked as its own documentation says: over WebSocket, or over HTTP with the AI SDK's
-UI message stream.
+The client of each server follows the documentation of that server: over WebSocket, or over HTTP
+with the AI SDK's UI message stream.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ from tests.bench.load import BOUND, Failure
 from tests.bench.servers import Running, Upstream
 
 REPLIES = 100
-AT_ONCE = 20  # replies
+AT_ONCE = 20  # concurrent replies
 STOP_RATE = 200  # tokens per second of a stopped reply: a fast model
 RESUME_RATE = 50
 PIECES = 50  # of a reply that is resumed
@@ -106,7 +106,7 @@ class HttpTalk:
         self.text = ""
 
     async def _request(self, method: str, path: str, body: object = None) -> int:
-        """Send a request on a connection of its own; return the status."""
+        """Send a request on a new connection; return the status."""
         content = b"" if body is None else json.dumps(body).encode()
         self.reader, self.writer = await asyncio.open_connection(*self.address)
         head = f"{method} /api/chat{path} HTTP/1.0\r\nContent-Type: application/json\r\n"
@@ -165,7 +165,7 @@ def talk(running: Running, number: int) -> Talk:
 
 
 async def read_pieces(reply: Talk, count: int | None = None) -> None:
-    """Read so many pieces, or the whole reply."""
+    """Read `count` pieces, or the whole reply."""
     async for _ in reply.read():
         if count is not None and len(reply.pieces()) >= count:
             return
@@ -191,13 +191,13 @@ def after_stop(running: Running, upstream: Upstream) -> dict[str, float]:
         await read_pieces(reply, chance.randint(10, 60))
         stopped[numbers[id(reply)]] = monotonic()
         await reply.stop()
-        await asyncio.sleep(1)  # a model that runs on writes 200 tokens meanwhile
+        await asyncio.sleep(1)  # a model that was not stopped writes 200 tokens meanwhile
         reply.cut()
 
     asyncio.run(in_batches(list(talks.values()), each))
     writes = upstream.writes()
     if len(writes) < REPLIES:
-        raise Failure(f"only {len(writes)} of {REPLIES} prompts have reached the upstream")
+        raise Failure(f"only {len(writes)} of {REPLIES} prompts reached the upstream")
     late = [sum(moment > at for moment in writes[number]) for number, at in stopped.items()]
     return {"tokens": sum(late)}
 

@@ -1,4 +1,4 @@
-"""The table of what was measured, for a terminal and for RESULTS.md."""
+"""Format the measured figures as Markdown, for a terminal and for RESULTS.md."""
 
 import importlib.metadata
 import json
@@ -38,21 +38,21 @@ class Results:
         self.failures[case, server] = why
 
     def median(self, case: str, server: str, figure: str) -> float:
-        """Return the median of all rounds, nan if there was none."""
+        """Return the median of all rounds; nan if there was no round."""
         values = self.found.get((case, server, figure))
         return statistics.median(values) if values else math.nan
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a figure of a case, and what is aimed at."""
+    """A row of the table: one figure of one case, and its goal."""
 
     title: str
     case: str
     figure: str
     goal: str = ""
     digits: int = 1
-    ours: str = "wsserver"  # the server that this is of, with us
+    ours: str = "wsserver"  # name of our server in this case
 
 
 ROWS = (
@@ -75,7 +75,7 @@ ROWS = (
     Row("start → answers on its port (s)", "start", "start", "≤ 0.7", 2),
     Row("… with the demo model", "start", "start", "≤ 0.5", 2, DEMO),
 )
-# The table of the README.
+# The columns and rows of the table in the README.
 TITLES = {
     "wsserver": "wsserver",
     "bun": "Bun",
@@ -113,7 +113,7 @@ def ratio(ours: float, theirs: float) -> str:
 
 
 def lines(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown, aligned for those who read it as it is."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = [[cell.ljust(width) for cell, width in zip(r, widths, strict=True)] for r in rows]
     rule = ["-" * width for width in widths]
@@ -121,7 +121,7 @@ def lines(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(results: Results, names: Sequence[str]) -> str:
-    """Return what was found, as Markdown."""
+    """Return all tables, as Markdown."""
 
     def cell(row: Row, name: str) -> str:
         name = row.ours if name == "wsserver" else name if row.ours == "wsserver" else ""
@@ -172,18 +172,18 @@ def table(results: Results, names: Sequence[str]) -> str:
         if (case, name, "server") in results.found
     ]
     if busy:
-        heads = ["how busy they were", "", "tokens/s", "frames/s", "µs per token"]
-        heads += ["server", "in its system calls", "upstream", "load"]
+        heads = ["CPU use", "", "tokens/s", "frames/s", "µs per token"]
+        heads += ["server", "server's system calls", "upstream", "clients"]
         parts.append(lines([heads, *busy]))
-        parts.append("Shares are of one core.")
+        parts.append("100% is one core.")
     others = [
         share for key, found in results.found.items() if key[2] == "others" for share in found
     ]
     if others:
         parts.append(
-            f"All other programs of the machine took {statistics.median(others):.0%} of a core in "
-            f"the median case, {max(others):.0%} at most. With more than a little, nothing here is "
-            "to be relied on."
+            f"Other programs of the machine used {statistics.median(others):.0%} of a core in the "
+            f"median case, {max(others):.0%} at most. If this share is not small, the figures are "
+            "not reliable."
         )
     parts += [
         f"- {case}, {name}: {why.strip().splitlines()[0]}"
@@ -193,9 +193,9 @@ def table(results: Results, names: Sequence[str]) -> str:
 
 
 def versions() -> str:
-    """Return what was compared, and with what."""
+    """Return the versions of all servers and libraries."""
 
-    def tell(*command: str) -> str:
+    def output(*command: str) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
@@ -209,8 +209,8 @@ def versions() -> str:
             parts.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    peers = [f"Bun {tell(str(MODULES / '.bin' / 'bun'), '--version')}"]
-    peers += [f"Node {tell('node', '--version').removeprefix('v')}"]
+    peers = [f"Bun {output(str(MODULES / '.bin' / 'bun'), '--version')}"]
+    peers += [f"Node {output('node', '--version').removeprefix('v')}"]
     for name in json.loads((PEERS / "package.json").read_text())["dependencies"]:
         package = MODULES / name / "package.json"
         if package.exists() and name != "bun":
@@ -218,7 +218,7 @@ def versions() -> str:
     asked = "import sys; from importlib.metadata import version as v;"
     asked += "print(*(f'{n} {v(n)}' for n in sys.argv[1:]), sep=', ')"
     listed = ("fastapi", "starlette", "uvicorn", "uvloop", "websockets", "anthropic")
-    peers.append(tell(str(PYTHON), "-c", asked, *listed))
+    peers.append(output(str(PYTHON), "-c", asked, *listed))
     return f"wsserver: {', '.join(parts)}. Peers: {', '.join(peers)}."
 
 
@@ -229,13 +229,13 @@ def machine() -> str:
 
 
 def between_marks(path: Path, text: str) -> None:
-    """Put a text between the marks of a file, and leave everything else as it is."""
+    """Replace the text between the marks of a file."""
     before, _, rest = path.read_text().partition(BEGIN)
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 def write(text: str, rounds: int) -> None:
-    """Put the tables between the marks of RESULTS.md."""
+    """Write the tables to RESULTS.md, between the marks."""
     command = " ".join(["python -m tests.bench", *sys.argv[1:]])
     about = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {versions()} `{command}`: {rounds} rounds."
     between_marks(RESULTS, f"{about}\n\n{text}")

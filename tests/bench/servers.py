@@ -1,4 +1,4 @@
-"""The measured servers as processes, and their CPU time and memory."""
+"""Run the measured servers as processes, and read their CPU time and memory."""
 
 import ast
 import contextlib
@@ -28,7 +28,7 @@ HANDSHAKE = (
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
 
-# Only the limits that many clients of one address reach are raised.
+# Raise only the limits that many clients of one address would reach.
 LIMITS = {
     **CROWD,
     "WSSERVER_CONNECTIONS": MANY,
@@ -43,7 +43,8 @@ LIMITS = {
 class Server:
     """The command of a server.
 
-    ``{port}`` in its command is the port, and ``{upstream}`` in its environment the model's API.
+    ``{port}`` in the command stands for the port, ``{upstream}`` in the environment for the URL of
+    the model's API.
     """
 
     name: str
@@ -51,17 +52,17 @@ class Server:
     needs: Sequence[Path] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     source: Path | None = None  # file or folder of the program
-    resumes: bool = False  # whether a reply outlives its connection
+    resumes: bool = False  # whether a client can resume a reply after its connection is lost
     http: bool = False  # speaks HTTP and server-sent events, and not WebSocket
     redis: bool = False  # needs a Redis, at the unix socket REDIS_SOCKET
 
     def ready(self) -> bool:
-        """Whether it is installed."""
+        """Whether the server is installed."""
         has_redis = not self.redis or shutil.which("redis-server") is not None
         return has_redis and all(path.exists() for path in self.needs)
 
     def lines(self) -> int:
-        """Return the lines of its program, without empty lines, comments and docstrings."""
+        """Return the lines of the program, without empty lines, comments and docstrings."""
         assert self.source is not None
         files = self.source.rglob("*.py") if self.source.is_dir() else [self.source]
         return sum(map(lines_of_code, files))
@@ -140,14 +141,14 @@ class Program:
         self.pid = process.pid
 
     def check(self) -> None:
-        """Raise an error if the program has ended.
+        """Check that the program still runs.
 
         Raises:
-            Failure: with the end of its output.
+            Failure: the program has ended. The message has the end of its output.
         """
         if (code := self.process.poll()) is not None:
             output = self.log.read_text(errors="replace")[-2000:]
-            raise Failure(f"{self.process.args!r} has ended with {code}:\n{output}")
+            raise Failure(f"{self.process.args!r} ended with {code}:\n{output}")
 
     def tree(self) -> list[int]:
         """Return the ids of the process and its descendants."""
@@ -172,7 +173,7 @@ class Program:
 
 
 def cpu(pid: int) -> float:
-    """Return the seconds of CPU that a process has used, with its threads."""
+    """Return the CPU seconds of a process and its threads."""
     total = 0
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -182,13 +183,13 @@ def cpu(pid: int) -> float:
 
 
 def system_time(pid: int) -> float:
-    """Return the seconds that a process has spent in its system calls, in ticks of 10 ms."""
+    """Return the seconds that a process spent in system calls; the resolution is 10 ms."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return int(fields[12]) / TICKS
 
 
 def busy() -> float:
-    """Return the seconds of CPU that all programs of this machine have used, in the same ticks."""
+    """Return the CPU seconds of all programs of this machine; the resolution is 10 ms."""
     user, nice, system, _, _, irq, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
     return (user + nice + system + irq + soft) / TICKS
 
@@ -197,7 +198,7 @@ def busy() -> float:
 def program(
     command: Sequence[str], *, cwd: Path = ROOT, env: Mapping[str, str] | None = None
 ) -> Iterator[Program]:
-    """Run a program, and end it."""
+    """Run a program, and stop it at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with log.open("wb") as output:
@@ -223,22 +224,22 @@ def program(
 
 
 class Upstream:
-    """The process with the fake of the model's API."""
+    """The process of the fake of the model's API."""
 
     def __init__(self, running: Program, url: str) -> None:
         self.program = running
         self.url = url
 
     def plan(self, **how: float) -> None:
-        """Set the answers from now on, and reset the counts."""
+        """Set how the next requests are answered, and reset the counts."""
         self._ask("/plan", json.dumps(how).encode())
 
     def stats(self) -> dict[str, Any]:
-        """Return its counts."""
+        """Return the counts; see `tests/bench/upstream.py`."""
         return self._ask("/stats", None)
 
     def writes(self) -> dict[int, list[float]]:
-        """Return when the tokens of each numbered stream were written, by its prompt's number."""
+        """Return the times at which the tokens of each numbered stream were written."""
         return {int(number): moments for number, moments in self._ask("/writes", None).items()}
 
     def _ask(self, path: str, body: bytes | None) -> dict[str, Any]:
@@ -256,24 +257,24 @@ def upstream() -> Iterator[Upstream]:
         while not (url := running.log.read_text()).endswith("\n"):
             running.check()
             if monotonic() > end:
-                raise Failure("the upstream does not start")
+                raise Failure("the upstream did not start in time")
             sleep(0.01)
         yield Upstream(running, url.strip())
 
 
 @dataclass
 class Running:
-    """A server that answers on its port."""
+    """A server that has answered on its port."""
 
     server: Server
     program: Program
     url: str
-    started: float  # seconds from its start until it answered
+    started: float  # seconds from the start of the process until it answered
 
 
 @contextlib.contextmanager
 def serve(server: Server, base: str) -> Iterator[Running]:
-    """Run a server before that upstream, and wait until it answers a WebSocket handshake."""
+    """Run a server that uses the upstream `base`, and wait until the server answers."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         port: int = held.getsockname()[1]
     env = {"ANTHROPIC_API_KEY": "x", "ANTHROPIC_BASE_URL": base, "PORT": str(port)}
@@ -289,21 +290,21 @@ def serve(server: Server, base: str) -> Iterator[Running]:
         while not answers(port, b"HTTP/1.1 " if server.http else b"HTTP/1.1 101 "):
             running.check()
             if monotonic() > began + BOUND:
-                raise Failure(f"{server.name} does not answer on its port")
+                raise Failure(f"{server.name} did not answer on its port in time")
             sleep(0.002)
         started = monotonic() - began
         try:
             scheme = "http" if server.http else "ws"
             yield Running(server, running, f"{scheme}://127.0.0.1:{port}/", started)
         except Failure:
-            sleep(0.1)  # in which it may end, and then tells more than its clients
+            sleep(0.1)  # if the server ends now, its output says more than the client's error
             running.check()
             raise
 
 
 @contextlib.contextmanager
 def redis() -> Iterator[str]:
-    """Run a Redis that keeps nothing on the disk, and return its unix socket."""
+    """Run a Redis without persistence, and yield the path of its unix socket."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "redis")
         command = ("redis-server", "--port", "0", "--unixsocket", str(path), "--save", "")
@@ -312,7 +313,7 @@ def redis() -> Iterator[str]:
             while not path.exists():
                 running.check()
                 if monotonic() > end:
-                    raise Failure("Redis does not start")
+                    raise Failure("Redis did not start in time")
                 sleep(0.01)
             yield str(path)
 

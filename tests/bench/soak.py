@@ -1,13 +1,12 @@
-"""Clients that do all that clients do, at random and for minutes.
+"""Clients that use all features at random for minutes, and a check for leaks.
 
 ::
 
     python -m tests.bench.soak --minutes 3 --clients 16 --every 5
 
-Is every text right, whatever happened to it on its way, and does the server stay at its size? It
-runs as a process of its own, with its conversations in a SQLite file. The exit code is 1 if a
-client got what the model has not said, if memory, threads or descriptors have not levelled off,
-or if the server's log has an error.
+The server runs in its own process, with its conversations in a SQLite file. The exit code is 1 if a
+client got a wrong text, if memory, threads or descriptors of the server still grow, or if the
+server's log has an error.
 """
 
 import argparse
@@ -38,25 +37,27 @@ from wsserver import Request
 
 Frame = dict[str, Any]
 
-REPLAY, GRACE = 5.0, 2.0  # seconds; short, so that the server forgets as much as it learns
+REPLAY, GRACE = 5.0, 2.0  # seconds; short, so that the server drops replies during the test
 LIMITS = {"replay": REPLAY, "grace": GRACE, "reply-timeout": 20}
-BOUND = 20.0  # seconds that any wait may take
-CONVERSATIONS, TURNS = 4, 10  # of a client, before it deletes one
+BOUND = 20.0  # seconds for any wait
+CONVERSATIONS, TURNS = 4, 10  # of a client, before it deletes a conversation
 BAD_SIGNS = ("ERROR", "CRITICAL", "Traceback", "never awaited", "never retrieved", "destroyed")
 
+COMPARED = frozenset({"role", "content", "id", "partial"})  # keys of messages in a history
+
 MEBIBYTE = 2**20
-# What may be between the means of the last third and the one before it: a share, and a number.
+# Growth allowed between the means of the second and the last third: a share, plus a number.
 TOLERANCE = {"memory": (0.03, MEBIBYTE), "threads": (0.0, 1.0), "descriptors": (0.05, 3.0)}
 
 
 def pieces_of(prompt: str) -> list[str]:
-    """Return what the model says to a prompt, which begins with how many pieces that has."""
+    """Return the pieces of the reply to a prompt. The prompt begins with their number."""
     count = int(prompt.split(maxsplit=1)[0])
     return [f"{n}:{zlib.crc32(f'{n} {prompt}'.encode()):x}… " for n in range(count)]
 
 
 async def storyteller(request: Request) -> AsyncIterator[str]:
-    """Say the pieces, with a pause on average as long as the prompt's second word says."""
+    """Yield the pieces. The second word of the prompt is the average pause in seconds."""
     pause = float(request.prompt.split(maxsplit=2)[1])
     for piece in pieces_of(request.prompt):
         yield piece
@@ -65,17 +66,17 @@ async def storyteller(request: Request) -> AsyncIterator[str]:
 
 
 class Wrong(Exception):
-    """The server did what it must not."""
+    """The server gave a wrong answer."""
 
 
 def check(what: object, *shown: object) -> None:
-    """Raise unless it is so; not an assert, as this is what the program is for."""
+    """Raise :class:`Wrong` unless the value is true. It also works with ``python -O``."""
     if not what:
         raise Wrong(" ".join(repr(value)[:500] for value in shown))
 
 
 class Reply:
-    """One reply as one socket gets it: every frame is compared with what the model says."""
+    """One reply as one socket gets it. Every frame is compared with the pieces of the model."""
 
     def __init__(self, name: str, conversation: str | None, prompt: str) -> None:
         self.id = name
@@ -89,12 +90,16 @@ class Reply:
         self._over = asyncio.Event()
 
     async def over(self) -> None:
-        """Wait until it is."""
+        """Wait for the terminal."""
         async with asyncio.timeout(BOUND):
             await self._over.wait()
 
-    def take(self, frame: Frame) -> None:
-        """Take a frame of this reply, if it is right."""
+    def receive(self, frame: Frame) -> None:
+        """Check a frame of this reply.
+
+        Raises:
+            Wrong: it is not the frame that has to come next.
+        """
         check(frame.get("id") == self.id and self.terminal is None, frame, self.id, self.terminal)
         if frame["type"] == "start":
             check(frame.get("conversation") == self.conversation, frame, self.conversation)
@@ -114,7 +119,7 @@ class Reply:
             self._over.set()
 
     def messages(self) -> list[Frame]:
-        """Return it as history shows it."""
+        """Return the messages of this turn in a history, with the keys in :data:`COMPARED`."""
         assert self.terminal is not None
         reply = {"role": "assistant", "content": "".join(self.pieces[: self.seq]), "id": self.id}
         if "by" in self.terminal:
@@ -130,7 +135,7 @@ class Tab:
 
     @classmethod
     async def open(cls, url: str, *, narrow: bool = False) -> "Tab":
-        """Connect; a narrow one takes little at a time."""
+        """Connect. A narrow tab has small buffers, so that it reads slowly."""
         options: dict[str, Any] = {}
         if narrow:
             host, port = re.findall(r"//(.+):(\d+)", url)[0]
@@ -154,13 +159,13 @@ class Tab:
         return await self.receive()
 
     async def hear(self, reply: Reply, frames: int = sys.maxsize) -> None:
-        """Take frames of a reply up to its terminal, or up to a number of them."""
+        """Receive frames of a reply up to its terminal, or at most ``frames`` of them."""
         while frames and reply.terminal is None:
-            reply.take(await self.receive())
+            reply.receive(await self.receive())
             frames -= 1
 
     def drop(self) -> None:
-        """Be gone without a word."""
+        """Abort the connection without a close frame."""
         self.connection.transport.abort()
 
     async def close(self) -> None:
@@ -168,7 +173,7 @@ class Tab:
 
 
 class Person:
-    """A client with a mind of its own, and what it knows to be in its conversations."""
+    """A client that acts at random, and the expected contents of its conversations."""
 
     def __init__(self, url: str, chance: random.Random, tally: Counter[str]) -> None:
         self.url = url
@@ -180,8 +185,8 @@ class Person:
         self.tab: Tab
 
     async def live(self, until: float) -> None:
-        """Do one thing after another for as long as there is time."""
-        habits: dict[Callable[[], Awaitable[None]], float] = {
+        """Do random actions until a time of the monotonic clock."""
+        actions: dict[Callable[[], Awaitable[None]], float] = {
             self.hears_out: 4,
             self.stops: 4,
             self.drops: 4,
@@ -197,20 +202,20 @@ class Person:
             self.renames: 1,
             self.asks_again: 1,
             self.asks_at_once: 1,
-            self.takes_back_what_waits: 1,
+            self.stops_waiting_prompt: 1,
         }
         self.tab = await Tab.open(self.url)
         while time.monotonic() < until:
             longest = max(map(len, self.said.values()), default=0)
             full = len(self.said) > CONVERSATIONS or longest >= TURNS
-            (habit,) = (
-                [self.deletes] if full else self.chance.choices([*habits], [*habits.values()])
+            (action,) = (
+                [self.deletes] if full else self.chance.choices([*actions], [*actions.values()])
             )
             try:
-                await habit()
+                await action()
             except Exception as error:
-                raise Wrong(f"{habit.__name__}: {type(error).__name__}: {error}") from error
-            self.tally[habit.__name__] += 1
+                raise Wrong(f"{action.__name__}: {type(error).__name__}: {error}") from error
+            self.tally[action.__name__] += 1
         await self.tab.close()
 
     def _name(self) -> str:
@@ -231,8 +236,8 @@ class Person:
             retry_of=reply.retry_of,  # null counts as left out
         )
 
-    def _keep(self, reply: Reply) -> None:
-        """The reply has ended, and is now part of its conversation."""
+    def _record(self, reply: Reply) -> None:
+        """Add an ended reply to the expected contents of its conversation."""
         assert reply.terminal is not None
         self.tally["replies"] += 1
         self.tally["pieces"] += reply.seq
@@ -240,7 +245,7 @@ class Person:
             self.said.setdefault(reply.conversation, []).append(reply)
             self.titles.setdefault(reply.conversation, " ".join(reply.prompt.split()))
 
-    # What clients do.
+    # The actions.
 
     async def hears_out(self) -> None:
         reply = self._reply()
@@ -248,7 +253,7 @@ class Person:
         await self.tab.hear(reply)
         assert reply.terminal is not None
         check(reply.terminal["reason"] == "end_turn", reply.terminal)
-        self._keep(reply)
+        self._record(reply)
 
     async def stops(self) -> None:
         reply = self._reply()
@@ -265,13 +270,13 @@ class Person:
             answer = await self.tab.receive()
         check(answer["type"] == "pong", answer)
         check(reply.terminal is not None, reply.id)
-        self._keep(reply)
+        self._record(reply)
 
     async def drops(self) -> None:
-        """Lose the connection, some times, and go on exactly there."""
+        """Lose the connection up to three times, and continue after the last piece."""
         reply = self._reply(pieces=self.chance.randint(50, 400))
         await self._prompt(reply)
-        # Now and then for longer than the grace time, but never in all for the replay time.
+        # Some pauses are longer than the grace time. Their sum is less than the replay time.
         first = self.chance.choice([0, 0.1, 0.5, GRACE - 0.5, GRACE + 0.5])
         for away in (first, 0.5, 0)[: self.chance.randint(1, 3)]:
             await self.tab.hear(reply, self.chance.choice([0, 1, self.chance.randint(2, 100)]))
@@ -282,16 +287,16 @@ class Person:
                 break
             if reply.started:
                 await self.tab.send(type="resume", id=reply.id, after=reply.seq)
-                reply.take(await self.tab.receive())
-            else:  # nobody knows whether the prompt has arrived
+                reply.receive(await self.tab.receive())
+            else:  # the prompt may not have arrived
                 await self._prompt(reply)
         await self.tab.hear(reply)
         assert reply.terminal is not None
         check(reply.terminal.get("by") in {None, "disconnect"}, reply.terminal)
-        self._keep(reply)
+        self._record(reply)
 
     async def has_two_tabs(self) -> None:
-        """Open the conversation in a second tab while a reply runs, which may stop it."""
+        """Open the conversation in a second tab while a reply runs. That tab may stop the reply."""
         reply = self._reply()
         await self._prompt(reply)
         await self.tab.hear(reply, self.chance.randint(1, 50))
@@ -300,9 +305,9 @@ class Person:
             group.create_task(self.tab.hear(reply))
             group.create_task(self._second_tab(reply, stop=stop))
         if stop:
-            # Nothing else has been sent to the first tab: the stop was the second one's affair.
+            # The first tab gets no answer to the stop of the second tab.
             check((await self.tab.ask(type="ping"))["type"] == "pong", reply.id)
-        self._keep(reply)
+        self._record(reply)
 
     async def _second_tab(self, reply: Reply, *, stop: bool) -> None:
         tab = await Tab.open(self.url)
@@ -334,18 +339,18 @@ class Person:
         while reply.terminal is None:
             await self.tab.hear(reply, 1)
             await asyncio.sleep(self.chance.uniform(0, 0.01))
-        self._keep(reply)
+        self._record(reply)
 
     async def asks_outside(self) -> None:
-        """Bring the history along, and so touch no conversation."""
+        """Send a prompt with ``messages``, which belongs to no conversation."""
         reply = self._reply(outside=True)
         messages = [{"role": "user", "content": reply.prompt}]
         await self.tab.send(type="prompt", messages=messages, id=reply.id)
         await self.tab.hear(reply)
-        self._keep(reply)
+        self._record(reply)
 
     async def rereads(self) -> None:
-        """Get a whole conversation, page by page."""
+        """Read a whole conversation, page by page."""
         if not self.said:
             return
         name, said = self.chance.choice(list(self.said.items()))
@@ -355,6 +360,7 @@ class Person:
             history = await self.tab.ask(type="open", conversation=name, before=before)
             messages = history["messages"] + messages
         expected = [message for reply in said for message in reply.messages()]
+        messages = compared(messages)
         check(messages == expected, "history of", name, messages, expected)
 
     async def deletes(self) -> None:
@@ -377,7 +383,7 @@ class Person:
             if frame == {"type": "deleted", "conversation": reply.conversation}:
                 deleted = True
             else:
-                reply.take(frame)
+                reply.receive(frame)
         check(reply.terminal.get("by") in {None, "deleted"}, reply.terminal)
         await self._is_gone(reply.conversation)
 
@@ -389,7 +395,7 @@ class Person:
         check(answer.get("code") == "not_found", answer)
 
     async def lists(self) -> None:
-        """Page through the list: what is there must be, and what was deleted must not."""
+        """Read all pages of the list: it has all conversations, and no deleted ones."""
         items: list[Frame] = []
         page: Frame = {"next": None}
         while "next" in page:
@@ -399,14 +405,14 @@ class Person:
         updated = [item["updated"] for item in items]
         check(updated == sorted(updated, reverse=True), "not in order", updated)
         titles = {item["id"]: item["title"] for item in items}
-        check(len(titles) == len(items), "one is there twice", items)
+        check(len(titles) == len(items), "a conversation is listed twice", items)
         for name in self.said:
             title = self.titles[name]
             check(titles.get(name, "?").rstrip("…") in title, name, titles.get(name), title)
-        check(not titles.keys() & set(self.deleted), "deleted ones are there")
+        check(not titles.keys() & set(self.deleted), "a deleted conversation is listed")
 
     async def retries(self) -> None:
-        """Put another turn in the place of the last one."""
+        """Replace the last turn by a retry."""
         if not self.said:
             return
         name = self.chance.choice([*self.said])
@@ -418,9 +424,9 @@ class Person:
             await self.tab.send(type="stop", id=reply.id)
         await self.tab.hear(reply)
         while (await self.tab.ask(type="ping"))["type"] != "pong":
-            pass  # a stop that came too late
+            pass  # `not_running`: the stop came too late
         self.said[name].pop()
-        self._keep(reply)
+        self._record(reply)
 
     async def renames(self) -> None:
         if self.said:
@@ -430,7 +436,7 @@ class Person:
             self.titles[name] = title
 
     async def asks_again(self) -> None:
-        """Send a prompt once more that was answered long ago: the same reply comes again."""
+        """Send an old prompt again under its id: the same reply must come."""
         if not self.said:
             return
         told = self.chance.choice(self.chance.choice([*self.said.values()]))
@@ -441,7 +447,7 @@ class Person:
         check(again.terminal == told.terminal, again.terminal, told.terminal)
 
     async def asks_at_once(self) -> None:
-        """Ask from several tabs at the same moment: one prompt runs, all others are busy."""
+        """Send prompts from several tabs at once: one prompt runs, the others get ``busy``."""
         name = self._name()
         tabs = [self.tab, *[await Tab.open(self.url) for _ in range(3)]]
         replies = []
@@ -455,14 +461,14 @@ class Person:
         check(kinds == ["busy", "busy", "busy", "start"], answers)
         for tab, reply, answer in zip(tabs, replies, answers, strict=True):
             if answer["type"] == "start":
-                reply.take(answer)
+                reply.receive(answer)
                 await tab.hear(reply)
-                self._keep(reply)
+                self._record(reply)
             if tab is not self.tab:
                 await tab.close()
 
-    async def takes_back_what_waits(self) -> None:
-        """Queue a prompt behind another, and stop it before it begins."""
+    async def stops_waiting_prompt(self) -> None:
+        """Queue a prompt, and stop it before it begins."""
         runs, waits = self._reply(pieces=100), self._reply()
         waits.conversation = runs.conversation
         await self._prompt(runs)
@@ -473,11 +479,11 @@ class Person:
         await self.tab.send(type="stop", id=waits.id)
         while runs.terminal is None or waits.terminal is None:
             frame = await self.tab.receive()
-            (waits if frame["id"] == waits.id else runs).take(frame)
+            (waits if frame["id"] == waits.id else runs).receive(frame)
         check(waits.terminal.get("by") == "client", waits.terminal)
-        self._keep(runs)
-        if waits.seq:  # it had begun
-            self._keep(waits)
+        self._record(runs)
+        if waits.seq:  # the prompt had begun before the stop
+            self._record(waits)
 
     async def moves(self) -> None:
         await self.tab.close()
@@ -485,20 +491,26 @@ class Person:
 
 
 def check_end(messages: list[Frame], expected: list[Frame]) -> None:
-    """Check that the newest messages, as many as fit into a frame, are the right ones."""
+    """Check that a page of a history has the newest messages."""
+    messages = compared(messages)
     check(messages == expected[len(expected) - len(messages) :], messages, expected)
     check(messages or not expected, expected)
 
 
+def compared(messages: list[Frame]) -> list[Frame]:
+    """Return messages of a history with the keys in :data:`COMPARED` only."""
+    return [{key: m[key] for key in m.keys() & COMPARED} for m in messages]
+
+
 @dataclass
 class Samples:
-    """How large a process was at times."""
+    """The sizes of a process over time."""
 
     pid: int
     values: dict[str, list[float]] = field(default_factory=lambda: {k: [] for k in TOLERANCE})
 
-    def take(self) -> str:
-        """Look now, and return it as text."""
+    def add(self) -> str:
+        """Add a sample, and return the sample as text."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         seen: dict[str, float] = {
             "memory": int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) * 1024,
@@ -510,7 +522,7 @@ class Samples:
         return ", ".join(f"{shown(kind, value)} {kind}" for kind, value in seen.items())
 
     def verdicts(self) -> list[tuple[bool, str]]:
-        """Say of each whether it has levelled off."""
+        """Return for each value whether it has stopped growing, and a sentence about it."""
         found = []
         for kind, (share, number) in TOLERANCE.items():
             values = self.values[kind]
@@ -519,7 +531,7 @@ class Samples:
             last = statistics.fmean(values[2 * third :])
             level = last <= second * (1 + share) + number
             means = f"{shown(kind, second)} in the second third, {shown(kind, last)} in the last"
-            found.append((level, f"{kind} {'' if level else 'not '}levelled off: {means}"))
+            found.append((level, f"{kind} {'stable' if level else 'still growing'}: {means}"))
         return found
 
 
@@ -529,7 +541,7 @@ def shown(kind: str, value: float) -> str:
 
 @contextlib.asynccontextmanager
 async def server(folder: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.Process]]:
-    """Run the server with its file and its log in a folder."""
+    """Run the server, with its store and its log in a folder; yield its address and process."""
     arguments = ["--port", "0", "--model", "tests.bench.soak:storyteller"]
     arguments += ["--store", f"sqlite:///{folder / 'chat.sqlite'}"]
     for name, value in LIMITS.items():
@@ -546,7 +558,7 @@ async def server(folder: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.Pr
     try:
         async with asyncio.timeout(BOUND):
             while not (found := re.search(r"ws://\S+", (await process.stdout.readline()).decode())):
-                check(process.returncode is None and not process.stdout.at_eof(), "no start")
+                check(process.returncode is None and not process.stdout.at_eof(), "not started")
         yield found[0], process
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -557,11 +569,11 @@ async def server(folder: Path) -> AsyncIterator[tuple[str, asyncio.subprocess.Pr
 async def watch(
     samples: Samples, folder: Path, options: argparse.Namespace, tally: Counter[str]
 ) -> None:
-    """Print a line now and then, for as long as all clients are busy."""
+    """Print a line every few seconds while the clients run."""
     for number in range(1, int(options.minutes * 60 / options.every) + 1):
         await asyncio.sleep(options.every)
         print(
-            f"{number * options.every:5.0f} s: {samples.take()}, {file_size(folder)} of file, "
+            f"{number * options.every:5.0f} s: {samples.add()}, {file_size(folder)} of store, "
             f"{tally['replies']} replies, {tally['pieces']} pieces",
             flush=True,
         )
@@ -573,15 +585,15 @@ def file_size(folder: Path) -> str:
 
 
 async def soak(folder: Path, options: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Run it all, and return what is to be said about it in the end."""
+    """Run the server and the clients, and return the verdicts."""
     tally: Counter[str] = Counter()
     async with server(folder) as (url, process):
-        tab = await Tab.open(url)  # what is opened with the first client is not a leak
+        tab = await Tab.open(url)  # the first client allocates objects that stay
         await tab.ask(type="list")
         await tab.close()
         await asyncio.sleep(1)
         samples, idle = Samples(process.pid), Samples(process.pid)
-        print(f"before the clients: {idle.take()}")
+        print(f"before the clients: {idle.add()}")
         until = time.monotonic() + options.minutes * 60
         watching = asyncio.create_task(watch(samples, folder, options, tally))
         verdicts = []
@@ -591,14 +603,14 @@ async def soak(folder: Path, options: argparse.Namespace) -> list[tuple[bool, st
                     chance = random.Random(f"{options.seed} {number}")
                     group.create_task(Person(url, chance, tally).live(until))
         except* Wrong as errors:
-            verdicts += [(False, f"a client that {error}") for error in errors.exceptions]
+            verdicts += [(False, f"client failed: {error}") for error in errors.exceptions]
         finally:
             watching.cancel()
         print(", ".join(f"{count} {what}" for what, count in sorted(tally.items())))
         if not verdicts:
-            verdicts = [(True, "every client got what the model said"), *samples.verdicts()]
+            verdicts = [(True, "every client got the right texts"), *samples.verdicts()]
             await asyncio.sleep(GRACE + REPLAY + 1)
-            print(f"after the clients: {idle.take()}")
+            print(f"after the clients: {idle.add()}")
             before, after = idle.values["descriptors"]
             verdicts.append(
                 (after <= before, f"{before:.0f} descriptors before, {after:.0f} after")
@@ -614,20 +626,22 @@ async def soak(folder: Path, options: argparse.Namespace) -> list[tuple[bool, st
     print(*bad[:20], *warnings[:5], sep="\n", end="\n" if bad or warnings else "")
     with contextlib.closing(sqlite3.connect(folder / "chat.sqlite")) as database:
         ((found,),) = database.execute("PRAGMA integrity_check")
-    verdicts.append((found == "ok", f"the file is {found}"))
+    verdicts.append((found == "ok", f"integrity check of the store: {found}"))
     return verdicts
 
 
 def main() -> None:
-    """Run it; exit with 1 if anything is not as it should be."""
-    parser = argparse.ArgumentParser(description="Do everything at once for minutes.")
+    """Run the soak test; exit with 1 if a verdict is bad."""
+    parser = argparse.ArgumentParser(
+        description="Use all features at random for minutes, and check for leaks."
+    )
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two lines")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.minutes * 60 < options.every * 6:
-        parser.error("that is too short for six samples")
+        parser.error("--minutes is too short for six samples")
     with tempfile.TemporaryDirectory() as folder:
         verdicts = asyncio.run(soak(Path(folder), options))
     for good, what in verdicts:

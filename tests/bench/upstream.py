@@ -1,26 +1,26 @@
-"""A fake of Anthropic's Messages streaming API that is never the bottleneck.
+"""A fast fake of Anthropic's streaming Messages API, for benchmarks.
 
-``python -m tests.bench.upstream`` prints its address and serves until stdin closes. It has the
-events of the real API, each in an HTTP chunk of its own, but for the faults, which the tests' own
-fake has (`tests/support/upstream.py`). How it answers ``POST /v1/messages`` is set by
+``python -m tests.bench.upstream`` prints its URL and serves until stdin closes. It sends the events
+of the real API, each in one HTTP chunk. It never fails; `tests/support/upstream.py` is the fake
+with faults.
 
-``POST /plan``: ``{"tokens": 0, "rate": 50, "ahead": 0, "numbered": false}``. A reply has `ahead`
-    tokens as fast as the socket takes them, and after them `tokens` more (0: without end), `rate`
-    per second (0: as fast as the socket takes them too). Begins the counts below anew. The first of
-    paced tokens comes at once, the others at moments that are spread evenly among the streams. With
-    `numbered` the text of a paced token has the token's number in its reply, from 0, in place of
-    the moment.
+``POST /plan`` sets how the next ``POST /v1/messages`` are answered, and resets the counts:
+    ``{"tokens": 0, "rate": 50, "ahead": 0, "numbered": false}``. A reply begins with `ahead`
+    tokens, as fast as the socket accepts them. Then it has `tokens` more (0: no end), `rate` per
+    second (0: as fast as the socket accepts them). The first paced token is sent at once. The times
+    of the others are spread evenly among the streams. With `numbered`, the text of a paced token
+    has the number of the token in its reply, from 0, instead of the time.
 
-``GET /stats`` gives ``open`` (streams now), ``requests``, ``tokens`` (written so far) and
-    ``closes``: of each stream that the peer closed early, the moment, by the number N that its
-    prompt has as ``#N``.
+``GET /stats`` returns ``open`` (running streams), ``requests``, ``tokens`` (written so far) and
+    ``closes``: the time at which the peer closed each unfinished stream. The key is N of the ``#N``
+    in the prompt.
 
-``GET /writes`` gives, by the same number, the moments at which the tokens of `numbered` streams
-    were written.
+``GET /writes`` returns the times at which the tokens of `numbered` streams were written. The key is
+    the same N.
 
-The text of a paced token is ``@MICROSECONDS word``, with the moment at which it was written by the
-monotonic clock, which is the same for all processes of a machine; that of others is ``@word``. So
-tokens are counted by ``@`` wherever they come out, merged or not.
+The text of a paced token is ``@MICROSECONDS word``: the time of its write by the monotonic clock,
+which all processes of a machine share. The text of any other token is ``@word``. So a client counts
+tokens by ``@``, merged or not.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from time import monotonic
 MODEL = re.compile(rb'"model"\s*:\s*"([^"]*)"')
 NUMBER = re.compile(rb"#(\d+)")
 LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-BLOCK = 256  # tokens that are written at once where there is no pace
-GOLDEN = 0.6180339887498949  # multiples of it are spread evenly over the unit, however many
+BLOCK = 256  # tokens per write in a reply without a rate
+GOLDEN = 0.6180339887498949  # its multiples modulo 1 are spread evenly
 
 
 def event(kind: str, **fields: object) -> bytes:
-    """Return an event as the API frames it, as an HTTP chunk."""
+    """Return a server-sent event as one HTTP chunk."""
     data = json.dumps({"type": kind, **fields}, separators=(",", ":"))
     body = f"event: {kind}\ndata: {data}\n\n".encode()
     return b"%x\r\n%b\r\n" % (len(body), body)
@@ -86,15 +86,15 @@ class Connection:
         self.fd = sock.fileno()
         self.received = b""
         self.unsent = memoryview(b"")
-        self.watched = False  # whether epoll tells when it is writable
-        self.busy = 0  # the number of its stream's request while that runs
+        self.watched = False  # whether epoll reports when the socket is writable
+        self.busy = 0  # serial number of the running request; 0 without one
         self.number = 0
         self.sent = 0
-        self.left = 0  # tokens to be written without a pace
+        self.left = 0  # tokens to write without a rate; -1 for no end
 
 
 class Upstream:
-    """The server, which is one loop around epoll."""
+    """The server: one loop around epoll."""
 
     def __init__(self) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
@@ -126,7 +126,7 @@ class Upstream:
         self.epoll.register(stdin, select.EPOLLIN | select.EPOLLHUP)
         while True:
             wait = self.due[0][0] - monotonic() if self.due else None
-            # Unlike epoll's own, this time-out is not in whole milliseconds.
+            # The time-out of epoll has whole milliseconds; the time-out of select is exact.
             if wait is None or wait > 0:
                 select.select([self.epoll], [], [], wait)
             for fd, events in self.epoll.poll(0):
@@ -211,7 +211,7 @@ class Upstream:
             self.pace(connection, opening)
 
     def pace(self, connection: Connection, opening: bytes = b"") -> None:
-        """Write the first of the paced tokens, and plan the others."""
+        """Write the first paced token, and schedule the next one."""
         now = monotonic()
         self.write(connection, opening + self.next_token(connection, now))
         phase = connection.busy * GOLDEN % 1 * self.interval
@@ -220,7 +220,7 @@ class Upstream:
         heapq.heappush(self.due, (due, connection.busy, connection))
 
     def next_token(self, connection: Connection, now: float) -> bytes:
-        """Count one more paced token, and return it."""
+        """Count a paced token, and return its event."""
         stamp = int(now * 1e6)
         if self.numbered:
             stamp = connection.sent
@@ -231,11 +231,11 @@ class Upstream:
 
     def tick(self, due: float, busy: int, connection: Connection) -> None:
         if connection.busy != busy:
-            return  # which has been closed
+            return  # the stream was closed
         if self.paced and connection.sent >= self.ahead + self.paced:
             self.finish(connection)
             return
-        if not connection.unsent:  # else its peer is the slower one, and the token not yet made
+        if not connection.unsent:  # a peer that does not read gets no further token
             self.write(connection, self.next_token(connection, monotonic()))
         heapq.heappush(self.due, (due + self.interval, busy, connection))
 
@@ -252,7 +252,7 @@ class Upstream:
         except BlockingIOError:
             sent = 0
         except OSError:
-            return  # what is read next tells
+            return  # the next read reports the error
         if sent < len(data):
             connection.unsent = memoryview(data)[sent:]
             self.watch(connection, on=True)
@@ -268,7 +268,7 @@ class Upstream:
             connection.unsent = unsent[:0]
             self.write(connection, unsent)
         elif connection.busy and connection.left:
-            # -1, for no end, never gets to 0.
+            # -1 stands for no end and never changes.
             count = BLOCK if connection.left < 0 else min(BLOCK, connection.left)
             connection.left -= count if connection.left > 0 else 0
             connection.sent += count

@@ -1,4 +1,4 @@
-// The usual WebSocket library of Node, with the AI SDK.
+// Node with the WebSocket library ws and the AI SDK.
 import { anthropic } from '@ai-sdk/anthropic'
 import { streamText } from 'ai'
 import { WebSocketServer } from 'ws'

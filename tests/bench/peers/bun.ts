@@ -1,4 +1,4 @@
-// Bun's own WebSocket server, with Anthropic's SDK.
+// Bun's WebSocket server with Anthropic's SDK.
 import Anthropic from '@anthropic-ai/sdk'
 
 const client = new Anthropic()

@@ -1,4 +1,4 @@
-"""FastAPI, with Anthropic's SDK."""
+"""FastAPI with Anthropic's SDK."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-// The usual WebSocket library of Node, with Anthropic's SDK.
+// Node with the WebSocket library ws and Anthropic's SDK.
 import Anthropic from '@anthropic-ai/sdk'
 import { WebSocketServer } from 'ws'
 
