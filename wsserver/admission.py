@@ -32,33 +32,27 @@ class Admission:
         settings: the hosts, origins, proxies and limits.
         authenticate: the authenticator; None where clients need no token.
 
-    Attributes:
-        names: the hosts, origins and proxies.
-        loopback: whether only programs of this machine can reach the server. The server sets it
-            once it listens.
-        users: ids of the users whose programs are served without a token; None for all users of
-            this machine. The server sets it once it listens.
-        secure: whether the server itself speaks TLS.
-        reloads: number of times that the credentials of clients were read again.
-        principals: number of connections of each principal.
-        addresses: number of connections of each address, and of the networks around it.
-        connections: number of all connections, also of those whose request has not come.
-
     Raises:
         ConfigError: an item of `hosts`, `origins` or `proxies` is malformed.
     """
 
     def __init__(self, settings: Settings, authenticate: Authenticator | None) -> None:
         self.settings = settings
-        self.names = Names(settings)
+        self.names = Names(settings)  # the hosts, origins and proxies
         self.authenticate = authenticate
+        # Whether only programs of this machine can reach the server. The server sets it once it
+        # listens.
         self.loopback = True
+        # Ids of the users whose programs are served without a token; None for all users of this
+        # machine. The server sets it once it listens.
         self.users: frozenset[int] | None = None
-        self.secure = False
-        self.reloads = 0
+        self.secure = False  # whether the server itself speaks TLS
+        self.reloads = 0  # number of times that the credentials of clients were read again
+        # Number of connections of each principal.
         self.principals = Shares(settings.connections_per_principal)
+        # Number of connections of each address, and of the networks around it.
         self.addresses = Shares(settings.connections_per_address)
-        self.connections = 0
+        self.connections = 0  # number of all connections, also of those whose request has not come
 
     def arrive(self, peer: str, user: int | None = None) -> "Visitor":
         """Accept a connection until its request has come.
@@ -106,17 +100,7 @@ class Admission:
 
 
 class Visitor:
-    """One connection as admission knows it, from accept to close.
-
-    Attributes:
-        address: address of the client; until the request has come, address of the peer.
-        principal: principal of the client; None before the client has authenticated.
-        counted: account of the address that counts the connection.
-        shared: account of the principal that counts the connection.
-        spare: the connection has one of the places that are kept for probes.
-        foreign: the client is a program of another user, where :attr:`Admission.users` is set.
-        gone: the connection has ended, perhaps during the authentication.
-    """
+    """One connection as admission knows it, from accept to close."""
 
     __slots__ = (
         "_admission",
@@ -137,12 +121,15 @@ class Visitor:
         self._peer = peer
         self._handshake: Handshake | None = None
         self._token: str | None = None
+        # Address of the client; until the request has come, address of the peer.
         self.address = peer
+        # Principal of the client; None before the client has authenticated.
         self.principal: Principal | None = None
-        self.counted = counted
-        self.shared: Account | None = None
-        self.gone = False
-        self.spare = False
+        self.counted = counted  # account of the address that counts the connection
+        self.shared: Account | None = None  # account of the principal that counts the connection
+        self.gone = False  # the connection has ended, perhaps during the authentication
+        self.spare = False  # the connection has one of the places that are kept for probes
+        # The client is a program of another user, where `Admission.users` is set.
         self.foreign = False
 
     @property

@@ -80,18 +80,11 @@ class App:
         authenticate: the authenticator; None for the one that the settings name.
         metrics: counts and measures.
         memory: counts the bytes that are held for clients.
-
-    Attributes:
-        admission: decides which clients may connect.
-        hub: runs the generations.
-        store: keeps conversations.
-        connections: the connection of each open transport.
-        stopping: whether :meth:`stop` was called.
     """
 
-    admission: Admission
-    hub: Hub
-    store: Store
+    admission: Admission  # decides which clients may connect
+    hub: Hub  # runs the generations
+    store: Store  # keeps conversations
     model_name: str
 
     def __init__(
@@ -105,8 +98,9 @@ class App:
         self.settings = settings
         self.metrics = metrics
         self.memory = memory
+        # The connection of each open transport.
         self.connections: dict[ClientTransport, Connection] = {}
-        self.stopping = False
+        self.stopping = False  # whether `stop` was called
         self._given_model = model
         self._own_model: Model | PushModel | None = None  # made here, and so to be closed here
         self._authenticate = authenticate

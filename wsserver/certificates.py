@@ -19,14 +19,11 @@ class Certificate:
         cert: PEM file with the certificate and its intermediate certificates.
         key: PEM file with the key; empty where ``cert`` has the key too.
 
-    Attributes:
-        context: TLS context of the server; it stays the same over all reloads.
-
     Raises:
         ConfigError: a file cannot be read, or the key is not that of the certificate.
     """
 
-    context: ssl.SSLContext
+    context: ssl.SSLContext  # TLS context of the server; it stays the same over all reloads
 
     def __init__(self, cert: str, key: str = "") -> None:
         self._cert, self._key = cert, key or cert

@@ -45,10 +45,6 @@ class Connection:
         hub: where generations live.
         settings: the limits.
         visitor: the principal of the client, once the client has authenticated.
-
-    Attributes:
-        frames: the number of frames that came.
-        heard: when the last frame came that was no ``ping``, by the event loop's clock.
     """
 
     __slots__ = (
@@ -66,7 +62,8 @@ class Connection:
     def __init__(
         self, transport: Transport, hub: Hub, settings: Settings, visitor: Visitor
     ) -> None:
-        self.frames = 0
+        self.frames = 0  # the number of frames that came
+        # When the last frame came that was no `ping`, by the event loop's clock.
         self.heard = asyncio.get_running_loop().time()
         self._session = Session(transport, hub, settings, visitor)
         self._following = Following(self._session, V1_FRAMES)

@@ -9,14 +9,7 @@ RETRY_AFTER = 10  # seconds until a client over a limit may connect again
 
 
 class Denied(Exception):
-    """The server refuses a connection.
-
-    Attributes:
-        status: status of the HTTP response.
-        why: reason in the log and the metrics.
-        message: text for people: what the client or the operator can do.
-        headers: headers of the HTTP response.
-    """
+    """The server refuses a connection."""
 
     def __init__(
         self,
@@ -26,10 +19,10 @@ class Denied(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
-        self.why = why
-        self.message = message
-        self.headers = headers or {}
+        self.status = status  # status of the HTTP response
+        self.why = why  # reason in the log and the metrics
+        self.message = message  # text for people: what the client or the operator can do
+        self.headers = headers or {}  # headers of the HTTP response
 
 
 def unavailable(why: Refusal, message: str) -> Denied:

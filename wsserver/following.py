@@ -20,16 +20,14 @@ class Following:
     Args:
         session: the client.
         dialect: how to encode them for the client.
-
-    Attributes:
-        cursors: the client's place in each generation; the one served longest ago comes first.
-        own: the id of the conversation that goes on where a prompt names none.
     """
 
     __slots__ = ("_dialect", "_done", "_open", "_session", "cursors", "own")
 
     def __init__(self, session: Session, dialect: Dialect) -> None:
+        # The client's place in each generation; the one served longest ago comes first.
         self.cursors: dict[Generation, Cursor] = {}
+        # The id of the conversation that goes on where a prompt names none.
         self.own: str | None = None
         self._session = session
         self._dialect = dialect

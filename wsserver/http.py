@@ -31,17 +31,7 @@ ABSOLUTE = re.compile(r"https?://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE)
 
 
 class RequestParser:
-    """Parses one request, in as many parts as it comes in.
-
-    Attributes:
-        size: bytes of the head so far; the read with the end of the head counts without its body.
-        head: the request, once its head is complete.
-        early: the bytes after the head of an upgrade.
-        body: bytes of the body so far, without the framing of chunks.
-        length: the Content-Length; None for a body in chunks, or where the head has neither.
-        ended: whether the whole request is parsed.
-        more: whether bytes came after the request.
-    """
+    """Parses one request, in as many parts as it comes in."""
 
     __slots__ = (
         "_done",
@@ -63,12 +53,15 @@ class RequestParser:
     )
 
     def __init__(self) -> None:
+        # Bytes of the head so far; the read with the end of the head counts without its body.
         self.size = 0
-        self.head: Request | None = None
-        self.early = b""
-        self.body = bytearray()
+        self.head: Request | None = None  # the request, once its head is complete
+        self.early = b""  # the bytes after the head of an upgrade
+        self.body = bytearray()  # bytes of the body so far, without the framing of chunks
+        # The Content-Length; None for a body in chunks, or where the head has neither.
         self.length: int | None = None
-        self.ended = self.more = False
+        self.ended = False  # whether the whole request is parsed
+        self.more = False  # whether bytes came after the request
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._longest = 0  # bytes of a header

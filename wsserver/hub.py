@@ -36,15 +36,6 @@ class Hub:
         settings: the limits and times.
         metrics: the numbers to count in.
         memory: counts the bytes that the process holds for clients.
-
-    Attributes:
-        accounts: what each account may use.
-        conversations: the conversations in memory, and through them those of the store.
-        journal: saves the generations to the store.
-        model_name: the model's name for clients.
-        readiness: what is done for the model before a prompt comes.
-        retention: the generations that clients can find by id.
-        upkeep: deletes what has expired from the store.
     """
 
     def __init__(
@@ -59,12 +50,15 @@ class Hub:
         self.metrics = metrics
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self.journal = Journal(
+        self.journal = Journal(  # saves the generations to the store
             store, settings.save_interval, settings.store_timeout, metrics=metrics
         )
+        # The conversations in memory, and through them those of the store.
         self.conversations = Conversations(store, self.journal, settings, memory)
-        self.accounts = Accounts(settings, store)
+        self.accounts = Accounts(settings, store)  # what each account may use
+        # The generations that clients can find by id.
         self.retention = Retention(store, self.journal, self.accounts, settings, memory)
+        # What is done for the model before a prompt comes.
         self.readiness = Readiness(model, warm=settings.warm_connections)
         self._report = Reporter(metrics)
         self._scheduler = Scheduler(
@@ -78,8 +72,8 @@ class Hub:
             memory=memory,
         )
         self._runner = self._scheduler.runner
-        self.model_name = self._runner.model_name
-        self.upkeep = Upkeep(
+        self.model_name = self._runner.model_name  # the model's name for clients
+        self.upkeep = Upkeep(  # deletes what has expired from the store
             store,
             self.delete,
             replay=settings.replay,

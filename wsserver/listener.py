@@ -32,16 +32,6 @@ class Listener:
         on_open: called with each WebSocket that opens; returns what serves it.
         on_close: called with each WebSocket that has closed.
         tls: the TLS context; None for plain TCP.
-
-    Attributes:
-        connections: all connections, also those that are no WebSocket yet.
-        lingering: the connections that hold no place, the oldest first: refused ones, and those
-            between two requests.
-        spare: the connections in places for probes, the oldest first.
-        answering: the tasks that answer requests, also of clients that have gone.
-        closing: whether no WebSocket may open any more.
-        buffer: the buffer that all connections read into. A connection takes its data in the
-            callback of the read, before another connection can read. All event loops do so.
     """
 
     def __init__(
@@ -67,11 +57,18 @@ class Listener:
         self.metrics = metrics
         self.tls = tls
         self.loop = asyncio.get_running_loop()
+        # All connections, also those that are no WebSocket yet.
         self.connections: set[TcpConnection] = set()
+        # The connections that hold no place, the oldest first: refused ones, and those between two
+        # requests.
         self.lingering: dict[Exchange, None] = {}
+        # The connections in places for probes, the oldest first.
         self.spare: dict[Exchange, None] = {}
+        # The tasks that answer requests, also of clients that have gone.
         self.answering: set[asyncio.Task[None]] = set()
-        self.closing = False
+        self.closing = False  # whether no WebSocket may open any more
+        # All connections read into this buffer. A connection takes its data in the callback of the
+        # read, before another connection can read. All event loops do so.
         self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
         self._acceptors: list[Acceptor] = []
         self._most_lingering = lingering(settings)

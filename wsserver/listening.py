@@ -43,15 +43,13 @@ class UnixSocket:
         path: path of the socket.
         mode: permissions of the socket: who may connect.
 
-    Attributes:
-        sock: the socket; it listens already.
-
     Raises:
         ConfigError: the path has another file or a living server, or the socket cannot be made.
     """
 
     def __init__(self, path: str, mode: int) -> None:
         self.path = Path(path)
+        # The socket; it listens already.
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with _locked(self.path.parent):

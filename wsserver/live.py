@@ -49,41 +49,31 @@ class Watcher(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Conversation:
-    """A conversation of one owner: its turns, its generations that have not ended, its watchers.
-
-    Attributes:
-        turns: the newest turns that ended, oldest first. Each change makes a new sequence.
-        running: the generation whose model is asked, or whose end is being saved.
-        queue: the generations that wait for it, in order.
-        watchers: the clients that have the conversation open.
-        version: grows by one with each reply that ends.
-        refused: by model, the characters of messages that were too long for it; None if none were.
-        exists: the conversation has a turn, or a generation was accepted in it.
-        loaded: ``exists`` and ``turns`` are known.
-        deleted: the conversation was deleted, or is being deleted.
-        pins: the number of requests that use this object. While there is one, the object stays in
-            memory, and the conversation has no second object.
-        loading: held while the turns are read from the store.
-        measured: the turns whose bytes are ``turns_size``.
-        account: pays for the ``size`` bytes of the turns that are counted in memory.
-    """
+    """A conversation of one owner: its turns, its generations that have not ended, its watchers."""
 
     id: str
     owner: str
+    # The newest turns that ended, oldest first. Each change makes a new sequence.
     turns: Sequence[Turn] = ()
+    # The generation whose model is asked, or whose end is being saved.
     running: "Generation | None" = None
+    # The generations that wait for it, in order.
     queue: "list[Generation]" = field(default_factory=list)
+    # The clients that have the conversation open.
     watchers: dict[Watcher, None] = field(default_factory=dict)
-    version: int = 0
+    version: int = 0  # grows by one with each reply that ends
+    # By model, the characters of messages that were too long for it; None if none were.
     refused: dict[str, int] | None = None
-    exists: bool = False
-    loaded: bool = False
-    deleted: bool = False
+    exists: bool = False  # the conversation has a turn, or a generation was accepted in it
+    loaded: bool = False  # `exists` and `turns` are known
+    deleted: bool = False  # the conversation was deleted, or is being deleted
+    # The number of requests that use this object. While there is one, the object stays in memory,
+    # and the conversation has no second object.
     pins: int = 0
-    loading: asyncio.Lock | None = None
-    measured: Sequence[Turn] = ()
+    loading: asyncio.Lock | None = None  # held while the turns are read from the store
+    measured: Sequence[Turn] = ()  # the turns whose bytes are `turns_size`
     turns_size: int = 0
-    account: Account = CACHE
+    account: Account = CACHE  # pays for the `size` bytes of the turns that are counted in memory
     size: int = 0
 
     @property
@@ -137,34 +127,6 @@ class Generation:
     Only :meth:`start`, :meth:`stop`, :meth:`save`, :meth:`end` and :meth:`restore` change the
     state. An illegal event raises :class:`~wsserver.generation.IllegalTransition` and changes
     nothing. All times are of the event loop's clock.
-
-    Attributes:
-        account: whose limits count.
-        conversation: None for ``messages``, and for a reply from the store.
-        allowance: output tokens that the reply may have.
-        asked: about how many input tokens the request has.
-        reserved: what the reply may cost, until it has ended.
-        spent: what the reply has cost, once it has ended.
-        record: the journal's part of it; None for a reply from the store.
-        memory: bytes that the account pays for until the end: the prompt and the log.
-        size: bytes of the ended generation in memory.
-        usage: the last usage that the model told.
-        accepted: when the prompt was accepted.
-        began: when the model was asked; None for a prompt that was taken back before.
-        heard: when the model last gave a sign of life.
-        spoke: when the first piece came.
-        task: reads the model's answer.
-        why: who stopped the reply, or the error of a time limit.
-        stopped: when it was stopped.
-        failure: what has failed, until the end is logged.
-        ended: when the reply was complete, and the store began to save its end.
-        readers: how many clients follow it.
-        unread: tokens since the last reader left; None while there is a reader.
-        unaware_until: until when a client may not know that its connection is dead.
-        grace: stops the reply, unless a reader comes back.
-        shared: what a cursor read last, for other cursors: the place, the run and its frame.
-        resumed: the last seqs after which clients resumed.
-        merged: characters of a frame for clients that resume; None for those of the settings.
     """
 
     id: str
@@ -172,39 +134,43 @@ class Generation:
     prompt: Prompt
     model: str
     conversation_id: str | None
-    account: Account = ()
+    account: Account = ()  # whose limits count
+    # None for `messages`, and for a reply from the store.
     conversation: Conversation | None = None
     log: Log[Terminal] = field(default_factory=Log)
     state: State = State.QUEUED
     # Limits and costs.
-    allowance: int = 0
-    asked: int = 0
-    reserved: Spent = NOTHING
-    spent: Spent = NOTHING
-    record: Record | None = None
-    memory: int = 0
-    size: int = 0
-    usage: Usage | None = None
-    accepted: float = 0.0
+    allowance: int = 0  # output tokens that the reply may have
+    asked: int = 0  # about how many input tokens the request has
+    reserved: Spent = NOTHING  # what the reply may cost, until it has ended
+    spent: Spent = NOTHING  # what the reply has cost, once it has ended
+    record: Record | None = None  # the journal's part of it; None for a reply from the store
+    memory: int = 0  # bytes that the account pays for until the end: the prompt and the log
+    size: int = 0  # bytes of the ended generation in memory
+    usage: Usage | None = None  # the last usage that the model told
+    accepted: float = 0.0  # when the prompt was accepted
     # Facts of RUNNING.
+    # When the model was asked; None for a prompt that was taken back before.
     began: float | None = None
-    heard: float = 0.0
-    spoke: float | None = None
-    task: "asyncio.Task[End] | None" = None
+    heard: float = 0.0  # when the model last gave a sign of life
+    spoke: float | None = None  # when the first piece came
+    task: "asyncio.Task[End] | None" = None  # reads the model's answer
     span: Span | None = None
     # Facts of STOPPING.
-    why: StoppedBy | ModelError | None = None
-    stopped: float = 0.0
+    why: StoppedBy | ModelError | None = None  # who stopped the reply, or the error of a time limit
+    stopped: float = 0.0  # when it was stopped
     # Facts of SAVING.
-    failure: BaseException | None = None
-    ended: float = 0.0
+    failure: BaseException | None = None  # what has failed, until the end is logged
+    ended: float = 0.0  # when the reply was complete, and the store began to save its end
     # Readers.
-    readers: int = 0
-    unread: int | None = None
-    unaware_until: float = 0.0
-    grace: asyncio.TimerHandle | None = None
+    readers: int = 0  # how many clients follow it
+    unread: int | None = None  # tokens since the last reader left; None while there is a reader
+    unaware_until: float = 0.0  # until when a client may not know that its connection is dead
+    grace: asyncio.TimerHandle | None = None  # stops the reply, unless a reader comes back
+    # What a cursor read last, for other cursors: the place, the run and its frame.
     shared: tuple[tuple[object, ...], Run, bytes] | None = None
-    resumed: tuple[int, ...] = ()
+    resumed: tuple[int, ...] = ()  # the last seqs after which clients resumed
+    # Characters of a frame for clients that resume; None for those of the settings.
     merged: int | None = None
 
     def start(self, task: "asyncio.Task[End]", span: Span, now: float) -> None:

@@ -14,22 +14,16 @@ async def _no_body(_: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The head of an HTTP request, and a function that reads its body.
+    """The head of an HTTP request, and a function that reads its body."""
 
-    Attributes:
-        method: in upper case.
-        target: the path with its query.
-        headers: by their names in lower case. The values of a repeated header are joined with
-            commas (RFC 9110 section 5.3).
-        version: of HTTP, such as ``1.1``.
-        read_body: reads the body, of at most so many bytes, and returns it. Raises
-            :class:`BadRequest` for a body that is larger, slow or malformed.
-    """
-
-    method: str
-    target: str
+    method: str  # in upper case
+    target: str  # the path with its query
+    # By their names in lower case. The values of a repeated header are joined with commas (RFC 9110
+    # section 5.3).
     headers: Mapping[str, str]
-    version: str = "1.1"
+    version: str = "1.1"  # of HTTP, such as `1.1`
+    # Reads the body, of at most so many bytes, and returns it. Raises `BadRequest` for a
+    # body that is larger, slow or malformed.
     read_body: Callable[[int], Awaitable[bytes]] = field(default=_no_body, compare=False)
 
     @property

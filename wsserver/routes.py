@@ -93,9 +93,6 @@ class Operations:
         metrics: what has been counted.
         ready: tells what it takes to serve clients, part by part, and whether it is there.
         token: lets programs read the metrics; "" lets those that are trusted.
-
-    Attributes:
-        token: the same; it may be replaced.
     """
 
     PATHS = ("/healthz", "/readyz", "/metrics")
@@ -108,7 +105,7 @@ class Operations:
     ) -> None:
         self._metrics = metrics
         self._ready = ready
-        self.token = token
+        self.token = token  # may be replaced
         self._looking: asyncio.Task[Mapping[str, bool]] | None = None
 
     async def respond(self, path: str, headers: Mapping[str, str], *, trusted: bool) -> Response:

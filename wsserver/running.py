@@ -37,11 +37,6 @@ class Runner:
         price: returns the price of a model.
         report: learns of each start and end.
         on_ended: called with each generation that has ended.
-
-    Attributes:
-        model_name: the model's name for clients.
-        tasks: the tasks that run models, each with its generation. A model that does not close its
-            request keeps its task beyond the end of the generation.
     """
 
     def __init__(
@@ -55,7 +50,9 @@ class Runner:
         report: Reporter,
         on_ended: Callable[[Generation], None],
     ) -> None:
-        self.model_name = name_of(model)
+        self.model_name = name_of(model)  # the model's name for clients
+        # The tasks that run models, each with its generation. A model that does not close its
+        # request keeps its task beyond the end of the generation.
         self.tasks: dict[asyncio.Task[End], Generation] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._declared_name = declared_name(model)

@@ -34,12 +34,6 @@ class Scheduler:
         retention: finds the generation of a prompt that is sent again.
         report: learns of each start and end.
         memory: counts the bytes of the generations.
-
-    Attributes:
-        runner: runs the generations.
-        live: the generations that have not ended.
-        idle: set while there are none.
-        draining: no more prompts are accepted.
     """
 
     def __init__(
@@ -61,7 +55,7 @@ class Scheduler:
         self._retention = retention
         self._memory = memory
         self._loop = asyncio.get_running_loop()
-        self.runner = Runner(
+        self.runner = Runner(  # runs the generations
             model,
             settings,
             journal,
@@ -70,10 +64,10 @@ class Scheduler:
             report=report,
             on_ended=self._ended,
         )
-        self.live: set[Generation] = set()
-        self.idle = asyncio.Event()
+        self.live: set[Generation] = set()  # the generations that have not ended
+        self.idle = asyncio.Event()  # set while there are none
         self.idle.set()
-        self.draining = False
+        self.draining = False  # no more prompts are accepted
 
     async def accept(
         self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher

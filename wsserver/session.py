@@ -30,9 +30,6 @@ class Session:
         hub: where generations live.
         settings: the limits.
         visitor: the principal of the client, once the client has authenticated.
-
-    Attributes:
-        ended: nothing more is heard of the client: the connection is being closed, or is gone.
     """
 
     __slots__ = ("ended", "hub", "settings", "transport", "visitor")
@@ -44,6 +41,7 @@ class Session:
         self.hub = hub
         self.settings = settings
         self.visitor = visitor
+        # Nothing more is heard of the client: the connection is being closed, or is gone.
         self.ended = False
 
     @property

@@ -36,21 +36,16 @@ class Owner(typing.Protocol):
 
 
 class TcpConnection(asyncio.BufferedProtocol):
-    """A connection over TCP or a unix socket, with or without TLS.
-
-    Attributes:
-        transport: writes to the client.
-        below: the transport that TLS writes to; None without TLS.
-        visitor: the client as admission knows it; None on the operators' port.
-    """
+    """A connection over TCP or a unix socket, with or without TLS."""
 
     __slots__ = ("_account", "_closed", "_held", "_listener", "below", "transport", "visitor")
 
-    transport: asyncio.Transport
-    visitor: Visitor | None
+    transport: asyncio.Transport  # writes to the client
+    visitor: Visitor | None  # the client as admission knows it; None on the operators' port
 
     def __init__(self, listener: Owner) -> None:
         self._listener = listener
+        # The transport that TLS writes to; None without TLS.
         self.below: asyncio.Transport | None = None
         self._closed: asyncio.Future[None] | None = None
         self._held = 0  # bytes that are counted for the connection,
@@ -112,21 +107,17 @@ class Writer(TcpConnection):
     Args:
         listener: owner of the connection.
         before: the connection in its phase before.
-
-    Attributes:
-        id: name of the connection in the log.
-        began: time of the event loop when this phase began.
     """
 
     __slots__ = ("_deadline", "_unsent", "began", "id")
 
-    id: UUID
+    id: UUID  # name of the connection in the log
     visitor: Visitor
 
     def __init__(self, listener: Owner, before: TcpConnection) -> None:
         super().__init__(listener)
         assert before.visitor is not None
-        self.began = listener.loop.time()
+        self.began = listener.loop.time()  # time of the event loop when this phase began
         self.transport = before.transport
         self.below = before.below
         self.visitor = before.visitor
