@@ -187,9 +187,13 @@ async def test_prompt_during_delete_is_answered_or_refused(
         answer = await other.next("start", "error")
         if answer["type"] == "error":
             assert answer["code"] == "not_found"
-        else:
-            reply = await puppet.reply(1)
-            assert [m.content for m in reply.request.messages][-1] == "New"
+            return
+        await other.send({"type": "stop", "id": answer["id"]})
+        done = await other.next("done")
+        assert done["by"] in {"deleted", "client"}
+        if done["by"] == "client":  # the server read the prompt after the delete
+            for reply in puppet.replies[1:]:
+                assert [m.content for m in reply.request.messages] == ["New"]
 
 
 async def test_unreadable_conversation_is_retryable_error(
