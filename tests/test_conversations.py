@@ -28,7 +28,7 @@ async def exchange(chat: Client, puppet: Puppet, number: int, prompt: str, answe
     await chat.text(start["id"])
 
 
-async def test_prompts_without_conversation_continue_that_of_socket(
+async def test_prompt_without_conversation_uses_conversation_of_socket(
     chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, 0, "I am Ann", "Hello Ann")

@@ -639,7 +639,7 @@ async def test_image_does_not_serve_anonymous_clients() -> None:
             assert says in process.output
 
 
-async def test_image_has_health_check(folder: Path) -> None:
+async def test_image_health_check_tells_state_of_server(folder: Path) -> None:
     image = image_environment()
     assert image["WSSERVER_TOKEN_FILE"].startswith("/etc/wsserver/")
     image |= {

@@ -438,7 +438,7 @@ async def test_connections_per_address_are_limited_at_handshake(puppet: Puppet) 
             await chat.quiet()
 
 
-async def test_address_behind_proxy_is_that_of_client(puppet: Puppet) -> None:
+async def test_client_address_behind_proxy_is_used(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, allow_anonymous=True, connections_per_address=1, proxies="127.0.0.0/8"
     ) as server:
@@ -467,7 +467,7 @@ async def test_connections_of_server_are_limited(puppet: Puppet) -> None:
             await chat.quiet()
 
 
-async def test_connections_per_principal_are_limited_with_any_authentication(
+async def test_connections_per_principal_are_limited_at_authentication(
     puppet: Puppet,
 ) -> None:
     async with (

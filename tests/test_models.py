@@ -29,7 +29,7 @@ async def listen(model: Model, asked: Request) -> tuple[str, Usage, End]:
     return text, usage, end
 
 
-async def test_demo_says_what_it_is_and_answers_from_the_prompt() -> None:
+async def test_demo_names_itself_and_answers_from_prompt() -> None:
     asked = request(Message("user", "the quick  brown\nfox"))
     text, usage, end = await listen(Demo(rate=0), asked)
     assert text.startswith("This is the demo model")
@@ -43,7 +43,7 @@ async def test_demo_says_what_it_is_and_answers_from_the_prompt() -> None:
     assert (await listen(Demo(rate=0), asked))[0] == text, "deterministic"
 
 
-async def test_demo_remembers() -> None:
+async def test_demo_uses_history() -> None:
     first, again = Message("user", "My name is Ann"), Message("user", "What did I just say?")
     text, _, _ = await listen(Demo(rate=0), request(first, Message("assistant", "Hi"), again))
     assert text == "You said: “My name is Ann”"
@@ -54,14 +54,14 @@ async def test_demo_remembers() -> None:
     assert "not said anything" in text
 
 
-async def test_demo_keeps_to_max_tokens() -> None:
+async def test_demo_respects_max_tokens() -> None:
     text, usage, end = await listen(Demo(rate=0), request(Message("user", "x"), max_tokens=5))
     assert len(text.split()) == usage.output_tokens == 5
     assert end.reason == "max_tokens"
 
 
 @pytest.mark.parametrize("kind", ["a class", "not async", "a generator"])
-def test_model_that_could_not_push_is_told_at_once(kind: str) -> None:
+def test_model_with_invalid_push_is_refused(kind: str) -> None:
     class Whole:
         async def push(self, request: Request, take: object, /) -> None: ...
 
@@ -100,7 +100,7 @@ async def nameless(request: Request, /) -> AsyncIterator[str]:
         (Named(), "listed", "listed", "listed"),
     ],
 )
-async def test_model_is_asked_for_the_clients_choice_or_its_own_name_alone(
+async def test_model_gets_name_chosen_by_client_or_own_name(
     model: Model, chosen: str | None, shown: str, asked: str
 ) -> None:
     async with wsserver.serve(model, port=0, models="listed") as server, client(server) as chat:
@@ -109,7 +109,7 @@ async def test_model_is_asked_for_the_clients_choice_or_its_own_name_alone(
         assert (await chat.text(start["id"]))[0] == asked
 
 
-def test_error_takes_its_code_as_a_string_and_no_other_string() -> None:
+def test_model_error_takes_known_code_as_string() -> None:
     error = ModelError("overloaded", retry_after=3)
     assert error.code is Code.OVERLOADED
     assert (error.message, error.retryable) == (Code.OVERLOADED.meaning, True)
@@ -119,11 +119,11 @@ def test_error_takes_its_code_as_a_string_and_no_other_string() -> None:
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), float("nan")])
-def test_retry_after_that_json_cannot_say_is_left_out(seconds: float) -> None:
+def test_retry_after_of_nan_or_infinity_is_omitted(seconds: float) -> None:
     assert ModelError("overloaded", retry_after=seconds).retry_after is None
 
 
-async def test_error_with_a_string_as_its_code_reaches_the_client() -> None:
+async def test_model_error_with_string_code_reaches_client() -> None:
     async def failing(request: Request, /) -> AsyncIterator[str]:
         yield "Half"
         raise ModelError("overloaded", "It is busy.")
@@ -135,12 +135,14 @@ async def test_error_with_a_string_as_its_code_reaches_the_client() -> None:
         assert failed["retryable"] is True
 
 
-def test_without_credentials_it_is_the_demo() -> None:
+def test_demo_is_default_model_without_credentials() -> None:
     assert name_of(make(Settings())) == "demo"
 
 
 @pytest.mark.parametrize("name", ["ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"])
-def test_with_credentials_it_is_claude(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_claude_is_default_model_with_credentials(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv(name, "x")
     assert name_of(make(Settings())) == "claude-sonnet-4-6"
     assert name_of(make(Settings(model="anthropic:some-model"))) == "some-model"
@@ -159,7 +161,7 @@ def test_claude_without_credentials_is_refused(
         make(Settings(model="claude-opus-5"))
 
 
-def test_model_of_ones_own_is_imported_from_the_current_folder(
+def test_custom_model_is_imported_from_current_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "my_models.py").write_text(

@@ -49,7 +49,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("answer", BODIES.values(), ids=BODIES.keys())
-async def test_bodies_are_read_and_the_connection_serves_the_next_request(answer: bytes) -> None:
+async def test_body_is_read_and_connection_serves_next_request(answer: bytes) -> None:
     async with answering(answer) as (raw, _), pool() as client:
         for _ in range(3):
             response = await client.post(template(raw.port), b"{}")
@@ -88,7 +88,7 @@ PAYLOADS = st.lists(
 
 @given(payloads=PAYLOADS, cuts=st.sets(st.integers(0, 600), max_size=12))
 @settings(max_examples=100)
-async def test_chunks_are_read_wherever_reads_cut_them(
+async def test_chunks_are_read_when_split_at_any_byte(
     payloads: list[bytes], cuts: set[int]
 ) -> None:
     answer = CHUNKED + b"".join(map(chunk, payloads)) + LAST
@@ -111,7 +111,7 @@ async def test_chunks_are_read_wherever_reads_cut_them(
     [OK, b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nconnection: close\r\n"],
     ids=["HTTP/1.1", "HTTP/1.0", "Connection: close"],
 )
-async def test_body_may_last_until_the_connection_closes(head: bytes) -> None:
+async def test_body_may_end_with_connection(head: bytes) -> None:
     async with answering(head + b"\r\nhello", close=True) as (raw, _), pool() as client:
         for number in (1, 2):
             assert await whole(await client.post(template(raw.port), b"{}")) == b"hello"
@@ -121,7 +121,7 @@ async def test_body_may_last_until_the_connection_closes(head: bytes) -> None:
 @pytest.mark.parametrize(
     "head", [b"HTTP/1.0 200 OK\r\n", b"HTTP/1.1 200 OK\r\nConnection: Close\r\n"]
 )
-async def test_connection_close_and_http_1_0_close_after_the_body(head: bytes) -> None:
+async def test_connection_close_and_http_1_0_close_after_body(head: bytes) -> None:
     answer = head + b"content-length: 5\r\n\r\nhello"
     async with answering(answer) as (raw, _), pool() as client:
         for number in (1, 2):
@@ -130,7 +130,7 @@ async def test_connection_close_and_http_1_0_close_after_the_body(head: bytes) -
 
 
 @pytest.mark.parametrize("status", [b"204 No Content", b"304 Not Modified"])
-async def test_statuses_without_a_body_have_none(status: bytes) -> None:
+async def test_status_204_and_304_have_no_body(status: bytes) -> None:
     answer = b"HTTP/1.1 %b\r\ncontent-length: 5\r\n\r\n" % status
     async with answering(answer) as (raw, _), pool() as client:
         for _ in range(2):
@@ -154,7 +154,7 @@ def bare(data: bytes) -> bytes:
     ("coding", "pack"), [(b"gzip", gzipped), (b"deflate", deflated), (b"deflate", bare)]
 )
 @pytest.mark.parametrize("size", [1, 1000, 1_000_000])
-async def test_compressed_bodies_are_decompressed_though_not_asked_for(
+async def test_unrequested_compressed_body_is_decompressed(
     coding: bytes, pack: Callable[[bytes], bytes], size: int
 ) -> None:
     packed = pack(b"hello " * 50_000)
@@ -175,14 +175,14 @@ async def test_compressed_bodies_are_decompressed_though_not_asked_for(
 
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br"])
 @pytest.mark.parametrize("body", [b"hello", gzip.compress(b"hello" * 99, mtime=0)[:25]])
-async def test_damaged_compression_is_an_error(coding: bytes, body: bytes) -> None:
+async def test_damaged_compression_is_error(coding: bytes, body: bytes) -> None:
     answer = OK + b"content-encoding: %b\r\ncontent-length: %d\r\n\r\n" % (coding, len(body))
     async with answering(answer + body) as (raw, _), pool() as client:
         with pytest.raises(DamagedBody):
             await whole(await client.post(template(raw.port), b"{}"))
 
 
-async def test_compressed_body_that_grows_without_end_is_an_error() -> None:
+async def test_compressed_body_over_size_limit_is_error() -> None:
     packed = gzip.compress(bytes(50_000_000))
     answer = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed)
     async with answering(answer + packed) as (raw, _), pool() as client:
@@ -194,7 +194,7 @@ async def test_compressed_body_that_grows_without_end_is_an_error() -> None:
 # By callback
 
 
-async def test_each_read_is_handed_on_at_once() -> None:
+async def test_each_read_is_passed_on_at_once() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(CHUNKED + chunk(b"one"))
@@ -210,7 +210,7 @@ async def test_each_read_is_handed_on_at_once() -> None:
         assert some.reads == [b"one", b"twothree"]
 
 
-async def test_reader_that_has_enough_can_read_on() -> None:
+async def test_reader_may_stop_and_continue() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(CHUNKED + chunk(b"one"))
@@ -227,7 +227,7 @@ async def test_reader_that_has_enough_can_read_on() -> None:
         assert (some.text, rest.text) == (b"one", b"two")
 
 
-async def test_exception_of_the_callback_ends_the_reading() -> None:
+async def test_exception_of_callback_ends_reading() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(CHUNKED)
@@ -249,7 +249,7 @@ async def test_exception_of_the_callback_ends_the_reading() -> None:
         await closed.wait()
 
 
-async def test_body_that_nobody_reads_stops_the_socket() -> None:
+async def test_unread_body_pauses_socket() -> None:
     sent = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -284,7 +284,7 @@ async def test_body_that_nobody_reads_stops_the_socket() -> None:
         assert read == 50_000_000
 
 
-async def test_to_close_a_response_closes_its_connection_at_once() -> None:
+async def test_close_of_response_closes_connection_at_once() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(CHUNKED + chunk(b"one"))
@@ -305,7 +305,7 @@ async def test_to_close_a_response_closes_its_connection_at_once() -> None:
 # The rest of a body
 
 
-async def test_released_response_gives_its_connection_to_the_next_request() -> None:
+async def test_released_response_returns_connection_to_pool() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await head_of(reader)
@@ -326,7 +326,7 @@ async def test_released_response_gives_its_connection_to_the_next_request() -> N
 
 
 @pytest.mark.parametrize("rest", [b"", chunk(bytes(200_000))], ids=["silent", "long"])
-async def test_released_response_that_does_not_end_closes_its_connection(
+async def test_released_unfinished_response_closes_connection(
     monkeypatch: pytest.MonkeyPatch, rest: bytes
 ) -> None:
     monkeypatch.setattr("wsserver.models.h1.DRAIN_TIME", 60 if rest else 0.01)
@@ -378,7 +378,7 @@ async def test_released_response_that_does_not_end_closes_its_connection(
     ],
     ids=lambda answer: repr(answer[:60]),
 )
-async def test_malformed_responses_are_an_error(answer: bytes) -> None:
+async def test_malformed_response_is_error(answer: bytes) -> None:
     async with answering(answer) as (raw, _), pool() as client:
         with pytest.raises(MalformedResponse):
             await client.post(template(raw.port), b"{}")
@@ -404,9 +404,7 @@ async def test_repeated_headers_are_one_list() -> None:
     "damage", [b"zz\r\nhello\r\n", b"-5\r\nhello\r\n", b"5\r\nhelloXX", b"0x5\r\nhello\r\n"]
 )
 @pytest.mark.parametrize("together", [True, False])
-async def test_damaged_chunks_are_an_error_after_the_text_before_them(
-    damage: bytes, together: bool
-) -> None:
+async def test_damaged_chunk_is_error_after_preceding_text(damage: bytes, together: bool) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         if together:
@@ -426,7 +424,7 @@ async def test_damaged_chunks_are_an_error_after_the_text_before_them(
 
 
 @pytest.mark.parametrize("framing", [b"transfer-encoding: chunked", b"content-length: 99"])
-async def test_body_that_is_cut_is_an_error_after_the_text_before_it(framing: bytes) -> None:
+async def test_truncated_body_is_error_after_preceding_text(framing: bytes) -> None:
     answer = OK + framing + b"\r\n\r\n" + chunk(b"one")
     async with answering(answer, close=True) as (raw, _), pool() as client:
         response = await client.post(template(raw.port), b"{}")
@@ -436,7 +434,7 @@ async def test_body_that_is_cut_is_an_error_after_the_text_before_it(framing: by
         assert b"one" in some.text
 
 
-async def test_body_that_lasts_until_the_connection_closes_is_cut_by_a_reset() -> None:
+async def test_body_ended_by_connection_is_truncated_by_reset() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(OK + b"\r\nhel")
@@ -478,7 +476,7 @@ ANYTHING = st.lists(
 
 @given(parts=ANYTHING)
 @settings(max_examples=300)
-async def test_any_bytes_are_a_response_or_an_error_and_leave_the_pool_usable(
+async def test_any_bytes_are_response_or_error_and_pool_stays_usable(
     parts: list[bytes],
 ) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -36,9 +36,7 @@ from wsserver.models.response import NoResponse
     ids=["a response", "an empty line", "a byte"],
 )
 @pytest.mark.parametrize("when", ["with the body", "later"])
-async def test_bytes_that_nobody_asked_for_close_an_idle_connection(
-    unasked: bytes, when: str
-) -> None:
+async def test_unsolicited_bytes_close_idle_connection(unasked: bytes, when: str) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         answer = OK + b"content-length: 5\r\n\r\nhello"
@@ -64,7 +62,7 @@ async def test_bytes_that_nobody_asked_for_close_an_idle_connection(
             assert raw.accepted == number
 
 
-async def test_connection_that_the_server_closed_is_noticed_before_its_use() -> None:
+async def test_closed_idle_connection_is_noticed_before_reuse() -> None:
     def serve() -> None:
         while True:
             connection, _ = listening.accept()
@@ -89,7 +87,7 @@ async def test_connection_that_the_server_closed_is_noticed_before_its_use() -> 
         thread.join(SECONDS)
 
 
-async def test_connection_that_closes_at_once_is_an_error() -> None:
+async def test_connection_closed_at_once_is_error() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         pass
 
@@ -100,7 +98,7 @@ async def test_connection_that_closes_at_once_is_an_error() -> None:
         await client.warm(template(raw.port).origin)
 
 
-async def test_request_is_not_sent_twice_when_a_kept_connection_ends_without_an_answer() -> None:
+async def test_request_is_not_resent_when_kept_connection_closes() -> None:
     requests = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -119,7 +117,7 @@ async def test_request_is_not_sent_twice_when_a_kept_connection_ends_without_an_
 
 
 @pytest.mark.parametrize("value", [b"timeout=1", b"max=100, timeout=1", b"Timeout=0"])
-async def test_idle_connection_is_closed_before_the_server_closes_it(value: bytes) -> None:
+async def test_idle_connection_is_closed_before_keep_alive_timeout(value: bytes) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         writer.write(OK + b"content-length: 5\r\nkeep-alive: %b\r\n\r\nhello" % value)
@@ -133,7 +131,7 @@ async def test_idle_connection_is_closed_before_the_server_closes_it(value: byte
 
 
 @pytest.mark.parametrize("value", [b"timeout=100", b"timeout=x", b"max=1"])
-async def test_other_keep_alive_hints_keep_the_connection(value: bytes) -> None:
+async def test_other_keep_alive_hints_keep_connection(value: bytes) -> None:
     answer = OK + b"content-length: 5\r\nkeep-alive: %b\r\n\r\nhello" % value
     async with answering(answer) as (raw, _), pool() as client:
         for _ in range(2):
@@ -141,7 +139,7 @@ async def test_other_keep_alive_hints_keep_the_connection(value: bytes) -> None:
         assert raw.accepted == 1
 
 
-async def test_idle_connections_are_closed_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_connections_are_closed_after_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wsserver.models.http.IDLE_TIME", 0.01)
     closed = asyncio.Event()
 
@@ -156,9 +154,7 @@ async def test_idle_connections_are_closed_after_a_while(monkeypatch: pytest.Mon
         await closed.wait()
 
 
-async def test_no_more_connections_than_the_limit_and_waiting_takes_no_longer_than_connecting() -> (
-    None
-):
+async def test_connections_are_limited_and_wait_is_bounded() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await head_of(reader)
@@ -180,7 +176,7 @@ async def test_no_more_connections_than_the_limit_and_waiting_takes_no_longer_th
         assert raw.accepted == 2
 
 
-async def test_request_that_is_cancelled_while_it_waits_passes_its_turn_on() -> None:
+async def test_cancelled_waiting_request_passes_turn_on() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _):
         async with pool(limit=1) as client:
             ask = template(raw.port)
@@ -192,7 +188,7 @@ async def test_request_that_is_cancelled_while_it_waits_passes_its_turn_on() -> 
                 assert await whole(await task) == b"hello"
 
 
-async def test_request_that_is_cancelled_as_its_turn_comes_passes_the_turn_on() -> None:
+async def test_request_cancelled_at_its_turn_passes_turn_on() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await head_of(reader)
@@ -213,7 +209,7 @@ async def test_request_that_is_cancelled_as_its_turn_comes_passes_the_turn_on() 
         assert raw.accepted == 1
 
 
-async def test_room_is_made_by_closing_an_idle_connection_to_another_server() -> None:
+async def test_idle_connection_to_other_server_is_closed_for_room() -> None:
     answer = OK + b"content-length: 5\r\n\r\nhello"
     async with answering(answer) as (one, _), answering(answer) as (other, _):
         async with pool(limit=1) as client:
@@ -224,7 +220,7 @@ async def test_room_is_made_by_closing_an_idle_connection_to_another_server() ->
 # Requests
 
 
-async def test_large_upload_waits_for_the_server_to_read() -> None:
+async def test_large_upload_waits_for_server_to_read() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"content-length: 20000000\r\n" in head
@@ -252,7 +248,7 @@ async def test_large_upload_waits_for_the_server_to_read() -> None:
 
 
 @pytest.mark.parametrize("status", [413, 401])
-async def test_answer_before_the_end_of_an_upload_is_read(status: int) -> None:
+async def test_response_before_end_of_upload_is_read(status: int) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 %d No\r\ncontent-length: 5\r\n\r\nsorry" % status)
@@ -269,7 +265,7 @@ async def test_answer_before_the_end_of_an_upload_is_read(status: int) -> None:
         assert raw.accepted == 2, "half a request is on the first"
 
 
-async def test_connection_with_half_a_request_serves_no_other() -> None:
+async def test_connection_with_partial_request_is_not_reused() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         if raw.accepted > 1:
@@ -291,7 +287,7 @@ async def test_connection_with_half_a_request_serves_no_other() -> None:
         assert raw.accepted == 2
 
 
-async def test_nothing_is_sent_over_a_connection_that_has_closed() -> None:
+async def test_closed_connection_sends_nothing() -> None:
     class Owner:
         def on_free(self, connection: Connection) -> None: ...
 
@@ -304,7 +300,7 @@ async def test_nothing_is_sent_over_a_connection_that_has_closed() -> None:
         await connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
 
 
-async def test_request_that_is_cancelled_closes_its_connection() -> None:
+async def test_cancelled_request_closes_connection() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         came.set()
@@ -332,12 +328,12 @@ async def test_request_that_is_cancelled_closes_its_connection() -> None:
         (b"", b"one"),
     ],
 )
-def test_headers_that_would_be_more_than_one_are_refused(header: tuple[bytes, bytes]) -> None:
+def test_malformed_header_is_refused(header: tuple[bytes, bytes]) -> None:
     with pytest.raises(InvalidRequest):
         Template.make(Origin("http", "api.example", 80, "api.example"), b"/", [header])
 
 
-async def test_framing_is_never_that_of_the_headers_given() -> None:
+async def test_given_framing_headers_are_ignored() -> None:
     given_headers = [(b"Host", b"a"), (b"Content-Length", b"99"), (b"Transfer-Encoding", b"x")]
     async with answering(OK + b"content-length: 0\r\n\r\n") as (raw, heads), pool() as client:
         origin = Origin("http", "127.0.0.1", raw.port, "127.0.0.1")
@@ -358,7 +354,7 @@ async def test_framing_is_never_that_of_the_headers_given() -> None:
         (b"//127.0.0.1:{port}/x", b"/x"),
     ],
 )
-async def test_redirects_within_the_origin_are_followed(location: bytes, target: bytes) -> None:
+async def test_redirects_within_origin_are_followed(location: bytes, target: bytes) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await head_of(reader)
         to = location.replace(b"{port}", b"%d" % raw.port)
@@ -399,7 +395,7 @@ async def test_other_redirects_are_refused(status: int, location: bytes) -> None
         assert raw.accepted == 1
 
 
-async def test_redirects_without_end_are_refused() -> None:
+async def test_endless_redirects_are_refused() -> None:
     answer = b"HTTP/1.1 308 There\r\nlocation: /\r\ncontent-length: 0\r\n\r\n"
     async with answering(answer) as (raw, heads), pool() as client:
         with pytest.raises(Redirected):
@@ -407,7 +403,7 @@ async def test_redirects_without_end_are_refused() -> None:
         assert len(heads) < 30
 
 
-async def test_redirect_without_a_location_is_a_response() -> None:
+async def test_redirect_without_location_is_response() -> None:
     async with answering(b"HTTP/1.1 307 There\r\ncontent-length: 0\r\n\r\n") as (raw, _):
         async with pool() as client:
             assert (await client.post(template(raw.port), b"{}")).status == 307
@@ -416,7 +412,7 @@ async def test_redirect_without_a_location_is_a_response() -> None:
 # Connecting
 
 
-async def test_nothing_that_listens_is_an_error_at_once() -> None:
+async def test_refused_connection_is_error_at_once() -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         async with pool() as client:
@@ -425,13 +421,13 @@ async def test_nothing_that_listens_is_an_error_at_once() -> None:
 
 
 @pytest.mark.parametrize("host", ["does-not-exist.invalid", "x" * 70 + ".example"])
-async def test_name_without_an_address_is_an_error(host: str) -> None:
+async def test_name_without_address_is_error(host: str) -> None:
     async with pool() as client:
         with pytest.raises(CannotConnect):
             await client.post(template(80, host), b"{}")
 
 
-async def test_server_that_does_not_accept_is_an_error_in_time() -> None:
+async def test_connect_timeout_is_error() -> None:
     with socket.socket() as held, socket.socket() as first, socket.socket() as second:
         held.bind(("127.0.0.1", 0))
         held.listen(0)  # and nobody accepts: the backlog fills
@@ -443,7 +439,7 @@ async def test_server_that_does_not_accept_is_an_error_in_time() -> None:
                 await client.post(template(held.getsockname()[1]), b"{}")
 
 
-async def test_next_address_is_tried_when_one_refuses_or_is_silent(
+async def test_next_address_is_tried_after_refusal_or_silence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     resolve = asyncio.get_running_loop().getaddrinfo
@@ -471,7 +467,7 @@ async def test_next_address_is_tried_when_one_refuses_or_is_silent(
             assert len(heads) == 1
 
 
-async def test_name_is_looked_up_once_for_many_connections(
+async def test_name_is_resolved_once_for_many_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     resolve = asyncio.get_running_loop().getaddrinfo
@@ -516,7 +512,7 @@ async def test_ipv6_address_is_reached() -> None:
 # Connections made ahead
 
 
-async def test_warm_connection_is_the_one_that_the_next_request_uses() -> None:
+async def test_next_request_uses_warm_connection() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
         for _ in range(3):
             await client.warm(template(raw.port).origin)
@@ -525,7 +521,7 @@ async def test_warm_connection_is_the_one_that_the_next_request_uses() -> None:
         assert raw.accepted == 1
 
 
-async def test_request_waits_for_the_connection_that_is_being_made_ahead() -> None:
+async def test_request_waits_for_pending_warm_connection() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
         warming = asyncio.create_task(client.warm(template(raw.port).origin))
         await asyncio.sleep(0)
@@ -559,7 +555,7 @@ async def test_request_makes_its_own_connection_when_the_one_made_ahead_fails(
         assert (len(dialed), raw.accepted) == (2, 1)
 
 
-async def test_no_connection_is_made_ahead_while_a_request_makes_one() -> None:
+async def test_warm_does_nothing_while_request_connects() -> None:
     async with answering(OK + b"content-length: 5\r\n\r\nhello") as (raw, _), pool() as client:
         posting = asyncio.create_task(client.post(template(raw.port), b"{}"))
         await asyncio.sleep(0)
@@ -568,7 +564,7 @@ async def test_no_connection_is_made_ahead_while_a_request_makes_one() -> None:
         assert raw.accepted == 1
 
 
-async def test_failure_to_connect_ahead_is_left_to_the_request() -> None:
+async def test_failed_warm_connection_is_left_to_request() -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         ask = template(held.getsockname()[1])
@@ -578,7 +574,7 @@ async def test_failure_to_connect_ahead_is_left_to_the_request() -> None:
                 await client.post(ask, b"{}")
 
 
-async def test_no_connection_is_made_ahead_beyond_the_limit() -> None:
+async def test_warm_does_nothing_at_connection_limit() -> None:
     async with answering(CHUNKED + chunk(b"one")) as (raw, _), pool(limit=1) as client:
         response = await client.post(template(raw.port), b"{}")
         await client.warm(template(raw.port).origin)

@@ -37,7 +37,7 @@ PROXY = "http://proxy.example:3128"
         ({"http": ""}, "http", None),
     ],
 )
-def test_proxy_is_that_of_the_scheme_or_of_all(
+def test_proxy_of_scheme_or_all_proxy_is_used(
     environment: dict[str, str], scheme: str, expected: tuple[str, int, bool] | None
 ) -> None:
     found = proxy_for(scheme, "api.example", 443, environment)
@@ -86,14 +86,14 @@ def test_no_proxy_exempts_names_addresses_networks_and_ports(
     assert (found is None) is exempt
 
 
-def test_credentials_of_a_proxy_are_decoded() -> None:
+def test_proxy_credentials_are_percent_decoded() -> None:
     proxy = proxy_for("http", "api.example", 80, {"all": "http://us%40er:pa%3Ass@proxy.example"})
     assert proxy is not None
     assert proxy.authorization == b"Basic dXNAZXI6cGE6c3M="
 
 
 @pytest.mark.parametrize("address", ["socks5://proxy.example", "http://", "http://[", "ftp://x"])
-def test_address_that_is_no_http_proxy_is_an_error(address: str) -> None:
+def test_proxy_address_of_other_scheme_is_error(address: str) -> None:
     with pytest.raises(ConfigError):
         proxy_for("http", "api.example", 80, {"all": address})
 
@@ -127,7 +127,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("proxy_tls", [False, True])
 @pytest.mark.parametrize("api_tls", [False, True])
 @pytest.mark.usefixtures("trusted")
-async def test_prompts_go_through_the_proxy(
+async def test_prompts_use_proxy(
     monkeypatch: pytest.MonkeyPatch,
     stack: AsyncExitStack,
     credentials: str | None,
@@ -156,7 +156,7 @@ async def test_prompts_go_through_the_proxy(
     assert upstream.requests[0].headers["host"] == "api.example"
 
 
-async def test_certificate_behind_the_proxy_must_be_trusted(
+async def test_untrusted_certificate_behind_proxy_is_refused(
     monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
 ) -> None:
     upstream = await stack.enter_async_context(Upstream(tls=True))
@@ -167,7 +167,7 @@ async def test_certificate_behind_the_proxy_must_be_trusted(
 
 
 @pytest.mark.usefixtures("trusted")
-async def test_name_that_the_certificate_does_not_have_is_not_trusted(
+async def test_certificate_of_other_name_is_refused(
     monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
 ) -> None:
     upstream = await stack.enter_async_context(Upstream(tls=True))
@@ -179,7 +179,7 @@ async def test_name_that_the_certificate_does_not_have_is_not_trusted(
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize("status", [407, 502])
-async def test_proxy_that_refuses_is_an_error(
+async def test_proxy_refusal_is_error(
     monkeypatch: pytest.MonkeyPatch, scheme: str, status: int
 ) -> None:
     async with HttpProxy(1, refuse=status) as proxy:
@@ -189,7 +189,7 @@ async def test_proxy_that_refuses_is_an_error(
     assert failed["code"] == ("upstream_error" if passed_on else "unreachable")
 
 
-async def test_proxy_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unreachable_proxy_is_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused_url() as url:
         monkeypatch.setenv("ALL_PROXY", url)
         assert (await ask(monkeypatch, "https://api.example"))["code"] == "unreachable"
@@ -206,7 +206,7 @@ async def test_proxy_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPat
     ],
     ids=lambda answer: repr(answer[:50]),
 )
-async def test_proxy_that_does_not_speak_http_is_an_error(
+async def test_malformed_proxy_response_is_error(
     monkeypatch: pytest.MonkeyPatch, answer: bytes
 ) -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -220,7 +220,7 @@ async def test_proxy_that_does_not_speak_http_is_an_error(
         assert (await ask(monkeypatch, "https://api.example"))["code"] == "unreachable"
 
 
-async def test_socks_proxy_is_named_in_the_log(
+async def test_socks_proxy_is_named_in_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
@@ -229,7 +229,7 @@ async def test_socks_proxy_is_named_in_the_log(
 
 
 @pytest.mark.usefixtures("trusted")
-async def test_certificate_of_the_environment_is_trusted(
+async def test_ssl_cert_file_of_environment_is_trusted(
     monkeypatch: pytest.MonkeyPatch, stack: AsyncExitStack
 ) -> None:
     upstream = await stack.enter_async_context(Upstream(tls=True))

@@ -13,7 +13,7 @@ from wsserver import Code, ModelError, Thinking
 # Conversations that are open.
 
 
-async def test_closed_conversation_is_followed_no_more(
+async def test_closed_conversation_is_not_followed(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "First", "x", conversation=ONE)
@@ -30,7 +30,7 @@ async def test_closed_conversation_is_followed_no_more(
         assert await other.quiet() == []
 
 
-async def test_closing_keeps_what_the_socket_asked_for(chat: Client, puppet: Puppet) -> None:
+async def test_close_keeps_own_replies_of_socket(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, "First", "x", conversation=ONE)
     await chat.send({"type": "open", "conversation": ONE})
     await chat.next("history")
@@ -41,12 +41,12 @@ async def test_closing_keeps_what_the_socket_asked_for(chat: Client, puppet: Pup
     assert (await chat.text(ID))[0] == "heard"
 
 
-async def test_close_of_a_conversation_that_is_not_open_is_harmless(chat: Client) -> None:
+async def test_close_of_unopened_conversation_gets_closed(chat: Client) -> None:
     await chat.send({"type": "close", "conversation": ONE, "request": "c"})
     assert await chat.next() == {"type": "closed", "conversation": ONE, "request": "c"}
 
 
-async def test_socket_opens_a_bounded_number_of_conversations(puppet: Puppet) -> None:
+async def test_open_conversations_of_socket_are_limited(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, drain_timeout=0, frame_burst=1000) as server,
         client(server) as chat,
@@ -65,7 +65,7 @@ async def test_socket_opens_a_bounded_number_of_conversations(puppet: Puppet) ->
         assert (await chat.next("history", "error"))["conversation"] == names[0]
 
 
-async def test_new_title_reaches_others_who_have_the_conversation_open(
+async def test_new_title_reaches_sockets_with_conversation_open(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "First", "x", conversation=ONE)
@@ -91,7 +91,7 @@ async def test_delete_stops_replies_with_by_deleted(chat: Client, puppet: Puppet
 # Open
 
 
-async def test_history_marks_partial_messages_with_the_reason(chat: Client, puppet: Puppet) -> None:
+async def test_history_marks_partial_messages_with_reason(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, "One", "Yes", conversation=ONE)
     await chat.prompt("Two", conversation=ONE, id=ID)
     (await puppet.reply(1)).say(Thinking("hm"), "Half")
@@ -115,7 +115,7 @@ async def test_history_marks_partial_messages_with_the_reason(chat: Client, pupp
     assert {m["id"] for m in history["messages"][2:4]} == {ID}
 
 
-async def test_second_tab_sees_running_and_later_replies_and_may_stop_them(
+async def test_second_tab_gets_running_and_later_replies_and_can_stop(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Before", "Yes", conversation=ONE)
@@ -145,7 +145,7 @@ async def test_second_tab_sees_running_and_later_replies_and_may_stop_them(
         assert (await tab.text(shown["id"]))[0] == "for both"
 
 
-async def test_prompt_of_a_watching_tab_gets_one_start(
+async def test_prompt_of_watching_tab_gets_one_start(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Before", "Yes", conversation=ONE)
@@ -194,7 +194,7 @@ async def test_long_history_comes_in_pages(chat: Client, puppet: Puppet) -> None
     assert said == [text for n in range(8) for text in (f"{n}", f"{n}" * 60_000)]
 
 
-async def test_last_page_of_a_history_has_no_before(puppet: Puppet, tmp_path: Path) -> None:
+async def test_last_page_of_history_has_no_before(puppet: Puppet, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/db"
     async with (
         wsserver.serve(puppet, port=0, store=store, history_messages=3, drain_timeout=0) as server,
@@ -210,7 +210,7 @@ async def test_last_page_of_a_history_has_no_before(puppet: Puppet, tmp_path: Pa
         assert [text for text in said if text != "x"] == [f"{number}" for number in range(6)]
 
 
-async def test_message_too_long_for_a_frame_is_cut_and_marked(chat: Client, puppet: Puppet) -> None:
+async def test_message_over_frame_size_is_cut_and_marked(chat: Client, puppet: Puppet) -> None:
     await exchange(chat, puppet, "Long", "é" * 300_000, conversation=ONE)
     history = await opened(chat)
     _, message = history["messages"]
@@ -261,9 +261,7 @@ async def test_conversation_is_renamed_and_deleted(chat: Client, puppet: Puppet)
     assert (await chat.next("conversations"))["items"] == []
 
 
-async def test_delete_stops_running_and_queued_replies_for_good(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_delete_stops_running_and_queued_replies(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("Runs", conversation=ONE, id=ID)
     await chat.prompt("Waits", conversation=ONE, id=OTHER, on_busy="queue")
     (await puppet.reply()).say("half")
@@ -278,7 +276,7 @@ async def test_delete_stops_running_and_queued_replies_for_good(
     assert [m.content for m in puppet.replies[1].request.messages] == ["Anew"]
 
 
-async def test_delete_is_done_after_its_client_has_gone(
+async def test_delete_is_done_after_disconnect(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Mine", "x", conversation=ONE)
@@ -292,7 +290,7 @@ async def test_delete_is_done_after_its_client_has_gone(
     assert (await opened(chat))["code"] == "not_found"
 
 
-async def test_id_of_a_deleted_reply_is_forgotten_and_costs_nothing(
+async def test_prompt_with_id_of_deleted_reply_is_forgotten_and_free(
     chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "One", "x", conversation=ONE, id=ID)
@@ -303,7 +301,7 @@ async def test_id_of_a_deleted_reply_is_forgotten_and_costs_nothing(
     assert len(puppet.replies) == 1
 
 
-async def test_client_that_does_not_read_gets_the_next_answer_once_it_reads(
+async def test_client_gets_next_answer_after_reading(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     for number in range(3):
@@ -316,7 +314,7 @@ async def test_client_that_does_not_read_gets_the_next_answer_once_it_reads(
             assert await slow.read(), "the server aborted the connection"
 
 
-async def test_delete_is_told_to_clients_with_the_conversation_open(
+async def test_delete_is_announced_to_sockets_with_conversation_open(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "One", "x", conversation=ONE)

@@ -29,13 +29,13 @@ async def ready(server: wsserver.Server, port: int | None = None) -> tuple[int, 
 READY = {"ready": True, "store": True, "serving": True, "upstream": True}
 
 
-async def test_it_is_ready_and_alive_by_whatever_name(server: wsserver.Server) -> None:
+async def test_probes_answer_for_any_host(server: wsserver.Server) -> None:
     assert await ready(server) == (200, READY)
     for host in ("10.1.2.3:3001", "probe.internal"):
         assert (await ask(server, f"GET /healthz HTTP/1.1\nHost: {host}\n\n"))[0] == 200
 
 
-async def test_a_fault_of_ours_is_in_the_log(
+async def test_exception_in_readyz_is_logged(
     server: wsserver.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def broken(*_: object) -> None:
@@ -48,13 +48,13 @@ async def test_a_fault_of_ours_is_in_the_log(
     assert "secret" not in caplog.text
 
 
-async def test_metrics_need_a_token_where_strangers_may_be(puppet: Puppet) -> None:
+async def test_metrics_need_token_with_allow_anonymous(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, allow_anonymous=True) as server:
         status, _, body = await ask(server, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
         assert (status, b"metrics_token" in body) == (401, True)
 
 
-async def test_a_port_of_their_own_honours_the_token_and_knows_two_methods(
+async def test_operators_port_checks_token_and_method(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, operations_port=0, metrics_token="sesame") as server:
@@ -67,7 +67,7 @@ async def test_a_port_of_their_own_honours_the_token_and_knows_two_methods(
 
 
 @pytest.mark.parametrize("failure", [StoreError("disk"), None])
-async def test_it_is_not_ready_without_its_store(
+async def test_readyz_fails_while_store_fails_or_hangs(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
 ) -> None:
     monkeypatch.setattr(journal, "PROBE_EVERY", 0.0)
@@ -87,7 +87,7 @@ async def test_it_is_not_ready_without_its_store(
         assert await ready(server) == (200, READY)
 
 
-async def test_it_is_not_ready_while_replies_cannot_be_saved(
+async def test_readyz_fails_while_replies_cannot_be_saved(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing = True
@@ -113,7 +113,7 @@ async def test_it_is_not_ready_while_replies_cannot_be_saved(
         assert await ready(server) == (200, READY)
 
 
-async def test_it_is_not_ready_once_its_database_was_deleted(
+async def test_readyz_fails_while_database_file_is_missing(
     puppet: Puppet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +137,7 @@ async def test_it_is_not_ready_once_its_database_was_deleted(
         assert await ready(server) == (200, READY)
 
 
-async def test_it_is_not_ready_while_its_model_is_known_to_fail(puppet: Puppet) -> None:
+async def test_readyz_fails_while_model_api_fails(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
         for number in range(5):
             assert (await ready(server))[0] == 200
@@ -151,7 +151,7 @@ async def test_it_is_not_ready_while_its_model_is_known_to_fail(puppet: Puppet) 
         assert (await ready(server))[0] == 200
 
 
-async def test_it_is_not_ready_while_it_drains(puppet: Puppet) -> None:
+async def test_readyz_fails_while_server_drains(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, operations_port=0) as server,
         client(server) as chat,
@@ -167,7 +167,7 @@ async def test_it_is_not_ready_while_it_drains(puppet: Puppet) -> None:
         await closing
 
 
-async def test_metrics_tell_what_happened(server: wsserver.Server) -> None:
+async def test_metrics_count_connections(server: wsserver.Server) -> None:
     async with client(server) as chat:
         await chat.quiet()
         status, headers, body = await ask(server, "GET /metrics HTTP/1.1\nHost: localhost\n\n")
@@ -186,7 +186,7 @@ async def test_metrics_tell_what_happened(server: wsserver.Server) -> None:
         ("Authorization: Bearer anything\n", 200),
     ],
 )
-async def test_without_a_token_metrics_are_for_this_machine(
+async def test_metrics_without_token_are_served_to_local_clients(
     server: wsserver.Server, headers: str, status: int
 ) -> None:
     got, *_ = await ask(server, f"GET /metrics HTTP/1.1\nHost: localhost\n{headers}\n")
@@ -205,7 +205,7 @@ async def test_without_a_token_metrics_are_for_this_machine(
         ("Authorization: Bearer \u00e9\n", 401),
     ],
 )
-async def test_with_a_token_they_are_for_who_has_it(
+async def test_metrics_with_token_need_that_token(
     puppet: Puppet, headers: str, status: int
 ) -> None:
     async with wsserver.serve(puppet, port=0, metrics_token="sesame") as server:
@@ -218,7 +218,7 @@ async def test_with_a_token_they_are_for_who_has_it(
             assert b"wsserver_connections" not in body
 
 
-async def test_their_token_may_be_in_a_file_and_is_read_again_on_a_reload(
+async def test_reload_reads_metrics_token_file(
     puppet: Puppet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "token"
@@ -239,7 +239,7 @@ async def test_their_token_may_be_in_a_file_and_is_read_again_on_a_reload(
         assert "token for metrics stays as it was" in caplog.text
 
 
-async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> None:
+async def test_operators_port_replaces_probes_and_metrics_of_main_port(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, operations_port=0) as server:
         assert server.operations_port not in {None, server.port}
         for path, own, other in (
@@ -266,7 +266,7 @@ async def test_a_port_of_their_own_takes_them_off_the_other(puppet: Puppet) -> N
         ({"operations_host": "0.0.0.0"}, 200),  # which whoever reaches it may read anyway
     ],
 )
-async def test_a_rebound_name_gets_no_metrics_from_a_port_of_their_own(
+async def test_rebound_name_gets_no_metrics_from_operators_port(
     puppet: Puppet, given: dict[str, Any], status: int
 ) -> None:
     options: dict[str, Any] = {"port": 0, "operations_port": 0, **given}
@@ -281,14 +281,14 @@ async def test_a_rebound_name_gets_no_metrics_from_a_port_of_their_own(
         assert (await ask(server, request, server.operations_port))[0] == 200
 
 
-async def test_a_port_of_their_own_that_is_taken_is_an_error(puppet: Puppet) -> None:
+async def test_operators_port_in_use_is_one_line_error(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0) as server:
         with pytest.raises(ConfigError, match=r"operations_port: cannot listen on .*in use"):
             async with wsserver.serve(puppet, port=0, operations_port=server.port):
                 raise AssertionError
 
 
-async def test_a_server_that_cannot_start_leaves_no_port_of_operators(
+async def test_failed_start_closes_operators_port(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken(listener: Listener) -> None:
@@ -305,7 +305,7 @@ async def test_a_server_that_cannot_start_leaves_no_port_of_operators(
         await ask(server, "GET /healthz HTTP/1.1\nHost: x\n\n", server.operations_port)
 
 
-async def test_head_of_them_is_get_without_the_body(server: wsserver.Server) -> None:
+async def test_head_of_probes_and_metrics_has_no_body(server: wsserver.Server) -> None:
     for path in ("/readyz", "/metrics"):
         status, headers, body = await ask(server, f"HEAD {path} HTTP/1.1\nHost: localhost\n\n")
         assert (status, body) == (200, b"")

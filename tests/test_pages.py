@@ -39,7 +39,7 @@ turns = st.lists(st.tuples(texts, replies), max_size=30).map(
 
 
 @given(turns, st.booleans())
-def test_history_fits_into_a_frame_and_leads_to_all_turns(said: list[Turn], older: bool) -> None:
+def test_history_page_fits_frame_and_leads_to_all_turns(said: list[Turn], older: bool) -> None:
     room = room_of(SETTINGS)
     stored = StoredConversation(ID, "owner", "T" * 200, said, older)
     page = history(stored, [ID] * 9, room, "r" * 64)
@@ -54,7 +54,7 @@ def test_history_fits_into_a_frame_and_leads_to_all_turns(said: list[Turn], olde
 
 
 @given(st.lists(texts.map(lambda text: text[:200]), max_size=101), st.integers(1, 100))
-def test_list_fits_into_a_frame_and_goes_on_after_it(titles: list[str], limit: int) -> None:
+def test_list_page_fits_frame_and_leads_to_rest(titles: list[str], limit: int) -> None:
     found = [Summary(ID, title, 1e9, 1e9, 1000 - n) for n, title in enumerate(titles)][: limit + 1]
     page = conversations(found, limit, room_of(SETTINGS), "r" * 64)
     assert len(encode(page)) <= SETTINGS.answer_size
@@ -73,7 +73,7 @@ def test_list_fits_into_a_frame_and_goes_on_after_it(titles: list[str], limit: i
         {"message_size": 1_000},
     ],
 )
-def test_settings_with_which_a_prompt_could_not_be_shown_again_are_refused(
+def test_settings_too_small_to_show_prompt_are_refused(
     settings: dict[str, int],
 ) -> None:
     with pytest.raises(ConfigError, match="must"):

@@ -36,7 +36,7 @@ def test_run_has_one_block() -> None:
     assert pieces.read(1, 100) == (3, "text", 1, "bc")
 
 
-def test_run_is_cut_after_the_piece_that_crosses_the_limit() -> None:
+def test_run_ends_with_piece_reaching_limit() -> None:
     pieces = said("aaa", "bbb", "ccc")
     assert pieces.read(0, 4) == (2, "text", 0, "aaabbb")
     assert pieces.read(0, 3) == (1, "text", 0, "aaa")
@@ -49,7 +49,7 @@ def test_citations_are_not_merged() -> None:
 
 
 @given(PIECES, st.integers(0, 20), st.integers(1, 8))
-def test_content_after_any_cursor_is_the_same_however_it_is_cut(
+def test_content_after_any_cursor_is_same_for_any_limit(
     given_pieces: list[Piece], after: int, limit: int
 ) -> None:
     pieces = Pieces(given_pieces)
@@ -67,7 +67,7 @@ def test_content_after_any_cursor_is_the_same_however_it_is_cut(
 
 
 @given(PIECES, st.integers(0, 20), st.integers(0, 20))
-def test_replaced_pieces_are_those_after_a_number(
+def test_replace_overwrites_pieces_after_position(
     given_pieces: list[Piece], first: int, again: int
 ) -> None:
     """Batches overlap where one is saved again; none takes away what a later one has brought."""
@@ -123,7 +123,7 @@ def test_pieces_make_blocks(pieces: list[tuple[Kind, int, str]], blocks: tuple[B
     ],
     ids=lambda block: block.type,
 )
-def test_block_is_the_same_after_its_pieces(block: Block) -> None:
+def test_block_survives_split_into_pieces(block: Block) -> None:
     pieces = Pieces(Piece(kind, 0, data) for kind, data in pieces_of(block))
     assert pieces.blocks() == (block,)
 
@@ -134,6 +134,6 @@ TEXTS = st.lists(
 
 
 @given(TEXTS)
-def test_text_is_what_was_said(texts: list[str]) -> None:
+def test_text_joins_text_pieces(texts: list[str]) -> None:
     assert heard(said(*texts)) == texts
     assert said(*texts).text == "".join(text for text in texts if type(text) is str)

@@ -40,7 +40,7 @@ def cost(price: Price, asked: int, said: int, written: int = 0, read: int = 0) -
         ((10**400, 10**400), 10**12, 10**12),
     ],
 )
-def test_each_kind_of_token_costs_its_share(
+def test_token_kinds_cost_their_prices(
     counts: tuple[int, ...], tokens: int, microdollars: int
 ) -> None:
     assert cost(SONNET, *counts) == Spent(tokens, microdollars)
@@ -50,7 +50,7 @@ def test_reply_without_usage_costs_nothing() -> None:
     assert SONNET.spent(None) == NOTHING
 
 
-def test_long_prompt_may_have_another_price() -> None:
+def test_long_prompt_has_other_price() -> None:
     price = Price(1, 2, 3, 4, over=Price(10, 20, 30, 40))
     assert cost(price, 50_000, 1, 50_000).microdollars == 50_000 + 2 + 150_000
     assert cost(price, 50_000, 1, 50_000, 1).microdollars == 500_000 + 20 + 1_500_000 + 40
@@ -74,13 +74,13 @@ def test_long_prompt_may_have_another_price() -> None:
         ("claude-haiku-4-5", Price(2, 4, 8, 16)),
     ],
 )
-def test_model_has_the_price_that_is_set_or_known(model: str, price: Price) -> None:
+def test_price_of_model_is_setting_or_known_price(model: str, price: Price) -> None:
     given = Settings(prices="my-model=1/5, claude-haiku-4-5=2/4/8/16").prices  # type: ignore[arg-type]
     assert Prices(given).of(model) == price
 
 
 @pytest.mark.parametrize("given", ["x", "x=1", "=1/2", "x=1/2/3", "x=a/b", "x=-1/2", "x=1/2/3/4/5"])
-def test_price_that_is_none_is_refused_at_the_start(given: str) -> None:
+def test_malformed_price_is_refused_at_start(given: str) -> None:
     with pytest.raises(ConfigError, match="prices"):
         Settings.load(prices=given)
 
@@ -112,9 +112,7 @@ def serve(model: Any = None, **given: Any) -> wsserver.Server:
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-async def test_dollars_of_a_day_last_over_a_restart(
-    puppet: Puppet, tmp_path: Any, kind: str
-) -> None:
+async def test_daily_dollars_survive_restart(puppet: Puppet, tmp_path: Any, kind: str) -> None:
     store = "memory:" if kind == "memory" else f"sqlite:///{tmp_path}/s.sqlite"
     given: dict[str, Any] = {"dollars_per_day": 0.01, "prices": "puppet=1/10", "store": store}
     async with serve(puppet, **given) as server, ada(server) as chat:
@@ -130,7 +128,7 @@ async def test_dollars_of_a_day_last_over_a_restart(
             assert (await chat.prompt())["code"] == "quota"
 
 
-async def test_refusal_says_that_the_tokens_are_used_up(puppet: Puppet) -> None:
+async def test_quota_error_names_tokens(puppet: Puppet) -> None:
     async with serve(puppet, tokens_per_day=1000, prices="puppet=1/1") as server:
         async with ada(server) as chat:
             await chat.prompt()
@@ -141,7 +139,7 @@ async def test_refusal_says_that_the_tokens_are_used_up(puppet: Puppet) -> None:
     assert "tokens" in refused["message"]
 
 
-async def test_what_is_left_of_the_dollars_bounds_the_reply(puppet: Puppet) -> None:
+async def test_remaining_daily_dollars_bound_reply(puppet: Puppet) -> None:
     async with serve(puppet, dollars_per_day=0.01, prices="puppet=1/10") as server:
         async with ada(server) as chat:
             await chat.prompt(conversation="conversation-one", max_tokens=700)
@@ -173,7 +171,7 @@ async def test_clock_set_back_over_midnight_restores_no_budget(
             now += 2 * SECONDS_PER_DAY
 
 
-async def test_another_model_of_the_same_server_has_a_price_of_its_own(puppet: Puppet) -> None:
+async def test_models_of_one_server_have_own_prices(puppet: Puppet) -> None:
     given = {"models": "dear", "prices": "puppet=1/1,dear=1000/1000", "dollars_per_day": 1}
     async with serve(puppet, **given) as server, ada(server) as chat:
         await chat.prompt(model="dear", max_tokens=2000)
@@ -185,7 +183,7 @@ async def test_another_model_of_the_same_server_has_a_price_of_its_own(puppet: P
         assert (await chat.prompt(model="puppet"))["type"] == "start"
 
 
-async def test_limit_of_zero_is_no_limit(puppet: Puppet) -> None:
+async def test_limit_of_zero_means_unlimited(puppet: Puppet) -> None:
     async with serve(puppet, dollars_per_day=0, prices="puppet=1000/1000") as server:
         async with ada(server) as chat:
             await chat.prompt()
@@ -194,9 +192,7 @@ async def test_limit_of_zero_is_no_limit(puppet: Puppet) -> None:
             assert (await chat.prompt())["type"] == "start"
 
 
-async def test_cost_is_in_the_log_and_in_the_metrics(
-    puppet: Puppet, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_cost_is_in_log_and_metrics(puppet: Puppet, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "wsserver")
     async with serve(puppet, prices="puppet=1/10") as server, ada(server) as chat:
         await chat.prompt()
@@ -258,7 +254,7 @@ async def use_up(chat: Client) -> dict[str, Any]:
     ("limits", "name"),
     [({"tokens_per_day": 300_000}, "tokens"), ({"dollars_per_day": 1.0}, "dollars")],
 )
-async def test_what_is_read_from_the_prompt_cache_uses_up_the_day(
+async def test_prompt_cache_reads_count_for_daily_dollars(
     upstream: Upstream, limits: dict[str, Any], name: str
 ) -> None:
     bill = Bill()
@@ -274,7 +270,7 @@ async def test_what_is_read_from_the_prompt_cache_uses_up_the_day(
     assert 0.95 * limit < used < limit + most
 
 
-async def test_at_the_defaults_the_same_abuse_costs_less_than_four_dollars(
+async def test_prompt_cache_abuse_costs_under_four_dollars_by_default(
     upstream: Upstream,
 ) -> None:
     bill = Bill()
@@ -292,7 +288,7 @@ async def test_at_the_defaults_the_same_abuse_costs_less_than_four_dollars(
     ("status", "kind"),
     [(400, "invalid_request_error"), (413, "request_too_large"), (529, "overloaded_error")],
 )
-async def test_request_that_the_api_does_not_take_costs_nothing(
+async def test_request_refused_by_api_costs_nothing(
     upstream: Upstream, status: int, kind: str
 ) -> None:
     upstream.default = Script((error(status, kind, headers={"retry-after": "0"}),))
@@ -303,7 +299,7 @@ async def test_request_that_the_api_does_not_take_costs_nothing(
             assert failed["usage"] == {"input_tokens": 0, "output_tokens": 0}
 
 
-async def test_replies_that_are_stopped_before_the_api_counts_use_up_the_day(
+async def test_replies_stopped_before_usage_count_for_daily_tokens(
     upstream: Upstream,
 ) -> None:
     upstream.default = reply(["漢字仮名交じり文"] * 100, Hang())

@@ -36,7 +36,7 @@ def prompt(**frame: Any) -> Prompt:
     return parsed
 
 
-def test_text_is_one_block() -> None:
+def test_string_prompt_is_one_text_block() -> None:
     assert prompt(prompt="Hi") == prompt(prompt=[{"type": "text", "text": "Hi"}])
     assert prompt(prompt="Hi").new_messages == (Message("user", "Hi"),)
 
@@ -72,7 +72,7 @@ def test_blocks_are_parsed_whole() -> None:
         ([{"type": "x", "y": [1] * 7 * MESSAGES}], "The frame has too many values"),
     ],
 )
-def test_bad_content_is_refused_by_its_key(value: object, why: str) -> None:
+def test_error_of_invalid_content_names_key(value: object, why: str) -> None:
     with pytest.raises(Refused) as raised:
         prompt(prompt=value)
     assert raised.value.message.startswith(why)
@@ -89,7 +89,7 @@ def test_bad_content_is_refused_by_its_key(value: object, why: str) -> None:
         ("x", "messages.0: must be an object with `role` and `content`."),
     ],
 )
-def test_bad_message_is_refused_by_its_key(message: object, why: str) -> None:
+def test_error_of_invalid_message_names_key(message: object, why: str) -> None:
     with pytest.raises(Refused) as raised:
         prompt(messages=[message])
     assert raised.value.message == why
@@ -136,7 +136,7 @@ async def test_model_gets_blocks_and_history_keeps_them(chat: Client, puppet: Pu
     ]
 
 
-async def test_prompt_of_the_same_blocks_attaches(chat: Client, puppet: Puppet) -> None:
+async def test_repeated_prompt_of_same_blocks_attaches(chat: Client, puppet: Puppet) -> None:
     await chat.send({"prompt": "Hi", "id": ID})
     (await puppet.reply()).say("Hello").end()
     await chat.next("done")
@@ -147,13 +147,13 @@ async def test_prompt_of_the_same_blocks_attaches(chat: Client, puppet: Puppet) 
     assert len(puppet.replies) == 1
 
 
-async def test_base64_data_counts_to_the_prompt_size(server: Server, chat: Client) -> None:
+async def test_base64_data_counts_for_prompt_size(server: Server, chat: Client) -> None:
     data = "A" * server.settings.prompt_size
     await chat.send({"prompt": [{"type": "image", "source": SOURCE | {"data": data}}]})
     assert (await chat.next("error"))["code"] == "too_long"
 
 
-async def test_other_tab_gets_the_text_of_the_prompt(server: Server, puppet: Puppet) -> None:
+async def test_other_tab_gets_text_of_prompt(server: Server, puppet: Puppet) -> None:
     async with client(server) as one, client(server) as two:
         await one.send({"prompt": "Hi", "conversation": CONVERSATION})
         (await puppet.reply()).say("Hello").end()
@@ -164,7 +164,7 @@ async def test_other_tab_gets_the_text_of_the_prompt(server: Server, puppet: Pup
         assert (await two.next("start"))["prompt"] == "What is this?"
 
 
-async def test_image_is_no_longer_than_a_text_in_tokens(puppet: Puppet) -> None:
+async def test_image_data_does_not_count_as_text_tokens(puppet: Puppet) -> None:
     """Base64 data is no text: a day's tokens are not spent on its characters."""
     async with wsserver.serve(
         puppet, port=0, drain_timeout=0, tokens_per_day=10_000, max_tokens=1000
@@ -175,7 +175,7 @@ async def test_image_is_no_longer_than_a_text_in_tokens(puppet: Puppet) -> None:
             assert (await chat.receive())["type"] == "start"
 
 
-async def test_blocks_of_a_crashed_reply_are_in_the_history(puppet: Puppet, tmp_path: Any) -> None:
+async def test_blocks_of_crashed_reply_are_in_history(puppet: Puppet, tmp_path: Any) -> None:
     store = f"sqlite:///{tmp_path}/chat.sqlite"
     settings: dict[str, Any] = {"port": 0, "drain_timeout": 0, "store": store}
     async with wsserver.serve(puppet, **settings) as server, client(server) as chat:

@@ -72,7 +72,7 @@ async def server(upstream: Upstream) -> AsyncIterator[wsserver.Server]:
         yield running
 
 
-async def test_history_too_long_for_the_model_is_shortened_within_the_same_prompt(
+async def test_history_over_context_window_is_shortened_and_retried(
     chat: Client, upstream: Upstream
 ) -> None:
     for number in range(40):
@@ -90,7 +90,7 @@ async def test_history_too_long_for_the_model_is_shortened_within_the_same_promp
     assert max(tried[tried.index(refused[-1]) + 1 :]) < LIMIT
 
 
-async def test_prompt_too_long_alone_is_an_error_and_the_conversation_goes_on(
+async def test_prompt_over_context_window_is_error_and_conversation_continues(
     request: pytest.FixtureRequest, chat: Client, upstream: Upstream
 ) -> None:
     by_size = request.node.callspec.params["upstream"] is refusal_by_size
@@ -109,7 +109,7 @@ async def test_prompt_too_long_alone_is_an_error_and_the_conversation_goes_on(
     assert len(shown) == 9, "all turns but the failed prompt"
 
 
-async def test_messages_of_a_client_are_not_shortened(chat: Client, upstream: Upstream) -> None:
+async def test_messages_of_client_are_not_shortened(chat: Client, upstream: Upstream) -> None:
     messages = [{"role": "user", "content": "x" * (LIMIT // 2)} for _ in range(3)]
     await chat.send({"messages": messages})
     assert (await chat.next("error"))["code"] in {"prompt_too_long", "request_too_large"}
@@ -117,7 +117,7 @@ async def test_messages_of_a_client_are_not_shortened(chat: Client, upstream: Up
 
 
 @pytest.mark.parametrize("upstream", [refusal], indirect=True)
-async def test_another_model_gets_all_of_the_conversation(
+async def test_other_model_gets_whole_conversation(
     upstream: Upstream,
 ) -> None:
     async with wsserver.serve(port=0, models="claude-with-more-room") as server:
@@ -131,7 +131,7 @@ async def test_another_model_gets_all_of_the_conversation(
     assert counts[others.index(True)] == 17
 
 
-async def test_own_model_is_asked_again_with_a_shorter_history() -> None:
+async def test_custom_model_is_called_again_with_shorter_history() -> None:
     asked: list[list[str]] = []
 
     async def model(request: wsserver.Request) -> AsyncIterator[str]:
@@ -148,7 +148,7 @@ async def test_own_model_is_asked_again_with_a_shorter_history() -> None:
     assert asked[3] == ["Two", "Yes", "Three"]
 
 
-async def test_model_is_not_asked_again_after_its_first_text() -> None:
+async def test_model_is_not_called_again_after_first_text() -> None:
     calls = 0
 
     async def model(request: wsserver.Request) -> AsyncIterator[str]:
@@ -164,7 +164,7 @@ async def test_model_is_not_asked_again_after_its_first_text() -> None:
     assert (text, failed["code"], calls) == ("Yes", "prompt_too_long", 2)
 
 
-async def test_log_event_of_a_prompt_too_long_has_no_text(
+async def test_log_event_of_too_long_prompt_has_no_text(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def model(request: wsserver.Request) -> AsyncIterator[str]:

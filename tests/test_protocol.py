@@ -44,7 +44,7 @@ def test_shortest_frame_is_a_prompt() -> None:
     st.integers(0, 3),
     st.sampled_from(get_args(Kind)),
 )
-def test_fast_encoding_of_a_run_is_that_of_the_model(
+def test_fast_encoding_of_run_equals_pydantic_encoding(
     data: str, seq: int, block: int, kind: Kind
 ) -> None:
     about: dict[str, Any] = {"id": "0123456789abcdef", "seq": seq, "block": block or None}
@@ -61,7 +61,7 @@ def test_fast_encoding_of_a_run_is_that_of_the_model(
 
 
 @given(st.text())
-def test_whatever_is_received_is_parsed_or_refused_with_a_message_that_can_be_sent(
+def test_any_text_is_parsed_or_refused_with_encodable_message(
     text: str,
 ) -> None:
     try:
@@ -83,7 +83,7 @@ def test_whatever_is_received_is_parsed_or_refused_with_a_message_that_can_be_se
         ),
     )
 )
-def test_whatever_json_is_received_is_parsed_or_refused(value: object) -> None:
+def test_any_json_is_parsed_or_refused(value: object) -> None:
     try:
         frame = parse(json.dumps(value))
     except Refused as refused:
@@ -92,7 +92,7 @@ def test_whatever_json_is_received_is_parsed_or_refused(value: object) -> None:
         assert isinstance(frame, ClientFrame)
 
 
-def test_keys_without_a_value_are_left_out() -> None:
+def test_keys_without_value_are_omitted() -> None:
     usage = Usage(1, 2)
     assert encode(Pong()) == b'{"type":"pong"}'
     assert encode(Start(id="i", model="m")) == b'{"type":"start","id":"i","model":"m"}'
@@ -105,7 +105,7 @@ def test_keys_without_a_value_are_left_out() -> None:
     )
 
 
-def test_key_given_twice_among_as_many_as_there_may_be_is_named() -> None:
+def test_error_names_repeated_key_among_maximum_of_keys() -> None:
     keys = ", ".join(f'"k{number}": 0' for number in range(KEYS - 1))
     with pytest.raises(Refused, match="k7: given twice"):
         parse(f'{{{keys}, "k7": 1}}')
@@ -123,11 +123,11 @@ def test_key_given_twice_among_as_many_as_there_may_be_is_named() -> None:
         ),
     ],
 )
-def test_key_whose_value_is_null_is_as_one_left_out(frame: str, meant: str) -> None:
+def test_null_equals_missing_key(frame: str, meant: str) -> None:
     assert parse(frame) == parse(meant)
 
 
-def test_null_in_the_place_of_a_needed_value_is_refused() -> None:
+def test_null_for_required_key_is_refused() -> None:
     for frame in ('{"type": "resume", "id": null}', '{"messages": [null]}', '{"prompt": null}'):
         with pytest.raises(Refused) as raised:
             parse(frame)
@@ -166,7 +166,7 @@ COSTLY = {
 
 
 @pytest.mark.parametrize("frame", COSTLY.values(), ids=COSTLY.keys())
-def test_unusable_frame_takes_little_memory_and_builds_few_errors(frame: str) -> None:
+def test_unusable_frame_uses_little_memory_and_few_errors(frame: str) -> None:
     assert len(frame) <= 65_536
     tracemalloc.start()
     try:
@@ -183,7 +183,7 @@ def test_unusable_frame_takes_little_memory_and_builds_few_errors(frame: str) ->
 
 @pytest.mark.parametrize("gap", ["", " " * 10, ":" * 100], ids=["tight", "wide", "wider"])
 @pytest.mark.parametrize("pair", ["[]", "{}"])
-def test_depth_of_a_frame_is_found_with_one_look_at_each_bracket(pair: str, gap: str) -> None:
+def test_depth_check_takes_linear_work(pair: str, gap: str) -> None:
     group = (pair[0] + gap) * DEPTH + pair[1] * DEPTH  # as deep as a frame may be, again and again
     frame = group * (65_536 // len(group))
     with counted() as work, pytest.raises(Refused) as raised:
@@ -194,7 +194,7 @@ def test_depth_of_a_frame_is_found_with_one_look_at_each_bracket(pair: str, gap:
         parse(group + pair[0] * (DEPTH + 1))
 
 
-def test_parts_of_a_frame_are_those_outside_of_its_strings() -> None:
+def test_parts_ignore_strings() -> None:
     said = json.dumps({"prompt": '{"a": [1, 2]}, \\ " \\" [[[[' * 1000, "id": "\\"})
     assert count_parts(said) == 4
     assert count_parts('{"a": [1, 2], "b": "unfinished, [') == 6
@@ -207,9 +207,7 @@ def test_parts_of_a_frame_are_those_outside_of_its_strings() -> None:
     ),
     st.booleans(),
 )
-def test_parts_of_any_value_are_its_brackets_commas_and_colons(
-    value: object, ascii_only: bool
-) -> None:
+def test_parts_count_brackets_commas_and_colons(value: object, ascii_only: bool) -> None:
     def count(value: object) -> int:
         if not isinstance(value, list | dict):
             return 0
@@ -220,12 +218,12 @@ def test_parts_of_any_value_are_its_brackets_commas_and_colons(
     assert count_parts(json.dumps(value, ensure_ascii=ascii_only)) == count(value)
 
 
-def test_prompt_of_much_code_is_no_unusable_frame() -> None:
+def test_prompt_with_long_code_is_accepted() -> None:
     text = '{"a": [[[{"b": "\\\\", "c": [1, 2, 3]}]]]},' * 700
     assert parse(json.dumps({"prompt": text})) == Prompt(prompt=text)
 
 
-def test_as_many_messages_as_there_may_be_are_taken() -> None:
+def test_maximum_of_messages_is_accepted() -> None:
     frame = parse('{"messages": [' + ",".join([MESSAGE] * MESSAGES) + "]}")
     assert isinstance(frame, Prompt)
     assert len(frame.messages or ()) == MESSAGES

@@ -34,7 +34,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/chat.db" if request.param == "sqlite" else str(request.param)
 
 
-async def test_owner_at_the_conversation_limit_goes_on_in_old_ones(
+async def test_owner_at_conversation_limit_continues_existing_ones(
     store: str, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 0.0)
@@ -55,7 +55,7 @@ async def test_owner_at_the_conversation_limit_goes_on_in_old_ones(
         assert len(puppet.replies) == 4
 
 
-async def test_owner_over_the_byte_limit_is_refused(
+async def test_owner_over_byte_limit_is_refused(
     store: str, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 0.0)
@@ -78,7 +78,7 @@ async def test_owner_over_the_byte_limit_is_refused(
         assert (await say(chat, puppet, "x", conversation="conversation-0001"))["type"] == "start"
 
 
-async def test_quota_of_the_store_is_cached_until_it_is_reached(
+async def test_store_quota_is_cached_until_reached(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quota, "FRESH", 1000.0)
@@ -100,7 +100,7 @@ async def test_quota_of_the_store_is_cached_until_it_is_reached(
         assert asked == 1
 
 
-async def test_conversations_are_deleted_after_the_retention_time(
+async def test_conversations_are_deleted_after_retention_time(
     puppet: Puppet, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upkeep, "PAUSE", 0.0)
@@ -134,7 +134,7 @@ async def test_conversations_are_deleted_after_the_retention_time(
 
 
 @pytest.mark.parametrize("ended", [True, False])
-async def test_conversation_used_as_it_expires_is_kept(
+async def test_conversation_used_at_expiry_is_kept(
     puppet: Puppet, store: str, ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = time.time()
@@ -168,7 +168,7 @@ async def test_conversation_used_as_it_expires_is_kept(
         assert len((await chat.next("history"))["messages"]) == 4
 
 
-async def test_conversation_that_cannot_be_deleted_keeps_no_other(
+async def test_undeletable_conversation_does_not_keep_others(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upkeep, "PAUSE", 0.0)
@@ -194,7 +194,7 @@ async def test_conversation_that_cannot_be_deleted_keeps_no_other(
     assert caplog.text.count("conversation not deleted") == 2
 
 
-async def test_conversations_are_kept_for_ever_by_default(
+async def test_conversations_are_kept_forever_by_default(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
@@ -205,7 +205,7 @@ async def test_conversations_are_kept_for_ever_by_default(
         assert len(await server.app.store.list("anonymous", 10, None)) == 1
 
 
-async def test_upkeep_goes_on_after_a_failure(
+async def test_upkeep_continues_after_failure(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(upkeep, "EVERY", 0.0)

@@ -26,7 +26,7 @@ async def gated(monkeypatch: pytest.MonkeyPatch, puppet: Puppet) -> AsyncIterato
 # Reads.
 
 
-async def test_account_over_its_read_limit_waits_and_others_do_not(
+async def test_account_over_read_limit_waits_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
@@ -57,7 +57,7 @@ async def test_account_over_its_read_limit_waits_and_others_do_not(
 
 
 @pytest.mark.parametrize("kind", ["resume", "prompt"])
-async def test_account_pays_for_ended_replies_that_are_read_from_the_store(
+async def test_ended_replies_read_from_store_count_for_read_limit(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, kind: str
 ) -> None:
     monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
@@ -80,7 +80,7 @@ async def test_account_pays_for_ended_replies_that_are_read_from_the_store(
 
 
 @pytest.mark.parametrize("kind", ["rename", "delete"])
-async def test_delete_of_a_client_that_does_not_read_and_leaves_is_done(
+async def test_delete_of_client_not_reading_is_done_after_disconnect(
     puppet: Puppet, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(puppet, port=0, drain_timeout=0, write_buffer=4096) as server:
@@ -108,9 +108,7 @@ async def test_delete_of_a_client_that_does_not_read_and_leaves_is_done(
     assert not [r for r in caplog.records if "destroyed" in r.getMessage()]
 
 
-async def test_waiting_rename_is_done_before_the_server_closes(
-    gated: Gated, puppet: Puppet
-) -> None:
+async def test_waiting_rename_is_done_before_server_closes(gated: Gated, puppet: Puppet) -> None:
     store, server = gated
     async with client(server) as chat:
         await exchange(chat, puppet, "First", "x", conversation=ONE)
@@ -128,7 +126,7 @@ async def test_waiting_rename_is_done_before_the_server_closes(
 # Memory.
 
 
-async def test_bytes_that_wait_are_counted_and_given_back(
+async def test_waiting_request_bytes_are_counted_and_returned(
     gated: Gated,
 ) -> None:
     store, server = gated
@@ -150,7 +148,7 @@ async def test_bytes_that_wait_are_counted_and_given_back(
         assert server.memory.used == used
 
 
-async def test_request_without_memory_for_it_is_refused(
+async def test_request_without_memory_is_refused(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     store = GatedStore()
@@ -171,7 +169,7 @@ async def test_request_without_memory_for_it_is_refused(
 @pytest.mark.parametrize(
     "frame", ['{"prompt": "%s", "unknown": 1}', '{"prompt": "%s"', '{"prompt": "%s"}']
 )
-async def test_error_that_waits_keeps_no_message_in_memory(
+async def test_waiting_error_keeps_no_message_in_memory(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, frame: str
 ) -> None:
     store = GatedStore()
@@ -196,7 +194,7 @@ async def test_error_that_waits_keeps_no_message_in_memory(
                 await chat.next("start", "error")
 
 
-async def test_reply_ends_when_its_account_has_no_memory(puppet: Puppet) -> None:
+async def test_reply_ends_when_account_has_no_memory(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
         async with client(server) as chat:
             used = server.memory.used
@@ -212,7 +210,7 @@ async def test_reply_ends_when_its_account_has_no_memory(puppet: Puppet) -> None
             assert 3 <= done["seq"] < 53
 
 
-async def test_ended_replies_make_room_for_what_is_in_use(puppet: Puppet, tmp_path: Path) -> None:
+async def test_ended_replies_are_dropped_for_memory_in_use(puppet: Puppet, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/conversations.sqlite"
     async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
         async with client(server) as chat:

@@ -42,9 +42,7 @@ async def gated(monkeypatch: pytest.MonkeyPatch, puppet: Puppet) -> AsyncIterato
         ({"type": "delete", "conversation": ONE}, "deleted"),
     ],
 )
-async def test_answer_names_its_request(
-    chat: Client, puppet: Puppet, frame: Frame, kind: str
-) -> None:
+async def test_answer_has_request(chat: Client, puppet: Puppet, frame: Frame, kind: str) -> None:
     await exchange(chat, puppet, "First", "x", conversation=ONE, id=ID)
     await chat.send(frame | {"request": "r1"})
     assert (await chat.next(kind))["request"] == "r1"
@@ -70,7 +68,7 @@ async def test_answer_names_its_request(
         ({"type": "sing", "conversation": ONE}, "unknown_type", ONE),
     ],
 )
-async def test_error_names_its_request_and_what_it_is_about(
+async def test_error_has_request_and_about(
     chat: Client, frame: Frame, code: str, about: str | None
 ) -> None:
     await chat.send(frame | {"request": "r-1"})
@@ -79,21 +77,21 @@ async def test_error_names_its_request_and_what_it_is_about(
 
 
 @pytest.mark.parametrize("name", ["", "x" * 65, "a b", "é", 5])
-async def test_unusable_name_of_a_request_is_refused(chat: Client, name: object) -> None:
+async def test_invalid_request_key_is_refused(chat: Client, name: object) -> None:
     await chat.send({"type": "list", "request": name})
     error = await chat.next("error")
     assert (error["code"], error["message"][:8]) == ("invalid_frame", "request:")
     assert "request" not in error
 
 
-async def test_same_prompt_attaches_under_another_request(chat: Client, puppet: Puppet) -> None:
+async def test_repeated_prompt_attaches_under_other_request(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("Hello", id=ID, request="one")
     assert (await chat.prompt("Hello", id=ID, request="two"))["request"] == "two"
     await puppet.reply()
     assert len(puppet.replies) == 1
 
 
-async def test_each_of_two_resumes_is_answered(chat: Client, puppet: Puppet) -> None:
+async def test_two_resumes_get_two_answers(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("Hello", id=ID)
     (await puppet.reply()).say("a", "b", "c")
     await chat.next("token", seq=3)
@@ -103,14 +101,14 @@ async def test_each_of_two_resumes_is_answered(chat: Client, puppet: Puppet) -> 
     assert [(f["request"], f["after"]) for f in starts] == [("one", 2), ("two", 1)]
 
 
-async def test_start_of_a_whole_reply_has_no_after(chat: Client) -> None:
+async def test_start_of_whole_reply_has_no_after(chat: Client) -> None:
     assert "after" not in await chat.prompt()
 
 
 # Hello.
 
 
-async def test_hello_comes_first_if_the_subprotocol_is_offered(
+async def test_hello_is_first_frame_with_subprotocol(
     server: wsserver.Server,
 ) -> None:
     async with client(server, subprotocols=["wsserver.v1"]) as chat:
@@ -132,14 +130,14 @@ async def test_hello_comes_first_if_the_subprotocol_is_offered(
         }
 
 
-async def test_client_without_the_subprotocol_is_not_greeted(chat: Client) -> None:
+async def test_client_without_subprotocol_gets_no_hello(chat: Client) -> None:
     assert await chat.quiet() == []
 
 
 # Order.
 
 
-async def test_error_of_an_unusable_frame_waits_for_the_answers_before_it(
+async def test_error_of_unusable_frame_follows_earlier_answers(
     gated: Gated,
 ) -> None:
     store, server = gated
@@ -161,7 +159,7 @@ async def test_error_of_an_unusable_frame_waits_for_the_answers_before_it(
     ]
 
 
-async def test_more_waiting_requests_than_allowed_are_refused_at_once(
+async def test_requests_over_queue_limit_are_refused_at_once(
     gated: Gated,
 ) -> None:
     store, server = gated
@@ -179,7 +177,7 @@ async def test_more_waiting_requests_than_allowed_are_refused_at_once(
 # A stop and its answer.
 
 
-async def test_stop_with_a_request_is_answered_when_the_upstream_is_closed(
+async def test_stop_with_request_is_answered_after_upstream_closes(
     chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt("Hello", id=ID)
@@ -193,7 +191,7 @@ async def test_stop_with_a_request_is_answered_when_the_upstream_is_closed(
     assert reply.closed.is_set()
 
 
-async def test_stop_of_what_another_socket_follows_is_answered(
+async def test_stop_of_reply_followed_by_other_socket_is_answered(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt("Hello", id=ID)
@@ -204,7 +202,7 @@ async def test_stop_of_what_another_socket_follows_is_answered(
         assert [f["type"] for f in other.frames] == ["stopped"]
 
 
-async def test_answer_of_a_stop_without_id_names_all_stopped_replies(
+async def test_stopped_frame_lists_all_replies_for_stop_without_id(
     chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt("One", id=ID, conversation=ONE)
@@ -215,13 +213,13 @@ async def test_answer_of_a_stop_without_id_names_all_stopped_replies(
     assert len(puppet.replies) <= 1
 
 
-async def test_stop_of_nothing_is_not_running_and_names_the_request(chat: Client) -> None:
+async def test_stop_without_running_reply_is_not_running_error(chat: Client) -> None:
     await chat.send({"type": "stop", "request": "s"})
     error = await chat.next("error")
     assert (error["code"], error["request"]) == ("not_running", "s")
 
 
-async def test_stop_of_a_waiting_prompt_that_is_refused_is_answered(
+async def test_stop_of_refused_waiting_prompt_is_answered(
     gated: Gated,
 ) -> None:
     store, server = gated
@@ -260,7 +258,7 @@ async def test_retry_replaces_failed_turn(chat: Client, puppet: Puppet) -> None:
     ]  # fmt: skip
 
 
-async def test_retry_may_change_the_prompt_of_a_whole_turn(chat: Client, puppet: Puppet) -> None:
+async def test_retry_may_change_prompt_of_whole_turn(chat: Client, puppet: Puppet) -> None:
     first = await exchange(chat, puppet, "Quesion", "What?", conversation=ONE)
     await exchange(chat, puppet, "Question", "Answer", conversation=ONE, retry_of=first)
     assert await turns(chat) == [("user", "Question", None), ("assistant", "Answer", None)]
@@ -268,7 +266,7 @@ async def test_retry_may_change_the_prompt_of_a_whole_turn(chat: Client, puppet:
     assert (await chat.next("token", id=first))["text"] == "What?"
 
 
-async def test_retry_of_a_running_reply_interrupts_and_replaces_it(
+async def test_retry_of_running_reply_interrupts_and_replaces_it(
     chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt("Slow", id=ID, conversation=ONE)
@@ -281,7 +279,7 @@ async def test_retry_of_a_running_reply_interrupts_and_replaces_it(
     assert await turns(chat) == [("user", "Quick", None), ("assistant", "done", None)]
 
 
-async def test_retry_of_any_but_the_last_turn_is_refused(chat: Client, puppet: Puppet) -> None:
+async def test_retry_of_earlier_turn_is_refused(chat: Client, puppet: Puppet) -> None:
     first = await exchange(chat, puppet, "One", "x", conversation=ONE)
     last = await exchange(chat, puppet, "Two", "x", conversation=ONE)
     for wrong in (first, "never-heard-of-this-id"):
@@ -291,7 +289,7 @@ async def test_retry_of_any_but_the_last_turn_is_refused(chat: Client, puppet: P
     assert len(await turns(chat)) == 4
 
 
-async def test_retry_that_is_taken_back_leaves_the_turn(chat: Client, puppet: Puppet) -> None:
+async def test_retry_stopped_while_queued_keeps_turn(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("Question", id=ID, conversation=ONE)
     reply = (await puppet.reply()).say("half")
     reply.hold = asyncio.Event()
@@ -305,7 +303,7 @@ async def test_retry_that_is_taken_back_leaves_the_turn(chat: Client, puppet: Pu
     assert await turns(chat) == [("user", "Question", None), ("assistant", "half", "client")]
 
 
-async def test_retry_lasts_in_the_store(puppet: Puppet, tmp_path: Path) -> None:
+async def test_retry_is_kept_in_store(puppet: Puppet, tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path}/conversations.sqlite"
     async with wsserver.serve(puppet, port=0, store=store, drain_timeout=0) as server:
         async with client(server) as chat:
@@ -324,7 +322,7 @@ async def test_retry_lasts_in_the_store(puppet: Puppet, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("store", ["memory:", "sqlite"])
-async def test_one_of_four_prompts_at_once_runs_in_a_new_conversation(
+async def test_one_of_four_concurrent_prompts_runs_in_new_conversation(
     puppet: Puppet, tmp_path: Path, store: str
 ) -> None:
     if store == "sqlite":
@@ -343,7 +341,7 @@ async def test_one_of_four_prompts_at_once_runs_in_a_new_conversation(
 
 
 @pytest.mark.parametrize("turns_before", range(14))
-async def test_prompt_that_races_a_delete_sees_nothing_deleted(
+async def test_prompt_racing_delete_gets_no_deleted_history(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, turns_before: int
 ) -> None:
     monkeypatch.setattr("wsserver.stores.make", lambda *_: YieldingStore(2))
@@ -368,7 +366,7 @@ async def test_prompt_that_races_a_delete_sees_nothing_deleted(
                 assert seen["messages"] == []
 
 
-async def test_resume_that_races_a_delete_shows_nothing_deleted(
+async def test_resume_racing_delete_gets_no_deleted_text(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     gate = asyncio.Event()
@@ -396,7 +394,7 @@ async def test_resume_that_races_a_delete_shows_nothing_deleted(
 # While the server drains.
 
 
-async def test_prompt_sent_again_while_draining_attaches(puppet: Puppet) -> None:
+async def test_repeated_prompt_attaches_while_server_drains(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, drain_timeout=BOUND) as server:
         async with client(server) as chat, client(server) as other:
             await chat.prompt("Hello", id=ID)

@@ -18,7 +18,7 @@ from tests.support.talk import ID, ONE, OTHER, exchange, opened, resume
 from wsserver import Code, ModelError, Thinking, hub
 
 
-async def test_client_whose_connection_breaks_in_each_frame_gets_smaller_frames(
+async def test_frames_get_smaller_after_repeated_disconnects(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     said = [f"{number:09} " for number in range(4000)]  # in frames of 16 KB
@@ -42,7 +42,7 @@ async def test_client_whose_connection_breaks_in_each_frame_gets_smaller_frames(
     assert min(sizes[:-1]) >= 1024, "frames are no smaller than needed"
 
 
-async def test_frames_keep_their_size_for_clients_that_make_progress(
+async def test_frames_keep_size_for_clients_making_progress(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt(id=ID)
@@ -54,7 +54,7 @@ async def test_frames_keep_their_size_for_clients_that_make_progress(
             assert (await other.next("token"))["seq"] == 1000
 
 
-async def test_open_does_not_restart_what_the_socket_follows(chat: Client, puppet: Puppet) -> None:
+async def test_open_does_not_restart_followed_reply(chat: Client, puppet: Puppet) -> None:
     await chat.prompt(id=ID, conversation=ONE)
     reply = (await puppet.reply()).say("a", "b")
     await chat.next("token", seq=2)
@@ -64,7 +64,7 @@ async def test_open_does_not_restart_what_the_socket_follows(chat: Client, puppe
     assert [(frame["type"], frame["seq"]) for frame in frames] == [("token", 3), ("done", 3)]
 
 
-async def test_second_tab_learns_which_turn_a_retry_replaces(
+async def test_second_tab_gets_retry_of(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt(id=ID, conversation=ONE)
@@ -77,7 +77,7 @@ async def test_second_tab_learns_which_turn_a_retry_replaces(
         assert (start["id"], start["retry_of"], start["prompt"]) == (OTHER, ID, "Hello")
 
 
-async def test_resume_gets_missed_text_first_and_then_live_text(
+async def test_resume_gets_missed_text_then_live_text(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await chat.prompt(id=ID)
@@ -97,7 +97,7 @@ async def test_resume_gets_missed_text_first_and_then_live_text(
     assert (await chat.next("done"))["seq"] == 6
 
 
-async def test_start_has_the_conversation_before_any_text(
+async def test_start_has_conversation_and_precedes_text(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     first = await chat.prompt(id=ID)
@@ -107,12 +107,12 @@ async def test_start_has_the_conversation_before_any_text(
 
 
 @pytest.mark.parametrize("id_", [ID, "no-such-generation"])
-async def test_resume_of_an_unknown_id_is_not_found(chat: Client, id_: str) -> None:
+async def test_resume_of_unknown_id_is_not_found(chat: Client, id_: str) -> None:
     error = await resume(chat, id_=id_)
     assert (error["code"], error["about"], error["retryable"]) == ("not_found", id_, False)
 
 
-async def test_resume_after_a_later_piece_is_a_gap(chat: Client, puppet: Puppet) -> None:
+async def test_resume_after_later_piece_is_gap(chat: Client, puppet: Puppet) -> None:
     await chat.prompt(id=ID)
     (await puppet.reply()).say("a")
     await chat.next("token")
@@ -120,7 +120,7 @@ async def test_resume_after_a_later_piece_is_a_gap(chat: Client, puppet: Puppet)
     assert (error["code"], error["about"]) == ("gap", ID)
 
 
-async def test_resume_after_the_end_gets_the_terminal_again(chat: Client, puppet: Puppet) -> None:
+async def test_resume_after_end_gets_terminal_again(chat: Client, puppet: Puppet) -> None:
     await chat.prompt(id=ID)
     (await puppet.reply()).say("a", "b").fail(ModelError(Code.OVERLOADED, retry_after=7))
     failed = await chat.next("error")
@@ -131,7 +131,7 @@ async def test_resume_after_the_end_gets_the_terminal_again(chat: Client, puppet
     assert await chat.receive() == failed
 
 
-async def test_follower_within_the_grace_time_keeps_the_reply_alive(puppet: Puppet) -> None:
+async def test_follower_within_grace_time_keeps_reply_running(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, grace=5, drain_timeout=0) as server:
         async with client(server) as chat:
             await chat.prompt(id=ID)
@@ -144,7 +144,7 @@ async def test_follower_within_the_grace_time_keeps_the_reply_alive(puppet: Pupp
             assert (await other.text(ID))[0] == "alive"
 
 
-async def test_unread_reply_is_stopped_after_the_grace_tokens(puppet: Puppet) -> None:
+async def test_unread_reply_is_stopped_after_grace_tokens(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, grace=1000, grace_tokens=10) as server:
         async with client(server) as chat:
             await chat.prompt(id=ID)
@@ -161,7 +161,7 @@ async def test_unread_reply_is_stopped_after_the_grace_tokens(puppet: Puppet) ->
             assert text == "read " + "unread " * 6, "the last piece crosses the limit"
 
 
-async def test_unread_tokens_do_not_count_until_the_client_can_notice_a_dead_connection(
+async def test_grace_tokens_do_not_count_until_client_can_notice_disconnect(
     puppet: Puppet,
 ) -> None:
     async with (
@@ -192,7 +192,7 @@ async def test_unread_tokens_do_not_count_until_the_client_can_notice_a_dead_con
             assert (await other.text(ID))[1]["by"] == "disconnect"
 
 
-async def test_unread_tokens_count_once_the_client_had_time_to_notice_a_dead_connection(
+async def test_grace_tokens_count_after_client_could_notice_disconnect(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "UNAWARE", 0.0)
@@ -210,7 +210,7 @@ async def test_unread_tokens_count_once_the_client_had_time_to_notice_a_dead_con
             await reply.closed.wait()
 
 
-async def test_resume_at_the_end_of_a_long_reply_is_as_cheap_as_of_a_short_one(
+async def test_cost_of_resume_at_end_does_not_grow_with_reply(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     class Counted(list[str]):
@@ -238,7 +238,7 @@ async def test_resume_at_the_end_of_a_long_reply_is_as_cheap_as_of_a_short_one(
     assert costs[0] == costs[1] <= 2
 
 
-async def test_ended_replies_are_forgotten_after_the_replay_time(puppet: Puppet) -> None:
+async def test_ended_replies_are_forgotten_after_replay_time(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, replay=0, save_interval=0.001, drain_timeout=0
     ) as server:
@@ -258,7 +258,7 @@ async def test_ended_replies_are_forgotten_after_the_replay_time(puppet: Puppet)
 # Owners
 
 
-async def test_other_owners_data_looks_like_missing_data(
+async def test_data_of_other_owner_is_not_found(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     await exchange(chat, puppet, "Mine", "x", conversation=ONE, id=ID)

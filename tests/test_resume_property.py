@@ -92,7 +92,7 @@ async def test_drop_at_any_frame_loses_nothing(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_new_socket_for_each_frame_loses_nothing(
+async def test_new_connection_for_each_frame_loses_nothing(
     server: Server, puppet: Puppet, ending: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
@@ -121,7 +121,7 @@ visits = st.lists(
 
 @given(said=st.lists(pieces, max_size=12), ending=endings, visits=visits)
 @on_one_server(30)
-async def test_any_sequence_of_connections_gives_the_whole_reply(
+async def test_any_sequence_of_connections_gives_whole_reply(
     server: Server,
     puppet: Puppet,
     said: list[str],
@@ -144,9 +144,7 @@ async def test_any_sequence_of_connections_gives_the_whole_reply(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_slow_reader_that_is_dropped_at_any_frame_loses_nothing(
-    puppet: Puppet, ending: str
-) -> None:
+async def test_slow_reader_dropped_at_any_frame_loses_nothing(puppet: Puppet, ending: str) -> None:
     said = [kind(text * 3000) for text in "a🙂é" * 5 for kind in (str, Thinking)]
     async with wsserver.serve(puppet, **{**LASTING, "frame_size": 10_000}) as server:
         short = Story(server, puppet, ("short",))
@@ -325,7 +323,7 @@ def short_story(server: Server, puppet: Puppet) -> Story:
 
 @pytest.mark.parametrize("store", ["memory:"])  # the cuts do not depend on the store
 @pytest.mark.parametrize("offset", range(4))
-async def test_cut_at_each_byte_from_the_handshake_to_the_terminal_loses_nothing(
+async def test_cut_at_each_byte_from_handshake_to_terminal_loses_nothing(
     server: Server, puppet: Puppet, offset: int
 ) -> None:
     async with Proxy(server.port) as proxy, line(proxy.url) as chat:
@@ -343,7 +341,7 @@ async def test_cut_at_each_byte_from_the_handshake_to_the_terminal_loses_nothing
         transcript.check()
 
 
-async def test_prompt_whose_start_is_lost_is_answered_once(server: Server, puppet: Puppet) -> None:
+async def test_prompt_with_lost_start_runs_once(server: Server, puppet: Puppet) -> None:
     async with Proxy(server.port) as proxy, line(proxy.url) as chat:
         (handshake,) = proxy.passed
         start = await chat.prompt()
@@ -370,7 +368,7 @@ async def test_prompt_whose_start_is_lost_is_answered_once(server: Server, puppe
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_resume_after_any_piece_at_any_time_gets_the_rest(
+async def test_resume_after_any_piece_at_any_time_gets_rest(
     server: Server, puppet: Puppet, ending: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
@@ -401,7 +399,7 @@ async def test_resume_after_any_piece_at_any_time_gets_the_rest(
 
 @pytest.mark.parametrize("held", ["closing", "saving"])
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_resume_while_a_reply_ends_gets_text_at_once_and_then_the_terminal(
+async def test_resume_while_reply_ends_gets_text_then_terminal(
     server: Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch, ending: str, held: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
@@ -431,7 +429,7 @@ async def test_resume_while_a_reply_ends_gets_text_at_once_and_then_the_terminal
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_resume_at_the_moment_of_the_end_gets_everything(
+async def test_resume_at_end_of_reply_gets_everything(
     server: Server, puppet: Puppet, ending: str
 ) -> None:
     async def come_back_after(turns: int, chat: Client, transcript: Transcript) -> None:
@@ -455,7 +453,7 @@ async def test_resume_at_the_moment_of_the_end_gets_everything(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_resumes_on_one_socket_each_start_at_their_after(
+async def test_repeated_resumes_on_one_socket_start_at_their_after(
     server: Server, puppet: Puppet, ending: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
@@ -483,7 +481,7 @@ async def test_resumes_on_one_socket_each_start_at_their_after(
         assert not await chat.quiet()
 
 
-async def test_second_of_two_resumes_counts(server: Server, puppet: Puppet) -> None:
+async def test_second_resume_replaces_first(server: Server, puppet: Puppet) -> None:
     told = 5
     seq = len(cut_up(PIECES[:told]))
     for first in range(seq + 1):
@@ -504,7 +502,7 @@ async def test_second_of_two_resumes_counts(server: Server, puppet: Puppet) -> N
                 two.check()
 
 
-async def test_resume_after_an_open_starts_at_its_after(server: Server, puppet: Puppet) -> None:
+async def test_resume_after_open_starts_at_its_after(server: Server, puppet: Puppet) -> None:
     conversation = secrets.token_urlsafe(16)
     story = Story(server, puppet, conversation=conversation)
     await begin(server, story)
@@ -524,7 +522,7 @@ async def test_resume_after_an_open_starts_at_its_after(server: Server, puppet: 
         resumed.check()
 
 
-async def test_resume_that_is_refused_changes_nothing(server: Server, puppet: Puppet) -> None:
+async def test_refused_resume_changes_nothing(server: Server, puppet: Puppet) -> None:
     story = Story(server, puppet)
     transcript = Transcript(story)
     unknown = Story(server, puppet)

@@ -50,7 +50,7 @@ async def server(puppet: Puppet, store: str) -> AsyncIterator[Server]:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_ended_reply_dropped_from_memory_is_found_in_the_store(
+async def test_ended_reply_dropped_from_memory_is_found_in_store(
     puppet: Puppet, store: str, ending: str
 ) -> None:
     settings = {**LASTING, "store": store, "replay_size": 1}
@@ -71,7 +71,7 @@ async def test_ended_reply_dropped_from_memory_is_found_in_the_store(
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-async def test_drop_at_any_frame_and_a_restart_lose_nothing(
+async def test_drop_at_any_frame_and_restart_lose_nothing(
     puppet: Puppet, tmp_path: Path, ending: str
 ) -> None:
     settings = {**LASTING, "store": f"sqlite:///{tmp_path}/db"}
@@ -94,7 +94,7 @@ async def test_drop_at_any_frame_and_a_restart_lose_nothing(
             await check_again(server.url, transcript)
 
 
-async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
+async def test_ended_reply_is_resumed_from_any_piece_after_restart(
     puppet: Puppet, tmp_path: Path
 ) -> None:
     settings = {**LASTING, "store": f"sqlite:///{tmp_path}/db"}
@@ -145,7 +145,7 @@ async def test_after_each_restart_an_ended_reply_is_resumed_from_any_piece(
     alone=st.booleans(),
 )
 @on_one_server(25)
-async def test_reply_saved_in_any_parts_is_whole_after_a_restart(
+async def test_reply_saved_in_any_parts_is_whole_after_restart(
     puppet: Puppet,
     tmp_path_factory: pytest.TempPathFactory,
     said: list[str],

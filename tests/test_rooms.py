@@ -111,7 +111,7 @@ def imported_modules(module: str, *, in_functions: bool = True) -> set[str]:
     return found - {module}
 
 
-def test_every_room_has_its_place() -> None:
+def test_every_room_is_on_a_floor() -> None:
     for room in rooms():
         assert room in PLACES, f"{room} has no place: {HOW_TO_PLACE}"
 
@@ -128,7 +128,7 @@ def test_imports_point_downward(module: str) -> None:
         )
 
 
-def test_rooms_import_one_another_in_no_circle() -> None:
+def test_rooms_have_no_import_cycle() -> None:
     graph: dict[str, set[str]] = {room: set() for room in rooms()}
     for module in modules():
         graph[room_of(module)] |= {room_of(name) for name in imported_modules(module)}
@@ -137,14 +137,14 @@ def test_rooms_import_one_another_in_no_circle() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-def test_modules_import_one_another_in_no_circle() -> None:
+def test_modules_have_no_import_cycle() -> None:
     """An import inside a function may close a circle of two modules of one package."""
     graph = {module: imported_modules(module, in_functions=False) for module in modules()}
     graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_only_its_own_rooms_import_a_library(library: str) -> None:
+def test_libraries_are_imported_only_by_listed_rooms(library: str) -> None:
     users = {
         room_of(module)
         for module in modules()
@@ -153,7 +153,7 @@ def test_only_its_own_rooms_import_a_library(library: str) -> None:
     assert users == LIBRARIES[library]
 
 
-def test_the_public_names() -> None:
+def test_public_names_are_listed() -> None:
     assert sorted(wsserver.__all__) == [
         "ANONYMOUS",
         "Authenticator",

@@ -31,7 +31,7 @@ def nodes(value: object) -> Iterator[dict[str, Any]]:
             yield from nodes(inner)
 
 
-def test_schema_is_json_schema_and_has_every_frame_of_each_side() -> None:
+def test_schema_is_valid_and_has_every_frame() -> None:
     schema = json_schema()
     Draft202012Validator.check_schema(schema)
     assert json.loads(json.dumps(schema)) == schema
@@ -45,7 +45,7 @@ def test_schema_is_json_schema_and_has_every_frame_of_each_side() -> None:
     assert {code.get("const") for code in codes} == {*Code, None}
 
 
-def test_every_frame_has_its_answers() -> None:
+def test_every_client_frame_has_answers() -> None:
     assert ANSWERS.keys() == CLIENT_FRAMES.keys()
     for name in ANSWERS.values():
         assert "request" in SERVER_FRAMES[name].model_fields
@@ -76,7 +76,7 @@ def test_every_frame_has_its_answers() -> None:
         None,
     ],
 )
-def test_what_is_no_frame_of_a_client_is_invalid_and_refused(frame: Any) -> None:
+def test_invalid_client_frame_fails_schema_and_is_refused(frame: Any) -> None:
     assert not OF_CLIENT.is_valid(frame)
     with pytest.raises(Refused):
         parse(json.dumps(frame))
@@ -168,7 +168,7 @@ def beyond_json_schema(frame: dict[str, object]) -> bool:
 @example({"type": "open", "conversation": ID, "before": 1.0})
 @example({"type": "open", "conversation": ID, "before": 10**18})
 @example({"type": "open", "conversation": ID, "before": 10**18 - 1})
-def test_what_is_accepted_is_valid_and_the_other_way_round(frame: dict[str, Any]) -> None:
+def test_server_accepts_exactly_frames_valid_by_schema(frame: dict[str, Any]) -> None:
     try:
         parse(json.dumps(frame))
     except Refused:
@@ -225,7 +225,7 @@ for nested in {
 
 
 @given(st.one_of([models(kind) for kind in SERVER_FRAMES.values()]))
-def test_what_the_server_encodes_is_valid_and_has_no_null(frame: ServerFrame) -> None:
+def test_server_frames_are_valid_without_null(frame: ServerFrame) -> None:
     encoded = json.loads(encode(frame))
     OF_SERVER.validate(encoded)
     of(type(frame).__name__).validate(encoded)
@@ -233,7 +233,7 @@ def test_what_the_server_encodes_is_valid_and_has_no_null(frame: ServerFrame) ->
 
 
 @pytest.mark.parametrize("name", SERVER_FRAMES)
-def test_server_frame_needs_its_keys_and_may_have_more(name: str) -> None:
+def test_server_frame_needs_required_keys_and_may_have_more(name: str) -> None:
     definition = json_schema()["$defs"][SERVER_FRAMES[name].__name__]
     required = {k for k, field in SERVER_FRAMES[name].model_fields.items() if field.is_required()}
     always = required | ({"protocol"} if name == "hello" else set())
@@ -250,7 +250,7 @@ def test_server_frame_needs_its_keys_and_may_have_more(name: str) -> None:
     )
 
 
-def test_words_of_later_servers_are_valid() -> None:
+def test_unknown_codes_and_reasons_are_valid() -> None:
     OF_SERVER.validate(
         {"type": "error", "code": "new", "message": "m", "retryable": True, "ref": "r"}
     )
@@ -261,7 +261,7 @@ def test_words_of_later_servers_are_valid() -> None:
 
 
 @pytest.mark.slow
-def test_asyncapi_document_follows_its_specification() -> None:
+def test_asyncapi_document_follows_specification() -> None:
     document = asyncapi()
     package = require_npm_package("@asyncapi/specs")
     specification = json.loads((package / "schemas/3.0.0.json").read_text())
@@ -269,7 +269,7 @@ def test_asyncapi_document_follows_its_specification() -> None:
     assert list(Draft7Validator(specification).iter_errors({**document, "servers": []}))
 
 
-def test_asyncapi_document_has_every_frame_and_leads_nowhere_else() -> None:
+def test_asyncapi_document_references_every_frame_only() -> None:
     document = asyncapi()
     assert document["components"]["messages"].keys() == {**CLIENT_FRAMES, **SERVER_FRAMES}.keys()
     for node in nodes(document):

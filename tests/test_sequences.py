@@ -14,7 +14,7 @@ SEQUENCES = load()
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-async def test_server_says_what_the_sequence_says(name: str, tmp_path: Path) -> None:
+async def test_server_sends_frames_of_sequence(name: str, tmp_path: Path) -> None:
     await play_to_server(SEQUENCES[name], tmp_path)
 
 
@@ -25,7 +25,7 @@ UNABLE = frozenset({"repeat", "later", "page", "blocks"})
 
 
 @pytest.mark.parametrize(("name", "socket"), playable(UNABLE))
-async def test_python_client_says_and_shows_what_the_sequence_says(
+async def test_python_client_plays_sequence(
     name: str, socket: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dial, "FIRST_BACKOFF", 0.01)

@@ -57,7 +57,7 @@ def test_keywords_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         ("write_buffer", 60_000, "max_unsent must be at least"),
     ],
 )
-def test_invalid_setting_is_a_one_line_error(name: str, value: object, says: str) -> None:
+def test_invalid_setting_is_one_line_error(name: str, value: object, says: str) -> None:
     with pytest.raises(ConfigError) as raised:
         Settings.load(**{name: value})
     assert says in str(raised.value)
@@ -65,7 +65,7 @@ def test_invalid_setting_is_a_one_line_error(name: str, value: object, says: str
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_secret_can_be_in_a_file(
+def test_secret_is_read_from_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "secret"
@@ -89,7 +89,7 @@ def test_secret_can_be_in_a_file(
             settings.secret(name)
 
 
-def test_error_names_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WSSERVER_GRACE", "soon")
     with pytest.raises(ConfigError, match=r"^WSSERVER_GRACE: "):
         Settings.load()
@@ -103,7 +103,7 @@ def test_error_names_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -
     ("name", "value"),
     [("WSSERVER_PORT_3001_TCP", "tcp://10.0.0.1:3001"), ("WSSERVER_SERVICE_HOST", "10.0.0.1")],
 )
-def test_variable_of_kubernetes_is_explained(
+def test_kubernetes_service_variable_is_explained(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -112,7 +112,7 @@ def test_variable_of_kubernetes_is_explained(
 
 
 @pytest.mark.parametrize("value", ["", "adaptive", "disabled", "1024", "8000"])
-def test_thinking_accepts_a_word_or_a_budget(value: str) -> None:
+def test_thinking_accepts_word_or_budget(value: str) -> None:
     assert Settings.load(thinking=value).thinking == value
 
 
@@ -120,7 +120,7 @@ def test_log_level_may_be_in_upper_case() -> None:
     assert Settings.load(log_level="DEBUG").log_level == "debug"
 
 
-def test_import_on_windows_names_the_supported_systems() -> None:
+def test_import_on_windows_names_supported_systems() -> None:
     program = "import sys; sys.platform = 'win32'; import wsserver"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -128,7 +128,7 @@ def test_import_on_windows_names_the_supported_systems() -> None:
     assert done.stderr.endswith("runs on Linux and macOS; on Windows run it in WSL\n")
 
 
-def test_documents_and_metadata_name_the_same_pythons() -> None:
+def test_documents_and_metadata_name_same_pythons() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     classified = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
     (tested,) = re.findall(r"^PYTHONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)

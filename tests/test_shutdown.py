@@ -24,7 +24,7 @@ async def code(chat: Client) -> int | None:
     return closed.rcvd.code if closed.rcvd is not None else None
 
 
-async def test_running_replies_finish_and_then_the_sockets_close_with_1012(
+async def test_running_replies_finish_before_close_1012(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
@@ -40,7 +40,7 @@ async def test_running_replies_finish_and_then_the_sockets_close_with_1012(
         await bounded(closing)
 
 
-async def test_while_it_drains_prompts_are_refused_and_nobody_new_gets_in(
+async def test_drain_refuses_prompts_and_connections(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server, client(server) as chat:
@@ -58,7 +58,7 @@ async def test_while_it_drains_prompts_are_refused_and_nobody_new_gets_in(
         await bounded(closing)
 
 
-async def test_replies_that_take_too_long_are_stopped(puppet: Puppet) -> None:
+async def test_replies_over_drain_timeout_are_stopped(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, drain_timeout=0.05) as server,
         client(server) as chat,
@@ -73,7 +73,7 @@ async def test_replies_that_take_too_long_are_stopped(puppet: Puppet) -> None:
         await bounded(closing)
 
 
-async def test_it_does_not_hang_on_a_stuck_peer(puppet: Puppet) -> None:
+async def test_close_does_not_wait_for_client_not_reading(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, drain_timeout=0, shutdown_timeout=0.2, send_timeout=1000
     ) as server:
@@ -83,7 +83,7 @@ async def test_it_does_not_hang_on_a_stuck_peer(puppet: Puppet) -> None:
             assert not server.listener.connections
 
 
-async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
+async def test_close_does_not_wait_for_handshake(puppet: Puppet) -> None:
     async with wsserver.serve(
         puppet, port=0, open_timeout=1000, shutdown_timeout=0.2, drain_timeout=0
     ) as server:
@@ -93,7 +93,7 @@ async def test_it_does_not_hang_on_a_handshake(puppet: Puppet) -> None:
             await bounded(asyncio.create_task(server.close()))
 
 
-async def test_hurry_waits_for_nothing(puppet: Puppet) -> None:
+async def test_hurry_ends_drain_at_once(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, drain_timeout=1000, shutdown_timeout=1000) as server:
         async with client(server) as chat:
             await chat.prompt()
@@ -106,7 +106,7 @@ async def test_hurry_waits_for_nothing(puppet: Puppet) -> None:
             await chat.closed()
 
 
-async def test_it_does_not_wait_for_a_model_that_cannot_be_closed(puppet: Puppet) -> None:
+async def test_close_does_not_wait_for_hanging_model(puppet: Puppet) -> None:
     for hurried in (False, True):
         async with wsserver.serve(
             puppet, port=0, drain_timeout=0, shutdown_timeout=0.1, stop_timeout=1000
@@ -123,13 +123,13 @@ async def test_it_does_not_wait_for_a_model_that_cannot_be_closed(puppet: Puppet
                 await chat.closed()
 
 
-async def test_closing_twice_is_closing_once(server: wsserver.Server) -> None:
+async def test_second_close_waits_for_first(server: wsserver.Server) -> None:
     await asyncio.gather(server.close(), server.close())
     await server.close()
     await server.serve_forever()
 
 
-async def test_who_waits_for_the_end_is_told_of_it_though_it_goes_wrong(
+async def test_serve_forever_returns_after_failed_close(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken() -> None:
@@ -143,7 +143,7 @@ async def test_who_waits_for_the_end_is_told_of_it_though_it_goes_wrong(
         await server.serve_forever()
 
 
-async def test_hundreds_of_sockets_are_closed_in_batches(puppet: Puppet) -> None:
+async def test_hundreds_of_sockets_close_with_1012(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0) as server, AsyncExitStack() as stack:
         chats = [await stack.enter_async_context(client(server)) for _ in range(150)]
         closing = asyncio.create_task(server.close())
@@ -151,7 +151,7 @@ async def test_hundreds_of_sockets_are_closed_in_batches(puppet: Puppet) -> None
         await bounded(closing)
 
 
-async def test_an_error_in_the_users_program_closes_at_once(puppet: Puppet) -> None:
+async def test_exception_in_with_block_closes_at_once(puppet: Puppet) -> None:
     with pytest.raises(ZeroDivisionError):
         async with wsserver.serve(puppet, port=0, drain_timeout=1000, shutdown_timeout=1000) as s:
             async with client(s) as chat:
@@ -160,7 +160,7 @@ async def test_an_error_in_the_users_program_closes_at_once(puppet: Puppet) -> N
                 raise ZeroDivisionError
 
 
-async def test_a_model_that_the_server_made_is_closed_with_it(
+async def test_server_closes_own_model_but_not_given_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     closed = []
@@ -179,7 +179,7 @@ async def test_a_model_that_the_server_made_is_closed_with_it(
     assert closed == [given]
 
 
-async def test_a_model_whose_closing_fails_or_hangs_does_not_hinder(
+async def test_failing_or_hanging_model_close_does_not_block_close(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Fails(Puppet):
@@ -196,7 +196,7 @@ async def test_a_model_whose_closing_fails_or_hangs_does_not_hinder(
             await bounded(asyncio.create_task(server.close()))
 
 
-async def test_a_server_runs_once(puppet: Puppet) -> None:
+async def test_server_cannot_be_entered_twice(puppet: Puppet) -> None:
     server = wsserver.serve(puppet, port=0)
     server.hurry()
     await server.close()  # nothing to close yet
@@ -205,7 +205,7 @@ async def test_a_server_runs_once(puppet: Puppet) -> None:
             await server.__aenter__()
 
 
-async def test_a_model_given_by_name_or_by_mistake() -> None:
+async def test_model_is_given_by_name_and_invalid_model_is_refused() -> None:
     async with wsserver.serve("demo", port=0) as server:
         assert server.model_name == "demo"
     with pytest.raises(wsserver.ConfigError, match="not callable"):
@@ -214,7 +214,7 @@ async def test_a_model_given_by_name_or_by_mistake() -> None:
         wsserver.serve(settings=wsserver.Settings(), port=5)
 
 
-async def test_what_cannot_listen_closes_the_model_that_it_made(
+async def test_failed_bind_closes_own_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     closed = asyncio.Event()
@@ -230,7 +230,7 @@ async def test_what_cannot_listen_closes_the_model_that_it_made(
     assert closed.is_set()
 
 
-async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
+async def test_close_leaves_no_task_or_connection(puppet: Puppet) -> None:
     before = asyncio.all_tasks()
     async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
         async with client(server) as chat:
@@ -241,7 +241,7 @@ async def test_after_closing_nothing_is_left(puppet: Puppet) -> None:
     assert not server.app.connections
 
 
-async def test_a_handshake_that_is_answered_while_it_drains_gets_503(puppet: Puppet) -> None:
+async def test_handshake_answered_during_drain_gets_503(puppet: Puppet) -> None:
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def slow(token: str | None, _: wsserver.Handshake) -> wsserver.Principal:
@@ -268,7 +268,7 @@ async def test_a_handshake_that_is_answered_while_it_drains_gets_503(puppet: Pup
         await bounded(closing)
 
 
-async def test_who_is_being_found_out_is_not_waited_for(puppet: Puppet) -> None:
+async def test_close_does_not_wait_for_authenticator(puppet: Puppet) -> None:
     asked, given_up = asyncio.Event(), asyncio.Event()
 
     async def never(token: str | None, _: wsserver.Handshake) -> None:

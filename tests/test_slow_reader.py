@@ -108,7 +108,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
     return WORD * 2 * count
 
 
-async def test_it_delays_neither_the_model_nor_other_sockets(
+async def test_slow_reader_delays_neither_model_nor_other_sockets(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
@@ -119,7 +119,7 @@ async def test_it_delays_neither_the_model_nor_other_sockets(
             assert (await brisk.text(start["id"]))[0] == "swift"
 
 
-async def test_its_frames_merge_as_it_falls_behind_and_nothing_is_lost(
+async def test_slow_reader_gets_merged_frames_without_loss(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
@@ -134,7 +134,7 @@ async def test_its_frames_merge_as_it_falls_behind_and_nothing_is_lost(
     assert max(sizes) <= server.settings.frame_size + len(WORD)
 
 
-async def test_what_waits_for_it_stays_within_the_write_buffer(
+async def test_unsent_data_of_slow_reader_fits_write_buffer(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
@@ -144,7 +144,7 @@ async def test_what_waits_for_it_stays_within_the_write_buffer(
         assert unsent <= server.settings.write_buffer + 4 * server.settings.frame_size
 
 
-async def test_a_stop_reaches_it_behind_little_stale_data(
+async def test_slow_reader_gets_done_soon_after_stop(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
@@ -163,7 +163,7 @@ async def test_a_stop_reaches_it_behind_little_stale_data(
         assert '"start"' in texts[0]
 
 
-async def test_it_is_aborted_after_the_send_deadline(puppet: Puppet) -> None:
+async def test_client_not_reading_is_aborted_after_send_timeout(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, send_timeout=1, grace=0, drain_timeout=0) as server:
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
@@ -208,7 +208,7 @@ async def test_reader_of_one_byte_per_send_timeout_is_not_aborted(puppet: Puppet
         await until(lambda: not server.listener.connections)
 
 
-async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
+async def test_flood_of_tiny_frames_is_read_in_small_turns(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with sluggard(server) as slow, client(server) as other:
@@ -225,7 +225,7 @@ async def test_a_flood_of_tiny_frames_is_read_in_small_turns(
     assert len(lines) < 2000
 
 
-async def test_a_ping_flood_from_one_that_never_reads_ends_in_an_abort(
+async def test_ping_flood_without_reading_aborts_connection(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:

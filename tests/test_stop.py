@@ -37,7 +37,7 @@ async def test_stop_before_first_token_closes_upstream(chat: Client, puppet: Pup
     assert (text, done["seq"], done["by"]) == ("", 0, "client")
 
 
-async def test_stop_before_the_model_is_called_ends_the_reply(chat: Client, puppet: Puppet) -> None:
+async def test_stop_before_model_is_called_ends_reply(chat: Client, puppet: Puppet) -> None:
     await chat.send('{"prompt": "Hello", "id": "chosen-by-client"}')
     await chat.send('{"type": "stop"}')  # the server reads it with the prompt, or soon after
     _, done = await chat.text("chosen-by-client")
@@ -45,9 +45,7 @@ async def test_stop_before_the_model_is_called_ends_the_reply(chat: Client, pupp
     assert all(reply.closed.is_set() for reply in puppet.replies if reply.said)
 
 
-async def test_next_prompt_after_a_stop_works_on_the_same_socket(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_next_prompt_after_stop_works_on_same_socket(chat: Client, puppet: Puppet) -> None:
     first = await chat.prompt("First")
     (await puppet.reply()).say("Half an")
     await chat.next("token")
@@ -80,7 +78,7 @@ async def test_stop_twice_gives_one_terminal(chat: Client, puppet: Puppet) -> No
     assert (await chat.receive())["code"] == "not_running"
 
 
-async def test_stop_of_an_unknown_id_or_of_nothing_is_harmless(chat: Client) -> None:
+async def test_stop_of_unknown_id_or_idle_socket_is_not_running(chat: Client) -> None:
     await chat.send({"type": "stop", "id": "no-such-generation"})
     error = await chat.receive()
     assert error["code"] == "not_running"
@@ -90,7 +88,7 @@ async def test_stop_of_an_unknown_id_or_of_nothing_is_harmless(chat: Client) -> 
     assert (await chat.receive())["code"] == "not_running"
 
 
-async def test_stop_of_one_reply_leaves_another_running(chat: Client, puppet: Puppet) -> None:
+async def test_stop_of_one_reply_leaves_other_running(chat: Client, puppet: Puppet) -> None:
     one = await chat.prompt("One", conversation="conversation-one")
     two = await chat.prompt("Two", conversation="conversation-two")
     await puppet.reply(1)
@@ -101,7 +99,7 @@ async def test_stop_of_one_reply_leaves_another_running(chat: Client, puppet: Pu
     assert chat.frames[-1]["reason"] == "end_turn"
 
 
-async def test_stop_without_an_id_stops_all_that_the_socket_follows(
+async def test_stop_without_id_stops_all_replies_of_socket(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     async with client(server) as other:
@@ -122,7 +120,7 @@ async def test_stop_without_an_id_stops_all_that_the_socket_follows(
         assert (await other.text(foreign["id"]))[0] == "untouched"
 
 
-async def test_stop_of_a_queued_prompt_costs_nothing(chat: Client, puppet: Puppet) -> None:
+async def test_stop_of_queued_prompt_costs_nothing(chat: Client, puppet: Puppet) -> None:
     await chat.prompt("A")
     queued = await chat.prompt("B", on_busy="queue")
     await chat.send({"type": "stop", "id": queued["id"]})
@@ -130,7 +128,7 @@ async def test_stop_of_a_queued_prompt_costs_nothing(chat: Client, puppet: Puppe
     assert done["usage"] == {"input_tokens": 0, "output_tokens": 0}
 
 
-async def test_stop_by_id_from_another_socket(
+async def test_stop_by_id_works_from_other_socket(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     start = await chat.prompt()
@@ -140,9 +138,7 @@ async def test_stop_by_id_from_another_socket(
         assert await other.quiet() == []
 
 
-async def test_stop_at_the_moment_of_the_end_gives_one_terminal(
-    chat: Client, puppet: Puppet
-) -> None:
+async def test_stop_at_end_of_reply_gives_one_terminal(chat: Client, puppet: Puppet) -> None:
     # The reply ends while the stop is on its way. There is one terminal in either order.
     for number in range(20):
         start = await chat.prompt(f"Prompt {number}")
@@ -157,7 +153,7 @@ async def test_stop_at_the_moment_of_the_end_gives_one_terminal(
         assert [f["code"] for f in refused] in ([], ["not_running"])
 
 
-async def test_model_that_returns_when_cancelled_counts_as_stopped() -> None:
+async def test_model_returning_on_cancel_counts_as_stopped() -> None:
     begun = asyncio.Event()
 
     async def quiet(_: wsserver.Request) -> AsyncIterator[str]:
@@ -176,7 +172,7 @@ async def test_model_that_returns_when_cancelled_counts_as_stopped() -> None:
         assert (text, done["reason"]) == ("half", "stopped")
 
 
-async def test_pieces_after_a_stop_are_dropped(chat: Client, puppet: Puppet) -> None:
+async def test_pieces_after_stop_are_dropped(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
     reply = (await puppet.reply()).say("before ")
     reply.stubborn = True
@@ -187,7 +183,7 @@ async def test_pieces_after_a_stop_are_dropped(chat: Client, puppet: Puppet) -> 
     await closed(reply.closed)
 
 
-async def test_model_that_does_not_close_is_abandoned(puppet: Puppet) -> None:
+async def test_hanging_model_is_abandoned_after_stop_timeout(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0, stop_timeout=0.05, drain_timeout=0) as server,
         client(server) as chat,
@@ -204,7 +200,7 @@ async def test_model_that_does_not_close_is_abandoned(puppet: Puppet) -> None:
         assert await chat.quiet() == []
 
 
-async def test_error_of_the_model_while_it_closes_is_ignored() -> None:
+async def test_exception_of_closing_model_is_ignored() -> None:
     async def careless(_: wsserver.Request) -> AsyncIterator[str]:
         try:
             yield "half"
@@ -232,7 +228,7 @@ async def test_error_of_the_model_while_it_closes_is_ignored() -> None:
     ],
     ids=["the model counted", "the model counted its input", "the model never said"],
 )
-async def test_usage_is_estimated_if_the_model_tells_none(
+async def test_usage_is_estimated_without_usage_of_model(
     chat: Client, puppet: Puppet, said: list[Usage], usage: dict[str, object]
 ) -> None:
     await chat.prompt("Hello")
@@ -242,7 +238,7 @@ async def test_usage_is_estimated_if_the_model_tells_none(
     assert (await chat.next("done"))["usage"] == usage
 
 
-async def test_usage_of_a_whole_reply_comes_from_the_model(chat: Client, puppet: Puppet) -> None:
+async def test_usage_of_whole_reply_comes_from_model(chat: Client, puppet: Puppet) -> None:
     await chat.prompt()
     (await puppet.reply()).say("x", End("stop_sequence", Usage(5, 6, 7, 8))).end()
     done = await chat.next("done")

@@ -140,7 +140,7 @@ async def test_refused_frames_and_prompts_are_counted(
     assert value(server, "frames_refused_total", "prompt", "busy") == 1
 
 
-async def test_pieces_merged_for_a_slow_reader_are_counted(
+async def test_pieces_merged_for_slow_reader_are_counted(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with client(server) as quick:
@@ -193,7 +193,7 @@ async def test_metrics_include_the_process(server: wsserver.Server) -> None:
 # Whether the model's API fails
 
 
-async def test_outage_of_the_api_lasts_until_a_success_or_a_time_limit(
+async def test_api_outage_lasts_until_success_or_time_limit(
     monkeypatch: pytest.MonkeyPatch, server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     def failing() -> bool:
@@ -217,7 +217,7 @@ async def test_outage_of_the_api_lasts_until_a_success_or_a_time_limit(
 
 
 @pytest.mark.parametrize("failure", [ModelError(Code.BAD_REQUEST), RuntimeError()])
-async def test_fault_of_a_prompt_is_no_outage_of_the_api(
+async def test_fault_of_prompt_is_no_api_outage(
     server: wsserver.Server, chat: Client, puppet: Puppet, failure: Exception
 ) -> None:
     for _ in range(6):
@@ -264,7 +264,7 @@ async def claude(
         yield server
 
 
-async def test_reply_is_a_span_with_the_api_request_as_its_child(
+async def test_reply_span_has_api_request_as_child(
     claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
 ) -> None:
     upstream.default = reply("a private reply", output_tokens=9)
@@ -310,7 +310,7 @@ async def test_reply_is_a_span_with_the_api_request_as_its_child(
     assert not [s for s in spans.get_finished_spans() if "private" in s.to_json()]
 
 
-async def test_each_attempt_is_a_span_with_its_resend_count(
+async def test_each_attempt_is_span_with_resend_count(
     claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
 ) -> None:
     upstream.play(error(529, "overloaded_error", headers={"retry-after": "0"}))
@@ -322,7 +322,7 @@ async def test_each_attempt_is_a_span_with_its_resend_count(
     assert [each.get("http.request.resend_count") for each in told] == [None, 1]
 
 
-async def test_failed_span_has_the_error_type_without_text(
+async def test_failed_span_has_error_type_without_text(
     claude: wsserver.Server, upstream: Upstream, spans: InMemorySpanExporter
 ) -> None:
     upstream.default = Script((error(401, "authentication_error", SECRET),))
@@ -344,7 +344,7 @@ async def test_failed_span_has_the_error_type_without_text(
     assert value(claude, "upstream_errors_total", "credentials") == 1
 
 
-async def test_exception_text_of_a_custom_model_is_not_in_the_span(
+async def test_span_has_no_exception_text_of_custom_model(
     spans: InMemorySpanExporter, chat: Client, puppet: Puppet
 ) -> None:
     await fail(chat, puppet, RuntimeError(SECRET))
@@ -355,7 +355,7 @@ async def test_exception_text_of_a_custom_model_is_not_in_the_span(
     assert SECRET not in span.to_json()
 
 
-async def test_each_reply_is_a_new_trace_that_names_the_stopper(
+async def test_each_reply_is_new_trace_naming_stopper(
     spans: InMemorySpanExporter, server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     first = await chat.prompt()
@@ -378,7 +378,7 @@ async def test_each_reply_is_a_new_trace_that_names_the_stopper(
 
 
 @pytest.mark.parametrize("moment", ["on_start", "on_end"])
-async def test_failing_span_processor_does_not_fail_the_reply(
+async def test_failing_span_processor_does_not_fail_reply(
     spans: InMemorySpanExporter,
     chat: Client,
     puppet: Puppet,

@@ -39,7 +39,9 @@ pytestmark = [
 ]
 
 
-async def test_dialogue(server: wsserver.Server, puppet: Puppet, tmp_path: Path) -> None:
+async def test_prompts_and_replies_alternate(
+    server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
     async with terminal(server.url, XDG_STATE_HOME=str(tmp_path / "state")) as person:
         await person.ready()
         person.types("Tell me a story\r")
@@ -64,7 +66,7 @@ async def test_dialogue(server: wsserver.Server, puppet: Puppet, tmp_path: Path)
     assert "Tell me a story" in history.read_text()
 
 
-async def test_arrow_up_repeats_a_prompt_of_an_earlier_run(
+async def test_arrow_up_recalls_prompt_of_earlier_run(
     server: wsserver.Server, puppet: Puppet, tmp_path: Path
 ) -> None:
     for number in range(2):
@@ -85,7 +87,7 @@ async def test_pasted_lines_are_one_prompt(server: wsserver.Server, puppet: Pupp
         assert (await puppet.reply()).request.prompt == "one\ntwo\n\tthree\nfour"
 
 
-async def test_ctrl_c_stops_the_reply_only(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_ctrl_c_stops_only_reply(server: wsserver.Server, puppet: Puppet) -> None:
     async with terminal(server.url) as person:
         await person.ready()
         person.types("Count\r")
@@ -111,7 +113,7 @@ async def test_ctrl_c_stops_the_reply_only(server: wsserver.Server, puppet: Pupp
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["limit known", "limit not known"])
-async def test_prompt_over_the_limit_fails_alone(
+async def test_prompt_over_size_limit_fails_alone(
     server: wsserver.Server, puppet: Puppet, known: bool
 ) -> None:
     async with (
@@ -127,7 +129,7 @@ async def test_prompt_over_the_limit_fails_alone(
         await person.sees("Yes")
 
 
-async def test_alt_r_repeats_the_prompt_and_replaces_the_turn(
+async def test_alt_r_repeats_prompt_and_replaces_turn(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     arguments = (server.url, "--conversation", CONVERSATION)
@@ -157,7 +159,7 @@ async def test_alt_r_repeats_the_prompt_and_replaces_the_turn(
         assert said == ["Tell me a story", "Better", "Go on"]
 
 
-async def test_reply_of_a_killed_server_is_marked_interrupted(tmp_path: Path) -> None:
+async def test_reply_of_killed_server_is_marked_interrupted(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     store = f"sqlite:///{tmp_path}/c.sqlite"
@@ -176,7 +178,7 @@ async def test_reply_of_a_killed_server_is_marked_interrupted(tmp_path: Path) ->
         await person.ready()
 
 
-async def test_lost_connection_is_shown_and_the_text_continues(
+async def test_lost_connection_is_shown_and_text_continues(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with Line(server.port) as line, terminal(line.url) as person:
@@ -205,7 +207,7 @@ async def test_error_shows_message_and_retry_time(server: wsserver.Server, puppe
         await person.ready()
 
 
-async def test_control_characters_of_the_model_are_escaped(
+async def test_control_characters_of_model_are_escaped(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with terminal(server.url) as person:
@@ -216,7 +218,7 @@ async def test_control_characters_of_the_model_are_escaped(
         await person.sees("\r\nf")
 
 
-async def test_continued_conversation_shows_its_last_messages(
+async def test_continued_conversation_shows_last_messages(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     arguments = (server.url, "--conversation", CONVERSATION)
@@ -232,7 +234,7 @@ async def test_continued_conversation_shows_its_last_messages(
         assert len((await puppet.reply(1)).request.messages) == 3
 
 
-async def test_chat_without_url_uses_the_demo_model() -> None:
+async def test_chat_without_url_uses_demo_model() -> None:
     async with terminal(WSSERVER_DEMO_RATE="0", WSSERVER_PORT="1") as person:
         await person.sees("this is the demo model")
         person.types("Hello\r")
@@ -352,7 +354,7 @@ async def test_end_of_each_reply_is_marked(
 
 
 @pytest.mark.parametrize("end", ["end_turn", "max_tokens", "stopped", "failed", "ctrl-c"])
-async def test_once_exit_code_tells_how_the_reply_ended(
+async def test_exit_code_of_once_tells_end_of_reply(
     server: wsserver.Server, puppet: Puppet, capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
     asking = asyncio.ensure_future(Terminal(Options(server.url, once="Hi")).run("Hi"))
@@ -390,7 +392,7 @@ async def test_ctrl_c_while_connecting_exits() -> None:
             assert await opening == 130
 
 
-async def test_ctrl_c_while_the_history_loads_exits() -> None:
+async def test_ctrl_c_while_history_loads_exits() -> None:
     asked = asyncio.Event()
 
     async def silent(socket: ServerConnection) -> None:
@@ -407,7 +409,7 @@ async def test_ctrl_c_while_the_history_loads_exits() -> None:
             assert await person.leaves() == 130
 
 
-async def test_prompt_is_sent_if_the_history_file_is_gone(
+async def test_prompt_is_sent_if_history_file_is_missing(
     server: wsserver.Server, puppet: Puppet, tmp_path: Path
 ) -> None:
     async with terminal(server.url, XDG_STATE_HOME=str(tmp_path)) as person:
@@ -422,9 +424,7 @@ async def test_prompt_is_sent_if_the_history_file_is_gone(
         assert await person.leaves() == 0
 
 
-def test_history_file_that_is_a_device_keeps_its_mode(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_history_file_on_device_keeps_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     (tmp_path / "wsserver").mkdir()
     (tmp_path / "wsserver/history").symlink_to(os.devnull)
@@ -434,7 +434,7 @@ def test_history_file_that_is_a_device_keeps_its_mode(
     assert changed == []
 
 
-async def test_server_forgets_the_connection_of_a_killed_terminal(
+async def test_server_forgets_connection_of_killed_terminal(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with Line(server.port) as line, terminal(line.url) as person:

@@ -23,7 +23,7 @@ CONVERSATION = "a-conversation-of-mine"
 pytestmark = pytest.mark.slow
 
 
-async def test_once_prints_only_the_text(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_once_prints_only_text(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(
         server.url, "--once", "Hi", "--system", "Be kind", "--conversation", CONVERSATION
     ) as process:
@@ -35,7 +35,7 @@ async def test_once_prints_only_the_text(server: wsserver.Server, puppet: Puppet
         assert [known.id for known in await chat.conversations()] == [CONVERSATION]
 
 
-async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_once_reads_prompt_from_pipe(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(server.url, "--once", "-") as process:
         assert process.stdin is not None
         process.stdin.write("two\nlines 🦆\n".encode())
@@ -49,14 +49,14 @@ async def test_once_reads_the_prompt_from_a_pipe(server: wsserver.Server, puppet
             assert await process.wait() == 0
 
 
-async def test_once_without_url_starts_a_private_server() -> None:
+async def test_once_without_url_starts_private_server() -> None:
     async with once("--once", "Hello", WSSERVER_DEMO_RATE="0", WSSERVER_TOKEN_FILE="") as process:
         code, out, err = await outcome(process)
     assert (code, out[:23]) == (0, "This is the demo model:")
     assert "demo" in err
 
 
-async def test_once_exits_with_1_after_an_error(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_once_exits_with_1_after_error(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(server.url, "--once", "Hi") as process:
         (await puppet.reply()).say("Half").fail(ModelError(Code.UNREACHABLE, "No \x1b[2J way."))
         code, out, err = await outcome(process)
@@ -64,7 +64,7 @@ async def test_once_exits_with_1_after_an_error(server: wsserver.Server, puppet:
     assert err == "wsserver: No \\x1b[2J way. (unreachable); try again\n"
 
 
-async def test_once_exits_with_1_without_a_server() -> None:
+async def test_once_exits_with_1_without_server() -> None:
     # Without the patience that it has for ten seconds.
     async with once("ws://127.0.0.1:1/", "--once", "Hi") as process:
         code, out, err = await outcome(process)
@@ -73,7 +73,7 @@ async def test_once_exits_with_1_without_a_server() -> None:
     assert err.count("\n") == 1
 
 
-async def test_once_exits_with_130_after_ctrl_c_and_stops_the_reply(
+async def test_once_exits_with_130_after_ctrl_c_and_stops_reply(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with once(server.url, "--once", "Hi") as process:
@@ -86,7 +86,7 @@ async def test_once_exits_with_130_after_ctrl_c_and_stops_the_reply(
         assert said.closed.is_set()
 
 
-async def test_sigterm_stops_the_reply_before_exit(server: wsserver.Server, puppet: Puppet) -> None:
+async def test_sigterm_stops_reply_before_exit(server: wsserver.Server, puppet: Puppet) -> None:
     async with once(server.url, "--once", "Hi") as process:
         said = (await puppet.reply()).say("Half")
         assert process.stdout is not None
@@ -97,7 +97,7 @@ async def test_sigterm_stops_the_reply_before_exit(server: wsserver.Server, pupp
         assert said.closed.is_set()
 
 
-async def test_once_exits_quietly_after_a_closed_pipe(
+async def test_once_exits_quietly_after_closed_pipe(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     read, write = os.pipe()
@@ -178,7 +178,7 @@ def test_unusable_arguments_exit_with_2_and_one_line(
 
 
 @pytest.mark.parametrize("missing", ["<&-", ">&-", "2>&-"])
-async def test_closed_standard_stream_is_an_error(missing: str) -> None:
+async def test_closed_standard_stream_is_error(missing: str) -> None:
     process = await asyncio.create_subprocess_exec(
         "/bin/sh",
         "-c",
@@ -209,7 +209,7 @@ async def test_full_disk_is_reported(server: wsserver.Server, puppet: Puppet) ->
         await reply.closed.wait()
 
 
-def test_help_names_the_environment_variable_of_the_token(
+def test_help_names_token_environment_variable(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -218,7 +218,7 @@ def test_help_names_the_environment_variable_of_the_token(
     assert "WSSERVER_CHAT_TOKEN" in capsys.readouterr().out
 
 
-def test_server_does_not_import_the_terminal() -> None:
+def test_server_does_not_import_terminal() -> None:
     program = (
         "import sys, json, wsserver.cli\n"
         "print(json.dumps([m for m in sys.modules if m.partition('.')[0] == 'prompt_toolkit'"

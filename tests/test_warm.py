@@ -29,7 +29,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: 
     monkeypatch.setenv("ANTHROPIC_BASE_URL", upstream.url)
 
 
-async def test_prompt_begins_no_handshake_once_its_client_has_connected(
+async def test_prompt_uses_connection_opened_when_client_connected(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     async with Delay(int(upstream.url.rpartition(":")[2]), 0.005) as distance:
@@ -41,7 +41,7 @@ async def test_prompt_begins_no_handshake_once_its_client_has_connected(
     assert (text, distance.accepted) == ("Hello world", 1)
 
 
-async def test_without_the_setting_the_prompt_begins_the_handshake(upstream: Upstream) -> None:
+async def test_prompt_opens_connection_with_warm_connections_off(upstream: Upstream) -> None:
     async with wsserver.serve(port=0, drain_timeout=0, warm_connections=False) as server:
         async with client(server) as chat:
             await server.prepared()
@@ -50,7 +50,7 @@ async def test_without_the_setting_the_prompt_begins_the_handshake(upstream: Ups
             assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
 
 
-async def test_first_frame_that_is_the_prompt_opens_no_second_connection(
+async def test_prompt_as_first_frame_opens_one_connection(
     upstream: Upstream,
 ) -> None:
     async with Delay(int(upstream.url.rpartition(":")[2]), 0.005) as distance:
@@ -63,7 +63,7 @@ async def test_first_frame_that_is_the_prompt_opens_no_second_connection(
         assert distance.accepted == 1
 
 
-async def test_many_clients_have_one_connection_opened(upstream: Upstream) -> None:
+async def test_many_clients_open_one_warm_connection(upstream: Upstream) -> None:
     async with Delay(int(upstream.url.rpartition(":")[2]), 0.005) as distance:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("ANTHROPIC_BASE_URL", f"https://127.0.0.1:{distance.port}")
@@ -77,7 +77,7 @@ async def test_many_clients_have_one_connection_opened(upstream: Upstream) -> No
         assert distance.accepted == 1
 
 
-async def test_server_without_clients_has_no_connection(upstream: Upstream) -> None:
+async def test_server_without_clients_opens_no_connection(upstream: Upstream) -> None:
     async with wsserver.serve(port=0, drain_timeout=0) as server:
         await server.prepared()
         for _ in range(20):
@@ -85,7 +85,7 @@ async def test_server_without_clients_has_no_connection(upstream: Upstream) -> N
         assert not upstream.connections
 
 
-async def test_idle_connection_is_closed_and_not_opened_again(
+async def test_idle_warm_connection_is_closed_and_not_reopened(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream
 ) -> None:
     monkeypatch.setattr("wsserver.models.http.IDLE_TIME", 0.05)
@@ -97,7 +97,7 @@ async def test_idle_connection_is_closed_and_not_opened_again(
         assert (await chat.text((await chat.prompt())["id"]))[0] == "Hello world"
 
 
-async def test_api_that_cannot_be_reached_costs_no_client_its_connection(
+async def test_unreachable_api_does_not_close_clients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with refused_url() as url:
@@ -129,7 +129,7 @@ class Warmed:
         yield "Hello"
 
 
-async def test_model_of_ones_own_is_warmed_at_a_connection_and_at_its_first_frame() -> None:
+async def test_custom_model_is_warmed_at_connection_and_first_frame() -> None:
     model = Warmed()
     async with wsserver.serve(model, port=0) as server, client(server) as chat:
         await until(lambda: model.calls == ["prepare", "warm"])
@@ -140,7 +140,7 @@ async def test_model_of_ones_own_is_warmed_at_a_connection_and_at_its_first_fram
     assert model.calls == ["prepare", "warm", "warm", "prompt"]
 
 
-async def test_failure_to_warm_is_logged_and_nothing_else(
+async def test_failed_warm_is_only_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async with wsserver.serve(Warmed(LookupError("cold")), port=0) as server:

@@ -149,7 +149,7 @@ async def follow(lines: list[str], terminal: Terminal) -> None:
             more = False
 
 
-async def test_transcript_matches_a_real_session() -> None:
+async def test_transcript_matches_real_session() -> None:
     wscat = require_wscat()
     command, *lines = transcript()
     program, *arguments = shlex.split(command.removeprefix("$ "))
