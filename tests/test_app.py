@@ -83,7 +83,7 @@ async def connect(app: App, subprotocol: str | None = None) -> tuple[Connection,
     return app.opened(line, visitor), line, visitor
 
 
-async def test_reply_streams_to_a_transport_in_memory(puppet: Puppet) -> None:
+async def test_reply_streams_to_in_memory_transport(puppet: Puppet) -> None:
     async with running(puppet) as app:
         connection, line, visitor = await connect(app)
         connection.receive(json.dumps({"prompt": "Hello?"}))

@@ -99,7 +99,7 @@ async def test_citations_follow_text_of_their_block(chat: Client, puppet: Puppet
     ]
 
 
-async def test_citation_longer_than_a_frame_of_text_is_whole(
+async def test_citation_over_frame_size_is_sent_whole(
     chat: Client, puppet: Puppet, server: Server
 ) -> None:
     cited = {"cited_text": "é" * 2 * server.settings.frame_size}
@@ -107,7 +107,7 @@ async def test_citation_longer_than_a_frame_of_text_is_whole(
     assert [frame.get("citation") for frame in found] == [None, cited, None]
 
 
-async def test_reply_ends_before_a_citation_that_no_frame_can_have(
+async def test_reply_ends_before_oversize_citation(
     chat: Client, puppet: Puppet, server: Server
 ) -> None:
     cited = {"cited_text": "x" * ESCAPED * server.settings.frame_size}

@@ -221,7 +221,7 @@ def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_fits_two_screens_and_has_the_first_settings(
+def test_help_fits_two_screens_with_main_settings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = shown(capsys, "serve", "--help").splitlines()

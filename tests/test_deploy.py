@@ -455,7 +455,7 @@ async def test_nginx_limits_connections_per_second(folder: Path, made: Path) -> 
         assert await front.refused(address=OTHER) == 502, "each address has its own"
 
 
-def test_nginx_waits_longer_than_the_server() -> None:
+def test_nginx_limits_exceed_server_limits() -> None:
     site = (DEPLOY / "nginx.conf").read_text()
     settings = Settings()
     for name in ("proxy_read_timeout", "proxy_send_timeout"):

@@ -324,7 +324,7 @@ async def test_generation_is_one_log_event(
     assert "reply" not in caplog.text
 
 
-async def test_times_of_the_event_include_the_wait_in_the_queue(
+async def test_log_event_times_include_wait_in_queue(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     generation = Generation("g", "ada", Prompt(prompt="Hello?"), "puppet", None, accepted=1.0)

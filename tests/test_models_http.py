@@ -530,7 +530,7 @@ async def test_request_waits_for_pending_warm_connection() -> None:
         assert raw.accepted == 1
 
 
-async def test_request_makes_its_own_connection_when_the_one_made_ahead_fails(
+async def test_request_connects_itself_when_warm_connection_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dialed: list[asyncio.Future[None]] = []

@@ -205,7 +205,7 @@ async def test_metrics_without_token_are_served_to_local_clients(
         ("Authorization: Bearer \u00e9\n", 401),
     ],
 )
-async def test_metrics_with_token_need_that_token(
+async def test_metrics_with_token_need_token_in_request(
     puppet: Puppet, headers: str, status: int
 ) -> None:
     async with wsserver.serve(puppet, port=0, metrics_token="sesame") as server:

@@ -90,7 +90,7 @@ async def test_history_over_context_window_is_shortened_and_retried(
     assert max(tried[tried.index(refused[-1]) + 1 :]) < LIMIT
 
 
-async def test_prompt_over_context_window_is_error_and_conversation_continues(
+async def test_too_long_prompt_is_error_and_conversation_continues(
     request: pytest.FixtureRequest, chat: Client, upstream: Upstream
 ) -> None:
     by_size = request.node.callspec.params["upstream"] is refusal_by_size

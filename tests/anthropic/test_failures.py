@@ -80,7 +80,7 @@ async def test_refused_request_is_one_error_with_stable_code(
 @pytest.mark.parametrize(
     ("name", "logged"), [("req_011CSHoEeqs5C35K2UUqR7Fy", True), ("sk-planted-secret", False)]
 )
-def test_request_id_is_for_the_log_if_it_has_the_form_of_the_apis(name: str, logged: bool) -> None:
+def test_api_request_id_is_logged_if_well_formed(name: str, logged: bool) -> None:
     cause = {"type": "overloaded_error", "message": "No luck"}
     body = {"type": "error", "error": cause, "request_id": name}
     for failure in (ApiError(529, {"request-id": name}, body).failure(), of_event(body)):
@@ -126,7 +126,7 @@ async def test_malformed_retry_after_is_ignored(
         assert "retry_after" not in await chat.next("error")
 
 
-async def test_x_should_retry_false_ends_the_attempts(chat: Client, upstream: Upstream) -> None:
+async def test_x_should_retry_false_ends_retries(chat: Client, upstream: Upstream) -> None:
     headers = {"x-should-retry": "false"}
     upstream.default = Script((error(500, "api_error", headers=headers),))
     await chat.prompt()

@@ -32,7 +32,7 @@ from wsserver.stores.sqlite import SqliteStore
 pytestmark = pytest.mark.slow
 
 
-async def test_batch_of_any_size_takes_one_call_to_the_thread(
+async def test_batch_of_any_size_takes_one_thread_call(
     file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}", f"c{number}")) for number in range(800)])
@@ -40,7 +40,7 @@ async def test_batch_of_any_size_takes_one_call_to_the_thread(
     assert len(await names(file)) == 800
 
 
-async def test_history_of_any_length_takes_one_call_to_the_thread(
+async def test_history_of_any_length_takes_one_thread_call(
     file: SqliteStore, trips: list[Connection]
 ) -> None:
     await file.commit([whole(header(f"g{number}")) for number in range(200)])
