@@ -79,6 +79,11 @@ class Usage:
         """Return a copy with other counts."""
         return replace(self, **counts)  # type: ignore[arg-type]
 
+    def plus(self, other: "Usage") -> "Usage":
+        """Return the sum, which is an estimate if one of both is."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in _COUNTS}
+        return Usage(**sums, estimated=self.estimated or other.estimated)
+
 
 _NO_EXTRA: Mapping[str, Any] = MappingProxyType({})
 
@@ -350,7 +355,12 @@ def text_of_block(block: Block) -> str:
     """Return the text of a text block, or the JSON of any other block, to measure its length."""
     if isinstance(block, Text) and not block.extra:
         return block.text
-    return json.dumps(dump_block(block), ensure_ascii=False, separators=(",", ":"))
+    return compact(dump_block(block))
+
+
+def compact(value: object) -> str:
+    """Return a JSON value as JSON without spaces."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def memory_of(message: Message) -> int:

@@ -9,9 +9,9 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from wsserver.content import Block, Text, Thinking, dump_block, parse_block
+from wsserver.content import Block, Text, Thinking, compact, dump_block, parse_block
 
 Kind = Literal["text", "thinking", "signature", "citation", "block"]
 """What the data of a piece is.
@@ -191,9 +191,5 @@ def pieces_of(block: Block) -> list[tuple[Kind, str]]:
         return [("thinking", block.thinking), ("signature", block.signature)]
     if isinstance(block, Text):
         cited = block.extra.get("citations", ())
-        return [("text", block.text), *(("citation", _dump(one)) for one in cited)]
-    return [("block", _dump(dump_block(block)))]
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return [("text", block.text), *(("citation", compact(one)) for one in cited)]
+    return [("block", compact(dump_block(block)))]

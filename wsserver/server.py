@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from wsserver import descriptors, listening, models
@@ -245,12 +244,7 @@ class Server:
             raise ConfigError(f"operations_port: cannot listen on {where}: {reason}") from error
         _, self.operations_port = listening.tcp_address(self.operators.bound)
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         if exc_type is not None:  # also when cancelled: leave quickly
             self.hurry()
         await self.close()

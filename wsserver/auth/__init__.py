@@ -33,17 +33,14 @@ def make(settings: Settings) -> Authenticator | None:
         ConfigError: the settings are invalid.
     """
     ways: list[Authenticator] = []
-    if settings.tokens or settings.token_file:
-        ways.append(Tokens(settings.tokens, _path(settings.token_file)))
+    file = settings.token_file
+    if settings.tokens or file:
+        ways.append(Tokens(settings.tokens, Path(file) if file else None))
     if settings.jwt_secret.get_secret_value() or settings.jwt_secret_file or settings.jwt_jwks:
         from wsserver.auth.jwt import JwtAuthenticator  # noqa: PLC0415
 
         ways.append(JwtAuthenticator(settings))
     return _Any(ways) if len(ways) > 1 else ways[0] if ways else None
-
-
-def _path(name: str) -> Path | None:
-    return Path(name) if name else None
 
 
 class _Any:

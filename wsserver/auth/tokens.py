@@ -99,14 +99,10 @@ def _parse(text: str, where: str) -> list[_Known]:
                 last = dt.date.fromisoformat(match["last"])
             except ValueError:
                 raise ConfigError(f"{where}: entry {number}: there is no such day") from None
-            expires = _end_of(last)
+            midnight = dt.datetime.combine(last, dt.time(), dt.UTC)
+            expires = midnight.timestamp() + 86_400
         known.append(_Known(bytes.fromhex(match["digest"]), Principal(match["name"], expires)))
     return known
-
-
-def _end_of(day: dt.date) -> float:
-    midnight = dt.datetime.combine(day, dt.time(), dt.UTC)
-    return midnight.timestamp() + 86_400
 
 
 def new(name: str, days: int | None = None) -> tuple[str, str]:

@@ -13,7 +13,6 @@ stops the replies that still run.
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from wsserver.client.chat import connect as connect_async
@@ -186,12 +185,7 @@ class SyncChat:
             raise
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._loop.run(self._chat.close())
         finally:

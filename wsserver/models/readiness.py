@@ -14,42 +14,39 @@ class Readiness:
     """Calls ``prepare`` and ``warm`` of a model that has them, in tasks of their own."""
 
     def __init__(self, model: Model | PushModel, *, warm: bool) -> None:
-        instance = not isinstance(model, type)
-        self._prepare: Callable[[], Awaitable[Any]] | None = None
-        self._warm: Callable[[], Awaitable[Any]] | None = None
-        if instance:
-            self._prepare = _method(model, "prepare")
-            self._warm = _method(model, "warm") if warm else None
-        self._preparing: asyncio.Task[None] | None = None
-        self._warming: asyncio.Task[None] | None = None
+        self._methods = {
+            name: method
+            for name in (("prepare", "warm") if warm else ("prepare",))
+            if inspect.iscoroutinefunction(method := getattr(model, name, None))
+            and not isinstance(model, type)
+        }
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def prepare(self) -> None:
         """Begin to prepare the model."""
-        if self._prepare is not None:
-            self._preparing = asyncio.get_running_loop().create_task(_attempt(self._prepare))
+        self._start("prepare")
 
     async def prepared(self) -> None:
         """Wait until the model is prepared, or has failed to."""
-        if self._preparing is not None:
-            await asyncio.wait({self._preparing})
+        if (preparing := self._tasks.get("prepare")) is not None:
+            await asyncio.wait({preparing})
 
     def warm(self) -> None:
         """Have a connection opened, unless one is being opened."""
-        if self._warm is not None and (self._warming is None or self._warming.done()):
-            self._warming = asyncio.get_running_loop().create_task(_attempt(self._warm))
+        self._start("warm")
 
     async def close(self) -> None:
         """Cancel the tasks."""
-        tasks = {task for task in (self._preparing, self._warming) if task is not None}
-        for task in tasks:
+        for task in self._tasks.values():
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
 
-
-def _method(model: Model | PushModel, name: str) -> Callable[[], Awaitable[Any]] | None:
-    method = getattr(model, name, None)
-    return method if inspect.iscoroutinefunction(method) else None
+    def _start(self, name: str) -> None:
+        running = self._tasks.get(name)
+        if name in self._methods and (running is None or running.done()):
+            task = asyncio.get_running_loop().create_task(_attempt(self._methods[name]))
+            self._tasks[name] = task
 
 
 async def _attempt(work: Callable[[], Awaitable[Any]]) -> None:

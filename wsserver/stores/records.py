@@ -13,7 +13,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, TypeAdapter
 
-from wsserver.content import Block, Message, Role, Text, dump_content, parse_content
+from wsserver.content import Block, Message, Role, Text, compact, dump_content, parse_content
 from wsserver.errors import Code
 from wsserver.pieces import TEXT, Kind, Pieces
 from wsserver.protocol import Done, Error, Prompt, Terminal
@@ -66,7 +66,7 @@ class Packed:
             (text if kind == TEXT else other).extend(data)
             runs.append((kind, block, len(data)))
         lengths = list(map(len, pieces.data))
-        return cls("".join(text), "".join(other), _dump(lengths), _dump(runs))
+        return cls("".join(text), "".join(other), compact(lengths), compact(runs))
 
     def pieces(self) -> Pieces:
         """Unpack the pieces.
@@ -126,7 +126,7 @@ def dump_prompt(prompt: Prompt) -> str:
         "messages": messages,
         **{key: getattr(prompt, key) for key in _PROMPT_KEYS},
     }
-    return _dump({key: value for key, value in record.items() if value is not None})
+    return compact({key: value for key, value in record.items() if value is not None})
 
 
 def parse_prompt(record: str | bytes) -> Prompt:
@@ -165,7 +165,7 @@ def dump_terminal(terminal: Terminal) -> str:
     record: dict[str, Any] = {"v": VERSION, "type": terminal.type, "usage": usage}
     keys = _DONE_KEYS if isinstance(terminal, Done) else _ERROR_KEYS
     record |= {key: getattr(terminal, key) for key in keys}
-    return _dump({key: value for key, value in record.items() if value is not None})
+    return compact({key: value for key, value in record.items() if value is not None})
 
 
 def parse_terminal(record: str, generation: str) -> Terminal:
@@ -196,7 +196,7 @@ def _parse(record: str | bytes) -> dict[str, Any]:
 
 def dump_batch(pieces: Pieces) -> str:
     """Return the record of some consecutive pieces of a generation that still runs."""
-    return _dump({"v": VERSION, "runs": list(pieces.runs())})
+    return compact({"v": VERSION, "runs": list(pieces.runs())})
 
 
 def parse_batch(record: str, pieces: Pieces, after: int) -> None:
@@ -234,7 +234,3 @@ def _old_batch(value: list[str | tuple[str]], before: Pieces) -> Pieces:
         last = kind
         batch.extend(kind, number, [item] if isinstance(item, str) else list(item))
     return batch
-
-
-def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -101,16 +101,8 @@ class Reply:
 
     def _total(self) -> Usage:
         """Add this attempt's usage to the usage of the attempts before it."""
-        before, now = self._before, self._usage
-        if before is None:
-            self.spent = now
-            return now
-        sums = {name: getattr(before, name) + getattr(now, name) for name in _COUNTS}
-        self.spent = Usage(
-            **sums,
-            estimated=before.estimated or now.estimated,
-            thinking_tokens=before.thinking_tokens + now.thinking_tokens,
-        )
+        now = self._usage
+        self.spent = now if self._before is None else self._before.plus(now)
         return self.spent
 
     def _stop_thinking(self) -> None:
