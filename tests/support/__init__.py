@@ -1,1 +1,1 @@
-"""What the tests and the benchmarks share: stand-ins for the world around the server."""
+"""Helpers of the tests and the benchmarks: clients, models, proxies and a fake Messages API."""

@@ -1,4 +1,4 @@
-"""What abuses a server for real: its process watched from outside, and clients without manners."""
+"""Clients that attack a server process, and measurements of that process from outside."""
 
 import asyncio
 import itertools
@@ -35,10 +35,10 @@ __all__ = [
 ]
 
 MEBIBYTE = 2**20
-HERE = "127.0.0.1"  # where the abuse comes from
-OTHER = "127.0.0.2"  # where everybody else is
+HERE = "127.0.0.1"  # source address of the attacks
+OTHER = "127.0.0.2"  # source address of other clients
 METRICS_TOKEN = "for-whoever-looks-at-them"
-OPERATOR = "127.0.0.3"  # who looks at the metrics
+OPERATOR = "127.0.0.3"  # source address of the client that reads the metrics
 MODEL = "tests.support.abuse:talker"
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 
 async def talker(request: Request) -> AsyncIterator[str]:
-    """A model that does what the prompt says: ``talk NUMBER``, ``hang``, ``fail TEXT``."""
+    """A model that obeys its prompt: ``talk NUMBER``, ``hang``, ``fail TEXT``."""
     what, _, rest = request.prompt.partition(" ")
     if what == "talk":
         for _ in range(int(rest)):
@@ -61,7 +61,7 @@ async def talker(request: Request) -> AsyncIterator[str]:
 
 
 class Served:
-    """A server process, as its operator sees it."""
+    """A server process, with its log, its metrics and its resources."""
 
     def __init__(self, process: Process, url: str) -> None:
         self.process = process
@@ -72,13 +72,13 @@ class Served:
         self.log: list[str] = []  # the lines so far
 
     async def read(self) -> None:
-        """Read its log, so that it never waits for a reader."""
+        """Read the log all the time, so that the server never waits to write it."""
         assert self.process.process.stdout is not None
         while line := await self.process.process.stdout.readline():
             self.log.append(line.decode())
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        """Return what the log says of an event; every line of it must be a JSON object."""
+        """Return the log lines of an event. Every line of the log must be a JSON object."""
         events = [json.loads(line) for line in self.log if line.startswith("{")]
         return [event for event in events if event["event"] == name]
 
@@ -92,18 +92,18 @@ class Served:
                 await self.metrics()
 
     def status(self, name: str) -> int:
-        """Return a number from the status that Linux shows of the process."""
+        """Return a number of ``/proc/PID/status``."""
         text = Path(f"/proc/{self.pid}/status").read_text()
         return int(re.findall(rf"^{name}:\s+(\d+)", text, re.MULTILINE)[0])
 
     @property
     def memory(self) -> int:
-        """Bytes that it has in memory now."""
+        """Resident bytes of the process now."""
         return self.status("VmRSS") * 1024
 
     @property
     def peak(self) -> int:
-        """The most bytes that it has ever had in memory."""
+        """The most resident bytes that the process ever had."""
         return self.status("VmHWM") * 1024
 
     @property
@@ -115,7 +115,7 @@ class Served:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     async def get(self, path: str, source: str = OPERATOR) -> tuple[int, str]:
-        """Return the status and the rest of what is at an address, headers and all."""
+        """Request a path; return the status, and the rest of the response with its headers."""
         async with Peer.open(self, source, tls=self.tls) as peer:
             head = f"Host: localhost\r\nAuthorization: Bearer {METRICS_TOKEN}\r\n"
             peer.write(f"GET {path} HTTP/1.1\r\n{head}\r\n".encode())
@@ -136,7 +136,7 @@ class Served:
 
     @asynccontextmanager
     async def client(self, source: str = HERE, **options: Any) -> AsyncIterator[Client]:
-        """A proper client."""
+        """Connect a client that follows the protocol."""
         options |= {} if self.tls is None else {"ssl": self.tls}
         async with connect(self.url, proxy=None, local_addr=(source, 0), **options) as socket:
             yield Client(socket)
@@ -158,7 +158,7 @@ async def served(
         reading = asyncio.get_running_loop().create_task(server.read())
         try:
             async with server.client(OTHER, **_authorized(bearer)) as one:
-                await exchange(server, one)  # after which all is imported
+                await exchange(server, one)  # the first request has imported everything
             yield server
             assert process.process.returncode is None, process.output + "".join(server.log)
         finally:
@@ -167,7 +167,7 @@ async def served(
 
 
 async def certificate(folder: Path) -> Path:
-    """Make a certificate of localhost with its key; return the file."""
+    """Make a certificate for localhost; return the file with the certificate and its key."""
     file = folder / "site.pem"
     command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout - -out -"
     made = await asyncio.create_subprocess_exec(*command.split(), stdout=-1, stderr=-3)
@@ -187,7 +187,7 @@ def _authorized(bearer: str) -> dict[str, Any]:
 
 
 async def exchange(server: Served, chat: Client | None = None, count: int = 1) -> None:
-    """Be a client that behaves, and is served as if it were alone."""
+    """Chat as a normal client, and check that the server serves it without delay."""
     if chat is None:
         async with server.client(OTHER) as one:
             await exchange(server, one, count)
@@ -206,7 +206,7 @@ async def exchange(server: Served, chat: Client | None = None, count: int = 1) -
 async def meanwhile(
     server: Served, abuse: Awaitable[T], *, least: int = 3, most: int = 1000, **options: Any
 ) -> T:
-    """Have somebody else chat while an abuse goes on; return what comes of that."""
+    """Run an attack while a normal client chats; return the result of the attack."""
     async with server.client(OTHER, **options) as other:
         abusing = asyncio.ensure_future(abuse)
         try:
@@ -227,7 +227,7 @@ def frame(data: str | bytes = b"", opcode: Opcode = Opcode.TEXT, **options: Any)
 
 
 class Peer:
-    """A client of bare bytes, which reads when it is told to."""
+    """A client that writes raw bytes, and reads only when the test reads."""
 
     HANDSHAKE = (
         b"GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -247,7 +247,7 @@ class Peer:
         narrow: bool = False,
         tls: ssl.SSLContext | None = None,
     ) -> Self:
-        """Connect; a narrow one has little room for what it does not read."""
+        """Connect. A narrow client has a small receive buffer."""
         sock = socket.socket()
         sock.setblocking(False)
         if narrow:
@@ -262,7 +262,7 @@ class Peer:
     @classmethod
     @asynccontextmanager
     async def open(cls, server: Served, source: str = HERE, **options: Any) -> AsyncIterator[Self]:
-        """Connect, and leave at the end of the block."""
+        """Connect, and drop the connection at the end of the block."""
         peer = await cls.connect(server, source, **options)
         try:
             yield peer
@@ -274,13 +274,13 @@ class Peer:
     async def websocket(
         cls, server: Served, source: str = HERE, *, narrow: bool = False
     ) -> AsyncIterator[Self]:
-        """The same after the handshake."""
+        """Connect, and do the WebSocket handshake."""
         async with cls.open(server, source, narrow=narrow) as peer:
             assert b"101" in (await peer.upgrade()).split(b"\r\n")[0]
             yield peer
 
     async def upgrade(self, *headers: bytes) -> bytes:
-        """Ask for a WebSocket; return the head of the answer."""
+        """Request a WebSocket; return the head of the response."""
         self.write(self.HANDSHAKE + b"".join(b"%b\r\n" % header for header in headers) + b"\r\n")
         async with asyncio.timeout(BOUND):
             return await self.reader.readuntil(b"\r\n\r\n")
@@ -289,7 +289,7 @@ class Peer:
         self.writer.write(data)
 
     async def flood(self, data: bytes, times: int | None = None) -> None:
-        """Write without reading, so many times or until the server has had enough."""
+        """Write many times without reading, until the server closes the connection."""
         self.writer.transport.pause_reading()  # type: ignore[attr-defined]
         with suppress(ConnectionError):
             async with asyncio.timeout(BOUND):
@@ -320,13 +320,13 @@ class Peer:
                     return
 
     async def close_code(self) -> int:
-        """Read on up to the close frame; return its code, or 1006 if there is none."""
+        """Read up to the close frame; return its code, or 1006 without a close frame."""
         async for _ in self.texts():
             pass
         return self.code
 
     async def rest(self) -> bytes:
-        """Read all up to the end of the connection, however that comes."""
+        """Read up to the end of the connection, by FIN or RST."""
         data = b""
         with suppress(ConnectionError):
             async with asyncio.timeout(BOUND):
@@ -335,9 +335,9 @@ class Peer:
         return data
 
     def shut(self) -> None:
-        """Say that nothing more will be written."""
+        """Close the writing side."""
         self.writer.write_eof()
 
     def drop(self) -> None:
-        """Be gone."""
+        """Drop the connection."""
         self.writer.transport.abort()

@@ -1,4 +1,4 @@
-"""A certificate that nobody trusts, unless told so."""
+"""A self-signed certificate, which clients trust only if a test configures them to."""
 
 import ssl
 import subprocess
@@ -11,7 +11,7 @@ __all__ = ["certificate", "tls_server"]
 
 @cache
 def _self_signed() -> tuple[ssl.SSLContext, str]:
-    """Return the settings of a TLS server, and the text of its certificate."""
+    """Return the TLS context of a server, and its certificate as text."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     with tempfile.TemporaryDirectory() as folder:
         pem, key = f"{folder}/certificate.pem", f"{folder}/key.pem"
@@ -24,10 +24,10 @@ def _self_signed() -> tuple[ssl.SSLContext, str]:
 
 
 def tls_server() -> ssl.SSLContext:
-    """Return the settings of a TLS server that nobody trusts, unless told so."""
+    """Return the TLS context of a server with the self-signed certificate."""
     return _self_signed()[0]
 
 
 def certificate() -> str:
-    """Return the certificate of the TLS servers of the tests, to be written to a file."""
+    """Return the self-signed certificate as text."""
     return _self_signed()[1]

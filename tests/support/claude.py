@@ -1,4 +1,4 @@
-"""A server whose model is Claude, and what its tests do again and again."""
+"""A server whose model is Claude, and helpers of its tests."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -52,7 +52,7 @@ class Client:
                 return frame
 
     async def text(self, generation: str) -> tuple[str, Frame]:
-        """Return all text of a generation up to its terminal, and that."""
+        """Return all text of a generation, and its terminal frame."""
         terminal = await self.next("done", "error", id=generation)
         return self.said(generation), terminal
 
@@ -64,14 +64,14 @@ class Client:
         )
 
     async def quiet(self) -> list[Frame]:
-        """Return what was sent before now: all up to the answer to a ping."""
+        """Return the frames that the server sent before its answer to a ping."""
         before = len(self.frames)
         await self.send({"type": "ping"})
         await self.next("pong")
         return self.frames[before:-1]
 
     async def closed(self) -> ConnectionClosed:
-        """Read on until the server closes, and return how it did."""
+        """Read until the server closes the connection; return its exception."""
         try:
             while True:
                 await self.receive()

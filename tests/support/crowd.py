@@ -1,4 +1,4 @@
-"""Settings for one address and one principal that does what many do."""
+"""Settings with high limits, because all clients of a test share an address and a principal."""
 
 __all__ = ["CROWD"]
 

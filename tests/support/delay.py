@@ -1,4 +1,4 @@
-"""A TCP proxy that delays every byte, as a distance of so many milliseconds would."""
+"""A TCP proxy that delays every byte, as a distant server would."""
 
 import asyncio
 from typing import Self
@@ -9,7 +9,7 @@ Write = tuple[float, bytes]
 
 
 class Delay:
-    """Stands before a server on this machine.
+    """A proxy in front of a server on this machine.
 
     A TCP handshake costs its client one round trip, which a proxy on this machine cannot delay by
     itself: the first bytes of each connection wait for one more round trip.

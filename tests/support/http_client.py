@@ -1,4 +1,4 @@
-"""What the tests of the HTTP client share: a pool, a reader of bodies, a server of one answer."""
+"""Helpers of the tests of the HTTP client: a pool, a body reader, a server with one response."""
 
 import asyncio
 import ssl
@@ -22,14 +22,14 @@ __all__ = [
     "whole",
 ]
 
-SECONDS = 5  # that any wait may take at most
+SECONDS = 5  # bound of every wait
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
 LAST = b"0\r\n\r\n"
 
 
 class Reader:
-    """Keeps what it is given, and can wait for it."""
+    """Keeps the bytes of a body, and waits for them."""
 
     def __init__(self, *, enough: bool = False) -> None:
         self.reads: list[bytes] = []
@@ -77,7 +77,7 @@ async def whole(response: Response) -> bytes:
 async def answering(
     answer: bytes, *, close: bool = False
 ) -> AsyncIterator[tuple[Raw, list[bytes]]]:
-    """Answer each request with these bytes; give the server, and the heads of the requests."""
+    """Answer each request with these bytes; yield the server, and the heads of the requests."""
     heads: list[bytes] = []
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

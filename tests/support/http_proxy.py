@@ -11,17 +11,17 @@ __all__ = ["HttpProxy"]
 
 
 class HttpProxy:
-    """Leads every request to one server on this machine, whatever name the request has.
+    """Connects every request to one server on this machine, for any host in the request.
 
     Args:
         port: where that server listens.
-        credentials: ``user:password`` that it demands.
-        tls: the settings of its own TLS.
-        refuse: the status with which it answers every request instead.
+        credentials: ``user:password`` that the proxy demands.
+        tls: the TLS context of the proxy.
+        refuse: the status that the proxy answers to every request.
 
     Attributes:
         requests: the first line of each request.
-        url: its address, without credentials.
+        url: the address of the proxy, without credentials.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class HttpProxy:
 
     @property
     def accepted(self) -> int:
-        """Connections so far."""
+        """Number of accepted connections."""
         return self._raw.accepted
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -86,7 +86,7 @@ class HttpProxy:
 async def _pass(
     source: asyncio.StreamReader, to: asyncio.StreamWriter, prefix: bytes = b""
 ) -> None:
-    """Pass bytes on; without the prefix of a request's URL, where there is one."""
+    """Pass bytes on, without the origin in the URL of a request."""
     while data := await source.read(65536):
         to.write(data.replace(b" " + prefix, b" ", 1) if prefix else data)
         await to.drain()

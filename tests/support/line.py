@@ -117,7 +117,7 @@ class Line:
                         to.close()  # after the written bytes
                         await to.wait_closed()
                         return
-        if to in self._hushed:  # the other side gets no end of the stream
+        if to in self._hushed:  # the other side gets no FIN
             await asyncio.Event().wait()
         with contextlib.suppress(OSError):
             to.write_eof()

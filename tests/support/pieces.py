@@ -1,4 +1,4 @@
-"""What a model says, as texts that a test can compare, and as pieces of a reply."""
+"""The output of a model, as texts that a test can compare, and as pieces of a reply."""
 
 from collections.abc import Iterable
 from itertools import groupby
@@ -16,7 +16,7 @@ class Thinking(str):
 
 
 def said(*texts: str, block: int = 0) -> Pieces:
-    """Make pieces, each change of kind beginning another block."""
+    """Make pieces of texts. Each change of kind begins a block."""
     pieces = Pieces()
     for number, (kind, run) in enumerate(groupby(texts, type), block):
         pieces.extend("thinking" if kind is Thinking else "text", number, list(map(str, run)))
@@ -24,10 +24,10 @@ def said(*texts: str, block: int = 0) -> Pieces:
 
 
 def heard(pieces: Iterable[tuple[Kind, int, str]]) -> list[str]:
-    """Return what was said as such pieces."""
+    """Return the texts of pieces."""
     return [Thinking(data) if kind == "thinking" else data for kind, _, data in pieces]
 
 
 def yielded(text: str) -> str | wsserver.Thinking:
-    """Return what a model yields to say it."""
+    """Return the output of a model for a text."""
     return wsserver.Thinking(str(text)) if isinstance(text, Thinking) else text

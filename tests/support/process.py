@@ -17,14 +17,14 @@ __all__ = ["Process", "run"]
 
 
 class Process:
-    """A running program, and what it has printed so far."""
+    """A running program, and its output so far."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self.output = ""
 
     async def line(self, pattern: str) -> re.Match[str]:
-        """Wait for a line of its output that matches."""
+        """Wait for an output line that matches."""
         assert self.process.stdout is not None
         async with asyncio.timeout(BOUND):
             while True:
@@ -38,7 +38,7 @@ class Process:
         self.process.send_signal(number)
 
     async def end(self) -> int:
-        """Wait for its end and return its exit code."""
+        """Wait for the end of the program; return the exit code."""
         assert self.process.stdout is not None
         async with asyncio.timeout(BOUND):
             self.output += (await self.process.stdout.read()).decode()
@@ -51,7 +51,7 @@ async def run(
 ) -> AsyncIterator[Process]:
     """Run ``python arguments``; kill it if it still runs in the end.
 
-    ``descriptors`` is a limit as ``ulimit -n`` takes it.
+    ``descriptors`` is the limit of file descriptors, as of ``ulimit -n``.
     """
     limit = None
     if descriptors:

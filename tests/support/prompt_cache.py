@@ -1,4 +1,4 @@
-"""A stand-in for the API's prompt cache, and for its tokenizer.
+"""A fake of the API's prompt cache and tokenizer.
 
 https://platform.claude.com/docs/en/build-with-claude/prompt-caching
 """
@@ -15,17 +15,17 @@ Block = tuple[str, str]  # the role and the text
 
 
 def tokens(blocks: list[Block]) -> int:
-    """Count as no real tokenizer does, but as cheaply: four bytes to a token."""
+    """Return the tokens of a text: one for each four bytes."""
     return sum(-(-len(text.encode()) // 4) for _, text in blocks)
 
 
 class PromptCache:
-    """Counts what requests read from the cache, write to it, and send past it.
+    """Counts the tokens that requests read from the cache, write to it, and send uncached.
 
     Attributes:
         read: tokens of all requests so far.
-        written: the same.
-        uncached: the same.
+        written: likewise.
+        uncached: likewise.
     """
 
     def __init__(self) -> None:
@@ -34,11 +34,11 @@ class PromptCache:
 
     @property
     def share(self) -> float:
-        """How much of what was sent was read from the cache."""
+        """The share of the sent tokens that were read from the cache."""
         return self.read / (self.read + self.written + self.uncached)
 
     def usage(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Take a request, and return the input part of its usage.
+        """Count a request; return the input tokens of its usage.
 
         Raises:
             AssertionError: the API would refuse the request.
@@ -67,7 +67,7 @@ class PromptCache:
 
 
 def _blocks(body: dict[str, Any]) -> tuple[list[Block], list[int]]:
-    """Return the content blocks of a request, and after how many of them it has breakpoints."""
+    """Return the content blocks of a request, and the numbers of blocks before its breakpoints."""
     blocks: list[Block] = []
     breakpoints = []
     system = {"role": "system", "content": body.get("system") or []}

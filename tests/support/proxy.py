@@ -14,7 +14,7 @@ __all__ = ["Cut", "Proxy", "reset"]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The place and the way of a cut.
+    """Where and how a connection is cut.
 
     Args:
         after: number of bytes from the server that the client gets.
@@ -58,7 +58,7 @@ class Proxy:
 
     @property
     def cuts(self) -> int:
-        """How many cuts are left."""
+        """Number of cuts left."""
         return len(self._cuts)
 
     def _accept(self, reader: StreamReader, writer: StreamWriter) -> None:
@@ -87,7 +87,7 @@ class Proxy:
                 with contextlib.suppress(OSError):
                     requests.close()
                     writer.write_eof()
-                    while await reader.read(65536):  # what is not read makes a RST of the FIN
+                    while await reader.read(65536):  # unread data turns the FIN into a RST
                         pass
         finally:
             for end in ends:
@@ -96,8 +96,8 @@ class Proxy:
     async def _answer(
         self, answers: StreamReader, writer: StreamWriter, cut: Cut | None, number: int
     ) -> None:
-        """Pass on what the server says until it goes, or the cut is reached."""
-        # What has been passed on waits no more here, and so no reset takes it back.
+        """Pass on bytes of the server until it disconnects, or until the cut."""
+        # The kernel has all passed bytes, so a reset loses none of them.
         writer.transport.set_write_buffer_limits(high=0)
         while cut is None or cut.late or self.passed[number] < cut.after:
             left = 65536 if cut is None else cut.after - self.passed[number]
@@ -110,7 +110,7 @@ class Proxy:
 
 
 async def _pass_all(reader: StreamReader, writer: StreamWriter) -> None:
-    """Pass on what a client says until it goes, and tell the server that it went."""
+    """Pass on bytes of a client until it disconnects, and then disconnect from the server."""
     with contextlib.suppress(OSError):
         while data := await reader.read(65536):
             writer.write(data)

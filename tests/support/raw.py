@@ -1,4 +1,4 @@
-"""A TCP or TLS server whose every byte a test decides, for what no HTTP server would send."""
+"""A TCP or TLS server that sends exactly the bytes of a test, also malformed HTTP."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ class Raw:
     """Runs a handler for each connection; the connection closes when the handler returns.
 
     Attributes:
-        port: where it listens.
+        port: the port of the server.
         accepted: connections so far, after their TLS handshake.
     """
 

@@ -1,4 +1,4 @@
-"""Validators of the protocol's frames, as a client author would make them of the schema."""
+"""Validators of the protocol's frames, made from the published schema."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ __all__ = ["OF_CLIENT", "OF_SERVER", "of"]
 def _pattern(
     validator: Validator, pattern: str, value: object, schema: Any
 ) -> Iterator[ValidationError]:
-    """Match as ECMA-262 does: ``$`` is the very end, and not before a newline."""
+    """Match as ECMA-262 does: ``$`` matches only at the end of the text."""
     if isinstance(value, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), value):
         yield ValidationError(f"{value!r} does not match {pattern!r}")
 

@@ -1,4 +1,4 @@
-"""What a stand-in for the Messages API answers: events, faults and whole replies, as steps.
+"""Scripts for the fake Messages API: events, faults and whole replies, as steps.
 
 https://platform.claude.com/docs/en/build-with-claude/streaming
 """
@@ -24,7 +24,7 @@ REQUEST_ID = "{request_id}"
 
 
 def event(kind: str, **fields: object) -> bytes:
-    """Return one server-sent event as the API frames it, its type both its name and in its data."""
+    """Return one server-sent event of the API. Its type is both its name and in its data."""
     data = json.dumps({"type": kind, **fields}, ensure_ascii=False, separators=(",", ":"))
     return f"event: {kind}\ndata: {data}\n\n".encode()
 
@@ -55,7 +55,7 @@ def _pieces(text: str | Sequence[str]) -> Sequence[str]:
 
 
 class Step:
-    """One thing done for an answer; tests may add kinds. Nothing follows one that is the last."""
+    """One step of a script. Tests may add kinds of steps. ``last`` ends the script."""
 
     last: bool = False
 
@@ -65,7 +65,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Head(Step):
-    """The status line and headers of a stream, which go ahead: a script may stop after them."""
+    """The status line and headers of a stream, so that a script can stop after them."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Head(Step):
 
 @dataclass(frozen=True)
 class Answer(Step):
-    """A whole response, be it an error or a proxy's page. Its ``connection: close`` is obeyed."""
+    """A whole response, such as an error. ``connection: close`` closes the connection after it."""
 
     status: int
     content_type: str
@@ -96,7 +96,7 @@ class Answer(Step):
 
 @dataclass(frozen=True)
 class Start(Step):
-    """The message_start event, which names the model that the request asked for."""
+    """The message_start event, with the model of the request."""
 
     usage: Mapping[str, int]
 
@@ -110,7 +110,7 @@ class Start(Step):
 
 @dataclass(frozen=True)
 class Events(Step):
-    """Events as they go on the wire, sound or broken, all at once or one every so many seconds."""
+    """Events as bytes, valid or malformed, all at once or one in each interval."""
 
     events: tuple[bytes, ...]
     interval: float = 0.0
@@ -118,7 +118,7 @@ class Events(Step):
 
     @cached_property
     def chunks(self) -> tuple[bytes, ...]:
-        """The events as HTTP chunks, made once for all the streams that play them."""
+        """The events as HTTP chunks, encoded once for all streams."""
         return tuple(map(chunk, self.events))
 
     async def play(self, wire: Connection) -> None:
@@ -135,13 +135,13 @@ class Events(Step):
                 wire.write(b"".join(batch), len(batch))
 
     async def _pace(self, wire: Connection) -> None:
-        """Write from timers, which spare each stream a task switch per event; late ones join."""
+        """Write from timers, without a task switch per event. Write late events together."""
         loop = asyncio.get_running_loop()
         over, began, done = loop.create_future(), loop.time(), 0
 
         def tick() -> None:
             nonlocal done
-            if over.done():  # the peer has gone
+            if over.done():  # the client has disconnected
                 return
             if not wire.unblocked.is_set():
                 loop.call_later(self.interval, tick)
@@ -161,7 +161,7 @@ class Events(Step):
 
 @dataclass(frozen=True)
 class Gate(Step):
-    """Stops until the test sets ``upstream.gates[name]``, or the event given instead of a name."""
+    """Waits until the test sets ``upstream.gates[name]``, or the given event."""
 
     gate: str | asyncio.Event
 
@@ -171,7 +171,7 @@ class Gate(Step):
 
 @dataclass(frozen=True)
 class Hang(Step):
-    """Stops for good, silent or with a ping every so many seconds."""
+    """Never ends: sends nothing, or a ping in each interval."""
 
     ping_every: float | None = None
 
@@ -184,7 +184,7 @@ class Hang(Step):
 
 @dataclass(frozen=True)
 class Cut(Step):
-    """Closes the connection in mid-event, with a FIN and no final chunk, or with a reset."""
+    """Closes the connection within an event: with a FIN and no final chunk, or with a RST."""
 
     reset: bool = False
     last: bool = True
@@ -207,7 +207,7 @@ END = Events((), last=True)
 
 
 def error_event(kind: str, message: str = "No luck") -> Events:
-    """Return an error in mid-stream, after which the API ends the body."""
+    """Return an error event, after which the API ends the body."""
     return Events((event("error", error={"type": kind, "message": message}),), last=True)
 
 
@@ -229,9 +229,9 @@ def error(
 
 @dataclass(frozen=True)
 class Script:
-    """The answer to one request.
+    """The response to one request.
 
-    `chop` is the number of bytes per write, wherever that cuts; `crlf` is how its lines end.
+    `chop` is the number of bytes per write; `crlf` ends lines with CRLF.
     """
 
     steps: tuple[Step, ...]
@@ -239,14 +239,14 @@ class Script:
     crlf: bool = False
 
     def after(self, *steps: Step) -> Script:
-        """Return the same answer after these steps: ``reply("Hi").after(Gate("go"))``."""
+        """Return the script with these steps before it: ``reply("Hi").after(Gate("go"))``."""
         return replace(self, steps=(*steps, *self.steps))
 
 
 def stream(*parts: bytes | Step, chop: int = 0, crlf: bool = False) -> Script:
-    """Return a stream of just these bytes and steps, for what `reply` is too orderly to send.
+    """Return a stream of exactly these bytes and steps, also malformed ones.
 
-    A line that does not end is ``stream(b"data: ", *[b"x" * 65536] * 1000)``.
+    An endless line is ``stream(b"data: ", *[b"x" * 65536] * 1000)``.
     """
     steps = (Events((part,)) if isinstance(part, bytes) else part for part in parts)
     return Script((Head(), *steps), chop, crlf)
@@ -254,7 +254,7 @@ def stream(*parts: bytes | Step, chop: int = 0, crlf: bool = False) -> Script:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """A tool_use content block, as a part of a reply."""
+    """A tool_use content block of a reply."""
 
     name: str
     input: Mapping[str, object]
@@ -275,11 +275,12 @@ def reply(
     chop: int = 0,
     crlf: bool = False,
 ) -> Script:
-    """Return a whole well-formed message, with anything else between its pieces of text.
+    """Return a whole message, with other steps between its pieces of text.
 
-    A string is split into words, a list of strings is taken as it is, bytes go out as they are, and
-    a step happens where it stands: ``reply("one two ", Gate("go"), "three", Cut())``. `interval` is
-    the seconds between pieces, each of which is an output token unless `output_tokens` is given.
+    A string is split into words, and each word is a piece. The strings of a list are pieces. Bytes
+    are sent unchanged. A step runs at its position: ``reply("one two ", Gate("go"), "three",
+    Cut())``. `interval` is the seconds between pieces. Without `output_tokens` each piece counts as
+    one output token.
     """
     message = _Message(interval)
     if thinking:
@@ -311,7 +312,7 @@ def reply(
 
 
 class _Message:
-    """Collects the steps of a message: numbers content blocks, joins neighbouring events."""
+    """Collects the steps of a message: numbers content blocks, and joins adjacent events."""
 
     def __init__(self, interval: float) -> None:
         self.steps: list[Step] = []

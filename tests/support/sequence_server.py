@@ -30,10 +30,10 @@ MODEL = "claude-sonnet-4-6"
 
 @dataclass
 class _Socket:
-    """A connection of raw frames, and what has come over it and is not taken yet."""
+    """A connection of raw frames, and its received frames that no line has matched yet."""
 
     connection: ClientConnection
-    names: dict[str, str]  # the vector's, by the ids that the server has chosen
+    names: dict[str, str]  # ids of the vector, by the ids that the server chose
     inbox: list[Frame] = field(default_factory=list)
 
     async def receive(self) -> None:
@@ -43,7 +43,7 @@ class _Socket:
         self.inbox.append(renamed(frame, self.names))
 
     async def take(self, fits: Callable[[Frame], bool]) -> Frame:
-        """Return the first frame that fits, and leave those before it for later."""
+        """Return the first frame that matches, and keep the frames before it."""
         while True:
             for frame in self.inbox:
                 if fits(frame):
@@ -52,7 +52,7 @@ class _Socket:
             await self.receive()
 
     async def settle(self) -> None:
-        """Wait until the server has read what was sent."""
+        """Wait until the server has read all sent frames."""
         await self.connection.send('{"type":"ping"}')
         await self.take(lambda frame: frame["type"] == "pong")
 
@@ -74,7 +74,7 @@ class _Play:
         self._asked: dict[str, tuple[Block, ...]] = {}  # the blocks of prompts, by id
         self._replies: dict[str, Reply] = {}
         self._said: dict[str, int] = {}  # seq of the last piece that the model was told to say
-        self._over: set[str] = set()  # whose end the model was told
+        self._over: set[str] = set()  # generations that the model was told to end
         self._last: int | None = None  # the socket that sent last
         self._names: dict[str, str] = {}
         frames = [line["frame"] for line in lines if line.get("from") == "client"]
@@ -172,7 +172,7 @@ class _Play:
                 await self._serve_again(self._folder / "saved.sqlite")
 
     async def _serve_again(self, saved: Path) -> None:
-        """Start a server on what another one has saved."""
+        """Start a server on the file of an earlier server."""
         for suffix in ("", "-wal"):
             source = saved.with_name(saved.name + suffix)
             if source.exists():
@@ -180,7 +180,7 @@ class _Play:
         await self._serve()
 
     async def _save(self) -> None:
-        """Note what a server would find that died after the next frame of a reply."""
+        """Copy the file as it is now, for a server after a crash."""
         await self._server.app.hub.journal.flush()
         for suffix in ("", "-wal"):
             with contextlib.suppress(FileNotFoundError):
@@ -220,7 +220,7 @@ class _Play:
         assert alike(seen, frame), seen
 
     async def _cue(self, frame: Frame) -> None:
-        """Have the model do what the server's frame tells of."""
+        """Have the model cause a frame of the server."""
         name, kind = frame.get("id"), frame["type"]
         if name is None or kind == "start" or name in self._over:
             return
@@ -241,7 +241,7 @@ class _Play:
             (await self._reply(name)).fail(ModelError(frame["code"]))
 
     async def _reply(self, name: str) -> Reply:
-        """Wait until the model is asked the prompt of a generation."""
+        """Wait until the model has the prompt of a generation."""
         if name not in self._replies:
             blocks, taken = self._asked[name], list(self._replies.values())
 
@@ -258,7 +258,7 @@ class _Play:
 
 
 def _outputs(frame: Frame, count: int) -> list[Output]:
-    """Return what a model yields so that a frame has so many pieces."""
+    """Return the output of a model for a frame of a number of pieces."""
     if frame["type"] == "block":
         return [parse_block(json.loads(frame["partial_json"]))]
     if "signature" in frame:
@@ -268,7 +268,7 @@ def _outputs(frame: Frame, count: int) -> list[Output]:
 
 
 async def play_to_server(lines: list[Line], folder: Path) -> None:
-    """Send the client's lines to a server, and compare what comes with the server's lines.
+    """Send the client's lines to a server, and compare its frames with the server's lines.
 
     Args:
         lines: of one sequence.

@@ -33,12 +33,12 @@ EVENTS = {
 }
 """What happens besides frames, as the document says it and as the vectors do."""
 
-ANY = "…"  # the value of a key that may be any text
+ANY = "…"  # stands for any text
 TIMES = frozenset({"expires", "expires_in", "created", "updated", "began", "ended", "retry_after"})
 
 
 def written() -> list[str]:
-    """Return the lines of the vectors, as ``PROTOCOL.md`` has them."""
+    """Return the lines of the sequences in ``PROTOCOL.md``."""
     section = DOCUMENT.read_text().partition("\n## Sequences\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^### ([^\n]*)\n.*?^```\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     return [
@@ -71,7 +71,7 @@ def load() -> dict[str, list[Line]]:
 
 
 def alike(seen: Any, told: Any, key: str = "") -> bool:
-    """Whether a value is the one of a vector, where the vector says which it is."""
+    """Whether a value matches the value of a vector."""
     if told == ANY:
         return isinstance(seen, str) and bool(seen)
     if key in TIMES:

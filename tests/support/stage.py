@@ -73,7 +73,7 @@ class Troupe:
 
 
 class Stage:
-    """Runs servers, and obeys the commands."""
+    """Runs servers and executes commands."""
 
     def __init__(self) -> None:
         self._troupe = Troupe()
@@ -83,7 +83,7 @@ class Stage:
     async def do_serve(
         self, settings: Mapping[str, Any], tokens: Mapping[str, Any] | None = None
     ) -> Mapping[str, Any]:
-        """Start a server, behind a line; ``tokens`` are names and lives in seconds, or None."""
+        """Start a server behind a proxy. ``tokens`` are names and lifetimes in seconds, or None."""
         stack = contextlib.AsyncExitStack()
         given = {"port": 0, "drain_timeout": 0.0, **settings}
         if tokens is not None:
@@ -117,11 +117,11 @@ class Stage:
         return self._troupe.asked.get(prompt, 0)
 
     async def do_closed(self, prompt: str) -> None:
-        """Wait until a request for it is closed."""
+        """Wait until the model has closed a call for a prompt."""
         await self._troupe.closings(prompt).acquire()
 
     async def do_saved(self, server: int, reply: str, pieces: int) -> None:
-        """Wait until so much of a reply is in the store."""
+        """Wait until a number of pieces of a reply is in the store."""
         store = self._servers[server][0].app.store
         async with asyncio.timeout(BOUND):
             while not (
@@ -131,7 +131,7 @@ class Stage:
                 pass
 
     async def do_jam(self, server: int) -> None:
-        """Have the store save nothing any more."""
+        """Make every later commit of the store hang."""
 
         async def never(*_: object) -> None:
             await asyncio.Event().wait()
@@ -139,7 +139,7 @@ class Stage:
         self._servers[server][0].app.store.commit = never  # type: ignore[assignment]
 
     async def do_connections(self, server: int) -> int:
-        """Tell how many connections have been tried."""
+        """Return the number of connection attempts."""
         return self._servers[server][2].tried
 
     async def obey(self, order: dict[str, Any]) -> None:

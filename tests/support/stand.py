@@ -35,12 +35,12 @@ class Bystander:
 
 
 class Port:
-    """The transport of a client in the same process."""
+    """An in-memory transport of a client."""
 
     def __init__(self) -> None:
         self.writable = True
         self.frames: list[dict[str, Any]] = []
-        self.failure: Exception | None = None  # of the next writes
+        self.failure: Exception | None = None  # raised by later writes
         self.ended: Close | None = None
 
     def write(self, frame: bytes) -> None:
@@ -61,7 +61,7 @@ class Port:
 
 
 class Stand:
-    """A hub with a model in the test's hands."""
+    """A hub with a model that the test controls."""
 
     def __init__(self, **given: Any) -> None:
         self.puppet = Puppet()
@@ -84,11 +84,11 @@ class Stand:
         return await self.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
 
     def fail(self, failure: Exception | None) -> None:
-        """Have the store save nothing; None: have it save again."""
+        """Make commits of the store fail; None: let them work again."""
         self.store.failure = failure
 
     async def terminal(self, name: str, owner: str = OWNER) -> Terminal | None:
-        """Return the end of a generation as it is in the store."""
+        """Return the stored terminal of a generation."""
         stored = await self.store.find(name, owner)
         assert isinstance(stored, StoredGeneration)
         return stored.terminal

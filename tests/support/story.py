@@ -1,4 +1,4 @@
-"""A reply that the model says step by step, and what clients receive of it over many sockets."""
+"""A reply that the model writes step by step, and its frames over many sockets."""
 
 import asyncio
 import secrets
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 SIZE = 32  # characters: larger pieces are split, smaller ones merged up to it
-# No time limit ends anything in these tests.
+# No time limit ends a reply or a connection in these tests.
 LASTING: dict[str, Any] = {
     "port": 0,
     "frame_size": SIZE,
@@ -81,7 +81,7 @@ DROPS = ("fin", "rst", "close")
 
 
 def cut_up(said: Sequence[str], size: int = SIZE) -> list[str]:
-    """Return the pieces as the log has them: no empty ones, large ones split."""
+    """Return the pieces as in the log: without empty pieces, and with large pieces split."""
     return [
         type(piece)(piece[start : start + size])
         for piece in said
@@ -97,7 +97,7 @@ def joined(said: Sequence[str]) -> dict[str, str]:
 
 
 class Story:
-    """A reply: the pieces that the model says, the ending, and the progress."""
+    """A reply: the pieces of the model, the ending, and the progress."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class Story:
 
 
 class Transcript:
-    """What one client has received of a story over all its sockets."""
+    """The frames of a story that one client has received over all its sockets."""
 
     def __init__(self, story: Story, after: int = 0) -> None:
         self.story = story
@@ -206,7 +206,7 @@ class Transcript:
         self.heard = {"token": "", "thinking": ""}
         self.start: Frame | None = None
         self.terminal: Frame | None = None
-        self.following = False  # between start and terminal on this socket
+        self.following = False  # this socket is between start and terminal
 
     def take(self, frame: Frame) -> None:
         kind, story = frame["type"], self.story
@@ -236,17 +236,17 @@ class Transcript:
             self.following = False
 
     def lose(self) -> None:
-        """The socket is gone."""
+        """The connection is lost."""
         self.following = False
 
     def start_over(self) -> None:
-        """Expect everything from the beginning, as the prompt was sent again."""
+        """Expect the whole reply again, because the prompt was sent again."""
         self.following = False
         self.last = 0
         self.heard = {"token": "", "thinking": ""}
 
     async def hear(self, chat: Client, frames: int = 10**9, talk: int = 1) -> None:
-        """Receive frames up to a number or the terminal. When none waits, the model says more."""
+        """Receive frames up to a number or the terminal. The model writes more when needed."""
         for _ in range(frames):
             if self.following:
                 await self.story.tell_more(self.last, talk)
@@ -255,7 +255,7 @@ class Transcript:
                 return
 
     async def catch_up(self, chat: Client) -> None:
-        """Receive everything that the model has said, and nothing else."""
+        """Receive all text that the model has written, and no other frame."""
         while self.last < self.story.seq:
             self.take(await chat.receive())
         assert not await chat.quiet()
@@ -347,7 +347,7 @@ def on_one_server(examples: int) -> hypothesis_settings:
 
 
 class Gate:
-    """Holds back the commits of a server until it is opened."""
+    """Holds back the commits of a server until the gate is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
         self.opened = asyncio.Event()
@@ -362,7 +362,7 @@ class Gate:
         monkeypatch.setattr(server.app.store, "commit", commit_later)
 
     async def reached_or(self, other: asyncio.Future[None]) -> None:
-        """Wait until a commit is held back, or until there is nothing to save."""
+        """Wait until a commit is held back, or until the other future is done."""
         await until(lambda: self.reached.is_set() or other.done())
 
 

@@ -1,4 +1,4 @@
-"""What clients of many tests do: ask, resume, and open conversations."""
+"""Actions of clients in many tests: prompt, resume, and open conversations."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ async def opened(chat: Client, conversation: str = ONE, **keys: Any) -> dict[str
 
 
 async def turns(chat: Client, conversation: str = ONE) -> list[tuple[str, str, str | None]]:
-    """Return the messages of a conversation: role, text and why one is partial."""
+    """Return role, text and ``partial`` of the messages of a conversation."""
     await chat.send({"type": "open", "conversation": conversation, "before": 2**53 - 1})
     history = await chat.next("history")
     return [(m["role"], m["content"], m.get("partial")) for m in history["messages"]]

@@ -1,4 +1,4 @@
-"""The upstream against the real client: its faults are worth nothing if the rest is unsound."""
+"""The fake Messages API, tested with the SDK."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""What tests drive for real, such as a browser. `make system` installs it."""
+"""Programs that tests run, such as a browser. `make system` installs them."""
 
 import os
 import shutil
@@ -20,18 +20,18 @@ __all__ = [
 
 
 def require_chromium() -> str:
-    """Return its path. Where there is none, skip the test, or on CI fail it."""
+    """Return the path of a program. Without the program skip the test, or fail it on CI."""
     return _require("chromium", shutil.which("chromium") or shutil.which("chromium-browser"))
 
 
 def require_wscat() -> str:
-    """Return its path. Where there is none, skip the test, or on CI fail it."""
+    """Return the path of a program. Without the program skip the test, or fail it on CI."""
     own = shutil.which("wscat", path=ROOT / ".tools/node_modules/.bin")
     return _require("wscat", own or shutil.which("wscat"))
 
 
 def require_nginx() -> str:
-    """Return its path. Where there is none, skip the test, or on CI fail it."""
+    """Return the path of a program. Without the program skip the test, or fail it on CI."""
     return _require("nginx", _which("nginx"))
 
 
@@ -46,7 +46,7 @@ def _which(name: str) -> str | None:
 
 
 def require_node() -> str:
-    """Return its path. Where there is none, skip the test, or on CI fail it."""
+    """Return the path of a program. Without the program skip the test, or fail it on CI."""
     return _require("node", shutil.which("node") or shutil.which("nodejs"))
 
 

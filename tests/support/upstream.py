@@ -1,6 +1,6 @@
-"""A stand-in for Anthropic's Messages API: the real wire format over HTTP/1.1, faults included.
+"""A fake of Anthropic's Messages API: the real wire format over HTTP/1.1, and its faults.
 
-A test says what the next requests get, in order, and asks later what became of them::
+A test queues the responses to the next requests, and later reads how the requests ended::
 
     async with Upstream() as upstream:
         upstream.play(reply("Hello ", Gate("go"), "world"), error(529, "overloaded_error"))
@@ -8,8 +8,8 @@ A test says what the next requests get, in order, and asks later what became of 
         received = await upstream.request(0)
         assert await received.closed() == "closed"
 
-It sits directly on asyncio's protocols, which tell at once when a client goes away, whatever the
-answer waits for. It is a process of its own for those who try things out by hand:
+The fake is an asyncio protocol, which notices a disconnect at once, also while a response waits. It
+also runs as a process:
 ``python -m tests.support.upstream --pieces 500 --interval 0.02 --text "token "``.
 """
 
@@ -88,7 +88,7 @@ __all__ = [
 ]
 
 Ending = Literal["closed", "finished", "stopped"]
-"""How an exchange ended: the peer closed early, the script was over, or the upstream stopped."""
+"""How a request ended: the client closed early, the script ended, or the upstream stopped."""
 
 
 @asynccontextmanager
@@ -102,7 +102,7 @@ async def _bounded(seconds: float, awaited: str) -> AsyncIterator[None]:
 
 @dataclass(eq=False, repr=False)
 class Received:
-    """A request as it came in, and what became of its answer."""
+    """A request, and the state of its response."""
 
     upstream: Upstream
     index: int
@@ -113,7 +113,7 @@ class Received:
     peer: object  # the client's address, the same for all requests of a connection
     sent: int = 0  # events written so far
     ending: Ending | None = None
-    closed_at: float | None = None  # when the peer closed early, by time.monotonic()
+    closed_at: float | None = None  # when the client closed early, by time.monotonic()
 
     def __post_init__(self) -> None:
         self.request_id = f"req_{self.index:06d}"
@@ -125,21 +125,21 @@ class Received:
 
     @cached_property
     def body(self) -> Any:
-        """The body as parsed JSON, or as bytes if it is none."""
+        """The body as parsed JSON, or as bytes if it is not JSON."""
         try:
             return json.loads(self.raw)
         except ValueError:
             return self.raw
 
     async def closed(self) -> Ending:
-        """Wait until the exchange is over, and tell how it ended."""
+        """Wait for the end of the request; return how it ended."""
         async with _bounded(self.upstream.timeout, f"the end of {self}"):
             await self._over.wait()
         assert self.ending is not None
         return self.ending
 
     def settle(self, ending: Ending) -> None:
-        """Note how the exchange ended; only the first cause counts."""
+        """Note how the request ended. Only the first call counts."""
         if self.ending is None:
             self.ending = ending
             self.upstream.open -= 1
@@ -150,7 +150,7 @@ class Received:
 
 
 class Connection(asyncio.Protocol):
-    """A client's connection, which answers its requests one after the other."""
+    """A connection of a client. It answers requests one after the other."""
 
     received: Received
     script: Script
@@ -174,7 +174,7 @@ class Connection(asyncio.Protocol):
             self.upstream.spawn(self._shake_hands(transport, self.upstream.tls))
 
     async def _shake_hands(self, transport: asyncio.Transport, tls: ssl.SSLContext) -> None:
-        """Do asyncio's work, because its server loses sight of connections that fail at it."""
+        """Do the TLS handshake here, because asyncio's server forgets connections that fail it."""
         with suppress(OSError):
             loop = asyncio.get_running_loop()
             secure = await loop.start_tls(transport, self, tls, server_side=True)
@@ -182,7 +182,7 @@ class Connection(asyncio.Protocol):
                 self._open(secure)
 
     def _open(self, transport: asyncio.Transport) -> None:
-        transport.set_write_buffer_limits(high=1, low=0)  # what is drained has left this process
+        transport.set_write_buffer_limits(high=1, low=0)  # drained data has left this process
         self.transport = transport
         self.upstream.connections.add(self)
         self._next_request()
@@ -195,7 +195,7 @@ class Connection(asyncio.Protocol):
         self._abandon("closed")
 
     def stop(self) -> None:
-        """End the connection at once, whatever its answer is waiting for."""
+        """Abort the connection at once, also while its response waits."""
         self._abandon("stopped")
         self.transport.abort()
 
@@ -215,7 +215,7 @@ class Connection(asyncio.Protocol):
         self._next_request()
 
     def _next_request(self) -> None:
-        """Answer the next request if it is here as a whole and the one before is done with."""
+        """Answer the next request if it is complete and the previous response has ended."""
         end = self._buffer.find(b"\r\n\r\n")
         if end < 0 or self._answering is not None or self not in self.upstream.connections:
             return
@@ -256,12 +256,12 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def write(self, data: bytes, events: int = 0) -> None:
-        """Write bytes as they are, which hold so many events."""
+        """Write bytes that contain a number of events."""
         self.transport.write(data)
         self.received.sent += events
 
     async def emit(self, data: bytes) -> None:
-        """Write one event in the shape that the script asks for."""
+        """Write one event with the `chop` and `crlf` of the script."""
         data = data.replace(b"\n", b"\r\n") if self.script.crlf else data
         size = self.script.chop or len(data)
         for first in range(0, len(data), size):
@@ -273,16 +273,16 @@ class Connection(asyncio.Protocol):
         self.received.sent += 1
 
     async def drain(self) -> None:
-        """Let others run, and wait for a client that is slower than the script."""
+        """Let other tasks run, and wait for a client that is slower than the script."""
         await asyncio.sleep(0)
         await self.unblocked.wait()
 
 
 class Upstream:
-    """The server: requests get the scripts given to `play`, in order, and then the default one.
+    """The server. Requests get the scripts given to `play`, in order, and then the default script.
 
-    A function from a request's body to a script may be the default. `pages` are the answers to
-    requests for other paths. `timeout` bounds every wait.
+    `default` may be a function from a request's body to a script. `pages` has the responses for
+    other paths. `timeout` bounds every wait.
     """
 
     url: str
@@ -314,7 +314,7 @@ class Upstream:
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
         async with _bounded(self.timeout, "the connections to end"):
-            for _turn in range(3):  # in which a connection just accepted shows up
+            for _turn in range(3):  # a connection that was just accepted appears
                 await asyncio.sleep(0)
             while self.connections or self._tasks:
                 for connection in tuple(self.connections):
@@ -328,20 +328,20 @@ class Upstream:
             raise BaseExceptionGroup("a script failed", self._failures)
 
     def play(self, *scripts: Script | Step) -> None:
-        """Queue the answers to the next requests; a lone step is a whole one: ``play(Hang())``."""
+        """Queue the scripts of the next requests. A step alone is a script: ``play(Hang())``."""
         self._scripts.extend(
             script if isinstance(script, Script) else Script((script,)) for script in scripts
         )
 
     async def request(self, index: int = 0) -> Received:
-        """Wait for the request with that index to arrive."""
+        """Wait for a request by its index."""
         async with _bounded(self.timeout, f"request {index} after {self.requests}"):
             while len(self.requests) <= index:
                 await self._arrival.wait()
         return self.requests[index]
 
     def receive(self, received: Received) -> Script:
-        """Take a request into the books and choose its answer."""
+        """Record a request and choose its script."""
         method, path = received.method, received.path.partition("?")[0]
         if (method, path) == ("GET", "/stats"):
             counts = {"requests": len(self.requests), "closed_early": len(self.closes)}
@@ -365,7 +365,7 @@ class Upstream:
         return script
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task that the upstream outlives, and whose failure it reports at its end."""
+        """Start a task. The upstream waits for the task at its end, and raises its failure."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -379,7 +379,7 @@ class Upstream:
 
 @contextmanager
 def refused_url() -> Iterator[str]:
-    """Give an URL where nothing listens, on a port that nobody else can take meanwhile."""
+    """Yield a URL whose port is bound but does not listen."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{held.getsockname()[1]}"
