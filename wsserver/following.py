@@ -1,6 +1,7 @@
 """What one client follows: generations, and the conversations that it has open."""
 
 import asyncio
+from dataclasses import dataclass, field
 
 from wsserver.cursor import Cursor
 from wsserver.dialects import Dialect
@@ -14,25 +15,17 @@ from wsserver.session import Session
 OPEN_CONVERSATIONS = 64  # of one client: more than a person has tabs, and each costs memory
 
 
+@dataclass(eq=False, slots=True)
 class Following:
-    """The generations and conversations that one client follows. A watcher of those conversations.
+    """The generations and conversations that one client follows. A watcher of the conversations."""
 
-    Args:
-        session: the client.
-        dialect: how to encode them for the client.
-    """
-
-    __slots__ = ("_dialect", "_done", "_open", "_session", "cursors", "own")
-
-    def __init__(self, session: Session, dialect: Dialect) -> None:
-        # The client's place in each generation; the one served longest ago comes first.
-        self.cursors: dict[Generation, Cursor] = {}
-        # The id of the conversation that goes on where a prompt names none.
-        self.own: str | None = None
-        self._session = session
-        self._dialect = dialect
-        self._open: tuple[Conversation, ...] = ()  # which takes no memory while it is empty
-        self._done: asyncio.Future[None] | None = None  # done when nothing is followed any more
+    _session: Session
+    _dialect: Dialect
+    # The client's place in each generation; the one served longest ago comes first.
+    cursors: dict[Generation, Cursor] = field(default_factory=dict)
+    own: str | None = None  # id of the conversation that goes on where a prompt names none
+    _open: tuple[Conversation, ...] = ()  # which takes no memory while it is empty
+    _done: asyncio.Future[None] | None = None  # done when nothing is followed any more
 
     # Generations.
 

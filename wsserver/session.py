@@ -1,6 +1,7 @@
 """One client: its principal, its account, and how it gets frames."""
 
 import secrets
+from dataclasses import dataclass
 from typing import Protocol
 
 from wsserver.admission import Visitor
@@ -22,27 +23,15 @@ class Transport(Sink, Protocol):
         ...
 
 
+@dataclass(eq=False, slots=True)
 class Session:
-    """What all that serves one client has in common.
+    """What all that serves one client has in common."""
 
-    Args:
-        transport: the way to the client.
-        hub: where generations live.
-        settings: the limits.
-        visitor: the principal of the client, once the client has authenticated.
-    """
-
-    __slots__ = ("ended", "hub", "settings", "transport", "visitor")
-
-    def __init__(
-        self, transport: Transport, hub: Hub, settings: Settings, visitor: Visitor
-    ) -> None:
-        self.transport = transport
-        self.hub = hub
-        self.settings = settings
-        self.visitor = visitor
-        # Nothing more is heard of the client: the connection is being closed, or is gone.
-        self.ended = False
+    transport: Transport
+    hub: Hub
+    settings: Settings
+    visitor: Visitor  # has the principal of the client, once the client has authenticated
+    ended: bool = False  # no frame is read any more: the connection is being closed, or is gone
 
     @property
     def owner(self) -> str:

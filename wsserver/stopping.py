@@ -1,6 +1,7 @@
 """A ``stop`` and its answer, which comes when all that it stops has ended."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from wsserver.generation import Log, State
 from wsserver.hub import Hub
@@ -8,24 +9,17 @@ from wsserver.live import Generation
 from wsserver.protocol import Stop, Terminal
 
 
+@dataclass(eq=False, slots=True)
 class Stopping:
-    """A ``stop`` whose generations have not all ended. A follower of each of their logs.
+    """A ``stop`` whose generations have not all ended. A follower of each of their logs."""
 
-    Args:
-        hub: where the generations are.
-        stop: the frame.
-        answer: called once all have ended, with the ids of the generations that were stopped.
-    """
-
-    __slots__ = ("_answer", "_hub", "_ids", "_logs", "_pending", "frame")
-
-    def __init__(self, hub: Hub, stop: Stop, answer: Callable[[Stop, list[str]], None]) -> None:
-        self.frame = stop
-        self._hub = hub
-        self._answer = answer
-        self._ids: list[str] = []
-        self._logs: list[Log[Terminal]] = []
-        self._pending = 1  # until `settle` is called for the frame itself
+    _hub: Hub
+    frame: Stop
+    # Called once all have ended, with the ids of the generations that were stopped.
+    _answer: Callable[[Stop, list[str]], None]
+    _ids: list[str] = field(default_factory=list)
+    _logs: list[Log[Terminal]] = field(default_factory=list)
+    _pending: int = 1  # until `settle` is called for the frame itself
 
     def expect(self) -> None:
         """Wait for one more prompt, which is not accepted yet."""

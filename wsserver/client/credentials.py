@@ -5,6 +5,7 @@ import contextlib
 import time
 from asyncio import sleep
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from wsserver.client.dial import AttemptFailed
@@ -19,20 +20,14 @@ RENEW_AT = 0.8  # part of a token's remaining life
 SHORTEST_RENEWAL = 1.0  # seconds between two renewals
 
 
+@dataclass(eq=False, slots=True)
 class Credentials:
-    """The client's token, and its renewal on the current connection.
+    """The client's token, and its renewal on the current connection."""
 
-    Args:
-        token: the token or its source; None for a server that accepts anonymous clients.
-        on_refused: called with the error when the server refuses a token.
-    """
-
-    def __init__(self, token: Token | None, on_refused: Callable[[ServerError], None]) -> None:
-        # The principal of the client; None if the server has not told.
-        self.principal: str | None = None
-        self._token = token
-        self._on_refused = on_refused
-        self._renewal: asyncio.Task[None] | None = None
+    _token: Token | None  # or its source; None for a server that accepts anonymous clients
+    _on_refused: Callable[[ServerError], None]  # called when the server refuses a token
+    principal: str | None = None  # the principal of the client; None if the server has not told
+    _renewal: asyncio.Task[None] | None = None
 
     @property
     def can_replace(self) -> bool:
