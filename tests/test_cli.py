@@ -273,7 +273,7 @@ async def test_failures_of_threads_and_finalizers_are_logged(tmp_path: Path) -> 
         assert await process.end() == 0
     lines = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
     events = {line["event"]: line for line in lines}
-    for event in ("exception ignored", "a thread failed"):
+    for event in ("exception ignored", "thread failed"):
         assert events[event]["level"] == "error"
         assert events[event]["failure"] == "KeyError"
     assert "a secret" not in process.output

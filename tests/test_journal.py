@@ -97,8 +97,8 @@ async def test_writer_survives_every_failure_and_saves_everything_later(
     await until(lambda: len(stand.told) == 2)
     assert stand.told == {"g": False, "h": True}
     assert (await stand.stored("g"), await stand.stored("h")) == (["x"], [])
-    assert caplog.text.count("conversations cannot be saved") == 1
-    assert caplog.text.count("conversations are saved again") == 1
+    assert caplog.text.count("batch not saved") == 1
+    assert caplog.text.count("store saves again") == 1
     assert "secret" not in caplog.text
 
 
@@ -151,7 +151,7 @@ async def test_failing_end_callback_does_not_delay_others(
     stand.end(second)
     await until(lambda: stand.told)
     assert stand.told == {"h": True}
-    assert "the end of a reply was not told" in caplog.text
+    assert "callback of saved reply failed" in caplog.text
     assert "secret" not in caplog.text
     assert await stand.stored("g") == []
 

@@ -294,7 +294,7 @@ class Visitor:
         except Unavailable:
             raise
         except Exception as error:
-            log.error("the authenticator failed", failure=error)
+            log.error("authenticator failed", failure=error)
             raise Unavailable from error
         if principal is None:
             return None

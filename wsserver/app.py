@@ -250,7 +250,7 @@ class App:
         try:
             self._operations.token = self.settings.secret("metrics_token")
         except ConfigError as error:
-            log.error("the token for metrics stays as it was", reason=str(error))
+            log.error("metrics token not reloaded", reason=str(error))
             done = False
         if self._authenticate is not None:
             done = await auth.reload(self._authenticate) and done
@@ -315,5 +315,5 @@ async def _recheck(connections: Iterator[Connection]) -> None:
 
 
 def _failed(error: Exception) -> Response:
-    log.error("a request could not be answered", failure=error)
+    log.error("request failed", failure=error)
     return respond(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the server's own")

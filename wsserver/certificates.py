@@ -37,13 +37,13 @@ class Certificate:
         """Read the files again, for new connections.
 
         Returns:
-            Whether the files could be read and used. If not, the certificate stays as it was, and
+            Whether the files could be read and used. If not, certificate not reloaded, and
             the log has the reason.
         """
         try:
             self._current = self._load()
         except ConfigError as error:
-            log.error("the certificate stays as it was", reason=str(error))
+            log.error("certificate not reloaded", reason=str(error))
             return False
         return True
 

@@ -272,7 +272,7 @@ def _watch_failures(stack: contextlib.ExitStack) -> None:
     def on_thread(failed: Any) -> None:
         if issubclass(failed.exc_type, MemoryError):
             _exit_out_of_memory()
-        log.error("a thread failed", failure=failed.exc_value)
+        log.error("thread failed", failure=failed.exc_value)
 
     asyncio.get_running_loop().set_exception_handler(on_failure)
     stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
@@ -348,7 +348,7 @@ async def _reload(server: Server, asked: asyncio.Event) -> None:
             if await server.reload():
                 log.info("reloaded")
         except Exception as error:  # noqa: BLE001
-            log.error("cannot reload", failure=error)
+            log.error("reload failed", failure=error)
         finally:
             service_manager.notify("READY=1")
 

@@ -280,7 +280,7 @@ class Journal:
             self._fail(records, error)
             return
         if self._failures:
-            log.warning("conversations are saved again")
+            log.warning("store saves again")
         self._failures = 0
         for record, entry in zip(records, entries, strict=True):
             record.saved(entry)
@@ -295,7 +295,7 @@ class Journal:
         """Report a failed batch, and try again with the next one."""
         if isinstance(error, Unsavable):
             (bad,) = (record for record in records if record.header is error.entry.header)
-            log.error("a reply cannot be saved", id=bad.header.id, reason=str(error))
+            log.error("reply not saved", id=bad.header.id, reason=str(error))
             bad.lost = True
             self._notify([bad], saved=False)
             self._unsaved = dict.fromkeys(r for r in records if r is not bad) | self._unsaved
@@ -328,7 +328,7 @@ class Journal:
                 try:
                     notify(saved)
                 except Exception as error:  # noqa: BLE001
-                    log.error("the end of a reply was not told", failure=error)
+                    log.error("callback of saved reply failed", failure=error)
 
     def _finish_batch(self) -> None:
         if self._batch is not None:
@@ -339,14 +339,14 @@ class Journal:
         """Log why the store does not save, once per outage."""
         error = None if probe.cancelled() else probe.exception()
         if isinstance(error, StoreError) and not self._unwell:
-            log.error("the store cannot save", reason=str(error))
+            log.error("store cannot save", reason=str(error))
         self._unwell = error is not None
 
     def _report(self, error: BaseException) -> None:
         if not self._failures:  # once per outage
             expected = isinstance(error, StoreError)
             log.error(
-                "conversations cannot be saved",
+                "batch not saved",
                 reason=str(error) if expected else None,
                 failure=None if expected else error,
             )

@@ -62,4 +62,4 @@ def notify(*lines: str) -> None:
             sock.connect("\0" + address[1:] if address[0] == "@" else address)
             sock.sendall("\n".join(lines).encode())
     except OSError as error:
-        log.warning("cannot tell the service manager", what=lines[0], reason=error.strerror)
+        log.warning("service manager not notified", what=lines[0], reason=error.strerror)

@@ -53,7 +53,7 @@ class StreamedResponse(Writer):
         try:
             self._producer.open(self)
         except Exception as error:  # noqa: BLE001
-            log.error("a response could not be streamed", socket=self.id, failure=error)
+            log.error("response failed", socket=self.id, failure=error)
             self.abort()
 
     def write(self, data: bytes) -> None:

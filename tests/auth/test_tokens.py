@@ -110,7 +110,7 @@ async def test_reload_of_invalid_file_changes_nothing(
     check = Tokens(path=path)
     path.write_text("nonsense")
     assert not await check.reload()
-    assert "tokens not read again" in caplog.text
+    assert "tokens not reloaded" in caplog.text
     assert await check("one", HERE) == Principal("ada")
     path.write_text(f"bob sha256:{digest('two')}")
     assert await check.reload()

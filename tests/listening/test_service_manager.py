@@ -154,7 +154,7 @@ async def test_the_service_manager_hears_of_start_reload_and_stop(
                     assert shown(Client(second)) == "ec"
                 (folder / "site.pem").unlink()
                 process.signal(signal.SIGHUP)
-                await process.line("the certificate stays as it was")
+                await process.line("certificate not reloaded")
                 assert [(await heard())[0], *await heard()] == ["RELOADING=1", "READY=1"]
                 await old.quiet()
                 process.signal(signal.SIGTERM)

@@ -291,7 +291,7 @@ async def test_large_file_is_checked_in_background(
     path.write_bytes(content)
     try:
         await store.open()
-        await until(lambda: "the store is damaged" in caplog.text)
+        await until(lambda: "store damaged" in caplog.text)
         with pytest.raises(StoreError, match="damaged"):
             await store.probe()
     finally:

@@ -63,7 +63,7 @@ class ReadKeys:
         try:
             self._keys = await asyncio.to_thread(self._read)
         except ConfigError as error:
-            log.error("the keys stay as they were", reason=str(error))
+            log.error("keys not reloaded", reason=str(error))
             return False
         return True
 
@@ -204,9 +204,9 @@ class FetchedKeys:
 
     def _failed(self, reason: str) -> None:
         if not self._down:  # one line per outage
-            rest = "; the keys stay as they were" if self._keys else ""
+            rest = "; known keys stay in use" if self._keys else ""
             # Only the host: the rest of an address may contain a secret.
-            log.warning(f"cannot fetch keys{rest}", host=self._url.host, reason=reason)
+            log.warning(f"keys not fetched{rest}", host=self._url.host, reason=reason)
         self._down = True
 
 

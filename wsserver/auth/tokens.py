@@ -65,7 +65,7 @@ class Tokens:
         try:
             self._known = self._given + self._read()
         except ConfigError as error:
-            log.error("tokens not read again", reason=str(error))
+            log.error("tokens not reloaded", reason=str(error))
             return False
         return True
 

@@ -124,7 +124,7 @@ MIGRATIONS = [
         ended REAL,
         conversation TEXT,
         turn INTEGER, -- its number in the conversation, from 1
-        hidden TEXT, -- why it is not in the history: replaced, withdrawn
+        hidden TEXT, -- why it is not in the history: replaced, unsaid
         retry_of TEXT,
         size INTEGER NOT NULL, -- bytes of prompt and text
         rest INTEGER NOT NULL, -- bytes of everything else

@@ -154,7 +154,7 @@ class SqliteStore:
                 loop.call_soon_threadsafe(self._log_damage)
 
     def _log_damage(self) -> None:
-        log.error("the store is damaged", path=str(self._path), reason=self._damage)
+        log.error("store damaged", path=str(self._path), reason=self._damage)
 
     def _lock_file(self) -> IO[str]:
         # Each of two servers on one file would mark the generations of the other as interrupted.
