@@ -275,7 +275,7 @@ async def test_probe_writes_at_most_once_per_second(
         with pytest.raises(StoreError):
             await stand.journal.probe()
         assert stand.store.probes == probes
-    assert caplog.text.count("the store cannot save reason=disk") == 1
+    assert caplog.text.count("store cannot save reason=disk") == 1
     stand.store.failure = None
     await stand.journal.probe()
 
@@ -336,7 +336,7 @@ async def test_unsavable_reply_does_not_delay_others(
     assert stand.told == {"first": True, "bad": False, "last": True}
     assert not stand.journal.unsaved
     await stand.journal.probe()
-    assert caplog.text.count("a reply cannot be saved id=bad reason=OverflowError") == 1
+    assert caplog.text.count("reply not saved id=bad reason=OverflowError") == 1
     stored = await stand.store.load("c", "me", limit=10, size=1000)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == ["first", "last"]

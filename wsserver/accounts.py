@@ -1,4 +1,4 @@
-"""What accounts and owners may use: prompts, generations, reads, room, tokens and dollars."""
+"""Limits of accounts and owners: prompts, generations, reads, storage, tokens and dollars."""
 
 import asyncio
 import time
@@ -12,13 +12,13 @@ from wsserver.quota import Quota
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, day_of
 
-READ_RATE = 2**20  # bytes/s of histories and lists that one account gets in the long run
+READ_RATE = 2**20  # bytes/s of histories and lists for one account over time
 READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
 LEAST_REPLY = 64  # output tokens; a reply starts only if the rest of the day pays for so many
 
 
 class Accounts:
-    """Checks the limits, and books what is within them."""
+    """Checks the limits, and counts what each account uses."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
@@ -35,11 +35,11 @@ class Accounts:
         }
 
     def __len__(self) -> int:
-        """Return the number of keys of accounts that have a generation booked."""
+        """Return the number of keys of accounts that have a generation."""
         return len(self._generations)
 
     def reserved(self, owner: str) -> Spent:
-        """Return what is reserved for an owner's generations that have not ended."""
+        """Return the reserved cost of an owner's generations that have not ended."""
         return Spent(*(budget.reserved(owner) for budget in self._budgets.values()))
 
     def price(self, model: str) -> Price:
@@ -49,13 +49,13 @@ class Accounts:
     # Reading.
 
     def check_reads(self, account: Account) -> None:
-        """Pass an account that may read histories and lists now.
+        """Check that an account may read histories and lists now.
 
         Raises:
             Refused: the account has read too much.
         """
         if wait := self._reads.owed(account, self._loop.time()):
-            message = "You read more history than you may in so short a time."
+            message = "You have read too much history in a short time."
             raise Refused(Code.LIMIT, message, retry_after=wait)
 
     def charge_reads(self, account: Account, size: int) -> None:
@@ -65,21 +65,21 @@ class Accounts:
     # Prompts.
 
     def check(self, account: Account, live: int) -> None:
-        """Pass an account that may send a prompt now. This check asks the store nothing.
+        """Check that an account may send a prompt now. This check does not use the store.
 
         Args:
-            account: whose prompt.
-            live: the generations of the server that have not ended.
+            account: the account of the prompt.
+            live: number of generations of the server that have not ended.
 
         Raises:
             Refused: the server or the account is at a limit.
         """
         if live >= self._settings.generations:
-            raise Refused(Code.LIMIT, "The server runs as many generations as it may.")
+            raise Refused(Code.LIMIT, "The server already has its maximum number of generations.")
         if self._generations.full(account):
-            raise Refused(Code.LIMIT, "You run as many generations as you may.")
+            raise Refused(Code.LIMIT, "You already have your maximum number of generations.")
         if wait := self._prompts.wait(account, self._loop.time()):
-            raise Refused(Code.LIMIT, "Too many prompts a minute.", retry_after=wait)
+            raise Refused(Code.LIMIT, "Too many prompts per minute.", retry_after=wait)
 
     def knows_store(self, owner: str, *, new: bool) -> bool:
         """Whether :meth:`check_store` passes an owner without asking the store."""
@@ -90,11 +90,11 @@ class Accounts:
         return all(known)
 
     async def check_store(self, owner: str, *, new: bool) -> None:
-        """Pass an owner who has room in the store, and learn what the owner has spent today.
+        """Check the owner's room in the store, and read the owner's spending of today.
 
         Raises:
             Refused: the owner has to delete something first.
-            StoreError: the store cannot tell.
+            StoreError: the store failed.
         """
         await self._quota.check(owner, new=new)
         while not self._knows_spent(owner, day := day_of(time.time())):
@@ -106,7 +106,7 @@ class Accounts:
         """Return how many output tokens the reply to a prompt may have.
 
         Raises:
-            Refused: too little of the owner's day is left.
+            Refused: too little of the owner's daily budget is left.
         """
         settings = self._settings
         wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
@@ -128,7 +128,7 @@ class Accounts:
         return wanted
 
     def book(self, generation: Generation) -> None:
-        """Book a generation that is accepted, and reserve what it may cost."""
+        """Count an accepted generation, and reserve its highest cost."""
         generation.reserved = self.price(generation.model).likely(
             generation.asked, generation.allowance
         )
@@ -138,7 +138,7 @@ class Accounts:
             budget.reserve(generation.owner, amount)
 
     def settle(self, generation: Generation) -> None:
-        """Release what was booked for a generation, and count what it has cost."""
+        """Release the reservation for a generation, and count its cost."""
         self._generations.release(generation.account)
         amounts = zip(generation.reserved, generation.spent, strict=True)
         for budget, (reserved, spent) in zip(self._budgets.values(), amounts, strict=True):

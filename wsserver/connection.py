@@ -1,8 +1,8 @@
-"""One client: frames come in, and each is answered at once, queued or refused.
+"""One client: the connection answers each frame at once, queues it, or refuses it.
 
-A connection sees a small transport and no library, so that tests need no sockets. Text is written
-in the call that appends it, if the client keeps up. A stop is obeyed in the call that brings it.
-Requests that need the store wait in a queue.
+A connection uses a small transport and no network library, so that tests need no sockets. If the
+client reads, text is written in the call that appends it to the log. A stop takes effect in the
+call that receives it. Requests that need the store wait in a queue.
 """
 
 import asyncio
@@ -38,11 +38,11 @@ V1_FRAMES = V1()
 
 
 class Connection:
-    """A client's side of the hub.
+    """Serves one client.
 
     Args:
-        transport: the way to the client.
-        hub: where generations live.
+        transport: sends data to the client.
+        hub: has the generations.
         settings: the limits.
         visitor: the principal of the client, once the client has authenticated.
     """
@@ -69,7 +69,7 @@ class Connection:
         self._following = Following(self._session, V1_FRAMES)
         self._requests = Requests(self._session, self._following, self)
         self._bucket = Bucket(settings.frame_rate, settings.frame_burst, self.heard)
-        self._wasted = 0  # frames in a row that were unusable, or too many
+        self._wasted = 0  # frames in a row that were unusable or over the rate
         self._stops = 0  # stops that wait for their answer
         self._expiry: asyncio.TimerHandle | None = None
         self._set_expiry()
@@ -84,7 +84,7 @@ class Connection:
 
     @property
     def idle_since(self) -> float | None:
-        """When the client last wanted anything, by the event loop's clock; None while it does."""
+        """When the last request arrived, by the event loop's clock; None while one runs."""
         return None if self._following.cursors or self._requests else self.heard
 
     def greet(self) -> None:
@@ -107,18 +107,18 @@ class Connection:
         )
 
     def wake(self) -> None:
-        """The client can take more: go on with the answers and with each generation."""
+        """Continue with the answers and the generations: the client reads again."""
         self._requests.wake()
         self._following.wake()
 
     async def delivered(self) -> None:
-        """Wait until the client has all that it follows, terminals included, or is gone."""
+        """Wait until the client has all frames that it follows, or has disconnected."""
         while self._following.cursors or self._requests:
             await self._requests.wait_done()
             await self._following.wait_done()
 
     def detach(self, *, lost: bool = False) -> None:
-        """The client is gone: leave all that it followed, and drop its requests.
+        """Stop following, and drop the requests: the client has disconnected.
 
         Args:
             lost: the connection died, and the client may not know yet.
@@ -130,14 +130,14 @@ class Connection:
         self._following.detach(lost=lost)
 
     def _close(self, code: Close, reason: str) -> None:
-        """Hear no more of the client, and close the connection."""
+        """Ignore further frames, and close the connection."""
         self._session.end(code, reason)
         self._requests.drop()
 
-    # What comes in.
+    # Receiving.
 
     def receive(self, message: str | bytes) -> None:
-        """Answer one message, at once or after the requests before it."""
+        """Answer one message, now or after earlier requests."""
         if self._session.ended:
             return
         self.frames += 1
@@ -162,7 +162,7 @@ class Connection:
             self._close(Close.POLICY_VIOLATION, "too many unusable frames")
 
     def _parse(self, message: str | bytes, stranger: bool, wait: float) -> ClientFrame:  # noqa: FBT001
-        """Parse a frame, unless its size is enough to refuse it."""
+        """Parse a frame. Refuse without parsing if its size or its number of parts is enough."""
         if wait and len(message) > LONGEST_STOP:
             raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
         if isinstance(message, bytes):
@@ -175,8 +175,8 @@ class Connection:
         """Answer a frame, or queue it.
 
         Args:
-            frame: which one.
-            stranger: the client has not authenticated, and no ``auth`` of it waits.
+            frame: the frame.
+            stranger: the client has not authenticated, and none of its ``auth`` frames waits.
             wait: seconds until the frame rate allows another frame; 0 if it allows this one.
             size: bytes of its message in memory.
         """
@@ -203,7 +203,7 @@ class Connection:
     # Stops.
 
     def _stop(self, stop: Stop, wait: float) -> None:
-        """Stop what a frame names. The answer comes when all generations have ended.
+        """Stop the generations that a frame names. Answer when all of them have ended.
 
         Raises:
             Refused: there is nothing to stop.
@@ -211,12 +211,12 @@ class Connection:
         following, owner = self._following, self.principal
         prompts = self._requests.prompts(stop.id)
         if stop.id is None:
-            # Queued ones first: else they would start as the one before them ends.
+            # Queued generations first: otherwise the end of the running one would start them.
             targets = sorted(following.cursors, key=lambda g: g.state is not State.QUEUED)
         else:
             known = None if owner is None else self._session.hub.known(owner, stop.id)
             targets = [] if known is None else [known]
-        # Many stops of one generation must not add as many followers to its log.
+        # Many stops of one generation must not add many followers to its log.
         flood = bool(wait) or self._stops >= REQUESTS
         settled = {State.STOPPING, State.SAVING, State.ENDED} if flood else {State.ENDED}
         running = [generation for generation in targets if generation.state not in settled]
@@ -234,7 +234,7 @@ class Connection:
         stopping.settle()
 
     def _stopped(self, stop: Stop, ids: list[str]) -> None:
-        """Answer a ``stop``: all that it stopped has ended, or was never accepted."""
+        """Answer a ``stop``: its generations have ended, or its prompts were refused."""
         self._stops -= 1
         if self._session.ended:
             return
@@ -246,16 +246,16 @@ class Connection:
     # Authentication.
 
     def authenticated(self) -> None:
-        """Serve the client until its token expires: its ``auth`` was accepted."""
+        """Set the timer for the expiry of the token: an ``auth`` was accepted."""
         self._set_expiry()
 
     def not_authenticated(self, refused: Refused) -> None:
-        """Close the connection: the first ``auth`` failed. The client may connect and try again."""
+        """Close the connection: the first ``auth`` failed."""
         code = Close.TRY_AGAIN_LATER if refused.retryable else Close.POLICY_VIOLATION
         self._close(code, refused.code)
 
     async def is_still_valid(self) -> bool:
-        """Whether the client's credentials are still valid. Their expiry may have changed."""
+        """Check again whether the client's credentials are valid; their expiry may have changed."""
         visitor = self._session.visitor
         before = visitor.principal
         valid = await visitor.is_still_valid()
@@ -264,14 +264,14 @@ class Connection:
         return valid
 
     def revoke(self) -> None:
-        """Shut the client out, and stop its own generations that nobody else follows."""
+        """Close the connection, and stop the client's generations without other followers."""
         for generation, cursor in tuple(self._following.cursors.items()):
             if cursor.own and generation.readers == 1:
                 self._session.hub.stop(generation, "disconnect")
         self.shut_out("The token is not valid any more.")
 
     def shut_out(self, why: str) -> None:
-        """Tell the client that its authentication is over, and close the connection."""
+        """Send ``unauthenticated``, and close the connection."""
         if not self._session.ended:
             self._session.refuse(Refused(Code.UNAUTHENTICATED, why), None)
             self._close(Close.POLICY_VIOLATION, "unauthenticated")

@@ -1,4 +1,4 @@
-"""The way of a model's pieces into the log: each is checked, cut to size and counted."""
+"""Appends the pieces of a model to the log: checks, splits and counts them."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from wsserver.pieces import TEXT, Kind, Piece, pieces_of
 from wsserver.protocol import StoppedBy
 from wsserver.settings import ESCAPED, Settings
 
-CHUNK = 65_536  # bytes of memory that a log takes at once, so that few pieces take any
+CHUNK = 65_536  # bytes of memory that a log acquires at once, so that few pieces acquire any
 PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serves others
 
 Stop = Callable[[Generation, StoppedBy], None]
@@ -33,14 +33,14 @@ class _Enough(Exception):
 
 
 class Intake:
-    """Moves what a model says into the log of one generation.
+    """Appends the output of a model to the log of one generation.
 
     Args:
-        generation: whose log.
+        generation: the generation.
         settings: the sizes of a reply and of its frames.
         memory: counts the bytes of the log.
         time: the event loop's clock.
-        stop: stops a generation that nobody reads, once its unread tokens are over the limit.
+        stop: stops a generation without readers, when its unread tokens are over the limit.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Intake:
         self._room = settings.reply_size
         self._size = settings.frame_size
         self._memory = memory
-        self._left = 0  # bytes of memory that are taken and not used
+        self._left = 0  # bytes of memory that are acquired and not used
         self._unread_limit = settings.grace_tokens
         self._time = time
         self._stop = stop
@@ -78,7 +78,7 @@ class Intake:
         return self._end
 
     async def pull(self, pieces: AsyncIterator[Output]) -> None:
-        """Take all that a model yields, and close the model."""
+        """Iterate over a model, take its output, and close it."""
         turn = 0
         try:
             async for piece in pieces:
@@ -93,11 +93,11 @@ class Intake:
                 await aclose()
 
     def take(self, given: Output) -> None:
-        """Append content to the log, and note all else.
+        """Take one output of the model: append content to the log, note usage and end.
 
         Raises:
             _Enough: the reply has ended.
-            TypeError: a model must not yield this.
+            TypeError: a model must not yield a value of this type.
             ValueError: a block is not one of the Messages API.
         """
         generation = self._generation
@@ -139,13 +139,13 @@ class Intake:
             raise TypeError(f"a model yielded {type(given).__name__}")
 
     def _add(self, kind: Kind, data: str, given: int | None = None) -> None:
-        """Add data to the open block, or to a new one where the open block is another.
+        """Add data to the open block. If the data belongs to another block, begin a new one.
 
         Args:
-            kind: what the data is.
-            data: what to add. Where it is empty, only the open block may end.
-            given: the number that the model gives to the block. The log's own numbers count the
-                blocks that have any data.
+            kind: the kind of the data.
+            data: the data. Empty data adds nothing, but may end the open block.
+            given: the number of the block, if the model passed one. The log numbers only blocks
+                with data.
         """
         family = _FAMILIES.get(kind, kind)
         if family != self._family or (given is not None and given != self._given):
@@ -206,7 +206,7 @@ class Intake:
             raise _Enough
 
     def _acquire_memory(self) -> None:
-        """Take memory for this piece and the next ones. The first piece always does.
+        """Acquire memory for this piece and the next ones. The first piece always calls this.
 
         Raises:
             _Enough: there is no memory. The reply ends with the reason ``max_tokens``.

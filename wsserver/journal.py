@@ -1,7 +1,7 @@
-"""Saves generations to the store: it follows all logs, and writes in batches.
+"""Saves generations to the store. The journal follows all logs, and writes in batches.
 
-No piece waits for the store. A terminal does: the journal saves a terminal before any client gets
-it, so that a crash cannot undo an end that a client knows.
+Pieces do not wait for the store. A terminal does: the journal saves a terminal before any client
+gets it. So a crash cannot undo the end of a reply that a client has seen.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from wsserver.telemetry import Metrics
 
 __all__ = ["Journal", "Record"]
 
-LONGEST_PAUSE = 5.0  # seconds between two tries to save what could not be saved
-MOST_DOUBLINGS = 16  # of the pause between two tries
-MOST_KEPT = 1000  # ended generations that wait to be saved; the oldest ones are given up first
+LONGEST_PAUSE = 5.0  # seconds between two attempts to save a failed batch
+MOST_DOUBLINGS = 16  # of the pause between two attempts
+MOST_KEPT = 1000  # ended generations that wait to be saved; the oldest ones are dropped first
 MOST_KEPT_SIZE = 67_108_864  # bytes of their pieces
-PROBE_EVERY = 1.0  # seconds between two probes at least, as anyone may request one
+PROBE_EVERY = 1.0  # least seconds between two probes; any client may request a probe
 
 
 class Record:
-    """How far one generation is saved. A follower of its log.
+    """The progress of saving one generation. A follower of its log.
 
     Attributes:
         header: what was accepted.
@@ -127,8 +127,8 @@ class Journal:
         Args:
             header: what was accepted.
             log: the pieces to come.
-            waits: the prompt waits for another reply. It is saved at once: until it runs, no piece
-                would have it saved.
+            waits: the prompt waits for another reply. Then it is saved at once, because no piece
+                arrives that would start a batch.
         """
         record = Record(self, header, log)
         log.followers.append(record)
@@ -175,7 +175,7 @@ class Journal:
         return len({*self._batched, *self._unsaved})
 
     def find(self, owner: str, generation_id: str) -> StoredGeneration | None:
-        """Return an ended generation that could not be saved, and still waits to be."""
+        """Return an ended generation that could not be saved yet."""
         for record in self._late:
             if (record.header.owner, record.header.id) == (owner, generation_id):
                 assert record.terminal is not None
@@ -184,18 +184,18 @@ class Journal:
         return None
 
     def has_late(self, owner: str, conversation: str) -> bool:
-        """Whether an ended generation of a conversation could not be saved, and waits to be."""
+        """Whether an ended generation of a conversation could not be saved yet."""
         return any(record.within(owner, conversation) for record in self._late)
 
     def forget(self, owner: str, conversation: str) -> None:
-        """Let no record bring back a conversation that was deleted."""
+        """Mark the records of a deleted conversation, so that they do not create it again."""
         for record in (*self._batched, *self._unsaved):
             if record.within(owner, conversation):
                 record.new, record.deleted = False, True
                 self._late.pop(record, None)
 
     async def flush(self) -> None:
-        """Wait until everything up to now is saved, or has failed to be saved."""
+        """Wait until everything up to now is saved, or an attempt to save it has failed."""
         # The batch under way may lack the newest pieces. The batch after it has them.
         for _ in range(2):
             if self._writer is None:
@@ -206,9 +206,9 @@ class Journal:
             await asyncio.shield(self._batch)
 
     async def probe(self) -> None:
-        """Find out whether the store saves, by a write, once a second at most.
+        """Check with a write that the store works, once a second at most.
 
-        While the journal itself fails to save, no write is needed: the journal tries all the time.
+        If the last batch failed, no write is needed: the journal already tries again.
 
         Raises:
             StoreError: the store does not save.
@@ -223,7 +223,7 @@ class Journal:
         await asyncio.shield(self._probe)
 
     async def close(self, within: float) -> None:
-        """Save the rest within so many seconds, and stop writing."""
+        """Save the rest within some seconds, and stop writing."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
                 await self.flush()
@@ -256,7 +256,7 @@ class Journal:
             self._finish_batch()
 
     async def _pause(self) -> None:
-        # The pause grows with each failure, as each try has everything again.
+        # The pause grows with each failure, because each attempt writes the whole batch again.
         doublings = min(self._failures, MOST_DOUBLINGS)
         pause = max(self._interval, min(LONGEST_PAUSE, self._interval * 2**doublings))
         with contextlib.suppress(TimeoutError):
@@ -266,8 +266,8 @@ class Journal:
 
     async def _save(self, records: list[Record]) -> None:
         entries = [record.entry() for record in records]
-        # A slow commit is not cancelled: its thread goes on, and there must not be two commits at
-        # once. Terminals that come meanwhile go out as not saved, and are saved later.
+        # A slow commit is not cancelled: its thread would continue, and two commits must not run at
+        # once. Terminals that arrive during a slow commit are sent as not saved, and saved later.
         began = time.monotonic()
         commit = asyncio.ensure_future(self._store.commit(entries))
         while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
@@ -306,7 +306,7 @@ class Journal:
         self._requeue(records)
 
     def _requeue(self, records: list[Record]) -> None:
-        """Put a batch back in front. The oldest ended records over the bounds are given up."""
+        """Put a batch back in front. The oldest ended records over the bounds are dropped."""
         self._unsaved = dict.fromkeys(records) | self._unsaved
         kept = size = 0
         for record in reversed(list(self._unsaved)):
@@ -354,4 +354,4 @@ class Journal:
 
 
 def _nobody(_: bool) -> None:  # noqa: FBT001
-    """Do nothing: the end was told before."""
+    """Do nothing: the callback was already called."""

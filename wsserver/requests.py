@@ -1,6 +1,6 @@
-"""The requests of one client that need the store: they wait in a queue, and are answered in order.
+"""The queue of one client's requests that need the store. They are answered in order.
 
-The read loop awaits none of them. A client may rely on the order of the answers.
+The read loop does not await them. A client may rely on the order of the answers.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ Request = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversa
 class Waiting:
     """A request that waits for its answer, or the refusal of an unusable frame.
 
-    ``account`` pays for the ``size`` bytes of the message. ``stops`` stop the prompt as soon as it
-    is accepted.
+    ``account`` pays for the ``size`` bytes of the message. ``stops`` are the stops that wait for
+    the prompt: they take effect when it is accepted.
     """
 
     request: Request | Refused
@@ -71,8 +71,8 @@ class Requests:
 
     Args:
         session: the client.
-        following: what the client follows.
-        connection: learns how an ``auth`` ends.
+        following: the generations and conversations that the client follows.
+        connection: notified of the result of an ``auth``.
     """
 
     __slots__ = (
@@ -104,7 +104,7 @@ class Requests:
         return any(isinstance(waiting.request, Auth) for waiting in self._waiting)
 
     def prompts(self, name: str | None) -> list[Waiting]:
-        """Return the waiting prompt of an id; of None, all waiting prompts."""
+        """Return the waiting prompts with an id; all waiting prompts if ``name`` is None."""
         return [
             waiting
             for waiting in self._waiting
@@ -123,10 +123,10 @@ class Requests:
         if idle and isinstance(request, Prompt) and self._prompt_now(request):
             return
         if len(self._waiting) >= REQUESTS:
-            raise Refused(Code.LIMIT, "Too many requests of this socket wait.")
+            raise Refused(Code.LIMIT, "This socket has too many waiting requests.")
         account = self._session.account
         if not self._session.hub.memory.acquire(account, size):
-            raise Refused(Code.LIMIT, "Too many bytes of requests wait.")
+            raise Refused(Code.LIMIT, "The waiting requests have too many bytes.")
         self._waiting += (Waiting(request, account, size),)
         if self._worker is None:
             self._worker = asyncio.get_running_loop().create_task(self._work())
@@ -143,14 +143,14 @@ class Requests:
         return True
 
     def wake(self) -> None:
-        """The client reads again: go on with the answers."""
+        """Continue with the answers: the client reads again."""
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
 
     def drop(self) -> None:
-        """Forget the requests that change nothing.
+        """Drop the requests, except renames and deletes.
 
-        A rename or delete goes on: the client asked for a change, not for an answer.
+        A rename or delete continues, because it changes something even without an answer.
         """
         lasting = tuple(w for w in self._waiting if isinstance(w.request, Rename | Delete))
         if self._worker is not None and not (lasting and lasting[0] is self._waiting[0]):
@@ -181,12 +181,12 @@ class Requests:
             self._done.set_result(None)
 
     async def _work(self) -> None:
-        """Answer what waits, in order."""
+        """Answer the waiting requests in order."""
         session, worker = self._session, asyncio.current_task()
         try:
             while self._waiting and self._worker is worker:
                 waiting = self._waiting[0]
-                # A client that asks for much and reads little gets the next answer once it reads.
+                # A client that does not read gets its next answer when it reads again.
                 while not (session.transport.writable or session.ended):
                     self._writable = asyncio.get_running_loop().create_future()
                     await self._writable
@@ -195,7 +195,7 @@ class Requests:
                 finally:
                     for stop in waiting.stops:
                         stop.settle()
-                if waiting in self._waiting:  # it was not dropped meanwhile
+                if waiting in self._waiting:  # it was not dropped during the await
                     self._waiting = self._waiting[1:]
                     self._session.hub.memory.release(waiting.account, waiting.size)
         finally:
@@ -289,7 +289,7 @@ class Requests:
         session, following = self._session, self._following
         known = session.hub.known(session.owner, prompt.id) is not None
         if not known and following.active(prompt) >= session.settings.generations_per_socket:
-            raise Refused(Code.LIMIT, "This socket runs as many generations as it may.")
+            raise Refused(Code.LIMIT, "This socket already has its maximum number of generations.")
 
     def _follow(self, prompt: Prompt, generation: Generation) -> None:
         """Follow the generation of a prompt, from the first piece on."""
@@ -337,7 +337,7 @@ class Requests:
         self._write_read(conversations(found, request.limit, room, request.request))
 
     async def _rename(self, request: Rename) -> None:
-        """Give a conversation another title. The account pays for the frames to its watchers."""
+        """Change the title of a conversation. The account pays for the frames to all watchers."""
         session, hub = self._session, self._session.hub
         hub.accounts.check_reads(session.account)
         name, title = request.conversation, request.title

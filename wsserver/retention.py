@@ -19,13 +19,13 @@ POINTER = 8  # bytes of a place in a list
 class Retention:
     """Finds generations by owner and id, and keeps the ended ones for the replay time.
 
-    The ended generations take no more than the setting ``replay_size``, and no memory that
-    something in use needs: the oldest ones go first. The store still has them.
+    The ended generations use at most ``replay_size`` bytes, and no memory that data in use needs:
+    the oldest ones are dropped first. The store still has them.
 
     Args:
         store: has the ended generations that are not in memory.
-        journal: has those that the store could not save yet.
-        accounts: pay for what is read from the store.
+        journal: has the ended generations that could not be saved yet.
+        accounts: pay for reads from the store.
         settings: the replay time and the replay size.
         memory: counts the bytes of the ended generations as a cache.
     """
@@ -65,15 +65,15 @@ class Retention:
         The account pays for what is read from the store.
 
         Raises:
-            Refused: the generation was deleted, its time is over, or the account has read more
-                than it may.
-            StoreError: the store cannot tell.
+            Refused: the generation was deleted or has expired, or the account is over its limit of
+                reads.
+            StoreError: the store failed.
         """
         known = self.known(owner, generation_id)
         if known is not None:
             return known
         self._accounts.check_reads(account)
-        # The store does not know, or knows only in part, what the journal has still to save.
+        # The store lacks what the journal still has to save.
         stored: StoredGeneration | Forgotten | None = self._journal.find(owner, generation_id)
         if stored is None:
             stored = await self._read(owner, generation_id)
@@ -89,7 +89,7 @@ class Retention:
         return generation
 
     async def _read(self, owner: str, generation_id: str) -> StoredGeneration | Forgotten | None:
-        """Read a generation from the store; again if the owner deletes something meanwhile."""
+        """Read a generation from the store. Read again if the owner deleted something during it."""
         read = object()
         while True:
             self._reads.setdefault(owner, set()).add(read)
@@ -105,7 +105,7 @@ class Retention:
                 return stored
 
     def add(self, generation: Generation) -> None:
-        """Make a generation known that has just been accepted."""
+        """Add a generation that was just accepted."""
         self._known[generation.owner, generation.id] = generation
 
     def retain(self, generation: Generation) -> None:
@@ -126,7 +126,7 @@ class Retention:
             self._drop(next(iter(self._ended)))
 
     def forget(self, generation: Generation) -> None:
-        """Find a generation no more, unless another one has its id by now."""
+        """Remove a generation, unless another one has its id by now."""
         key = generation.owner, generation.id
         if self._known.get(key) is generation:
             del self._known[key]

@@ -1,4 +1,4 @@
-"""One generation from its start to its end: ask the model, watch it, save the end, tell the end."""
+"""Runs one generation: calls the model, checks its time limits, saves its end, and publishes it."""
 
 import asyncio
 import functools
@@ -21,8 +21,8 @@ from wsserver.reporting import Reporter
 from wsserver.settings import Settings
 from wsserver.telemetry import span
 
-SHORTER = 4  # attempts with ever less of a conversation, before the prompt alone is tried
-# Who takes a prompt back. The history goes on without such a prompt, if nobody asked the model.
+SHORTER = 4  # attempts with fewer turns each, before one with the prompt only
+# Causes of a stop that remove a prompt from the history, if the model was not called yet.
 WITHDRAWN_BY = frozenset({"client", "deleted", "disconnect", "replaced"})
 
 
@@ -32,10 +32,10 @@ class Runner:
     Args:
         model: answers the prompts.
         settings: the times and sizes of a reply.
-        journal: saves the end of each generation before anyone learns of it.
+        journal: saves the end of each generation before it is published.
         memory: counts the bytes of the logs.
         price: returns the price of a model.
-        report: learns of each start and end.
+        report: reports each start and end.
         on_ended: called with each generation that has ended.
     """
 
@@ -71,11 +71,11 @@ class Runner:
     # Asking the model.
 
     def start(self, generation: Generation, request: Request | None = None) -> None:
-        """Ask the model.
+        """Call the model.
 
         Args:
-            generation: the reply that the model is asked for.
-            request: what to send, if it has been made just now.
+            generation: the reply.
+            request: the request, if the caller has already made it.
         """
         trace = span(
             generation=generation.id,
@@ -96,9 +96,9 @@ class Runner:
         """Make the request to the model.
 
         Args:
-            generation: the reply that the model is asked for.
+            generation: the reply.
             size: characters of the messages at most. None: the limit of the settings, or less if
-                the model has refused less in this conversation.
+                the model refused a longer request in this conversation.
         """
         prompt, settings, conversation = generation.prompt, self._settings, generation.conversation
         if conversation is None:
@@ -126,7 +126,7 @@ class Runner:
         return tokens_of(request)
 
     async def _run(self, generation: Generation, request: Request | None) -> End:
-        """Have the model answer, with less of the conversation if the model finds it too long."""
+        """Call the model; again with fewer turns if the model finds the conversation too long."""
         request = request or self.request(generation)
         attempt = 0
         while True:
@@ -151,7 +151,7 @@ class Runner:
     # Time limits. One timer serves all generations, and no piece sets it.
 
     def _due(self, generation: Generation) -> float:
-        """Return when a time limit of a generation is over, if nothing happens before."""
+        """Return the time at which a generation reaches its next time limit."""
         settings = self._settings
         if generation.state is State.STOPPING:
             return generation.stopped + settings.stop_timeout
@@ -162,7 +162,7 @@ class Runner:
         return math.inf
 
     def _watch(self, due: float) -> None:
-        """Look at the time limits no later than at this time."""
+        """Set the timer, so that the time limits are checked at ``due`` at the latest."""
         if self._timer is None or due < self._timer.when():
             if self._timer is not None:
                 self._timer.cancel()
@@ -188,7 +188,7 @@ class Runner:
         self.stop(generation, "timeout" if over else ModelError(Code.TIMEOUT))
 
     def close(self) -> None:
-        """Give up the generations whose models do not close, and set no more timers."""
+        """Abandon the generations whose models do not close their requests; stop the timer."""
         for generation in tuple(self.tasks.values()):
             self.abandon(generation)
         if self._timer is not None:
@@ -203,7 +203,7 @@ class Runner:
 
         Args:
             generation: the one to stop.
-            why: who stops it, for ``done``; or the error, for ``error``.
+            why: the ``by`` of a ``done`` frame; or the error, for an ``error`` frame.
         """
         if generation.state is State.QUEUED:
             generation.stop(why, self._time())
@@ -226,7 +226,7 @@ class Runner:
             self._save(generation, generation.why)
 
     def _finish(self, task: "asyncio.Task[End]") -> None:
-        """End the generation of a task that is done, unless the generation was abandoned before."""
+        """End the generation of a finished task, unless the generation was abandoned before."""
         generation = self.tasks.pop(task, None)
         if generation is None:  # a stop has met the task before this callback
             return
@@ -239,7 +239,7 @@ class Runner:
             self._save(generation, _outcome(task))
 
     def _save(self, generation: Generation, how: Outcome) -> None:
-        """Save the end of a generation, and then tell it."""
+        """Save the end of a generation, and then publish it."""
         generation.save(how, self._time())
         try:
             terminal = terminal_of(generation, how)
@@ -259,7 +259,7 @@ class Runner:
         )
 
     def _append_terminal(self, generation: Generation, terminal: Terminal, saved: bool) -> None:  # noqa: FBT001
-        """Write the terminal. A follower that fails must not keep the generation alive."""
+        """Append the terminal. A follower that fails must not keep the generation alive."""
         if not saved:
             terminal = terminal.model_copy(update={"saved": False})
         failure = generation.failure
@@ -272,7 +272,7 @@ class Runner:
 
 
 def _starter(model: Model | PushModel) -> Callable[[Request, Intake], Awaitable[None]]:
-    """Return what has a model answer into an intake. The kind of the model is found out once."""
+    """Return a function that calls the model with an intake."""
     if isinstance(model, PushModel):
         push = model.push
         return lambda request, intake: push(request, intake.take)
@@ -281,7 +281,7 @@ def _starter(model: Model | PushModel) -> Callable[[Request, Intake], Awaitable[
 
 
 def _outcome(task: "asyncio.Task[End]") -> Outcome:
-    """Return how a task ended that nobody has stopped."""
+    """Return the outcome of a task that was not stopped."""
     if task.cancelled():  # the model leaked a CancelledError that nobody here raised
         return asyncio.CancelledError()
     return task.exception() or task.result()

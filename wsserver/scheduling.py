@@ -1,6 +1,6 @@
 """Accepts prompts, and starts each generation when its conversation is free.
 
-A decision reads what it needs from the store first. Then it is made at once, without waiting.
+The scheduler first reads from the store. Then it checks and starts a prompt without an ``await``.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Scheduler:
         accounts: what each account may use.
         conversations: the conversations in memory and in the store.
         retention: finds the generation of a prompt that is sent again.
-        report: learns of each start and end.
+        report: reports each start and end.
         memory: counts the bytes of the generations.
     """
 
@@ -72,15 +72,14 @@ class Scheduler:
     async def accept(
         self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
     ) -> Generation:
-        """Accept a prompt: start a generation, queue it, or return the one that it already has.
+        """Accept a prompt: start or queue a generation, or return the known one with this id.
 
         Args:
             prompt: what the client sent.
-            owner: for whom.
-            account: whose limits count.
-            own: the id of the conversation that goes on where the prompt names none; None makes
-                a new conversation.
-            sender: the watcher that need not be told of the generation.
+            owner: the owner of the conversation.
+            account: the account whose limits apply.
+            own: the id of the conversation for a prompt that names none; None starts a new one.
+            sender: the watcher that is not notified.
 
         Raises:
             Refused: the prompt is not accepted, and nothing has changed.
@@ -101,8 +100,8 @@ class Scheduler:
                 )
             new = conversation is not None and not conversation.exists
             await self._accounts.check_store(owner, new=new)
-            # Nothing is awaited from here on. What the awaits above may have changed is checked
-            # again: the same prompt, a delete, a drain, the limits.
+            # There is no `await` from here on. During the awaits above another request may have
+            # sent the same prompt, deleted the conversation, drained the server or used up a limit.
             known = None if prompt.id is None else self._retention.known(owner, prompt.id)
             if known is not None:
                 return _of_prompt(known, prompt)
@@ -201,7 +200,7 @@ class Scheduler:
         if conversation is not None:
             conversation.exists = conversation.loaded = True
         if conversation is None or running is None:
-            # A retry is sent without the turn that it replaces, which goes as it starts.
+            # The request of a retry is made in `start`, after the replaced turn was removed.
             self._start(generation, request if prompt.retry_of is None else None)
         else:
             if prompt.on_busy == "interrupt":
@@ -224,7 +223,7 @@ class Scheduler:
         self.runner.start(generation, request)
 
     def _ended(self, generation: Generation) -> None:
-        """Give back what a generation held, and start the next prompt of its conversation."""
+        """Release what a generation used, and start the next prompt of its conversation."""
         self.live.discard(generation)
         if not self.live:
             self.idle.set()
@@ -252,10 +251,10 @@ class Scheduler:
 
 
 def _of_prompt(generation: Generation, prompt: Prompt) -> Generation:
-    """Return the generation that is known under the id of a prompt which is sent again.
+    """Return a known generation whose prompt is sent again.
 
     Raises:
-        Refused: the generation belongs to another prompt.
+        Refused: another prompt has this id.
     """
     if generation.prompt != prompt:
         raise Refused(Code.ID_CONFLICT)

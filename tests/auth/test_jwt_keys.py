@@ -102,7 +102,7 @@ async def test_reload_reads_key_file_and_ignores_invalid_file(
         await check.reload()
         assert await check(sign("rsa-2"), HERE) is not None
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 2
-    assert "keys stay as they were" in caplog.text
+    assert "keys not reloaded" in caplog.text
     await check.aclose()
 
 
@@ -173,7 +173,7 @@ async def test_failed_reload_is_reported_each_time_and_changes_nothing(
         issuer.status = "500 Oh"
         for times in (1, 2):
             assert not await check.reload()
-            assert caplog.text.count("keys stay as they were") == times
+            assert caplog.text.count("known keys stay in use") == times
         assert await check(sign("rsa-1"), HERE) is not None
 
 
@@ -364,7 +364,7 @@ async def test_old_keys_stay_in_use_while_renewal_fails(
         assert len(issuer.paths) == 3
         assert len(caplog.records) == 1  # for all of the outage
         assert says in caplog.text
-        assert "keys stay as they were" in caplog.text
+        assert "known keys stay in use" in caplog.text
 
 
 async def test_unreachable_issuer_is_unavailable_and_logged(

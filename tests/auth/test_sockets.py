@@ -258,7 +258,7 @@ async def test_wrong_type_from_authenticator_is_logged(
             async with client(server):
                 raise AssertionError
         assert raised.value.response.status_code == 503
-    assert "the authenticator failed failure=TypeError" in caplog.text
+    assert "authenticator failed failure=TypeError" in caplog.text
 
 
 async def test_principal_with_expiry_zero_is_expired(puppet: Puppet) -> None:
