@@ -1,7 +1,8 @@
-"""What the server may take under abuse, and what the tests of abuse share.
+"""Limits of what the server may use under attack, and helpers of these tests.
 
-The server is a process of its own. In each test another client, at another address, chats meanwhile
-and is served as if there were no abuse; see :func:`tests.support.abuse.meanwhile`.
+The server is its own process. In each test a normal client at another address chats during the
+attack, and the server must serve this client without delay; see
+:func:`tests.support.abuse.meanwhile`.
 """
 
 import asyncio
@@ -17,22 +18,22 @@ from tests.support.abuse import (
 from tests.support.puppet import until
 from tests.support.upstream import Received, Script, Upstream, reply
 
-GROWTH = 20 * MEBIBYTE  # that the server may take of memory for any abuse
-# Descriptors beyond the limit: a hundred who are turned away, who have just been accepted, and who
-# are about to be closed, and a few others.
+GROWTH = 20 * MEBIBYTE  # bytes by which the memory of the server may grow in an attack
+# Descriptors beyond the limit: of a hundred refused connections, of connections that were just
+# accepted or are about to close, and a few others.
 AT_THE_DOOR = 350
 FRAMES = ("--frame-rate", "5", "--frame-burst", "40")
-NOBODY = 65534  # a user who can be another
+NOBODY = 65534  # id of another user
 PING = '{"type": "ping"}'
 SECRET = "hunter2-planted"
 NASTY = "a\x1b[2Jb\r\nc\x00\x85\u2028\u2029\u202e\u200bé\x9b31m end"
 KEY = "sk-ant-" + SECRET
-KEPT = 2  # connections to the API that one client leaves idle: of its replies, and a warm one
+KEPT = 2  # idle connections to the API after one client: of its replies, and a warm one
 
 
 @contextlib.asynccontextmanager
 async def flat(server: Served, growth: int = GROWTH, kept: int = 0) -> AsyncIterator[None]:
-    """Nothing is left of what happens in the block, and it takes little memory at its peak.
+    """Check that the block leaves no connection or reply, and uses little memory.
 
     Args:
         server: which.
@@ -47,12 +48,12 @@ async def flat(server: Served, growth: int = GROWTH, kept: int = 0) -> AsyncIter
 
 
 async def each(count: int, abuse: Any, *arguments: Any) -> list[Any]:
-    """Do it so many times at once; return what came of each."""
+    """Run a number of attacks at once; return their results."""
     return await asyncio.gather(*(abuse(*arguments) for _ in range(count)))
 
 
 class Listener(Upstream):
-    """An API that answers one who behaves, and is still at it when the others stop."""
+    """A fake API that answers `speak` at once, and other prompts with its script."""
 
     def receive(self, received: Received) -> Script:
         script = super().receive(received)
@@ -61,7 +62,7 @@ class Listener(Upstream):
 
 
 def lines(server: Served) -> list[dict[str, Any]]:
-    """Return the events of the log, each of them a line that nothing can disguise."""
+    """Return the events of the log. Each line must be one JSON object."""
     text = "".join(server.log)
     assert all(line.isprintable() for line in text.rstrip("\n").split("\n")), text
     found = [line for line in server.log if not line.startswith(("wsserver ", "  "))]

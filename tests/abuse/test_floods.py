@@ -1,4 +1,4 @@
-"""Floods of frames, slow readers and bad messages hurt their sender alone."""
+"""Floods of frames, slow readers and bad messages affect only their sender."""
 
 from collections.abc import Iterable
 
@@ -151,7 +151,7 @@ async def test_compressed_message_closes_with_1002() -> None:
             assert b"101" in answer.split(b"\r\n")[0]
             assert b"extensions" not in answer.lower()
             first, *others = frame(b"\x00" * 60_000, Opcode.BINARY)
-            peer.write(bytes([first | 0x40, *others]))  # RSV1, which says that it is compressed
+            peer.write(bytes([first | 0x40, *others]))  # RSV1: the message is compressed
             assert await peer.close_code() == 1002
 
     async with served("--send-timeout", "1") as server, flat(server):

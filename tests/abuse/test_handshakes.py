@@ -1,4 +1,4 @@
-"""Handshakes and requests that are many, slow, huge or broken hurt their client alone."""
+"""Many, slow, huge or malformed handshakes and requests affect only their client."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ async def test_slow_handshakes_time_out_and_count_for_connection_limits() -> Non
             for byte in Peer.HANDSHAKE * 10:
                 peer.write(bytes([byte]))
                 await peer.writer.drain()
-                await asyncio.sleep(0.02)  # which is the abuse
+                await asyncio.sleep(0.02)  # the attack is slow on purpose
         return await peer.rest()
 
     async def abuse(server: Served) -> None:
@@ -108,7 +108,7 @@ async def test_idle_connections_leave_descriptors_for_replies(loop: str) -> None
                 if number % 2:
                     peer.write(Peer.HANDSHAKE + b"\r\n")
             assert (await server.get("/healthz"))[0] == 200
-            assert server.descriptors < 256 - 40  # which replies would take
+            assert server.descriptors < 256 - 40  # replies need the rest
 
     options = ("--event-loop", loop, "--connections-per-address", "100")
     model = "anthropic:claude-sonnet-4-6"
@@ -119,7 +119,7 @@ async def test_idle_connections_leave_descriptors_for_replies(loop: str) -> None
             async with flat(server, kept=KEPT):
                 lines = len(server.log)
                 await meanwhile(server, abuse(server))
-            # Besides those of the replies of who chats meanwhile.
+            # Without the lines about replies of the normal client.
             others = [line for line in server.log[lines:] if '"event": "generation"' not in line]
             assert len(others) <= 2 * MAX_LINES + 20
             assert all('"level": "info"' in line for line in others)
@@ -136,7 +136,7 @@ async def test_server_out_of_memory_exits_with_one_line(loop: str) -> None:
         size = server.status("VmSize") * 1024 + 8 * MEBIBYTE
         resource.prlimit(server.pid, resource.RLIMIT_AS, (size, size))
         async with contextlib.AsyncExitStack() as stack:
-            # Not a reply is read, and each grows up to four million characters.
+            # The clients read nothing, and each reply grows up to four million characters.
             with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
                 while process.process.returncode is None:
                     peer = await stack.enter_async_context(Peer.websocket(server))
@@ -225,7 +225,7 @@ async def test_request_over_header_limit_is_refused(head: bytes, status: bytes) 
             peer.write(head)
             answer = await peer.rest()
             assert answer.split(b" ")[1] == status
-        async with Peer.open(server) as peer:  # and one that goes on and on
+        async with Peer.open(server) as peer:  # and an endless request
             await peer.flood(head, 20 * MEBIBYTE // len(head))
 
     async with served("--open-timeout", "1") as server, flat(server):

@@ -1,4 +1,4 @@
-"""Nothing that a client sends or the API answers leaks into logs, metrics or errors."""
+"""Secrets of clients and of the API do not leak into logs, metrics or errors."""
 
 import asyncio
 import hashlib
@@ -148,7 +148,7 @@ async def test_api_error_text_reaches_neither_client_nor_log(where: str) -> None
 
 
 async def told(server: Served) -> list[str]:
-    """Return all that the server says to its operator."""
+    """Return the log and the metrics."""
     pages = [(await server.get(path))[1] for path in ("/metrics", "/readyz", "/healthz", "/")]
     return [*pages, *server.log, server.process.output]
 

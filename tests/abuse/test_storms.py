@@ -60,7 +60,7 @@ async def test_reconnect_storm_is_served_or_gets_retry_after() -> None:
                 return False
             peer.write(frame(json.dumps({"type": "resume", "id": name})))
             async for message in peer.texts():
-                if message.get("code") == "not_found":  # it was cut off before it could ask
+                if message.get("code") == "not_found":  # the connection was cut before the prompt
                     peer.write(frame(json.dumps({"prompt": "talk 5", "id": name})))
                 elif message["type"] == "done":
                     assert message["reason"] == "end_turn"
@@ -88,7 +88,7 @@ async def test_reconnect_storm_is_served_or_gets_retry_after() -> None:
 
 
 async def stop_at_once(chat: Client, count: int) -> None:
-    """Have so many replies stopped as they start."""
+    """Start a number of replies, and stop each at its start."""
     for _ in range(count):
         name = secrets.token_hex(8)
         await chat.send({"prompt": "hang", "id": name})
@@ -117,7 +117,7 @@ async def test_prompts_stopped_at_once_leave_no_upstream_request() -> None:
 
 
 async def stopped_within(upstream: Upstream, settings: wsserver.Settings) -> None:
-    """Do the same in this process, to look into the books."""
+    """Do the same in this process, and check the reserved tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANTHROPIC_BASE_URL", upstream.url)
         patch.setenv("ANTHROPIC_API_KEY", "sk-key")

@@ -1,4 +1,4 @@
-"""Clients that did not authenticate cost little."""
+"""Clients without authentication use few resources."""
 
 import asyncio
 import contextlib
@@ -67,7 +67,7 @@ async def test_wrong_token_closes_connection(token_file: Path) -> None:
 
 
 def socket_of_another_user(server: Served) -> socket.socket:
-    os.seteuid(NOBODY)  # a socket belongs to the user who makes it
+    os.seteuid(NOBODY)  # the kernel shows the user that created the socket
     try:
         sock = socket.socket()
     finally:
@@ -92,7 +92,7 @@ async def test_other_user_of_machine_is_refused() -> None:
             assert set(statuses) <= {b"403", b"429"}
             async with Peer.websocket(server):  # of the server's own user, from the same address
                 pass
-        for number in range(40):  # who leaves at once is nobody to the kernel
+        for number in range(40):  # the kernel does not know the user of a closed connection
             with socket_of_another_user(server) as sock:
                 if number % 2:
                     reset = struct.pack("ii", 1, 0)
@@ -135,7 +135,7 @@ async def test_anonymous_flood_writes_bounded_log(token_file: Path) -> None:
                     await server.metrics()
         assert len(server.log) - lines <= 2 * windows * MAX_LINES + 50
         assert max(map(len, server.log[lines:])) < 1500
-        # A flood of strangers takes no line of those who say who they are.
+        # A flood of anonymous clients takes no log lines of principals.
         assert any(event.get("principal") == "alice" for event in server.events("connection"))
 
 
@@ -210,8 +210,8 @@ async def test_unfinished_messages_before_auth_use_bounded_memory(
                 await peer.upgrade(b"Origin: http://localhost")
                 peer.write(unfinished)
             closed = Counter([await peer.close_code() for peer in peers])
-            assert closed[1013] > 0  # at once, and
-            assert closed[1008] > 0  # as none of them has said who it is
+            assert closed[1013] > 0  # at once,
+            assert closed[1008] > 0  # and after `auth_timeout`
 
     options = ("--token-file", str(token_file), "--auth-timeout", "3", "--hosts", "chat.test")
     memory = ("--memory", str(16 * MEBIBYTE), "--history-size", "1000")

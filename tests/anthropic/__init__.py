@@ -1,1 +1,1 @@
-"""Claude, against a server that speaks the Messages API and all its faults."""
+"""Tests of Claude with a fake Messages API and its faults."""

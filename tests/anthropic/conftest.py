@@ -1,4 +1,4 @@
-"""A server whose model is Claude, and the API that it talks to."""
+"""A server whose model is Claude, and a fake Messages API."""
 
 from collections.abc import AsyncIterator
 

@@ -1,4 +1,4 @@
-"""What can go wrong before and during a reply, and when a new attempt is made."""
+"""Failures before and during a reply, and their retries."""
 
 import pytest
 
@@ -182,7 +182,7 @@ async def test_connection_lost_before_headers_is_unreachable(
 async def test_silent_api_is_timeout_and_request_is_closed(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, script: Script | Step
 ) -> None:
-    # The first one to have all loaded, so that the second is under way before its time is up.
+    # The first prompt loads the SDK, so that the second has its whole time limit.
     upstream.play(reply("ready"), script)
     async with claude(monkeypatch, upstream.url, retries=0, silence_timeout=1) as server:
         async with client(server) as chat:

@@ -1,4 +1,4 @@
-"""What comes: text, thinking and an end, however reads cut the stream."""
+"""Replies of the API: text, thinking and end, with reads split anywhere."""
 
 import pytest
 

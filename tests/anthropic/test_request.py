@@ -1,4 +1,4 @@
-"""What is sent: the body, where it goes, and over which connection."""
+"""Requests to the API: body, address and connection."""
 
 import asyncio
 import tracemalloc

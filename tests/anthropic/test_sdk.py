@@ -1,4 +1,4 @@
-"""What the environment configures of Anthropic's SDK, and how its credentials are renewed."""
+"""Configuration of Anthropic's SDK by the environment, and renewal of credentials."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, upstream: Upstream, tmp_path: P
 
 
 async def ask(upstream: Upstream, prompts: int = 1) -> list[Received]:
-    """Send prompts to a server of its own, and return the requests that came for them."""
+    """Send prompts to a new server, and return the requests to the API."""
     async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
         async with client(server) as chat:
             for _ in range(prompts):
@@ -87,7 +87,7 @@ async def test_base_url_with_path_is_used(
 
 
 class Issuer:
-    """Gives out tokens for identity tokens, as the API does."""
+    """Exchanges identity tokens for access tokens, as the API does."""
 
     def __init__(self, upstream: Upstream, lifetime: int = 3600) -> None:
         self.lifetime = lifetime
@@ -142,7 +142,7 @@ async def test_token_is_renewed_before_expiry(
     monkeypatch: pytest.MonkeyPatch, upstream: Upstream, issuer: Issuer
 ) -> None:
     monkeypatch.setattr("wsserver.models.anthropic.templates.TEMPLATE_TIME", 0.0)
-    issuer.lifetime = 20  # seconds, in which the SDK renews for each request
+    issuer.lifetime = 20  # seconds; the SDK renews a token with less life for each request
     received = await ask(upstream, 2)
     tokens = [each.headers["authorization"] for each in received]
     assert tokens == ["Bearer token-1", "Bearer token-2"]
@@ -226,7 +226,7 @@ async def test_sdk_is_imported_after_server_listens(
     assert len(made) == 1
 
 
-# What is found at the start
+# Checks at the start
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A stop closes the request to the API, whatever the API is doing."""
+"""A stop closes the request to the API in every state of the API."""
 
 import asyncio
 from pathlib import Path
@@ -110,7 +110,7 @@ async def test_stop_over_tls_does_not_wait_for_close_notify(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Pass bytes on in both directions, and from some moment on only take them."""
+        """Pass bytes on in both directions until a moment, and then only read them."""
         answers, requests = await asyncio.open_connection("127.0.0.1", port)
 
         async def answer() -> None:

@@ -1,4 +1,4 @@
-"""The tokens of a reply: as the API counts them, or estimated if it ends before."""
+"""Usage of a reply: counted by the API, or estimated if the reply ends before the count."""
 
 import itertools
 

@@ -26,7 +26,7 @@ HERE = Handshake("127.0.0.1", "/ws", {})
 
 @cache
 def private(name: str) -> Any:
-    """Return the key of that name; what it begins with is its kind."""
+    """Return the key of a name; the start of the name is the kind of key."""
     match name.partition("-")[0]:
         case "rsa":
             return rsa.generate_private_key(65537, 2048)
@@ -41,7 +41,7 @@ def private(name: str) -> Any:
 
 
 def public(name: str, *, kid: bool = True, **members: Any) -> dict[str, Any]:
-    """Return the public half of a key as a member of a key set, which has the name as its kid."""
+    """Return the public key of a name as a member of a key set; the name is its kid."""
     key = private(name).public_key()
     kinds: Any = {"rsa": RSAAlgorithm, "weak": RSAAlgorithm, "ec": ECAlgorithm, "p384": ECAlgorithm}
     kind = kinds.get(name.partition("-")[0], OKPAlgorithm)
@@ -49,7 +49,7 @@ def public(name: str, *, kid: bool = True, **members: Any) -> dict[str, Any]:
 
 
 def key_set(*keys: Any) -> bytes:
-    """Return a JWK Set; a string in it stands for the public key of that name."""
+    """Return a JWK Set; a string stands for the public key of that name."""
     items = [public(key) if isinstance(key, str) else key for key in keys]
     return json.dumps({"keys": items}).encode()
 
@@ -65,7 +65,7 @@ def without(*names: str) -> dict[str, Any]:
 def sign(
     key: str, algorithm: str = "RS256", kid: str | None = "", payload: Any = None, **header: Any
 ) -> str:
-    """Return a token signed with the key of that name, which is its kid unless told otherwise."""
+    """Return a token signed with the key of a name; the name is the kid by default."""
     if kid is not None:
         header["kid"] = kid or key
     return jwt.encode(payload or claims(), private(key), algorithm, headers=header)
@@ -81,7 +81,7 @@ def part(value: object) -> str:
 
 
 def forged(header: object, payload: object, secret: bytes | None = None) -> str:
-    """Return a token that no library would make, signed with HMAC where there is a secret."""
+    """Return a token with any header, signed with HMAC if there is a secret."""
     signed = f"{part(header)}.{part(payload)}"
     signature = b"" if secret is None else hmac.digest(secret, signed.encode(), hashlib.sha256)
     return f"{signed}.{part(signature)}"
@@ -96,7 +96,7 @@ def with_secret(**settings: Any) -> JwtAuthenticator:
 
 
 class Issuer:
-    """A real HTTP server; a test sets what it answers and looks how often it was asked."""
+    """An HTTP server with a response of the test, and a list of its requests."""
 
     def __init__(self) -> None:
         self.url = ""

@@ -147,12 +147,12 @@ async def test_hanging_issuer_does_not_delay_known_keys(
         for _ in range(3):
             clock.now += 3600
             known = check(sign("rsa-1"), HERE)
-            # Driven by hand: to wait for anything would need the event loop.
+            # The test drives the coroutine: a wait for the event loop would yield.
             with pytest.raises(StopIteration) as returned:
                 known.send(None)
             assert returned.value.value.name == "ada"
             await issuer.asked(2)
-            with pytest.raises(Unavailable):  # but only for so long
+            with pytest.raises(Unavailable):  # after PATIENCE
                 await check(sign("rsa-2"), HERE)
         assert len(issuer.paths) == 2
         reloading = asyncio.create_task(check.reload())
@@ -227,7 +227,7 @@ async def test_forged_tokens_cause_few_fetches(issuer: Issuer, clock: Clock) -> 
         assert len(issuer.paths) == 3
         clock.now += 30
         for token in (
-            sign("rsa-9", kid="rsa-1"),  # a known name
+            sign("rsa-9", kid="rsa-1"),  # a known kid
             forged({"alg": "none", "kid": "x"}, claims()),
             forged({"alg": "HS256", "kid": "x"}, claims(), b"x"),
             sign("ec-1", "ES256", kid="rsa-1"),
@@ -359,10 +359,10 @@ async def test_old_keys_stay_in_use_while_renewal_fails(
             clock.now += 3600
             for _ in range(2):
                 assert await check(sign("rsa-1"), HERE) is not None
-                with pytest.raises(Unavailable):  # it may be signed by a newer key
+                with pytest.raises(Unavailable):  # a newer key may have signed the token
                     await check(sign("rsa-2"), HERE)
         assert len(issuer.paths) == 3
-        assert len(caplog.records) == 1  # for all of the outage
+        assert len(caplog.records) == 1  # for the whole outage
         assert says in caplog.text
         assert "known keys stay in use" in caplog.text
 

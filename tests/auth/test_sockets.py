@@ -287,7 +287,7 @@ async def test_failing_aclose_does_not_block_shutdown(puppet: Puppet, *, hangs: 
             pass
 
 
-# What a principal owns.
+# Data of a principal.
 
 
 async def test_other_principal_finds_no_data(puppet: Puppet) -> None:
@@ -316,7 +316,7 @@ async def test_other_principal_finds_no_data(puppet: Puppet) -> None:
         for frame in ({"type": "stop", "id": ID}, {"type": "stop"}):
             await bob.send(frame)
             assert (await bob.next("error"))["code"] == "not_running"
-        # The same names are free for somebody else.
+        # Another principal may use the same ids.
         theirs = await bob.prompt("Theirs", id=ID, conversation=name)
         assert theirs["type"] == "start"
         (await puppet.reply(1)).say("fine").end()

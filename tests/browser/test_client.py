@@ -26,11 +26,11 @@ def page(bare_page: Page) -> Page:
     return bare_page
 
 
-NEVER = {"firstPause": 10**9, "longestPause": 10**9}  # comes back only when there is a reason to
+NEVER = {"firstPause": 10**9, "longestPause": 10**9}  # reconnects only at an event
 
 
 async def test_stop_ends_reply(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
-    await page.goto(server.page)  # whose policy has to allow it
+    await page.goto(server.page)  # the content security policy must allow it
     await connect(page)
     await ask(page, "Count")
     model = (await puppet.reply()).say(Thinking("Hm."), "one ", "two")
@@ -188,7 +188,7 @@ async def test_client_reconnects_to_restarted_server(page: Page, tmp_path: Path)
         await tell(doomed, "saved", server=0, reply=reply, pieces=1)
         doomed.kill()
         await doomed.wait()
-    await ask(page, "recall")  # while it is away
+    await ask(page, "recall")  # while the page is hidden
     async with stage() as heir:
         await tell(heir, "serve", settings={**settings, "port": port})
         assert await end(page) == "interrupted"

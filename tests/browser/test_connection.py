@@ -47,7 +47,7 @@ async def test_reply_continues_after_lost_connection(
     await expect(state(timed)).to_have_text("Not connected, trying again…")
     await expect(note(timed)).to_contain_text("Cut off, as the connection was lost.")
     await expect(text(timed)).to_have_text("one two")
-    model.say(Thinking("Well. "), "three ")  # said to nobody
+    model.say(Thinking("Well. "), "three ")  # no client is connected
     await timed.clock.fast_forward(LONGEST_PAUSE)
     await timed.clock.resume()
     await expect(state(timed)).to_have_text("Connected")
@@ -60,7 +60,7 @@ async def test_reply_continues_after_lost_connection(
     await expect(timed.locator("article")).to_have_count(1)
     assert len(puppet.replies) == 1
 
-    await ask(timed, "And on")  # in the same conversation, though over another socket
+    await ask(timed, "And on")  # in the same conversation over another socket
     (await puppet.reply(1)).end()
     said = [message.content for message in puppet.replies[1].request.messages]
     assert said == ["Count", "one two three four", "And on"]
@@ -159,7 +159,7 @@ async def test_stop_without_connection_is_sent_on_reconnect(
 async def test_prompt_without_connection_is_sent_on_reconnect(
     blank: Page,
 ) -> None:
-    await blank.add_init_script("Math.random = () => 0")  # no pauses
+    await blank.add_init_script("Math.random = () => 0")  # without pauses
     async with wsserver.serve(Puppet(), port=0) as first:
         port = first.port
         await visit(blank, first)
@@ -235,7 +235,7 @@ async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_p
 async def test_text_after_gap_is_replaced_by_text_of_server(
     blank: Page, server: wsserver.Server
 ) -> None:
-    """A scripted server sends three pieces, dies, and has two of them."""
+    """A scripted server sends three pieces, crashes, and has two of them after its restart."""
     connections = 0
 
     async def script(socket: WebSocketRoute) -> None:

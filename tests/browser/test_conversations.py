@@ -83,7 +83,7 @@ async def test_two_tabs_show_same_reply_and_each_can_stop_it(page: Page, puppet:
     for each in (page, tab):
         await expect(note(each)).to_have_text("Stopped.")
         await idle(each)
-    await ask(tab, "Again")  # which the first tab sees too
+    await ask(tab, "Again")  # the first tab shows this too
     (await puppet.reply(1)).say("whole").end()
     for each in (page, tab):
         await expect(each.locator(".you p")).to_have_text(["Count", "Again"])
@@ -144,7 +144,7 @@ async def test_unsent_prompt_is_kept_in_its_conversation(
     await expect(state(timed)).to_have_text("Not connected, trying again…")
     await ask(timed, "Unsent")
     await timed.get_by_role("link", name="First one").click()
-    await expect(timed.locator("article")).to_have_count(0)  # as it cannot be had now
+    await expect(timed.locator("article")).to_have_count(0)  # the server cannot load it now
     await timed.get_by_role("link", name="Second one").click()
     await timed.clock.fast_forward(LONGEST_PAUSE)
     await timed.clock.resume()
@@ -162,7 +162,7 @@ async def test_edited_title_survives_list_refresh(page: Page, puppet: Puppet) ->
     await page.get_by_role("button", name="Rename “First one”").click()
     field = page.get_by_role("textbox", name="Title")
     await field.fill("Half")
-    await converse(tab, puppet, "Second one")  # which comes first in the list then
+    await converse(tab, puppet, "Second one")  # it is then the first of the list
     await expect(rows(tab)).to_have_count(2)
     await expect(field).to_have_value("Half")
     await field.press("End")
@@ -189,7 +189,7 @@ async def test_history_notes_missing_and_shortened_replies(page: Page, puppet: P
     await converse(page, puppet, "Little")
     await page.reload()
     shown = ["Silence", "Much", "Little"]
-    for number in (2, 1):  # as each frame has but one of these
+    for number in (2, 1):  # each frame has one of these
         await expect(page.locator(".you p")).to_have_text(shown[number:])
         await page.get_by_role("button", name="Show earlier messages").click()
     await expect(page.locator(".you p")).to_have_text(shown)
@@ -316,7 +316,7 @@ async def test_history_loads_earlier_messages(blank: Page, puppet: Puppet) -> No
         earlier = blank.get_by_role("button", name="Show earlier messages")
         await expect(earlier).to_be_visible()
         shown = await blank.locator("article").count()
-        # The page learns of it with the next frame, and follows the newest message until then.
+        # The page notices with the next frame, and follows the newest message until then.
         await blank.evaluate(
             "new Promise((resolve) => { addEventListener('scroll', resolve, {once: true}); "
             "scrollTo(0, 0) })"

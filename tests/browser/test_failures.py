@@ -33,7 +33,7 @@ async def test_failed_reply_shows_text_reason_and_retry(timed: Page, puppet: Pup
     await expect(text(timed)).to_have_text("Whole")
     said = [[m.content for m in model.request.messages] for model in puppet.replies]
     assert said == [["Count"], ["Count"]]
-    for _ in range(2):  # also where the history tells of it
+    for _ in range(2):  # also in the history
         await expect(timed.locator("article")).to_have_count(1)
         await expect(again).to_have_count(0)
         await timed.reload()
@@ -53,7 +53,7 @@ async def test_retry_replaces_failed_turn_in_every_tab(page: Page, puppet: Puppe
     model = (await puppet.reply(2)).say("More")
     for shown in (page, tab):
         await expect(shown.locator(".text")).to_have_text(["Reply", "More"])
-    await tab.reload()  # while the retry is under way
+    await tab.reload()  # while the retry runs
     await expect(tab.locator(".text")).to_have_text(["Reply", "More"])
     model.say(" and all").end()
     for shown in (page, tab):
@@ -97,7 +97,7 @@ async def test_refused_prompt_can_be_repeated(blank: Page, puppet: Puppet) -> No
         assert len(puppet.replies) == 1
         await blank.clock.fast_forward(61_000)
         await blank.get_by_role("button", name="Retry", exact=True).click()
-        await expect(note(blank)).not_to_be_empty()  # as the server's clock goes on as ever
+        await expect(note(blank)).not_to_be_empty()  # the clock of the server does not stop
         await expect(blank.locator("article")).to_have_count(2)
 
 

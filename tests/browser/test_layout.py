@@ -63,7 +63,7 @@ async def test_page_fits_phone_screen(page: Page, puppet: Puppet, width: int) ->
     await idle(page)
     assert await page.evaluate("document.documentElement.scrollWidth") == width
     await expect(button(page)).to_be_in_viewport(ratio=1)
-    await expect(rows(page)).to_have_count(0)  # for those who see, and for all others
+    await expect(rows(page)).to_have_count(0)  # visibly, and for screen readers
     await page.get_by_role("button", name="Conversations").click()
     await expect(page.get_by_role("button", name="Close the list")).to_be_focused()
     await expect(rows(page)).to_have_count(1)
@@ -105,7 +105,7 @@ async def test_page_scrolls_with_text_unless_reader_scrolled_up(page: Page, pupp
     await expect(text(page)).to_contain_text("end")
     await expect(end).to_be_in_viewport()
     await page.mouse.move(200, 150)
-    await page.mouse.wheel(0, -20)  # a little is enough
+    await page.mouse.wheel(0, -20)  # a short scroll is enough
     await expect(jump).to_be_visible()
     where = await page.evaluate("scrollY")
     model.say("\n\nlast" * 10).end()
@@ -124,7 +124,7 @@ async def test_opened_thinking_stays_visible(page: Page, puppet: Puppet) -> None
 
 
 async def test_page_keeps_up_with_fast_model(blank: Page) -> None:
-    """Three seconds of 3,000 tokens each, and then as many as fast as they come."""
+    """Stream 3,000 tokens per second for three seconds, and then 9,000 without a pause."""
     words = ["**fast** ", "and `so` ", "on, ", *["word "] * 60, "\n\n", "- item\n", "```py\n"]
     words += ["x = 1\n"] * 20 + ["```\n"]
 
@@ -165,6 +165,6 @@ async def test_page_keeps_up_with_fast_model(blank: Page) -> None:
                 f"{prompt}: {9_000 / took:.0f} tokens/s; long tasks: {long} ms; "
                 f"{len(frames)} frames, the longest {frames[-5:]} ms"
             )
-            assert len(long) <= 3, long  # of a machine that has other things to do as well
+            assert len(long) <= 3, long  # on a busy machine
         shown = await text(blank).inner_text()
         assert shown.count("fast") == 9_000 // len(words) + 1

@@ -28,7 +28,7 @@ def page(bare_page: Page) -> Page:
 def app() -> str:
     """The example as a script: ``start(properties)``, and ``pick(conversation)`` later.
 
-    ``conversation`` is the one that the app is told to keep.
+    ``conversation`` is the last one that the hook reported.
     """
     packages = require_npm_package("react-dom").parent
     entry = """
@@ -222,7 +222,7 @@ async def test_hook_reports_conversation_for_reload(
     model = (await puppet.reply()).say("one ")
     await expect(messages).to_have_text(["first", "one"])
     conversation = await page.evaluate("conversation")
-    await pick(page, conversation)  # as an app does that keeps it in its state
+    await pick(page, conversation)  # as an app with this state does
     model.say("two ")
     await expect(messages).to_have_text(["first", "one two"])
     await expect(page.get_by_role("button")).to_have_text(["Stop"])

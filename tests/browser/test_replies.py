@@ -162,7 +162,7 @@ async def test_copy_buttons_copy_reply_and_code(page: Page, puppet: Puppet) -> N
     ],
 )
 async def test_markdown_is_formatted_while_it_streams(page: Page, written: str, shown: str) -> None:
-    """The same, whether it comes at once or character by character."""
+    """Format text that arrives at once, and character by character."""
     for size in (1, 2, 3, 1000):
         pieces = [written[at : at + size] for at in range(0, len(written), size)]
         got = await page.evaluate(

@@ -25,7 +25,7 @@ TEN_LINES = ROOT / "examples/ten_lines.html"
 
 @contextlib.contextmanager
 def website(folder: Path) -> Iterator[int]:
-    """Serve files as `python -m http.server` does, and give the port."""
+    """Serve files as `python -m http.server` does; yield the port."""
     handler = functools.partial(SilentFiles, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
         thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
@@ -44,7 +44,7 @@ class SilentFiles(SimpleHTTPRequestHandler):
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def ten_lines(blank: Page, server: wsserver.Server, tmp_path: Path) -> AsyncIterator[Page]:
-    """It, from a web server of its own, with the port of the test's server."""
+    """The ten-line page on its own web server, with the port of the chat server."""
     source = TEN_LINES.read_text()
     assert source.count("ws://localhost:3001") == 1
     copy = tmp_path / "ten_lines.html"
@@ -72,7 +72,7 @@ async def test_ten_line_client_streams_and_stops_reply(ten_lines: Page, puppet: 
     await expect(output).to_contain_text("nothing (of that `id`) to stop")
 
 
-# Without an icon of its own it would have the browser ask for one, perhaps as the site goes.
+# With an icon in the page the browser requests none, also not while the site closes.
 HIJACK = """<link rel="icon" href="data:,">
 <script>
 const ws = new WebSocket('%s');
@@ -85,15 +85,15 @@ ws.onclose = ({ code }) => { document.title = `closed ${code}`; };
 @pytest.mark.parametrize(
     ("page_host", "server_host", "status"),
     [
-        ("evil.test", "localhost", 403),  # a page elsewhere (cross-site hijacking)
+        ("evil.test", "localhost", 403),  # a page of another site (cross-site hijacking)
         ("evil.test", "127.0.0.1", 403),
-        ("evil.test", "evil.test", 421),  # a name that leads here (DNS rebinding)
+        ("evil.test", "evil.test", 421),  # a foreign name of this machine (DNS rebinding)
     ],
 )
 async def test_page_of_foreign_origin_is_refused(
     server: wsserver.Server, tmp_path: Path, page_host: str, server_host: str, status: int
 ) -> None:
-    """In a browser for which a foreign name leads to this machine."""
+    """Run in a browser that resolves a foreign name to this machine."""
     (tmp_path / "index.html").write_text(HIJACK % f"ws://{server_host}:{server.port}/ws")
     rules = "MAP evil.test 127.0.0.1"
     args = [*SWITCHES, f"--host-resolver-rules={rules}", "--no-proxy-server"]

@@ -31,7 +31,7 @@ async def test_page_asks_for_token_if_server_requires_tokens(puppet: Puppet, bla
         (await puppet.reply()).say("Hi ada").end()
         await expect(text(blank)).to_have_text("Hi ada")
         await idle(blank)
-        await blank.reload()  # it remembers
+        await blank.reload()  # the page remembers the token
         await expect(text(blank)).to_have_text("Hi ada")
         await ask(blank, "Again")
         (await puppet.reply(1)).say("Hi again").end()
@@ -75,7 +75,7 @@ async def test_token_of_one_tab_is_used_by_other_tabs(puppet: Puppet, blank: Pag
         for each in (blank, tab):
             await expect(each.get_by_label("Your token")).to_be_visible()
             await expect(state(each)).to_contain_text("your token is invalid")
-        await expect(text(tab)).to_have_text("Reply")  # and can still be read
+        await expect(text(tab)).to_have_text("Reply")  # and the token can still be read
         good.add("new")
         await tab.get_by_label("Your token").fill("new")
         await tab.get_by_label("Your token").press("Enter")

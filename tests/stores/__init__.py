@@ -1,1 +1,1 @@
-"""One contract that every store keeps, and what is SQLite's own."""
+"""Tests of the contract of all stores, and of each store."""

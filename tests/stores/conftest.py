@@ -1,4 +1,4 @@
-"""Stores to test, each by the same contract."""
+"""The stores, for tests of their contract."""
 
 import sqlite3
 import time
@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 async def _nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """Close what a test that failed has left open, and see that closing ends all threads."""
+    """Close stores that a failed test left open, and check that close ends all threads."""
     before = workers()
     opened: list[SqliteStore] = []
     open_store = SqliteStore.open
@@ -69,7 +69,7 @@ async def store(request: pytest.FixtureRequest, path: Path) -> AsyncIterator[Sto
 
 @pytest.fixture
 async def file(path: Path) -> AsyncIterator[SqliteStore]:
-    """A store in a file, which does not wait for locks of other programs."""
+    """A store in a file. It does not wait for locks of other programs."""
     store = SqliteStore(path, timeout=0.01)
     await store.open()
     yield store

@@ -1,4 +1,4 @@
-"""What the tests of the stores share."""
+"""Helpers of the tests of stores."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ from wsserver.stores.base import (
 from wsserver.stores.database import Connection
 from wsserver.stores.sqlite import SqliteStore
 
-SECONDS = 20  # that any wait may take at most
+SECONDS = 20  # bound of every wait
 
 
 DAY = 86400.0
@@ -35,7 +35,7 @@ DAY = 86400.0
 TOKENS = Usage(input_tokens=3, output_tokens=5)
 
 
-# All that text can be made of, and what looks like the form in which it is kept.
+# Unusual characters, and texts that look like stored records.
 PIECES: list[str] = [
     "Hello",
     Thinking("hm"),
@@ -58,7 +58,7 @@ PIECES: list[str] = [
 
 
 class Reopened(SqliteStore):
-    """Is closed and opened again before whatever it is asked to do."""
+    """A store that closes and opens again before each call."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -117,7 +117,7 @@ class Reopened(SqliteStore):
 
 
 class Clock:
-    """The time of day, which passes only when it is told to."""
+    """A clock that a test sets."""
 
     now = 1000.0
 
@@ -126,7 +126,7 @@ class Clock:
 
 
 def workers() -> set[threading.Thread]:
-    """Return the threads of connections; the event loop keeps others of its own."""
+    """Return the threads of connections, without other threads of the event loop."""
     return {thread for thread in threading.enumerate() if "wsserver-store" in thread.name}
 
 
@@ -202,7 +202,7 @@ async def found(store: Store, name: str = "g", owner: str = "me") -> list[str] |
 async def load(
     store: Store, name: str, owner: str, limit: int, before: int | None = None
 ) -> StoredConversation | None:
-    """Load turns however large they are."""
+    """Load turns of any size."""
     return await store.load(name, owner, limit=limit, size=10**9, before=before)
 
 
@@ -221,7 +221,7 @@ async def names(store: Store, owner: str = "me") -> list[str]:
 
 
 async def trace_of(store: Store, name: str = "g", owner: str = "me") -> float | None:
-    """Return when a generation was deleted; None where the store never had it."""
+    """Return when a generation was deleted; None for an unknown generation."""
     stored = await store.find(name, owner)
     assert not isinstance(stored, StoredGeneration)
     return None if stored is None else stored.when
@@ -232,7 +232,7 @@ async def texts(store: Store) -> list[tuple[int, str]]:
 
 
 async def refused(store: SqliteStore) -> str:
-    """Open a store that cannot be opened, and return why."""
+    """Open a store that cannot be opened; return the error message."""
     try:
         async with asyncio.timeout(SECONDS):
             with pytest.raises(ConfigError, match=r"^store: ") as raised:
@@ -276,7 +276,7 @@ async def read_by(store: SqliteStore) -> list[tuple[Any, ...]]:
 
 
 class Hold:
-    """Holds a connection's thread before a statement, counted from 1, until it is let go on."""
+    """Holds the thread of a connection before a statement, counted from 1."""
 
     def __init__(self, connection: Connection, at: int) -> None:
         self._connection = connection

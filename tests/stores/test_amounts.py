@@ -51,7 +51,7 @@ async def test_held_counts_bytes_and_conversations_of_owner(store: Store) -> Non
     assert first.bytes + 6000 < held.bytes < first.bytes + 11_000
     assert held.conversations == 2
     assert (await store.amounts("you")).conversations == 1
-    await store.commit([whole(header("1"), "x" * 10_000)])  # once more
+    await store.commit([whole(header("1"), "x" * 10_000)])  # a second time
     assert await store.amounts("me") == held
     await store.delete("c", "me")
     await store.purge(1e12)
@@ -159,7 +159,7 @@ async def test_delete_of_conversation_keeps_spent_tokens(
     assert await tokens_spent(store, "me", 0) == 16
     assert await store.delete("c", "me")
     assert await tokens_spent(store, "me", 0) == 16
-    await store.commit([repeated])  # as nobody knew that it was saved
+    await store.commit([repeated])  # because the first commit was not confirmed
     assert await tokens_spent(store, "me", 0) == 16
 
 

@@ -49,7 +49,9 @@ async def test_retry_replaces_turn_in_history_and_both_are_found(
     retry = replace(header("3"), retry_of="2")
     await store.commit([entry(retry, new=True)])
     assert [name for _, name in await texts(store)] == ["one", ""]
-    await store.commit([entry(retry, True, 0, ["whole"], done())])  # as nobody knew of the first
+    await store.commit(
+        [entry(retry, True, 0, ["whole"], done())]
+    )  # because the first commit was not confirmed
     assert await texts(store) == [(1, "one"), (3, "whole")]
     assert [await found(store, name) for name in "123"] == [["one"], ["half"], ["whole"]]
     stored = await store.find("3", "me")
@@ -154,7 +156,7 @@ async def test_load_returns_newest_turns_up_to_limit(store: Store) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 8])
 async def test_pages_cover_whole_history(store: Store, size: int) -> None:
-    # What is said elsewhere meanwhile leaves no gaps, by which one could tell how much that is.
+    # Turns of other conversations leave no gaps in the numbers, which would reveal their count.
     await store.commit(
         [
             batch
@@ -199,7 +201,7 @@ async def test_load_returns_newest_turns_up_to_size(store: Store) -> None:
         assert stored is not None
         return [turn.number for turn in stored.turns], stored.older
 
-    # A prompt counts with the keys of its record, which not every store has.
+    # A prompt counts with the keys of its record, which differ between stores.
     assert await read(1) == ([5], True)
     assert await read(10, 3) == ([2], True)
     assert await read(10, 2) == ([1], False)
@@ -270,7 +272,7 @@ async def test_conversation_of_other_owner_is_not_found(store: Store) -> None:
 async def test_two_owners_may_use_same_conversation_id(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("1", prompt="Mine?"), "a")])
     clock.now = 2000.0
-    await store.commit(  # of the same id and even of the same moment, and in turns
+    await store.commit(  # of the same id, and even of the same time
         [
             whole(header("1", prompt="Yours?", owner="you"), "b"),
             whole(header("2"), "c"),

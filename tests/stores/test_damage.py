@@ -1,4 +1,4 @@
-"""What goes wrong in a SQLite file."""
+"""Damaged, full and missing SQLite files."""
 
 # ruff: noqa: ASYNC240 - the files are small, and nothing else is in the way of waiting for them
 
@@ -49,7 +49,7 @@ async def test_full_disk_fails_whole_batch_and_no_later_one(file: SqliteStore, p
         assert await names(file) == ["c"]
         assert await found(file, "h0") is None
         assert query(path, "SELECT tokens FROM spent") == [(8,)]
-    await file.commit([entry(header(), False, 1, ["little"])])  # for which there is room
+    await file.commit([entry(header(), False, 1, ["little"])])  # this still fits
     assert await found(file) == ["Hi.", "little"]
     await ask(file.writer, "PRAGMA max_page_count = 1000000")
     await file.commit(batch[1:])
@@ -83,7 +83,7 @@ async def test_lone_surrogate_in_query_is_store_error(file: SqliteStore) -> None
 
 
 async def all_that_can_be_asked(store: SqliteStore) -> int:
-    """Ask a store in a broken file for everything, and return how much of it failed."""
+    """Call every method of a store in a broken file; return the number of failures."""
     failures = 0
     for attempt in (
         lambda: store.find("g3", "me"),
@@ -123,7 +123,7 @@ async def test_broken_file_raises_only_store_errors(path: Path) -> None:
     for start in range(page, len(content), page):
         breakages += [(start, bytes(page)), (start, b"\xff" * page)]
         breakages += [(start, chance.randbytes(page)), (start + 8, chance.randbytes(40))]
-    for _ in range(40):  # and single bytes, by which one kind of value becomes another
+    for _ in range(40):  # and single bytes, which change the type of a value
         breakages.append((chance.randrange(page, len(content)), chance.randbytes(1)))
     failures = 0
     async with asyncio.timeout(2 * SECONDS):
@@ -283,7 +283,7 @@ async def test_large_file_is_checked_in_background(
     await store.open()
     await store.probe()
     await store.close()
-    # The check of the whole file must not see the damage.
+    # The background check must have ended before the damage.
     await until(lambda: all(t.name != "wsserver-store-check" for t in threading.enumerate()))
     content = bytearray(path.read_bytes())
     for start in range(30 * 4096, len(content) - 4096, 3 * 4096):

@@ -1,4 +1,4 @@
-"""What is deleted is gone from the SQLite file."""
+"""Deleted text is gone from the SQLite files."""
 
 # ruff: noqa: ASYNC240 - the files are small, and nothing else is in the way of waiting for them
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 
 def traces_in(path: Path, word: bytes) -> list[str]:
-    """Return the files beside a database in which a word is."""
+    """Return the files of a database that contain a word."""
     return [file.name for file in path.parent.glob("chat.db*") if word in file.read_bytes()]
 
 
@@ -69,7 +69,7 @@ async def test_deleted_text_leaves_wal_after_last_reader(file: SqliteStore, path
     other.execute("BEGIN")
     other.execute("SELECT * FROM generation").fetchall()
     assert await file.delete("c", "me")
-    assert traces_in(path, b"Geheimnis")  # the other program still may ask for it
+    assert traces_in(path, b"Geheimnis")  # the other program may still read it
     other.execute("COMMIT")
     other.close()
     await file.purge(0.0)
@@ -197,6 +197,6 @@ async def test_held_bytes_match_file_size(file: SqliteStore, path: Path, size: i
         name = f"generation-{number:012}"
         await file.commit([whole(header(name, f"conversation-{number % 20:010}"), *pieces)])
     held = (await file.amounts("me")).bytes
-    await file.close()  # which empties the WAL
+    await file.close()  # close empties the WAL
     taken = path.stat().st_size
     assert 0.6 < held / (taken - 90_000) < 1.6, (held, taken)

@@ -103,7 +103,7 @@ async def test_file_of_version_1_is_migrated(path: Path, clock: Clock) -> None:
         ("Hi.", None),
         ("Hello", "interrupted"),
     ]
-    assert await tokens_spent(store, "me", 0) == 2  # of the one that died
+    assert await tokens_spent(store, "me", 0) == 2  # of the interrupted generation
     await store.commit([whole(header("i"))])
     assert await tokens_spent(store, "me", 0) == 10
     await store.close()
@@ -119,7 +119,7 @@ async def test_file_of_version_2_is_migrated(path: Path, clock: Clock) -> None:
         "INSERT INTO conversation (id, owner, title, created, updated) VALUES (?, ?, ?, ?, ?)",
         [("c", "me", "First", 1.0, 9.0), ("d", "you", "Second", 2.0, 4.0)],
     )
-    rows = [  # the last one was said by somebody else than the conversation was of
+    rows = [  # the last one has another owner than its conversation
         ("g1", "me", "c", end, 2.0),
         ("g1", "you", "d", end, 4.0),
         ("o", "me", None, end, 5.0),
@@ -171,7 +171,7 @@ async def test_file_of_version_2_is_migrated(path: Path, clock: Clock) -> None:
         kinds(["3", Thinking("t"), "3", Thinking("t")]),
     )
     assert await found(store, "g1", "you") == ["2", "t", "2", "t"]
-    assert await tokens_spent(store, "me", 0) == 8 + 2  # and what was said by the one that died
+    assert await tokens_spent(store, "me", 0) == 8 + 2  # and the text of the interrupted generation
 
     await store.commit([whole(header("g3"), "new")])
     assert [turn.number for turn in (await loaded(store)).turns] == [1, 2, 3]
@@ -182,7 +182,7 @@ async def test_file_of_version_2_is_migrated(path: Path, clock: Clock) -> None:
     assert query(path, "PRAGMA user_version") == [(len(MIGRATIONS),)]
     check(path)
 
-    # It is as if it had always been of this version.
+    # The tables equal those of a new file.
     new = path.with_name("new.db")
     store = SqliteStore(new)
     await store.open()
@@ -248,7 +248,7 @@ async def test_file_of_other_format_is_refused_unchanged(path: Path, content: by
     assert str(path) in await refused(SqliteStore(path))
     assert path.read_bytes() == content
     path.unlink()
-    store = SqliteStore(path)  # nothing of the failure is in the way
+    store = SqliteStore(path)  # the failure left no lock
     await store.open()
     await store.close()
 
@@ -285,7 +285,7 @@ async def test_error_names_unusable_lock_file(path: Path) -> None:
 async def test_read_only_file_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
-    # SQLite is told so, as a file's permissions do not bind whoever is root.
+    # SQLite opens the file read-only, because permissions do not restrict root.
     store = SqliteStore(path)
     if exists:
         await store.open()

@@ -196,7 +196,9 @@ async def test_find_returns_latest_generation_of_reused_id(store: Store) -> None
     await store.commit([whole(old, "old")])
     await store.commit([whole(new, "new")])
     assert await found(store) == ["new"]
-    await store.commit([whole(old, "old")])  # once more, as nobody knew that it was saved
+    await store.commit(
+        [whole(old, "old")]
+    )  # a second time, because the first commit was not confirmed
     assert await found(store) == ["new"]
     assert [turn.text for turn in (await loaded(store)).turns] == ["old", "new"]
 

@@ -1,4 +1,4 @@
-"""The store in memory: what it counts, and what it drops."""
+"""The memory store: its counts and limits."""
 
 import random
 import tracemalloc
@@ -33,11 +33,11 @@ async def test_longest_idle_conversation_is_dropped_over_limit() -> None:
     store = MemoryStore(2)
     await store.commit([whole(header("1", "a")), whole(header("2", "b"))])
     await store.commit([entry(header("3", "a"), True, 0, ["x"])])
-    await store.commit([whole(header("4", None))])  # is in no conversation, and counts as none
+    await store.commit([whole(header("4", None))])  # without a conversation, so it does not count
     await store.commit([whole(header("5", "c"))])
     assert sorted(await names(store)) == ["a", "c"]
     assert await found(store, "2") is None
-    await store.commit([entry(header("3", "a"), False, 1, ["y"])])  # is not idle either
+    await store.commit([entry(header("3", "a"), False, 1, ["y"])])  # also a use
     await store.commit([whole(header("6", "d"))])
     assert sorted(await names(store)) == ["a", "d"]
     assert await found(store, "3") == ["x", "y"]

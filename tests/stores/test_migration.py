@@ -139,9 +139,9 @@ async def test_old_file_keeps_held_bytes_and_costs(old: Path) -> None:
     ((bytes_, sizes),) = query(
         old, "SELECT bytes, (SELECT sum(size + rest) FROM generation) FROM held"
     )
-    assert bytes_ == sizes > 6405  # and the pieces of the generation that died
+    assert bytes_ == sizes > 6405  # and the pieces of the interrupted generation
     assert (await store.amounts("ann")).conversations == 2
-    assert (await store.spent("ann", 20784)).tokens > 182  # and those of the one that died
+    assert (await store.spent("ann", 20784)).tokens > 182  # and those of the interrupted generation
     assert await store.delete("conversation-one", "ann")
     assert await store.delete("conversation-two", "ann")
     await store.purge(2e9)

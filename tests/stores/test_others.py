@@ -45,7 +45,7 @@ async def test_second_store_of_same_file_is_refused(file: SqliteStore, path: Pat
     message = await refused(other)
     assert "another server" in message
     assert str(path) in message
-    await file.commit([whole(header())])  # the first is none the worse for it
+    await file.commit([whole(header())])  # the first store still works
     await file.close()
     await other.open()
     assert await found(other) == ["Hi."]
@@ -233,7 +233,7 @@ async def test_writes_fail_while_other_program_locks_file(file: SqliteStore, pat
         ):
             with pytest.raises(StoreError, match="locked"):
                 await attempt()
-        assert await found(file) == ["Hi."]  # reads go on
+        assert await found(file) == ["Hi."]  # reads still work
         assert (await loaded(file)).title == "Hello?"
         assert await names(file) == ["c"]
     other.execute("ROLLBACK")

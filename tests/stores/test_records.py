@@ -1,4 +1,4 @@
-"""Records: what a store writes is read back, in this version and from the first one."""
+"""Records of this version and of the first version are read back."""
 
 import json
 from typing import Any

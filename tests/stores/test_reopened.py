@@ -1,4 +1,4 @@
-"""A store that is opened again takes for dead what has not ended."""
+"""Stores over a restart: generations that had not ended are interrupted."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +109,7 @@ async def test_owner_renames_conversation(store: Store) -> None:
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
     (summary,) = await store.list("me", 10, None)
     assert summary == replace(before[0], title="Neuer\0 Titel 🎈")
-    assert await store.rename("c", "me", "Neuer\0 Titel 🎈")  # that it has already
+    assert await store.rename("c", "me", "Neuer\0 Titel 🎈")  # the store has it already
     await store.commit([whole(header("h", prompt="Another?"))])
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
 
@@ -153,7 +153,7 @@ async def test_entries_committed_after_delete_are_dropped(store: Store) -> None:
     )
     assert await load(store, "c", "me", 10) is None
     assert await found(store, "running") is None
-    assert await names(store) == ["other"]  # what else was in that batch is saved
+    assert await names(store) == ["other"]  # the rest of the batch is saved
 
 
 async def test_conversation_id_may_be_reused_after_delete(store: Store, clock: Clock) -> None:
@@ -226,7 +226,7 @@ async def test_purge_deletes_ended_generations_without_conversation(
     assert await found(store, "running") == ["a", "b"]
     await store.purge(2000.1)
     assert await found(store, "running") is None
-    await store.commit([entry(running, False, 1, ["b"], done())])  # once more, and too late
+    await store.commit([entry(running, False, 1, ["b"], done())])  # a second time, and too late
     assert await found(store, "running") is None
 
 

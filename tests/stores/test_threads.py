@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 
 def cancel() -> None:
-    """Cancel what runs, at the next point where it waits."""
+    """Cancel the running task at its next await."""
     task = asyncio.current_task()
     assert task is not None
     task.cancel()
@@ -63,7 +63,7 @@ async def test_cancelled_commit_is_saved_whole_or_not_at_all(
         assert waits.cancelled()
         await file.commit([whole(header(f"after{number}", "whole"))])
         assert await found(file, f"after{number}") == ["Hi."]
-        # It had begun, and went on in its thread.
+        # The commit had begun, and continued in its thread.
         assert [await found(file, name + str(number)) for name in "go"] == [["Hi."]] * 2
         assert await found(file, f"w{number}") is None
         assert await tokens_spent(file, "me", 0) == 8 * (2 + 3 * number)
@@ -206,7 +206,7 @@ async def test_close_leaves_no_thread_and_no_open_connection(path: Path) -> None
         thread.join(SECONDS)
     assert workers() == before
     del store
-    gc.collect()  # whose warnings are errors
+    gc.collect()  # warnings of the collector are errors
 
 
 async def test_unopened_store_can_be_closed(path: Path) -> None:

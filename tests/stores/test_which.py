@@ -1,4 +1,4 @@
-"""Which store a URL names."""
+"""The `store` setting."""
 
 from pathlib import Path
 

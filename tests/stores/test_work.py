@@ -1,4 +1,4 @@
-"""How much work a call of the SQLite store is."""
+"""The cost of calls of the SQLite store."""
 
 import asyncio
 from pathlib import Path
@@ -202,7 +202,7 @@ async def test_cancelled_waiter_passes_lock_on() -> None:
     third = asyncio.ensure_future(lock.acquire("c"))
     await asyncio.wait({second, third}, timeout=0)
     lock.release()
-    second.cancel()  # before it knows that its turn has come
+    second.cancel()  # before the task has run with its turn
     async with asyncio.timeout(SECONDS):
         await asyncio.wait({second})
         await third
