@@ -1,4 +1,4 @@
-"""Who is let in: by which name, from which page, through which proxy."""
+"""Admission by host, origin, proxy, user and token."""
 
 import contextlib
 import ipaddress
@@ -37,7 +37,7 @@ async def status_of(
     secure: bool = False,
     asked: bool = False,
 ) -> int:
-    """Return the status that a WebSocket handshake gets; 101 where it is let in."""
+    """Return the status of a WebSocket handshake."""
     settings = {"allow_anonymous": not (loopback or asked), **settings}
     admission = Admission(Settings.load(**settings), ada if asked else None)
     admission.loopback, admission.secure = loopback, secure
@@ -62,13 +62,13 @@ async def status_of(
         ("127.0.0.1:3001", (), 101),
         ("127.9.9.9", (), 101),
         ("[::1]:3001", (), 101),
-        ("192.168.1.7:3001", (), 101),  # an address, which no name server can make lead here
+        ("192.168.1.7:3001", (), 101),  # DNS rebinding cannot use an IP address
         ("[2001:db8::1]", (), 101),
         ("evil.example:3001", (), 421),
         ("localhost.evil.example", (), 421),
         ("evil-localhost", (), 421),
         ("127.0.0.1.evil.example", (), 421),
-        ("2130706433", (), 421),  # 127.0.0.1 in a way that browsers never write it
+        ("2130706433", (), 421),  # a form of 127.0.0.1 that browsers never send
         ("chat.example.com", ("chat.example.com",), 101),
         ("Chat.Example.COM:443", ("chat.example.com",), 101),
         ("chat.example.com.evil", ("chat.example.com",), 421),
@@ -117,7 +117,7 @@ async def test_host_setting_is_known_host_name() -> None:
         ("HTTP://LocalHost:5173", 101),
         ("http://localhost:80", 101),
         ("http://[::ffff:7f00:1]:8000", 101),
-        ("https://localhost.", 403),  # and all else that no browser says of a page
+        ("https://localhost.", 403),  # forms that no browser sends
         ("http://localhost.:3001", 403),
         ("http://.localhost", 403),
         ("http://a..localhost", 403),
@@ -172,7 +172,7 @@ async def test_local_origins_are_accepted_on_loopback(origin: str | None, status
     ("origin", "host", "status"),
     [
         ("https://chat.example.com", "chat.example.com", 101),
-        ("http://chat.example.com", "chat.example.com", 101),  # TLS may end before, withdrawn
+        ("http://chat.example.com", "chat.example.com", 101),  # TLS may end before
         ("https://chat.example.com", "chat.example.com:443", 101),
         ("https://chat.example.com:8443", "chat.example.com:8443", 101),
         ("https://chat.example.com:8443", "chat.example.com", 403),
@@ -281,7 +281,7 @@ async def test_x_forwarded_proto_counts_from_listed_proxy_only(
     ("loopback", "headers", "status"),
     [
         (True, {}, 101),
-        (True, {"x-forwarded-for": "203.0.113.1"}, 401),  # a proxy that nobody has told of
+        (True, {"x-forwarded-for": "203.0.113.1"}, 401),  # an unlisted proxy
         (True, {"forwarded": "for=203.0.113.1"}, 401),
         (True, {"x-forwarded-proto": "https"}, 401),
         (True, {"cf-connecting-ip": "203.0.113.1"}, 401),
@@ -291,7 +291,7 @@ async def test_x_forwarded_proto_counts_from_listed_proxy_only(
         (False, {"authorization": "Bearer good"}, 101),
         (False, {"authorization": "bearer good"}, 101),
         (False, {"authorization": "Basic good"}, 401),
-        (False, {"origin": "http://localhost"}, 101),  # which has to send `auth`
+        (False, {"origin": "http://localhost"}, 101),  # the page has to send `auth`
         (False, {"origin": "http://localhost", "authorization": "Bearer bad"}, 401),
     ],
 )

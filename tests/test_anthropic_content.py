@@ -1,4 +1,4 @@
-"""Content blocks from and to the Messages API: none is lost, and none sent that it refuses."""
+"""Content blocks from and to the Messages API."""
 
 import json
 from typing import Any
@@ -41,7 +41,7 @@ def stop(index: int) -> bytes:
 
 
 def outputs(*events: bytes) -> list[Output]:
-    """Return what the model yields, without counts; each event is a read of its own."""
+    """Return the output of the model, without counts; each event is a separate read."""
     found: list[Output] = []
     reply = Reply(found.append, 1000, None)
     for data in events:
@@ -113,7 +113,7 @@ CALL = ToolUse("t", "add", {"a": 1})
 @pytest.mark.parametrize(
     ("blocks", "answer", "content"),
     [
-        # Thinking is sent only while a tool's result is awaited.
+        # Thinking is sent only with a tool call whose result follows.
         (SIGNED, "Go on", "Hi"),
         ((Thinking("Hm"), Text("Hi"), Text(" there")), "Go on", "Hi there"),
         (
@@ -152,7 +152,7 @@ def test_reply_in_history_is_sent_as_api_requires(
     question = Message("user", "Hello")
     reply = Message("assistant", blocks)
     assert sent(question, reply, Message("user", answer))[1] == content
-    # What a reply becomes stays the same as the conversation goes on, for the prompt cache.
+    # A reply is sent in the same form in later requests, for the prompt cache.
     more = Message("assistant", "Yes"), Message("user", "And then?")
     assert sent(question, reply, Message("user", answer), *more)[1] == content
 

@@ -1,4 +1,4 @@
-"""The application without sockets: requests in, answers out, clients over a transport in memory."""
+"""The application without sockets: requests, responses, and clients over in-memory transports."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ HANDSHAKE = {"host": "localhost", "upgrade": "websocket", "connection": "Upgrade
 
 
 class Line(Port):
-    """A transport in memory, as a listener would open it."""
+    """An in-memory transport, in place of a listener's."""
 
     def __init__(self, subprotocol: str | None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def arrival(app: App) -> Visitor:
 
 
 async def connect(app: App, subprotocol: str | None = None) -> tuple[Connection, Line, Visitor]:
-    """Open a WebSocket, as far as the application knows."""
+    """Open a transport, as after a WebSocket handshake."""
     visitor = arrival(app)
     answer = await app.respond(Request("GET", "/", HANDSHAKE), visitor)
     assert isinstance(answer, Upgrade)

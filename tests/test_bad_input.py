@@ -1,4 +1,4 @@
-"""Whatever a client sends, it gets a frame or a close code that explains it."""
+"""Bad input gets an error frame or a close code that explains it."""
 
 import asyncio
 import json
@@ -240,7 +240,7 @@ async def test_prompt_in_fragments_is_joined(chat: Client, puppet: Puppet) -> No
 
 
 async def write(chat: Client, *frames: Frame) -> None:
-    """Write what a proper client would not."""
+    """Write WebSocket frames that the client library would not send."""
     for frame in frames:
         chat.socket.transport.write(frame.serialize(mask=True, extensions=[]))
 

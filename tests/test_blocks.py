@@ -1,4 +1,4 @@
-"""The blocks of a reply on the wire: numbers, frames of each kind, resume over their boundaries."""
+"""Blocks of a reply on the wire: indexes, frames of each kind, resume at any piece."""
 
 import json
 from typing import Any
@@ -163,7 +163,7 @@ async def test_invalid_piece_is_internal_error(chat: Client, puppet: Puppet) -> 
 
 
 async def test_older_client_gets_text_and_thinking(chat: Client, puppet: Puppet) -> None:
-    """Clients of before this version ignore unknown types and keys, as PROTOCOL.md tells them."""
+    """Older clients ignore unknown types and keys, as PROTOCOL.md says."""
     outputs = Thinking("1", "s"), "a", CALL, Text("b", {"citations": [CITATION]}), "c"
     known = {"type", "text"}
     found = await frames(chat, puppet, *outputs)

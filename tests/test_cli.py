@@ -1,4 +1,4 @@
-"""The command line, as processes where signals and exit codes matter."""
+"""The command line, run as a process for signals and exit codes."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ async def url(process: Process) -> str:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run it in this process; return its one line on stderr."""
+    """Run a command in this process; return its one line on stderr."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     captured = capsys.readouterr()
@@ -70,7 +70,7 @@ async def test_signal_drains_and_exits_with_code_0(number: signal.Signals) -> No
 
 
 async def test_second_ctrl_c_exits_at_once() -> None:
-    # A reply that would take an hour, and a drain that would wait for it.
+    # The reply takes an hour, and the drain waits for it.
     slow = ("--demo-rate", "0.001", "--drain-timeout", "3600", "--shutdown-timeout", "3600")
     async with run(*SERVE, *slow) as process:
         async with connect(await url(process), proxy=None) as socket_:
@@ -155,7 +155,7 @@ async def test_error_of_second_server_names_other_stores(
 ) -> None:
     async with run(*SERVE) as process:
         first = await url(process)
-        # As where the same command is given twice: the port is taken too.
+        # As if the same command is given twice: the port is in use too.
         line = await asyncio.to_thread(fails, capsys, "serve", "--port", first.split(":")[-1][:-1])
         assert "conversations.sqlite" in line
         assert "--store sqlite:///PATH" in line
@@ -214,7 +214,7 @@ def test_invalid_environment_variable_is_named(
 
 
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run it in this process; return its stdout."""
+    """Run a command in this process; return its stdout."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 0
@@ -245,7 +245,7 @@ def test_error_of_removed_setting_names_replacement(
 
 def test_help_all_describes_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "serve", "--help-all")
-    words = "".join(text.split())  # without any space, as the help breaks lines at hyphens too
+    words = "".join(text.split())  # without spaces, because the help breaks lines also at hyphens
     for name, field in Settings.model_fields.items():
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
         assert f"[WSSERVER_{name.upper()}]" in words, name

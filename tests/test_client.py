@@ -1,4 +1,4 @@
-"""The Python client's replies, on a connection that holds."""
+"""Replies in the Python client, without lost connections."""
 
 import asyncio
 import contextlib

@@ -66,7 +66,7 @@ async def test_retry_after_beyond_timeout_fails_at_once() -> None:
         return response
 
     async with serve(wait_until_closed, "127.0.0.1", 0, process_request=refuse) as server:
-        # An hour is more than there is, so that nothing need be waited for.
+        # An hour is over the timeout, so that the client fails without a wait.
         with pytest.raises(ConnectionFailed, match=r"Later\.") as raised:
             await connect(url_of(server)).__aenter__()
     assert (raised.value.status, raised.value.final) == (503, False)

@@ -47,7 +47,7 @@ async def test_types_are_correct() -> None:
     )
 
 
-@pytest.mark.timeout(120)  # each wait in it has its own bound
+@pytest.mark.timeout(120)  # each wait of the program has a bound
 async def test_javascript_tests_pass() -> None:
     require_npm_package("ws")
     tests = sorted(str(path) for path in (ROOT / "tests/js").glob("*.test.mjs"))
@@ -125,8 +125,8 @@ async def test_client_conforms_to_exchanges(
         assert await driver.tell("close") == []
 
 
-# Not played, as no call of the client does it: `repeat` (`prompt` returns a running reply of the
-# same id), `later` (a renewal after 48 minutes), and `blocks` (prompts are texts).
+# No call of the client causes these: `repeat` (`prompt` returns a running reply of the same id),
+# `later` (a renewal after 48 minutes), and `blocks` (prompts are texts).
 UNABLE = frozenset({"blocks", "repeat", "later"})
 
 

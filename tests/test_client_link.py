@@ -1,6 +1,6 @@
 """One connection of the Python client: requests and answers, limits, dead connections.
 
-Scripted servers misbehave; all others are real.
+Scripted servers violate the protocol; the other servers are real.
 """
 
 import asyncio
@@ -117,7 +117,7 @@ async def test_unanswered_requests_fail_after_patience() -> None:
                 await asyncio.wait_for(call, BOUND)
             assert not raised.value.final
         assert "not answer in time" in str(await failure_of(reply))
-        await until(lambda: "stop" in seen)  # nobody pays for what nobody waits for
+        await until(lambda: "stop" in seen)  # no caller waits for the reply
         assert chat.state is State.OPEN
 
 
@@ -263,7 +263,7 @@ async def test_silence_during_reply_replaces_connection(
         said = (await puppet.reply()).say("Once ")
         await anext(aiter(reply))
         line.hush()
-        # The end of the connection waits for no answer of a server that is not there.
+        # The client ends the connection without an answer of the dead server.
         await until(lambda: State.LOST in states)
         said.say("upon").end()
         line.mend()

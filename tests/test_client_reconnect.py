@@ -293,7 +293,7 @@ async def test_reply_is_interrupted_after_server_kill(tmp_path: Path, interval: 
         if interval == "0.01":
             said = (await chat.history()).messages[1:]
             assert said
-        # The client may have more than was saved.
+        # The client may have more pieces than the store.
         assert reply.text.startswith("".join(message.text for message in said))
         assert len(reply.text) >= 5
         assert all(message.partial == "interrupted" for message in said)
@@ -349,11 +349,11 @@ async def test_prompt_refused_by_draining_server_is_sent_to_next() -> None:
         await closing
 
 
-# A server that died and has fewer pieces than the client.
+# A crashed server that has fewer pieces than the client.
 
 
 def _crashed(saved: list[Frame]) -> Callable[[Frame, Send], Awaitable[None]]:
-    """A server that sends five words, dies, and then sends the saved frames."""
+    """A server that sends five words, crashes, and then sends the saved frames."""
 
     async def answer(frame: Frame, send: Send) -> None:
         name = frame["id"]
@@ -488,7 +488,7 @@ async def test_reply_continues_on_server_without_gap_frames() -> None:
 async def test_last_connect_attempt_begins_at_deadline(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Backoff, "next", lambda _: 1000.0)  # more than there is
+    monkeypatch.setattr(Backoff, "next", lambda _: 1000.0)  # over the timeout
     async with Line(server.port) as line:
         line.cut()
         chat = connect(line.url, open_timeout=0.3, patience=0.3)

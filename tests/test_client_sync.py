@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 
 @pytest.fixture
 def threaded_server() -> Iterator[str]:
-    """A server in a thread of its own, whose model says "for ever" for ever, or echoes."""
+    """A server in its own thread. Its model repeats "for ever" endlessly, or echoes."""
 
     async def echo(request: wsserver.Request) -> AsyncIterator[str]:
         yield request.prompt

@@ -46,7 +46,9 @@ class Issuer:
 async def test_token_is_renewed_before_expiry(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(credentials, "RENEW_AT", 0.001)  # long before, so that none is late
+    monkeypatch.setattr(
+        credentials, "RENEW_AT", 0.001
+    )  # long before the expiry, so that no renewal is late
     states: list[State] = []
     issuer = Issuer(60)
     async with (

@@ -22,7 +22,7 @@ Frame = dict[str, Any]
 
 
 class Raw:
-    """Does by hand what ``PROTOCOL.md`` says, and no more."""
+    """A minimal client of raw frames, as ``PROTOCOL.md`` describes it."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -168,7 +168,7 @@ class Python:
         self._replies[reply] = self._chat.resume(named or self._replies[of or ""].id)
 
     async def seen(self, reply: str) -> Seen:
-        if reply not in self._replies:  # of another client, and not announced yet
+        if reply not in self._replies:  # a reply of another client, not announced yet
             return {"started": False, "text": "", "thinking": "", "done": None, "error": None}
         known = self._replies[reply]
         seen: Seen = {

@@ -1,4 +1,4 @@
-"""Connections without sockets: what one client can do to others, and to itself."""
+"""Connections without sockets: the effects of one client on itself and on others."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ async def test_piece_is_written_in_same_call_as_append(stand: Stand) -> None:
 
 
 class Lines:
-    """A dialect of plain lines, as another protocol may have it."""
+    """A dialect of plain lines."""
 
     @staticmethod
     def start(generation: Generation, *, after: int, shown: bool, request: str | None) -> bytes:
@@ -51,7 +51,7 @@ class Lines:
 
 
 class LineReader:
-    """A follower of one generation, and where it writes."""
+    """A follower of one generation that writes lines."""
 
     writable = True
 

@@ -1,4 +1,4 @@
-"""Blocks and messages: parsed from the API's JSON, and given back whole."""
+"""Blocks and messages are parsed from JSON and dumped whole."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Which turns a model is shown, and how much of them its API has in its prompt cache."""
+"""Turns that are sent to the model, and their share in the API's prompt cache."""
 
 import random
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def asked(turns: list[Turn], prompt: str, *, count: int = COUNT, size: int = SIZ
 
 
 def long_conversation(sizes: Iterable[int]) -> Iterable[tuple[list[Turn], str]]:
-    """Yield the turns that are kept before each prompt, and the prompt."""
+    """Yield each prompt of a conversation with the turns before it."""
     turns: list[Turn] = []
     pairs = iter(sizes)
     for number, (asked, said) in enumerate(zip(pairs, pairs, strict=True), start=1):
@@ -191,7 +191,7 @@ async def test_prompt_cache_is_found_after_prompts_stopped_early(
 ) -> None:
     def answer(body: Any) -> Script:
         if body["messages"][-1]["content"].startswith("Stop"):
-            return Script((Hang(),))  # and nothing is written to the cache
+            return Script((Hang(),))  # the API writes nothing to the cache
         return reply(["!" * 2000], **cache.usage(body))
 
     upstream.default = answer

@@ -1,4 +1,4 @@
-"""Turns of conversations in memory: how they are counted, and when they are dropped."""
+"""Turns in memory: their sizes, and when they are dropped."""
 
 import sys
 import tracemalloc

@@ -138,7 +138,7 @@ async def test_lone_surrogates_in_end_and_error_are_replaced(chat: Client, puppe
 
 async def test_large_piece_is_split_into_frames(chat: Client, puppet: Puppet) -> None:
     start = await chat.prompt()
-    said = "\0" * 100_000 + "é" * 1_000_000  # six bytes each in JSON, and two
+    said = "\0" * 100_000 + "é" * 1_000_000  # six and two bytes each in JSON
     (await puppet.reply()).say(said).end()
     text, done = await chat.text(start["id"])
     assert text == said
@@ -274,7 +274,7 @@ async def test_interrupt_replaces_queued_prompts(chat: Client, puppet: Puppet) -
     queued = await chat.prompt("B", on_busy="queue")
     interrupting = await chat.prompt("C", on_busy="interrupt")
     last = await chat.prompt("D", on_busy="interrupt")
-    # Neither waits for the model, which has not closed its request.
+    # Neither terminal waits for the model, which has not closed its request.
     while {queued["id"], interrupting["id"]} != {f["id"] for f in chat.frames if "by" in f}:
         await chat.receive()
     assert {f["by"] for f in chat.frames if "by" in f} == {"replaced"}
@@ -322,7 +322,7 @@ async def test_repeated_prompt_gets_ended_reply(server: wsserver.Server, puppet:
         await other.prompt("Hello", id=ID)
         text, done = await other.text(ID)
         assert (text, done["reason"]) == ("all", "end_turn")
-        await other.prompt("And?")  # the conversation has come along
+        await other.prompt("And?")  # the socket now uses that conversation
         await puppet.reply(1)
     assert [content for _, content in said(puppet, 1)] == ["Hello", "all", "And?"]
 

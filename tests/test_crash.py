@@ -1,7 +1,7 @@
-"""The death of the process: what ``kill -9`` may take away, and what a file has afterwards.
+"""Crashes: the losses after ``kill -9``, and the state of the file.
 
-Real processes and a real file. The only thing that may be lost is what was said within the last
-quarter of a second: the save interval, and time to write.
+The tests use real processes and a real file. Only the text of the last quarter second may be lost:
+the save interval, and time to write.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from wsserver import Request, Thinking
 
 pytestmark = pytest.mark.slow
 
-LOSS = 0.25  # seconds before the kill of which what was said may be lost
-LANES = 3  # servers at once, each with a file of its own
+LOSS = 0.25  # seconds before the kill whose text may be lost
+LANES = 3  # concurrent servers, each with its own file
 WHAT_DO_YOU_SEE = "What do you see?"
 
-# Where a reply is when its server is killed, and how often.
+# The state of a reply when its server is killed, and the number of such kills.
 KILLS = {
     "sent": 2,  # the prompt has just been sent
     "started": 3,
@@ -40,20 +40,20 @@ KILLS = {
     "stop sent": 3,
     "stop obeyed": 2,  # its terminal has not been saved yet
     "stopped": 2,
-    "all said": 2,  # all of its text is here, its terminal is not
+    "all said": 2,  # the client has all text, but no terminal
     "done": 2,
 }
 
 
 def pieces_of(prompt: str) -> Iterator[str | Thinking]:
-    """Give what the model says to a prompt, which begins with how many pieces that has."""
+    """Return the pieces of the model. The prompt begins with their number."""
     for number in range(int(prompt.split(maxsplit=1)[0])):
         piece = f"{number} “{prompt}” 🙂\n"
         yield Thinking(piece) if number % 7 == 3 else piece
 
 
 async def model(request: Request) -> AsyncIterator[str | Thinking]:
-    """Say the pieces with short pauses; or digests of the messages that it is asked with."""
+    """Yield the pieces with short pauses, or digests of the messages of the request."""
     if request.prompt == WHAT_DO_YOU_SEE:
         seen = [(m.role, zlib.crc32(m.content.encode()), m.partial) for m in request.messages]
         yield json.dumps(seen)
@@ -70,7 +70,7 @@ def text_of(pieces: Sequence[str | Thinking], kind: str = "token") -> str:
 
 
 class Witness(Client):
-    """Knows when it has received what."""
+    """A client that notes when it received each frame."""
 
     def __init__(self, socket: ClientConnection) -> None:
         super().__init__(socket)
@@ -82,7 +82,7 @@ class Witness(Client):
         return frame
 
     def seq(self, generation: str, by: float = float("inf")) -> int:
-        """Return the last seq received by then: 0 with the start, -1 without even that."""
+        """Return the last seq received before a time: 0 after the start, -1 before it."""
         frames = zip(self.frames, self.times, strict=True)
         return max(
             (f.get("seq", 0) for f, at in frames if f.get("id") == generation and at <= by),
@@ -100,7 +100,7 @@ async def life(folder: Path, *arguments: str) -> AsyncIterator[tuple[Process, Wi
 
 
 def command(folder: Path) -> tuple[str, ...]:
-    """Return the command that starts the server, once its model is in the folder too."""
+    """Write the model into a folder; return the command that starts the server."""
     imports = "import asyncio, json, random, zlib\nfrom wsserver import Thinking\n"
     (folder / "mine.py").write_text(
         f"from __future__ import annotations\n{imports}{WHAT_DO_YOU_SEE=}\n\n"
@@ -116,7 +116,7 @@ def file_in(folder: Path, ending: str = "") -> Path:
 
 
 def check_file(folder: Path) -> None:
-    """Check the file as the dead server left it; on a copy, as to look at it mends it."""
+    """Check a copy of the file, because opening the file would repair it."""
     copy = folder / "copy"
     copy.mkdir(exist_ok=True)
     for ending in ("", "-wal"):
@@ -130,7 +130,7 @@ def check_file(folder: Path) -> None:
 
 @dataclass
 class Victim:
-    """A reply whose server was killed, and what its client saw of it."""
+    """A reply whose server was killed, and the frames that the client received."""
 
     id: str
     conversation: str
@@ -149,7 +149,7 @@ class Victim:
 
 
 def check_saved(victim: Victim, text: str, thinking: str, terminal: Frame) -> None:
-    """Check that what was saved is right, and that nothing is missing that may not be."""
+    """Check that the saved text is right, and that only the allowed part is missing."""
     seq, whole, chat = terminal["seq"], victim.pieces, victim.chat
     assert text == text_of(whole[:seq])
     assert thinking == text_of(whole[:seq], "thinking")
@@ -158,17 +158,17 @@ def check_saved(victim: Victim, text: str, thinking: str, terminal: Frame) -> No
     size = min(len(received), len(text))
     assert text[:size] == received[:size]
     assert seq >= chat.seq(victim.id, victim.killed - LOSS)
-    if victim.terminal is not None:  # whoever was told of an end can rely on it
+    if victim.terminal is not None:  # a terminal that a client received is saved
         assert terminal == victim.terminal
         assert received == text
-    elif terminal["type"] == "done":  # it was about to be told
+    elif terminal["type"] == "done":  # the terminal was about to be sent
         assert terminal.get("by") == "client" or seq == len(whole)
     else:
         assert (terminal["code"], terminal["retryable"]) == ("interrupted", True)
 
 
 async def check_resumed(victim: Victim, chat: Witness, terminal: Frame) -> None:
-    """Resume where the client was, which may be further than what was saved."""
+    """Resume after the last piece of the client, which may not be saved."""
     had, frames = victim.chat.seq(victim.id), len(chat.frames)
     await chat.send({"type": "resume", "id": victim.id, "after": max(had, 0)})
     answer = await chat.next("start", "error")
@@ -181,7 +181,7 @@ async def check_resumed(victim: Victim, chat: Witness, terminal: Frame) -> None:
 
 
 async def ask(victim: Victim, chat: Witness, history: list[Frame]) -> list[Frame]:
-    """Check that the conversation goes on, and what the model sees; return that turn."""
+    """Check that the conversation continues, and the messages of the model; return the turn."""
     start = await chat.prompt(WHAT_DO_YOU_SEE, conversation=victim.conversation)
     answer, done = await chat.text(start["id"])
     assert done["reason"] == "end_turn"
@@ -189,14 +189,14 @@ async def ask(victim: Victim, chat: Witness, history: list[Frame]) -> list[Frame
     assert json.loads(answer) == [
         [said["role"], zlib.crc32(said["content"].encode()), said.get("partial")]
         for said in (*history, asked)
-        if said["content"]  # a reply that was cut before its first word is not shown
+        if said["content"]  # a turn without text is not sent to the model
     ]
     return [asked, {"role": "assistant", "content": answer, "id": start["id"]}]
 
 
 @dataclass
 class Lane:
-    """One file, what must be in it, and the servers that die over it one after another."""
+    """One file, its expected content, and the servers that are killed one after another."""
 
     folder: Path
     chance: random.Random
@@ -221,11 +221,11 @@ class Lane:
                 raise
 
     async def kill(self, process: Process, chat: Witness, moment: str) -> Victim:
-        """Have a reply begin, and kill the server when that is where it should be."""
+        """Start a reply, and kill the server when the reply has the wanted state."""
         chance = self.chance
         name = f"reply-{chance.getrandbits(64):016x}"
         known = [*self.histories, f"conversation-{name}"]
-        conversation = chance.choice(known[-2:])  # the last one, or a new one
+        conversation = chance.choice(known[-2:])  # the last conversation, or a new one
         prompt = f"{15 if moment in {'all said', 'done'} else 400} {name}"
         await chat.send({"prompt": prompt, "id": name, "conversation": conversation})
         if moment != "sent":
@@ -243,12 +243,12 @@ class Lane:
             await chat.receive()
         killed = time.monotonic()
         process.signal(signal.SIGKILL)
-        await chat.closed()  # what was on its way arrives all the same
+        await chat.closed()  # frames in flight still arrive
         assert await process.end() == -signal.SIGKILL
         return Victim(name, conversation, prompt, chat, killed)
 
     async def check(self, victim: Victim, chat: Witness) -> None:
-        """Look at what is left of a reply, as its client does that comes back."""
+        """Resume a reply after the restart, and check it."""
         history = self.histories.get(victim.conversation, [])
         await chat.send({"type": "open", "conversation": victim.conversation})
         opened = await chat.next("history", "error")
@@ -313,7 +313,7 @@ async def test_kill_9_keeps_queued_prompts(tmp_path: Path) -> None:
         start = await chat.prompt("5 more", id=queued, conversation=conversation, on_busy="queue")
         assert start["queued"] == 1
         await chat.send({"type": "open", "conversation": conversation})
-        await chat.next("history")  # for which all that was accepted before is saved
+        await chat.next("history")  # the prompts accepted before are saved by now
         process.signal(signal.SIGKILL)
         assert await process.end() == -signal.SIGKILL
     check_file(tmp_path)

@@ -1,6 +1,6 @@
-"""examples/deploy does what it says: its own files, driven by the programs that they are for.
+"""The files of examples/deploy, run with nginx, systemd and the Dockerfile's commands.
 
-In a file only names, addresses and paths of this run take the place of those that are in it.
+The tests replace only names, addresses and paths in these files.
 """
 
 import asyncio
@@ -44,14 +44,14 @@ pytestmark = pytest.mark.slow
 
 DEPLOY = ROOT / "examples/deploy"
 NAME = "chat.example.com"
-PROGRAM = 160 * 2**20  # bytes in memory of a server that does nothing, with some to spare
-CONNECTION = 20_000  # bytes in memory of one that is idle
+PROGRAM = 160 * 2**20  # bytes of memory of an idle server, rounded up
+CONNECTION = 20_000  # bytes of memory of an idle connection
 SERVE = ("-m", "wsserver", "serve")
-CLIENT, OTHER, THIRD = "127.0.0.5", "127.0.0.6", "127.0.0.7"  # addresses of this machine's
+CLIENT, OTHER, THIRD = "127.0.0.5", "127.0.0.6", "127.0.0.7"  # addresses of this machine
 
 
 def replaced(text: str, *pairs: tuple[str, str]) -> str:
-    """Return a text with one thing for another; each has to be there."""
+    """Return a text with replacements. Each replaced text must exist."""
     for old, new in pairs:
         assert old in text, old
         text = text.replace(old, new)
@@ -60,14 +60,14 @@ def replaced(text: str, *pairs: tuple[str, str]) -> str:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Give a folder with a short name, as the path of a unix socket has 107 characters at most."""
+    """Return a folder with a short path: the path of a unix socket has at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="ws-") as name:
         yield Path(name)
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Path]:
-    """Give a folder with a certificate and its key."""
+    """Return a folder with a certificate and its key."""
     with tempfile.TemporaryDirectory() as name:
         command = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
         names = ("-subj", f"/CN={NAME}", "-addext", f"subjectAltName=DNS:{NAME}")
@@ -76,7 +76,7 @@ def made() -> Iterator[Path]:
         yield Path(name)
 
 
-# A model in another process, whose replies are in the hands of the test.
+# A model in another process, whose replies the test controls.
 
 MODEL = """
 import asyncio, os
@@ -117,7 +117,7 @@ class Reply:
 
 
 class Behind:
-    """The server, the model in it, and who may use it."""
+    """The server, its model, and a valid token."""
 
     def __init__(self, process: Process, replies: asyncio.Queue[Reply], token: str) -> None:
         self.process = process
@@ -141,7 +141,7 @@ class Behind:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return what a unit says, by its keys, which may stand there more than once."""
+    """Return the values of a systemd unit by key; a key may repeat."""
     found: dict[str, list[str]] = {}
     for line in (DEPLOY / name).read_text().splitlines():
         if not line.startswith("#") and "=" in line:
@@ -151,7 +151,7 @@ def unit(name: str) -> dict[str, list[str]]:
 
 
 def unit_environment(folder: Path) -> dict[str, str]:
-    """Return the settings of the unit, in a folder of this run's, and with a token made."""
+    """Return the settings of the unit, with a folder of this test and a new token."""
     lines = unit("wsserver.service")["Environment"]
     text = replaced(
         "\n".join(lines),
@@ -202,11 +202,11 @@ class Nginx:
     """A running nginx with the site of examples/deploy.
 
     Args:
-        folder: where its files are.
-        made: where the certificate is.
-        process: it.
-        port: where it speaks TLS, at 127.0.0.1.
-        plain: where it speaks HTTP.
+        folder: the folder of its files.
+        made: the folder of the certificate.
+        process: the nginx process.
+        port: the TLS port at 127.0.0.1.
+        plain: the HTTP port.
     """
 
     def __init__(self, folder: Path, made: Path, process: Process, port: int, plain: int) -> None:
@@ -224,7 +224,7 @@ class Nginx:
     async def client(
         self, headers: dict[str, str] | None = None, path: str = "/", **options: object
     ) -> AsyncIterator[Client]:
-        """Connect as a client from outside does."""
+        """Connect through nginx."""
         address = options.pop("address", CLIENT)
         async with connect(
             f"wss://{NAME}:{self.port}{path}",
@@ -239,7 +239,7 @@ class Nginx:
             yield Client(socket_)
 
     async def refused(self, headers: dict[str, str] | None = None, **options: object) -> int:
-        """Connect in vain, and return the status of the answer."""
+        """Connect, and return the status of the refusal."""
         with pytest.raises(InvalidStatus) as error:
             async with self.client(headers, **options):  # type: ignore[arg-type]
                 raise AssertionError("it was let in")
@@ -249,7 +249,7 @@ class Nginx:
         return status
 
     async def get(self, path: str, *, tls: bool = True) -> tuple[int, str]:
-        """Send a plain request, and return the status and the head and body of the answer."""
+        """Send an HTTP request; return the status, the head and the body."""
         reader, writer = await asyncio.open_connection(
             "127.0.0.1",
             self.port if tls else self.plain,
@@ -268,9 +268,9 @@ class Nginx:
                 await writer.wait_closed()
 
     async def reload(self, shutdown: str) -> None:
-        """Give it another time for old workers to end, and have the old one take no more clients.
+        """Reload nginx with another time limit for old workers; wait until the old worker retires.
 
-        What a worker does is what held when it was started.
+        A worker keeps the configuration of its start.
         """
         configure(self._folder, shutdown)
         self.process.signal(signal.SIGHUP)
@@ -278,9 +278,9 @@ class Nginx:
 
 
 def configure(folder: Path, shutdown: str) -> None:
-    """Write what is outside of the site, in a folder that belongs to no system."""
+    """Write the nginx configuration around the site, into a folder of this test."""
     user = ""
-    if os.geteuid() == 0:  # its workers would be somebody who may not see the folder
+    if os.geteuid() == 0:  # the workers would run as a user without access to the folder
         group = grp.getgrgid(os.getegid()).gr_name
         user = f"user {pwd.getpwuid(0).pw_name} {group};"
     paths = "".join(
@@ -299,11 +299,11 @@ def configure(folder: Path, shutdown: str) -> None:
 async def nginx(
     folder: Path, made: Path, *replacements: tuple[str, str], shutdown: str = ""
 ) -> AsyncIterator[Nginx]:
-    """Run the site of examples/deploy before what listens at the folder's unix socket."""
+    """Run the site of examples/deploy in front of the server at the unix socket."""
     program = require_nginx()
     with contextlib.ExitStack() as stack:
-        # Handed over listening, as nginx does itself when it replaces its program: so no port is
-        # let go in between.
+        # nginx inherits listening sockets, as in an upgrade of its program, so that no other
+        # program can take the ports.
         sockets = [
             stack.enter_context(socket.create_server((host, 0)))
             for host in ("127.0.0.1", "127.0.0.2", "127.0.0.1", "127.0.0.2")
@@ -340,7 +340,7 @@ async def nginx(
             assert await running.end() == 0
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its workers too
+                os.killpg(process.pid, signal.SIGKILL)  # and its workers
             await process.communicate()
 
 
@@ -351,7 +351,7 @@ async def test_nginx_passes_pieces_at_once_and_stop_closes_model(folder: Path, m
             start = await chat.prompt()
             reply = await behind.reply()
             for number in range(1, 6):
-                reply.say(f"{number} ")  # and nothing else before this one has come
+                reply.say(f"{number} ")  # no other piece has come before this one
                 token = await chat.next("token")
                 assert (token["text"], token["seq"]) == (f"{number} ", number)
             await chat.send({"type": "stop"})
@@ -361,7 +361,7 @@ async def test_nginx_passes_pieces_at_once_and_stop_closes_model(folder: Path, m
         told = await behind.process.line('"event": "connection"')
         assert f'"address": "{CLIENT}"' in told.string, "the client's, and not what it claims"
         assert '"code": 1000' in told.string
-        # A restart of the server, with its own close code.
+        # The server restarts, with its close code.
         async with front.client(behind.bearer) as chat:
             await chat.quiet()
             behind.process.signal(signal.SIGTERM)
@@ -414,7 +414,7 @@ async def test_reply_continues_over_nginx_reloads(folder: Path, made: Path) -> N
             reply = await behind.reply()
             reply.say("one ")
             await first.next("token")
-            # The old worker has no time set, and keeps its socket; the next has next to none.
+            # The old worker has no time limit, and keeps its socket; the next has a short limit.
             await front.reload("worker_shutdown_timeout 1ms;")
             reply.say("two ")
             assert (await first.next("token"))["text"] == "two "
@@ -425,7 +425,7 @@ async def test_reply_continues_over_nginx_reloads(folder: Path, made: Path) -> N
                 assert (await second.closed()).rcvd is None, "it has been cut"
             reply.say("three ")
             assert (await first.next("token"))["text"] == "three "
-        # The first has gone too: nobody follows the reply now.
+        # The first client has gone too, so no client follows the reply.
         async with front.client(behind.bearer) as third:
             await third.send({"type": "resume", "id": name, "after": seq})
             reply.say("four")
@@ -443,7 +443,7 @@ async def test_server_limits_pass_through_nginx(folder: Path, made: Path) -> Non
                 assert await front.refused(behind.bearer, address=THIRD) == 503
             async with asyncio.timeout(BOUND):
                 while (status := await front.refused(behind.bearer)) == 503:
-                    pass  # until the server has seen that the third has gone
+                    pass  # until the server has noticed that the third client has gone
             assert status == 429
 
 
@@ -490,7 +490,7 @@ def test_systemd_units_are_valid_and_restricted(folder: Path) -> None:
             text=True,
             timeout=BOUND,
         )
-        # What it cannot parse it warns of, and calls all the same a success.
+        # It only warns about lines that it cannot parse, and exits with 0.
         warned = re.findall(r"^.*wsserver\.(?:service|socket):.*$", done.stdout, re.MULTILINE)
         warned = [line for line in warned if "Overall exposure" not in line]
         assert (done.returncode, warned) == (0, []), done.stdout
@@ -557,7 +557,7 @@ async def test_systemd_starts_unit_for_first_client(tmp_path: Path) -> None:
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Return the Dockerfile's instructions and what they are given."""
+    """Return the instructions of the Dockerfile and their arguments."""
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     joined = re.sub(r"\\\n\s*", " ", text)
@@ -570,7 +570,7 @@ def the_last(name: str) -> str:
 
 
 def exec_form(text: str) -> list[str]:
-    """Return a command that is run without a shell."""
+    """Return a command in exec form."""
     words: list[str] = json.loads(text)
     return words
 
@@ -655,7 +655,7 @@ async def test_image_health_check_tells_state_of_server(folder: Path) -> None:
     assert program == "python"
     async with run(*image_command(), cwd=None, **image, PYTHONPATH=str(ROOT)) as process:
         port = (await process.line(r"ws://127\.0\.0\.1:(\d+)/"))[1]
-        # As it is behind a proxy for what goes out.
+        # As if the environment has a proxy.
         environment = {"WSSERVER_PORT": port, "http_proxy": "http://127.0.0.1:9"}
         async with run(*probe, cwd=None, **environment) as asked:
             assert await asked.end() == 0, asked.output
@@ -665,7 +665,7 @@ async def test_image_health_check_tells_state_of_server(folder: Path) -> None:
             assert await asked.end() == 1
 
 
-# All of it.
+# All files.
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)

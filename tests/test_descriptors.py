@@ -1,4 +1,4 @@
-"""File descriptors: settings that fit the limit, and what happens where there are none left."""
+"""File descriptors: settings that fit the limit, and accepting without descriptors."""
 
 import asyncio
 import errno
@@ -21,7 +21,7 @@ HEALTH = "GET /healthz HTTP/1.1\nHost: localhost\n\n"
 
 @pytest.fixture
 def limit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[int, int]]]:
-    """Return what gives this process another limit; what it returns notes changes of the limit."""
+    """Return a function that fakes the limit of this process, and returns a list of its changes."""
 
     def give(soft: int, hard: int | None = None) -> list[tuple[int, int]]:
         changes: list[tuple[int, int]] = []
@@ -54,7 +54,7 @@ def test_connections_and_replies_fit_descriptor_limit(
     lowered = (got.connections, got.generations) != (asked.connections, asked.generations)
     assert len(caplog.records) == lowered
     if lowered:
-        assert taken > few * 0.85 - 40  # nothing is given away
+        assert taken > few * 0.85 - 40  # no descriptors are wasted
         event = caplog.records[0].event  # type: ignore[attr-defined]
         assert (event["limit"], event["connections"]) == (few, got.connections)
 
@@ -134,12 +134,12 @@ async def test_connections_wait_without_descriptors_and_log_stays_short(
         waiting = [asyncio.create_task(ask(server, HEALTH)) for _ in range(20)]
         async with asyncio.timeout(BOUND):
             await enough.wait()
-        assert (await chat.prompt())["type"] == "start"  # those who are connected are served
+        assert (await chat.prompt())["type"] == "start"  # connected clients are served
         assert not any(task.done() for task in waiting)
         monkeypatch.setattr(socket.socket, "accept", accept)
         assert {status for status, *_ in await asyncio.gather(*waiting)} == {200}
     told = [record for record in caplog.records if record.levelname != "INFO"]
-    assert len(told) <= attempts  # one at most for each attempt, and no more than the log takes
+    assert len(told) <= attempts  # at most one for each attempt
     assert {record.getMessage().partition(" reason")[0] for record in told} == {
         "cannot accept connections"
     }

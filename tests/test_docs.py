@@ -1,6 +1,6 @@
-"""The documents tell the truth.
+"""The documents agree with the program.
 
-The tables of settings are made here: ``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes them.
+``UPDATE_DOCS=1 pytest tests/test_docs.py`` writes the tables of settings.
 """
 
 import json
@@ -95,7 +95,7 @@ def test_protocol_has_every_prompt_key() -> None:
 
 
 def documented_keys(section: str) -> dict[str, tuple[set[str], set[str]]]:
-    """Return by type the keys that a table says are always there, and those that may be."""
+    """Return by type the required keys and the optional keys of a table."""
     found: dict[str, tuple[set[str], set[str]]] = {}
     for cell, *_ in rows(PROTOCOL, section):
         for kind, keys in re.findall(r'\{"type": "(\w+)"((?:, "\w+"\??)*)\}', cell):
@@ -288,7 +288,7 @@ async def test_readme_token_commands_work(tmp_path: Path) -> None:
     async with run("-m", *make, cwd=tmp_path) as process:
         token = (await process.line(r"^(wss_\S+)$"))[1]
         assert await process.end() == 0
-    # On an address that only this machine has; the name, and the tokens, make it ask all the same.
+    # The address is loopback. The name and the tokens still make the server require tokens.
     serve[serve.index("0.0.0.0")] = "127.0.0.1"
     async with run("-m", *serve, "--port", "0", cwd=tmp_path) as process:
         url = (await process.line(r"(ws://\S+)"))[1]

@@ -45,7 +45,7 @@ async def test_embedding_example_serves_model_until_ctrl_c() -> None:
                 assert [frame.get("text") for frame in frames[1:3]] == ["HELLO ", "THERE "]
                 assert frames[0]["model"] == "shout"
                 await socket.send('{"prompt": "one two three"}')
-                await socket.recv()  # its start: Ctrl-C comes in the middle of a reply
+                await socket.recv()  # Ctrl-C comes in the middle of a reply
                 program.send_signal(signal.SIGINT)
                 _, complaints = await program.communicate()
     finally:

@@ -194,7 +194,7 @@ async def test_prompt_without_memory_is_refused_and_changes_nothing(stand: Stand
 
 
 async def test_repeated_prompt_runs_once_while_store_fails() -> None:
-    stand = Stand(replay_size=1)  # nothing that has ended is kept in memory
+    stand = Stand(replay_size=1)  # ended replies are not kept in memory
     stand.fail(StoreError("disk"))
     generation = await stand.prompt(id=ID)
     (await stand.puppet.reply()).say("paid").end()
@@ -229,7 +229,7 @@ async def test_late_saved_reply_is_in_history_of_next_prompt() -> None:
     generation = await stand.prompt()
     (await stand.puppet.reply()).say("late").end()
     await stand.ended(generation)
-    other = await stand.prompt(conversation=TWO)  # which takes the one place in memory
+    other = await stand.prompt(conversation=TWO)  # this conversation takes the only place in memory
     (await stand.puppet.reply(1)).end()
     await stand.ended(other)
     with pytest.raises(StoreError):

@@ -1,4 +1,4 @@
-"""The way from a model into the log, for models that are iterated and models that push."""
+"""Intake of model output into the log, for iterated models and push models."""
 
 import contextlib
 from collections.abc import AsyncIterator

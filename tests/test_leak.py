@@ -1,4 +1,4 @@
-"""Thousands of clients come and go, and the server is as it was."""
+"""Thousands of clients leave no descriptors, threads, tasks or memory."""
 
 import asyncio
 import random
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slow
 
 CONNECTIONS, WAVE = 5000, 100
 STOPS, AT_ONCE = 2000, 10
-WARM_UP = 0.4  # of all that, after which memory is what it takes for so many at once
-GROWTH = 8 * MEBIBYTE  # that it may then still take
-# What is kept for a while by intention is short here, and does not count as a leak.
+WARM_UP = 0.4  # share of all connections, after which memory has reached its normal size
+GROWTH = 8 * MEBIBYTE  # bytes by which memory may then grow
+# Data that the server keeps for a time is kept briefly here, so that it is no leak.
 BRIEF = {"replay": "1", "conversations": "50", "grace": "0", "open_timeout": "2"}
 
 
@@ -60,7 +60,7 @@ async def a_proper_end(peer: Peer) -> None:
 
 async def a_violation(peer: Peer) -> None:
     await peer.upgrade()
-    peer.write(b"\x81\x00")  # which is not masked
+    peer.write(b"\x81\x00")  # not masked
     assert await peer.close_code() == 1002
 
 
@@ -92,7 +92,7 @@ WAYS = (
 
 
 async def come_and_go(server: Served, count: int) -> None:
-    """Have so many connections begin and end in each way, a wave of them at a time."""
+    """Open and end a number of connections in each way, in waves."""
 
     async def one(way: int) -> None:
         async with Peer.open(server) as peer:
@@ -104,7 +104,7 @@ async def come_and_go(server: Served, count: int) -> None:
 
 
 async def stop_at_once(server: Served, count: int) -> None:
-    """Have so many replies stopped as they start."""
+    """Start a number of replies, and stop each at its start."""
 
     async def one() -> None:
         async with server.client() as chat:
@@ -158,7 +158,7 @@ async def test_hundreds_of_clients_leave_no_tasks() -> None:
         assert not server.listener.lingering
         assert hub.live == hub.tasks == len(hub.accounts) == 0
         assert len(server.app.admission.addresses) == server.app.admission.connections == 0
-        await until(lambda: not list(hub.retention))  # once they need not be found any more
+        await until(lambda: not list(hub.retention))  # after the replay time
     await until(lambda: asyncio.all_tasks() == before)
 
 

@@ -1,4 +1,4 @@
-"""Limits as plain data, and each limit as a client sees it."""
+"""Limits as plain data, and as clients see them."""
 
 import itertools
 from collections.abc import AsyncIterator
@@ -80,7 +80,7 @@ def test_wider_network_has_larger_share() -> None:
     shares = Shares(2)
     accounts = [(f"64 {n}", f"56 {n // 10}", f"48 {n // 100}") for n in range(1000)]
     taken = [account for account in accounts for _ in range(3) if shares.acquire(account)]
-    assert len(taken) == 10 * 8  # of each /48, and of each /56 no more than 4
+    assert len(taken) == 10 * 8  # per /48, and at most 4 per /56
     assert sum(account[1] == "56 0" for account in taken) == 4
     assert not shares.acquire(accounts[99])
     for account in taken:

@@ -1,4 +1,4 @@
-"""The log: one line per event whatever it is about, and no secrets in it."""
+"""The log: one line per event, and no secrets."""
 
 import asyncio
 import io
@@ -222,7 +222,7 @@ def test_anonymous_flood_takes_no_lines_of_principal() -> None:
         log.info("connection", principal="mallory")
     log.info("connection", principal="alice")
     assert objects(stream.getvalue())[-1]["principal"] == "alice"
-    for number in range(10 * NAMES):  # principals whom the count has no room for are one
+    for number in range(10 * NAMES):  # later principals share the count of anonymous clients
         log.info("connection", principal=f"user {number}")
     assert len(objects(stream.getvalue())) <= NAMES + 4 * MAX_LINES
 
@@ -295,7 +295,7 @@ def test_import_configures_no_logging() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=BOUND)
 
 
-# What the server says.
+# Events of the server.
 
 
 async def test_generation_is_one_log_event(
@@ -410,7 +410,7 @@ async def test_connection_is_one_log_event(
     with caplog.at_level("INFO", "wsserver"):
         async with client(server) as chat:
             await chat.quiet()
-        async with client(server) as other:  # one that comes after the first has been seen off
+        async with client(server) as other:  # a client after the first was closed
             await other.quiet()
             lines = [m for m in caplog.messages if m.startswith("connection ")]
     assert len(lines) == 1
@@ -447,7 +447,7 @@ async def test_exception_text_of_custom_model_is_not_logged(tmp_path: Path) -> N
     assert SECRET not in process.output
     assert "private" not in process.output
     events = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
-    # asyncio has the callback's name behind it, and uvloop what is cut away.
+    # asyncio appends the name of the callback, and uvloop a text that is removed.
     assert {event["event"].removesuffix(" int") for event in events} >= {
         "generation",
         "connection",

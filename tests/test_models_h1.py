@@ -1,4 +1,4 @@
-"""Responses of a model's API: what a server may send, over real sockets."""
+"""HTTP/1.1 responses of a model's API, over real sockets."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ from wsserver.models.response import (
     NoResponse,
 )
 
-# Bodies, whatever their framing
+# Bodies of each framing
 
 
 BODIES = {
@@ -76,7 +76,7 @@ async def test_responses_are_read_when_split_at_every_byte(answer: bytes) -> Non
         assert raw.accepted == 1
 
 
-# What could be taken for the framing of chunks, or is cut within it.
+# Data that looks like chunk framing, and cuts within chunk framing.
 PAYLOADS = st.lists(
     st.binary(min_size=1, max_size=20)
     | st.sampled_from(
@@ -165,7 +165,7 @@ async def test_unrequested_compressed_body_is_decompressed(
         for start in range(0, len(packed), size):
             writer.write(chunk(packed[start : start + size]))
             if start < 10:
-                await asyncio.sleep(0.001)  # the first bytes, each in a read of its own
+                await asyncio.sleep(0.001)  # each of the first bytes in a separate read
         writer.write(LAST)
         await reader.read()
 
@@ -350,7 +350,7 @@ async def test_released_unfinished_response_closes_connection(
         await closed.wait()
 
 
-# What is no response
+# Malformed responses
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ async def test_body_ended_by_connection_is_truncated_by_reset() -> None:
         assert some.text == b"hel"
 
 
-# Bytes at random: what begins like a response, and goes on in any way.
+# Random bytes after the start of a response.
 ANYTHING = st.lists(
     st.binary(max_size=30)
     | st.sampled_from(

@@ -1,4 +1,4 @@
-"""The HTTP client for a model's API: which connection a request gets, and where it goes."""
+"""The HTTP client for a model's API: connections, requests and redirects."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from wsserver.models.h1 import Connection
 from wsserver.models.http import InvalidRequest, Redirected, Template
 from wsserver.models.response import NoResponse
 
-# Which connection a request gets
+# Connections of requests
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ async def test_closed_idle_connection_is_noticed_before_reuse() -> None:
         async with pool() as client:
             for _ in range(20):
                 assert await whole(await client.post(template(port), b"{}")) == b"hello"
-                # The event loop does not run until the next request, and has not seen the end.
+                # The event loop has not run since, and has not seen the end of the connection.
                 gone.wait(SECONDS)
                 gone.clear()
         socket.create_connection(("127.0.0.1", port)).close()
@@ -107,7 +107,7 @@ async def test_request_is_not_resent_when_kept_connection_closes() -> None:
         requests += 1
         writer.write(OK + b"content-length: 5\r\n\r\nhello")
         await head_of(reader)
-        requests += 1  # received, and perhaps begun
+        requests += 1  # the server may have begun to answer
 
     async with Raw(handle) as raw, pool() as client:
         assert await whole(await client.post(template(raw.port), b"{}")) == b"hello"
@@ -204,7 +204,7 @@ async def test_request_cancelled_at_its_turn_passes_turn_on() -> None:
         await asyncio.sleep(0)
         go.set()
         await response.read_body(Reader())
-        waiting[0].cancel()  # which was woken in the same turn of the loop
+        waiting[0].cancel()  # woken in the same turn of the loop
         assert await whole(await waiting[1]) == b""
         assert raw.accepted == 1
 
@@ -274,7 +274,7 @@ async def test_connection_with_partial_request_is_not_reused() -> None:
             return
         writer.write(b"HTTP/1.1 413 No\r\ntransfer-encoding: chunked\r\n\r\n")
         with contextlib.suppress(TimeoutError):
-            while True:  # until the client has nothing more that it would send
+            while True:  # until the client has sent everything
                 async with asyncio.timeout(0.1):
                     await reader.read(65536)
         writer.write(LAST)
@@ -430,7 +430,7 @@ async def test_name_without_address_is_error(host: str) -> None:
 async def test_connect_timeout_is_error() -> None:
     with socket.socket() as held, socket.socket() as first, socket.socket() as second:
         held.bind(("127.0.0.1", 0))
-        held.listen(0)  # and nobody accepts: the backlog fills
+        held.listen(0)  # without accepting, so the backlog fills
         for each in (first, second):
             each.setblocking(False)
             each.connect_ex(held.getsockname())
@@ -448,7 +448,13 @@ async def test_next_address_is_tried_after_refusal_or_silence(
         if host != "api.test":
             return await resolve(host, port, **given)
         return [
-            (socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::1", raw.port, 0, 0)),  # refuses
+            (
+                socket.AF_INET6,
+                socket.SOCK_STREAM,
+                0,
+                "",
+                ("::1", raw.port, 0, 0),
+            ),  # refuses connections
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", silent.getsockname()),
             (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", raw.port)),
         ]
@@ -509,7 +515,7 @@ async def test_ipv6_address_is_reached() -> None:
         assert await whole(await client.post(template(port, "::1"), b"{}")) == b"hello"
 
 
-# Connections made ahead
+# Warm connections
 
 
 async def test_next_request_uses_warm_connection() -> None:

@@ -1,4 +1,4 @@
-"""The proxies of the environment: which one a request takes, and the way through it."""
+"""Proxies of the environment: their choice, and requests through them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ from wsserver.models.proxy import Proxy, proxy_for
 PROXY = "http://proxy.example:3128"
 
 
-# Which one
+# Choice of the proxy
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_proxy_address_of_other_scheme_is_error(address: str) -> None:
         proxy_for("http", "api.example", 80, {"all": address})
 
 
-# The way through
+# Requests through a proxy
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ async def stack() -> AsyncIterator[AsyncExitStack]:
 
 
 async def ask(monkeypatch: pytest.MonkeyPatch, url: str) -> dict[str, object]:
-    """Send two prompts to the model of that address, and return the terminal of the second."""
+    """Send two prompts to the model at an address; return the terminal of the second."""
     monkeypatch.setenv("ANTHROPIC_BASE_URL", url)
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
     async with wsserver.serve(port=0, drain_timeout=0, retries=0) as server:
