@@ -1,13 +1,12 @@
 """Where one client is in the log of one generation."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from wsserver.dialects import Dialect
 from wsserver.live import Generation
 from wsserver.pieces import Run
-
-__all__ = ["Cursor", "Reader", "Sink"]
 
 
 class Sink(Protocol):
@@ -39,48 +38,22 @@ class Reader(Protocol):
         ...
 
 
+@dataclass(eq=False, slots=True)
 class Cursor:
-    """Follows a log for one client, and writes what the client can take.
+    """Follows a log for one client, and writes what the client can take."""
 
-    Args:
-        generation: what the client follows.
-        sink: where to write.
-        dialect: how to encode.
-        reader: learns of the end.
-
-    Attributes:
-        own: this client sent the prompt.
-        asked: this client asked for the generation by ``prompt`` or ``resume``, and goes on with
-            it when it closes the conversation.
-        start: makes the first frame, which is written before all others; None once it is written.
-        seq: the seq of the last piece that was written.
-        limit: characters that a frame may merge.
-    """
-
-    __slots__ = (
-        "_dialect",
-        "_reader",
-        "_sink",
-        "asked",
-        "generation",
-        "limit",
-        "own",
-        "seq",
-        "start",
-    )
-
-    def __init__(
-        self, generation: Generation, sink: Sink, dialect: Dialect, reader: Reader, limit: int
-    ) -> None:
-        self.generation = generation
-        self._sink = sink
-        self._dialect = dialect
-        self._reader = reader
-        self.own = False
-        self.asked = False
-        self.start: Callable[[], bytes] | None = None
-        self.seq = 0
-        self.limit = limit
+    generation: Generation
+    _sink: Sink
+    _dialect: Dialect
+    _reader: Reader  # learns of the end
+    limit: int  # characters that a frame may merge
+    own: bool = False  # this client sent the prompt
+    # This client asked for the generation by `prompt` or `resume`, and goes on with it when it
+    # closes the conversation.
+    asked: bool = False
+    # Makes the first frame, which is written before all others; None once it is written.
+    start: Callable[[], bytes] | None = None
+    seq: int = 0  # the seq of the last piece that was written
 
     @property
     def behind(self) -> bool:

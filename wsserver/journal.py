@@ -9,6 +9,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from wsserver.errors import StoreError
 from wsserver.generation import Log
@@ -17,8 +18,6 @@ from wsserver.protocol import Terminal
 from wsserver.stores.base import Entry, Header, Store, StoredGeneration, Unsavable
 from wsserver.telemetry import Metrics
 
-__all__ = ["Journal", "Record"]
-
 LONGEST_PAUSE = 5.0  # seconds between two attempts to save a failed batch
 MOST_DOUBLINGS = 16  # of the pause between two attempts
 MOST_KEPT = 1000  # ended generations that wait to be saved; the oldest ones are dropped first
@@ -26,46 +25,25 @@ MOST_KEPT_SIZE = 67_108_864  # bytes of their pieces
 PROBE_EVERY = 1.0  # least seconds between two probes; any client may request a probe
 
 
+def _nobody(_: bool) -> None:  # noqa: FBT001
+    """Do nothing: the callback was already called."""
+
+
+@dataclass(eq=False, slots=True)
 class Record:
-    """The progress of saving one generation. A follower of its log.
+    """The progress of saving one generation. A follower of its log."""
 
-    Attributes:
-        header: what was accepted.
-        log: the pieces.
-        new: the store has to create the generation.
-        lost: no attempt can save it.
-        deleted: its conversation was deleted.
-        terminal: its end; None until :meth:`Journal.save_end`.
-        withdrawn: the prompt was taken back before the model was asked.
-        on_saved: called once with whether the end was saved.
-    """
-
-    __slots__ = (
-        "_journal",
-        "_saved",
-        "_size",
-        "deleted",
-        "header",
-        "log",
-        "lost",
-        "new",
-        "on_saved",
-        "terminal",
-        "withdrawn",
-    )
-
-    def __init__(self, journal: "Journal", header: Header, log: Log[Terminal]) -> None:
-        self._journal = journal
-        self.lost = False
-        self.deleted = False
-        self.new = True
-        self._saved = 0  # the seq of the last piece that is saved
-        self._size = -1  # bytes of the pieces; -1 until they are counted
-        self.header = header
-        self.log = log
-        self.terminal: Terminal | None = None
-        self.withdrawn = False
-        self.on_saved: Callable[[bool], None] = _nobody
+    _journal: "Journal"
+    header: Header  # what was accepted
+    log: Log[Terminal]  # the pieces
+    new: bool = True  # the store has to create the generation
+    lost: bool = False  # no attempt can save it
+    deleted: bool = False  # its conversation was deleted
+    terminal: Terminal | None = None  # its end; None until `Journal.save_end`
+    withdrawn: bool = False  # the prompt was taken back before the model was asked
+    on_saved: Callable[[bool], None] = _nobody  # called once with whether the end was saved
+    _saved: int = 0  # the seq of the last piece that is saved
+    _size: int = -1  # bytes of the pieces; -1 until they are counted
 
     def wake(self) -> None:
         """Save the new piece with the next batch."""
@@ -351,7 +329,3 @@ class Journal:
                 failure=None if expected else error,
             )
         self._failures += 1
-
-
-def _nobody(_: bool) -> None:  # noqa: FBT001
-    """Do nothing: the callback was already called."""

@@ -66,34 +66,18 @@ class Connection(Protocol):
         ...
 
 
+@dataclass(eq=False, slots=True)
 class Requests:
-    """Queues the requests of one client, and answers them one after the other.
+    """Queues the requests of one client, and answers them one after the other."""
 
-    Args:
-        session: the client.
-        following: the generations and conversations that the client follows.
-        connection: notified of the result of an ``auth``.
-    """
-
-    __slots__ = (
-        "_connection",
-        "_done",
-        "_following",
-        "_session",
-        "_waiting",
-        "_worker",
-        "_writable",
-    )
-
-    def __init__(self, session: Session, following: Following, connection: Connection) -> None:
-        self._session = session
-        self._following = following
-        self._connection = connection
-        # The first one is being answered. An empty tuple takes no memory.
-        self._waiting: tuple[Waiting, ...] = ()
-        self._worker: asyncio.Task[None] | None = None  # answers them; None while none waits
-        self._writable: asyncio.Future[None] | None = None  # done when the client reads again
-        self._done: asyncio.Future[None] | None = None  # done when none waits
+    _session: Session
+    _following: Following
+    _connection: Connection  # notified of the result of an `auth`
+    # The first one is being answered. An empty tuple takes no memory.
+    _waiting: tuple[Waiting, ...] = ()
+    _worker: asyncio.Task[None] | None = None  # answers them; None while none waits
+    _writable: asyncio.Future[None] | None = None  # done when the client reads again
+    _done: asyncio.Future[None] | None = None  # done when none waits
 
     def __len__(self) -> int:
         return len(self._waiting)
