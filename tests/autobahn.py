@@ -4,7 +4,7 @@
 
     python -m tests.autobahn .tools/autobahn/bin/wstest
 
-prints the cases that failed, and exits with 1 if a case failed that is not known.
+prints the failed cases, and exits with 1 if an unknown case failed.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What all tests share: a clean environment, and a server with a model in the test's hands."""
+"""Fixtures of all tests: a clean environment, and a server with a model that the test controls."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from tests.support.puppet import Puppet
 from wsserver import logs
 from wsserver.client import dial
 
-# No example fails because the computer is busy.
+# No time limit per example, because the computer may be busy.
 hypothesis_settings.register_profile(
     "any computer", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -43,7 +43,7 @@ def _clean_logging() -> Iterator[None]:
     logs.write_left_out()
     yield
     if set(root.handlers) - before:
-        logs.set_up("info")  # by the clock of the system
+        logs.set_up("info")  # with the system clock
     for handler in set(root.handlers) - before:
         root.removeHandler(handler)
     root.setLevel(levels[0])

@@ -1,4 +1,4 @@
-"""Makes the pictures of the page that the README shows, from the page itself, mid-stream.
+"""Makes the README's pictures of the page during a reply.
 
 ``python -m tests.picture``, or ``make picture``.
 """
@@ -15,7 +15,7 @@ from tests.support.tools import ROOT, require_chromium
 
 LIGHT = ROOT / "examples/page.png"
 DARK = ROOT / "examples/page-dark.png"
-SIZE = 200_000  # bytes, which a picture must not exceed
+SIZE = 200_000  # maximum bytes of a picture
 EARLIER = (
     "Regular expression for ISO dates",
     "A week in Lisbon with two children who like trains",
@@ -36,7 +36,7 @@ async def main() -> None:
 
 
 async def picture(browser: Browser, scheme: Literal["light", "dark"], file: Path) -> None:
-    """Have a conversation among others, and take the picture in the middle of its reply."""
+    """Open a conversation among others, and take the picture during its reply."""
     async with wsserver.serve("demo", demo_rate=60, port=0, drain_timeout=0) as server:
         async with client(server) as other:
             for number, prompt in enumerate(reversed(EARLIER)):

@@ -1,4 +1,4 @@
-"""What operators look at: whether it lives, whether it is ready, and what it counts."""
+"""Health, readiness and metrics for operators."""
 
 import asyncio
 import errno
@@ -181,7 +181,7 @@ async def test_metrics_count_connections(server: wsserver.Server) -> None:
     ("headers", "status"),
     [
         ("", 200),
-        ("X-Forwarded-For: 127.0.0.1\n", 401),  # somebody behind a proxy
+        ("X-Forwarded-For: 127.0.0.1\n", 401),  # a client behind a proxy
         ("Forwarded: for=203.0.113.1\n", 401),
         ("Authorization: Bearer anything\n", 200),
     ],
@@ -263,7 +263,10 @@ async def test_operators_port_replaces_probes_and_metrics_of_main_port(puppet: P
     [
         ({}, 421),
         ({"hosts": "evil.example", "allow_anonymous": True}, 200),
-        ({"operations_host": "0.0.0.0"}, 200),  # which whoever reaches it may read anyway
+        (
+            {"operations_host": "0.0.0.0"},
+            200,
+        ),  # everyone who reaches this address may read the metrics
     ],
 )
 async def test_rebound_name_gets_no_metrics_from_operators_port(

@@ -1,4 +1,4 @@
-"""Answers from the store fit into a frame, and tell where to go on."""
+"""Pages of histories and lists fit into a frame, and name the next page."""
 
 import pytest
 from hypothesis import given
@@ -16,7 +16,7 @@ SETTINGS = Settings(
 )
 ID = "0123456789abcdef"
 
-# Texts that grow as JSON, up to six times, and some that are longer than a frame.
+# Texts that grow up to six times as JSON, and texts longer than a frame.
 texts = st.builds(
     lambda character, count: character * count,
     st.sampled_from(["a", "\x01", '"', "🙂", "é", "\u2028"]),

@@ -70,7 +70,7 @@ def test_content_after_any_cursor_is_same_for_any_limit(
 def test_replace_overwrites_pieces_after_position(
     given_pieces: list[Piece], first: int, again: int
 ) -> None:
-    """Batches overlap where one is saved again; none takes away what a later one has brought."""
+    """Batches may overlap. An earlier batch does not remove pieces of a later one."""
     first, again = sorted((min(first, len(given_pieces)), min(again, len(given_pieces))))
     pieces = Pieces(given_pieces[:again])
     pieces.replace(first, Pieces(given_pieces[first:]))

@@ -1,4 +1,4 @@
-"""What replies cost, and the budget of a day in tokens and in money."""
+"""Costs of replies, and daily budgets in tokens and money."""
 
 import itertools
 import time
@@ -208,7 +208,7 @@ async def test_cost_is_in_log_and_metrics(puppet: Puppet, caplog: pytest.LogCapt
 
 
 class Bill:
-    """What the stand-in for the API bills, at the prices of the model that is asked."""
+    """The bill of the fake API, at the prices of the requested model."""
 
     def __init__(self) -> None:
         self.cache = PromptCache()
@@ -236,7 +236,7 @@ async def upstream(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Upstream]:
 
 
 async def use_up(chat: Client) -> dict[str, Any]:
-    """Send long prompts, then tiny ones that read them from the cache, until one is refused."""
+    """Send long prompts, and then tiny prompts that read them from the cache, until a refusal."""
     for number in itertools.count():
         conversation, turn = divmod(number, 60)
         text = f"{turn:02}".ljust(32_700, "x") if turn < 12 else "x"

@@ -1,4 +1,4 @@
-"""Prompts and messages of content blocks: parsed, counted, kept, and given to the model whole."""
+"""Prompts and messages of content blocks are parsed, counted, saved and sent to the model."""
 
 import json
 from typing import Any
@@ -165,7 +165,7 @@ async def test_other_tab_gets_text_of_prompt(server: Server, puppet: Puppet) -> 
 
 
 async def test_image_data_does_not_count_as_text_tokens(puppet: Puppet) -> None:
-    """Base64 data is no text: a day's tokens are not spent on its characters."""
+    """Characters of Base64 data do not count as text tokens."""
     async with wsserver.serve(
         puppet, port=0, drain_timeout=0, tokens_per_day=10_000, max_tokens=1000
     ) as server:

@@ -1,4 +1,4 @@
-"""Conversations within the limits of the server that are too long for the model."""
+"""Conversations that fit the server's limits but not the model's context window."""
 
 from collections.abc import AsyncIterator
 from typing import Any

@@ -134,7 +134,7 @@ def test_null_for_required_key_is_refused() -> None:
         assert raised.value.code is Code.INVALID_FRAME
 
 
-# What parsing costs.
+# The cost of parsing.
 
 MESSAGE = '{"role": "user", "content": "a"}'
 COSTLY = {
@@ -184,7 +184,7 @@ def test_unusable_frame_uses_little_memory_and_few_errors(frame: str) -> None:
 @pytest.mark.parametrize("gap", ["", " " * 10, ":" * 100], ids=["tight", "wide", "wider"])
 @pytest.mark.parametrize("pair", ["[]", "{}"])
 def test_depth_check_takes_linear_work(pair: str, gap: str) -> None:
-    group = (pair[0] + gap) * DEPTH + pair[1] * DEPTH  # as deep as a frame may be, again and again
+    group = (pair[0] + gap) * DEPTH + pair[1] * DEPTH  # the maximum depth, repeated
     frame = group * (65_536 // len(group))
     with counted() as work, pytest.raises(Refused) as raised:
         parse(frame)

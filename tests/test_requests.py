@@ -358,9 +358,9 @@ async def test_prompt_racing_delete_gets_no_deleted_history(
             await other.next("start", "error")
             await chat.send({"type": "open", "conversation": ONE})
             seen = await chat.next("history", "error")
-            if seen["type"] == "error":  # the delete was decided last
+            if seen["type"] == "error":  # the delete came last
                 assert seen["code"] == "not_found"
-            else:  # the prompt was decided last, in a new conversation
+            else:  # the prompt came last, in a new conversation
                 await until(lambda: len(puppet.replies) == 3)
                 assert [m.content for m in puppet.replies[2].request.messages] == ["New"]
                 assert seen["messages"] == []

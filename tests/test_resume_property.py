@@ -178,7 +178,7 @@ async def test_slow_reader_dropped_at_any_frame_loses_nothing(puppet: Puppet, en
 
 
 async def overwhelm(server: Server, story: Story) -> None:
-    """Have the model say more than the buffers of the one reader can hold."""
+    """Have the model write more than the buffers of the reader can hold."""
     reply = await story.reply()
     (socket,) = server.app.connections
     while socket.writable:

@@ -1,4 +1,4 @@
-"""Ended replies that the server has only in its store are resumed to the byte."""
+"""Ended replies that are only in the store are resumed at any piece."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -139,7 +139,7 @@ async def test_ended_reply_is_resumed_from_any_piece_after_restart(
 @given(
     said=st.lists(pieces, max_size=12),
     ending=endings,
-    # The model says some pieces before and some during a save.
+    # The model writes some pieces before and some during a save.
     parts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=5),
     after=st.floats(0, 1),
     alone=st.booleans(),

@@ -1,4 +1,4 @@
-"""Imports point downward, form no circle, and each outside library has its own rooms.
+"""Imports point downward and have no cycle. Each outside library has its own rooms.
 
 A room is a module or a package directly inside ``wsserver``. Floors are listed from the ground up.
 A floor has wings. A room may import rooms of lower floors, and rooms of its own wing.
@@ -134,11 +134,11 @@ def test_rooms_have_no_import_cycle() -> None:
         graph[room_of(module)] |= {room_of(name) for name in imported_modules(module)}
     for room, others in graph.items():
         others.discard(room)
-    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 def test_modules_have_no_import_cycle() -> None:
-    """An import inside a function may close a circle of two modules of one package."""
+    """An import inside a function may close a cycle of two modules of one package."""
     graph = {module: imported_modules(module, in_functions=False) for module in modules()}
     graphlib.TopologicalSorter(graph).prepare()
 

@@ -1,8 +1,8 @@
-"""The rules that hold always, over random interleavings of all events.
+"""The protocol's invariants, over random interleavings of all events.
 
-The machine drives the hub and connections on ports of its own, without sockets: what is said,
-stopped, lost, delayed and sent again, and how far the event loop gets in between, is random. The
-clock is the machine's too: a slow computer changes no example.
+The machine drives the hub and connections over in-memory transports. Prompts, stops, losses,
+delays and repeated frames are random, and so are the turns of the event loop between them. The
+machine has its own clock, so that a slow computer changes no example.
 """
 
 import asyncio
@@ -224,7 +224,7 @@ class Rules(RuleBasedStateMachine):
             for start in range(0, len(piece), size)
         ]
 
-    # What clients do.
+    # Clients.
 
     @rule(target=clients)
     def connect(self) -> Connection:
@@ -295,7 +295,7 @@ class Rules(RuleBasedStateMachine):
         turns=st.integers(1, 12),
     )
     def all_at_once(self, conversation: str, kinds: list[str], turns: int) -> None:
-        """Several clients ask something of one conversation at the same moment."""
+        """Several clients send requests about one conversation at the same time."""
         if conversation == "new":
             conversation = secrets.token_urlsafe(16)
         for kind in kinds[:4]:
@@ -329,7 +329,7 @@ class Rules(RuleBasedStateMachine):
             self.ports[client].asked.add(frame["id"])
         self.call(client.receive, json.dumps(frame))
 
-    # What the model does.
+    # The model.
 
     @rule(target=replies)
     def speak_up(self) -> Any:
@@ -369,7 +369,7 @@ class Rules(RuleBasedStateMachine):
         if reply.hold is not None:
             reply.hold.set()
 
-    # What the store does.
+    # The store.
 
     @rule(fails=st.booleans())
     def save(self, fails: bool) -> None:

@@ -18,9 +18,8 @@ async def test_server_sends_frames_of_sequence(name: str, tmp_path: Path) -> Non
     await play_to_server(SEQUENCES[name], tmp_path)
 
 
-# Not played, as no call of the client does it: `repeat` (each prompt has an id of its own), `page`
-# (`Chat.history` loads all pages), `later` (a renewal after 48 minutes), and `blocks` (prompts are
-# texts).
+# No call of the client causes these: `repeat` (each prompt has a new id), `page` (`Chat.history`
+# loads all pages), `later` (a renewal after 48 minutes), and `blocks` (prompts are texts).
 UNABLE = frozenset({"repeat", "later", "page", "blocks"})
 
 

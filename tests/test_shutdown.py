@@ -1,4 +1,4 @@
-"""Draining and closing, within the process; the signals are tested with the command line."""
+"""Drain and close of an embedded server. The tests of the command line test signals."""
 
 import asyncio
 import socket

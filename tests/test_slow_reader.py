@@ -1,4 +1,4 @@
-"""A slow or stuck reader costs only itself."""
+"""A slow or stuck reader affects only itself."""
 
 import asyncio
 import socket
@@ -22,7 +22,7 @@ WORD = "0123456789abcde "
 
 
 class Sluggard:
-    """A client on a bare socket, which reads when it is told to and not before."""
+    """A client on a bare socket that reads only when the test reads."""
 
     def __init__(self, sock: socket.socket, protocol: ClientProtocol) -> None:
         self.sock = sock
@@ -76,7 +76,7 @@ class Sluggard:
 async def sluggard(server: wsserver.Server) -> AsyncIterator[Sluggard]:
     sock = socket.socket()
     sock.setblocking(False)
-    # A small window, so that little is enough to fill it.
+    # A small receive buffer is soon full.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     try:
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", server.port))
@@ -93,7 +93,7 @@ async def sluggard(server: wsserver.Server) -> AsyncIterator[Sluggard]:
 
 
 async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
-    """Have the model say more than the reader and all buffers can hold; return all of it."""
+    """Have the model write more than all buffers can hold; return the whole text."""
     await slow.send('{"prompt": "Talk", "id": "the-slow-one-0001"}')
     reply = await puppet.reply()
     transport = sockets_of(server)[0]
@@ -102,7 +102,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, slow: Sluggard) -> str:
         count += 100
         reply.say(*[WORD] * 100)
         await until(reply.heard_out)
-    # And as much again, which has to wait in the log.
+    # The same amount again waits in the log.
     reply.say(*[WORD] * count)
     await until(reply.heard_out)
     return WORD * 2 * count
@@ -112,7 +112,9 @@ async def test_slow_reader_delays_neither_model_nor_other_sockets(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     async with sluggard(server) as slow:
-        await stuck(server, puppet, slow)  # the model was heard out, with nobody reading
+        await stuck(
+            server, puppet, slow
+        )  # the server has all pieces, though the client reads nothing
         async with client(server) as brisk:
             start = await brisk.prompt("Quick")
             (await puppet.reply(1)).say("swift").end()
@@ -168,7 +170,7 @@ async def test_client_not_reading_is_aborted_after_send_timeout(puppet: Puppet) 
         async with sluggard(server) as slow:
             await stuck(server, puppet, slow)
             async with asyncio.timeout(BOUND):
-                await puppet.replies[0].closed.wait()  # for nobody is left to read
+                await puppet.replies[0].closed.wait()  # no reader is left
             while await slow.read():
                 pass
             assert not server.listener.connections
@@ -237,6 +239,6 @@ async def test_ping_flood_without_reading_aborts_connection(
                 for _ in range(5):
                     await asyncio.sleep(0)
                 highest = max(highest, transport.transport.get_write_buffer_size())
-        # One read of the event loop may hold this much more.
+        # One read of the event loop may add this much.
         assert highest <= server.settings.max_unsent + 300_000
         assert not server.listener.connections

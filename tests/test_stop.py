@@ -39,7 +39,7 @@ async def test_stop_before_first_token_closes_upstream(chat: Client, puppet: Pup
 
 async def test_stop_before_model_is_called_ends_reply(chat: Client, puppet: Puppet) -> None:
     await chat.send('{"prompt": "Hello", "id": "chosen-by-client"}')
-    await chat.send('{"type": "stop"}')  # the server reads it with the prompt, or soon after
+    await chat.send('{"type": "stop"}')  # the server reads the stop with the prompt, or soon after
     _, done = await chat.text("chosen-by-client")
     assert done["by"] == "client"
     assert all(reply.closed.is_set() for reply in puppet.replies if reply.said)
@@ -139,7 +139,7 @@ async def test_stop_by_id_works_from_other_socket(
 
 
 async def test_stop_at_end_of_reply_gives_one_terminal(chat: Client, puppet: Puppet) -> None:
-    # The reply ends while the stop is on its way. There is one terminal in either order.
+    # The reply ends while the stop is in flight. Either order gives one terminal.
     for number in range(20):
         start = await chat.prompt(f"Prompt {number}")
         (await puppet.reply(number)).say("all").end()

@@ -1,4 +1,4 @@
-"""What an operator sees: numbers after real generations, and spans of real requests."""
+"""Metrics of real generations, and spans of real requests."""
 
 import asyncio
 import subprocess
@@ -190,7 +190,7 @@ async def test_metrics_include_the_process(server: wsserver.Server) -> None:
     assert server.metrics.content_type.startswith("text/plain")
 
 
-# Whether the model's API fails
+# Outages of the model's API
 
 
 async def test_api_outage_lasts_until_success_or_time_limit(
@@ -258,7 +258,7 @@ async def claude(
 ) -> AsyncIterator[wsserver.Server]:
     monkeypatch.setenv("ANTHROPIC_API_KEY", "sk-secret")
     monkeypatch.setenv("ANTHROPIC_BASE_URL", upstream.url)
-    # Even where somebody wants it.
+    # also if the operator asks for content
     monkeypatch.setenv("ANTHROPIC_OPEN_TELEMETRY_TRACES_CONTENT_MODE", "content")
     async with wsserver.serve(port=0, drain_timeout=0) as server:
         yield server
@@ -360,7 +360,7 @@ async def test_each_reply_is_new_trace_naming_stopper(
 ) -> None:
     first = await chat.prompt()
     second = await chat.prompt(on_busy="queue")
-    # From here on it is the first reply that has things saved, and so lets the second begin.
+    # From here on only the first reply has something to save.
     await until(lambda: not server.app.hub.journal.unsaved)
     (await puppet.reply()).say("x")
     await chat.next("token")

@@ -344,7 +344,7 @@ async def test_end_of_each_reply_is_marked(
             five = (await puppet.reply(4)).say("never")
             await until(lambda: sees("never"))
             async with dialogue(url=server.url, conversation=CONVERSATION):
-                before = len(shown)  # it follows what runs there, from its beginning
+                before = len(shown)  # the chat follows the running reply from its beginning
                 five.say("theless")
                 await until(lambda: sees("theless") and "nevertheless" in shown[before:])
             five.end()

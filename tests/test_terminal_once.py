@@ -65,7 +65,7 @@ async def test_once_exits_with_1_after_error(server: wsserver.Server, puppet: Pu
 
 
 async def test_once_exits_with_1_without_server() -> None:
-    # Without the patience that it has for ten seconds.
+    # Without the ten seconds of patience.
     async with once("ws://127.0.0.1:1/", "--once", "Hi") as process:
         code, out, err = await outcome(process)
     assert (code, out) == (1, "")

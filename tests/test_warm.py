@@ -110,7 +110,7 @@ async def test_unreachable_api_does_not_close_clients(
 
 
 class Warmed:
-    """A model of one's own that notes when it is warmed."""
+    """A custom model that notes its calls of ``prepare`` and ``warm``."""
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.calls: list[str] = []
