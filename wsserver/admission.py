@@ -9,6 +9,7 @@ import asyncio
 import re
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from wsserver.addresses import ip_address, networks
@@ -99,38 +100,24 @@ class Admission:
         return account
 
 
+@dataclass(eq=False, slots=True)
 class Visitor:
     """One connection as admission knows it, from accept to close."""
 
-    __slots__ = (
-        "_admission",
-        "_handshake",
-        "_peer",
-        "_token",
-        "address",
-        "counted",
-        "foreign",
-        "gone",
-        "principal",
-        "shared",
-        "spare",
-    )
+    _admission: Admission
+    _peer: str
+    counted: Account | None  # account of the address that counts the connection
+    address: str = field(init=False)  # of the client; until the request has come, of the peer
+    principal: Principal | None = None  # of the client; None before the client has authenticated
+    shared: Account | None = None  # account of the principal that counts the connection
+    gone: bool = False  # the connection has ended, perhaps during the authentication
+    spare: bool = False  # the connection has one of the places that are kept for probes
+    foreign: bool = False  # a program of another user, where `Admission.users` is set
+    _handshake: Handshake | None = None
+    _token: str | None = None
 
-    def __init__(self, admission: Admission, peer: str, counted: Account | None) -> None:
-        self._admission = admission
-        self._peer = peer
-        self._handshake: Handshake | None = None
-        self._token: str | None = None
-        # Address of the client; until the request has come, address of the peer.
-        self.address = peer
-        # Principal of the client; None before the client has authenticated.
-        self.principal: Principal | None = None
-        self.counted = counted  # account of the address that counts the connection
-        self.shared: Account | None = None  # account of the principal that counts the connection
-        self.gone = False  # the connection has ended, perhaps during the authentication
-        self.spare = False  # the connection has one of the places that are kept for probes
-        # The client is a program of another user, where `Admission.users` is set.
-        self.foreign = False
+    def __post_init__(self) -> None:
+        self.address = self._peer
 
     @property
     def account(self) -> Account:

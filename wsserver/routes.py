@@ -7,7 +7,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import ClassVar
 
@@ -86,27 +86,17 @@ class Page:
         return replace(response, status=HTTPStatus.NOT_MODIFIED, body=b"") if fresh else response
 
 
+@dataclass(eq=False)
 class Operations:
-    """``/healthz``: it is alive. ``/readyz``: send it clients. ``/metrics``: for Prometheus.
+    """``/healthz``: it is alive. ``/readyz``: send it clients. ``/metrics``: for Prometheus."""
 
-    Args:
-        metrics: what has been counted.
-        ready: tells what it takes to serve clients, part by part, and whether it is there.
-        token: lets programs read the metrics; "" lets those that are trusted.
-    """
+    PATHS: ClassVar = ("/healthz", "/readyz", "/metrics")
 
-    PATHS = ("/healthz", "/readyz", "/metrics")
-
-    def __init__(
-        self,
-        metrics: Metrics,
-        ready: Callable[[], Awaitable[Mapping[str, bool]]],
-        token: str,
-    ) -> None:
-        self._metrics = metrics
-        self._ready = ready
-        self.token = token  # may be replaced
-        self._looking: asyncio.Task[Mapping[str, bool]] | None = None
+    _metrics: Metrics
+    # Tells what it takes to serve clients, part by part, and whether it is there.
+    _ready: Callable[[], Awaitable[Mapping[str, bool]]]
+    token: str  # lets programs read the metrics; "" lets those that are trusted
+    _looking: asyncio.Task[Mapping[str, bool]] | None = None
 
     async def respond(self, path: str, headers: Mapping[str, str], *, trusted: bool) -> Response:
         """Answer one of :attr:`PATHS`.
