@@ -14,7 +14,7 @@ from wsserver.stores.base import Store, day_of
 
 READ_RATE = 2**20  # bytes/s of histories and lists for one account over time
 READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
-LEAST_REPLY = 64  # output tokens; a reply starts only if the rest of the day pays for so many
+LEAST_REPLY = 64  # output tokens that the rest of the budget must allow before a reply starts
 
 
 class Accounts:
@@ -82,7 +82,7 @@ class Accounts:
             raise Refused(Code.LIMIT, "Too many prompts per minute.", retry_after=wait)
 
     def knows_store(self, owner: str, *, new: bool) -> bool:
-        """Whether :meth:`check_store` passes an owner without asking the store."""
+        """Whether :meth:`check_store` would pass without a call of the store."""
         return self._knows_spent(owner, day_of(time.time())) and self._quota.knows(owner, new=new)
 
     def _knows_spent(self, owner: str, day: int) -> bool:
@@ -103,7 +103,7 @@ class Accounts:
                 budget.learn(owner, day, amount)
 
     def allow(self, prompt: Prompt, owner: str, model: str) -> int:
-        """Return how many output tokens the reply to a prompt may have.
+        """Return the number of output tokens that the reply to a prompt may have.
 
         Raises:
             Refused: too little of the owner's daily budget is left.
@@ -120,7 +120,7 @@ class Accounts:
             if affordable >= LEAST_REPLY:
                 continue
             if budget.reserved(owner):
-                message = f"The rest of today's {name} is reserved for replies that run."
+                message = f"The rest of today's {name} is reserved for running replies."
                 raise Refused(Code.LIMIT, message)
             tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
             message = f"Too few of today's {name} are left for a reply."

@@ -1,10 +1,10 @@
-"""What a model gets of a conversation: which turns, beginning where.
+"""Selects the turns of a conversation that the model gets.
 
-Anthropic's prompt cache serves the beginning that a request has in common with an earlier request
+Anthropic's prompt cache matches the longest common beginning of two requests
 (https://platform.claude.com/docs/en/build-with-claude/prompt-caching). If each prompt of a long
-conversation dropped the oldest turn, no two requests would begin alike. So the beginning moves
-rarely and far. It depends on the numbers and sizes of the turns alone: after a restart it is the
-same.
+conversation dropped the oldest turn, no two requests would begin with the same turn. So the first
+turn changes rarely, and then by many turns. It depends only on the numbers and sizes of the turns,
+and is the same after a restart.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.stores.base import Turn
 
-IMAGE = 1600  # tokens of an image at most, as the API scales larger ones down
-DOCUMENT = 32  # characters of a PDF's base64 data for each token, about
+IMAGE = 1600  # most tokens of an image; the API scales larger ones down
+DOCUMENT = 32  # characters of a PDF's base64 data per token, about
 
 _WHOLE_OR_STOPPED = frozenset({None, "client", "replaced"})
 
@@ -33,19 +33,19 @@ def messages_of(turns: Sequence[Turn], prompt: Message, *, count: int, size: int
     """Make the messages of a request to the model.
 
     Args:
-        turns: the newest turns of the conversation, oldest first, numbered from 1 in it.
+        turns: the newest turns of the conversation, oldest first.
         prompt: the new message of the user. It is never dropped.
         count: messages at most.
-        size: characters at most, without thinking. Where not all turns fit, a third of it is used,
-            or more.
+        size: characters at most, without thinking. If not all turns fit, the messages have at
+            least a third of it.
     """
     shown = [turn for turn in turns if _shown(turn)]
-    # The first turn may have been replaced, so that the second is the first of all.
+    # If a retry replaced the first turn, the conversation begins with a later number.
     complete = not turns or turns[0].number <= 1 or _size(turns) <= size * 2 // 3
     messages: list[Message] = []
 
     def ask(message: Message) -> None:
-        # A prompt that was stopped before the first word and is sent again is shown once.
+        # A prompt that was stopped before the first text and sent again is shown once.
         last = messages[-1] if messages else None
         if last is None or (last.role, last.blocks) != ("user", message.blocks):
             messages.append(message)
@@ -59,7 +59,7 @@ def messages_of(turns: Sequence[Turn], prompt: Message, *, count: int, size: int
 
 
 def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
-    """Return the newest turns that a request may have. The store has the others."""
+    """Return the newest turns that fit into a request. The store has the others."""
     kept = list(turns[-count:])
     total = _size(kept)
     while len(kept) > 1 and total > size:
@@ -68,12 +68,12 @@ def newest(turns: Sequence[Turn], count: int, size: int) -> list[Turn]:
 
 
 def less_than(size: int) -> int:
-    """Return how many characters to send after the model refused so many."""
+    """Return the characters of the next request, after the model refused ``size``."""
     return size * 3 // 4
 
 
 def tokens_of(request: Request) -> int:
-    """Return about how many tokens a request has, without the thinking of its messages."""
+    """Return an estimate of the tokens of a request, without the thinking in its messages."""
     texts = [request.system or ""]
     data = 0
     for message in request.messages:
@@ -86,18 +86,18 @@ def tokens_of(request: Request) -> int:
 
 
 def _tokens_of_data(block: Image | Document) -> int:
-    """Return about how many tokens the base64 data of a block is for the model."""
+    """Return an estimate of the tokens of a block with base64 data."""
     if isinstance(block, Image):
         return IMAGE
     return len(str(block.source.get("data"))) // DOCUMENT
 
 
 def _first(turns: Sequence[Turn], prompt: int, count: int, size: int, *, complete: bool) -> int:
-    """Return the place of the first turn to show; the end where none fits.
+    """Return the index of the first turn to show; the length if none fits.
 
-    Where not all turns fit, those shown take between a third of the room and all of it. Of the
-    turns that can then be the first, it is the one whose number has the most factors of two. That
-    one stays the same while many turns are added, and the next one is far from it.
+    If not all turns fit, the shown turns use between a third of the limits and all of them. Among
+    the turns that can then be the first, the one whose number has the most factors of two is
+    chosen. It stays the same while many turns are added, and the next choice is many turns later.
     """
     most = _fitting(turns, count - 1, size - prompt)
     if most == 0 and complete:
@@ -109,12 +109,12 @@ def _first(turns: Sequence[Turn], prompt: int, count: int, size: int, *, complet
 
 
 def _has_results(prompt: Message) -> bool:
-    """Whether a prompt has results of tools, which models take only after the tools' calls."""
+    """Whether a prompt has tool results. Models accept these only after the tool calls."""
     return any(isinstance(block, ToolResult) for block in prompt.blocks)
 
 
 def _fitting(turns: Sequence[Turn], count: int, size: int) -> int:
-    """Return the place from which on the turns fit a number of messages and characters."""
+    """Return the index of the first turn of the newest that fit into the limits."""
     place = len(turns)
     while place:
         turn = turns[place - 1]
@@ -137,10 +137,10 @@ def _factors(number: int) -> int:
 
 
 def _shown(turn: Turn) -> bool:
-    """Return whether later requests have the turn.
+    """Return whether later requests contain the turn.
 
-    After a refused turn the model would refuse the next turns too. A prompt that failed before the
-    first word did not reach the model; a prompt that the user stopped belongs to the conversation.
+    A turn that the model refused would make it refuse the next prompts too. A prompt that failed
+    before the first text was not answered. A prompt that the user stopped is kept.
     """
     if turn.partial == Code.REFUSAL:
         return False

@@ -1,4 +1,4 @@
-"""Where one client is in the log of one generation."""
+"""The position of one client in the log of one generation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,42 +14,42 @@ class Sink(Protocol):
 
     @property
     def writable(self) -> bool:
-        """Whether the client keeps up."""
+        """Whether more data may be written: the client reads fast enough."""
         ...
 
     def write(self, frame: bytes) -> None:
-        """Send a frame at once or buffer it. Does nothing once the client is gone."""
+        """Send a frame, or buffer it. Do nothing if the client has disconnected."""
         ...
 
 
 class Reader(Protocol):
-    """Whose cursor it is."""
+    """The owner of a cursor."""
 
     def merged(self, pieces: int) -> None:
         """Note that one frame had several pieces."""
         ...
 
     def leave(self, cursor: "Cursor") -> None:
-        """Follow the generation no more: its terminal was written."""
+        """Stop following the generation: its terminal was written."""
         ...
 
     def fail(self, error: Exception) -> None:
-        """End the connection: the cursor cannot go on."""
+        """Close the connection: the cursor failed."""
         ...
 
 
 @dataclass(eq=False, slots=True)
 class Cursor:
-    """Follows a log for one client, and writes what the client can take."""
+    """Follows a log for one client, and writes pieces as fast as the client reads."""
 
     generation: Generation
     _sink: Sink
     _dialect: Dialect
-    _reader: Reader  # learns of the end
-    limit: int  # characters that a frame may merge
+    _reader: Reader  # notified of the end
+    limit: int  # characters of merged text in a frame
     own: bool = False  # this client sent the prompt
-    # This client asked for the generation by `prompt` or `resume`, and goes on with it when it
-    # closes the conversation.
+    # This client asked for the generation by `prompt` or `resume`. It still follows the generation
+    # after closing the conversation.
     asked: bool = False
     # Makes the first frame, which is written before all others; None once it is written.
     start: Callable[[], bytes] | None = None
@@ -57,13 +57,13 @@ class Cursor:
 
     @property
     def behind(self) -> bool:
-        """Whether there is something to write."""
+        """Whether the log has something that was not written yet."""
         log = self.generation.log
         return self.start is not None or self.seq < log.seq or log.terminal is not None
 
     def begin(self, after: int, limit: int, *, shown: bool, request: str | None) -> None:
-        """Go on from a piece, after a ``start``; see :meth:`Dialect.start`."""
-        if self.start is not None:  # the answer to an earlier frame, which had to wait
+        """Continue after a piece, beginning with a ``start``; see :meth:`Dialect.start`."""
+        if self.start is not None:  # the `start` for an earlier frame was not written yet
             self._sink.write(self.start())
         generation, dialect = self.generation, self._dialect
         self.start = lambda: dialect.start(generation, after=after, shown=shown, request=request)
@@ -71,7 +71,7 @@ class Cursor:
         self.wake()
 
     def wake(self) -> None:
-        """Write what is new, while the client keeps up. A failure ends this client alone."""
+        """Write new pieces while the client reads. A failure closes only this client."""
         generation, sink = self.generation, self._sink
         log = generation.log
         try:
@@ -97,7 +97,7 @@ class Cursor:
     def _next(self) -> tuple[Run, bytes]:
         """Return the run after the cursor, and its frame.
 
-        Cursors in the same place share one frame.
+        Cursors at the same position share one frame.
         """
         generation = self.generation
         if generation.readers == 1:

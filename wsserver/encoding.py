@@ -1,11 +1,11 @@
-"""Encoding what the server sends: from a frame, or from pieces of a reply, to UTF-8 JSON."""
+"""Encodes frames and runs of pieces as UTF-8 JSON."""
 
 from json.encoder import encode_basestring
 
 from wsserver.pieces import TEXT, Kind, Run
 from wsserver.protocol import ServerFrame
 
-# What each kind of piece becomes: the beginning of its frame, and the key of the data.
+# For each kind of piece: the beginning of its frame, and the key of its data.
 _FRAMES: dict[Kind, tuple[str, str]] = {
     "text": ('{"type":"token",', "text"),
     "thinking": ('{"type":"thinking",', "text"),
@@ -23,8 +23,8 @@ def encode(frame: ServerFrame) -> bytes:
 def encode_run(generation: str, run: Run) -> bytes:
     """Encode the frame of a run, as :func:`encode` would.
 
-    Written by hand, as this is what the server does most: an id needs no escaping, and the C
-    function that escapes the text is a tenth of the cost of building and dumping a model.
+    This is the most frequent operation of the server, so it does not build a model. An id needs no
+    escaping. Escaping the text in C costs a tenth of building and dumping a model.
     """
     seq, kind, block, data = run
     if kind == TEXT and not block:

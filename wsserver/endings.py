@@ -1,4 +1,4 @@
-"""The end of a reply: its terminal, and its usage where the model told none."""
+"""The end of a reply: its terminal, and an estimate of its usage if the model reported none."""
 
 import secrets
 
@@ -37,7 +37,7 @@ def terminal_of(generation: Generation, how: Outcome) -> Terminal:
 
 
 def usage_of(generation: Generation) -> Usage:
-    """Return the usage that the model told, or an estimate if the model told none."""
+    """Return the usage that the model reported, or else an estimate."""
     if generation.began is None:
         return Usage()
     if (usage := generation.usage) is not None and not usage.estimated:

@@ -1,4 +1,4 @@
-"""What one client follows: generations, and the conversations that it has open."""
+"""The generations that one client follows, and its open conversations."""
 
 import asyncio
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from wsserver.logs import log
 from wsserver.protocol import Close, Deleted, Prompt, Renamed
 from wsserver.session import Session
 
-OPEN_CONVERSATIONS = 64  # of one client: more than a person has tabs, and each costs memory
+OPEN_CONVERSATIONS = 64  # of one client; each open conversation costs memory
 
 
 @dataclass(eq=False, slots=True)
@@ -21,11 +21,11 @@ class Following:
 
     _session: Session
     _dialect: Dialect
-    # The client's place in each generation; the one served longest ago comes first.
+    # One cursor per generation; the one written longest ago comes first.
     cursors: dict[Generation, Cursor] = field(default_factory=dict)
-    own: str | None = None  # id of the conversation that goes on where a prompt names none
-    _open: tuple[Conversation, ...] = ()  # which takes no memory while it is empty
-    _done: asyncio.Future[None] | None = None  # done when nothing is followed any more
+    own: str | None = None  # id of the conversation for prompts that name none
+    _open: tuple[Conversation, ...] = ()  # an empty tuple takes no memory
+    _done: asyncio.Future[None] | None = None  # done when the client follows nothing
 
     # Generations.
 
@@ -43,12 +43,12 @@ class Following:
         """Write the ``start`` of a generation, and follow it from a piece on.
 
         Args:
-            generation: which one.
+            generation: the generation.
             after: the seq of the last piece that the client has.
-            limit: characters that a frame may merge; None for those of the settings.
-            own: the client sent the prompt, which counts as one of its generations.
+            limit: characters of merged text in a frame; None for the setting `frame_size`.
+            own: the client sent the prompt; the generation counts towards its limit.
             asked: the client asked for the generation by its id.
-            shown: the client does not know the prompt yet.
+            shown: the ``start`` has the prompt, because another client sent it.
             request: the ``request`` of the frame that the ``start`` answers.
         """
         limit = limit or self._session.settings.frame_size
@@ -62,11 +62,11 @@ class Following:
         cursor.begin(after, limit, shown=shown, request=request)
 
     def leave(self, cursor: Cursor, *, lost: bool = False) -> None:
-        """Follow a generation no more.
+        """Stop following a generation.
 
         Args:
-            cursor: the cursor in that generation.
-            lost: the connection died, and the client may not know yet.
+            cursor: the cursor of the generation.
+            lost: the connection died, and the client may not have noticed yet.
         """
         del self.cursors[cursor.generation]
         self._session.hub.unfollow(cursor.generation, cursor, lost=lost)
@@ -74,7 +74,7 @@ class Following:
             self._done.set_result(None)
 
     def wake(self) -> None:
-        """Go on writing each generation, the one served longest ago first."""
+        """Continue to write each generation, the one written longest ago first."""
         for generation, cursor in tuple(self.cursors.items()):
             if not self._session.transport.writable:
                 return
@@ -84,17 +84,17 @@ class Following:
                 cursor.wake()
 
     def merged(self, pieces: int) -> None:
-        """Count the pieces of a frame that has several."""
+        """Count the pieces of a merged frame."""
         self._session.hub.metrics.pieces_merged(pieces)
 
     def fail(self, error: Exception) -> None:
-        """Close the connection, as one of its cursors has failed."""
+        """Close the connection: one of its cursors failed."""
         if not self._session.ended:
             log.error("cursor failed", failure=error)
             self._session.end(Close.INTERNAL_ERROR, "")
 
     def active(self, prompt: Prompt) -> int:
-        """Count the client's own generations, without those that a prompt would replace."""
+        """Count the client's own generations, without the ones that a prompt would replace."""
         name = prompt.conversation or self.own
         replaced = name if prompt.on_busy == "interrupt" and prompt.messages is None else None
         return sum(
@@ -105,7 +105,7 @@ class Following:
         )
 
     async def wait_done(self) -> None:
-        """Wait until the client has all that it follows, terminals included, or is gone."""
+        """Wait until the client has all terminals, or has disconnected."""
         if self.cursors:
             self._done = asyncio.get_running_loop().create_future()
             await self._done
@@ -113,7 +113,7 @@ class Following:
     # Conversations.
 
     def check_open(self, conversation: Conversation) -> None:
-        """Pass a conversation that the client may open.
+        """Check that the client may open a conversation.
 
         Raises:
             Refused: the client has too many conversations open.
@@ -123,7 +123,7 @@ class Following:
             raise Refused(Code.LIMIT, message)
 
     def open(self, conversation: Conversation) -> None:
-        """Follow what runs in a conversation, now and later. The client's next prompts go there."""
+        """Follow the running and later generations of a conversation, and make it the own one."""
         self.own = conversation.id
         if conversation not in self._open:
             self._open += (conversation,)
@@ -133,7 +133,7 @@ class Following:
                 self.follow(generation, shown=True)
 
     def close(self, name: str) -> None:
-        """Follow nothing more in a conversation but what the client asked for by id."""
+        """Close a conversation: follow only the generations that the client asked for by id."""
         for conversation in self.forget(name):
             conversation.watchers.pop(self, None)
             for cursor in tuple(self.cursors.values()):
@@ -149,20 +149,20 @@ class Following:
         return found
 
     def attach(self, generation: Generation) -> None:
-        """Follow a generation that another client asked for in an open conversation."""
+        """Follow a generation that another client started in an open conversation."""
         self.follow(generation, shown=True)
 
     def renamed(self, conversation: Conversation, title: str) -> None:
-        """Tell the title that another client gave an open conversation."""
+        """Send ``renamed``: another client changed the title of an open conversation."""
         self._session.write(Renamed(conversation=conversation.id, title=title))
 
     def drop(self, conversation: Conversation) -> None:
-        """Tell that another client deleted an open conversation."""
+        """Send ``deleted``: another client deleted an open conversation."""
         self.forget(conversation.id)
         self._session.write(Deleted(conversation=conversation.id))
 
     def detach(self, *, lost: bool) -> None:
-        """The client is gone: follow nothing more."""
+        """Stop following everything: the client has disconnected."""
         for conversation in self._open:
             conversation.watchers.pop(self, None)
         self._open = ()

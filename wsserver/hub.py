@@ -1,4 +1,4 @@
-"""What connections ask of this process: prompt, find, follow, stop, delete, and at last drain."""
+"""The entry point of connections: prompt, find, follow, stop, delete, and drain."""
 
 import asyncio
 import contextlib
@@ -21,21 +21,21 @@ from wsserver.stores.base import Store
 from wsserver.telemetry import Metrics
 from wsserver.upkeep import Upkeep
 
-UNAWARE = 15.0  # seconds in which a client notices that its connection is dead, and connects again
+UNAWARE = 15.0  # seconds for a client to notice that its connection is dead, and to reconnect
 
 
 class Hub:
     """Accepts prompts, and lets anyone follow and stop the generations of their owner.
 
-    The ids of generations and conversations belong to their owner. For everyone else they do not
-    exist.
+    Each owner has ids of its own. The generations and conversations of other owners do not exist
+    for it.
 
     Args:
         model: answers the prompts.
         store: keeps conversations and generations.
         settings: the limits and times.
         metrics: the numbers to count in.
-        memory: counts the bytes that the process holds for clients.
+        memory: counts the bytes that are stored for clients.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Hub:
 
     @property
     def tasks(self) -> int:
-        """The number of tasks that run models, also for replies that were abandoned."""
+        """The number of tasks that run models, including the tasks of abandoned replies."""
         return len(self._runner.tasks)
 
     @property
     def draining(self) -> bool:
-        """Whether prompts are refused, as the server is about to close."""
+        """Whether prompts are refused, because the server shuts down."""
         return self._scheduler.draining
 
     @property
@@ -102,10 +102,10 @@ class Hub:
         return self._report.upstream_failing
 
     async def probe(self) -> None:
-        """Find out whether the store saves.
+        """Check that the store works.
 
         Raises:
-            StoreError: the store does not save.
+            StoreError: the store cannot save.
         """
         await self.journal.probe()
 
@@ -148,9 +148,9 @@ class Hub:
         """Remove a follower. The grace time begins when the last one leaves.
 
         Args:
-            generation: what the follower followed.
-            follower: the one that leaves.
-            lost: the connection of the follower is dead, and the client may not know yet.
+            generation: the generation.
+            follower: the follower.
+            lost: the connection died, and the client may not have noticed yet.
         """
         generation.log.followers.remove(follower)
         generation.readers -= 1
@@ -171,12 +171,12 @@ class Hub:
         *,
         before: float | None = None,
     ) -> None:
-        """Stop what runs in a conversation, delete it, and tell those who watch it.
+        """Stop the generations of a conversation, delete it, and notify its other watchers.
 
         Args:
-            conversation_id: which conversation.
-            owner: whose.
-            sender: the watcher that need not be told.
+            conversation_id: the id of the conversation.
+            owner: the owner.
+            sender: the watcher that is not notified.
             before: delete the conversation only if it was last used before this time, in seconds
                 since the epoch.
 
@@ -199,7 +199,7 @@ class Hub:
         conversation.watchers.clear()
 
     async def _delete(self, conversation: Conversation, before: float | None) -> None:
-        """Stop what runs in a conversation, wait for the models, and delete the conversation."""
+        """Stop the generations of a conversation, wait for the models, and delete it."""
         live = conversation.live
         for generation in reversed(live):
             self.stop(generation, "deleted")
@@ -217,7 +217,7 @@ class Hub:
         task.add_done_callback(self._detached.discard)
 
     async def drain(self) -> None:
-        """Refuse prompts, stop those that wait, and let the rest finish within the drain time."""
+        """Refuse new prompts, stop waiting ones, and let the rest finish within the drain time."""
         self._scheduler.draining = True
         for generation in tuple(self._scheduler.live):
             if generation.state is State.QUEUED:
@@ -239,7 +239,7 @@ class Hub:
         """Stop all generations, save their ends, and set no more timers. Idempotent.
 
         Args:
-            within: seconds that models get to close their requests.
+            within: seconds for models to close their requests.
         """
         self._scheduler.draining = True
         self._stop_all()

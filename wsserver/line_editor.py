@@ -22,7 +22,7 @@ class LineEditor:
     """Reads one prompt at a time.
 
     Args:
-        warn: called with a message if the history of prompts cannot be kept.
+        warn: called with a message if the history of prompts cannot be saved.
     """
 
     def __init__(self, warn: Callable[[str], None]) -> None:
@@ -30,7 +30,7 @@ class LineEditor:
         try:
             history = _ForgivingHistory(open_history())
         except OSError as error:
-            warn(f"no history of your prompts is kept: {error.strerror}")
+            warn(f"cannot save the history of your prompts: {error.strerror}")
             history = InMemoryHistory()
         self._session: PromptSession[str] = PromptSession(
             history=history, key_bindings=_key_bindings(), multiline=True
@@ -48,7 +48,7 @@ class LineEditor:
 
 
 class _ForgivingHistory(FileHistory):
-    """A history whose file may become unwritable. The prompt is sent nevertheless."""
+    """A history that ignores write errors of its file: the prompt is still sent."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
@@ -92,7 +92,7 @@ def open_history() -> Path:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.closing(os.fdopen(descriptor)):
-        # A user without history links the path to a device, such as /dev/null, of all users.
+        # To disable the history, a user may link the path to /dev/null, which others use too.
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fchmod(descriptor, 0o600)
     return path

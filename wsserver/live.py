@@ -22,24 +22,24 @@ from wsserver.protocol import Prompt, StoppedBy, Terminal
 from wsserver.stores.base import Turn, partial
 from wsserver.telemetry import Span
 
-SMALLEST_FRAME = 256  # characters of a frame: the least for a client whose connections break
+SMALLEST_FRAME = 256  # least characters of merged text, for a client whose connections break
 PROMPT = 1024  # bytes of a prompt in memory besides its texts
 MESSAGE = 640  # bytes of each of its messages besides the text, in the prompt and in the request
-RESUMED = 16  # seqs after which clients resumed, per generation, that are remembered
+RESUMED = 16  # remembered seqs after which clients resumed, per generation
 
 Outcome = End | StoppedBy | BaseException
-"""How a reply ended: the model ended it, somebody stopped it, or something failed."""
+"""How a reply ended: the model ended it, it was stopped, or it failed."""
 
 
 class Watcher(Protocol):
-    """A client that has a conversation open. No method may raise or wait."""
+    """A client that has a conversation open. No method may raise or block."""
 
     def attach(self, generation: "Generation") -> None:
         """Follow a generation that has just been accepted."""
         ...
 
     def renamed(self, conversation: "Conversation", title: str) -> None:
-        """Tell the new title of the conversation."""
+        """Notify of the new title of the conversation."""
         ...
 
     def drop(self, conversation: "Conversation") -> None:
@@ -53,16 +53,16 @@ class Conversation:
 
     id: str
     owner: str
-    # The newest turns that ended, oldest first. Each change makes a new sequence.
+    # The newest ended turns, oldest first. Each change makes a new sequence.
     turns: Sequence[Turn] = ()
-    # The generation whose model is asked, or whose end is being saved.
+    # The generation that runs, or whose end is being saved.
     running: "Generation | None" = None
-    # The generations that wait for it, in order.
+    # The generations that wait for `running`, in order.
     queue: "list[Generation]" = field(default_factory=list)
     # The clients that have the conversation open.
     watchers: dict[Watcher, None] = field(default_factory=dict)
     version: int = 0  # grows by one with each reply that ends
-    # By model, the characters of messages that were too long for it; None if none were.
+    # By model, the characters of the last messages that were too long; None if none were.
     refused: dict[str, int] | None = None
     exists: bool = False  # the conversation has a turn, or a generation was accepted in it
     loaded: bool = False  # `exists` and `turns` are known
@@ -78,16 +78,16 @@ class Conversation:
 
     @property
     def busy(self) -> bool:
-        """Whether a prompt has to wait for more than the close of a request or the store."""
+        """Whether a generation runs, or prompts wait. False while a reply is only being saved."""
         running = self.running
         return running is not None and (running.state is State.RUNNING or bool(self.queue))
 
     def check(self, prompt: Prompt, queue_size: int) -> None:
-        """Pass a prompt that this conversation takes now.
+        """Check that this conversation accepts a prompt now.
 
         Args:
-            prompt: what the client sent.
-            queue_size: how many prompts may wait.
+            prompt: the prompt.
+            queue_size: number of prompts that may wait.
 
         Raises:
             Refused: the conversation was deleted, is busy, or its queue is full; or the prompt
@@ -134,53 +134,53 @@ class Generation:
     prompt: Prompt
     model: str
     conversation_id: str | None
-    account: Account = ()  # whose limits count
+    account: Account = ()  # the account whose limits apply
     # None for `messages`, and for a reply from the store.
     conversation: Conversation | None = None
     log: Log[Terminal] = field(default_factory=Log)
     state: State = State.QUEUED
     # Limits and costs.
     allowance: int = 0  # output tokens that the reply may have
-    asked: int = 0  # about how many input tokens the request has
-    reserved: Spent = NOTHING  # what the reply may cost, until it has ended
-    spent: Spent = NOTHING  # what the reply has cost, once it has ended
-    record: Record | None = None  # the journal's part of it; None for a reply from the store
+    asked: int = 0  # estimate of the input tokens of the request
+    reserved: Spent = NOTHING  # the highest cost of the reply, until it has ended
+    spent: Spent = NOTHING  # the cost of the reply, once it has ended
+    record: Record | None = None  # the journal's record; None for a reply from the store
     memory: int = 0  # bytes that the account pays for until the end: the prompt and the log
     size: int = 0  # bytes of the ended generation in memory
-    usage: Usage | None = None  # the last usage that the model told
+    usage: Usage | None = None  # the last usage that the model reported
     accepted: float = 0.0  # when the prompt was accepted
     # Facts of RUNNING.
-    # When the model was asked; None for a prompt that was taken back before.
+    # When the model was called; None for a prompt that was withdrawn before.
     began: float | None = None
-    heard: float = 0.0  # when the model last gave a sign of life
-    spoke: float | None = None  # when the first piece came
-    task: "asyncio.Task[End] | None" = None  # reads the model's answer
+    heard: float = 0.0  # when the model last sent anything
+    spoke: float | None = None  # when the first piece arrived
+    task: "asyncio.Task[End] | None" = None  # the task that runs the model
     span: Span | None = None
     # Facts of STOPPING.
-    why: StoppedBy | ModelError | None = None  # who stopped the reply, or the error of a time limit
+    why: StoppedBy | ModelError | None = None  # cause of the stop, or the error of a time limit
     stopped: float = 0.0  # when it was stopped
     # Facts of SAVING.
-    failure: BaseException | None = None  # what has failed, until the end is logged
+    failure: BaseException | None = None  # what ended the reply, until the end is logged
     ended: float = 0.0  # when the reply was complete, and the store began to save its end
     # Readers.
-    readers: int = 0  # how many clients follow it
+    readers: int = 0  # number of clients that follow it
     unread: int | None = None  # tokens since the last reader left; None while there is a reader
-    unaware_until: float = 0.0  # until when a client may not know that its connection is dead
+    unaware_until: float = 0.0  # until when a client may not notice that its connection is dead
     grace: asyncio.TimerHandle | None = None  # stops the reply, unless a reader comes back
-    # What a cursor read last, for other cursors: the place, the run and its frame.
+    # The last run that a cursor encoded, for other cursors: position, run and frame.
     shared: tuple[tuple[object, ...], Run, bytes] | None = None
     resumed: tuple[int, ...] = ()  # the last seqs after which clients resumed
-    # Characters of a frame for clients that resume; None for those of the settings.
+    # Characters of a frame for clients that resume; None for the setting `frame_size`.
     merged: int | None = None
 
     def start(self, task: "asyncio.Task[End]", span: Span, now: float) -> None:
-        """Note that a task asks the model."""
+        """Note that a task runs the model."""
         self._move("start")
         self.task, self.span = task, span
         self.began = self.heard = now
 
     def stop(self, why: StoppedBy | ModelError, now: float) -> None:
-        """Note that the reply must end early: somebody stops it, or a time limit is over."""
+        """Note that the reply must end early, because of a stop or a time limit."""
         self._move("stop")
         self.why, self.stopped = why, now
 
@@ -194,13 +194,13 @@ class Generation:
         self.ended = now
 
     def end(self, terminal: Terminal) -> None:
-        """Write the terminal, and drop the task, which holds the traceback of a failure."""
+        """Append the terminal, and drop the task, which refers to the traceback of a failure."""
         self._move("end")
         self.task = self.failure = self.shared = None
         self.log.end(terminal)
 
     def restore(self, terminal: Terminal) -> None:
-        """Write the terminal of a reply from the store."""
+        """Append the terminal of a reply from the store."""
         self._move("restore")
         self.log.end(terminal)
 
@@ -233,7 +233,7 @@ class Generation:
 
     @property
     def seconds(self) -> float:
-        """Seconds that the model took; 0 if nobody asked the model."""
+        """Seconds that the model took; 0 if the model was not called."""
         return 0.0 if self.began is None else self.ended - self.began
 
     @property

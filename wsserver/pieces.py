@@ -1,4 +1,4 @@
-"""The pieces of a reply: what a log consists of, and the blocks that the pieces make.
+"""The pieces of a reply: their storage in a log, and the blocks that they form.
 
 A piece has a kind, the number of its block within the reply, and data. Most pieces are text, and
 consecutive pieces mostly belong to one block. So :class:`Pieces` keeps the data in one list, and
@@ -14,9 +14,10 @@ from typing import Literal, NamedTuple
 from wsserver.content import Block, Text, Thinking, compact, dump_block, parse_block
 
 Kind = Literal["text", "thinking", "signature", "citation", "block"]
-"""What the data of a piece is.
+"""The kind of a piece, which says what its data is.
 
-``text`` and ``thinking``: a part of such a block. ``signature``: that of the thinking block.
+``text`` and ``thinking``: a part of such a block. ``signature``: the signature of the thinking
+block, or a part of it.
 ``citation``: the JSON of a citation of the text block. ``block``: the JSON of a block of any other
 type.
 """
@@ -74,14 +75,14 @@ class Pieces:
                 yield Piece(kind, block, item)
 
     def begin(self, kind: Kind, block: int) -> None:
-        """Begin a run of another kind or block, to which what is added to ``data`` belongs."""
+        """Begin a run: pieces that are added to ``data`` from now on have this kind and block."""
         self.kind, self.block = kind, block
         if self._runs[-1][0] == len(self.data):
             self._runs.pop()
         self._runs.append((len(self.data), kind, block))
 
     def read(self, after: int, limit: int) -> Run:
-        """Merge the pieces of one kind and block that come after a number of pieces.
+        """Merge pieces of one kind and block, from the one after the first ``after`` pieces on.
 
         Args:
             after: the number of pieces, at least 0 and less than all.
@@ -102,7 +103,7 @@ class Pieces:
         return Run(seq, kind, block, "".join(data[after:seq]))
 
     def runs(self, after: int = 0) -> Iterator[tuple[Kind, int, list[str]]]:
-        """Give the kind, the block and the data of each run that comes after a number of pieces."""
+        """Yield the kind, the block and the data of each run after the first ``after`` pieces."""
         if after >= len(self.data):
             return
         for place in range(self._run_of(after), len(self._runs)):
@@ -110,15 +111,15 @@ class Pieces:
             yield kind, block, self.data[max(after, start) : self._end_of_run(place)]
 
     def _run_of(self, index: int) -> int:
-        """Return the place of the run that a piece belongs to."""
+        """Return the index of the run that has a piece."""
         return bisect_right(self._runs, index, key=itemgetter(0)) - 1
 
     def _end_of_run(self, place: int) -> int:
-        """Return the index behind a run."""
+        """Return the index after the last piece of a run."""
         return self._runs[place + 1][0] if place + 1 < len(self._runs) else len(self.data)
 
     def after(self, number: int) -> "Pieces":
-        """Return the pieces that come after a number of pieces."""
+        """Return the pieces after the first ``number`` ones."""
         found = Pieces()
         if number >= self._runs[-1][0]:  # in the last run: the common case
             found.extend(self.kind, self.block, self.data[number:])
@@ -135,8 +136,8 @@ class Pieces:
             self.data += data
 
     def replace(self, after: int, pieces: "Pieces") -> None:
-        """Put pieces in the place of those that come after a number of pieces."""
-        if len(self.data) > after + len(pieces):  # what is known already, and more of it
+        """Replace all pieces after the first ``after`` ones."""
+        if len(self.data) > after + len(pieces):  # an older batch, saved again
             return
         if after < len(self.data):
             del self.data[after:]
@@ -151,7 +152,7 @@ class Pieces:
 
     @property
     def text(self) -> str:
-        """All text, without what is of another kind."""
+        """The data of all text pieces."""
         return self.joined("text")
 
     def joined(self, wanted: Kind) -> str:
@@ -159,7 +160,7 @@ class Pieces:
         return "".join(item for kind, _, data in self.runs() if kind == wanted for item in data)
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return the blocks that the pieces make.
+        """Return the blocks that the pieces form.
 
         Raises:
             ValueError: the data of a block or of a citation is not its JSON.
@@ -186,7 +187,7 @@ class Pieces:
 
 
 def pieces_of(block: Block) -> list[tuple[Kind, str]]:
-    """Return the kinds and data of the pieces that a whole block is made of."""
+    """Return the kinds and data of the pieces of a whole block."""
     if isinstance(block, Thinking):
         return [("thinking", block.thinking), ("signature", block.signature)]
     if isinstance(block, Text):

@@ -6,7 +6,7 @@ from wsserver.errors import Code, Refused
 from wsserver.settings import Settings
 from wsserver.stores.base import Amounts, Store
 
-FRESH = 10.0  # seconds for which an answer of the store is used again; prompts have a rate limit
+FRESH = 10.0  # seconds for which an answer of the store is cached; prompts have a rate limit
 SWEEP = 1024  # answers after which old ones are dropped
 
 
@@ -20,18 +20,18 @@ class Quota:
         self._known: dict[str, tuple[float, Amounts]] = {}  # by owner, with the time of the answer
 
     def knows(self, owner: str, *, new: bool) -> bool:
-        """Whether :meth:`check` passes an owner without asking the store."""
+        """Whether :meth:`check` would pass without a call of the store."""
         known = self._known.get(owner)
         if known is None or self._loop.time() - known[0] >= FRESH:
             return False
         return self._over(known[1], new=new) is None
 
     async def check(self, owner: str, *, new: bool) -> None:
-        """Pass where an owner may store one more prompt.
+        """Check that an owner may store one more prompt.
 
         Raises:
             Refused: the owner has to delete something first.
-            StoreError: the store cannot tell.
+            StoreError: the store failed.
         """
         settings, now = self._settings, self._loop.time()
         asked, stored = self._known.get(owner, (now - FRESH, Amounts(0, 0)))
@@ -56,7 +56,7 @@ class Quota:
             raise Refused(Code.LIMIT, message, retryable=False)
 
     def _over(self, stored: Amounts, *, new: bool) -> str | None:
-        """Return which limit an owner has reached."""
+        """Return the name of the limit that an owner has reached; None if there is none."""
         if stored.bytes >= self._settings.bytes_per_principal:
             return "bytes"
         if new and stored.conversations >= self._settings.conversations_per_principal:

@@ -1,4 +1,4 @@
-"""What an operator learns of a generation: its metrics, its log event, the model's health."""
+"""Reports generations to the operator: metrics, log events, the health of the model's API."""
 
 import asyncio
 import logging
@@ -9,8 +9,8 @@ from wsserver.logs import log as events
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.telemetry import Metrics
 
-FAILURES = 5  # of the model's API in a row, after which the API counts as failing
-FAILING = 30.0  # seconds after the last failure, in which the API counts as failing
+FAILURES = 5  # in a row: then the model's API counts as failing
+FAILING = 30.0  # seconds after the last failure in which the API counts as failing
 
 
 class Reporter:
@@ -26,21 +26,22 @@ class Reporter:
     def upstream_failing(self) -> bool:
         """Whether the model's API has just failed several times in a row.
 
-        The answer does not stay true by itself: a server that gets no prompts would never recover.
+        This ends by itself after :data:`FAILING` seconds: a server without prompts would otherwise
+        never recover.
         """
         recently = self._loop.time() - self._failed < FAILING
         return self._failures >= FAILURES and recently
 
     def started(self) -> None:
-        """Report that a model is asked."""
+        """Report the start of a call of the model."""
         self._metrics.generation_began()
 
     def closed(self, generation: Generation) -> None:
-        """Report that a model which was asked to stop has closed its request."""
+        """Report that a stopped model has closed its request."""
         self._metrics.stop_took(self._loop.time() - generation.stopped)
 
     def answered(self, generation: Generation, terminal: Terminal) -> None:
-        """Learn from the end of a reply whether the model's API works."""
+        """Update the health of the model's API from the end of a reply."""
         if isinstance(terminal, Error) and terminal.code in OUTAGE:
             self._failures += 1
             self._failed = self._loop.time()
@@ -50,7 +51,7 @@ class Reporter:
     def ended(
         self, generation: Generation, terminal: Terminal, failure: BaseException | None
     ) -> None:
-        """Count a generation that has ended, and log its one event, without any text of it."""
+        """Count an ended generation, and log its event. The event has no text of the reply."""
         self._metrics.generation_ended(
             terminal,
             model=generation.model,
@@ -79,7 +80,7 @@ class Reporter:
 
 
 def _outcome(terminal: Terminal, failure: BaseException | None) -> tuple[int, dict[str, object]]:
-    """Return the level and the values with which a log event tells how a generation ended."""
+    """Return the level and the values of the log event for the end of a generation."""
     if isinstance(terminal, Done):
         return logging.INFO, {"reason": terminal.reason, "by": terminal.by}
     about: dict[str, object] = {"error": terminal.code, "ref": terminal.ref}

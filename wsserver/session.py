@@ -1,4 +1,4 @@
-"""One client: its principal, its account, and how it gets frames."""
+"""One client: its principal, its account, and the sending of frames."""
 
 import secrets
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from wsserver.settings import Settings
 
 
 class Transport(Sink, Protocol):
-    """The way to one client."""
+    """Sends data to one client."""
 
     def end(self, code: Close, reason: str) -> None:
-        """Close the connection, after what was written before."""
+        """Close the connection after sending all data that was written before."""
         ...
 
 
 @dataclass(eq=False, slots=True)
 class Session:
-    """What all that serves one client has in common."""
+    """The state that all parts of a connection share."""
 
     transport: Transport
     hub: Hub
@@ -48,11 +48,11 @@ class Session:
 
     @property
     def account(self) -> Account:
-        """Whose limits count."""
+        """The account whose limits apply."""
         return self.visitor.account
 
     def end(self, code: Close, reason: str) -> None:
-        """Hear no more of the client, and close the connection."""
+        """Ignore further frames, and close the connection."""
         self.ended = True
         self.transport.end(code, reason)
 
@@ -61,7 +61,7 @@ class Session:
         self.transport.write(encode(frame))
 
     def fail(self, error: Exception, frame: ClientFrame | None) -> Refused:
-        """Send the error for a frame whose answer has failed, and return it."""
+        """Send the error for a frame whose answer failed, and return the error."""
         if isinstance(error, Refused):
             refused, cause = error, None
         else:
@@ -78,9 +78,9 @@ class Session:
         """Send an error.
 
         Args:
-            refused: what the client is told.
-            frame: the frame that is refused; None for an unusable one.
-            cause: what has failed; it is logged, and the client does not see it.
+            refused: the error.
+            frame: the refused frame; None for an unusable one.
+            cause: the exception behind the error. It is logged, and not sent.
         """
         ref = secrets.token_hex(4)
         self.hub.metrics.frame_refused("none" if frame is None else frame.type, refused.code)
@@ -103,7 +103,7 @@ class Session:
 
 
 def name_frame(refused: Refused, frame: ClientFrame) -> None:
-    """Name in a refusal the frame that is refused."""
+    """Set ``about`` and ``request`` of a refusal."""
     about = getattr(frame, "id", None) or getattr(frame, "conversation", None)
     refused.about = refused.about or about
     refused.request = refused.request or frame.request

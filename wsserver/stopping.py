@@ -1,4 +1,4 @@
-"""A ``stop`` and its answer, which comes when all that it stops has ended."""
+"""A ``stop`` frame, which is answered when all its generations have ended."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ class Stopping:
     _pending: int = 1  # until `settle` is called for the frame itself
 
     def expect(self) -> None:
-        """Wait for one more prompt, which is not accepted yet."""
+        """Wait for one more prompt that is not accepted yet."""
         self._pending += 1
 
     def stop(self, generation: Generation) -> None:
@@ -35,14 +35,14 @@ class Stopping:
             self._hub.stop(generation, "client")
 
     def wake(self) -> None:
-        """A generation has ended, if its log has a terminal."""
+        """Count the generations whose logs have a terminal as ended."""
         for ended in [log for log in self._logs if log.terminal is not None]:
             self._logs.remove(ended)
             ended.followers.remove(self)
             self.settle()
 
     def settle(self) -> None:
-        """Wait for one thing less; answer if it was the last."""
+        """Count one end; answer if it was the last."""
         self._pending -= 1
         if not self._pending:
             self._answer(self.frame, self._ids)

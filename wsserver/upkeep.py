@@ -1,4 +1,4 @@
-"""Regular work on the store: purge what nobody can ask for any more, delete old conversations."""
+"""Regular work on the store: purge expired generations, delete old conversations."""
 
 import asyncio
 import time
@@ -9,9 +9,9 @@ from wsserver.logs import log
 from wsserver.stores.base import Store
 
 EVERY = 30.0  # seconds between two rounds
-PAUSE = 0.05  # seconds between two steps of one round, in which others are served
+PAUSE = 0.05  # seconds between two steps of a round, so that requests do not wait
 STEP = 20  # conversations that are looked up at once
-MOST_SKIPPED = 1000  # conversations that one round skips before it gives up
+MOST_SKIPPED = 1000  # conversations that one round skips before it ends
 
 
 class Delete(Protocol):
@@ -27,10 +27,10 @@ class Upkeep:
 
     Args:
         store: the store to purge.
-        delete: deletes a conversation, by id and owner, with all that the process has of it, if
-            the conversation was last used before a time.
-        replay: seconds that ended generations outside of conversations are kept.
-        retention: seconds that conversations are kept after their last use; 0 for ever.
+        delete: deletes a conversation from the store and from memory, if it was last used before
+            a time.
+        replay: seconds for which ended generations outside of conversations are kept.
+        retention: seconds for which conversations are kept after their last use; 0: no limit.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Upkeep:
             await self._delete_old()
 
     async def _delete_old(self) -> None:
-        """Delete old conversations. One that cannot be deleted is left for the next round."""
+        """Delete old conversations. The next round tries the failed ones again."""
         skipped: set[tuple[str, str]] = set()  # by owner and id
         while len(skipped) < MOST_SKIPPED:
             before = time.time() - self._retention

@@ -1,4 +1,4 @@
-"""Dialects: how a log is spoken to one kind of client, one module each."""
+"""Dialects: each module encodes a log for one kind of client."""
 
 from wsserver.dialects.base import Dialect
 

@@ -1,4 +1,4 @@
-"""What a dialect is."""
+"""The interface of a dialect."""
 
 from typing import Protocol
 
@@ -19,10 +19,10 @@ class Dialect(Protocol):
         """Encode the beginning.
 
         Args:
-            generation: what the client follows from now on.
+            generation: the generation that the client follows from now on.
             after: the seq of the last piece that the client has.
-            shown: the client does not know the prompt yet.
-            request: the ``request`` of the frame that asked for it.
+            shown: whether to include the prompt, because another client sent it.
+            request: the ``request`` of the frame that this answers.
         """
         ...
 

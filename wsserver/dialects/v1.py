@@ -12,7 +12,7 @@ class V1:
     @staticmethod
     def start(generation: Generation, *, after: int, shown: bool, request: str | None) -> bytes:
         """Encode a ``start`` frame."""
-        # A prompt that interrupts waits only until a request is closed, and is not `queued`.
+        # An interrupting prompt waits only until a request is closed, and has no `queued`.
         queued = generation.queued if generation.prompt.on_busy == "queue" else None
         return encode(
             Start(
