@@ -32,18 +32,13 @@ def new_id() -> str:
     return secrets.token_urlsafe(16)
 
 
-def connect(
-    url: str,
-    *,
-    token: Token | None = None,
-    conversation: str | None = None,
-    patience: float = 120.0,
-    open_timeout: float = 30.0,
-    ping_timeout: float = 20.0,
-    close_timeout: float = 5.0,
-    on_state: Callable[[State], None] | None = None,
-) -> "Chat":
-    """Create a chat. It connects when its ``async with`` block is entered.
+class Chat:
+    """A chat with a server. It connects when its ``async with`` block is entered.
+
+    Entering the block raises :class:`ConnectionFailed` if there is no connection in time. Leaving
+    the block stops the replies to prompts of this chat. Without a connection at that moment, the
+    server stops them after its grace time. Replies that the chat only follows, by :meth:`resume`,
+    run on.
 
     Args:
         url: the server's address, ``ws://`` or ``wss://``.
@@ -60,36 +55,25 @@ def connect(
         close_timeout: seconds to stop replies and to close the connection at the end.
         on_state: called with each new state. It must neither raise nor block.
     """
-    timeouts = Timeouts(open_timeout, ping_timeout, close_timeout, patience)
-    return Chat(url, token or None, conversation or new_id(), timeouts, on_state)
-
-
-class Chat:
-    """A chat with a server; see :func:`connect`.
-
-    Entering the ``async with`` block raises :class:`ConnectionFailed` if there is no connection in
-    time. Leaving the block stops the replies to prompts of this chat. Without a connection at that
-    moment, the server stops them after its grace time. Replies that the chat only follows, by
-    :meth:`resume`, run on.
-
-    Attributes:
-        conversation: id of the conversation for prompts that name none.
-    """
 
     def __init__(
         self,
         url: str,
-        token: Token | None,
-        conversation: str,
-        timeouts: Timeouts,
-        on_state: Callable[[State], None] | None,
+        *,
+        token: Token | None = None,
+        conversation: str | None = None,
+        patience: float = 120.0,
+        open_timeout: float = 30.0,
+        ping_timeout: float = 20.0,
+        close_timeout: float = 5.0,
+        on_state: Callable[[State], None] | None = None,
     ) -> None:
-        self.conversation = conversation
-        self._timeouts = timeouts
+        self.conversation = conversation or new_id()
+        self._timeouts = Timeouts(open_timeout, ping_timeout, close_timeout, patience)
         self._entered = False
-        self._connection = Connection(url, token, timeouts, on_state)
-        self._replies = Replies(self._connection, timeouts.patience)
-        self._queries = Queries(self._connection, timeouts.patience)
+        self._connection = Connection(url, token or None, self._timeouts, on_state)
+        self._replies = Replies(self._connection, patience)
+        self._queries = Queries(self._connection, patience)
         self._subscriptions = Subscriptions(self._connection, self._replies, self._queries)
         # Subscriptions come first: they create the reply that the other requesters then know.
         self._connection.requesters = (self._subscriptions, self._replies, self._queries)
@@ -284,6 +268,9 @@ class Chat:
         """
         self._connection.check()
         await self._queries.ask(Delete(conversation=conversation), parse_nothing)
+
+
+connect = Chat
 
 
 async def _wait_for_end(reply: Reply) -> None:

@@ -46,7 +46,7 @@ FRAME_SIZE = 16 * 1024 * 1024  # bytes; the server sends less than 1 MiB
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Timeouts in seconds; see :func:`wsserver.client.connect`."""
+    """Timeouts in seconds; see :class:`wsserver.client.Chat`."""
 
     opening: float
     ping: float

@@ -15,7 +15,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Self, TypeVar
 
-from wsserver.client.chat import connect as connect_async
+from wsserver.client.chat import Chat
 from wsserver.client.connection import State
 from wsserver.client.history import Conversation, History, Limits
 from wsserver.client.reply import Done, Reply
@@ -25,17 +25,6 @@ from wsserver.content import Block, Usage
 T = TypeVar("T")
 
 SETTLE_TIMEOUT = 5.0  # seconds for cancelled tasks to end
-
-
-def connect(url: str, **settings: Any) -> "SyncChat":
-    """Create a chat. It connects when its ``with`` block is entered.
-
-    Args:
-        url: the server's address, ``ws://`` or ``wss://``.
-        settings: the arguments of :func:`wsserver.client.connect`. The functions among them
-            (``token``, ``on_state``) are called in the chat's thread.
-    """
-    return SyncChat(url, settings)
 
 
 class _Loop:
@@ -170,11 +159,19 @@ class SyncSubscription:
 
 
 class SyncChat:
-    """A :class:`~wsserver.client.Chat` with blocking calls."""
+    """A :class:`~wsserver.client.Chat` with blocking calls.
 
-    def __init__(self, url: str, settings: dict[str, Any]) -> None:
+    It connects when its ``with`` block is entered.
+
+    Args:
+        url: the server's address, ``ws://`` or ``wss://``.
+        settings: the arguments of :class:`wsserver.client.Chat`. The functions among them
+            (``token``, ``on_state``) are called in the chat's thread.
+    """
+
+    def __init__(self, url: str, **settings: Any) -> None:
         self._loop = _Loop()
-        self._chat = connect_async(url, **settings)
+        self._chat = Chat(url, **settings)
 
     def __enter__(self) -> Self:
         self._loop.start()
@@ -241,6 +238,9 @@ class SyncChat:
 
     def _reply(self, ask: Callable[[], Reply]) -> SyncReply:
         return SyncReply(self._loop.run(_call(ask)), self._loop)
+
+
+connect = SyncChat
 
 
 def _without_waiting(coroutine: Coroutine[Any, Any, T]) -> T:
