@@ -85,6 +85,7 @@ class FakePort:
         frame = json.loads(data)
         kind, name = frame["type"], frame.get("id")
         if kind == "start":
+            self.machine.note_id(name, frame, self)
             self.accepted.add(name)
             self.ended.discard(name)
             self.following[name] = None
@@ -146,7 +147,7 @@ class Rules(RuleBasedStateMachine):
         super().__init__()
         self.loop = ClockLoop()
         self.ports: dict[Connection, FakePort] = {}
-        self.sent: dict[str, dict[str, Any]] = {}
+        self.sent: dict[str, dict[str, Any]] = {}  # by id, or by what stands in for it
         self.stopped_at: dict[Log[Terminal], int] = {}
         self.deleted: list[
             tuple[int, set[str]]
@@ -210,7 +211,7 @@ class Rules(RuleBasedStateMachine):
 
     def reply_of(self, name: str) -> Reply | None:
         for reply in self.puppet.replies:
-            if reply.request.prompt == f"prompt {name}":
+            if reply.request.prompt == self.text_of(name):
                 return reply
         return None
 
@@ -241,6 +242,7 @@ class Rules(RuleBasedStateMachine):
         on_busy=st.sampled_from(["reject", "queue", "interrupt"]),
         conversation=st.sampled_from([None, *CONVERSATIONS]),
         alone=st.booleans(),
+        named=st.booleans(),
         retry_of=st.one_of(st.none(), prompts),
     )
     def prompt(
@@ -249,10 +251,12 @@ class Rules(RuleBasedStateMachine):
         on_busy: str,
         conversation: str,
         alone: bool,
+        named: bool,
         retry_of: str | None,
     ) -> str:
+        """Send a prompt. Without an id it can be accepted in the call that reads it."""
         name = secrets.token_urlsafe(16)
-        frame: dict[str, Any] = {"id": name, "on_busy": on_busy}
+        frame: dict[str, Any] = {"id" if named else "request": name, "on_busy": on_busy}
         if alone:
             frame["messages"] = [{"role": "user", "content": f"prompt {name}"}]
         else:
@@ -261,11 +265,12 @@ class Rules(RuleBasedStateMachine):
             frame |= {"retry_of": retry_of} if retry_of else {}
         self.sent[name] = frame
         self.send(client, frame)
-        return name
+        return next(other for other in reversed(self.sent) if self.sent[other] is frame)
 
     @rule(client=clients, name=prompts)
     def send_again(self, client: Connection, name: str) -> None:
-        self.send(client, self.sent[name])
+        if "id" in self.sent[name]:  # else it would be another prompt
+            self.send(client, self.sent[name])
 
     @rule(client=clients, name=st.one_of(st.none(), prompts))
     def stop(self, client: Connection, name: str | None) -> None:
@@ -291,7 +296,9 @@ class Rules(RuleBasedStateMachine):
 
     @rule(
         conversation=st.sampled_from([*CONVERSATIONS, "new"]),
-        kinds=st.lists(st.sampled_from(["prompt", "prompt", "delete", "open"]), min_size=2),
+        kinds=st.lists(
+            st.sampled_from(["prompt", "prompt without id", "delete", "open"]), min_size=2
+        ),
         turns=st.integers(1, 12),
     )
     def all_at_once(self, conversation: str, kinds: list[str], turns: int) -> None:
@@ -300,8 +307,9 @@ class Rules(RuleBasedStateMachine):
             conversation = secrets.token_urlsafe(16)
         for kind in kinds[:4]:
             client = self.connect()
-            if kind == "prompt":
-                self.prompt(client, "reject", conversation, alone=False, retry_of=None)
+            if kind.startswith("prompt"):
+                named = kind == "prompt"
+                self.prompt(client, "reject", conversation, alone=False, named=named, retry_of=None)
             else:
                 self.request(client, kind, conversation)
         for _ in range(turns):
@@ -325,7 +333,7 @@ class Rules(RuleBasedStateMachine):
         self.call(client.detach)
 
     def send(self, client: Connection, frame: dict[str, Any]) -> None:
-        if frame.get("type", "prompt") in {"prompt", "resume"}:
+        if "id" in frame and frame.get("type", "prompt") in {"prompt", "resume"}:
             self.ports[client].asked.add(frame["id"])
         self.call(client.receive, json.dumps(frame))
 
@@ -415,8 +423,21 @@ class Rules(RuleBasedStateMachine):
     def note_deleted(self, conversation: str) -> None:
         """Note the prompts that were accepted in a conversation before its delete."""
         accepted = set().union(*(port.accepted for port in self.ports.values()))
-        gone = {f"prompt {name}" for name in accepted if self.within(name) == conversation}
+        gone = {self.text_of(name) for name in accepted if self.within(name) == conversation}
         self.deleted.append((len(self.puppet.replies), gone))
+
+    def note_id(self, name: str, start: dict[str, Any], port: FakePort) -> None:
+        """Note the id that the server gave to a prompt without one."""
+        if name not in self.sent:
+            stand_in = start.get("request") or start["prompt"].removeprefix("prompt ")
+            self.sent[name] = self.sent[stand_in]
+        if start.get("request"):
+            port.asked.add(name)
+
+    def text_of(self, name: str) -> str:
+        frame = self.sent[name]
+        text: str = frame["prompt"] if "prompt" in frame else frame["messages"][0]["content"]
+        return text
 
     def within(self, name: str) -> str | None:
         """Return the conversation that a prompt named."""
