@@ -103,7 +103,7 @@ async def test_stream_continues_with_failing_store_and_done_is_unsaved(
         text, done = await chat.text(start["id"])
         assert (text, done["saved"], done["reason"]) == ("still here", False, "end_turn")
         assert "secret" not in str(chat.frames)
-        errors = [r for r in caplog.records if "cannot be saved" in r.getMessage()]
+        errors = [r for r in caplog.records if "batch not saved" in r.getMessage()]
         assert len(errors) == 1, "an outage is logged once"
         store.failing = False
         await exchange(chat, puppet, "Saved again", "x")
