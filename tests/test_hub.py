@@ -103,7 +103,7 @@ async def test_delete_of_one_owner_does_not_repeat_find_of_other(
         return await find(*given)
 
     monkeypatch.setattr(stand.store, "find", counted)
-    assert await stand.hub.find("bob", "0123456789abcdef", ("principal bob",)) is None
+    assert await stand.hub.retention.find("bob", "0123456789abcdef", ("principal bob",)) is None
     assert finds == 1
 
 
@@ -126,7 +126,7 @@ async def test_find_during_delete_returns_forgotten(
 
     monkeypatch.setattr(stand.store, "find", late)
     with pytest.raises(Refused) as refused:
-        await stand.hub.find(OWNER, generation.id, ACCOUNT)
+        await stand.hub.retention.find(OWNER, generation.id, ACCOUNT)
     assert refused.value.code == Code.FORGOTTEN
 
 
@@ -152,7 +152,7 @@ async def test_reply_ending_after_delete_is_not_found() -> None:
     await stand.ended(generation)
     assert list(stand.hub.retention) == []
     with pytest.raises(Refused) as refused:
-        await stand.hub.find(OWNER, generation.id, ACCOUNT)
+        await stand.hub.retention.find(OWNER, generation.id, ACCOUNT)
     assert refused.value.code == Code.FORGOTTEN
     reply.hold.set()
     await stand.hub.close(BOUND)
@@ -178,7 +178,7 @@ async def test_prompt_messages_count_for_memory_while_reply_runs(stand: Stand) -
     messages = [{"role": "user", "content": "x" * 20}] * 1000
     prompt = Prompt.model_validate({"messages": messages})
     before = stand.memory.used
-    generation = await stand.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
+    generation = await stand.hub.scheduler.accept(prompt, OWNER, ACCOUNT, None, Bystander())
     assert stand.memory.used - before > 1000 * 500
     (await stand.puppet.reply()).end()
     await stand.ended(generation)

@@ -401,7 +401,7 @@ async def test_repeated_prompt_attaches_while_server_drains(puppet: Puppet) -> N
             reply = (await puppet.reply()).say("half")
             await chat.next("token")
             closing = asyncio.ensure_future(server.close())
-            await until(lambda: server.app.hub.draining)
+            await until(lambda: server.app.hub.scheduler.draining)
             assert (await other.prompt("Hello", id=ID))["type"] == "start"
             assert (await other.prompt("Another"))["code"] == "shutting_down"
             reply.say(" whole").end()

@@ -197,7 +197,7 @@ async def test_api_outage_lasts_until_success_or_time_limit(
     monkeypatch: pytest.MonkeyPatch, server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:
     def failing() -> bool:
-        return server.app.hub.upstream_failing
+        return server.app.hub.reporter.upstream_failing
 
     for _ in range(5):
         assert not failing()
@@ -222,7 +222,7 @@ async def test_fault_of_prompt_is_no_api_outage(
 ) -> None:
     for _ in range(6):
         await fail(chat, puppet, failure)
-    assert not server.app.hub.upstream_failing
+    assert not server.app.hub.reporter.upstream_failing
 
 
 # Traces

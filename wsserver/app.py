@@ -226,13 +226,13 @@ class App:
         try:
             # Half of the time for a request leaves time for the answer.
             async with asyncio.timeout(self.settings.open_timeout / 2):
-                await self.hub.probe()
+                await self.hub.journal.probe()
         except (StoreError, TimeoutError):
             store = False
         return {
             "store": store,
             "serving": not self.stopping,
-            "upstream": not self.hub.upstream_failing,
+            "upstream": not self.hub.reporter.upstream_failing,
         }
 
     # Reload and end.

@@ -8,11 +8,11 @@ from wsserver.conversations import Conversations
 from wsserver.errors import Code, ModelError, Refused
 from wsserver.generation import Follower, State
 from wsserver.journal import Journal
-from wsserver.limits import SECONDS_PER_DAY, Account, Memory
+from wsserver.limits import SECONDS_PER_DAY, Memory
 from wsserver.live import Conversation, Generation, Watcher
 from wsserver.models.base import Model, PushModel
 from wsserver.models.readiness import Readiness
-from wsserver.protocol import Prompt, StoppedBy
+from wsserver.protocol import StoppedBy
 from wsserver.reporting import Reporter
 from wsserver.retention import Retention
 from wsserver.scheduling import Scheduler
@@ -60,18 +60,18 @@ class Hub:
         self.retention = Retention(store, self.journal, self.accounts, settings, memory)
         # What is done for the model before a prompt comes.
         self.readiness = Readiness(model, warm=settings.warm_connections)
-        self._report = Reporter(metrics)
-        self._scheduler = Scheduler(
+        self.reporter = Reporter(metrics)
+        self.scheduler = Scheduler(  # accepts prompts
             model,
             settings,
             journal=self.journal,
             accounts=self.accounts,
             conversations=self.conversations,
             retention=self.retention,
-            report=self._report,
+            report=self.reporter,
             memory=memory,
         )
-        self._runner = self._scheduler.runner
+        self._runner = self.scheduler.runner
         self.model_name = self._runner.model_name  # the model's name for clients
         self.upkeep = Upkeep(  # deletes what has expired from the store
             store,
@@ -84,50 +84,16 @@ class Hub:
     @property
     def live(self) -> int:
         """The number of generations that have not ended."""
-        return len(self._scheduler.live)
+        return len(self.scheduler.live)
 
     @property
     def tasks(self) -> int:
         """The number of tasks that run models, including the tasks of abandoned replies."""
         return len(self._runner.tasks)
 
-    @property
-    def draining(self) -> bool:
-        """Whether prompts are refused, because the server shuts down."""
-        return self._scheduler.draining
-
-    @property
-    def upstream_failing(self) -> bool:
-        """Whether the model's API has just failed several times in a row."""
-        return self._report.upstream_failing
-
-    async def probe(self) -> None:
-        """Check that the store works.
-
-        Raises:
-            StoreError: the store cannot save.
-        """
-        await self.journal.probe()
-
     def known(self, owner: str, generation_id: str | None) -> Generation | None:
         """Return a generation that is in memory."""
         return None if generation_id is None else self.retention.known(owner, generation_id)
-
-    async def find(self, owner: str, generation_id: str, account: Account) -> Generation | None:
-        """Return a generation; see :meth:`wsserver.retention.Retention.find`."""
-        return await self.retention.find(owner, generation_id, account)
-
-    async def prompt(
-        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
-    ) -> Generation:
-        """Accept a prompt; see :meth:`wsserver.scheduling.Scheduler.accept`."""
-        return await self._scheduler.accept(prompt, owner, account, own, sender)
-
-    def prompt_now(
-        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
-    ) -> Generation | None:
-        """Accept a prompt; see :meth:`wsserver.scheduling.Scheduler.accept_now`."""
-        return self._scheduler.accept_now(prompt, owner, account, own, sender)
 
     # Stopping and following.
 
@@ -218,8 +184,8 @@ class Hub:
 
     async def drain(self) -> None:
         """Refuse new prompts, stop waiting ones, and let the rest finish within the drain time."""
-        self._scheduler.draining = True
-        for generation in tuple(self._scheduler.live):
+        self.scheduler.draining = True
+        for generation in tuple(self.scheduler.live):
             if generation.state is State.QUEUED:
                 self.stop(generation, "shutdown")
         await self._until_idle(self._settings.drain_timeout)
@@ -229,10 +195,10 @@ class Hub:
     async def _until_idle(self, within: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within):
-                await self._scheduler.idle.wait()
+                await self.scheduler.idle.wait()
 
     def _stop_all(self) -> None:
-        for generation in tuple(self._scheduler.live):
+        for generation in tuple(self.scheduler.live):
             self.stop(generation, "shutdown")
 
     async def close(self, within: float) -> None:
@@ -241,7 +207,7 @@ class Hub:
         Args:
             within: seconds for models to close their requests.
         """
-        self._scheduler.draining = True
+        self.scheduler.draining = True
         self._stop_all()
         if tasks := {*self._runner.tasks, *self._detached}:
             await asyncio.wait(tasks, timeout=within)

@@ -248,7 +248,7 @@ class Requests:
     async def _prompt(self, prompt: Prompt) -> Generation:
         session, following = self._session, self._following
         self._check_prompt(prompt)
-        generation = await session.hub.prompt(
+        generation = await session.hub.scheduler.accept(
             _bare(prompt), session.owner, session.account, following.own, following
         )
         self._follow(prompt, generation)
@@ -259,7 +259,7 @@ class Requests:
         session, following = self._session, self._following
         try:
             self._check_prompt(prompt)
-            generation = session.hub.prompt_now(
+            generation = session.hub.scheduler.accept_now(
                 _bare(prompt), session.owner, session.account, following.own, following
             )
             if generation is not None:
@@ -283,7 +283,9 @@ class Requests:
 
     async def _resume(self, resume: Resume) -> None:
         session = self._session
-        generation = await self._session.hub.find(session.owner, resume.id, session.account)
+        generation = await self._session.hub.retention.find(
+            session.owner, resume.id, session.account
+        )
         if generation is None:
             raise Refused(Code.NOT_FOUND)
         if resume.after > generation.log.seq:

@@ -167,7 +167,7 @@ class _Play:
                     connection.shut_out("The token has expired.")
             case "draining":
                 self._closing = asyncio.create_task(self._server.close())
-                await until(lambda: self._server.app.hub.draining)
+                await until(lambda: self._server.app.hub.scheduler.draining)
             case "crashed":
                 await self._serve_again(self._folder / "saved.sqlite")
 

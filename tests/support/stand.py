@@ -81,7 +81,7 @@ class Stand:
         self, text: str = "Hello?", conversation: str = ONE, **keys: Any
     ) -> Generation:
         prompt = Prompt(prompt=text, conversation=conversation, **keys)
-        return await self.hub.prompt(prompt, OWNER, ACCOUNT, None, Bystander())
+        return await self.hub.scheduler.accept(prompt, OWNER, ACCOUNT, None, Bystander())
 
     def fail(self, failure: Exception | None) -> None:
         """Make commits of the store fail; None: let them work again."""
