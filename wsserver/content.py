@@ -73,7 +73,9 @@ class Usage:
     def __post_init__(self) -> None:
         # A model that passes a count which is no whole number fails here, and not later.
         for name in _COUNTS:
-            object.__setattr__(self, name, max(0, operator.index(getattr(self, name))))
+            count = getattr(self, name)
+            if type(count) is not int or count < 0:
+                object.__setattr__(self, name, max(0, operator.index(count)))
 
     def but(self, **counts: int | bool) -> "Usage":
         """Return a copy with other counts."""

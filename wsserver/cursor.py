@@ -79,12 +79,14 @@ class Cursor:
                 if self.start is not None:
                     start, self.start = self.start, None
                     sink.write(start())
-                elif self.seq < log.seq:
+                elif self.seq < (last := len(log.pieces.data)):
                     run, frame = self._next()
                     if run.seq - self.seq > 1:
                         self._reader.merged(run.seq - self.seq)
                     self.seq = run.seq
                     sink.write(frame)
+                    if run.seq == last and log.terminal is None:
+                        return
                 elif log.terminal is not None:
                     sink.write(self._dialect.terminal(log.terminal))
                     self._reader.leave(self)

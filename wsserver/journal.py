@@ -37,6 +37,7 @@ class Record:
     header: Header  # what was accepted
     log: Log[Terminal]  # the pieces
     new: bool = True  # the store has to create the generation
+    noted: bool = False  # the next batch has the pieces to come
     lost: bool = False  # no attempt can save it
     deleted: bool = False  # its conversation was deleted
     terminal: Terminal | None = None  # its end; None until `Journal.save_end`
@@ -47,7 +48,9 @@ class Record:
 
     def wake(self) -> None:
         """Save the new piece with the next batch."""
-        self._journal.note(self)
+        if not self.noted:
+            self.noted = True
+            self._journal.note(self)
 
     def entry(self) -> Entry:
         """Return what is not saved yet; the whole reply once it has ended."""
@@ -222,6 +225,8 @@ class Journal:
             while self._unsaved:
                 await self._pause()
                 records, self._unsaved = list(self._unsaved), {}
+                for record in records:
+                    record.noted = False
                 self._batched = records
                 try:
                     await self._save(records)

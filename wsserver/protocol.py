@@ -6,6 +6,7 @@ of the server.
 """
 
 from enum import IntEnum
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -91,7 +92,7 @@ class Prompt(_Request):
             raise ValueError("`retry_of` names a turn of a conversation and needs `prompt`")
         return self
 
-    @property
+    @cached_property
     def new_messages(self) -> tuple[Message, ...]:
         """The messages in the prompt: the one of ``prompt``, or all ``messages``."""
         if self.messages is not None:
