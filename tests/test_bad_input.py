@@ -42,7 +42,7 @@ BAD = {
     "messages and conversation": (
         f'{{"messages": [{{"role": "user", "content": "x"}}], "conversation": "{ID}"}}',
         "invalid_frame",
-        "no `conversation`",
+        "with `conversation`",
     ),
     "no messages": ('{"messages": []}', "invalid_frame", "messages: the last"),
     "last message not the user's": (

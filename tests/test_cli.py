@@ -239,7 +239,7 @@ def test_error_of_removed_setting_names_replacement(
     assert REMOVED[name] in fails(capsys, "serve", "--" + name.replace("_", "-"), "1")
     monkeypatch.setenv(f"WSSERVER_{name.upper()}", "1")
     line = fails(capsys, "serve")
-    assert line.startswith(f"wsserver: WSSERVER_{name.upper()}: there is no such setting any more")
+    assert line.startswith(f"wsserver: WSSERVER_{name.upper()}: this setting was removed")
     assert REMOVED[name] in line
 
 

@@ -114,7 +114,7 @@ def test_model_error_takes_known_code_as_string() -> None:
     assert error.code is Code.OVERLOADED
     assert (error.message, error.retryable) == (Code.OVERLOADED.meaning, True)
     for wrong in ("the service is down", "OVERLOADED", None, 5):
-        with pytest.raises(ValueError, match=r"is no error code; give one of wsserver\.Code"):
+        with pytest.raises(ValueError, match=r"is not an error code; pass one of wsserver\.Code"):
             ModelError(wrong)  # type: ignore[arg-type]
 
 

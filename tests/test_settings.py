@@ -75,7 +75,7 @@ def test_secret_is_read_from_file(
     monkeypatch.setenv(f"WSSERVER_{name.upper()}_FILE", str(file))
     settings = Settings.load()
     assert settings.secret(name) == " with spaces "
-    with pytest.raises(ConfigError, match=f"give one of {name} and {name}_file"):
+    with pytest.raises(ConfigError, match=f"set one of {name} and {name}_file"):
         Settings.load(**{name: "given"})
     spoils: dict[Callable[[], object], str] = {
         lambda: file.write_bytes(b"\xff"): "not text",

@@ -339,7 +339,7 @@ async def test_end_of_each_reply_is_marked(
             async with asyncio.timeout(BOUND):
                 assert await talking == 0
         async with dialogue(url=server.url, conversation=CONVERSATION) as (keys, talking):
-            await until(lambda: sees("[not whole: client]"))
+            await until(lambda: sees("[incomplete: client]"))
             keys.send_text("Five\r")
             five = (await puppet.reply(4)).say("never")
             await until(lambda: sees("never"))

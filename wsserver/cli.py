@@ -25,7 +25,7 @@ from wsserver.settings import REMOVED, SECRETS, Settings
 
 USAGE_ERROR = 2
 OUT_OF_MEMORY = 1  # exit code; a service manager then restarts the program
-LAST_WORDS = b"wsserver: out of memory; the process ends now and loses no more than in a crash\n"
+LAST_WORDS = b"wsserver: out of memory; the process ends now, and the store keeps what it has\n"
 LAST_MOMENT = 1.0  # seconds for Python to end after the shutdown
 SERVE_USAGE = "wsserver serve [--SETTING VALUE ...]"
 SERVE_ABOUT = """\
@@ -115,15 +115,15 @@ def _parser() -> argparse.ArgumentParser:
         "--asyncapi", action="store_true", help="print the protocol as AsyncAPI instead"
     )
     _add_chat(commands)
-    token = commands.add_parser("token", help="make tokens for clients")
+    token = commands.add_parser("token", help="make tokens for clients and programs")
     making = token.add_subparsers(required=True, metavar="new").add_parser(
         "new",
         help="make a token and print it",
-        description="Make a token and print it. The token is saved nowhere: the server needs only "
-        "its digest, in the file of the setting token_file.",
+        description="Make a token and print it. No file has the token: the server needs only its "
+        "digest, in the file of the setting token_file.",
         allow_abbrev=False,
     )
-    making.add_argument("name", metavar="NAME", help="name of the principal, as in the logs")
+    making.add_argument("name", metavar="NAME", help="name of the principal; logs show it")
     making.add_argument("--file", type=Path, help="append the digest to this file")
     making.add_argument(
         "--days", type=_days, help="days that the token is valid; default: for ever"
@@ -137,12 +137,18 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="start the server",
         usage=SERVE_USAGE,
-        description=f"{SERVE_ABOUT} --help shows the first settings only.",
+        description=f"{SERVE_ABOUT} --help shows only the settings that an operator decides.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
     )
-    serving.add_argument("-h", "--help", action=_FirstHelp, nargs=0, help="show the first settings")
+    serving.add_argument(
+        "-h",
+        "--help",
+        action=_FirstHelp,
+        nargs=0,
+        help="show the settings that an operator decides",
+    )
     serving.add_argument("--help-all", action="help", help="show all settings")
     for tuning in (False, True):
         for title, names in Settings.sections(tuning=tuning).items():
@@ -171,7 +177,7 @@ def _flag(name: str) -> str:
 
 
 def _default(name: str) -> str:
-    return "a file of the user" if name == "store" else Settings.shown_default(name)
+    return "a file" if name == "store" else Settings.shown_default(name)
 
 
 class _FirstHelp(argparse.Action):
@@ -189,7 +195,7 @@ class _FirstHelp(argparse.Action):
                 default = _default(name)
                 shown = f" [{default}]" if default and not boolean else ""
                 lines.append(f"  {_flag(name) + value:27} {about}{shown}")
-        lines += ["", "--help-all shows the settings for tuning too."]
+        lines += ["", "--help-all also shows the settings for tuning."]
         print("\n".join(lines))
         parser.exit(0)
 
@@ -198,22 +204,24 @@ def _add_chat(commands: Any) -> None:
     chat = commands.add_parser(
         "chat",
         help="chat with a server in this terminal",
-        description="Chat with a server in this terminal. Without an address, start a private "
-        "server with the settings of the environment; the server ends with the chat.",
+        description="Chat with a server in this terminal. Without a URL, start a private server "
+        "with the settings of the environment; this server ends with the chat.",
         epilog="With --once only the reply is on stdout. The exit code is 0, 1 after an error, 2 "
         "if the request is invalid, 130 after Ctrl-C.",
         allow_abbrev=False,
     )
-    chat.add_argument("url", nargs="?", metavar="URL", help="such as ws://localhost:3001")
+    chat.add_argument(
+        "url", nargs="?", metavar="URL", help="address of a server, such as ws://localhost:3001"
+    )
     chat.add_argument("--once", metavar="PROMPT", help="send one prompt; - reads it from stdin")
-    chat.add_argument("--conversation", metavar="ID", help="the conversation to continue")
+    chat.add_argument("--conversation", metavar="ID", help="id of the conversation to continue")
     chat.add_argument(
         "--token",
         help="token for the server. Other users of this machine can see it: use the environment "
         "variable WSSERVER_CHAT_TOKEN instead",
     )
-    chat.add_argument("--model", help="the model that answers")
-    chat.add_argument("--system", metavar="TEXT", help="the system prompt")
+    chat.add_argument("--model", help="model that answers")
+    chat.add_argument("--system", metavar="TEXT", help="system prompt")
 
 
 def _chat(**options: str | None) -> int:
@@ -242,7 +250,7 @@ def _make_token(name: str, file: Path | None, days: int | None) -> None:
 
 
 def _note(text: str) -> None:
-    # stdout has only the token, for scripts; people read stderr.
+    # A script reads the token from stdout; notes for people go to stderr.
     print(text, file=sys.stderr)
 
 
@@ -255,7 +263,7 @@ def _exit_out_of_memory() -> NoReturn:
 def _watch_failures(stack: contextlib.ExitStack) -> None:
     """Log unhandled exceptions that Python would print; end the process after a MemoryError.
 
-    A callback without memory leaves an inconsistent state, and the event loop goes on with it. A
+    After a MemoryError in a callback the event loop would continue with an inconsistent state. A
     restart keeps everything that the store has.
     """
 
@@ -292,7 +300,7 @@ async def _serve(settings: Settings) -> None:
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
         hung_up = asyncio.Event()
-        # The program ends with its terminal, unless nohup ignores SIGHUP.
+        # If the terminal closes, the program ends, unless nohup ignores SIGHUP.
         tied = signal.getsignal(signal.SIGHUP) is signal.SIG_DFL and _has_terminal()
 
         def on_signal() -> None:
@@ -318,20 +326,20 @@ async def _serve(settings: Settings) -> None:
             task.cancel()
         await asyncio.wait({reloading, starting_gc})
         service_manager.notify("STOPPING=1")
-        _print("stopping; press Ctrl-C once more to stop at once")
+        _print("shutting down; press Ctrl-C again to stop at once")
         await server.close()
         write_left_out()
-        # A model with a thread or task that does not end must not keep the process.
+        # A thread or task of a model that does not end must not keep the process alive.
         last = threading.Timer(LAST_MOMENT, os._exit, [0])
         last.daemon = True
         last.start()
 
 
 async def _start_gc(server: Server) -> None:
-    """Start garbage collection, for objects that are made from now on.
+    """Start garbage collection, for objects that are created from now on.
 
-    The libraries are a hundred thousand objects that stay. Looking through them takes a fifth of
-    the start, and later would stop all replies for 0.1 s now and then.
+    The libraries have a hundred thousand objects that stay. Traversing them would take a fifth of
+    the start, and would later pause all replies for 0.1 s at times.
     """
     await server.prepared()
     gc.freeze()
@@ -383,7 +391,7 @@ def _announce(server: Server) -> None:
             f"  operations http://{server.settings.operations_host}:{server.operations_port}/"
         )
     if server.open_to_users and not server.settings.allow_anonymous:
-        lines.append("  EVERY USER of this machine can use it; --token-file keeps other users out")
+        lines.append("  EVERY USER of this machine can connect; --token-file keeps other users out")
     if server.settings.allow_anonymous:
         lines.append("  ANYONE who can connect can spend your money and read all conversations")
     _print("\n".join([*lines, "  Ctrl-C stops"]))

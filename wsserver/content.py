@@ -1,9 +1,8 @@
 """Messages and their content blocks, in the shapes of the Messages API.
 
-The protocol, the stores, the models and the clients all use these types. A block is parsed from
-the API's JSON and dumped to it. A key that has no field here is kept in ``extra``, and a block of
-an unknown type is kept whole as :class:`Other`, so that nothing is lost on the way. A key whose
-value is ``null`` counts as left out.
+The protocol, the stores, the models and the clients use these types. A block is parsed from the
+API's JSON and dumped to it. Nothing is lost: a key without a field is kept in ``extra``, and a
+block of an unknown type is an :class:`Other`. A key whose value is ``null`` counts as left out.
 
 The blocks: https://platform.claude.com/docs/en/api/messages
 """
@@ -39,7 +38,7 @@ __all__ = [
 
 Role = Literal["user", "assistant"]
 
-DEPTH = 48  # objects and lists within each other; a frame around the block has some more
+DEPTH = 48  # nested objects and lists of a block; the frame around the block adds some
 TYPE_LENGTH = 64  # characters of a type
 PLAIN = 128  # bytes of a text block in memory besides its text
 KEY_SHOWN = 40  # characters of a key in an error
@@ -107,7 +106,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """Extended thinking. The API accepts it back only with the ``signature`` that the API gave."""
+    """Extended thinking. The API accepts it back only with its ``signature``."""
 
     type: ClassVar[str] = "thinking"
     fields: ClassVar[dict[str, Any]] = {"thinking": str, "signature": str}
@@ -143,7 +142,7 @@ class ToolUse:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool returned: text, or blocks as JSON objects."""
+    """The result of a tool: text, or blocks as JSON objects."""
 
     type: ClassVar[str] = "tool_result"
     fields: ClassVar[dict[str, Any]] = {
@@ -207,7 +206,7 @@ class Message:
     Args:
         role: who says it.
         blocks: the content. A ``str`` stands for one :class:`Text`, an empty one for no block.
-        partial: why the message is not whole: who stopped it, or the code of an error.
+        partial: why the message is incomplete: the cause of a stop, or the code of an error.
         id: the id of the generation to which the message belongs.
         model: the model that replied.
         usage: the tokens spent on a reply.
@@ -298,7 +297,7 @@ def parse_content(value: object) -> tuple[Block, ...]:
 
 
 def dump_content(blocks: Iterable[Block]) -> str | list[dict[str, Any]]:
-    """Return the JSON value of content: a text where that is all, else a list of blocks."""
+    """Return the JSON value of content: a text for a single text block, else a list of blocks."""
     found = tuple(blocks)
     if not found:
         return ""
@@ -366,7 +365,7 @@ def compact(value: object) -> str:
 
 
 def memory_of(message: Message) -> int:
-    """Return the bytes of memory that the blocks of a message take."""
+    """Return the bytes of memory of the blocks of a message."""
     size = 0
     for block in message.blocks:
         if isinstance(block, Text) and not block.extra:  # nearly all blocks

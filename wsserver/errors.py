@@ -40,40 +40,40 @@ class Code(StrEnum):
     INVALID_FRAME = "invalid_frame", False, "The frame is JSON, but not one of the protocol's."
     UNKNOWN_TYPE = "unknown_type", False, "The frame's `type` is not one of the protocol's."
     TOO_LONG = "too_long", False, "The prompt, or the messages together, are over the limit."
-    ID_CONFLICT = "id_conflict", False, "The `id` names another prompt already."
+    ID_CONFLICT = "id_conflict", False, "Another prompt already has this `id`."
     MODEL_NOT_ALLOWED = "model_not_allowed", False, "The `model` is not on the server's list."
     NOT_FOUND = "not_found", False, "There is no such generation or conversation."
-    FORGOTTEN = "forgotten", False, "The generation has ended, and the server kept nothing of it."
+    FORGOTTEN = "forgotten", False, "The generation has ended, and the server has deleted it."
     NOT_LAST = "not_last", False, "The `retry_of` is not the last turn of the conversation."
-    GAP = "gap", False, "The generation has no pieces up to that `after`."
-    NOT_RUNNING = "not_running", False, "There is nothing (of that `id`) to stop. Harmless."
+    GAP = "gap", False, "The generation has fewer pieces than `after`."
+    NOT_RUNNING = "not_running", False, "There is nothing to stop. Harmless."
     UNAUTHENTICATED = "unauthenticated", False, "The token is missing, not valid, or has expired."
-    # The server cannot do the request now.
-    BUSY = "busy", True, "The conversation is generating already; see `on_busy`."
-    LIMIT = "limit", True, "This client, conversation or server does as much as it may."
-    QUOTA = "quota", True, "Too little of this day's tokens or dollars is left; see `retry_after`."
+    # The server cannot answer the frame now.
+    BUSY = "busy", True, "Another reply of the conversation runs; see `on_busy`."
+    LIMIT = "limit", True, "This client, conversation or server is at a limit."
+    QUOTA = "quota", True, "Too few of today's tokens or dollars are left; see `retry_after`."
     AUTH_UNAVAILABLE = "auth_unavailable", True, "The server cannot check tokens now."
     STORE = "store", True, "The server cannot read or save conversations now."
-    SHUTTING_DOWN = "shutting_down", True, "The server is about to go; connect again."
+    SHUTTING_DOWN = "shutting_down", True, "The server shuts down; connect again."
     # Failures of a generation.
     BAD_REQUEST = "bad_request", False, "The model's API refused the request."
     CREDENTIALS = "credentials", False, "The model's API refused the server's credentials."
-    MODEL_NOT_FOUND = "model_not_found", False, "The model's API knows no such model."
-    REQUEST_TOO_LARGE = "request_too_large", False, "The model's API found the request too large."
+    MODEL_NOT_FOUND = "model_not_found", False, "The model's API has no such model."
+    REQUEST_TOO_LARGE = "request_too_large", False, "The request is too large for the model's API."
     RATE_LIMITED = "rate_limited", True, "The model's API limits the rate; see `retry_after`."
     PROMPT_TOO_LONG = "prompt_too_long", False, "The prompt alone is too long for the model."
-    SPEND_LIMIT = "spend_limit", False, "The server's account with the model's API is used up."
+    SPEND_LIMIT = "spend_limit", False, "The server's account at the model's API is at its limit."
     UPSTREAM_ERROR = "upstream_error", True, "The model's API failed."
     OVERLOADED = "overloaded", True, "The model's API is overloaded."
-    UNREACHABLE = "unreachable", True, "The model's API cannot be reached."
-    REDIRECTED = "redirected", False, "The model's API redirects to another place."
-    UNTRUSTED = "untrusted", False, "The model's API has a certificate that is not trusted."
-    TIMEOUT = "timeout", True, "The model's API was silent for too long."
+    UNREACHABLE = "unreachable", True, "The server cannot connect to the model's API."
+    REDIRECTED = "redirected", False, "The model's API redirects to another host."
+    UNTRUSTED = "untrusted", False, "The certificate of the model's API is not trusted."
+    TIMEOUT = "timeout", True, "The model was silent for too long."
     INCOMPLETE = "incomplete", True, "The reply broke off before its end."
-    MALFORMED = "malformed", True, "The model's API sent what is not in its own format."
-    INTERRUPTED = "interrupted", True, "The server died while the reply was under way."
+    MALFORMED = "malformed", True, "The response of the model's API is malformed."
+    INTERRUPTED = "interrupted", True, "The server crashed during the reply."
     REFUSAL = "refusal", False, "The model declined to answer."
-    INTERNAL = "internal", False, "A fault of the server's own; `ref` finds it in the log."
+    INTERNAL = "internal", False, "The server failed; `ref` finds the error in its log."
 
 
 UPSTREAM = frozenset(
@@ -92,7 +92,7 @@ UPSTREAM = frozenset(
         Code.UPSTREAM_ERROR,
     }
 )
-"""Failures that the model's API caused, and not the client."""
+"""Failures that the model's API caused."""
 
 OUTAGE = UPSTREAM - {Code.MODEL_NOT_FOUND, Code.RATE_LIMITED}
 """Error codes that mean the API is down for every request."""
@@ -130,7 +130,7 @@ class _Coded(WsserverError):
         known = next((known for known in Code if known == code), None)
         if known is None:
             raise ValueError(
-                f"{code!r} is no error code; give one of wsserver.Code, such as "
+                f"{code!r} is not an error code; pass one of wsserver.Code, such as "
                 'Code.OVERLOADED or "overloaded", and the message after it'
             )
         super().__init__(message or known.meaning)
@@ -175,7 +175,7 @@ class ModelError(_Coded):
     A model of your own raises this error to tell the client what happened. Any other exception
     becomes :attr:`Code.INTERNAL`, and its text stays in the log. The arguments are the same as for
     :class:`Refused`. After :attr:`Code.PROMPT_TOO_LONG` before any text, the server calls the model
-    again with a shorter history, as long as there is a history.
+    again with fewer turns, until only the prompt is left.
 
     Attributes:
         kind: the model's own name of the error, for the log. It is a fixed word, and never a text

@@ -8,9 +8,10 @@ dict. ``wsserver serve`` owns its process and calls :func:`set_up`.
 The text of an exception may contain a key, a prompt or the answer of an API. So an event shows the
 types of the exceptions and the code lines they passed. Only level ``debug`` shows their text.
 
-No client can fill the disk: in each :data:`WINDOW` an event gets :data:`MAX_LINES` lines for each
-principal, and as many for all anonymous clients together. The event ``lines left out`` counts the
-others.
+No client can fill the disk: in each :data:`WINDOW` the log writes at most :data:`MAX_LINES` lines
+    of
+an event for each principal, and as many for all anonymous clients together. The event ``lines left
+out`` counts the others.
 """
 
 import asyncio
@@ -154,7 +155,7 @@ class _Limit:
             self.write_left_out()
 
     def write_left_out(self) -> None:
-        """Write how many lines were left out, if any, and begin a new window."""
+        """Write the counts of lines that were left out, if any, and begin a new window."""
         with self._lock:
             left_out, level = self._left_out, self._level
             self.begin(self._clock)
@@ -167,7 +168,7 @@ _limit = _Limit()
 
 
 def write_left_out() -> None:
-    """Write now how many lines were left out. For a program that is about to end."""
+    """Write how many lines were left out, before the program ends."""
     _limit.write_left_out()
 
 

@@ -1,4 +1,4 @@
-"""Parsing what clients send: from a text to a frame of the protocol, or to a refusal."""
+"""Parses the frames of clients: a text becomes a frame of the protocol, or a refusal."""
 
 import itertools
 import json
@@ -13,13 +13,13 @@ from wsserver.logs import printable
 from wsserver.protocol import CLIENT_FRAMES, MESSAGES, ClientFrame
 from wsserver.wire import ID_PATTERN, REQUEST_PATTERN
 
-# Brackets, commas and colons of a frame outside of its strings, checked before anything is built of
-# it: a value takes up to a hundred times the memory of its text. A message has five of them.
+# Most brackets, commas and colons of a frame outside its strings. They are counted before the frame
+# is parsed: a value takes up to a hundred times the memory of its text. A message has five.
 PARTS = 6 * MESSAGES
-DEPTH = 64  # brackets within each other; the frames of the protocol have three
-KEYS = 32  # of one object; a prompt has twelve
-DIGITS = 18  # of an integer: what SQLite and others can hold
-LARGEST = 10**18  # what an integer with more digits is read as
+DEPTH = 64  # nested brackets; frames without content blocks have three
+KEYS = 32  # keys of one object; a prompt has twelve
+DIGITS = 18  # digits of an integer that fits into 64 bits
+LARGEST = 10**18  # replaces an integer with more digits
 
 _STRINGS = re.compile(r'"[^"]*(?:"|\Z)')
 _KEY = re.compile(r"[\w.\\]+: ")
@@ -30,10 +30,10 @@ _FIRST_REQUEST = re.compile(r'\s*{\s*"request"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*[
 
 
 def parse(text: str) -> ClientFrame:
-    """Parse what a client sent.
+    """Parse a frame of a client.
 
     Raises:
-        Refused: it is not a frame of the protocol; the message says why and names the key.
+        Refused: the text is not a frame of the protocol. The message has the reason and the key.
     """
     value = _decode(text)
     if not isinstance(value, dict):
@@ -48,7 +48,7 @@ def parse(text: str) -> ClientFrame:
 
 
 def first_request(message: str) -> str | None:
-    """Return the ``request`` of a frame that is not parsed, if that is the frame's first key."""
+    """Return the ``request`` of an unparsed frame, if it is the first key of the frame."""
     found = _FIRST_REQUEST.match(message)
     return None if found is None else found[1]
 
@@ -58,7 +58,7 @@ def _validate(value: dict[str, Any]) -> ClientFrame:
     if name is None:
         raise Refused(
             Code.INVALID_FRAME,
-            'type: missing. Without it, give either `prompt` or `messages`: {"prompt": "Hello"}.',
+            'type: missing. A frame without it has `prompt` or `messages`: {"prompt": "Hello"}.',
         )
     model = CLIENT_FRAMES.get(name) if isinstance(name, str) else None
     if model is None:
@@ -87,16 +87,16 @@ def _decode(text: str) -> object:
 
 
 def _check_shape(text: str) -> None:
-    """Refuse a frame of too many parts before anything is built of it.
+    """Refuse a frame with too many parts before it is parsed.
 
     Raises:
-        Refused: the frame has more parts, or brackets within each other, than it may.
+        Refused: the frame has too many parts, or is nested too deeply.
     """
     if len(text) <= PARTS and text.count("[") + text.count("{") <= DEPTH:
         return  # nearly all frames
     bare = _without_strings(text)
     if bare.count("[") + bare.count("{") > DEPTH:
-        # Each bracket is looked at once. What closes more brackets than there are is not JSON.
+        # This looks at each bracket once. Surplus closing brackets fail in the JSON parser.
         brackets = itertools.islice(_BRACKET.finditer(bare), 2 * PARTS)
         steps = (_STEPS[bracket[0]] for bracket in brackets)
         if max(itertools.accumulate(steps)) > DEPTH:
@@ -108,7 +108,7 @@ def _check_shape(text: str) -> None:
 
 
 def count_parts(text: str) -> int:
-    """Count the brackets, commas and colons of a frame outside of its strings."""
+    """Count the brackets, commas and colons of a frame outside its strings."""
     return _count(_without_strings(text))
 
 
@@ -125,7 +125,7 @@ def _too_deep() -> Refused:
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make an object of its keys and values."""
+    """Build an object from its keys and values."""
     if len(pairs) > KEYS:
         raise Refused(Code.INVALID_FRAME, f"An object of the frame has more than {KEYS} keys.")
     seen: set[str] = set()
@@ -137,23 +137,23 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > DIGITS:  # it is beyond every bound, and stays so
+    if len(digits) > DIGITS:  # every limit refuses it, and LARGEST as well
         return -LARGEST if digits.startswith("-") else LARGEST
     return int(digits)
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise Refused(Code.INVALID_JSON, f"{name} is not JSON.")
+    raise Refused(Code.INVALID_JSON, f"{name} is not valid JSON.")
 
 
 def _match(value: dict[str, Any], pattern: str, *keys: str) -> str | None:
-    """Return the first of the keys whose value fits, of a frame that is not usable as a whole."""
+    """Return the value of the first key that matches, from a frame that is not valid as a whole."""
     found = (value.get(key) for key in keys)
     return next((v for v in found if isinstance(v, str) and re.fullmatch(pattern, v)), None)
 
 
 def _refusal(error: ValidationError) -> Refused:
-    """Make a refusal of the first thing that a model found wrong."""
+    """Convert the first validation error to a refusal."""
     first = error.errors(include_url=False, include_input=False)[0]
     if (first["type"], first["loc"]) == ("too_long", ("messages",)):
         return Refused(Code.TOO_LONG, f"messages: at most {MESSAGES}.")
@@ -171,7 +171,7 @@ def _refusal(error: ValidationError) -> Refused:
 
 
 def _shown(value: object, *, quote: bool = True) -> str:
-    """Show what a client sent in a message: short, and whatever it is, safe to encode."""
+    """Format a value of a client for an error message: short, and valid UTF-8."""
     text = value if isinstance(value, str) else reprlib.repr(value)
     text = text if len(text) <= 40 else text[:40] + "…"  # noqa: PLR2004
     text = printable(text)

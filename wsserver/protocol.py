@@ -29,7 +29,7 @@ SUBPROTOCOL = "wsserver.v1"
 StoppedBy = Literal["client", "deleted", "disconnect", "replaced", "timeout", "shutdown"]
 
 
-MESSAGES = 1000  # of one prompt at most: 500 turns, more than people have in one conversation
+MESSAGES = 1000  # most messages of one prompt: 500 turns, more than people have in a conversation
 
 
 class Close(IntEnum):
@@ -79,17 +79,17 @@ class Prompt(_Request):
     @classmethod
     def _ends_with_user(cls, value: list[Message] | None) -> list[Message] | None:
         if value is not None and not (value and value[-1].role == "user"):
-            raise ValueError("the last message must be the user's")
+            raise ValueError("the last message must have the role user")
         return value
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either `prompt` or `messages`")
+            raise ValueError("send either `prompt` or `messages`")
         if self.messages is not None and self.conversation is not None:
-            raise ValueError("`messages` is a history of its own and goes with no `conversation`")
+            raise ValueError("`messages` cannot be combined with `conversation`")
         if self.messages is not None and self.retry_of is not None:
-            raise ValueError("`retry_of` names a turn of a conversation and needs `prompt`")
+            raise ValueError("`retry_of` needs `prompt`, because it names a turn of a conversation")
         return self
 
     @cached_property
@@ -112,14 +112,14 @@ class Prompt(_Request):
 
 
 class Stop(_Request):
-    """Stop the generation ``id``; without an ``id``, all generations that this socket follows."""
+    """Stop the generation ``id``; without ``id``, all generations that the socket follows."""
 
     type: Literal["stop"] = "stop"
     id: Annotated[str, Field(max_length=64)] | None = None
 
 
 class Auth(_Request):
-    """Authenticate a client that cannot set headers; again before the token expires."""
+    """Authenticate a client that cannot set headers, or renew a token before it expires."""
 
     type: Literal["auth"] = "auth"
     token: Annotated[WellFormed, Field(min_length=1, max_length=8192, repr=False)]
@@ -132,7 +132,7 @@ class Ping(_Request):
 
 
 class Resume(_Request):
-    """Follow the generation ``id`` again, from the piece after ``after`` on."""
+    """Follow the generation ``id`` again, beginning with the piece after ``after``."""
 
     type: Literal["resume"] = "resume"
     id: Id
@@ -140,10 +140,10 @@ class Resume(_Request):
 
 
 class Open(_Request):
-    """Get the history of a conversation, and follow what runs in it, now and later.
+    """Get the history of a conversation, and follow its running and later generations.
 
-    With ``before``, only get the part of the history that ends there. ``size`` limits the bytes of
-    the messages in the answer, for a connection that breaks during large ones.
+    With ``before``, only get the part of the history before that point. ``size`` limits the bytes
+    of the messages in the answer, for a connection that breaks during large frames.
     """
 
     type: Literal["open"] = "open"
@@ -161,7 +161,7 @@ class List(_Request):
 
 
 class Rename(_Request):
-    """Give a conversation another title."""
+    """Change the title of a conversation."""
 
     type: Literal["rename"] = "rename"
     conversation: Id
@@ -176,7 +176,7 @@ class Delete(_Request):
 
 
 class CloseConversation(_Request):
-    """Undo ``open``: follow only the generations that this socket asked for."""
+    """End what ``open`` began: follow only the generations that this socket asked for."""
 
     model_config = ConfigDict(title="Close")
 
@@ -197,9 +197,9 @@ CLIENT_FRAMES: dict[str, type[ClientFrame]] = {
 
 
 class _Answer(_Frame):
-    """A frame that may answer a frame of the client, whose ``request`` it then has."""
+    """A frame that may answer a frame of the client. It then has the ``request`` of that frame."""
 
-    type: str  # first, so that a person reads it first
+    type: str  # the first key of the JSON, for people who read frames
     request: str | None = None
 
 
@@ -224,7 +224,7 @@ class Limits(_Frame):
 class Hello(_Frame):
     """The first frame of a socket whose client offered the subprotocol.
 
-    ``auth``: the client has to send ``auth`` first. ``principal``: that of the client, if known.
+    ``auth``: the client has to send ``auth`` first. ``principal``: the client's, if known.
     """
 
     type: Literal["hello"] = "hello"
@@ -237,8 +237,8 @@ class Hello(_Frame):
 class Start(_Answer):
     """The prompt was accepted, or found again. ``queued`` is the place of a prompt that waits.
 
-    The next frames begin after piece ``after``, 0 if left out. ``prompt`` is the text of the prompt
-    and ``retry_of`` the turn that it replaces, if another socket has sent the prompt.
+    The next frames begin with the piece after ``after``, 0 if left out. If another socket sent the
+    prompt, ``prompt`` is its text and ``retry_of`` the turn that it replaces.
     """
 
     type: Literal["start"] = "start"
@@ -254,7 +254,7 @@ class Start(_Answer):
 class _Content(_Frame):
     """A part of the reply's content: one piece, or several merged; ``seq`` is that of the last.
 
-    ``block`` is the index of the content block; it is left out where it is 0.
+    ``block`` is the index of the content block; left out if 0.
     """
 
     type: str
@@ -266,8 +266,8 @@ class _Content(_Frame):
 class Token(_Content):
     """Text up to and including piece ``seq``: one piece, or several merged.
 
-    ``block`` is the index of the text's block in the reply, 0 where it is left out. A frame with a
-    ``citation`` has no text: the citation is one of the block's.
+    ``block`` is the index of the text block in the reply; 0 if left out. A frame with a
+    ``citation`` has an empty text: the citation belongs to the block.
     """
 
     type: Literal["token"] = "token"
@@ -278,7 +278,7 @@ class Token(_Content):
 class ThinkingFrame(_Content):
     """The same for the model's extended thinking.
 
-    A frame with a ``signature`` has no text: it has the signature of the block, or a part of it.
+    A frame with a ``signature`` has an empty text. It has the signature of the block, or a part.
     """
 
     model_config = ConfigDict(title="Thinking")
@@ -291,8 +291,8 @@ class ThinkingFrame(_Content):
 class BlockFrame(_Content):
     """A content block of another type, such as ``tool_use``.
 
-    ``partial_json`` is the JSON of the block as a text, or a part of it: the parts of one
-    ``block``, one after the other, are the whole.
+    ``partial_json`` is the JSON of the block as a text, or a part of the JSON: a client joins the
+    parts with the same ``block``.
     """
 
     model_config = ConfigDict(title="Block")

@@ -27,17 +27,17 @@ ANSWERS = {
     "auth": "authenticated",
     "ping": "pong",
 }
-"""The type of the answer to each frame of a client; any frame may be answered by ``error``."""
+"""The type of the answer to each frame of a client. The answer to any frame may be ``error``."""
 
 CLIENT = (
-    "A frame that a client may send. JSON Schema cannot tell some rules: the last of `messages` is "
-    "the user's, no text has half of a surrogate pair, no key is given twice, a whole number has "
-    "no fraction, not even `.0`, and a frame is not larger than the limits of the server allow. "
-    "The server also accepts unknown keys whose value is null, as it does not see them."
+    "A frame that a client may send. JSON Schema cannot express these rules: the last message has "
+    "the role user; no text has half of a surrogate pair; no object has a key twice; an integer "
+    "has no fraction, not even `.0`; a frame is within the limits of the server. The server also "
+    "accepts unknown keys whose value is null."
 )
 SERVER = (
-    "A frame that the server may send. A client ignores the types and keys that it does not know, "
-    "as a later server may send more of them."
+    "A frame that the server may send. A client ignores unknown types and keys, because a later "
+    "server may add some."
 )
 PROMPT_OR_MESSAGES = [
     {
@@ -68,7 +68,7 @@ class _Generator(GenerateJsonSchema):
 
 
 class _Client(_Generator):
-    """The value of an optional key may be ``null``, which counts as left out."""
+    """Schemas of client frames. An optional key may be ``null``, which counts as left out."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         value = {"anyOf": [self.generate_inner(schema["schema"]), {"type": "null"}]}
@@ -87,7 +87,7 @@ class _Client(_Generator):
 
 
 class _Server(_Generator):
-    """A key without a value is left out. Later servers may send more keys, and more words."""
+    """Schemas of server frames. Later servers may send more keys, and more values of enums."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         return self.generate_inner(schema["schema"])

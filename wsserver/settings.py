@@ -50,21 +50,21 @@ REMOVED = {
     "jwt_leeway": "the clocks may always differ by 10 seconds",
     "retry_budget": "the pauses between attempts are always at most 15 seconds together",
 }
-"""Settings of earlier versions, and what holds now."""
+"""Settings of earlier versions, and the rule that replaces each."""
 
 SECTIONS = {
-    "host": "where it listens",
+    "host": "listening",
     "model": "the model",
-    "token_file": "who may connect",
-    "store": "what it keeps",
-    "prompts_per_minute": "what it may cost",
+    "token_file": "access",
+    "store": "storage",
+    "prompts_per_minute": "limits",
     "metrics_token_file": "operation",
-    "unix_socket_mode": "listening",
+    "unix_socket_mode": "listening and event loop",
     "max_tokens_limit": "the model's API",
     "tokens": "tokens and handshakes",
     "save_interval": "the store",
-    "message_size": "what a client may send",
-    "generations_per_socket": "numbers at once",
+    "message_size": "frames and prompts",
+    "generations_per_socket": "concurrency",
     "history_messages": "conversations and replies",
     "open_timeout": "sockets",
     "metrics_token": "metrics and shutdown",
@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,  # the input may be a secret
     )
 
-    # Where it listens.
+    # Listening.
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on. Loopback keeps all other machines out until you decide otherwise."""
     port: Annotated[int, Field(ge=0, le=65535), Unit("port")] = 3001
@@ -109,24 +109,24 @@ class Settings(BaseSettings):
 
     # The model.
     model: str = ""
-    """Model that answers. `demo`, `anthropic:MODEL`, a bare `claude-…`, or
-    `package.module:attribute` for a model of your own. Empty: claude-sonnet-4-6 if the environment
-    has Anthropic credentials, else demo."""
+    """Model that answers. `demo`, `anthropic:MODEL`, `claude-…`, or `package.module:attribute` for
+    a model of your own. Empty: claude-sonnet-4-6 if the environment has Anthropic credentials, else
+    demo."""
     models: Names = ()
-    """Other models that a prompt may ask for. Separated by commas. Empty, because each model has a
-    price that you have to agree to."""
+    """Other models that a prompt may choose. Separated by commas. Empty by default, because each
+    model has its own price."""
     system: str = ""
-    """System prompt, if a prompt has none."""
+    """System prompt for prompts that have none."""
     max_tokens: Tokens = 8192
-    """Output tokens per reply. A prompt may ask for another number."""
+    """Output tokens per reply. A prompt may set another number."""
 
-    # Who may connect.
+    # Access.
     token_file: File = ""
     """Tokens of principals, one per line. A line is `NAME sha256:DIGEST`; `wsserver token new NAME`
-    makes one. SIGHUP reloads the file, and closes the sockets whose token is gone."""
+    makes one. SIGHUP reloads the file, and closes the sockets whose token was removed."""
     jwt_secret_file: File = ""
     """Secret that signs JSON Web Tokens (HS256). 32 bytes or more. The file replaces `jwt_secret`.
-    SIGHUP reloads the file. One line end after the secret is not part of the secret."""
+    SIGHUP reloads the file. A line end at the end of the file is not part of the secret."""
     jwt_jwks: str = ""
     """Public keys that check JSON Web Tokens. The path of a JSON Web Key Set, or the `https://`
     address where the issuer publishes the keys (RS256, PS256, ES256, EdDSA)."""
@@ -144,33 +144,34 @@ class Settings(BaseSettings):
     claim. Empty: the server's own page, and pages of localhost while the server listens on
     loopback."""
     proxies: Names = ()
-    """Proxies whose X-Forwarded-For is believed. Addresses or networks, separated by commas; `unix`
-    for every client of the unix socket. Without this setting a client could claim any address."""
+    """Proxies whose X-Forwarded-For is trusted. Addresses or networks, separated by commas; `unix`
+    for every client of the unix socket. No other client can set the header, because it could
+    claim any address."""
     allow_anonymous: bool = False
-    """Serve everyone who can connect. Off, because strangers spend your money and share all their
-    conversations."""
+    """Serve clients without a token. Off by default, because anonymous clients spend your money and
+    share all their conversations."""
 
-    # What it keeps.
+    # Storage.
     store: str = "memory:"
-    """Where conversations are kept. `memory:` until the process ends, or `sqlite:///PATH` for a
+    """Where conversations are stored. `memory:` until the process ends, or `sqlite:///PATH` for a
     file (four slashes for an absolute path). `wsserver serve` without this setting uses a file in
     the user's data folder."""
     retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("days")] = 0.0
-    """Days after its last use that a chat is deleted. 0 keeps conversations for ever."""
+    """Days until an unused conversation is deleted. 0 keeps all conversations."""
 
-    # What it may cost.
+    # Limits.
     prompts_per_minute: PositiveCount = 60
-    """Prompts per minute of one principal. Or of one address, if the client is anonymous."""
+    """Prompts per minute of one principal. For anonymous clients the limit is per address."""
     tokens_per_day: Annotated[int, Field(ge=0), Unit("tokens")] = 1_000_000
     """Tokens per day (UTC) of one principal. Input and output together. A token read from
     Anthropic's cache counts a tenth, a token written to the cache counts 1.25. All anonymous
     clients are one principal. 0 sets no limit."""
     dollars_per_day: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("dollars")] = 15.0
-    """US dollars per day (UTC) of one principal. By the prices of the models; a million output
-    tokens of claude-sonnet cost 15 dollars. 0 sets no limit."""
+    """US dollars per day (UTC) of one principal. The server uses the prices of the models; a
+    million output tokens of claude-sonnet cost 15 dollars. 0 sets no limit."""
     generations: PositiveCount = 800
-    """Replies that run or wait at once. Each running reply has one connection to the model's
-    API."""
+    """Replies that run or wait at the same time. Each running reply has one connection to the
+    model's API."""
     connections: PositiveCount = 10_000
     """Open connections. 10,000 take about 60 MB without TLS. Further connections get status 503.
     The server lowers this limit and `generations` at the start if the limit of file descriptors
@@ -178,23 +179,23 @@ class Settings(BaseSettings):
     memory: Bytes = 536_870_912
     """Memory for all clients together. The program takes about 120 MiB more, so both fit
     into 1 GiB. The server first drops conversations and replies that no client uses. One principal
-    or address may hold an eighth of the free memory."""
+    or address may use an eighth of the free memory."""
 
     # Operation.
     metrics_token_file: File = ""
-    """Bearer token for `/metrics`. The file replaces `metrics_token`. SIGHUP reloads the file. One
-    line end after the token is not part of the token."""
+    """Bearer token for `/metrics`. The file replaces `metrics_token`. SIGHUP reloads the file. A
+    line end at the end of the file is not part of the token."""
     operations_port: Annotated[int | None, Field(ge=0, le=65535), Unit("port")] = None
-    """Separate port for operators. `/metrics`, `/readyz` and `/healthz` need no login there, and
-    the port for clients no longer has the first two. Empty: all three are at the port for clients.
-    On loopback `/metrics` answers only to an address, localhost or a name in `hosts`."""
+    """Separate port for operators. It serves `/metrics`, `/readyz` and `/healthz` without a login;
+    the port for clients then has only `/healthz`. Empty: the port for clients serves all three. On
+    loopback the host name for `/metrics` must be an address, localhost or in `hosts`."""
     log_level: str = "info"
-    """debug, info, warning or error. The least severe log lines that `wsserver serve` shows. Only
+    """debug, info, warning or error. `wsserver serve` shows log lines of this level and above. Only
     debug shows the texts of exceptions, which may contain secrets."""
     drain_timeout: Seconds = 15.0
-    """Time for running replies to end at a shutdown. After this time the server stops them."""
+    """Time for replies to finish at a shutdown. After this time the server stops them."""
 
-    # Tuning: listening.
+    # Tuning: listening and event loop.
     unix_socket_mode: str = "660"
     """Permissions of the unix socket, in octal. They decide which users may connect."""
     event_loop: Literal["auto", "asyncio", "uvloop"] = "auto"
@@ -203,25 +204,26 @@ class Settings(BaseSettings):
 
     # Tuning: the model.
     max_tokens_limit: Tokens = 32_768
-    """Most output tokens that a prompt may ask for. The server lowers a higher value to this
-    limit, because tokens cost money."""
+    """Most output tokens that a prompt may set. The server lowers a higher value to this limit,
+    because tokens cost money."""
     thinking: str = ""
     """Extended thinking. `adaptive`, `disabled`, or a budget in tokens (1024 or more). Empty: the
     model's own default."""
     prompt_caching: bool = True
     """Let Anthropic cache the conversation. Each further turn is then cheaper."""
     prices: Names = ()
-    """Prices of models that are not Claude, or other prices. US dollars for a million tokens,
+    """Prices of other models, or other prices of Claude models. US dollars for a million tokens,
     separated by commas: `MODEL=INPUT/OUTPUT` or `MODEL=INPUT/OUTPUT/CACHE WRITE/CACHE READ`. A
     model of your own costs nothing until you set a price."""
     connect_timeout: PositiveSeconds = 5.0
     """Time to connect to the model's API. A working API answers in much less."""
     warm_connections: bool = True
-    """Open a connection to the model's API when a client connects or sends its first frame. Only if
-    no connection is idle. The first token then waits for neither TCP nor TLS."""
+    """Open a connection to the model's API when a client connects or sends its first frame. The
+    first token then does not wait for TCP and TLS. The server does so only if no connection is
+    idle."""
     silence_timeout: PositiveSeconds = 60.0
-    """Silence of a model after which its reply fails. Keep-alives of the API do not count, because
-    they say nothing about the reply."""
+    """Silence of a model after which its reply fails. Keep-alives of the API do not end a silence,
+    because they say nothing about the reply."""
     retries: Count = 2
     """New attempts if the model's API fails before the first token. Most such failures are
     short."""
@@ -230,8 +232,8 @@ class Settings(BaseSettings):
 
     # Tuning: who may connect.
     tokens: str = ""
-    """Tokens of principals, `NAME sha256:DIGEST` each, separated by commas. For environments where
-    a file is hard to have. The digests are no secret: nobody can log in with a digest."""
+    """Tokens of principals, `NAME sha256:DIGEST` each, separated by commas. For environments
+    without files. The digests are not secret: nobody can log in with a digest."""
     jwt_secret: SecretStr = SecretStr("")
     """Secret that signs JSON Web Tokens (HS256). 32 bytes or more. Use `jwt_secret_file` or the
     environment: other users of the machine can see a flag."""
@@ -242,16 +244,16 @@ class Settings(BaseSettings):
     """Claim of a JSON Web Token that is the principal's name. The claim must never pass from one
     person to another, as an e-mail address can: conversations belong to the name."""
     auth_timeout: PositiveSeconds = 10.0
-    """Time for a client to send its `auth` frame. The open socket takes a slot that others may
-    need."""
+    """Time for a client to send its `auth` frame. Until then its socket uses up one connection of
+    the limits."""
 
     # Tuning: the store.
     save_interval: PositiveSeconds = 0.1
-    """Time between two writes of the text of running replies. A crash loses the text of this time
-    and of one write."""
+    """Time between two writes of the text of running replies. A crash loses at most the text of
+    this time and of one write."""
     store_timeout: PositiveSeconds = 5.0
-    """Time for the store to save the end of a reply. After this time the reply ends as not
-    saved, so that the client does not wait for ever."""
+    """Time for the store to save the end of a reply. After this time the client gets the end of the
+    reply as not saved."""
     bytes_per_principal: Bytes = 268_435_456
     """Size of one principal's conversations in the store. The server refuses prompts over the limit
     until the client deletes conversations. All anonymous clients are one principal."""
@@ -259,7 +261,7 @@ class Settings(BaseSettings):
     """Conversations of one principal in the store. The limit keeps the lists of one principal
     short."""
 
-    # Tuning: what a client may send.
+    # Tuning: frames and prompts.
     message_size: Bytes = 65_536
     """Largest WebSocket message. A larger message closes the socket with 1009."""
     prompt_size: Bytes = 32_768
@@ -271,14 +273,14 @@ class Settings(BaseSettings):
     """Frames per second of one socket over time. More than a person at a keyboard sends. A `stop`
     frame always works. WebSocket pings have a limit of their own."""
     frame_burst: PositiveCount = 40
-    """Frames of one socket at once. A client that reconnects asks for everything it had open."""
+    """Frames of one socket at once. A client that reconnects sends many frames."""
 
-    # Tuning: numbers at once.
+    # Tuning: concurrency.
     generations_per_socket: PositiveCount = 4
     """Replies that run or wait for one socket. One client cannot take all of `generations`."""
     generations_per_principal: PositiveCount = 32
-    """Replies that run or wait for one principal on all its sockets. Or for one address, if the
-    client is anonymous."""
+    """Replies that run or wait for one principal on all its sockets. For anonymous clients the
+    limit is per address."""
     connections_per_principal: PositiveCount = 100
     """Open sockets of one principal: tabs, devices and scripts."""
     connections_per_address: PositiveCount = 100
@@ -292,63 +294,62 @@ class Settings(BaseSettings):
 
     # Tuning: conversations and replies.
     history_messages: PositiveCount = 200
-    """Messages of a conversation that the model sees. Over the limit the server drops the oldest
-    turns, many at once: the prompt cache then matches until the next time."""
+    """Messages of a conversation that the model gets. Over the limit the server leaves out the
+    oldest turns, many at once: the prompt cache then matches until the next time."""
     history_size: Characters = 400_000
-    """Characters of a conversation that the model sees, about 100,000 tokens of English. Over the
-    limit the server drops the oldest turns in the same way."""
+    """Characters of a conversation that the model gets, about 100,000 tokens of English. Over the
+    limit the server leaves out the oldest turns in the same way."""
     reply_size: Characters = 4_000_000
     """Characters of one reply. At the limit the reply ends as `max_tokens`: a model of your own may
     never end."""
     reply_timeout: PositiveSeconds = 600.0
     """Time for a whole reply. After this time the server stops the reply."""
     stop_timeout: PositiveSeconds = 5.0
-    """Time for a stopped model to close its request. After this time the server reports the stop
-    anyway."""
+    """Time for a stopped model to close its request. After this time the server sends the last
+    frame of the reply anyway."""
     grace: Seconds = 30.0
-    """Time that a reply runs on after its last reader is gone. The reader can reconnect. 0 stops
-    the reply at once."""
+    """Time that a reply continues without readers, so that a client can reconnect. 0 stops the
+    reply at once."""
     grace_tokens: Count = 2000
-    """Output tokens (estimated) that a reply may make after its last reader is gone. They cost
-    money. If the connection died without a close frame, the reply runs on for at least 15 s: the
-    client has to notice first."""
+    """Output tokens (estimated) that a reply may produce without readers. If the connection died
+    without a close frame, the reply continues for at least 15 s, because the client has to notice
+    first."""
     replay: Seconds = 300.0
-    """Time that the server keeps an ended reply. A prompt sent again gets this reply, and not a
-    second one."""
+    """Time that the server keeps an ended reply in memory. A prompt that is sent again gets this
+    reply, and not a second one."""
     replay_size: Bytes = 67_108_864
-    """Size of all ended replies that the server keeps. The oldest replies go first."""
+    """Size of all ended replies in memory. The server drops the oldest ones first."""
 
     # Tuning: sockets.
     open_timeout: PositiveSeconds = 5.0
-    """Time for the opening handshake. A slow handshake takes a slot that others may need."""
+    """Time for the opening handshake. A slow handshake uses up one connection of the limits."""
     ping_interval: PositiveSeconds = 20.0
     """Time between two keep-alive pings. Common proxies cut a connection that is silent for
     60 s."""
     ping_timeout: PositiveSeconds = 20.0
-    """Time for the answer to a ping. After this time the peer counts as gone."""
+    """Time for the answer to a ping. After this time the connection counts as lost."""
     idle_timeout: Seconds = 3600.0
-    """Time without a request or a reply before the socket is closed with 1000. A forgotten client
-    takes a slot. Pings do not count. 0 never closes the socket."""
+    """Time without a request or a reply before the socket is closed with 1000. Pings do not count.
+    0 never closes the socket."""
     send_timeout: PositiveSeconds = 10.0
-    """Time without progress while data waits for a reader. After this time the server aborts the
-    socket."""
+    """Time without progress while data waits for a client that does not read. After this time the
+    server aborts the connection."""
     write_buffer: Bytes = 32_768
-    """Unsent data of one socket above which the socket gets no more text. Little, so that a stop
-    takes effect at once."""
+    """Unsent data of one socket above which the server writes no more text to it. A small value
+    makes a stop take effect at once."""
     max_unsent: Bytes = 262_144
-    """Unsent data of one socket, answers and pongs included, above which the server aborts the
-    socket."""
+    """Unsent data of one socket, including answers and pongs, above which the server aborts the
+    connection."""
     frame_size: Characters = 16_384
-    """Characters of merged text in one frame for a slow reader. Larger frames would delay a
-    stop."""
+    """Most characters of merged text in one frame. Larger frames would delay a stop."""
 
     # Tuning: operation.
     metrics_token: SecretStr = SecretStr("")
-    """Bearer token for `/metrics`. Empty: `/metrics` is at `operations_port`, or at a server that
-    serves this machine only. Use `metrics_token_file` or the environment: other users of the
-    machine can see a flag."""
+    """Bearer token for `/metrics`. Without it, `/metrics` is served only at `operations_port`, or
+    if only this machine can reach the server. Use `metrics_token_file` or the environment: other
+    users of the machine can see a flag."""
     operations_host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address of `operations_port`. Loopback, because the port needs no login."""
+    """Address of `operations_port`. Loopback by default, because the port needs no login."""
     shutdown_timeout: Seconds = 27.0
     """Time for the whole shutdown. Service managers commonly give 30 s. After this time the server
     aborts everything that is left."""
@@ -396,13 +397,13 @@ class Settings(BaseSettings):
     def _check_order(self) -> Self:
         if self.key and not self.cert:
             raise ValueError("key needs cert, the certificate of the key")
-        # Without this check, settings that should keep strangers out would let everyone in.
+        # Without this check, such settings would look like protection and have no effect.
         keys = self.jwt_secret.get_secret_value() or self.jwt_secret_file or self.jwt_jwks
         if (self.jwt_audience or self.jwt_issuer) and not keys:
             raise ValueError("jwt_audience and jwt_issuer need jwt_secret or jwt_jwks")
         for name in SECRETS:
             if getattr(self, name).get_secret_value() and getattr(self, f"{name}_file"):
-                raise ValueError(f"give one of {name} and {name}_file, and not both")
+                raise ValueError(f"set one of {name} and {name}_file, not both")
         if self.prompt_size > self.message_size:
             raise ValueError("prompt_size must not be over message_size")
         if self.max_tokens > self.max_tokens_limit:
@@ -479,8 +480,8 @@ class Settings(BaseSettings):
         """Return the fields of each section by its title.
 
         Args:
-            tuning: the sections that rarely need a change; else the sections that an operator
-                decides.
+            tuning: True for the sections that rarely need a change, False for the sections that an
+                operator decides.
         """
         found: dict[str, list[str]] = {}
         wanted = not tuning
@@ -501,14 +502,14 @@ class Settings(BaseSettings):
             ConfigError: a value is invalid, or there is no such setting.
         """
         for name in given.keys() & REMOVED.keys():
-            raise ConfigError(f"{name}: there is no such setting any more; {REMOVED[name]}")
+            raise ConfigError(f"{name}: this setting was removed; {REMOVED[name]}")
         known = {CHAT_TOKEN, *(PREFIX + name.upper() for name in cls.model_fields)}
         for variable in os.environ:
             name = variable.upper()
             if not name.startswith(PREFIX) or name in known:
                 continue
             if (old := name.removeprefix(PREFIX).lower()) in REMOVED:
-                raise ConfigError(f"{variable}: there is no such setting any more; {REMOVED[old]}")
+                raise ConfigError(f"{variable}: this setting was removed; {REMOVED[old]}")
             hint = ""
             if "://" in os.environ[variable] or "_SERVICE_" in variable:
                 hint = " (Kubernetes sets such variables; see enableServiceLinks of a pod)"

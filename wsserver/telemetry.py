@@ -91,7 +91,9 @@ class Metrics:
             "WebSocket connections, by outcome: served, or the reason for refusing.",
             "outcome",
         )
-        self._memory = gauge("memory_bytes", "Bytes kept for clients, of the setting `memory`.")
+        self._memory = gauge(
+            "memory_bytes", "Bytes in use for clients; the limit is the setting `memory`."
+        )
         self._running = gauge("generations_running", "Replies that a model generates now.")
         self._generations = counter(
             "generations_total",
@@ -122,7 +124,8 @@ class Metrics:
             "upstream_errors_total", "Replies that failed because of the model's API.", "code"
         )
         self._merged = counter(
-            "pieces_merged_total", "Pieces sent in one frame with others to slow readers."
+            "pieces_merged_total",
+            "Pieces that were merged into frames with other pieces, for slow readers.",
         )
         self._aborted = counter(
             "readers_aborted_total", "Connections aborted because the client did not read.", "why"
@@ -401,8 +404,8 @@ def span(
         attributes["gen_ai.request.temperature"] = temperature
     if conversation is not None:
         attributes["gen_ai.conversation.id"] = conversation
-    # An empty context makes a new trace. The current span may be another generation, whose end
-    # started this one.
+    # An empty context makes a new trace. Otherwise the parent could be the span of an earlier
+    # generation whose end started this one.
     name, kind = f"chat {model}", trace.SpanKind.CLIENT
     with _log_exceptions():
         tracer = trace.get_tracer("wsserver")
@@ -414,7 +417,7 @@ def span(
 
 @contextlib.contextmanager
 def _log_exceptions() -> Iterator[None]:
-    """Log an exception of a span processor of the program: it must not end a generation."""
+    """Log an exception of the program's span processor, which must not end a generation."""
     try:
         yield
     except Exception as error:  # noqa: BLE001

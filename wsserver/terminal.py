@@ -59,13 +59,13 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Chat, and return the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
+    """Run the chat; return the exit code: 0, 1 after an error, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         ConfigError: an argument or the environment is not usable.
     """
     if None in (sys.stdin, sys.stdout, sys.stderr):
-        raise ConfigError("stdin, stdout and stderr have to be open, to /dev/null if need be")
+        raise ConfigError("stdin, stdout and stderr must be open; redirect them to /dev/null")
     try:
         prompt = _read_prompt(options)
     except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def run(options: Options) -> int:
         Prompt(prompt=prompt or "Hi", model=options.model, system=options.system)
     except ValueError:
         raise ConfigError("the prompt, --model or --system cannot be sent as text") from None
-    # A private server and the libraries log to stderr otherwise, between the lines of the chat.
+    # Otherwise a private server and the libraries would log to stderr, between lines of the chat.
     logging.getLogger().addHandler(logging.NullHandler())
     try:
         return asyncio.run(Terminal(options).run(prompt))
@@ -152,7 +152,7 @@ class Terminal:
         self._on_ctrl_c: Callable[[], None] | None = None
 
     async def run(self, prompt: str | None) -> int:
-        """Answer one prompt, or hold a dialogue; return the exit code."""
+        """Send one prompt, or run a dialogue; return the exit code."""
         options = self._options
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
@@ -278,7 +278,7 @@ class Terminal:
             self._print_line(_thought(message.thinking))
         self._print_line(escape(message.text))
         if message.partial:
-            self._print_line(f"[not whole: {escape(message.partial)}]")
+            self._print_line(f"[incomplete: {escape(message.partial)}]")
         if message.model or message.usage:
             self._print_line(_facts(message.model, message.usage))
 
@@ -314,7 +314,7 @@ class Terminal:
     # For both.
 
     def _prompt(self, prompt: str, retry_of: str | None = None) -> Reply:
-        # A private server was started with the model of --model, and accepts no other name.
+        # A private server was started with --model, and accepts no other name.
         model = self._options.model if self._options.url is not None else None
         system = self._options.system
         return self._chat.prompt(prompt, retry_of=retry_of, model=model, system=system)

@@ -49,9 +49,9 @@ USAGE: dict[str, Any] = {
 HISTORY_MESSAGE = {
     "type": "object",
     "description": (
-        "A message of a conversation; `id` is that of the generation to which the message belongs. "
-        "`partial` tells why a reply is not whole: `cut` if it is longer than a frame can hold. "
-        "`content` is the text. `blocks` has all content, and is left out where the text is all. "
+        "A message of a conversation; `id` is the generation to which the message belongs. "
+        "`partial` is the reason why a reply is incomplete; `cut` if it does not fit into a frame. "
+        "`content` is the text. `blocks` has all content; left out if it is a single text block. "
         "Times are in seconds since 1970."
     ),
     "properties": {

@@ -26,7 +26,7 @@ export function App({ onConversation, ...options }) {
           <li key={id + role} className={role}>
             {thinking && <details><summary>Thinking</summary>{thinking}</details>}
             <span style={{ whiteSpace: 'pre-wrap' }}>{content}</span>
-            {partial && <em> (not whole: {partial})</em>}
+            {partial && <em> (incomplete: {partial})</em>}
           </li>
         ))}
       </ol>

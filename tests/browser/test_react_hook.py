@@ -87,14 +87,14 @@ async def test_hook_streams_and_stops_reply(
     model.say("<b>two</b>")
     await expect(messages).to_have_text(["Count", "one <b>two</b>"])
     await button.click()
-    await expect(messages).to_have_text(["Count", "one <b>two</b> (not whole: client)"])
+    await expect(messages).to_have_text(["Count", "one <b>two</b> (incomplete: client)"])
     await expect(button).to_have_text("Send")
     async with asyncio.timeout(BOUND):
         await model.closed.wait()
     await type_in(page, "Again")
     (await puppet.reply(1)).say("whole").end()
     await expect(messages).to_have_text(
-        ["Count", "one <b>two</b> (not whole: client)", "Again", "whole"]
+        ["Count", "one <b>two</b> (incomplete: client)", "Again", "whole"]
     )
     await expect(button).to_have_text("Send")
     await type_in(page, "Fail")
@@ -246,7 +246,7 @@ async def test_hook_retry_replaces_failed_turn(
     (await puppet.reply()).say("half").fail(wsserver.ModelError(wsserver.Code.OVERLOADED))
     await retry.click()
     (await puppet.reply(1)).fail(wsserver.ModelError(wsserver.Code.OVERLOADED))
-    await expect(messages).to_have_text(["Hello", "(not whole: overloaded)"])
+    await expect(messages).to_have_text(["Hello", "(incomplete: overloaded)"])
     await retry.click()
     (await puppet.reply(2)).say("whole").end()
     await expect(messages).to_have_text(["Hello", "whole"])
@@ -267,12 +267,12 @@ async def test_hook_retries_refused_prompt(
     messages, retry = page.get_by_role("listitem"), page.get_by_role("button", name="Retry")
     long = "x" * 40_000
     await type_in(page, long)
-    await expect(messages).to_have_text([long, "(not whole: too_long)"])
+    await expect(messages).to_have_text([long, "(incomplete: too_long)"])
     await retry.click()
-    await expect(messages).to_have_text([long, "(not whole: too_long)"])
+    await expect(messages).to_have_text([long, "(incomplete: too_long)"])
     await type_in(page, "short")
     (await puppet.reply()).say("whole").end()
-    await expect(messages).to_have_text([long, "(not whole: too_long)", "short", "whole"])
+    await expect(messages).to_have_text([long, "(incomplete: too_long)", "short", "whole"])
 
 
 async def test_hook_ends_reply_after_final_close_code(

@@ -69,7 +69,7 @@ async def test_ten_line_client_streams_and_stops_reply(ten_lines: Page, puppet: 
     (await puppet.reply(1)).say(MARKUP).end()
     await expect(output).to_have_text(f"one two [stopped] {MARKUP} [end_turn]")
     await ten_lines.get_by_role("button", name="Stop").click()
-    await expect(output).to_contain_text("nothing (of that `id`) to stop")
+    await expect(output).to_contain_text("nothing to stop")
 
 
 # With an icon in the page the browser requests none, also not while the site closes.

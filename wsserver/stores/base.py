@@ -107,7 +107,7 @@ class Turn:
 
     @property
     def partial(self) -> str | None:
-        """Why the reply is not whole; None where it is."""
+        """Why the reply is incomplete; None if it is complete."""
         return self.reply.partial
 
 
@@ -280,7 +280,7 @@ def day_of(seconds: float) -> int:
 
 
 def partial(terminal: Terminal | None) -> str | None:
-    """Return why a reply is not whole: the code of an error, or who stopped it; else None."""
+    """Return why a reply is incomplete: the code of an error, or a ``by``; else None."""
     if terminal is None:
         return "interrupted"
     return str(terminal.code) if isinstance(terminal, Error) else terminal.by
