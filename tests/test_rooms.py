@@ -48,7 +48,6 @@ LIBRARIES = {
     "prometheus_client": {"telemetry"},
     "prompt_toolkit": {"line_editor", "terminal"},
     "sqlite3": {"stores"},
-    "structlog": {"logs"},
     "uvloop": {"cli"},
     "websockets": {"client", "exchange", "websocket"},
 }

@@ -1,9 +1,9 @@
 """The log: one line per event. No logged value can break a line or look like another line.
 
-Only this module imports structlog. The import configures nothing: in a program that embeds the
-server, an event is a record of the logger ``wsserver``. Its message is a whole line
-(``generation id=… reason=end_turn seconds=1.2``), and its attribute ``event`` is the same as a
-dict. ``wsserver serve`` owns its process and calls :func:`set_up`.
+The import configures nothing: in a program that embeds the server, an event is a record of the
+logger ``wsserver``. Its message is a whole line (``generation id=… reason=end_turn seconds=1.2``),
+and its attribute ``event`` is the same as a dict. ``wsserver serve`` owns its process and calls
+:func:`set_up`.
 
 The text of an exception may contain a key, a prompt or the answer of an API. So an event shows the
 types of the exceptions and the code lines they passed. Only level ``debug`` shows their text.
@@ -23,18 +23,15 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-import structlog
-
 MAX_PLACES = 20  # innermost frames of a traceback; a recursion has a thousand
-CALLER = 4  # stack frames of structlog between the caller and the standard library
+CALLER = 3  # the caller of `log.info`, counted from the call of the standard library
 WINDOW = 10.0  # seconds
 MAX_LINES = 100  # more than a person reads; at most 220 MB a day for each event
-LEVELS = logging.getLevelNamesMapping()
 NAMES = 1000  # counts in a window; later principals share the count of anonymous clients
 
 logger = logging.getLogger("wsserver")
@@ -239,37 +236,44 @@ def _quoted(value: object) -> str:
     return '"{}"'.format(text.replace('"', '\\"'))
 
 
-def _limited(_: object, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    if not _limit.allows(event["event"], LEVELS[level.upper()], event.get("principal")):
-        raise structlog.DropEvent
-    return event
+class _Log:
+    """Writes events: ``log.info("event", key=value)``.
+
+    A None value is left out. ``failure`` is an exception. The field ``principal`` has a limit of
+    lines of its own.
+    """
+
+    def debug(self, event: str, **values: object) -> None:
+        _write(logging.DEBUG, event, values)
+
+    def info(self, event: str, **values: object) -> None:
+        _write(logging.INFO, event, values)
+
+    def warning(self, event: str, **values: object) -> None:
+        _write(logging.WARNING, event, values)
+
+    def error(self, event: str, **values: object) -> None:
+        _write(logging.ERROR, event, values)
+
+    def log(self, level: int, event: str, **values: object) -> None:
+        _write(level, event, values)
 
 
-def _as_record(
-    _: object, __: str, event: MutableMapping[str, Any]
-) -> tuple[tuple[str], dict[str, Any]]:
-    """Return the arguments for the standard library's logger."""
-    failure = event.pop("failure", None)
+log = _Log()
+
+
+def _write(level: int, event: str, values: dict[str, object]) -> None:
+    if not (logger.isEnabledFor(level) and _limit.allows(event, level, values.get("principal"))):
+        return
+    failure = values.pop("failure", None)
     if isinstance(failure, BaseException):
-        event.update(_describe(failure))
-    safe = _Event(
-        (key, value if isinstance(value, int | float) else printable(str(value)))
-        for key, value in event.items()
-        if value is not None
-    )
-    return (_line(safe),), {
-        "extra": {"event": safe},
-        # A formatter shows the text of the exception only if it gets `exc_info`.
-        "exc_info": failure if logger.isEnabledFor(logging.DEBUG) else None,
-        "stacklevel": CALLER,
-    }
-
-
-log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
-    logger,
-    processors=[structlog.stdlib.filter_by_level, _limited, _as_record],
-    wrapper_class=structlog.stdlib.BoundLogger,
-    context_class=dict,
-    cache_logger_on_first_use=True,
-)
-"""``log.info("event", key=value)``. A None value is left out; ``failure`` is an exception."""
+        values |= _describe(failure)
+    else:
+        failure = None
+    safe = _Event(event=printable(event))
+    for key, value in values.items():
+        if value is not None:
+            safe[key] = value if isinstance(value, int | float) else printable(str(value))
+    # A formatter shows the text of the exception only if it gets `exc_info`.
+    shown = failure if logger.isEnabledFor(logging.DEBUG) else None
+    logger.log(level, _line(safe), extra={"event": safe}, exc_info=shown, stacklevel=CALLER)
