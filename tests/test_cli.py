@@ -194,7 +194,7 @@ def test_port_in_use_is_one_line_error(capsys: pytest.CaptureFixture[str]) -> No
         (["serve", "--grace", "-1"], "grace: "),
         (["serve", "--model", "gpt"], "model: 'gpt' is none of"),
         (["serve", "--model", "no.such:model"], "no module and no provider 'no'"),
-        (["serve", "--model", "openai:gpt-4o"], "no provider 'openai'; give demo, anthropic:MODEL"),
+        (["serve", "--model", "openai:gpt-4o"], "no provider 'openai'; choose demo, anthropic:"),
         (["serve", "--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["sing"], "sing"),
         ([], "COMMAND"),

@@ -1,4 +1,4 @@
-"""Models: what turns a request into pieces."""
+"""Models: each turns a request into the pieces of a reply."""
 
 from wsserver.content import Message
 from wsserver.models.base import Model, Request, check, close, make, name_of

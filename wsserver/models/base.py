@@ -1,4 +1,4 @@
-"""The interface of a model, and how a model is found by its name."""
+"""The interface of a model, and the choice of the model that the settings name."""
 
 import importlib
 import inspect
@@ -16,7 +16,7 @@ from wsserver.pieces import Piece
 from wsserver.settings import Settings
 
 Output = str | Block | Piece | Usage | End
-"""What a model yields. A ``str`` is text."""
+"""A value that a model may yield. A ``str`` is text."""
 
 Take = Callable[[Output], None]
 
@@ -35,10 +35,10 @@ _CREDENTIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a model gets: the conversation, whose last message is the user's, and parameters.
+    """The argument of a model: the conversation and parameters. The last message is the user's.
 
-    ``model`` is the id that the client chose from the setting ``models``, else the ``name`` of the
-    model. It is None if there is neither: the name of a function is no id that an API knows.
+    ``model`` is the id that the client chose from the setting ``models``, or else the ``name`` of
+    the model object. It is None if there is neither: an API does not know the name of a function.
     """
 
     messages: tuple[Message, ...]
@@ -49,30 +49,31 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        """The last message's text."""
+        """The text of the last message."""
         return self.messages[-1].text
 
 
 class Model(Protocol):
-    """A callable from a request to an async iterator of pieces; an async generator will do.
+    """A callable from a request to an async iterator, for example an async generator function.
 
-    It yields ``str`` for text, :class:`~wsserver.Thinking` for thinking, other blocks whole, and
-    where it knows them :class:`~wsserver.Usage` (in all so far) and one :class:`~wsserver.End`.
-    Consecutive texts are one block, and so are consecutive thoughts up to a signature. A
-    :class:`~wsserver.pieces.Piece` with another ``block`` begins another one. An empty ``str`` adds
-    nothing, but shows that the model is alive. Returning without ``End`` is an ``end_turn``.
+    The iterator yields ``str`` for text, :class:`~wsserver.Thinking` for thinking, and other blocks
+    whole. It may yield :class:`~wsserver.Usage` (all tokens so far) and one :class:`~wsserver.End`.
+    Consecutive texts form one block, and so do consecutive thoughts up to a signature. A
+    :class:`~wsserver.pieces.Piece` with another ``block`` begins another block. An empty ``str``
+    adds nothing, but ends a silence. An iterator that ends without ``End`` ends as ``end_turn``.
 
-    To stop it, the task that iterates is cancelled and the iterator closed: what it holds open
-    must be closed as the exception passes, as ``async with`` and ``finally`` do.
+    To stop a reply, the server cancels the task that iterates, and closes the iterator. The
+    iterator has to close its connections at that moment, with ``async with`` or ``finally``.
 
-    It may have a ``name``, which clients see, a ``provider``, which traces name, and three methods,
-    each an ``async def`` without arguments: ``prepare`` is called once the server listens, ``warm``
-    when a client connects and when it sends its first frame, and ``aclose`` when the server that
-    made the model is closed.
+    A model may have a ``name`` for clients and a ``provider`` for traces. It may have three
+    methods, each an ``async def`` without arguments. The server calls ``prepare`` when it listens,
+    ``warm`` when a client connects or sends its first frame, and ``aclose`` at its own close, if it
+    made the model.
 
     Raises:
-        ModelError: to tell the client what happened; any other exception is not told. Where the
-            messages are too long, ``Code.PROMPT_TOO_LONG`` has it called again with fewer.
+        ModelError: the reply failed, and the client gets the code and the message. Of any other
+            exception the client gets only ``internal``. After ``Code.PROMPT_TOO_LONG`` the server
+            calls the model again with fewer messages.
     """
 
     def __call__(self, request: Request, /) -> AsyncIterator[Output]:
@@ -82,15 +83,17 @@ class Model(Protocol):
 
 @runtime_checkable
 class PushModel(Protocol):
-    """A model whose text comes by callback, which saves waking a task for each piece.
+    """A model that passes its pieces to a callback. No task wakes for each piece.
 
-    To stop it, the task that runs it is cancelled. All else is as for a :class:`Model`.
+    To stop a reply, the server cancels the task that runs :meth:`push`. All else is the same as for
+    a :class:`Model`.
     """
 
     async def push(self, request: Request, take: Take, /) -> None:
-        """Give ``take`` what a :class:`Model` would yield, in the event loop, and then return.
+        """Call ``take`` with each value that a :class:`Model` would yield; return at the end.
 
-        What ``take`` raises ends the reply, and must be let through.
+        Call ``take`` in the thread of the event loop. An exception of ``take`` ends the reply: do
+        not catch it.
         """
         ...
 
@@ -109,7 +112,7 @@ def check(model: object) -> None:
     if not callable(model):
         raise ConfigError(f"model: {name} is not callable")
     if inspect.iscoroutinefunction(model):
-        raise ConfigError(f"model: {name} must be an async generator: let it yield its pieces")
+        raise ConfigError(f"model: {name} must be an async generator that yields its pieces")
 
 
 def declared_name(model: Model | PushModel) -> str | None:
@@ -119,17 +122,17 @@ def declared_name(model: Model | PushModel) -> str | None:
 
 
 def name_of(model: Model | PushModel) -> str:
-    """Return the name that clients see: the model's own, else that of its function or class."""
+    """Return the name for clients: the model's ``name``, or the name of its function or class."""
     return declared_name(model) or str(getattr(model, "__name__", type(model).__name__))
 
 
 def provider_of(model: Model | PushModel) -> str:
-    """Return the provider of a model, as OpenTelemetry's GenAI conventions call it."""
+    """Return ``gen_ai.provider.name`` of OpenTelemetry's GenAI conventions for a model."""
     return str(getattr(model, "provider", None) or name_of(model))
 
 
 async def close(model: Model | PushModel) -> None:
-    """Release what a model holds, if it says how. An error of its own is logged."""
+    """Call the model's ``aclose``, if it has one. An exception is logged."""
     aclose = getattr(model, "aclose", None)
     if aclose is None or isinstance(model, type):
         return
@@ -142,8 +145,7 @@ async def close(model: Model | PushModel) -> None:
 def make(settings: Settings) -> Model | PushModel:
     """Make the model that the settings name.
 
-    The libraries behind it are imported here and not before, as they take longer to start than
-    all of the rest.
+    The libraries of a model are imported here, because they take most of the start.
 
     Raises:
         ConfigError: there is no such model, or it has no credentials.
@@ -164,17 +166,17 @@ def make(settings: Settings) -> Model | PushModel:
 
 
 def _import(spec: str) -> Model | PushModel:
-    """Import a model of the operator's own.
+    """Import a model of the operator.
 
     Raises:
-        ConfigError: the spec names no attribute of a module, or the module cannot be imported.
+        ConfigError: the text is not ``module:attribute``, or the module cannot be imported.
     """
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute):
         raise ConfigError(f"model: {spec!r} is none of {CHOICES}")
     if not all(part.isidentifier() for part in attribute.split(".")):
-        raise ConfigError(f"model: there is no provider {module_name!r}; give {CHOICES}")
-    # A program started from a folder expects to find that folder's modules.
+        raise ConfigError(f"model: there is no provider {module_name!r}; choose {CHOICES}")
+    # As `python -m` does: find the modules of the current folder.
     if (cwd := str(os.getcwd())) not in sys.path:  # noqa: PTH109
         sys.path.insert(0, cwd)
     try:
@@ -184,7 +186,7 @@ def _import(spec: str) -> Model | PushModel:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if f"{module_name}.".startswith(f"{missing}."):
-            reason = f"there is no module and no provider {missing!r}; give {CHOICES}"
+            reason = f"there is no module and no provider {missing!r}; choose {CHOICES}"
         else:
             reason = f"cannot import {spec!r}: the module {missing!r} is not installed"
         raise ConfigError(f"model: {reason}") from error

@@ -1,4 +1,4 @@
-"""How a connection to a server is made: DNS, TCP, a proxy's tunnel, TLS."""
+"""Opens a connection to a server: DNS, TCP, the tunnel of a proxy, TLS."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from wsserver.models.h1 import Connection
 from wsserver.models.proxy import Proxy
 from wsserver.models.response import HttpError
 
-ATTEMPT_DELAY = 0.25  # seconds before the next address is tried as well (RFC 8305 section 5)
+ATTEMPT_DELAY = 0.25  # seconds before the next address is also tried (RFC 8305 section 5)
 DNS_TIME = 10.0  # seconds for which the addresses of a name are kept
 MAX_TUNNEL_HEAD = 65_536  # bytes of a proxy's answer
 
@@ -27,11 +27,11 @@ Found = list[tuple[Any, ...]]
 
 
 class CannotConnect(HttpError):
-    """No connection could be made: no address, none that answers, or TLS failed."""
+    """No connection could be opened: no address, no answer, or a failure of TLS."""
 
 
 class ConnectTimeout(CannotConnect):
-    """No connection could be made in time."""
+    """No connection could be opened in time."""
 
 
 class Untrusted(CannotConnect):
@@ -39,12 +39,12 @@ class Untrusted(CannotConnect):
 
 
 class ProxyRefused(CannotConnect):
-    """The proxy opened no tunnel."""
+    """The proxy refused to open a tunnel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where requests go."""
+    """The server that requests go to, and the proxy on the way."""
 
     scheme: str  # `http` or `https`
     host: str  # name or address, in ASCII
@@ -54,7 +54,7 @@ class Origin:
 
 
 class Resolver:
-    """Looks up names in DNS, each once at a time, and keeps the addresses for some seconds."""
+    """Looks up names in DNS, and caches the addresses for some seconds."""
 
     def __init__(self) -> None:
         self._lookups: dict[tuple[str, int], asyncio.Task[Found]] = {}
@@ -85,7 +85,7 @@ class Resolver:
             await asyncio.wait(lookups)
 
     def _keep(self, key: tuple[str, int], lookup: asyncio.Task[Found]) -> None:
-        """Forget a failure at once, and addresses after some seconds."""
+        """Remove a failure from the cache at once, and addresses after some seconds."""
         if lookup.cancelled() or lookup.exception() is not None:
             del self._lookups[key]
         else:
@@ -114,7 +114,7 @@ async def dial(
     """Connect to an origin.
 
     Raises:
-        CannotConnect: no connection could be made.
+        CannotConnect: no connection could be opened.
     """
     proxy = origin.proxy
     target = origin if proxy is None else proxy
@@ -144,7 +144,7 @@ async def _secure(
         outer = {"ssl": tls(), "server_hostname": proxy.host}
     elif proxy is None and origin.scheme == "https":
         outer = {"ssl": tls(), "server_hostname": origin.server_name}
-    if proxy is None or origin.scheme == "http":  # such a proxy gets the request itself
+    if proxy is None or origin.scheme == "http":  # for http a proxy gets the request itself
         await loop.create_connection(lambda: connection, sock=sock, **outer)
         return
     transport, tunnel = await loop.create_connection(_Tunnel, sock=sock, **outer)
@@ -173,7 +173,7 @@ class _Tunnel(asyncio.Protocol):
         """Open the tunnel.
 
         Raises:
-            ProxyRefused: the proxy answered with anything else than 2xx.
+            ProxyRefused: the status of the proxy's response is not 2xx.
             OSError: the connection to the proxy ended.
         """
         assert self._transport is not None
@@ -196,7 +196,7 @@ class _Tunnel(asyncio.Protocol):
         if not end and len(head) <= MAX_TUNNEL_HEAD:
             return
         status = _STATUS_LINE.match(head + end)
-        if not end or status is None or rest:  # a server of TLS says nothing before its client
+        if not end or status is None or rest:  # a TLS server sends nothing before its client
             self._fail(ProxyRefused("the proxy sent no HTTP response"))
         elif not status[1].startswith(b"2"):
             self._fail(ProxyRefused(f"the proxy answered {status[1].decode()}"))
@@ -209,4 +209,4 @@ class _Tunnel(asyncio.Protocol):
 
     def _fail(self, error: Exception) -> None:
         self._opened.set_exception(error)
-        self._opened.exception()  # whoever waited may have been cancelled
+        self._opened.exception()  # marks it as retrieved: the waiter may have been cancelled

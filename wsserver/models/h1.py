@@ -1,7 +1,7 @@
-"""One HTTP/1.1 connection to a model's API, which carries one request at a time (RFC 9112).
+"""One HTTP/1.1 connection to a model's API. It carries one request at a time (RFC 9112).
 
-`httptools` parses the responses. The bytes of a body are handed on in the call that reads them from
-the socket, without a coroutine in between: a token costs one callback.
+`httptools` parses the responses. The call that reads bytes of a body from the socket passes them to
+the reader, without a coroutine in between: a token costs one callback.
 """
 
 import asyncio
@@ -23,9 +23,9 @@ from wsserver.models.response import (
 
 MAX_HEAD = 65_536  # bytes of a response's status line and headers, interim responses included
 WRITE_SIZE = 65_536  # bytes of a request's body that are written at once
-DRAIN_TIME = 1.0  # seconds for the end of a body that nobody reads; then the connection is closed
-DRAIN_SIZE = 65_536  # bytes of a body that nobody reads; then the connection is closed
-KEEP_ALIVE_MARGIN = 1.0  # seconds between our end of an idle connection and the server's
+DRAIN_TIME = 1.0  # seconds for the rest of a released body; then the connection is closed
+DRAIN_SIZE = 65_536  # bytes of the rest of a released body; then the connection is closed
+KEEP_ALIVE_MARGIN = 1.0  # seconds: an idle connection is closed so long before the server does
 
 _TIMEOUT = re.compile(rb"\btimeout=(\d{1,9})\b", re.IGNORECASE)
 _OK = 200
@@ -36,17 +36,17 @@ class Owner(Protocol):
     """The pool that a connection belongs to."""
 
     def on_free(self, connection: "Connection") -> None:
-        """Take back a connection that can carry another request."""
+        """Keep a connection that can carry another request."""
 
     def on_lost(self, connection: "Connection") -> None:
-        """Forget a connection that has closed."""
+        """Remove a closed connection."""
 
 
 class Connection(asyncio.Protocol):
     """The protocol of one connection."""
 
     def __init__(self, owner: Owner) -> None:
-        # For how many seconds the connection may be idle, if the server tells.
+        # Seconds for which the connection may be idle, if the server's `Keep-Alive` says so.
         self.keep_alive = math.inf
         self._owner = owner
         self._transport: asyncio.Transport | None = None
@@ -70,10 +70,10 @@ class Connection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """Whether a request can be sent: the connection is open, and nothing has arrived unasked.
+        """Whether a request can be sent: the connection is open, and nothing has arrived on it.
 
-        An idle connection that is readable was closed by the server, or has bytes that no request
-        asked for. The event loop may not have read them yet.
+        If an idle connection is readable, the server has closed it or has sent bytes without a
+        request. The event loop may not have read them yet.
         """
         if self._closing or self._transport is None or self._transport.is_closing():
             return False
@@ -85,13 +85,13 @@ class Connection(asyncio.Protocol):
         """Send a request, and return its response as soon as the response begins.
 
         Args:
-            head: request line and headers, with the empty line at their end.
-            body: the body, whose size the head tells.
+            head: request line and headers, including the empty line.
+            body: the body. Its size is the `Content-Length` of the head.
             accept: decides about the response's body; see :data:`wsserver.models.response.Accept`.
 
         Raises:
             NoResponse: the connection ended before the response began.
-            MalformedResponse: what came is no response.
+            MalformedResponse: the response is malformed.
         """
         if self._closing:
             raise NoResponse("the server closed the connection before the request was sent")
@@ -123,7 +123,7 @@ class Connection(asyncio.Protocol):
                 await asyncio.wait(
                     {self._writable, response.head}, return_when=asyncio.FIRST_COMPLETED
                 )
-            if response.head.done():  # a 413, for example
+            if response.head.done():  # the server answered early, for example with 413
                 self._reusable = False
                 return
             self._transport.write(view[start : start + WRITE_SIZE])
@@ -156,29 +156,29 @@ class Connection(asyncio.Protocol):
             await asyncio.shield(self._lost)
 
     def pause_reading(self) -> None:
-        """Read no more until :meth:`resume_reading`."""
+        """Stop reading until :meth:`resume_reading`."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        """Read on."""
+        """Continue reading."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.resume_reading()
 
     # For the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport."""
+        """Set the transport."""
         self._transport = cast("asyncio.Transport", transport)
         if self._closing:
             self._transport.abort()
 
     def pause_writing(self) -> None:
-        """Stop an upload: the write buffer is full."""
+        """Pause an upload: the write buffer is full."""
         self._paused = True
 
     def resume_writing(self) -> None:
-        """Go on with an upload."""
+        """Continue an upload."""
         self._paused = False
         if self._writable is not None and not self._writable.done():
             self._writable.set_result(None)
@@ -201,7 +201,7 @@ class Connection(asyncio.Protocol):
         self._owner.on_lost(self)
 
     def data_received(self, data: bytes) -> None:
-        """Parse some bytes, and hand on what they have of a body."""
+        """Parse bytes, and pass the part of the body in them to the response."""
         response = self._response
         if response is None:  # no request asked for the bytes
             self.abort()
@@ -236,7 +236,7 @@ class Connection(asyncio.Protocol):
 
     def _finish(self, response: Response, *, reusable: bool) -> None:
         assert self._transport is not None
-        if self._response is not response:  # `take` has closed the connection
+        if self._response is not response:  # the callback has closed the connection
             return
         self._response = None
         self._cancel_drain()
@@ -261,7 +261,7 @@ class Connection(asyncio.Protocol):
             self._headers = []
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header; ignore a trailer."""
+        """Store a header; ignore a trailer."""
         if self._ended or self._response is None or self._response.head.done():  # a trailer
             return
         self._headers.append((name.lower(), value.strip()))
@@ -293,7 +293,7 @@ class Connection(asyncio.Protocol):
                 self.keep_alive = max(0.0, int(found[1]) - KEEP_ALIVE_MARGIN)
 
     def on_body(self, data: bytes) -> None:
-        """Keep a part of the body until all the read has been parsed."""
+        """Store a part of the body until all bytes of the read are parsed."""
         if not self._ended:
             self._body.append(data)
 

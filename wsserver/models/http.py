@@ -1,8 +1,9 @@
 """The HTTP client for a model's API: POST requests from a template, over a pool of connections.
 
 No request is sent twice if the server may have received it: POST is not idempotent (RFC 9110
-section 9.2.2), and the API would bill both. A kept connection is checked just before its use, and a
-closed one is replaced. A connection that ends after the request was written is an error.
+section 9.2.2), and the API would bill both requests. The pool checks an idle connection just before
+its use, and replaces it if it was closed. If a connection ends after the request was written, the
+request fails.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ _SET_HERE = frozenset({b"connection", b"content-length", b"transfer-encoding", b
 
 
 class Redirected(HttpError):
-    """The server redirects to another origin, or would lose the prompt, or redirects too often."""
+    """A redirect to another origin, one that would lose the prompt, or too many redirects."""
 
 
 class InvalidRequest(WsserverError):
@@ -51,7 +52,7 @@ class Template:
     def make(
         cls, origin: Origin, target: bytes, headers: Iterable[tuple[bytes, bytes]]
     ) -> "Template":
-        """Make a template of a request's headers, without those of its framing.
+        """Make a template from the headers of a request, without its framing headers.
 
         Raises:
             InvalidRequest: a header has characters that no header may have.
@@ -68,7 +69,7 @@ class Template:
         return cls(origin, target, b"".join(lines))
 
     def head(self, size: int) -> bytes:
-        """Return the request line and the headers for a body of so many bytes."""
+        """Return the request line and the headers for a body of ``size`` bytes."""
         target = self.target
         if self.origin.proxy is not None and self.origin.scheme == "http":
             target = self.url.encode("ascii")  # RFC 9112 section 3.2.2
@@ -94,7 +95,7 @@ class Template:
 
     @property
     def url(self) -> str:
-        """Where requests go, without credentials."""
+        """The URL of the requests, without credentials."""
         origin = self.origin
         host = f"[{origin.host}]" if ":" in origin.host else origin.host
         port = "" if origin.port == PORTS[origin.scheme] else f":{origin.port}"
@@ -106,8 +107,8 @@ class Pool:
 
     Args:
         limit: connections at most.
-        connect_timeout: seconds to make a connection, or to wait for a free one.
-        tls: gives the trust settings.
+        connect_timeout: seconds to open a connection, or to wait for a free one.
+        tls: returns the TLS context.
     """
 
     def __init__(
@@ -130,18 +131,18 @@ class Pool:
         """Send a request, and return its response as soon as the response begins.
 
         Redirects 307 and 308 within the origin are followed (RFC 9110 sections 15.4.8 and 15.4.9).
-        Any other would send the key or the prompt to another server, or lose the prompt.
+        Any other redirect would send the key or the prompt to another server, or lose the prompt.
 
         Args:
-            template: where to, and with which headers.
+            template: the server, the path and the headers.
             body: the body.
             accept: decides about the response's body; see :data:`wsserver.models.response.Accept`.
 
         Raises:
-            CannotConnect: no connection could be made.
+            CannotConnect: no connection could be opened.
             NoResponse: the connection ended before the response began.
-            MalformedResponse: what came is no response.
-            Redirected: the server redirects elsewhere.
+            MalformedResponse: the response is malformed.
+            Redirected: a redirect cannot be followed.
         """
         for _ in range(MAX_REDIRECTS):
             connection = await self._acquire(template.origin)
@@ -160,9 +161,9 @@ class Pool:
         raise Redirected("too many redirects")
 
     async def warm(self, origin: Origin) -> None:
-        """Make a connection, if none is idle or being made. The next request waits for it.
+        """Open a connection, unless one is idle or being opened. The next request waits for it.
 
-        A failure is not raised: the next request makes its own connection.
+        A failure is not raised: the next request opens its own connection.
         """
         if self._warming is None:
             if self._closed or self._dialing or self._full or self._has_idle(origin):
@@ -194,7 +195,7 @@ class Pool:
             async with asyncio.timeout(self._connect_timeout):
                 while True:
                     if self._warming is not None and not self._warmed_for_someone:
-                        self._warmed_for_someone = True  # the next one makes its own
+                        self._warmed_for_someone = True  # the next request opens its own
                         await asyncio.wait({self._warming})
                     elif not self._full:
                         return await self._dial(origin)
@@ -241,7 +242,7 @@ class Pool:
             await waiter
         except BaseException:
             if waiter.done() and not waiter.cancelled():
-                self._wake()  # the next in turn gets what this one does not use
+                self._wake()  # the next waiter gets the connection that this one does not use
             raise
         finally:
             with contextlib.suppress(ValueError):
@@ -255,9 +256,9 @@ class Pool:
                 return
 
     def _pop_idle(self, origin: Origin) -> Connection | None:
-        """Return the connection that was used last: it is the least likely to be closed.
+        """Return the idle connection that was used last: it is the least likely to be closed.
 
-        Connections to another origin are closed. The origin changes with the credentials only.
+        Connections to another origin are closed. The origin changes only with the credentials.
         """
         while self._idle:
             connection, timer = self._idle.popitem()
@@ -270,7 +271,7 @@ class Pool:
     # For the connections.
 
     def on_free(self, connection: Connection) -> None:
-        """Keep a connection for the next request, for no longer than the server keeps it."""
+        """Keep a connection for the next request, but not longer than the server does."""
         if connection in self._connections:  # else it has closed in the meantime
             seconds = min(IDLE_TIME, connection.keep_alive)
             loop = asyncio.get_running_loop()
@@ -278,7 +279,7 @@ class Pool:
             self._wake()
 
     def on_lost(self, connection: Connection) -> None:
-        """Forget a connection that has closed."""
+        """Remove a closed connection."""
         self._connections.pop(connection, None)
         if (timer := self._idle.pop(connection, None)) is not None:
             timer.cancel()

@@ -1,7 +1,7 @@
-"""The HTTP proxies that the environment names: which one a request goes through.
+"""Chooses the HTTP proxy for a request from the environment.
 
-``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY`` mean what they mean to the SDK's own
-HTTP client, httpx2: https://httpx2.pydantic.dev/environment_variables/
+``HTTP_PROXY``, ``HTTPS_PROXY``, ``ALL_PROXY`` and ``NO_PROXY`` mean the same as for httpx2, the
+HTTP client of the SDK: https://httpx2.pydantic.dev/environment_variables/
 """
 
 import base64
@@ -85,7 +85,7 @@ def _matches(entry: str, scheme: str, host: str, port: int) -> bool:
     below = name.lstrip("*.")
     if not below:
         return False
-    if separator or name == "localhost":  # it alone, unless there is an asterisk
+    if separator or name == "localhost":  # without an asterisk, no subdomains
         exact, subdomains = not name.startswith("*."), name.startswith("*")
     else:
         exact, subdomains = not name.startswith((".", "*.")), True

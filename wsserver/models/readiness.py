@@ -1,4 +1,4 @@
-"""Work for a model before its first prompt: imports, and a connection to its API."""
+"""Prepares a model before its first prompt: imports, and a connection to its API."""
 
 import asyncio
 import inspect
@@ -27,12 +27,12 @@ class Readiness:
         self._start("prepare")
 
     async def prepared(self) -> None:
-        """Wait until the model is prepared, or has failed to."""
+        """Wait until the preparation has ended or failed."""
         if (preparing := self._tasks.get("prepare")) is not None:
             await asyncio.wait({preparing})
 
     def warm(self) -> None:
-        """Have a connection opened, unless one is being opened."""
+        """Start to open a connection, unless that is already going on."""
         self._start("warm")
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A response of a model's API, whose body is read by callback."""
+"""A response of a model's API. A callback gets its body."""
 
 import asyncio
 import zlib
@@ -26,10 +26,10 @@ class Source(Protocol):
     """The connection that a response comes from."""
 
     def pause_reading(self) -> None:
-        """Read no more until :meth:`resume_reading`."""
+        """Stop reading until :meth:`resume_reading`."""
 
     def resume_reading(self) -> None:
-        """Read on."""
+        """Continue reading."""
 
     def drain(self, response: "Response") -> None:
         """Discard the rest of the body."""
@@ -59,7 +59,7 @@ class DamagedBody(HttpError):
 
 
 class Response:
-    """A response, whose body is read by callback.
+    """A response. A callback gets its body.
 
     Args:
         source: the connection that the response comes from.
@@ -81,12 +81,12 @@ class Response:
         self._decoder: _Decoder | None = None
 
     def header(self, name: bytes) -> bytes | None:
-        """Return the value of a header; the values of repeated ones as one list."""
+        """Return the value of a header. The values of repeated headers are joined by commas."""
         values = [value for key, value in self.headers if key == name]
         return b", ".join(values) if values else None
 
     async def read_body(self, on_data: OnData) -> bool:
-        """Give the body to a callback: what has arrived by now, then each read as it is made.
+        """Pass the body to a callback: first the bytes that have arrived, then each read at once.
 
         Args:
             on_data: called with some bytes. It returns True to stop reading. An exception of
@@ -107,7 +107,7 @@ class Response:
             self._source.resume_reading()
             if on_data(data):
                 return False
-            del data  # which would last as long as the body
+            del data  # otherwise this frame would keep it for as long as the body lasts
         if self._over is None:
             if self._error is not None:
                 raise self._error
@@ -125,7 +125,7 @@ class Response:
         self._over = asyncio.get_running_loop().create_future()
 
     def release(self) -> None:
-        """Read no more. The connection serves another request if the body ends soon."""
+        """Stop reading. The connection serves another request if the body ends soon."""
         self._source.drain(self)
 
     async def aclose(self) -> None:
@@ -138,7 +138,7 @@ class Response:
     # For the connection.
 
     def begin(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        """Take the status and the headers."""
+        """Set the status and the headers."""
         self.status, self.headers = status, headers
         coding = (self.header(b"content-encoding") or b"identity").lower()
         if coding != b"identity":
@@ -150,7 +150,7 @@ class Response:
                 self._read(on_data)
 
     def receive(self, data: bytes) -> None:
-        """Take a part of the body."""
+        """Receive a part of the body."""
         if self._decoder is None:
             self._deliver(data)
         elif self._error is None:
@@ -169,7 +169,7 @@ class Response:
                 future.exception()
 
     def finish(self) -> None:
-        """Take the end of the body."""
+        """Receive the end of the body."""
         self.complete = True
         if self._decoder is not None and not self._decoder.finished:
             self.fail(DamagedBody("the compressed data is cut"))
@@ -177,7 +177,7 @@ class Response:
             self._over.set_result(True)
 
     def fail(self, error: Exception) -> None:
-        """Take the failure of the exchange."""
+        """Fail the exchange."""
         if not self.head.done():
             self.head.set_exception(error)
         elif self._error is None:
@@ -201,7 +201,7 @@ class Response:
 
 
 class _Decoder:
-    """Undoes the content coding of a body.
+    """Decodes the content coding of a body.
 
     Raises:
         DamagedBody: the coding is unknown.
@@ -209,7 +209,7 @@ class _Decoder:
 
     def __init__(self, coding: bytes) -> None:
         if coding not in {b"gzip", b"x-gzip", b"deflate"}:
-            raise DamagedBody("the body has a content coding that was not asked for")
+            raise DamagedBody("the body has an unsupported content coding")
         self._started = False
         self._first = b""
         self._inflate = None if coding == b"deflate" else zlib.decompressobj(_GZIP)
@@ -227,8 +227,8 @@ class _Decoder:
         """
         self._started = True
         if self._inflate is None:
-            # `deflate` is the zlib format (RFC 9110 section 8.4.1.2), but some servers send the
-            # bare data. Two bytes tell (RFC 1950 section 2.2).
+            # `deflate` is the zlib format (RFC 9110 section 8.4.1.2), but some servers send raw
+            # deflate data. The first two bytes show which (RFC 1950 section 2.2).
             self._first = data = self._first + data
             if len(data) < _ZLIB_HEADER:
                 return

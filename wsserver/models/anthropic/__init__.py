@@ -1,8 +1,8 @@
 """Claude, or any server that speaks the Messages API.
 
-``model`` asks for replies. ``request`` makes the body of a request, ``events`` and ``reply`` read
-the response, ``failures`` has the codes of errors. ``templates`` keeps the URL and the headers, and
-``sdk`` gets them from Anthropic's SDK; no other module imports the SDK.
+``model`` sends requests. ``request`` makes their bodies, ``events`` and ``reply`` parse the
+responses, and ``failures`` maps errors to codes. ``sdk`` gets the URL and the headers from
+Anthropic's SDK, and ``templates`` caches them. No other module imports the SDK.
 """
 
 from wsserver.models.anthropic.model import Anthropic

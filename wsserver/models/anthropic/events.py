@@ -11,7 +11,7 @@ from pydantic_core import from_json
 
 from wsserver.errors import Code, ModelError
 
-MAX_EVENT = 1_048_576  # bytes; the API sends none that is nearly so long
+MAX_EVENT = 1_048_576  # bytes; events of the API are much shorter
 
 _FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -26,7 +26,7 @@ PLAIN_TEXT = re.compile(
 
 
 class Events:
-    """Cuts a stream of bytes into events."""
+    """Splits a stream of bytes into events."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -54,7 +54,7 @@ class Events:
         """Return the data of an event; empty if it has none.
 
         The standard ignores unknown fields. Here they are an error: the API sends none, so a line
-        with an unknown field is a damaged line, whose text would be lost in silence.
+        with an unknown field is damaged, and its text would be lost without notice.
 
         Raises:
             ModelError: a line has an unknown field.
@@ -70,10 +70,10 @@ class Events:
 
 
 def parse(data: bytes) -> Any:
-    r"""Parse JSON, also where an escape such as ``\ud83d`` is half of a surrogate pair.
+    r"""Parse JSON, even if an escape such as ``\ud83d`` is half of a surrogate pair.
 
     Raises:
-        ValueError: the data is no JSON.
+        ValueError: the data is not JSON.
     """
     try:
         return from_json(data)

@@ -1,4 +1,4 @@
-"""Which code a failure of the API has, and whether a new attempt may succeed.
+"""Maps failures of the API to error codes, and says whether a new attempt may succeed.
 
 https://platform.claude.com/docs/en/api/errors
 """
@@ -56,7 +56,7 @@ _TOO_LONG = re.compile(r"(prompt|input) is too long|exceeds? (the )?context", re
 
 
 class TransientError(WsserverError):
-    """An attempt failed in a way that the next attempt may not."""
+    """An attempt failed, and the next attempt may succeed."""
 
     def __init__(self, error: ModelError) -> None:
         super().__init__(str(error.code))

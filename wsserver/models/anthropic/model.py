@@ -1,7 +1,6 @@
 """The model: one streaming request to the Messages API per reply, and new attempts after failures.
 
-Attempts are repeated here and not by the SDK, which would sleep for as long as a ``retry-after``
-says.
+The SDK does not repeat attempts: it would sleep for any time that a ``retry-after`` says.
 """
 
 import asyncio
@@ -26,8 +25,8 @@ from wsserver.models.response import HttpError, Response
 from wsserver.settings import Settings
 from wsserver.telemetry import RequestSpan
 
-MAX_PAUSE = 8.0  # seconds between attempts where the API does not say
-RETRY_BUDGET = 15.0  # seconds of all pauses together; a client can wait longer ones by itself
+MAX_PAUSE = 8.0  # seconds between attempts without a `retry-after`
+RETRY_BUDGET = 15.0  # seconds of all pauses together; for longer pauses the client retries itself
 MAX_TEMPERATURE = 1  # that the API accepts
 MAX_ERROR = 65_536  # bytes of an error's body
 
@@ -36,10 +35,10 @@ _UNAUTHORIZED = 401
 
 
 class Anthropic:
-    """A model of Anthropic's, or of any server that speaks the Messages API.
+    """A Claude model, or any model of a server that speaks the Messages API.
 
-    Credentials, ``ANTHROPIC_BASE_URL`` and whatever else the SDK reads from the environment are
-    honoured.
+    All settings that the SDK reads from the environment apply: credentials, ``ANTHROPIC_BASE_URL``
+    and others.
 
     Raises:
         ConfigError: there are no credentials, or they cannot be used.
@@ -63,7 +62,7 @@ class Anthropic:
         await self._templates.import_sdk()
 
     async def warm(self) -> None:
-        """Have one connection to the API ready, if none is idle. The next prompt has its own error.
+        """Open a connection to the API, if none is idle. The next prompt reports its own error.
 
         Raises:
             ConfigError: the SDK cannot be used as the environment configures it.
@@ -78,7 +77,7 @@ class Anthropic:
         await self._templates.aclose()
 
     async def push(self, request: Request, take: Take, /) -> None:
-        """Stream a reply, with new attempts while no text of it has come.
+        """Stream a reply. Repeat a failed attempt if it failed before the first text.
 
         Raises:
             ModelError: the reply failed; see the codes in :mod:`wsserver.errors`.
@@ -95,7 +94,7 @@ class Anthropic:
                 error = failure.error
                 pause = error.retry_after
                 if pause is None:
-                    # Full jitter: requests that failed together do not come back together.
+                    # Full jitter: requests that failed together are not repeated together.
                     pause = random.uniform(0, min(MAX_PAUSE, 0.5 * 2**attempt))  # noqa: S311
                 longest = min(budget, self._settings.silence_timeout)
                 if reply.begun or attempt == self._settings.retries or pause > longest:
@@ -103,14 +102,14 @@ class Anthropic:
                 log.debug("attempt failed", model=request.model, code=error.code, pause=pause)
                 budget -= pause
                 spent = reply.spent
-                take("")  # each attempt may be silent for as long as the first
+                take("")  # an empty text ends the silence: each attempt has the whole time limit
                 await asyncio.sleep(pause)
                 take("")
             else:
                 return
 
     async def _attempt(self, body: dict[str, Any], reply: Reply, resent: int) -> None:
-        """Make one attempt; another one at once if the API refused what can be left out or renewed.
+        """Make one attempt. Repeat it at once with renewed credentials or without a temperature.
 
         Raises:
             ModelError: the attempt failed.
@@ -141,7 +140,7 @@ class Anthropic:
             return reply.feed if _is_stream(response) else None
 
         response = await self._pool.post(template, body, accept)
-        del body  # which would last as long as the reply
+        del body  # otherwise this frame would keep it for as long as the reply lasts
         try:
             span.on_status(response.status)
             if response.status != _OK:
@@ -160,10 +159,10 @@ class Anthropic:
         reply.take(end)
 
     def _leave_out_temperature(self, error: ApiError, body: dict[str, Any]) -> bool:
-        """Leave out a temperature that the model does not accept, and return whether that was it.
+        """Leave out the temperature if the model refused it; return whether it was left out.
 
         Raises:
-            ModelError: the model accepts a temperature, but not so high a one.
+            ModelError: the temperature is above the range of the model.
         """
         temperature = body.get("temperature")
         if temperature is None or "temperature" not in error.message:
@@ -184,7 +183,7 @@ def _is_stream(response: Response) -> bool:
 
 
 async def _error(response: Response) -> ApiError:
-    """Return the error of a response, whose body may be anything."""
+    """Return the error of a response. Its body may be anything."""
     body = bytearray()
 
     def take(data: bytes) -> bool:

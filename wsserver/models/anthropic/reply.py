@@ -30,17 +30,17 @@ _COUNTS = (
 
 
 class Reply:
-    """Reads the events of one attempt. The text of one read becomes one piece.
+    """Parses the events of one attempt. The text of one read becomes one piece.
 
     Args:
-        take: gets the pieces.
+        take: called with each piece.
         limit: output tokens at most.
-        spent: usage of the attempts before this one, which is added to this one's.
+        spent: usage of the earlier attempts, which is added to the usage of this one.
     """
 
     def __init__(self, take: Take, limit: int, spent: Usage | None) -> None:
         self.begun = False  # whether there was any text
-        # Usage so far, of this attempt and of those before it; None if no attempt told any.
+        # Usage so far, including the earlier attempts; None if no attempt reported any.
         self.spent = spent
         self.take = take  # gets the pieces
         self._before = spent
@@ -52,16 +52,16 @@ class Reply:
         self._usage = Usage(estimated=True)
         self._stop_reason: object = None
         self._found: list[Output] = []
-        self._block: dict[str, Any] | None = None  # the open block, if it is handed on whole
+        self._block: dict[str, Any] | None = None  # the open block, if it is passed on as a whole
         self._input: list[str] = []  # the parts of its JSON
-        self._room = 0  # characters that the input may have besides
+        self._room = 0  # characters that the input may still have
 
     def feed(self, chunk: bytes) -> bool:
-        """Read some bytes of the body, and return whether the reply is complete.
+        """Parse bytes of the body, and return whether the reply is complete.
 
         Raises:
             ModelError: an event is an error or malformed, or the model refused.
-            TransientError: the same, and a new attempt may succeed.
+            TransientError: the same failures, if a new attempt may succeed.
         """
         try:
             for event in self._events.feed(chunk):
@@ -78,7 +78,7 @@ class Reply:
         return self._end is not None
 
     def finish(self) -> End:
-        """Return how the reply ended.
+        """Return the end of the reply.
 
         Raises:
             TransientError: the body ended before the reply did.
@@ -88,10 +88,10 @@ class Reply:
         return self._end
 
     def close(self) -> None:
-        """Estimate the usage of a reply that ends before the API tells its counts.
+        """Estimate the usage of a reply that ends before the API reports its counts.
 
-        The API shows a summary of the thinking, or nothing of it, and bills all of it. Until the
-        API tells the count, the time is the only measure.
+        The API sends a summary of the thinking, or none of it, and bills all of it. Until the API
+        reports the count, the time is the only measure of the thinking.
         """
         self._stop_thinking()
         if self._thought and self._usage.estimated:
@@ -129,7 +129,7 @@ class Reply:
                     self._stop()
                 case "error":
                     raise of_event(event)
-                case _:  # a `ping`, or an event of a later version, which the API says to ignore
+                case _:  # a `ping`, or an unknown event, which clients of the API have to ignore
                     pass
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
             raise ModelError(Code.MALFORMED) from error
@@ -162,7 +162,7 @@ class Reply:
                 if self._room < 0:
                     raise ValueError("a tool's input is too long")
                 self._found.append("")
-            case _:  # a delta of a later version is a sign of life
+            case _:  # an unknown delta only ends the silence
                 self._found.append("")
 
     def _stop_block(self) -> None:
@@ -174,7 +174,7 @@ class Reply:
             self._found.append(parse_block(_whole(block)))
 
     def _hand_on(self) -> None:
-        """Give ``take`` what was found, neighbouring text of one kind as one piece."""
+        """Pass the parsed values to ``take``; join neighbouring texts of one kind."""
         found, self._found = self._found, []
         if len(found) == 1 and type(found[0]) is str:
             self.begun = self.begun or found[0] != ""
@@ -196,7 +196,7 @@ class Reply:
                     self.take(item)
 
     def _count(self, counts: dict[str, Any], *, estimated: bool) -> None:
-        # The counts of `message_delta` are totals; it leaves out a count that has not changed.
+        # The counts of `message_delta` are totals. A count that did not change is left out.
         known = {name: int(counts[name]) for name in _COUNTS if counts.get(name) is not None}
         self._usage = self._usage.but(**known, estimated=estimated)
         self._found.append(self._total())
@@ -205,12 +205,12 @@ class Reply:
         if self._stop_reason is None:
             raise TransientError(ModelError(Code.INCOMPLETE))
         if not isinstance(self._stop_reason, str):
-            raise TypeError("the stop reason is no text")
+            raise TypeError("the stop reason is not a text")
         if self._stop_reason == "refusal":
             raise ModelError(Code.REFUSAL)
         self._end = End(self._stop_reason, self._total())
 
 
 def _whole(value: Any) -> Any:
-    """Return a JSON value whose texts UTF-8 can carry; see :func:`well_formed`."""
+    """Return a JSON value whose texts are valid UTF-8; see :func:`well_formed`."""
     return json.loads(well_formed(json.dumps(value, ensure_ascii=False)))

@@ -20,7 +20,7 @@ from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.settings import Settings
 
-LOOK_BACK = 20  # blocks at which the API looks for cached content, the breakpoint's own included
+LOOK_BACK = 20  # blocks that the API checks for cached content, up to a breakpoint
 MIN_CACHED = 1024  # tokens; the API caches nothing shorter
 
 _CACHED = {"type": "ephemeral"}
@@ -30,8 +30,8 @@ def arguments(request: Request, settings: Settings, *, takes_temperature: bool) 
     """Return the body of the request for a reply.
 
     Args:
-        request: the conversation, and what the client wishes.
-        settings: how prompts are cached, and how the model thinks.
+        request: the conversation and the parameters.
+        settings: prompt caching and thinking.
         takes_temperature: whether the model accepts a temperature.
     """
     body: dict[str, Any] = {
@@ -51,7 +51,7 @@ def arguments(request: Request, settings: Settings, *, takes_temperature: bool) 
         body["thinking"] = {"type": "disabled"}
     elif thinking and int(thinking) < request.max_tokens:  # as the API demands
         body["thinking"] = {"type": "enabled", "budget_tokens": int(thinking)}
-    # The API accepts no temperature but its default while a model thinks.
+    # While a model thinks, the API accepts only the default temperature.
     thinks = body.get("thinking", {}).get("type") in {"enabled", "adaptive"}
     if request.temperature is not None and takes_temperature and not thinks:
         body["temperature"] = request.temperature
@@ -59,10 +59,10 @@ def arguments(request: Request, settings: Settings, *, takes_temperature: bool) 
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages as the API takes them.
+    """Convert messages to the API's format.
 
-    What a reply becomes depends on the reply and on the message after it alone, so that the prompt
-    cache finds the same beginning again.
+    The conversion of a reply depends only on the reply and on the message after it, so that the
+    prompt cache matches the same beginning again.
     """
     answers: list[Message | None] = [*messages[1:], None]
     return [
@@ -72,11 +72,10 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _content(message: Message, answer: Message | None) -> str | list[dict[str, Any]]:
-    """Return the content of a message as the API takes it.
+    """Convert the content of a message to the API's format.
 
-    The API asks for the thinking of a reply while it waits for the results of the reply's tools,
-    and refuses thinking without its signature. It refuses the call of a tool without the tool's
-    result.
+    The API needs the thinking of a reply together with the results of the reply's tools, and
+    refuses thinking without its signature. It refuses a tool call without the tool's result.
     """
     blocks = message.blocks
     if len(blocks) == 1 and isinstance(blocks[0], Text):  # nearly all messages

@@ -1,13 +1,13 @@
-"""Anthropic's SDK: it says where requests go and with which headers, and sends none.
+"""Gets the URL and the headers of requests from Anthropic's SDK. The SDK sends no request.
 
-The SDK knows the base URL, the key, profiles, the renewal of credentials, custom headers and
-whatever else the environment configures. It makes one request without a prompt, which is recorded
-and not sent. Prompts are then sent with the recorded headers: if the SDK made each request, that
-would cost more CPU than all the rest of a short reply. Only public names of the SDK and of httpx2
-are used.
+The SDK reads everything from the environment: the base URL, the key, profiles, the renewal of
+credentials, custom headers. It makes one request without a prompt, which is recorded and not sent.
+Prompts are then sent with the recorded headers: a request of the SDK for each prompt would cost
+    more
+CPU than all the rest of a short reply. This module uses only public names of the SDK and of httpx2.
 
-To import this module takes most of a second: :mod:`wsserver.models.anthropic.templates` does so in
-a thread.
+The import of this module takes most of a second: :mod:`wsserver.models.anthropic.templates` imports
+it in a thread.
 """
 
 import ssl
@@ -28,7 +28,7 @@ _SERVER_ERROR = 500
 
 
 class _Recorder(httpx2.AsyncBaseTransport):
-    """Keeps the SDK's request and answers it with an empty stream."""
+    """Records the request of the SDK, and answers it with an empty stream."""
 
     request: httpx2.Request
 
@@ -46,7 +46,7 @@ class _Recorder(httpx2.AsyncBaseTransport):
 
 
 class Sdk:
-    """The SDK's client, as the environment configures it.
+    """The client of the SDK, configured by the environment.
 
     Raises:
         ConfigError: there are no credentials, or a profile or another setting of the environment
@@ -58,14 +58,14 @@ class Sdk:
         self._recorder = _Recorder()
         http_client = httpx2.AsyncClient(
             transport=self._recorder,
-            headers={"accept-encoding": "identity"},  # to decompress costs time for each token
+            headers={"accept-encoding": "identity"},  # decompression costs time for each token
         )
         try:
             self._client = anthropic.AsyncAnthropic(
                 max_retries=1,  # of the recorded request, after its 401
                 timeout=httpx2.Timeout(None),
                 http_client=http_client,
-                open_telemetry=False,  # no request of the SDK's is real
+                open_telemetry=False,  # the SDK sends no real request
             )
         except (anthropic.AnthropicError, httpx2.InvalidURL) as error:
             raise ConfigError(f"model: {model}: {error}") from error
@@ -84,7 +84,7 @@ class Sdk:
             raise ConfigError("model: SSL_CERT_FILE or SSL_CERT_DIR cannot be read") from error
 
     def tls(self) -> ssl.SSLContext:
-        """Return the trust settings of the environment and of the system."""
+        """Return a TLS context with the trust settings of the environment and of the system."""
         if self._tls is None:
             self._tls = httpx2.create_ssl_context()
             self._tls.set_alpn_protocols(["http/1.1"])
@@ -96,15 +96,15 @@ class Sdk:
         return self._client.custom_auth is not None
 
     async def record(self, *, renew: bool) -> Template:
-        """Return where requests go now, and their headers.
+        """Return a template with the current URL and headers.
 
         Args:
             renew: whether to renew the credentials first, because the API refused them.
 
         Raises:
             ConfigError: a header of the environment is malformed.
-            ModelError: the credentials cannot be had.
-            TransientError: the credentials cannot be had now.
+            ModelError: the SDK has no valid credentials.
+            TransientError: the SDK cannot get credentials now.
         """
         self._recorder.refuse = renew
         try:
@@ -127,15 +127,15 @@ class Sdk:
             raise ConfigError(f"model: {error}") from error
 
     async def aclose(self) -> None:
-        """Close what the SDK holds."""
+        """Close the client of the SDK."""
         await self._client.close()
 
 
 def _origin(url: httpx2.URL, extensions: Mapping[str, Any]) -> Origin:
-    """Return where a URL leads.
+    """Return the origin of a URL.
 
     Raises:
-        ConfigError: the scheme is not supported, or that of the proxy.
+        ConfigError: the scheme of the URL or of the proxy is not supported.
     """
     if url.scheme not in PORTS:
         raise ConfigError(f"model: {url.scheme}:// is not supported")

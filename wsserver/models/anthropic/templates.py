@@ -1,4 +1,4 @@
-"""Where requests go and with which headers, as Anthropic's SDK says, kept for some seconds."""
+"""Caches the URL and the headers of requests, which Anthropic's SDK provides."""
 
 import asyncio
 import os
@@ -13,14 +13,14 @@ from wsserver.models.proxy import PORTS
 if TYPE_CHECKING:
     from wsserver.models.anthropic.sdk import Sdk
 
-TEMPLATE_TIME = 20.0  # seconds; the SDK gives out no token that expires within 30
+TEMPLATE_TIME = 20.0  # seconds; the SDK renews a token that expires within 30
 
 
 class Templates:
-    """The SDK, which takes most of a second to import, and the template that it gave last.
+    """Imports the SDK, and caches the last template from it.
 
-    If the environment has a key or a token, a thread imports the SDK when it is first needed.
-    Otherwise the SDK has to look for credentials, and is imported at once.
+    The import takes most of a second. If the environment has a key or a token, a thread imports the
+    SDK when it is first needed. Otherwise the SDK has to find credentials, and is imported at once.
 
     Raises:
         ConfigError: there are no credentials, or a setting of the environment is malformed.
@@ -40,12 +40,12 @@ class Templates:
         return self._sdk is not None and self._sdk.renews
 
     def tls(self) -> ssl.SSLContext:
-        """Return the trust settings, once there is a template."""
+        """Return the TLS context. A template must exist."""
         assert self._sdk is not None
         return self._sdk.tls()
 
     async def import_sdk(self) -> "Sdk":
-        """Import the SDK, unless it is there.
+        """Import the SDK, unless it is imported.
 
         Raises:
             ConfigError: the SDK cannot be used as the environment configures it.
@@ -63,12 +63,12 @@ class Templates:
         """Return the template for a request.
 
         Args:
-            refused: the template whose credentials the API refused; they are renewed.
+            refused: a template with credentials that the API refused; the SDK renews them.
 
         Raises:
             ConfigError: the SDK cannot be used as the environment configures it.
-            ModelError: the credentials cannot be had.
-            TransientError: the credentials cannot be had now.
+            ModelError: the SDK has no valid credentials.
+            TransientError: the SDK cannot get credentials now.
         """
         loop = asyncio.get_running_loop()
         template = self._template
@@ -109,13 +109,13 @@ def _import_sdk(model: str) -> "Sdk":
 
 
 def _retrieve(task: asyncio.Task[Template] | asyncio.Task["Sdk"]) -> None:
-    """Take the failure of a task whose waiters may all have been cancelled."""
+    """Mark the exception of a task as retrieved: all its waiters may have been cancelled."""
     if not task.cancelled():
         task.exception()
 
 
 def _has_key() -> bool:
-    """Return whether the environment has a key or a token, which the SDK then uses.
+    """Return whether the environment has a key or a token for the SDK.
 
     Raises:
         ConfigError: a setting of the environment is malformed.
@@ -128,10 +128,12 @@ def _has_key() -> bool:
         except ValueError:
             sound = False
         if not sound:
-            raise ConfigError("model: ANTHROPIC_BASE_URL is no http:// or https:// address")
+            raise ConfigError("model: ANTHROPIC_BASE_URL is not an http:// or https:// URL")
     for name in ("ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
         if value := os.environ.get(name):
             if not (value.isascii() and value.isprintable()):
-                raise ConfigError(f"model: {name} has characters that no HTTP header may have")
+                raise ConfigError(
+                    f"model: {name} has characters that are not allowed in an HTTP header"
+                )
             return True
     return False
