@@ -33,32 +33,26 @@ class Quota:
             Refused: the owner has to delete something first.
             StoreError: the store failed.
         """
-        settings, now = self._settings, self._loop.time()
-        asked, stored = self._known.get(owner, (now - FRESH, Amounts(0, 0)))
-        if now - asked >= FRESH or self._over(stored, new=new) is not None:
-            stored = await self._store.amounts(owner)
-            if len(self._known) >= SWEEP:
-                self._known = {k: v for k, v in self._known.items() if now - v[0] < FRESH}
-            self._known[owner] = now, stored
-        over = self._over(stored, new=new)
-        if over == "bytes":
-            message = (
-                f"Your conversations take {stored.bytes} bytes; {settings.bytes_per_principal} are "
-                "allowed (bytes_per_principal). Delete some."
-            )
-            raise Refused(Code.LIMIT, message, retryable=False)
-        if over == "conversations":
-            message = (
-                f"You have {stored.conversations} conversations; "
-                f"{settings.conversations_per_principal} are allowed "
-                "(conversations_per_principal). Delete some."
-            )
+        if self.knows(owner, new=new):
+            return
+        now, stored = self._loop.time(), await self._store.amounts(owner)
+        if len(self._known) >= SWEEP:
+            self._known = {k: v for k, v in self._known.items() if now - v[0] < FRESH}
+        self._known[owner] = now, stored
+        if (message := self._over(stored, new=new)) is not None:
             raise Refused(Code.LIMIT, message, retryable=False)
 
     def _over(self, stored: Amounts, *, new: bool) -> str | None:
-        """Return the name of the limit that an owner has reached; None if there is none."""
-        if stored.bytes >= self._settings.bytes_per_principal:
-            return "bytes"
-        if new and stored.conversations >= self._settings.conversations_per_principal:
-            return "conversations"
+        """Return what to tell an owner who has reached a limit; None if there is none."""
+        size, count = self._settings.bytes_per_principal, self._settings.conversations_per_principal
+        if stored.bytes >= size:
+            return (
+                f"Your conversations take {stored.bytes} bytes; {size} are allowed "
+                "(bytes_per_principal). Delete some."
+            )
+        if new and stored.conversations >= count:
+            return (
+                f"You have {stored.conversations} conversations; {count} are allowed "
+                "(conversations_per_principal). Delete some."
+            )
         return None
