@@ -76,7 +76,7 @@ async def test_refused_retry_can_be_repeated(blank: Page, puppet: Puppet) -> Non
             await other.prompt("Something else")
             await again.click()
             await expect(blank.locator(".text")).to_have_text(["Half", ""])
-            await expect(note(blank)).to_contain_text("as many generations as it may")
+            await expect(note(blank)).to_contain_text("maximum number of generations")
             await other.send({"type": "stop"})
             await other.next("done")
         await again.click()

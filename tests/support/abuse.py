@@ -336,7 +336,8 @@ class Peer:
 
     def shut(self) -> None:
         """Close the writing side."""
-        self.writer.write_eof()
+        with suppress(OSError):  # the server has reset the connection
+            self.writer.write_eof()
 
     def drop(self) -> None:
         """Drop the connection."""
