@@ -14,8 +14,8 @@ from wsserver.content import Message, Role, Text, Thinking, Usage
 from wsserver.encoding import encode
 from wsserver.errors import Code, Refused
 from wsserver.parsing import parse
-from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Ping, ServerFrame
-from wsserver.schema import ANSWERS, asyncapi, json_schema
+from wsserver.protocol import ANSWERS, CLIENT_FRAMES, SERVER_FRAMES, Ping, ServerFrame
+from wsserver.schema import asyncapi, json_schema
 
 ID = "0123456789abcdef"
 

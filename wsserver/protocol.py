@@ -433,3 +433,17 @@ ServerFrame = (
 SERVER_FRAMES: dict[str, type[ServerFrame]] = {
     model.model_fields["type"].default: model for model in get_args(ServerFrame)
 }
+
+ANSWERS = {
+    "prompt": "start",
+    "stop": "stopped",
+    "resume": "start",
+    "open": "history",
+    "list": "conversations",
+    "rename": "renamed",
+    "delete": "deleted",
+    "close": "closed",
+    "auth": "authenticated",
+    "ping": "pong",
+}
+"""The type of the answer to each frame of a client. The answer to any frame may be ``error``."""

@@ -13,21 +13,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import core_schema
 
 from wsserver.errors import Code
-from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, SUBPROTOCOL
-
-ANSWERS = {
-    "prompt": "start",
-    "stop": "stopped",
-    "resume": "start",
-    "open": "history",
-    "list": "conversations",
-    "rename": "renamed",
-    "delete": "deleted",
-    "close": "closed",
-    "auth": "authenticated",
-    "ping": "pong",
-}
-"""The type of the answer to each frame of a client. The answer to any frame may be ``error``."""
+from wsserver.protocol import ANSWERS, CLIENT_FRAMES, SERVER_FRAMES, SUBPROTOCOL
 
 CLIENT = (
     "A frame that a client may send. JSON Schema cannot express these rules: the last message has "

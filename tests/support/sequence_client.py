@@ -15,8 +15,7 @@ from tests.support.schemas import OF_CLIENT
 from tests.support.sequences import Frame, Line, renamed
 from wsserver import Code
 from wsserver.parsing import parse
-from wsserver.protocol import SUBPROTOCOL
-from wsserver.schema import ANSWERS
+from wsserver.protocol import ANSWERS, SUBPROTOCOL
 
 __all__ = ["Client", "ScriptedServer"]
 

@@ -20,15 +20,10 @@ from wsserver.client.failures import ConnectionFailed, parse_seconds
 from wsserver.client.history import Limits
 from wsserver.errors import Code
 from wsserver.protocol import (
-    Auth,
+    ANSWERS,
     ClientFrame,
     Close,
-    CloseConversation,
-    Delete,
-    List,
-    Open,
     Prompt,
-    Rename,
     Resume,
     Stop,
 )
@@ -38,15 +33,6 @@ CLOCK_MARGIN = 1.05  # factor on `retry_after`, since the server's clock may run
 SILENCE_WHILE_WAITING = 4.0  # seconds without data before a ping and after it, with a request open
 SLOWEST_UPLOAD = 16384  # bytes per second; a large frame may delay the answer for longer
 MESSAGES_PER_TURN = 16  # messages read before other tasks run
-
-_ANSWERS: dict[str, type[ClientFrame]] = {
-    "authenticated": Auth,
-    "closed": CloseConversation,
-    "conversations": List,
-    "deleted": Delete,
-    "history": Open,
-    "renamed": Rename,
-}
 
 
 @dataclass(eq=False, slots=True)
@@ -372,7 +358,7 @@ def _fits(frame: Mapping[str, Any], sent: ClientFrame) -> bool:
     conversation = getattr(sent, "conversation", None)
     if kind != "error":
         same = frame.get("conversation") in {None, conversation}
-        return isinstance(sent, _ANSWERS.get(str(kind), ())) and same
+        return kind == ANSWERS[sent.type] and same
     if frame["code"] == Code.NOT_RUNNING:
         return False
     about = frame.get("about")
