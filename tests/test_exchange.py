@@ -26,7 +26,7 @@ from wsserver.connection import Connection
 from wsserver.exchange import HEADER_COST, REQUEST_COST, Exchange
 from wsserver.limits import account_of
 from wsserver.tcp import READ_SIZE
-from wsserver.websocket import BITE, FRAMES_PER_TURN, Socket, frame
+from wsserver.websocket import BITE, FRAMES_PER_TURN, frame
 
 PING = b'{"type":"ping"}'
 
@@ -247,9 +247,9 @@ def frames_in_memory() -> int:
 async def test_fragments_without_data_keep_no_objects(server: wsserver.Server) -> None:
     before = frames_in_memory()
     async with peer(server) as one:
-        (socket,) = sockets_of(server)
         one.write(masked("{", fin=False) + masked(b"", Opcode.CONT, fin=False) * 200)
-        await until(lambda: socket._parts == 201)
+        one.write(masked(b"", Opcode.PING))
+        assert await one.frame() == (Opcode.PONG, b"")  # the server has parsed the fragments
         assert server.memory.used < 100
         assert frames_in_memory() < before + 20
         one.write(masked(PING[1:], Opcode.CONT))
@@ -301,16 +301,17 @@ async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, **LITTLE) as server:
+        acquired = []
         for number in range(2000):
             while server.memory.acquire((f"somebody {number}",), 100):
-                pass
+                acquired.append((f"somebody {number}",))
         async with Peer.open(Here(server), "127.0.0.1") as one:
             answer = await one.upgrade(*[b"A: b"] * 100)
             assert answer.startswith(b"HTTP/1.1 503 ")
             assert b"\r\nRetry-After: 10\r\n" in answer
         assert 'outcome="limit"} 1.0' in exposed(server)
-        for key, size in list(server.memory._held.items()):
-            server.memory.release((key,), size)
+        for account in acquired:
+            server.memory.release(account, 100)
         async with peer(server) as one:
             one.write(masked(PING.decode()))
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
@@ -324,10 +325,10 @@ async def test_what_a_client_does_not_read_is_counted_and_given_back(puppet: Pup
         one.writer.transport.pause_reading()  # type: ignore[attr-defined]
         (socket,) = sockets_of(server)
         written = 0
-        while socket._waiting() < 150_000:
+        while socket.waiting < 150_000:
             socket.write(b"x" * 10_000)
             written += 1
-        assert server.memory.used >= socket._waiting()
+        assert server.memory.used >= socket.waiting
         one.writer.transport.resume_reading()  # type: ignore[attr-defined]
         for _ in range(written):
             await one.frame()
@@ -371,7 +372,7 @@ async def test_memory_is_given_back_to_the_account_that_it_was_taken_for(puppet:
         await until(lambda: memory.used == 0)
         one.write(whole[:-1])
         await until(lambda: memory.used > 30_000)
-        assert list(memory._held) == list(account_of("ada"))
+        assert memory.used_by(account_of("ada")) == memory.used
     await until(lambda: memory.used == 0)
     assert len(memory) == 0
 
@@ -501,9 +502,7 @@ async def pings(bare: Peer, count: int) -> list[bytes]:
 async def test_who_answers_pings_stays(puppet: Puppet) -> None:
     times: dict[str, Any] = {"ping_interval": 0.02, "ping_timeout": 30}
     async with wsserver.serve(puppet, port=0, **times) as server, peer(server) as one:
-        (socket,) = sockets_of(server)
         assert len(set(await pings(one, 4))) == 4
-        await until(lambda: socket._ping is None)
         one.write(masked(PING.decode()))
         assert (Opcode.TEXT, b'{"type":"pong"}') in [await one.frame() for _ in range(2)]
 
@@ -524,25 +523,16 @@ async def test_who_answers_no_ping_is_closed_with_1011(
         assert data == (1011).to_bytes(2) + b"keepalive ping timeout"
 
 
-async def test_who_is_behind_is_not_pinged(puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked = asyncio.Semaphore(0)
-
-    def look(self: Socket) -> None:
-        keep_alive(self)
-        looked.release()
-
-    keep_alive = Socket._keep_alive
-    monkeypatch.setattr(Socket, "_keep_alive", look)
+async def test_who_is_behind_is_not_pinged(puppet: Puppet) -> None:
     times: dict[str, Any] = {"ping_interval": 0.01, "ping_timeout": 30, "drain_timeout": 0}
     async with wsserver.serve(puppet, port=0, **times) as server, peer(server) as one:
         (socket,) = sockets_of(server)
         await pings(one, 1)
-        await until(lambda: socket._ping is None)
         socket.pause_writing()
-        async with asyncio.timeout(BOUND):
-            for _ in range(5):
-                await looked.acquire()
-        assert socket._ping is None
+        async with peer(server) as other:
+            await pings(other, 5)  # as many intervals
+        one.write(masked(PING.decode()))
+        assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
         socket.resume_writing()
         await pings(one, 1)
 

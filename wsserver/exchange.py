@@ -304,7 +304,7 @@ class Exchange(TcpConnection):
             self._write_and_drop(response.encode())
             return
         self.transport.write(response.encode(keep=True))
-        if self._waiting() > UNREAD:
+        if self.waiting > UNREAD:
             self._write_and_drop(b"")
         else:
             self.serve_next(self)

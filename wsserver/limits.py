@@ -175,6 +175,10 @@ class Memory:
     def __len__(self) -> int:
         return len(self._held)
 
+    def used_by(self, account: Account) -> int:
+        """Return the bytes that an account holds. Of networks the narrowest counts."""
+        return self._held.get(account[0], 0)
+
     def shed_by(self, shed: Callable[[int], None]) -> None:
         """Register a cache.
 

@@ -101,5 +101,5 @@ class StreamedResponse(Writer):
             self._producer.wake()
 
     def _count(self) -> None:
-        if not self._hold(self._waiting()) and not self.transport.is_closing():
+        if not self._hold(self.waiting) and not self.transport.is_closing():
             self._abort_reader("too much unsent")

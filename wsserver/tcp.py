@@ -70,8 +70,9 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._held = size
         return True
 
-    def _waiting(self) -> int:
-        """Return the bytes that the kernel has not taken yet."""
+    @property
+    def waiting(self) -> int:
+        """Bytes that the kernel has not taken yet."""
         below = 0 if self.below is None else self.below.get_write_buffer_size()
         return self.transport.get_write_buffer_size() + below
 
@@ -164,18 +165,18 @@ class Writer(TcpConnection):
         raise NotImplementedError
 
     def _set_deadline(self) -> None:
-        self._unsent = self._waiting()
+        self._unsent = self.waiting
         timeout = self._listener.settings.send_timeout
         self._deadline = self._listener.loop.call_later(timeout, self._check_progress)
 
     def _check_progress(self) -> None:
-        if self._waiting() < self._unsent:
+        if self.waiting < self._unsent:
             self._set_deadline()  # the client is slow, but reads
         else:
             self._abort_reader("does not read")
 
     def _check_unsent(self) -> None:
-        if self._waiting() > self._listener.settings.max_unsent and not self.transport.is_closing():
+        if self.waiting > self._listener.settings.max_unsent and not self.transport.is_closing():
             self._abort_reader("too much unsent")
 
     def _abort_reader(self, why: Aborted) -> None:

@@ -204,7 +204,7 @@ class Socket(Writer):
 
         Where there is no memory for it, the connection ends: nothing of it can be given up.
         """
-        unsent, unparsed = self._waiting(), self._protocol.reader.buffer
+        unsent, unparsed = self.waiting, self._protocol.reader.buffer
         size = unsent
         for kept in (self._unread, unparsed, self._message):
             if kept:

@@ -244,7 +244,7 @@ async def test_what_waits_for_a_slow_reader_behind_tls_is_as_little(
         async with stuck(server, puppet, made) as chat:
             (transport,) = sockets_of(server)
             settings = server.settings
-            assert transport._waiting() <= settings.write_buffer + 4 * settings.frame_size
+            assert transport.waiting <= settings.write_buffer + 4 * settings.frame_size
             reply = puppet.replies[0]
             reply.end()
             text, done = await chat.text(chat.frames[0]["id"])

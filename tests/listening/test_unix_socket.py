@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -13,7 +14,8 @@ import wsserver
 from tests.listening.clients import SERVE, on_unix
 from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet, until
-from wsserver import ConfigError, listening
+from wsserver import ConfigError
+from wsserver.addresses import networks
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,8 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
     async with wsserver.serve(
         puppet, unix_socket=path, allow_anonymous=True, connections_per_address=2
     ) as server:
-        statuses: list[dict[str, int]] = []
+        addresses = server.app.admission.addresses
+        counted: list[tuple[int, bool]] = []
         async with contextlib.AsyncExitStack() as stack:
             for name in (f"\0wsserver-{os.getpid()}", str(folder / "client"), ""):
                 sock = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -52,13 +55,13 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
                 reader, writer = await asyncio.open_unix_connection(sock=sock)
                 stack.callback(writer.close)
                 writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")  # and so it stays
-                if len(statuses) == 2:
+                if len(counted) == 2:
                     async with asyncio.timeout(BOUND):
                         assert b" 429 " in await reader.readline()
                 else:
-                    await until(lambda: server.app.admission.connections == len(statuses) + 1)
-                statuses.append(dict(server.app.admission.addresses._held))
-        assert statuses == [{"address unix": 1}, {"address unix": 2}, {"address unix": 2}]
+                    await until(lambda: server.app.admission.connections == len(counted) + 1)
+                counted.append((len(addresses), addresses.full(networks("unix"))))
+        assert counted == [(1, False), (1, True), (1, True)]
         await until(lambda: not server.listener.connections)
         assert server.app.admission.connections == 0
 
@@ -133,9 +136,14 @@ async def test_a_path_that_cannot_be_is_one_clear_line(
 async def test_two_servers_that_start_at_once_do_not_take_each_others_socket(
     puppet: Puppet, folder: Path
 ) -> None:
-    with listening._locked(folder), pytest.raises(ConfigError, match="has locked"):
-        async with wsserver.serve(puppet, unix_socket=str(folder / "s")):
-            raise AssertionError
+    lock = os.open(folder, os.O_RDONLY)  # as the other server does until it listens
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="has locked"):
+            async with wsserver.serve(puppet, unix_socket=str(folder / "s")):
+                raise AssertionError
+    finally:
+        os.close(lock)
 
 
 @pytest.mark.parametrize("mode", ["rw", "888", "66", "0o660", "660\n"])
