@@ -38,12 +38,12 @@ async def peer(server: wsserver.Server) -> AsyncIterator[Peer]:
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 100_000])
-def test_a_text_message_is_framed_as_the_library_would(size: int) -> None:
+def test_text_message_is_framed_as_by_library(size: int) -> None:
     text = b"x" * size
     assert frame(text) == Frame(Opcode.TEXT, text).serialize(mask=False)
 
 
-async def test_an_open_socket_has_no_task(server: wsserver.Server) -> None:
+async def test_open_socket_has_no_task(server: wsserver.Server) -> None:
     before = asyncio.all_tasks()
     async with peer(server) as one, peer(server) as other:
         for each in (one, other):
@@ -53,7 +53,7 @@ async def test_an_open_socket_has_no_task(server: wsserver.Server) -> None:
         assert not server.listener.answering
 
 
-async def test_a_message_in_fragments_is_one_with_a_ping_in_between(
+async def test_fragmented_message_with_ping_between_is_joined(
     server: wsserver.Server,
 ) -> None:
     async with peer(server) as one:
@@ -90,7 +90,7 @@ TOKEN = b"Authorization: Bearer good\r\n"
 
 
 @pytest.mark.parametrize("sent", [1, 3, 2000])
-async def test_frames_in_the_packet_of_the_handshake_are_served(puppet: Puppet, sent: int) -> None:
+async def test_frames_in_handshake_packet_are_served(puppet: Puppet, sent: int) -> None:
     rates = {"frame_rate": 1e6, "frame_burst": 5000}
     async with handshaking(puppet, **rates) as (_, one, known):
         one.write(Peer.HANDSHAKE + TOKEN + b"\r\n" + masked(PING.decode()) * sent)
@@ -100,7 +100,7 @@ async def test_frames_in_the_packet_of_the_handshake_are_served(puppet: Puppet, 
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
-async def test_frames_before_the_answer_are_bounded_and_none_is_lost(puppet: Puppet) -> None:
+async def test_frames_before_handshake_response_are_bounded_and_kept(puppet: Puppet) -> None:
     text = json.dumps({"type": "ping", "request": "x" * 40})
     rates = {"frame_rate": 1e6, "frame_burst": 5000, "max_unsent": 2**20}
     async with handshaking(puppet, **rates) as (server, one, known):
@@ -118,7 +118,7 @@ async def test_frames_before_the_answer_are_bounded_and_none_is_lost(puppet: Pup
             assert (await one.frame())[0] == Opcode.TEXT
 
 
-async def test_after_a_refused_handshake_what_came_with_it_is_dropped(puppet: Puppet) -> None:
+async def test_data_after_refused_handshake_is_dropped(puppet: Puppet) -> None:
     async with handshaking(puppet) as (_, one, known):
         one.write(Peer.HANDSHAKE + b"Authorization: Bearer bad\r\n\r\n" + b"x" * 50_000)
         known.set()
@@ -130,7 +130,7 @@ async def test_after_a_refused_handshake_what_came_with_it_is_dropped(puppet: Pu
 @pytest.mark.slow
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_frames_in_the_packet_of_the_handshake_are_served_on_every_loop(
+async def test_frames_in_handshake_packet_are_served_on_every_loop(
     loop: str, tls: bool, tmp_path: Path
 ) -> None:
     options = ["--event-loop", loop, "--frame-rate", "10000", "--frame-burst", "10000"]
@@ -167,7 +167,7 @@ OFFERS = b"Sec-WebSocket-Protocol: "
         ((b"A: b",) * 1000, b"431"),
     ],
 )
-async def test_the_head_of_a_handshake_has_bounds(
+async def test_handshake_head_is_bounded(
     server: wsserver.Server,
     lines: tuple[bytes, ...],
     status: bytes,
@@ -190,7 +190,7 @@ async def test_the_head_of_a_handshake_has_bounds(
     assert server.memory.used == 0
 
 
-async def test_a_head_without_an_end_is_counted_and_given_back(server: wsserver.Server) -> None:
+async def test_unfinished_head_counts_for_memory_until_close(server: wsserver.Server) -> None:
     async with Peer.open(Here(server), "127.0.0.1") as one:
         one.write(Peer.HANDSHAKE + b"A: b\r\n" * 50)
         await until(lambda: server.memory.used > 50 * HEADER_COST)
@@ -198,7 +198,7 @@ async def test_a_head_without_an_end_is_counted_and_given_back(server: wsserver.
     assert server.memory.used == 0
 
 
-async def test_a_request_counts_until_it_is_answered_though_its_client_has_gone(
+async def test_request_counts_for_memory_until_answered(
     puppet: Puppet,
 ) -> None:
     async with handshaking(puppet) as (server, one, known):
@@ -222,7 +222,9 @@ def exposed(server: wsserver.Server) -> str:
 LITTLE: dict[str, Any] = {"memory": 2**21, "history_size": 1000}
 
 
-async def test_an_unfinished_message_is_counted_and_given_back(server: wsserver.Server) -> None:
+async def test_unfinished_message_counts_for_memory_until_delivered(
+    server: wsserver.Server,
+) -> None:
     memory = server.memory
     async with peer(server) as one, peer(server) as other:
         whole = masked("x" * 40_000)
@@ -244,7 +246,7 @@ def frames_in_memory() -> int:
     return sum(type(thing) is Frame for thing in gc.get_objects())
 
 
-async def test_fragments_without_data_keep_no_objects(server: wsserver.Server) -> None:
+async def test_empty_fragments_keep_no_objects(server: wsserver.Server) -> None:
     before = frames_in_memory()
     async with peer(server) as one:
         one.write(masked("{", fin=False) + masked(b"", Opcode.CONT, fin=False) * 200)
@@ -274,7 +276,7 @@ async def test_small_fragments_of_a_message_are_bounded(
             assert (opcode, data) == (Opcode.TEXT, b'{"type":"pong"}')
 
 
-async def test_who_holds_its_share_of_memory_gets_1013_and_others_feel_nothing(
+async def test_client_over_memory_share_closes_with_1013_alone(
     puppet: Puppet,
 ) -> None:
     whole = masked("x" * 60_000)
@@ -297,7 +299,7 @@ async def test_who_holds_its_share_of_memory_gets_1013_and_others_feel_nothing(
         assert server.memory.used == 0
 
 
-async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
+async def test_full_memory_refuses_requests_with_503_until_released(
     puppet: Puppet,
 ) -> None:
     async with wsserver.serve(puppet, port=0, **LITTLE) as server:
@@ -317,7 +319,7 @@ async def test_a_full_memory_refuses_new_requests_with_503_until_there_is_room(
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
-async def test_what_a_client_does_not_read_is_counted_and_given_back(puppet: Puppet) -> None:
+async def test_unread_data_counts_for_memory_until_read(puppet: Puppet) -> None:
     async with (
         wsserver.serve(puppet, port=0) as server,
         Peer.websocket(Here(server), "127.0.0.1", narrow=True) as one,
@@ -335,7 +337,7 @@ async def test_what_a_client_does_not_read_is_counted_and_given_back(puppet: Pup
         await until(lambda: server.memory.used == 0)
 
 
-async def test_what_a_client_does_not_read_cuts_it_when_memory_is_full(
+async def test_unread_data_aborts_client_when_memory_is_full(
     puppet: Puppet, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with (
@@ -352,7 +354,7 @@ async def test_what_a_client_does_not_read_cuts_it_when_memory_is_full(
         assert server.memory.used == 0
 
 
-async def test_memory_is_given_back_to_the_account_that_it_was_taken_for(puppet: Puppet) -> None:
+async def test_memory_is_released_to_account_at_acquire(puppet: Puppet) -> None:
     async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
         return None if token is None else wsserver.Principal(token)
 
@@ -377,7 +379,7 @@ async def test_memory_is_given_back_to_the_account_that_it_was_taken_for(puppet:
     assert len(memory) == 0
 
 
-async def test_after_a_violation_nothing_is_heard_any_more(
+async def test_messages_after_violation_are_ignored(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str | bytes] = []
@@ -388,7 +390,7 @@ async def test_after_a_violation_nothing_is_heard_any_more(
     assert heard == ["before"]
 
 
-async def test_a_fault_of_ours_ends_the_connection_and_is_told_once(
+async def test_exception_in_receive_closes_socket_and_is_logged_once(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
@@ -404,7 +406,7 @@ async def test_a_fault_of_ours_ends_the_connection_and_is_told_once(
     assert heard == ["x"]
 
 
-async def test_who_sends_without_a_pause_gets_its_turn_and_no_more(
+async def test_client_sending_constantly_is_read_in_turns(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turn = 0
@@ -432,7 +434,7 @@ async def test_who_sends_without_a_pause_gets_its_turn_and_no_more(
     assert max(turns.values()) <= FRAMES_PER_TURN + BITE // len(masked("0"))
 
 
-async def test_what_is_unread_of_one_that_is_cut_is_dropped(
+async def test_unread_input_of_aborted_client_is_dropped(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
@@ -452,7 +454,7 @@ async def test_what_is_unread_of_one_that_is_cut_is_dropped(
     assert 1 <= len(heard) <= BITE // len(masked("x"))
 
 
-async def test_all_that_came_before_the_end_is_heard_also_where_both_come_in_one_turn(
+async def test_data_received_with_eof_is_handled(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []
@@ -468,7 +470,7 @@ async def test_all_that_came_before_the_end_is_heard_also_where_both_come_in_one
         assert heard == sent
 
 
-async def test_what_fails_in_a_message_closes_that_socket_alone(
+async def test_exception_in_receive_closes_only_its_socket(
     server: wsserver.Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def receive(self: Connection, message: str) -> None:
@@ -499,7 +501,7 @@ async def pings(bare: Peer, count: int) -> list[bytes]:
     return found
 
 
-async def test_who_answers_pings_stays(puppet: Puppet) -> None:
+async def test_client_answering_pings_stays_connected(puppet: Puppet) -> None:
     times: dict[str, Any] = {"ping_interval": 0.02, "ping_timeout": 30}
     async with wsserver.serve(puppet, port=0, **times) as server, peer(server) as one:
         assert len(set(await pings(one, 4))) == 4
@@ -509,7 +511,7 @@ async def test_who_answers_pings_stays(puppet: Puppet) -> None:
 
 @pytest.mark.parametrize("answer", [b"", masked(b"other", Opcode.PONG), masked(PING.decode())])
 @pytest.mark.parametrize("within", [0.05, 0.01])
-async def test_who_answers_no_ping_is_closed_with_1011(
+async def test_client_without_pong_is_closed_with_1011(
     puppet: Puppet, answer: bytes, within: float
 ) -> None:
     times: dict[str, Any] = {"ping_interval": 0.02, "ping_timeout": within}
@@ -523,7 +525,7 @@ async def test_who_answers_no_ping_is_closed_with_1011(
         assert data == (1011).to_bytes(2) + b"keepalive ping timeout"
 
 
-async def test_who_is_behind_is_not_pinged(puppet: Puppet) -> None:
+async def test_client_not_reading_is_not_pinged(puppet: Puppet) -> None:
     times: dict[str, Any] = {"ping_interval": 0.01, "ping_timeout": 30, "drain_timeout": 0}
     async with wsserver.serve(puppet, port=0, **times) as server, peer(server) as one:
         (socket,) = sockets_of(server)
@@ -537,7 +539,7 @@ async def test_who_is_behind_is_not_pinged(puppet: Puppet) -> None:
         await pings(one, 1)
 
 
-async def test_one_that_is_told_to_go_and_stays_is_cut(puppet: Puppet) -> None:
+async def test_client_ignoring_close_frame_is_aborted(puppet: Puppet) -> None:
     async with wsserver.serve(puppet, port=0, send_timeout=0.05) as server, peer(server) as one:
         (socket,) = sockets_of(server)
         socket.end(1000, "enough")

@@ -31,7 +31,7 @@ async def ask(
     return int(status.split()[1]), headers, body
 
 
-async def test_the_page_is_served_with_a_policy_for_its_own_files_alone(
+async def test_page_has_content_security_policy_for_own_files(
     server: wsserver.Server,
 ) -> None:
     status, headers, body = await ask(server, "GET / HTTP/1.1\nHost: localhost\n\n")
@@ -44,7 +44,7 @@ async def test_the_page_is_served_with_a_policy_for_its_own_files_alone(
     assert not re.search(rb"<style|<script(?![^>]* src=)|\s(style|on\w+)=", body)
 
 
-async def test_all_that_the_page_loads_is_served(server: wsserver.Server) -> None:
+async def test_files_loaded_by_page_are_served(server: wsserver.Server) -> None:
     folder = Path(wsserver.__file__).parent / "web"
     loaded = {"/"}
     for file in folder.iterdir():
@@ -60,9 +60,7 @@ async def test_all_that_the_page_loads_is_served(server: wsserver.Server) -> Non
 
 
 @pytest.mark.parametrize("path", ["/", "/client.js"])
-async def test_a_file_is_served_once_for_as_long_as_it_stays_the_same(
-    server: wsserver.Server, path: str
-) -> None:
+async def test_unchanged_file_is_answered_with_304(server: wsserver.Server, path: str) -> None:
     request = f"GET {path} HTTP/1.1\nHost: localhost\n"
     _, headers, _ = await ask(server, f"{request}\n")
     tag, size = headers["etag"], headers["content-length"]
@@ -89,7 +87,7 @@ async def test_a_file_is_served_once_for_as_long_as_it_stays_the_same(
         ("POST /healthz HTTP/1.1", 405, ("allow", "get, head")),
     ],
 )
-async def test_anything_else_is_answered_as_http_says(
+async def test_other_requests_get_http_status(
     server: wsserver.Server, request_line: str, status: int, header: tuple[str, str] | None
 ) -> None:
     got, headers, body = await ask(server, f"{request_line}\nHost: localhost\n\n")
@@ -99,7 +97,7 @@ async def test_anything_else_is_answered_as_http_says(
         assert headers[header[0]] == header[1]
 
 
-async def test_a_request_with_a_body_is_answered_too(server: wsserver.Server) -> None:
+async def test_request_with_body_is_answered(server: wsserver.Server) -> None:
     status, headers, body = await ask(
         server, 'POST / HTTP/1.1\nHost: localhost\nContent-Length: 15\n\n{"prompt": "x"}'
     )
@@ -107,7 +105,7 @@ async def test_a_request_with_a_body_is_answered_too(server: wsserver.Server) ->
     assert int(headers["content-length"]) == len(body)
 
 
-async def test_a_second_request_behind_the_first_is_not_read(
+async def test_pipelined_request_is_not_answered(
     server: wsserver.Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     status, _, body = await ask(server, "GET /healthz HTTP/1.1\nHost: localhost\n\n" * 2)
@@ -115,7 +113,7 @@ async def test_a_second_request_behind_the_first_is_not_read(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-async def test_a_request_in_bits_is_put_together(server: wsserver.Server) -> None:
+async def test_request_sent_byte_by_byte_is_answered(server: wsserver.Server) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     for byte in b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nmore":
         writer.write(bytes([byte]))
@@ -127,7 +125,7 @@ async def test_a_request_in_bits_is_put_together(server: wsserver.Server) -> Non
     await writer.wait_closed()
 
 
-async def test_head_is_get_without_the_body(server: wsserver.Server) -> None:
+async def test_head_response_equals_get_without_body(server: wsserver.Server) -> None:
     _, got, body = await ask(server, "GET / HTTP/1.1\nHost: localhost\n\n")
     status, headers, nothing = await ask(server, "HEAD / HTTP/1.1\nHost: localhost\n\n")
     assert (status, nothing) == (200, b"")
@@ -136,14 +134,14 @@ async def test_head_is_get_without_the_body(server: wsserver.Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "ws", "?token=x"])
-async def test_a_websocket_is_served_at_two_paths(server: wsserver.Server, path: str) -> None:
+async def test_websocket_is_served_at_root_and_ws(server: wsserver.Server, path: str) -> None:
     async with connect(server.url + path, proxy=None) as socket:
         await socket.send('{"type": "ping"}')
         async with asyncio.timeout(BOUND):
             assert await socket.recv() == '{"type":"pong"}'
 
 
-async def test_a_websocket_elsewhere_is_not_found(server: wsserver.Server) -> None:
+async def test_websocket_at_other_path_is_not_found(server: wsserver.Server) -> None:
     with pytest.raises(InvalidStatus) as raised:
         async with connect(server.url + "nowhere", proxy=None):
             raise AssertionError
@@ -159,14 +157,14 @@ async def test_a_websocket_elsewhere_is_not_found(server: wsserver.Server) -> No
         (["other"], None),
     ],
 )
-async def test_the_subprotocol_is_chosen_where_it_is_offered(
+async def test_subprotocol_is_chosen_if_offered(
     server: wsserver.Server, offered: list[Subprotocol] | None, chosen: str | None
 ) -> None:
     async with connect(server.url, subprotocols=offered, proxy=None) as socket:
         assert socket.subprotocol == chosen
 
 
-async def test_a_handshake_that_is_none_is_given_up(puppet: object) -> None:
+async def test_unfinished_handshake_is_closed_after_open_timeout(puppet: object) -> None:
     async with wsserver.serve(puppet, port=0, open_timeout=0.05) as server:  # type: ignore[arg-type]
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(b"GET / HTTP/1.1\r\n")

@@ -24,21 +24,21 @@ def status_of(*parts: bytes) -> int:
     return refused.value.response.status
 
 
-def test_repeated_headers_are_one_list_under_a_name_in_lower_case() -> None:
+def test_repeated_headers_are_joined_under_lowercase_name() -> None:
     request, after = parse(GET)
     assert request == Request("GET", "/a?b=c", {"host": "localhost", "x-one": "1, 2"}, "1.1")
     assert (request.path, after) == ("/a", b"")
 
 
 @pytest.mark.parametrize("head", [GET, UPGRADE + b"\r\n"])
-def test_a_head_is_the_same_however_it_is_split(head: bytes) -> None:
+def test_head_split_at_any_byte_is_parsed_equally(head: bytes) -> None:
     whole = parse(head)
     for at in range(1, len(head)):
         assert parse(head[:at], head[at:]) == whole
     assert parse(*(bytes([byte]) for byte in head)) == whole
 
 
-def test_bytes_after_the_head_of_an_upgrade_are_returned() -> None:
+def test_bytes_after_upgrade_head_are_returned() -> None:
     frames = b"\x81\x80\x00\x00\x00\x00" * 3
     assert parse(UPGRADE + b"\r\n" + frames)[1] == frames
     assert parse(UPGRADE, b"\r\n" + frames)[1] == frames
@@ -47,7 +47,7 @@ def test_bytes_after_the_head_of_an_upgrade_are_returned() -> None:
 @pytest.mark.parametrize(
     "after", [b"GET /b HTTP/1.0\r\nHost: b\r\nX: y\r\n\r\n", b"\x00\xff" * 50, b"x" * 8000]
 )
-def test_bytes_after_the_head_of_another_request_change_nothing(after: bytes) -> None:
+def test_bytes_after_other_head_do_not_change_request(after: bytes) -> None:
     request, rest = parse(GET + after)
     assert (request.method, request.target, request.version) == ("GET", "/a?b=c", "1.1")
     assert request.headers == {"host": "localhost", "x-one": "1, 2"}
@@ -85,12 +85,12 @@ def test_bytes_after_the_head_of_another_request_change_nothing(after: bytes) ->
         (b"GET / HTTP/1.1\r\nX-Forwarded-For: " + b"a," * 64 + b"b\r\n\r\n", 400),
     ],
 )
-def test_a_head_that_is_malformed_or_too_large_is_refused(head: bytes, status: int) -> None:
+def test_malformed_or_too_large_head_is_refused(head: bytes, status: int) -> None:
     assert status_of(head) == status
     assert status_of(*(head[at : at + 5] for at in range(0, len(head), 5))) == status
 
 
-def test_a_head_without_an_end_is_refused_at_the_limit() -> None:
+def test_endless_head_is_refused_at_limit() -> None:
     line = b"X: " + b"y" * 1000 + b"\r\n"
     parser = RequestParser()
     parser.feed(b"GET / HTTP/1.1\r\n")
@@ -101,7 +101,7 @@ def test_a_head_without_an_end_is_refused_at_the_limit() -> None:
     assert parser.size <= HEAD_SIZE + len(line)
 
 
-def test_a_parser_is_freed_without_the_garbage_collector() -> None:
+def test_parser_is_freed_without_garbage_collector() -> None:
     import gc
     import weakref
 
@@ -126,7 +126,7 @@ def test_a_parser_is_freed_without_the_garbage_collector() -> None:
 
 
 @pytest.mark.parametrize("secret", [b"GET / HTTP/1.1\r\nsk-key\x00: a\r\n\r\n"])
-def test_a_refusal_repeats_nothing_of_the_request(secret: bytes) -> None:
+def test_refusal_quotes_no_part_of_request(secret: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         parse(secret)
     assert b"sk-key" not in refused.value.response.body
@@ -169,7 +169,7 @@ def read(*parts: bytes) -> RequestParser:
 
 
 @pytest.mark.parametrize("whole", [WHOLE, CHUNKS], ids=["length", "chunks"])
-def test_body_is_same_however_bytes_are_split(whole: bytes) -> None:
+def test_body_split_at_any_byte_is_parsed_equally(whole: bytes) -> None:
     for at in range(1, len(whole)):
         parser = read(whole[:at], whole[at:])
         assert (bytes(parser.body), parser.ended, parser.more) == (b"hello world", True, False)
@@ -180,7 +180,7 @@ def test_body_is_same_however_bytes_are_split(whole: bytes) -> None:
 
 @pytest.mark.parametrize("whole", [WHOLE, CHUNKS, GET], ids=["length", "chunks", "none"])
 @pytest.mark.parametrize("after", [WHOLE, GET, UPGRADE + b"\r\n", b"\x00garbage"])
-def test_request_after_the_first_changes_nothing(whole: bytes, after: bytes) -> None:
+def test_following_request_does_not_change_first(whole: bytes, after: bytes) -> None:
     expected = read(whole)
     for parser in (read(whole + after), read(whole, after), read(whole[:-1], whole[-1:] + after)):
         assert parser.ended

@@ -40,19 +40,19 @@ def ip(host: str) -> Bound:
         ([], False),
     ],
 )
-def test_loopback_is_for_all_or_not(hosts: list[str], expected: bool) -> None:
+def test_loopback_needs_all_addresses_on_loopback(hosts: list[str], expected: bool) -> None:
     assert listening.loopback(map(ip, hosts)) is expected
     assert not listening.loopback([*map(ip, hosts), Bound(socket.AF_UNIX, "/run/s")])
 
 
-def test_addresses_are_named_as_people_write_them() -> None:
+def test_addresses_are_written_as_in_urls() -> None:
     assert listening.name_of(ip("192.0.2.1")) == "192.0.2.1:80"
     assert listening.name_of(ip("::1")) == "[::1]:80"
     assert listening.name_of(Bound(socket.AF_UNIX, b"\0name")) == "@name"
     assert listening.tcp_address([Bound(socket.AF_UNIX, "/s"), ip("::1")]) == ("::1", 80)
 
 
-async def test_all_addresses_are_known(puppet: Puppet) -> None:
+async def test_server_knows_all_bound_addresses(puppet: Puppet) -> None:
     with socket.create_server(("127.0.0.1", 0)) as first:
         second = socket.create_server(("127.0.0.2", 0))
         async with wsserver.serve(puppet, sockets=[first, second], allow_anonymous=True) as server:

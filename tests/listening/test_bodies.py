@@ -78,7 +78,7 @@ async def test_body_up_to_limit_is_read(size: int) -> None:
         ([CHUNKED, b"2\r\nhe\r\n", b"hello"], 400),
     ],
 )
-async def test_unusable_body_is_refused_by_its_status(sent: list[bytes], status: int) -> None:
+async def test_invalid_body_is_refused_with_status(sent: list[bytes], status: int) -> None:
     async with listening(echo) as listener, Browser.open(listener) as browser:
         for part in sent:
             browser.send(part)
@@ -87,7 +87,7 @@ async def test_unusable_body_is_refused_by_its_status(sent: list[bytes], status:
         assert await browser.ended()
 
 
-async def test_refused_body_that_still_comes_does_not_reset_the_response() -> None:
+async def test_rest_of_refused_body_does_not_reset_response() -> None:
     async with listening(echo) as listener, Browser.open(listener) as browser:
         size = 20 * LIMIT
         browser.send(length(size), b"\r\n", b"x" * size)
@@ -96,7 +96,7 @@ async def test_refused_body_that_still_comes_does_not_reset_the_response() -> No
         assert await browser.ended()
 
 
-async def test_slow_body_gets_408_and_the_application_is_told() -> None:
+async def test_slow_body_gets_408_and_raises_in_application() -> None:
     told: list[int] = []
 
     async def read(request: Request, _: Visitor) -> Response:
@@ -116,7 +116,7 @@ async def test_slow_body_gets_408_and_the_application_is_told() -> None:
     assert told == [408]
 
 
-async def test_body_that_keeps_coming_has_more_time_than_head(
+async def test_body_received_steadily_has_more_time_than_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("wsserver.exchange.BODY_RATE", 10)  # bytes of the body for each second
@@ -134,7 +134,7 @@ async def test_body_that_keeps_coming_has_more_time_than_head(
         assert await browser.response() == (200, b"slowly")
 
 
-async def test_client_that_expects_100_waits_for_it() -> None:
+async def test_expect_100_gets_continue() -> None:
     async with listening(echo) as listener, Browser.open(listener) as browser:
         browser.send(length(5), b"Expect: 100-Continue\r\n\r\n")
         assert await browser.head() == (100, {})
@@ -142,13 +142,13 @@ async def test_client_that_expects_100_waits_for_it() -> None:
         assert await browser.response() == (200, b"hello")
 
 
-async def test_client_that_expects_100_and_does_not_wait_gets_none() -> None:
+async def test_expect_100_with_early_body_gets_no_continue() -> None:
     async with listening(echo) as listener, Browser.open(listener) as browser:
         browser.send(length(5), b"Expect: 100-continue\r\n\r\nhello")
         assert await browser.response() == (200, b"hello")
 
 
-async def test_body_that_nobody_reads_is_bounded() -> None:
+async def test_unread_body_is_bounded_in_memory() -> None:
     asked = asyncio.Event()
     go = asyncio.Event()
 
@@ -170,7 +170,7 @@ async def test_body_that_nobody_reads_is_bounded() -> None:
         assert (status, len(body)) == (200, size)
 
 
-async def test_body_counts_for_its_client_until_the_response() -> None:
+async def test_body_counts_for_memory_until_response() -> None:
     read = asyncio.Event()
     go = asyncio.Event()
 
@@ -189,7 +189,7 @@ async def test_body_counts_for_its_client_until_the_response() -> None:
         await until(lambda: listener.memory.used == 0)
 
 
-async def test_body_without_room_in_memory_gets_503() -> None:
+async def test_body_without_memory_gets_503() -> None:
     given: dict[str, Any] = {"memory": 2**21, "history_size": 1000}
 
     async def large(request: Request, _: Visitor) -> Response:
@@ -202,7 +202,7 @@ async def test_body_without_room_in_memory_gets_503() -> None:
 
 
 @pytest.mark.parametrize("reading", [True, False])
-async def test_client_that_leaves_before_its_body_ends_the_wait(reading: bool) -> None:
+async def test_disconnect_during_body_ends_wait(reading: bool) -> None:
     asked = asyncio.Event()
     ended = asyncio.Event()
     go = asyncio.Event()
@@ -226,7 +226,7 @@ async def test_client_that_leaves_before_its_body_ends_the_wait(reading: bool) -
         await until(lambda: not listener.answering)
 
 
-async def test_body_can_be_read_after_a_while_that_is_longer_than_the_body_took() -> None:
+async def test_complete_body_can_be_read_later() -> None:
     async def late(request: Request, __: Visitor) -> Response:
         for _ in range(100):
             await asyncio.sleep(0)
@@ -241,7 +241,7 @@ async def test_body_can_be_read_after_a_while_that_is_longer_than_the_body_took(
 
 
 @both
-async def test_connection_is_kept_for_a_client_that_asks(tls: bool) -> None:
+async def test_keep_alive_connection_serves_next_request(tls: bool) -> None:
     visitors: list[Visitor] = []
 
     async def note(request: Request, visitor: Visitor) -> Response:
@@ -275,7 +275,7 @@ async def test_connection_is_kept_for_a_client_that_asks(tls: bool) -> None:
     ],
     ids=["not asked", "asked both", "HTTP/1.0", "pipelined", "body unread"],
 )
-async def test_connection_is_closed_where_another_request_is_not_safe(head: bytes) -> None:
+async def test_connection_is_closed_if_next_request_is_unsafe(head: bytes) -> None:
     async with listening(no_body) as listener, Browser.open(listener) as browser:
         browser.send(head)
         status, headers = await browser.head()
@@ -283,7 +283,7 @@ async def test_connection_is_closed_where_another_request_is_not_safe(head: byte
         assert await browser.reader.read() == b"/a\n"
 
 
-async def test_connection_is_closed_after_an_error() -> None:
+async def test_connection_is_closed_after_error() -> None:
     async def refuse(_: Request, __: Visitor) -> Response:
         return respond(HTTPStatus.FORBIDDEN, "no")
 
@@ -294,7 +294,7 @@ async def test_connection_is_closed_after_an_error() -> None:
         assert await browser.reader.read() == b"no\n"
 
 
-async def test_kept_connection_without_a_request_is_closed_in_time(
+async def test_idle_kept_connection_is_closed_after_keep_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("wsserver.exchange.KEEP_ALIVE", 0.1)
@@ -304,7 +304,7 @@ async def test_kept_connection_without_a_request_is_closed_in_time(
         assert await browser.ended()
 
 
-async def test_kept_connection_takes_no_place_until_its_next_request() -> None:
+async def test_idle_kept_connection_does_not_count_for_address() -> None:
     async with listening(no_body, connections_per_address=1) as listener:
         async with Browser.open(listener) as browser:
             for _ in range(3):
@@ -338,7 +338,7 @@ async def test_oldest_of_too_many_kept_connections_is_closed() -> None:
         assert await browsers[1].response() == (200, b"/a\n")
 
 
-async def test_no_connection_is_kept_once_the_listener_stops() -> None:
+async def test_connections_are_closed_after_listener_stops() -> None:
     async with listening(no_body) as listener, Browser.open(listener) as browser:
         browser.send(GET[:5])
         await until(lambda: bool(listener.connections))
@@ -349,7 +349,7 @@ async def test_no_connection_is_kept_once_the_listener_stops() -> None:
 
 
 @both
-async def test_client_that_does_not_read_gets_no_second_response(tls: bool) -> None:
+async def test_client_not_reading_gets_no_second_response(tls: bool) -> None:
     async def large(_: Request, __: Visitor) -> Response:
         return respond(HTTPStatus.OK, b"x" * 10_000_000)
 
@@ -370,17 +370,17 @@ async def test_client_that_does_not_read_gets_no_second_response(tls: bool) -> N
     [
         partial(test_body_reaches_application_whole, tls=False, sent=[length(5), b"\r\nhello"]),
         partial(test_body_reaches_application_whole, tls=True, sent=[length(5), b"\r\nhello"]),
-        partial(test_client_that_leaves_before_its_body_ends_the_wait, reading=True),
-        partial(test_client_that_leaves_before_its_body_ends_the_wait, reading=False),
-        test_refused_body_that_still_comes_does_not_reset_the_response,
-        test_body_that_nobody_reads_is_bounded,
-        partial(test_connection_is_kept_for_a_client_that_asks, tls=False),
-        partial(test_connection_is_kept_for_a_client_that_asks, tls=True),
-        partial(test_client_that_does_not_read_gets_no_second_response, tls=False),
-        partial(test_client_that_does_not_read_gets_no_second_response, tls=True),
+        partial(test_disconnect_during_body_ends_wait, reading=True),
+        partial(test_disconnect_during_body_ends_wait, reading=False),
+        test_rest_of_refused_body_does_not_reset_response,
+        test_unread_body_is_bounded_in_memory,
+        partial(test_keep_alive_connection_serves_next_request, tls=False),
+        partial(test_keep_alive_connection_serves_next_request, tls=True),
+        partial(test_client_not_reading_gets_no_second_response, tls=False),
+        partial(test_client_not_reading_gets_no_second_response, tls=True),
     ],
     ids=name_of,
 )
-def test_bodies_and_kept_connections_hold_on_uvloop(test: Callable[[], Any]) -> None:
+def test_bodies_and_kept_connections_work_on_uvloop(test: Callable[[], Any]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(test())

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-async def test_the_kernel_tells_whose_the_other_end_of_a_connection_is(host: str) -> None:
+async def test_kernel_tells_user_of_peer(host: str) -> None:
     with socket.create_server((host, 0), family=listening.IP[":" in host]) as listener:
         with socket.create_connection(listener.getsockname()[:2]) as own:
             end, peer = listener.accept()
@@ -41,13 +41,13 @@ async def test_the_kernel_tells_whose_the_other_end_of_a_connection_is(host: str
                 assert not peers.established(end)
 
 
-def test_who_started_the_server_through_sudo_is_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sudo_user_is_own_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUDO_UID", "1234")
     assert peers.own_users() == frozenset({0, 1234, os.getuid(), peers.ELSEWHERE})
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-async def test_a_client_that_this_kernel_does_not_hold_is_served(loop: str) -> None:
+async def test_client_of_other_kernel_is_served(loop: str) -> None:
     # As a browser on Windows is to a server in WSL.
     program = (
         "import sys\n"
@@ -61,7 +61,7 @@ async def test_a_client_that_this_kernel_does_not_hold_is_served(loop: str) -> N
             assert (await Client(chat).prompt())["type"] == "start"
 
 
-async def test_where_the_kernel_does_not_tell_the_server_says_so(
+async def test_server_without_netlink_warns_about_other_users(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server:
@@ -78,7 +78,7 @@ async def test_where_the_kernel_does_not_tell_the_server_says_so(
         await process.line("EVERY USER of this machine")
 
 
-async def test_a_program_of_another_user_is_refused_but_for_healthz(
+async def test_other_user_is_refused_except_for_probes(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server:

@@ -40,7 +40,7 @@ async def model(request):
 """
 
 
-async def test_it_listens_on_all_sockets_that_it_is_handed(folder: Path) -> None:
+async def test_server_listens_on_all_inherited_sockets(folder: Path) -> None:
     (folder / "mine.py").write_text(MODEL)
     path = folder / "s"
     serve = (*SERVE, "--model", "mine:model", "--port", "1", "--allow-anonymous")
@@ -61,7 +61,7 @@ ACTIVATE = shutil.which("systemd-socket-activate")
 
 
 @pytest.mark.skipif(ACTIVATE is None, reason="systemd-socket-activate is not there")
-async def test_systemd_starts_it_for_the_first_client(tmp_path: Path, folder: Path) -> None:
+async def test_systemd_starts_server_for_first_client(tmp_path: Path, folder: Path) -> None:
     path = folder / "s"
     environment = {"PYTHONPATH": str(ROOT), "XDG_DATA_HOME": str(tmp_path)}
     keep = [word for item in environment.items() for word in ("-E", "=".join(item))]
@@ -87,7 +87,7 @@ async def test_systemd_starts_it_for_the_first_client(tmp_path: Path, folder: Pa
             await process.communicate()
 
 
-def test_sockets_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sockets_for_other_process_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert service_manager.inherited() == []
@@ -102,7 +102,7 @@ def test_sockets_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPa
         ("none", "Bad file"),
     ],
 )
-def test_what_is_handed_over_has_to_listen(
+def test_inherited_descriptor_must_be_listening_socket(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], handed: str, says: str
 ) -> None:
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
@@ -122,7 +122,7 @@ def test_what_is_handed_over_has_to_listen(
 
 
 @pytest.mark.parametrize("abstract", [False, True])
-async def test_the_service_manager_hears_of_start_reload_and_stop(
+async def test_service_manager_is_notified_of_start_reload_and_stop(
     made: Path, folder: Path, abstract: bool
 ) -> None:
     name = f"@{folder.name}" if abstract else str(folder / "notify")
@@ -164,7 +164,7 @@ async def test_the_service_manager_hears_of_start_reload_and_stop(
             assert "Traceback" not in process.output
 
 
-def test_nothing_is_said_where_nobody_listens(
+def test_notification_without_listener_is_ignored(
     monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for address in ("", "vsock:2:1234"):
@@ -185,7 +185,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 
-async def test_it_ends_with_the_terminal_that_it_was_started_from() -> None:
+async def test_server_ends_when_terminal_closes() -> None:
     master, slave = os.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", SESSION, str(slave), *SERVE, "--port", "0"),

@@ -64,7 +64,7 @@ async def test_stream_is_written_in_chunks(tls: bool) -> None:
 
 
 @both
-async def test_stream_of_http_1_0_ends_with_the_connection(tls: bool) -> None:
+async def test_http_1_0_stream_ends_with_connection(tls: bool) -> None:
     streams = Streams()
     async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
         browser.send(b"GET /a HTTP/1.0\r\nHost: localhost\r\n", KEEP, b"\r\n")
@@ -78,7 +78,7 @@ async def test_stream_of_http_1_0_ends_with_the_connection(tls: bool) -> None:
         assert await browser.reader.read() == b"onetwo"
 
 
-async def test_head_gets_no_stream() -> None:
+async def test_head_request_gets_no_stream() -> None:
     recorder = Recorder()
 
     async def answer(request: Request, _: Visitor) -> Answer:
@@ -93,7 +93,7 @@ async def test_head_gets_no_stream() -> None:
 
 
 @both
-async def test_connection_is_kept_after_a_stream(tls: bool) -> None:
+async def test_connection_is_kept_after_stream(tls: bool) -> None:
     streams = Streams()
     async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
         for text in (b"one", b"two"):
@@ -108,7 +108,7 @@ async def test_connection_is_kept_after_a_stream(tls: bool) -> None:
         assert len(listener.connections) == 1
 
 
-async def test_connection_is_closed_after_a_stream_where_another_request_has_begun() -> None:
+async def test_pipelined_request_closes_connection_after_stream() -> None:
     streams = Streams()
     async with listening(streams) as listener, Browser.open(listener) as browser:
         browser.send(GET, KEEP, b"\r\n")
@@ -123,7 +123,7 @@ async def test_connection_is_closed_after_a_stream_where_another_request_has_beg
 
 @both
 @pytest.mark.parametrize("how", ["close", "abort", "half-close"])
-async def test_producer_is_told_at_once_that_the_client_has_gone(tls: bool, how: str) -> None:
+async def test_producer_learns_of_disconnect_at_once(tls: bool, how: str) -> None:
     streams = Streams()
     async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
         browser.send(GET + b"\r\n")
@@ -143,7 +143,7 @@ async def test_producer_is_told_at_once_that_the_client_has_gone(tls: bool, how:
         assert not recorder.body.writable
 
 
-async def test_client_that_leaves_before_the_stream_opens_gets_none() -> None:
+async def test_disconnect_before_stream_opens_ends_producer() -> None:
     asked, go, recorder = asyncio.Event(), asyncio.Event(), Recorder()
 
     async def late(_: Request, __: Visitor) -> Answer:
@@ -161,7 +161,7 @@ async def test_client_that_leaves_before_the_stream_opens_gets_none() -> None:
         assert not recorder.opened.is_set()
 
 
-async def test_slow_reader_pauses_the_producer_and_wakes_it() -> None:
+async def test_slow_reader_pauses_and_wakes_producer() -> None:
     streams = Streams()
     async with listening(streams) as listener, Browser.open(listener) as browser:
         browser.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -184,7 +184,7 @@ def reason(listener: Listener) -> str:
     return listener.metrics.exposition().decode()
 
 
-async def test_client_that_does_not_read_is_aborted_in_time() -> None:
+async def test_client_not_reading_is_aborted_after_send_timeout() -> None:
     streams = Streams()
     async with (
         listening(streams, send_timeout=0.1) as listener,
@@ -199,7 +199,7 @@ async def test_client_that_does_not_read_is_aborted_in_time() -> None:
         assert 'why="does not read"} 1.0' in reason(listener)
 
 
-async def test_client_with_too_much_unsent_is_aborted_at_once() -> None:
+async def test_client_over_max_unsent_is_aborted_at_once() -> None:
     streams = Streams()
     async with (
         listening(streams, max_unsent=2**20) as listener,
@@ -214,7 +214,7 @@ async def test_client_with_too_much_unsent_is_aborted_at_once() -> None:
         assert 'why="too much unsent"} 1.0' in reason(listener)
 
 
-async def test_client_that_sends_without_end_is_aborted() -> None:
+async def test_client_sending_endlessly_is_aborted() -> None:
     streams = Streams()
     async with listening(streams) as listener, Browser.open(listener) as browser:
         browser.send(GET + b"\r\n")
@@ -223,7 +223,7 @@ async def test_client_that_sends_without_end_is_aborted() -> None:
         await recorder.gone.wait()
 
 
-async def test_aborted_body_is_no_whole_response() -> None:
+async def test_aborted_body_is_incomplete_response() -> None:
     streams = Streams()
     async with listening(streams) as listener, Browser.open(listener) as browser:
         browser.send(GET + b"\r\n")
@@ -237,7 +237,7 @@ async def test_aborted_body_is_no_whole_response() -> None:
             await browser.chunk()
 
 
-async def test_producer_that_fails_to_begin_leaves_no_whole_response(
+async def test_failing_producer_leaves_incomplete_response(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Failing(Recorder):
@@ -262,24 +262,22 @@ async def test_producer_that_fails_to_begin_leaves_no_whole_response(
     [
         partial(test_stream_is_written_in_chunks, tls=False),
         partial(test_stream_is_written_in_chunks, tls=True),
-        partial(test_stream_of_http_1_0_ends_with_the_connection, tls=False),
-        partial(test_stream_of_http_1_0_ends_with_the_connection, tls=True),
-        partial(test_connection_is_kept_after_a_stream, tls=False),
-        partial(test_connection_is_kept_after_a_stream, tls=True),
-        partial(test_producer_is_told_at_once_that_the_client_has_gone, tls=False, how="close"),
-        partial(test_producer_is_told_at_once_that_the_client_has_gone, tls=True, how="close"),
-        partial(test_producer_is_told_at_once_that_the_client_has_gone, tls=False, how="abort"),
-        partial(
-            test_producer_is_told_at_once_that_the_client_has_gone, tls=False, how="half-close"
-        ),
-        test_slow_reader_pauses_the_producer_and_wakes_it,
-        test_client_that_does_not_read_is_aborted_in_time,
-        test_client_with_too_much_unsent_is_aborted_at_once,
-        test_client_that_sends_without_end_is_aborted,
-        test_aborted_body_is_no_whole_response,
+        partial(test_http_1_0_stream_ends_with_connection, tls=False),
+        partial(test_http_1_0_stream_ends_with_connection, tls=True),
+        partial(test_connection_is_kept_after_stream, tls=False),
+        partial(test_connection_is_kept_after_stream, tls=True),
+        partial(test_producer_learns_of_disconnect_at_once, tls=False, how="close"),
+        partial(test_producer_learns_of_disconnect_at_once, tls=True, how="close"),
+        partial(test_producer_learns_of_disconnect_at_once, tls=False, how="abort"),
+        partial(test_producer_learns_of_disconnect_at_once, tls=False, how="half-close"),
+        test_slow_reader_pauses_and_wakes_producer,
+        test_client_not_reading_is_aborted_after_send_timeout,
+        test_client_over_max_unsent_is_aborted_at_once,
+        test_client_sending_endlessly_is_aborted,
+        test_aborted_body_is_incomplete_response,
     ],
     ids=name_of,
 )
-def test_streams_hold_on_uvloop(test: Callable[[], Any]) -> None:
+def test_streams_work_on_uvloop(test: Callable[[], Any]) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(test())

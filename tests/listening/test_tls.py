@@ -33,7 +33,7 @@ from wsserver.websocket import Socket
 pytestmark = pytest.mark.slow
 
 
-async def test_a_prompt_and_its_stop_over_tls(puppet: Puppet, made: Path, folder: Path) -> None:
+async def test_prompt_and_stop_work_over_tls(puppet: Puppet, made: Path, folder: Path) -> None:
     async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
         assert server.url == f"wss://127.0.0.1:{server.port}/"
         assert server.page == f"https://127.0.0.1:{server.port}/"
@@ -53,7 +53,7 @@ async def test_a_prompt_and_its_stop_over_tls(puppet: Puppet, made: Path, folder
                 await closing
 
 
-async def test_nothing_is_kept_of_the_handshakes_of_those_who_stay(
+async def test_handshake_objects_are_freed_after_handshake(
     puppet: Puppet, made: Path, folder: Path
 ) -> None:
     async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
@@ -62,9 +62,7 @@ async def test_nothing_is_kept_of_the_handshakes_of_those_who_stay(
             assert not [kept for kept in gc.get_objects() if type(kept) is Exchange]
 
 
-async def test_a_page_that_came_without_tls_is_not_our_own(
-    puppet: Puppet, made: Path, folder: Path
-) -> None:
+async def test_http_origin_is_refused_over_tls(puppet: Puppet, made: Path, folder: Path) -> None:
     settings = {**put(made, "rsa", folder), "hosts": "chat.example", "allow_anonymous": True}
     async with wsserver.serve(puppet, port=0, **settings) as server:
         here: dict[str, Any] = {"host": "127.0.0.1", "port": server.port, "proxy": None}
@@ -78,9 +76,7 @@ async def test_a_page_that_came_without_tls_is_not_our_own(
         assert refused.value.response.status_code == 403
 
 
-async def test_it_speaks_current_tls_and_http_1_only(
-    puppet: Puppet, made: Path, folder: Path
-) -> None:
+async def test_server_speaks_tls_1_3_and_http_1_1(puppet: Puppet, made: Path, folder: Path) -> None:
     both = folder / "both.pem"  # the key in the file of the certificate
     both.write_text((made / "rsa.key").read_text() + (made / "rsa.pem").read_text())
     async with wsserver.serve(puppet, port=0, cert=str(both)) as server:
@@ -104,7 +100,7 @@ async def test_it_speaks_current_tls_and_http_1_only(
             await asyncio.open_connection("127.0.0.1", server.port, ssl=old)
 
 
-async def test_a_reload_is_for_new_sockets_and_those_there_stream_on(
+async def test_reload_changes_certificate_for_new_sockets_only(
     puppet: Puppet, made: Path, folder: Path
 ) -> None:
     async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
@@ -133,7 +129,7 @@ async def test_a_reload_is_for_new_sockets_and_those_there_stream_on(
                 assert shown(old) == "rsa"
 
 
-async def test_a_reload_that_fails_keeps_what_there_is(
+async def test_failed_reload_keeps_certificate(
     puppet: Puppet, made: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
@@ -165,7 +161,7 @@ async def test_a_reload_that_fails_keeps_what_there_is(
         (".", "rsa.key", "cert: cannot read {}: Is a directory"),
     ],
 )
-def test_files_that_will_not_do_are_one_clear_line(
+def test_unusable_certificate_files_are_one_line_error(
     capsys: pytest.CaptureFixture[str], made: Path, folder: Path, cert: str, key: str, says: str
 ) -> None:
     shutil.copytree(made, folder, dirs_exist_ok=True)
@@ -185,7 +181,7 @@ def test_files_that_will_not_do_are_one_clear_line(
     assert says.format(folder) in line
 
 
-async def test_handshakes_that_fail_or_last_end_by_themselves_without_a_word(
+async def test_failed_and_slow_tls_handshakes_end_without_log(
     puppet: Puppet, made: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     certificate = put(made, "rsa", folder)
@@ -202,7 +198,7 @@ async def test_handshakes_that_fail_or_last_end_by_themselves_without_a_word(
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
-async def test_closing_does_not_hang_on_a_tls_handshake(
+async def test_close_does_not_wait_for_tls_handshake(
     puppet: Puppet, made: Path, folder: Path
 ) -> None:
     certificate = put(made, "rsa", folder)
@@ -236,7 +232,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, made: Path) -> AsyncIte
         yield chat
 
 
-async def test_what_waits_for_a_slow_reader_behind_tls_is_as_little(
+async def test_unsent_data_of_slow_tls_reader_fits_write_buffer(
     puppet: Puppet, made: Path, folder: Path
 ) -> None:
     certificate = put(made, "rsa", folder)
@@ -251,9 +247,7 @@ async def test_what_waits_for_a_slow_reader_behind_tls_is_as_little(
             assert (text, done["reason"]) == ("".join(reply.said), "end_turn")
 
 
-async def test_a_stuck_reader_behind_tls_is_aborted(
-    puppet: Puppet, made: Path, folder: Path
-) -> None:
+async def test_stuck_tls_reader_is_aborted(puppet: Puppet, made: Path, folder: Path) -> None:
     async with wsserver.serve(
         puppet, port=0, send_timeout=1, grace=0, drain_timeout=0, **put(made, "rsa", folder)
     ) as server:
@@ -264,7 +258,7 @@ async def test_a_stuck_reader_behind_tls_is_aborted(
             await chat.closed()
 
 
-async def test_what_comes_behind_tls_is_read_in_small_turns(
+async def test_tls_data_is_read_in_small_turns(
     puppet: Puppet, made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
@@ -284,7 +278,7 @@ async def test_what_comes_behind_tls_is_read_in_small_turns(
     assert max(sizes) <= READ_SIZE
 
 
-async def test_all_that_came_before_the_end_of_tls_is_heard(
+async def test_data_before_close_notify_is_handled(
     puppet: Puppet, made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[str] = []

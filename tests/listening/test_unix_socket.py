@@ -20,7 +20,7 @@ from wsserver.addresses import networks
 pytestmark = pytest.mark.slow
 
 
-async def test_a_prompt_over_a_unix_socket(puppet: Puppet, folder: Path) -> None:
+async def test_prompt_works_over_unix_socket(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
     async with wsserver.serve(
         puppet, unix_socket=str(path), allow_anonymous=True, drain_timeout=0
@@ -37,9 +37,7 @@ async def test_a_prompt_over_a_unix_socket(puppet: Puppet, folder: Path) -> None
     assert not path.exists()
 
 
-async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
-    puppet: Puppet, folder: Path
-) -> None:
+async def test_unix_socket_clients_share_one_address(puppet: Puppet, folder: Path) -> None:
     path = str(folder / "socket")
     async with wsserver.serve(
         puppet, unix_socket=path, allow_anonymous=True, connections_per_address=2
@@ -66,7 +64,7 @@ async def test_clients_of_a_unix_socket_are_one_whatever_they_are_called(
         assert server.app.admission.connections == 0
 
 
-async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder: Path) -> None:
+async def test_unix_socket_of_dead_server_is_replaced(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -80,7 +78,7 @@ async def test_a_unix_socket_of_a_dead_server_is_replaced(puppet: Puppet, folder
             await chat.quiet()
 
 
-async def test_a_unix_socket_of_a_living_server_is_left_to_it(puppet: Puppet, folder: Path) -> None:
+async def test_unix_socket_of_running_server_is_kept(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
     async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
         with pytest.raises(ConfigError, match="in use by a running server"):
@@ -90,9 +88,7 @@ async def test_a_unix_socket_of_a_living_server_is_left_to_it(puppet: Puppet, fo
             await chat.quiet()
 
 
-async def test_a_server_that_goes_leaves_the_socket_of_its_successor(
-    puppet: Puppet, folder: Path
-) -> None:
+async def test_closing_server_keeps_socket_of_successor(puppet: Puppet, folder: Path) -> None:
     path = folder / "s"
     first = wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True)
     await first.__aenter__()
@@ -104,7 +100,9 @@ async def test_a_server_that_goes_leaves_the_socket_of_its_successor(
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-async def test_what_is_no_socket_is_never_removed(puppet: Puppet, folder: Path, kind: str) -> None:
+async def test_other_file_at_unix_socket_path_is_kept(
+    puppet: Puppet, folder: Path, kind: str
+) -> None:
     path = folder / "s"
     if kind == "file":
         path.write_text("precious")
@@ -125,7 +123,7 @@ async def test_what_is_no_socket_is_never_removed(puppet: Puppet, folder: Path, 
         ("long" * 40, "cannot listen on .*: AF_UNIX path too long"),
     ],
 )
-async def test_a_path_that_cannot_be_is_one_clear_line(
+async def test_invalid_unix_socket_path_is_one_line_error(
     puppet: Puppet, folder: Path, path: str, says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
@@ -133,9 +131,7 @@ async def test_a_path_that_cannot_be_is_one_clear_line(
             raise AssertionError
 
 
-async def test_two_servers_that_start_at_once_do_not_take_each_others_socket(
-    puppet: Puppet, folder: Path
-) -> None:
+async def test_locked_folder_refuses_second_starting_server(puppet: Puppet, folder: Path) -> None:
     lock = os.open(folder, os.O_RDONLY)  # as the other server does until it listens
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -147,12 +143,12 @@ async def test_two_servers_that_start_at_once_do_not_take_each_others_socket(
 
 
 @pytest.mark.parametrize("mode", ["rw", "888", "66", "0o660", "660\n"])
-def test_a_mode_is_octal(mode: str) -> None:
+def test_unix_socket_mode_must_be_octal(mode: str) -> None:
     with pytest.raises(ConfigError, match="unix_socket_mode: "):
         wsserver.Settings.load(unix_socket_mode=mode)
 
 
-async def test_the_command_line_says_where_the_unix_socket_is(folder: Path) -> None:
+async def test_command_line_prints_unix_socket_path(folder: Path) -> None:
     path = folder / "s"
     async with run(*SERVE, "--unix-socket", str(path), "--allow-anonymous") as process:
         await process.line(rf"socket +{path}\n")
