@@ -155,12 +155,15 @@ class Pieces:
         """The data of all text pieces."""
         return self.joined("text")
 
-    def joined(self, wanted: Kind) -> str:
-        """Return the data of all pieces of one kind, joined."""
-        return "".join(item for kind, _, data in self.runs() if kind == wanted for item in data)
+    def joined(self, wanted: Kind, after: int = 0) -> str:
+        """Return the joined data of one kind of pieces, without the first ``after`` pieces."""
+        return "".join("".join(data) for kind, _, data in self.runs(after) if kind == wanted)
 
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self, *, unfinished: bool = False) -> tuple[Block, ...]:
         """Return the blocks that the pieces form.
+
+        Args:
+            unfinished: leave out blocks whose JSON is not complete, instead of raising.
 
         Raises:
             ValueError: the data of a block or of a citation is not its JSON.
@@ -170,8 +173,8 @@ class Pieces:
             joined = "".join(data)
             block = found.get(number)
             if kind == "text":
-                assert block is None or isinstance(block, Text)
-                found[number] = Text(block.text + joined, block.extra) if block else Text(joined)
+                text = block if isinstance(block, Text) else Text("")
+                found[number] = Text(text.text + joined, text.extra)
             elif kind == "thinking":
                 found[number] = Thinking(joined)
             elif kind == "signature":
@@ -182,7 +185,11 @@ class Pieces:
                 cited = [*text.extra.get("citations", ()), *map(json.loads, data)]
                 found[number] = Text(text.text, {"citations": cited})
             else:
-                found[number] = parse_block(json.loads(joined))
+                try:
+                    found[number] = parse_block(json.loads(joined))
+                except ValueError:
+                    if not unfinished:
+                        raise
         return tuple(found.values())
 
 

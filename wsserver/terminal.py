@@ -345,7 +345,7 @@ class Terminal:
         shown = False
         try:
             async for text in reply:
-                if self._options.once is None and reply.thoughts and not shown:
+                if self._options.once is None and not shown and reply.thoughts:
                     self._print_line(_thought(reply.thoughts))
                 shown = True
                 self._write(text if raw else escape(text))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from wsserver.client.failures import ChatError, ReplyError
-from wsserver.client.reply_content import GrowingText, ReplyContent
-from wsserver.content import Block, Usage
+from wsserver.content import Block, Usage, compact
 from wsserver.errors import Code
-from wsserver.wire import parse_usage
+from wsserver.pieces import Kind, Pieces
+from wsserver.wire import parse_usage, text_of
 
 CONTENT = frozenset({"token", "thinking", "block"})  # types of frames
 
@@ -83,7 +83,7 @@ class Reply:
         self.seq = self.first = after
         self.usage: Usage | None = None
         self._stop = stop
-        self._content = ReplyContent()
+        self._content = Pieces()
         self._done: Done | None = None
         self._failure: ChatError | None = None
         self._changed = asyncio.Event()
@@ -91,25 +91,25 @@ class Reply:
     @property
     def text(self) -> str:
         """The text so far."""
-        return self._content.text.read(0)
+        return self._content.text
 
     @property
     def thoughts(self) -> str:
         """The model's thinking so far."""
-        return self._content.thinking.read(0)
+        return self._content.joined("thinking")
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """The content blocks so far, as in the Messages API, without unfinished tool calls."""
-        return self._content.blocks()
+        return self._content.blocks(unfinished=True)
 
     @property
     def thinking(self) -> AsyncIterator[str]:
         """Iterate over the model's thinking. The iteration ends with the reply, without raising."""
-        return _Reader(lambda: self._content.thinking, self, raises=False)
+        return _Reader(self, lambda: self._content, "thinking", raises=False)
 
     def __aiter__(self) -> AsyncIterator[str]:
-        return _Reader(lambda: self._content.text, self, raises=True)
+        return _Reader(self, lambda: self._content, "text", raises=True)
 
     async def wait_for_change(self) -> None:
         """Wait until something of the reply changes, or return at once after its end."""
@@ -180,7 +180,7 @@ class Reply:
             if seq <= self.seq:
                 return
             self.seq = seq
-            self._content.receive(frame)
+            self._receive_content(frame)
         elif kind == "done":
             self.finish(
                 frame["reason"],
@@ -194,10 +194,24 @@ class Reply:
             self.fail(ReplyError.of(frame))
         self._wake()
 
+    def _receive_content(self, frame: Mapping[str, Any]) -> None:
+        kind, block = frame["type"], frame.get("block", 0)
+        if type(block) is not int:
+            raise TypeError("a `block` is not a number")
+        if kind == "block":
+            self._content.extend("block", block, [text_of(frame["partial_json"])])
+            return
+        if text := text_of(frame["text"]):
+            self._content.extend("text" if kind == "token" else "thinking", block, [text])
+        if "citation" in frame:
+            self._content.extend("citation", block, [compact(frame["citation"])])
+        if "signature" in frame:
+            self._content.extend("signature", block, [text_of(frame["signature"])])
+
     def reset(self) -> None:
         """Drop all text, since the server sends all that it has."""
         self.seq = self.first
-        self._content = ReplyContent()
+        self._content = Pieces()
 
     def finish(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
         """End the reply."""
@@ -221,22 +235,30 @@ class Reply:
 class _Reader:
     """An iterator over a text. A cancelled step can be repeated, unlike that of a generator."""
 
-    def __init__(self, text: Callable[[], GrowingText], reply: Reply, *, raises: bool) -> None:
+    def __init__(
+        self, reply: Reply, content: Callable[[], Pieces], kind: Kind, *, raises: bool
+    ) -> None:
         self._reply = reply
-        self._current_text = text
+        self._current_content = content
+        self._kind = kind
         self._raises = raises
-        self._text = text()
-        self._position = 0
+        self._content = content()
+        self._position = 0  # the number of pieces that were looked at
+        self._begun = False  # whether a part of the text was read
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
         while True:
-            if not self._position:  # the text may start over as long as nothing was read
-                self._text = self._current_text()
-            if self._text.size > self._position and not self._stale:
-                break
+            if self._stale and not self._begun:  # the text may start over
+                self._content, self._position = self._current_content(), 0
+            if not self._stale:
+                text = self._content.joined(self._kind, self._position)
+                self._position = len(self._content)
+                if text:
+                    self._begun = True
+                    return text
             if self._reply.over:
                 if self._raises:
                     await self._reply.done()
@@ -244,11 +266,8 @@ class _Reader:
                         raise ReplyError(Code.GAP, "The server lost a part of the text.")
                 raise StopAsyncIteration
             await self._reply.wait_for_change()
-        text = self._text.read(self._position)
-        self._position += len(text)
-        return text
 
     @property
     def _stale(self) -> bool:
-        """Whether the reply started over after a part of the text was read."""
-        return self._text is not self._current_text()
+        """Whether the reply has started over."""
+        return self._content is not self._current_content()
