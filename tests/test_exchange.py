@@ -1,4 +1,4 @@
-"""What a WebSocket is to the server: no task, frames of its own, pings, and its turn."""
+"""Handshakes and WebSockets of the server: frames, memory, turns and pings."""
 
 import asyncio
 import contextlib
@@ -65,14 +65,14 @@ async def test_fragmented_message_with_ping_between_is_joined(
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
-# What comes before the answer to the handshake.
+# Data before the handshake response.
 
 
 @asynccontextmanager
 async def handshaking(
     puppet: Puppet, **given: Any
 ) -> AsyncIterator[tuple[wsserver.Server, Peer, asyncio.Event]]:
-    """A peer whose handshake is answered once the event is set."""
+    """A client whose handshake is answered after the event is set."""
     known = asyncio.Event()
 
     async def slow(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
@@ -144,7 +144,7 @@ async def test_frames_in_handshake_packet_are_served_on_every_loop(
             assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
 
 
-# What a request's head may cost.
+# The cost of a request head.
 
 OFFERS = b"Sec-WebSocket-Protocol: "
 
@@ -212,7 +212,7 @@ async def test_request_counts_for_memory_until_answered(
         assert (server.memory.used, len(server.memory)) == (0, 0)
 
 
-# What a connection may keep in memory.
+# The memory of a connection.
 
 
 def exposed(server: wsserver.Server) -> str:
@@ -242,7 +242,7 @@ async def test_unfinished_message_counts_for_memory_until_delivered(
 
 
 def frames_in_memory() -> int:
-    """Count the frames of the library, which other tests may have left too."""
+    """Count the frame objects of the library, also those of earlier tests."""
     return sum(type(thing) is Frame for thing in gc.get_objects())
 
 
@@ -292,7 +292,7 @@ async def test_client_over_memory_share_closes_with_1013_alone(
             async with Peer.websocket(Here(server), "127.0.0.2") as other:
                 other.write(whole)
                 assert (await other.frame())[0] == Opcode.TEXT
-            for one in peers[:3]:  # who came first
+            for one in peers[:3]:  # the first clients
                 one.write(rest)
                 assert (await one.frame())[0] == Opcode.TEXT
         await until(lambda: not server.listener.connections)
@@ -487,11 +487,11 @@ async def test_exception_in_receive_closes_only_its_socket(
     assert "connection failed" in caplog.text
 
 
-# Whether the peer is there.
+# Keep-alive pings.
 
 
 async def pings(bare: Peer, count: int) -> list[bytes]:
-    """Return what so many pings say, each of them answered."""
+    """Answer a number of pings; return their data."""
     found = []
     for _ in range(count):
         opcode, data = await bare.frame()
@@ -532,7 +532,7 @@ async def test_client_not_reading_is_not_pinged(puppet: Puppet) -> None:
         await pings(one, 1)
         socket.pause_writing()
         async with peer(server) as other:
-            await pings(other, 5)  # as many intervals
+            await pings(other, 5)  # for five intervals
         one.write(masked(PING.decode()))
         assert await one.frame() == (Opcode.TEXT, b'{"type":"pong"}')
         socket.resume_writing()

@@ -1,4 +1,4 @@
-"""What the server answers to HTTP that is not a WebSocket handshake, and to handshakes."""
+"""Responses to HTTP requests and to WebSocket handshakes."""
 
 import asyncio
 import re
@@ -17,7 +17,7 @@ from wsserver.routes import Page
 async def ask(
     server: wsserver.Server, request: str, port: int | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Send a request as it is written here, and return status, headers and body."""
+    """Send a request of the given lines; return status, headers and body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port or server.port)
     try:
         writer.write(request.replace("\n", "\r\n").encode())

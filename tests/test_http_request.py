@@ -1,4 +1,4 @@
-"""One request: what llhttp and the limits accept and refuse."""
+"""Parsing of one request: accepted and refused heads and bodies."""
 
 import pytest
 

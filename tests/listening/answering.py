@@ -1,4 +1,4 @@
-"""A listener whose answers a test decides, without an application."""
+"""A listener without an application: the test answers the requests."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def listening(
     tls: bool = False,
     **given: object,
 ) -> AsyncIterator[Listener]:
-    """Listen on a free port; at the end, all that was counted must have been given back."""
+    """Listen on a free port. At the end no memory may be counted."""
     settings = Settings.load(**given)
     memory = Memory(settings.memory)
 
@@ -60,12 +60,12 @@ async def listening(
 
 
 def trusted() -> ssl.SSLContext:
-    """Return the settings of a client that trusts :func:`listening`."""
+    """Return the TLS context of a client that trusts :func:`listening`."""
     return ssl.create_default_context(cadata=certificate())
 
 
 def name_of(test: object) -> str:
-    """Return the name of a test that is run on another event loop."""
+    """Return the id of a test to run on another event loop."""
     if isinstance(test, partial):
         given = ", ".join(str(value) for name, value in test.keywords.items() if name != "sent")
         return f"{test.func.__name__}-{given}"
@@ -73,7 +73,7 @@ def name_of(test: object) -> str:
 
 
 class Browser:
-    """One connection of a client that sees every byte."""
+    """A client connection of raw bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -118,7 +118,7 @@ class Browser:
         return body
 
     async def ended(self) -> bool:
-        """Wait for the end of the connection; return whether nothing came before it."""
+        """Wait for the end of the connection; return whether no byte came before it."""
         try:
             return await self.reader.read() == b""
         except ConnectionError:
@@ -126,7 +126,7 @@ class Browser:
 
 
 class Recorder:
-    """The producer of one streamed response, in the hands of a test."""
+    """The producer of one streamed response, controlled by a test."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()

@@ -23,7 +23,7 @@ async def on_unix(path: Path | str) -> AsyncIterator[Client]:
 
 
 def put(made: Path, kind: str, folder: Path) -> dict[str, Any]:
-    """Install a certificate, and return the settings that name it."""
+    """Copy a certificate into a folder; return the settings for it."""
     for suffix in ("pem", "key"):
         shutil.copy(made / f"{kind}.{suffix}", folder / f"site.{suffix}")
     return {"cert": str(folder / "site.pem"), "key": str(folder / "site.key")}
@@ -37,6 +37,6 @@ def trusting(made: Path) -> ssl.SSLContext:
 
 
 def shown(chat: Client) -> str:
-    """Return whose certificate the server has shown to this client."""
+    """Return the kind of the certificate that the server has sent to this client."""
     certificate = chat.socket.transport.get_extra_info("peercert")
     return str(certificate["subject"][0][0][1])

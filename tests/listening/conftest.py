@@ -12,14 +12,14 @@ from tests.listening.clients import KINDS
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Give a folder with a short name, as the path of a unix socket has 107 characters at most."""
+    """Yield a folder with a short path: the path of a unix socket has at most 107 characters."""
     with tempfile.TemporaryDirectory(prefix="ws-") as name:
         yield Path(name)
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Path]:
-    """Give a folder with certificates and keys of two kinds, which must not be written to."""
+    """Yield a read-only folder with certificates and keys of two kinds."""
     with tempfile.TemporaryDirectory() as name:
         for kind, options in KINDS.items():
             command = f"openssl req -x509 -nodes -subj /CN={kind} -newkey {options}"

@@ -1,4 +1,4 @@
-"""Addresses as people write them, and which of them are loopback."""
+"""Addresses as text, and loopback addresses."""
 
 import socket
 

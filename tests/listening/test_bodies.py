@@ -1,4 +1,4 @@
-"""Bodies of requests: read when the application asks, within bounds; and connections kept."""
+"""Request bodies, read on demand and within bounds, and kept connections."""
 
 import asyncio
 import contextlib
@@ -328,7 +328,7 @@ async def test_oldest_of_too_many_kept_connections_is_closed() -> None:
     async with contextlib.AsyncExitStack() as stack:
         listener = await stack.enter_async_context(listening(no_body, connections=128))
         browsers = []
-        for _ in range(9):  # a sixteenth of 128, and one more
+        for _ in range(9):  # a sixteenth of 128, plus one
             browser = await stack.enter_async_context(Browser.open(listener))
             browser.send(GET + KEEP + b"\r\n")
             assert await browser.response() == (200, b"/a\n")

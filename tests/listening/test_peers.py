@@ -1,4 +1,4 @@
-"""The user whose program has the other end of a connection."""
+"""The user of the program at the other end of a connection."""
 
 import hashlib
 import os
@@ -36,7 +36,7 @@ async def test_kernel_tells_user_of_peer(host: str) -> None:
             with end:
                 assert peers.established(end)
                 own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                own.close()  # by a reset
+                own.close()  # with a RST
                 assert peers.user_at(peer, end.getsockname()) == peers.ELSEWHERE
                 assert not peers.established(end)
 
@@ -48,7 +48,7 @@ def test_sudo_user_is_own_user(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
 async def test_client_of_other_kernel_is_served(loop: str) -> None:
-    # As a browser on Windows is to a server in WSL.
+    # Such as a browser on Windows with a server in WSL.
     program = (
         "import sys\n"
         "from wsserver import cli, exchange, peers\n"

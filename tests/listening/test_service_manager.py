@@ -198,7 +198,7 @@ async def test_server_ends_when_terminal_closes() -> None:
     try:
         started = Process(process)
         await started.line("Ctrl-C stops")
-        started.signal(signal.SIGHUP)  # from somebody else; the terminal is still there
+        started.signal(signal.SIGHUP)  # from another program; the terminal is still open
         await started.line("reloaded")
         os.close(master)
         assert await started.end() == 0

@@ -1,4 +1,4 @@
-"""Streamed responses: their coding, clients that read slowly, and clients that leave."""
+"""Streamed responses: transfer coding, slow readers and disconnects."""
 
 import asyncio
 from collections.abc import Callable
@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("tls", [False, True], ids=["plain", "TLS"])
 
 
 class Streams:
-    """Answers each request with a stream in the hands of the test."""
+    """Answers each request with a stream that the test controls."""
 
     def __init__(self) -> None:
         self._made: asyncio.Queue[Recorder] = asyncio.Queue()

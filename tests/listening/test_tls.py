@@ -77,7 +77,7 @@ async def test_http_origin_is_refused_over_tls(puppet: Puppet, made: Path, folde
 
 
 async def test_server_speaks_tls_1_3_and_http_1_1(puppet: Puppet, made: Path, folder: Path) -> None:
-    both = folder / "both.pem"  # the key in the file of the certificate
+    both = folder / "both.pem"  # key and certificate in one file
     both.write_text((made / "rsa.key").read_text() + (made / "rsa.pem").read_text())
     async with wsserver.serve(puppet, port=0, cert=str(both)) as server:
         context = trusting(made)
@@ -108,7 +108,7 @@ async def test_reload_changes_certificate_for_new_sockets_only(
             start = await old.prompt()
             reply = (await puppet.reply()).say("before, ")
             await old.next("token")
-            # Of another kind of key, which a context would keep beside the first.
+            # With another kind of key, which a TLS context would keep beside the first one.
             put(made, "ec", folder)
             async with client(server, ssl=trusting(made)) as early:
                 assert shown(early) == "rsa", "not before it was told to"
@@ -118,7 +118,7 @@ async def test_reload_changes_certificate_for_new_sockets_only(
             only_rsa.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256")
             with pytest.raises(
                 (ssl.SSLError, ConnectionResetError)
-            ):  # the old one is not kept for those who want it
+            ):  # the old certificate is not offered any more
                 async with client(server, ssl=only_rsa):
                     raise AssertionError
             async with client(server, ssl=trusting(made)) as new:
@@ -133,7 +133,7 @@ async def test_failed_reload_keeps_certificate(
     puppet: Puppet, made: Path, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with wsserver.serve(puppet, port=0, **put(made, "rsa", folder)) as server:
-        shutil.copy(made / "ec.pem", folder / "site.pem")  # and the key is still the old one
+        shutil.copy(made / "ec.pem", folder / "site.pem")  # the key file still has the old key
         assert not await server.reload()
         (folder / "site.key").unlink()
         assert not await server.reload()
@@ -206,7 +206,7 @@ async def test_close_does_not_wait_for_tls_handshake(
         puppet, port=0, shutdown_timeout=0.2, drain_timeout=0, open_timeout=1, **certificate
     ) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        # The server has taken it, for it takes them in turn.
+        # The server has accepted it, because it accepts connections in order.
         async with client(server, ssl=trusting(made)) as chat:
             await chat.quiet()
         async with asyncio.timeout(BOUND):
@@ -217,7 +217,7 @@ async def test_close_does_not_wait_for_tls_handshake(
 
 @contextlib.asynccontextmanager
 async def stuck(server: wsserver.Server, puppet: Puppet, made: Path) -> AsyncIterator[Client]:
-    """Give a client that has read nothing of more than all buffers can hold."""
+    """Yield a client that has not read a reply larger than all buffers."""
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     await asyncio.to_thread(sock.connect, ("127.0.0.1", server.port))
@@ -225,7 +225,7 @@ async def stuck(server: wsserver.Server, puppet: Puppet, made: Path) -> AsyncIte
         await chat.prompt("Talk")
         reply = await puppet.reply()
         (transport,) = sockets_of(server)
-        # The client's library takes a quarter of a megabyte before it stops reading.
+        # The client library reads a quarter of a megabyte before it stops.
         while transport.writable or len(reply.said) < 30_000:
             reply.say(*["0123456789abcde "] * 100)
             await until(reply.heard_out)

@@ -52,7 +52,9 @@ async def test_unix_socket_clients_share_one_address(puppet: Puppet, folder: Pat
                 sock.connect(path)
                 reader, writer = await asyncio.open_unix_connection(sock=sock)
                 stack.callback(writer.close)
-                writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")  # and so it stays
+                writer.write(
+                    b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+                )  # an unfinished request keeps the connection
                 if len(counted) == 2:
                     async with asyncio.timeout(BOUND):
                         assert b" 429 " in await reader.readline()
