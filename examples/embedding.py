@@ -1,4 +1,4 @@
-"""A model of your own in a program of your own. Start it with: python examples/embedding.py."""
+"""A program with its own model. Start it with: python examples/embedding.py."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ async def shout(request: wsserver.Request) -> AsyncIterator[str]:
 
 
 async def main() -> None:
-    async with wsserver.serve(shout) as server:  # settings go here, as port=8080
+    async with wsserver.serve(shout) as server:  # settings are keywords, such as port=8080
         print(f"Open {server.page} in a browser. Ctrl-C stops.", flush=True)
         await server.serve_forever()
 

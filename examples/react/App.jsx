@@ -9,7 +9,7 @@ export function App({ onConversation, ...options }) {
   const begun = messages.length > 0
 
   useEffect(() => {
-    if (begun) onConversation?.(conversation) // keep it, for a page that is loaded again
+    if (begun) onConversation?.(conversation) // save the id for the next load of the page
   }, [begun, conversation, onConversation])
 
   function submit(/** @type {import('react').FormEvent} */ event) {

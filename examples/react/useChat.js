@@ -27,8 +27,8 @@ import { connect, newId } from '../../wsserver/web/client.js' // in your own pro
  * @param {string} options.url
  * @param {string | (() => string | Promise<string>)} [options.token]
  * @param {string} [options.conversation] An existing conversation: the hook loads its messages, and shows the
- *   prompts of other pages too. Default: a new one. Another value switches to another conversation; the replies
- *   of the former one continue.
+ *   prompts of other pages too. Default: a new one. Another value switches to another conversation. The replies
+ *   of the previous conversation continue.
  */
 export function useChat({ url, token, conversation: option }) {
   const [shown, setView] = useState(() => newView(url, option))
@@ -39,7 +39,7 @@ export function useChat({ url, token, conversation: option }) {
   const fixed = typeof token === 'function' ? fresh : token
 
   let view = shown
-  if (view.url !== url || view.option !== option) { // switch before React draws
+  if (view.url !== url || view.option !== option) { // switch before React renders
     view = view.url === url && view.conversation === option ? { ...view, option } : newView(url, option)
     setView(view)
   }

@@ -45,7 +45,7 @@ async def test_reply_continues_after_lost_connection(
     await stop_clock(timed)
     cut(server)
     await expect(state(timed)).to_have_text("Not connected, trying again…")
-    await expect(note(timed)).to_contain_text("Cut off, as the connection was lost.")
+    await expect(note(timed)).to_contain_text("The connection was lost.")
     await expect(text(timed)).to_have_text("one two")
     model.say(Thinking("Well. "), "three ")  # no client is connected
     await timed.clock.fast_forward(LONGEST_PAUSE)
@@ -194,7 +194,7 @@ async def test_server_shutdown_is_shown(
     (await puppet.reply()).say("one")
     await expect(text(page)).to_have_text("one")
     await server.close()
-    await expect(note(page)).to_have_text("Stopped, as the server shut down.")
+    await expect(note(page)).to_have_text("Stopped, because the server shut down.")
     await expect(text(page)).to_have_text("one")
     await expect(state(page)).to_have_text(re.compile(r"trying again…|Connecting…"))
 
@@ -216,7 +216,7 @@ async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_p
         await expect(text(blank)).to_contain_text("from your own")
         process.signal(signal.SIGKILL)
         await process.end()
-    await expect(note(blank)).to_contain_text("Cut off, as the connection was lost.")
+    await expect(note(blank)).to_contain_text("The connection was lost.")
     before = await text(blank).inner_text()
     async with run(*serve, PYTHONPATH=str(ROOT)) as process:
         await started(process)
@@ -229,7 +229,7 @@ async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_p
         await blank.reload()
         await expect(text(blank)).to_contain_text("You said: “Hello”")
         first = blank.locator(".reply").first
-        await expect(first.locator(".note")).to_have_text("Broken off, as the server went away.")
+        await expect(first.locator(".note")).to_have_text("Incomplete, because the server crashed.")
 
 
 async def test_text_after_gap_is_replaced_by_text_of_server(

@@ -194,7 +194,7 @@ async def test_history_notes_missing_and_shortened_replies(page: Page, puppet: P
         await page.get_by_role("button", name="Show earlier messages").click()
     await expect(page.locator(".you p")).to_have_text(shown)
     await expect(page.locator(".note").first).to_have_text("There is no reply.")
-    await expect(page.locator(".note").nth(1)).to_contain_text("Shortened here")
+    await expect(page.locator(".note").nth(1)).to_contain_text("Shortened")
     await expect(page.locator("[aria-busy=true]")).to_have_count(0)
 
 
@@ -223,7 +223,7 @@ async def test_hidden_idle_page_does_not_reconnect_for_other_tabs(
     await expect(rows(tab)).to_have_count(1)
     dismiss(server, 1000, "idle")
     for each in (page, tab):
-        await expect(state(each)).to_have_text("Idle until you ask")
+        await expect(state(each)).to_have_text("Idle; the next message connects")
     await tab.evaluate("""() => {
         Object.defineProperty(document, 'visibilityState', { value: 'hidden' });
         const others = new BroadcastChannel('wsserver');
@@ -232,7 +232,7 @@ async def test_hidden_idle_page_does_not_reconnect_for_other_tabs(
     await rename(page, "Second")
     await tab.evaluate("heard")
     await expect(state(page)).to_have_text("Connected")
-    assert await state(tab).text_content() == "Idle until you ask"
+    assert await state(tab).text_content() == "Idle; the next message connects"
 
 
 async def test_conversation_deleted_in_other_browser_disappears(
@@ -298,10 +298,10 @@ async def test_list_loads_more_conversations(
             await other.text(start["id"])
     await page.reload()
     await expect(rows(page)).to_have_count(30)
-    await page.get_by_role("button", name="Show older ones").click()
+    await page.get_by_role("button", name="Show older conversations").click()
     await expect(rows(page)).to_have_count(32)
     await expect(page.get_by_role("link", name="Number 1", exact=True)).to_be_focused()
-    await expect(page.get_by_role("button", name="Show older ones")).to_be_hidden()
+    await expect(page.get_by_role("button", name="Show older conversations")).to_be_hidden()
     await converse(page, puppet, "One more")
     await expect(rows(page)).to_have_count(33)
     await expect(rows(page).first).to_have_text("One more")

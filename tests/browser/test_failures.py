@@ -105,7 +105,7 @@ async def test_refused_prompt_can_be_repeated(blank: Page, puppet: Puppet) -> No
     ("reason", "says"),
     [
         ("end_turn", ""),
-        ("max_tokens", "Cut short, as it reached the longest length allowed."),
+        ("max_tokens", "Ended at the maximum length."),
         ("pause_turn", "Ended early: pause turn."),
     ],
 )

@@ -10,7 +10,7 @@ import { REPLY_GONE, Turn } from './turn.js'
 
 const NEW_TITLE = 'New conversation'
 const ID = /^[A-Za-z0-9_-]{16,64}$/
-const NEAR_END = 40 // pixels: a reader who scrolls down to here is at the end
+const NEAR_END = 40 // pixels from the end that count as the end
 const hovers = matchMedia('(hover: hover)') // on other devices the focus opens the keyboard
 const root = document.documentElement
 const side = find(document, '#side', HTMLElement)
@@ -33,7 +33,7 @@ const storage = openStorage()
 
 /** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
 /** @type {string | undefined} The conversation on the page; undefined before the first prompt of a new one. */ let current
-/** @type {string | undefined} The conversation that the server sends news of. */ let followed
+/** @type {string | undefined} The conversation whose changes the server sends. */ let followed
 /** @type {number | undefined} The `before` of the earlier messages, if there are any. */ let before
 let fallbackTitle = '' // for a conversation that is not in the list
 let usedToken = storage.token // the token that this tab has used
@@ -65,7 +65,7 @@ chat.on('state', ({ state: now, reason }) => {
     connecting: 'Connecting…',
     open: 'Connected',
     waiting: 'Not connected, trying again…',
-    idle: 'Idle until you ask',
+    idle: 'Idle; the next message connects',
     unauthenticated: hadToken ? 'Not connected: your token is invalid or has expired.' : 'Not connected',
     closed: `The server closed the connection${reason && `: ${reason}`}. Reload the page to connect again.`,
   }[now]
@@ -90,14 +90,14 @@ chat.on('error', (error) => {
   if (code !== 'not_found') showNotice(message ?? String(error))
   else if (current !== undefined && chat.conversation !== current) {
     followed = undefined
-    showNotice('The server no longer has this conversation. Your next message begins it anew.')
+    showNotice('The server no longer has this conversation. Your next message starts a new one.')
   }
 })
 
 /** Show in a running turn that there is no connection. @param {Turn} turn */
 function showWaiting(turn) {
   const started = turn.reply?.started
-  const note = started ? 'Cut off, as the connection was lost. The rest follows when it is back.' : 'Not sent yet.'
+  const note = started ? 'The connection was lost. The rest of the reply follows after a reconnect.' : 'Not sent yet.'
   turn.setWaiting(chat.state === 'open' ? '' : note)
 }
 

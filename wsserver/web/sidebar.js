@@ -189,7 +189,7 @@ export class Sidebar {
 
   /** @param {string} id */
   #delete(id) {
-    find(dialog, '#confirm-text', HTMLElement).textContent = `“${this.title(id)}” will be gone for good.`
+    find(dialog, '#confirm-text', HTMLElement).textContent = `“${this.title(id)}” will be deleted permanently.`
     dialog.returnValue = ''
     dialog.showModal()
     dialog.addEventListener('close', async () => {

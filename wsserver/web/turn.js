@@ -12,16 +12,16 @@ import { Formatter } from './format.js'
 const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
 const STOPPED_BY = /** @type {Record<string, string>} */ ({
   client: 'Stopped.',
-  disconnect: 'Stopped, as the connection was lost.',
-  replaced: 'Stopped for another prompt.',
-  timeout: 'Stopped, as it took too long.',
-  shutdown: 'Stopped, as the server shut down.',
+  disconnect: 'Stopped, because the connection was lost.',
+  replaced: 'Stopped by another prompt.',
+  timeout: 'Stopped, because it took too long.',
+  shutdown: 'Stopped, because the server shut down.',
 })
 const PARTIAL = /** @type {Record<string, string>} */ ({
   ...STOPPED_BY,
-  cut: 'Shortened here, as it is too long to be sent again.',
-  interrupted: 'Broken off, as the server went away.',
-  refusal: 'The model declined to go on.',
+  cut: 'Shortened, because it is too long to load again.',
+  interrupted: 'Incomplete, because the server crashed.',
+  refusal: 'The model declined to continue.',
 })
 const RETRYABLE = [ // codes of errors after which a retry can succeed
   'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted',
@@ -94,7 +94,7 @@ export class Turn {
     return this.#prompt.textContent ?? ''
   }
 
-  /** Whether the page shows as much as a history has, or more. @param {SavedTurn} saved */
+  /** Whether the page shows all text of a turn in a history. @param {SavedTurn} saved */
   shows({ reply }) {
     if (!this.#ended) return this.reply !== undefined
     return reply?.partial === 'cut' || (this.#wholeText === (reply?.content ?? '') && !REPLY_GONE.includes(this.error?.code ?? ''))
@@ -111,7 +111,7 @@ export class Turn {
     this.#formatter.write(text)
     this.#wholeText = text
     this.#usage.textContent = describeUsage(model, usage)
-    const note = partial ? (PARTIAL[partial] ?? `Broken off by an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
+    const note = partial ? (PARTIAL[partial] ?? `Incomplete after an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
     this.#finish(note, partial !== undefined && !(partial in STOPPED_BY) && partial !== 'cut')
     if (partial !== undefined && RETRYABLE.includes(partial)) this.#offerRetry(0)
   }
@@ -169,7 +169,7 @@ export class Turn {
     const all = drawn.text === reply.text.length && drawn.thinking === reply.thinking.length
     if (!all) this.#frame = requestAnimationFrame(() => this.#draw())
     else if (this.#end) this.#showEnd(reply, this.#end)
-    else this.#setNote(reply.queued ? 'Waiting for its turn.' : this.#waitingNote)
+    else this.#setNote(reply.queued ? 'Waiting for the previous reply.' : this.#waitingNote)
   }
 
   /** @param {string} thinking */
@@ -236,7 +236,7 @@ export class Turn {
 function describeEnd({ reason, by = '', saved }) {
   const unsaved = saved === false ? ' It could not be saved.' : ''
   if (reason === 'stopped') return (STOPPED_BY[by] ?? 'Stopped.') + unsaved
-  if (reason === 'max_tokens') return `Cut short, as it reached the longest length allowed.${unsaved}`
+  if (reason === 'max_tokens') return `Ended at the maximum length.${unsaved}`
   const whole = ['end_turn', 'stop_sequence'].includes(reason)
   return ((whole ? '' : `Ended early: ${reason.replaceAll('_', ' ')}.`) + unsaved).trim()
 }
