@@ -153,7 +153,7 @@ async def test_invalid_frame_closes_chat(said: str) -> None:
         await socket.wait_closed()
 
     async with serve(talk, "127.0.0.1", 0) as server, connect(url_of(server)) as chat:
-        with pytest.raises(ConnectionFailed, match="breaks the protocol"):
+        with pytest.raises(ConnectionFailed, match="violates the protocol"):
             await end_of(chat.prompt("Hi"))
 
 
@@ -173,7 +173,7 @@ async def test_invalid_answer_fails_query(said: str) -> None:
             await socket.send(said)
 
     async with serve(talk, "127.0.0.1", 0) as server, connect(url_of(server)) as chat:
-        with pytest.raises(ConnectionFailed, match="breaks the protocol"):
+        with pytest.raises(ConnectionFailed, match="violates the protocol"):
             await asyncio.wait_for(chat.history(), BOUND)
 
 
@@ -187,7 +187,7 @@ async def test_token_frame_with_invalid_seq_closes_chat(seq: str) -> None:
 
     async with serve(talk, "127.0.0.1", 0) as server, connect(url_of(server)) as chat:
         reply = chat.prompt("Hi")
-        with pytest.raises(ConnectionFailed, match="breaks the protocol"):
+        with pytest.raises(ConnectionFailed, match="violates the protocol"):
             await end_of(reply)
         assert reply.text == ""
 
@@ -208,7 +208,7 @@ async def test_invalid_content_frame_closes_chat(piece: str) -> None:
         await socket.wait_closed()
 
     async with serve(talk, "127.0.0.1", 0) as server, connect(url_of(server)) as chat:
-        with pytest.raises(ConnectionFailed, match="breaks the protocol"):
+        with pytest.raises(ConnectionFailed, match="violates the protocol"):
             await end_of(chat.prompt("Hi"))
 
 

@@ -229,7 +229,7 @@ async def test_frame_over_client_limit_is_protocol_error(
     async with scripted(answer) as url, connect(url) as chat:
         error = await failure_of(chat.prompt("Hi"))
         assert (type(error), error.final) == (ConnectionFailed, True)
-        assert "breaks the protocol" in str(error)
+        assert "violates the protocol" in str(error)
 
 
 async def test_low_bad_frames_limit_lowers_request_window() -> None:

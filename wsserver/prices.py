@@ -1,7 +1,7 @@
-"""The cost of a reply: tokens, of which cached ones count at a share, and dollars.
+"""The cost of a reply, in tokens and in dollars. Cached tokens count at a fraction.
 
 The prices of Claude are from https://platform.claude.com/docs/en/about-claude/pricing, with a cache
-of five minutes. Plain data; nothing here does I/O.
+of five minutes. This module does no I/O.
 """
 
 import functools
@@ -16,7 +16,7 @@ CACHE_WRITE = 1.25  # tokens that count for one token written to a prompt cache
 CACHE_READ = 0.1  # tokens that count for one token read from a prompt cache
 LONG = 100_000  # input tokens; a longer input has the price `over`, if there is one
 REMEMBERED = 256  # models whose prices are cached
-MOST = 10**12  # of one reply; a larger count is a mistake of the model, and too large for a store
+MOST = 10**12  # tokens of one reply; a larger count is an error, and too large for a store
 
 
 class Spent(NamedTuple):
@@ -75,17 +75,17 @@ class Price:
         return Spent(_round_up(tokens), _round_up(money))
 
     def likely(self, asked: int, output: int) -> Spent:
-        """Return the highest cost of a reply: no input is read from a cache."""
+        """Return the highest cost of a reply, without reads from a cache."""
         price = self.at(asked)
         return Spent(asked + output, _round_up(asked * price.cache_write + output * price.output))
 
     def at(self, asked: int) -> "Price":
-        """Return the price of a request with so many input tokens."""
+        """Return the price of a request with ``asked`` input tokens."""
         return self.over if self.over is not None and asked > LONG else self
 
 
 def _round_up(amount: float) -> int:
-    # Rounded first, as 0.1 * 30 is a little more than 3.
+    # Round first, because 0.1 * 30 is a little more than 3.
     return min(math.ceil(round(amount, 6)), MOST)
 
 

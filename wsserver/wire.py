@@ -121,7 +121,7 @@ def parse_message(value: Mapping[str, Any]) -> Message:
     """Parse a message of a ``history`` frame. Unknown keys are ignored.
 
     Raises:
-        KeyError, TypeError, ValueError: the message breaks the protocol.
+        KeyError, TypeError, ValueError: the message violates the protocol.
     """
     role, text = value["role"], text_of(value["content"])
     if role not in {"user", "assistant"}:

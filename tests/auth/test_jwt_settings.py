@@ -70,7 +70,7 @@ async def test_https_and_loopback_addresses_are_allowed(url: str) -> None:
 def test_public_key_as_secret_is_refused() -> None:
     key = private("rsa-1").public_key()
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-    with pytest.raises(ConfigError, match=r"^jwt_secret: that is a key of another kind") as raised:
+    with pytest.raises(ConfigError, match=r"^jwt_secret: this is a public key") as raised:
         authenticator(jwt_secret=pem)
     assert "BEGIN" not in str(raised.value)
 

@@ -151,7 +151,7 @@ for (const said of [
   'no JSON', '[]', 'null', '1', '{"type":"token","id":"ID","text":"x"}', '{"type":"token","id":"ID","seq":1}',
   '{"type":"history","conversation":"ID","messages":[]}', '{"type":"conversations"}',
 ]) {
-  test(`a frame that breaks the protocol closes the chat: ${said}`, async (t) => {
+  test(`a frame that violates the protocol closes the chat: ${said}`, async (t) => {
     class Broken extends EventTarget {
       constructor() {
         super()
@@ -167,7 +167,7 @@ for (const said of [
     const { chat } = join(t, 'ws://localhost', { WebSocket: Broken })
     const list = assert.rejects(soon(chat.list(), 'the list'), { code: 'closed' })
     const reply = chat.prompt('Hi')
-    await rejects(reply, { code: 'closed', message: /breaks the protocol/ })
+    await rejects(reply, { code: 'closed', message: /violates the protocol/ })
     await list
     assert.deepEqual([reply.text, chat.state], ['', 'closed'])
   })

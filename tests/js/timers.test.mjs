@@ -314,7 +314,7 @@ test('a resume that begins at another piece closes the chat', async (t) => {
   })
   await turn()
   const reply = chat.resume('r'.repeat(16), { after: 2 })
-  await assert.rejects(reply.done, { code: 'closed', message: /breaks the protocol/ })
+  await assert.rejects(reply.done, { code: 'closed', message: /violates the protocol/ })
   assert.equal(sockets[0].sent.filter(({ type }) => type === 'resume').length, 1)
 })
 

@@ -1,4 +1,4 @@
-"""Authentication: which principal a client acts for."""
+"""Authentication: finds the principal that a client acts for."""
 
 from pathlib import Path
 

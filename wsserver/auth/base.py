@@ -12,15 +12,15 @@ class Principal:
     """The person or program that a socket acts for.
 
     Conversations and generations belong to the ``name``. Two principals with the same name are the
-    same principal. ``expires`` is the end of the login, in seconds since the epoch; None if it
-    does not end.
+    same principal. ``expires`` is the end of the login, in seconds since the epoch; None if the
+    login does not expire.
     """
 
     name: str
     expires: float | None = None
 
     def __post_init__(self) -> None:
-        # The store finds conversations by a text. A number from a database would not match after a
+        # The store compares names as texts. An integer from a database would not match after a
         # restart.
         if not (isinstance(self.name, str) and self.name):  # type: ignore[redundant-expr]
             raise TypeError("a Principal's name must be a str that is not empty")
@@ -47,15 +47,15 @@ class Authenticator(Protocol):
     """A callable that finds the principal of a client. An ``async def`` function is enough.
 
     The server calls it at the handshake, with the token of ``Authorization: Bearer`` or with None.
-    If it returns None for None, the client has to send an ``auth`` frame, and the server calls it
-    with the token of this frame. On a reload the server calls it again for each open socket, and
-    closes the sockets whose principal is gone.
+    If it returns None for the token None, the client has to send an ``auth`` frame, and the server
+    calls it again with the token of this frame. On a reload the server calls it again for each open
+    socket, and closes the sockets for which it returns no principal or another one.
 
     An authenticator may have ``async def reload() -> bool``, which reads its data again and returns
     whether that worked, and ``async def aclose()``. The server calls both.
 
     Raises:
-        Unavailable: it cannot decide now. Any other exception means the same, and is logged.
+        Unavailable: it cannot decide now. Any other exception has the same effect, and is logged.
     """
 
     async def __call__(self, token: str | None, handshake: Handshake, /) -> Principal | None:

@@ -1,7 +1,7 @@
-"""When the server reads or fetches the keys of JSON Web Tokens, and how long it uses them.
+"""Reads or fetches the keys of JSON Web Tokens, and caches them.
 
-``auth.jwt`` parses the keys. The rules for an address have one reason: a client with made-up tokens
-must not make this server send more requests to the issuer.
+``auth.jwt`` parses the keys. A client with invalid tokens must not make this server send more
+requests to the issuer: this is the reason for the rules of :class:`FetchedKeys`.
 """
 
 import asyncio
@@ -17,12 +17,12 @@ from wsserver.auth.base import Unavailable
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 
-FETCH_TIMEOUT = 5.0  # seconds for the whole of one fetch
-PATIENCE = 2.0  # seconds that a login waits for a fetch; the fetch itself goes on
+FETCH_TIMEOUT = 5.0  # seconds for a whole fetch
+PATIENCE = 2.0  # seconds that a login waits for a fetch; the fetch itself continues
 MAX_DOCUMENT = 256 * 1024  # bytes; the key sets of large issuers have a few thousand bytes
-FRESH = 3600.0  # seconds until keys are fetched again, so that a withdrawn key ends
+FRESH = 3600.0  # seconds until keys are fetched again, so that withdrawn keys become invalid
 COOLDOWN = 30.0  # seconds between two fetches while keys are known
-RETRY = 5.0  # seconds between two fetches while no key is known and nobody can log in
+RETRY = 5.0  # seconds between two fetches while no key is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class ReadKeys:
 
 
 class FetchedKeys:
-    """Keys at an address. Fetched at the first login, when they are old, and for an unknown key.
+    """Keys at a URL, fetched at the first login, when they are old, and for an unknown key.
 
-    All logins share one fetch. While the issuer fails or hangs, the server uses the keys it has,
-    and renews old keys in the background. A login waits only if no key is known, if no key verifies
-    its token, or if no login came for two hours.
+    All logins share one fetch. The server renews old keys in the background, and uses the known
+    keys while the issuer fails or hangs. A login waits only if no key is known, if no key verifies
+    its token, or after two hours without a login.
 
     Args:
         address: ``https://…``, or ``http://…`` of this machine.
@@ -123,7 +123,7 @@ class FetchedKeys:
         if not self._keys:
             await self._wait_for(self._fetch(RETRY))
         elif now - self._fetched >= FRESH:
-            # After a long pause a key may have been withdrawn long ago: wait for the fetch.
+            # During a long pause keys may have been withdrawn: wait for the fetch.
             idle = self._fetching is None and now - self._tried >= 2 * FRESH
             fetching = self._fetch(COOLDOWN)
             if idle:
@@ -135,7 +135,7 @@ class FetchedKeys:
     async def newer(self) -> Keys:
         """Return the keys for a token that no key from :meth:`get` verifies.
 
-        They are fetched again, unless the last fetch was just now.
+        They are fetched again, unless the last fetch was a few seconds ago.
 
         Raises:
             Unavailable: the issuer fails or hangs, and may have newer keys.

@@ -43,15 +43,15 @@ _FAULTS = (jwt.PyJWTError, ArithmeticError, LookupError, RecursionError, TypeErr
 
 
 class _Refused(Exception):
-    """The token is invalid. The message is the kind of fault, and contains no part of the token."""
+    """The token is invalid. The message is the kind of error, and contains no part of the token."""
 
 
 class JwtAuthenticator:
     """Authenticates clients by JSON Web Tokens.
 
-    A token must have the signature of a known key, an end (``exp``), and the name of a principal:
-    1 to 256 printable characters. ``nbf`` and ``iat`` are checked if the token has them. ``aud`` is
-    checked if the token or the settings have an audience (RFC 7519 section 4.1.3).
+    A token must have the signature of a known key, an expiry (``exp``), and the name of a
+    principal: 1 to 256 printable characters. ``nbf`` and ``iat`` are checked if the token has them.
+    ``aud`` is checked if the token or the settings have an audience (RFC 7519 section 4.1.3).
 
     Args:
         settings: the keys, the audience and the issuer.
@@ -158,7 +158,7 @@ def _of_secret(settings: Settings) -> Keys:
     try:
         HMACAlgorithm(HMACAlgorithm.SHA256).prepare_key(material)
     except jwt.InvalidKeyError:  # PyJWT refuses a public key as a secret
-        raise ConfigError("jwt_secret: that is a key of another kind; see jwt_jwks") from None
+        raise ConfigError("jwt_secret: this is a public key; see jwt_jwks") from None
     return (Key(None, _SYMMETRIC, material),)
 
 

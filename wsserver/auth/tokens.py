@@ -1,8 +1,8 @@
-"""Tokens that the operator gives to principals. The server knows only the digests.
+"""Tokens that the operator issues to principals. The server knows only their digests.
 
 A file has one line per token: ``NAME sha256:DIGEST``, and optionally the last day of the token as
-``YYYY-MM-DD``. ``#`` begins a comment. A token has 256 random bits. Nobody can find the token for a
-SHA-256 digest by trying, so a slow hash would add no protection.
+``YYYY-MM-DD``. ``#`` begins a comment. A token has 256 random bits, which nobody can guess from a
+SHA-256 digest. So a slow hash would add no protection.
 """
 
 import datetime as dt

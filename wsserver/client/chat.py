@@ -1,4 +1,4 @@
-"""A chat with a server: any number of replies at once, over one connection that is kept open."""
+"""A chat with a server: any number of replies at once, over one connection."""
 
 import asyncio
 import contextlib
@@ -45,9 +45,9 @@ class Chat:
         token: bearer token, or an async function that returns a fresh one. The function is called
             for each connection, and before a token expires.
         conversation: id of the conversation for prompts that name none. Default: a new one.
-        patience: seconds for each of these: connecting again after a lost connection; sending a
-            prompt again while the server refuses it for now; waiting for an answer. After that the
-            pending requests fail, and the next request connects again.
+        patience: seconds to reconnect after a lost connection, to repeat a prompt that the server
+            refuses for now, and to wait for an answer. After that time the pending requests fail,
+            and the next request connects again.
         open_timeout: seconds for the first connection, all attempts together. The default is longer
             than a restart of the server.
         ping_timeout: seconds without data before the client sends a ping, and seconds to wait for
@@ -85,12 +85,12 @@ class Chat:
 
     @property
     def principal(self) -> str | None:
-        """The principal that the server knows the client by; None if it has not told."""
+        """The principal of the client; None if the server has not sent it."""
         return self._connection.principal
 
     @property
     def limits(self) -> Limits | None:
-        """The server's limits; None if it has not told."""
+        """The server's limits; None if the server has not sent them."""
         return self._connection.limits
 
     @property
@@ -157,9 +157,9 @@ class Chat:
             conversation: id of the conversation. An unknown one is created. Default: the chat's.
             on_busy: what the server does if the conversation is generating: refuse the prompt with
                 ``busy``, let it wait, or stop the running reply.
-            retry_of: id of the conversation's last reply. The new turn replaces that turn, and the
-                model does not see the old one. ``text`` may differ. A server older than retries
-                keeps both turns.
+            retry_of: id of the conversation's last reply. The new turn replaces the old one, which
+                the model no longer gets. ``text`` may differ. A server without support for
+                ``retry_of`` keeps both turns.
             model: a model that the server allows.
             system: the system prompt.
             max_tokens: maximum length of the reply, in tokens.
@@ -219,7 +219,7 @@ class Chat:
         return await self._queries.history(conversation or self.conversation)
 
     async def open(self, conversation: str | None = None) -> Subscription:
-        """Open a conversation, to follow the replies that other clients ask for in it.
+        """Open a conversation, to follow the replies to prompts of other clients.
 
         Args:
             conversation: the id. Default: the chat's own.

@@ -1,4 +1,4 @@
-"""A connection to the server that one task opens again each time that it is lost."""
+"""A connection to the server. One task opens it, and opens it again when it is lost."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -73,11 +73,11 @@ class Connection:
         self._opened: asyncio.Future[None]
         self._task: asyncio.Task[None] | None = None
         self._close_deadline: float | None = None
-        self._last_error: ServerError | None = None  # the last one that refused no request
+        self._last_error: ServerError | None = None  # the last error that refused no request
 
     @property
     def principal(self) -> str | None:
-        """The principal of the client; None if the server has not told."""
+        """The principal of the client; None if the server has not sent it."""
         return self._credentials.principal
 
     async def open(self) -> None:
@@ -122,7 +122,7 @@ class Connection:
         self._needed.set()
 
     async def _run(self) -> None:
-        """Connect until the chat is closed, or until a failure is final."""
+        """Connect and reconnect, until the chat is closed or a failure is final."""
         loop = asyncio.get_running_loop()
         try:
             deadline = loop.time() + self._timeouts.opening
@@ -158,7 +158,7 @@ class Connection:
         """Return a connection; None if there was none in time, and all requests have failed.
 
         Raises:
-            ConnectionFailed: the failure is final, or it is that of the first connection.
+            ConnectionFailed: the failure is final, or there was no connection before.
         """
         fresh_token = self._credentials.fresh_token
         try:

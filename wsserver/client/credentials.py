@@ -1,4 +1,4 @@
-"""Bearer tokens: asks the user's source for one, sends it, and renews it before it expires."""
+"""Bearer tokens: gets a token from the user's function, sends it, and renews it in time."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ class Credentials:
 
     @property
     def can_replace(self) -> bool:
-        """Whether a token was accepted, so that the source may have a successor for it."""
+        """Whether a token was accepted and the source can return another one."""
         return callable(self._token) and self.principal is not None
 
     async def fresh_token(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Opens a WebSocket connection: which failures to retry, and when.
+"""Opens a WebSocket connection, and decides which failures to retry, and when.
 
 ``PROTOCOL.md`` ("Close codes") says which close codes and HTTP statuses are final. The pause before
 the next attempt is random, so that the clients of a restarted server do not all connect at once.
@@ -148,7 +148,7 @@ async def dial_once(url: str, token: str | None, timeouts: Timeouts) -> Socket:
     if token is not None and not (
         token.isascii() and token.isprintable() and len(token) <= TOKEN_SIZE
     ):
-        raise ConnectionFailed("the token is too long, or has characters that no token has")
+        raise ConnectionFailed("the token is too long, or has characters that are not allowed")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
         socket = await open_socket(

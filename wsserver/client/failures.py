@@ -75,7 +75,7 @@ class ServerError(ChatError):
         """Convert an ``error`` frame.
 
         Raises:
-            KeyError, ValueError: the frame breaks the protocol.
+            KeyError, ValueError: the frame violates the protocol.
         """
         return cls(
             str(frame["code"]),

@@ -78,7 +78,7 @@ def parse_history(
         frame: the ``history`` frame.
 
     Raises:
-        KeyError, TypeError, ValueError: the frame breaks the protocol.
+        KeyError, TypeError, ValueError: the frame violates the protocol.
     """
     messages = tuple(map(parse_message, frame["messages"]))
     running = tuple(text_of(reply) for reply in frame["running"])
@@ -92,7 +92,7 @@ def parse_conversations(frame: Mapping[str, Any]) -> tuple[list[Conversation], s
     """Return a page of the list, and the ``before`` of the next page; None after the last.
 
     Raises:
-        KeyError, TypeError, ValueError: the frame breaks the protocol.
+        KeyError, TypeError, ValueError: the frame violates the protocol.
     """
     items = [
         Conversation(

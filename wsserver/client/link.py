@@ -28,7 +28,7 @@ from wsserver.protocol import (
     Stop,
 )
 
-MAX_UNANSWERED = 8  # requests; below the `bad_frames` after which a server closes the connection
+MAX_UNANSWERED = 8  # requests; fewer than the `bad_frames` after which a server closes
 CLOCK_MARGIN = 1.05  # factor on `retry_after`, since the server's clock may run faster
 SILENCE_WHILE_WAITING = 4.0  # seconds without data before a ping and after it, with a request open
 SLOWEST_UPLOAD = 16384  # bytes per second; a large frame may delay the answer for longer
@@ -129,7 +129,7 @@ class Link:
         """Use the connection until it is lost.
 
         Raises:
-            ConnectionFailed: the server breaks the protocol.
+            ConnectionFailed: the server violates the protocol.
         """
         loop = asyncio.get_running_loop()
         tasks = [loop.create_task(self._write()), loop.create_task(self._abort_when_silent())]
@@ -316,7 +316,7 @@ class Link:
 
     @property
     def _max_window(self) -> int:
-        """The most requests that may be open without a close by the server if it refuses all."""
+        """Most open requests: if the server refuses all of them, it must not close."""
         limits = self.limits or Limits()
         bounds = [limits.requests, limits.bad_frames and limits.bad_frames // 2]
         return max(1, min([MAX_UNANSWERED, *(int(b) for b in bounds if b is not None)]))
@@ -342,7 +342,7 @@ def is_refusal(frame: Mapping[str, Any]) -> bool:
 
 
 def _protocol_broken(reason: object) -> ConnectionFailed:
-    return ConnectionFailed(f"the server breaks the protocol: {reason}")
+    return ConnectionFailed(f"the server violates the protocol: {reason}")
 
 
 def _too_long(message: str) -> Mapping[str, Any]:

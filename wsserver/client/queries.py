@@ -58,7 +58,7 @@ class Queries:
             except TimeoutError:
                 raise ConnectionFailed("the server did not answer in time", final=False) from None
             except ServerError as error:
-                # A delete that was sent on a lost connection may have succeeded there.
+                # A delete that was sent on a lost connection may have succeeded.
                 sent_before = request.times_sent > 1
                 if isinstance(frame, Delete) and sent_before and error.code == Code.NOT_FOUND:
                     return parse({})
@@ -141,7 +141,7 @@ class Queries:
 def _settle(
     answer: asyncio.Future[T], parse: Callable[[Mapping[str, Any]], T], frame: Mapping[str, Any]
 ) -> None:
-    """Set the result of a query. An answer that breaks the protocol raises and sets nothing."""
+    """Set the result of a query. An answer that violates the protocol raises and sets nothing."""
     if answer.done():
         return
     if is_refusal(frame):

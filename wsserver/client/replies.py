@@ -1,7 +1,7 @@
-"""The replies that have not ended, and what the client sends to start and to continue each.
+"""Starts replies, and continues them after a reconnect.
 
-A reply itself tells what to send on a new connection: its prompt if the server has not accepted the
-prompt, and else a ``resume`` after the last piece that arrived.
+The state of a reply decides what the client sends on a new connection: the prompt if the server has
+not accepted it, otherwise a ``resume`` after the last piece that arrived.
 """
 
 import asyncio
@@ -225,7 +225,7 @@ class Replies:
 def _continues(frame: Mapping[str, Any], seq: int) -> bool:
     """Return whether a server that had fewer than ``seq`` pieces continues the reply or ends it.
 
-    Its text then does not follow the text that the caller of ``resume`` has.
+    The text of the server then does not continue the text of the caller of ``resume``.
     """
     kind = frame["type"]
     if kind == "done":

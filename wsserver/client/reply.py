@@ -1,4 +1,4 @@
-"""One reply, as far as it has arrived. This module does no I/O."""
+"""One reply: its content so far, and its end. This module does no I/O."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -49,7 +49,7 @@ class Reply:
     leaving the ``async with`` block of the chat does.
 
     After a crash the server may have less text than the client has received. ``text`` and
-    ``thoughts`` then become what the server has. An iteration cannot take its text back: it yields
+    ``thoughts`` then change to the server's text. An iteration cannot take back its text: it yields
     nothing more, and raises at the end.
 
     Attributes:
@@ -161,7 +161,7 @@ class Reply:
         """Apply a frame that has the reply's id.
 
         Raises:
-            KeyError, TypeError, ValueError: the frame breaks the protocol.
+            KeyError, TypeError, ValueError: the frame violates the protocol.
         """
         kind = frame["type"]
         if self.over:
@@ -209,7 +209,7 @@ class Reply:
             self._content.extend("signature", block, [text_of(frame["signature"])])
 
     def reset(self) -> None:
-        """Drop all text, since the server sends all that it has."""
+        """Drop all text: the server sends the reply from its first piece."""
         self.seq = self.first
         self._content = Pieces()
 

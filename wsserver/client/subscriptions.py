@@ -1,4 +1,4 @@
-"""Open conversations: the server sends their running and later replies, of all clients."""
+"""Open conversations: the server sends the running and later replies to all clients' prompts."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from wsserver.protocol import CloseConversation
 
 
 class Subscription:
-    """An open conversation. Iterate over the replies that other clients asked for.
+    """An open conversation. Iterate over it to get the replies to prompts of other clients.
 
     ::
 
@@ -26,10 +26,10 @@ class Subscription:
         async for reply in subscription:
             print(reply.prompt, (await reply.done()).text)
 
-    The iteration begins with the replies that run. It ends when the subscription is closed or the
-    conversation is deleted, and raises :class:`ConnectionFailed` when the chat is closed. Replies
-    to prompts of this chat are not among them. After a lost connection the chat opens the
-    conversation again; :attr:`history` has the replies that ended meanwhile.
+    The iteration begins with the running replies. It does not include replies to prompts of this
+    chat. It ends when the subscription is closed or the conversation is deleted, and raises
+    :class:`ConnectionFailed` when the chat is closed. After a lost connection the chat opens the
+    conversation again; :attr:`history` then has the replies that ended in between.
 
     Attributes:
         conversation: the id of the conversation.
@@ -196,4 +196,4 @@ class Subscriptions:
 
 
 def _ignore(_: History) -> None:
-    """Ignore the newest page: the conversation has a subscription already."""
+    """Ignore the newest page: the conversation already has a subscription."""

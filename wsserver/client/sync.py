@@ -200,12 +200,12 @@ class SyncChat:
 
     @property
     def principal(self) -> str | None:
-        """The principal that the server knows the client by; None if it has not told."""
+        """The principal of the client; None if the server has not sent it."""
         return self._chat.principal
 
     @property
     def limits(self) -> Limits | None:
-        """The server's limits; None if it has not told."""
+        """The server's limits; None if the server has not sent them."""
         return self._chat.limits
 
     def prompt(self, text: str | None = None, **keys: Any) -> SyncReply:

@@ -1,4 +1,4 @@
-"""Stores: where conversations and logs last."""
+"""Stores: they save conversations and generations."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def make(settings: Settings, memory: Memory) -> Store:
     """Make the store that the settings name: ``memory:`` or ``sqlite:///path``.
 
     Args:
-        settings: which one, and its limits.
+        settings: the store and its limits.
         memory: counts the bytes of a store in memory.
 
     Raises:
@@ -29,7 +29,7 @@ def make(settings: Settings, memory: Memory) -> Store:
     if path not in {url, "", ":memory:"}:
         from wsserver.stores.sqlite import SqliteStore  # noqa: PLC0415
 
-        # As elsewhere: three slashes for a relative path, four for an absolute one.
+        # As in SQLAlchemy: three slashes for a relative path, four for an absolute one.
         try:
             return SqliteStore(Path(path).expanduser(), settings.store_timeout, prices)
         except (RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The interface of a store, and the types that go in and out."""
+"""The interface of a store, and the types of its arguments and results."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from wsserver.protocol import Error, Prompt, Terminal
 
 TITLE_LENGTH = 60  # characters of a title made from a prompt
 TRACE_KEPT = 30 * 86_400.0  # seconds for which the trace of a deleted generation is kept
-TRACES = 1000  # kept per owner; the oldest are dropped first
+TRACES = 1000  # traces of one owner; the oldest are dropped first
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class Header:
 class Entry:
     """The unsaved part of a generation: header, pieces after the first ``after``, terminal.
 
-    ``new``: the store does not have the generation yet. ``withdrawn`` comes with the terminal of a
-    prompt that never reached the model. The generation of such a prompt is in no history, and the
-    generation that it was to replace is shown again.
+    ``new``: the store does not have the generation yet. ``withdrawn``: the prompt was stopped
+    before the model was called. Such a generation is in no history, and the generation that its
+    ``retry_of`` names is back in the history.
     """
 
     header: Header
@@ -51,7 +51,7 @@ class Entry:
 
 
 class Unsavable(StoreError):
-    """No attempt can save an entry. The rest of its batch was not saved."""
+    """An entry can never be saved. The rest of its batch was not saved."""
 
     def __init__(self, entry: Entry, message: str) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class Unsavable(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class StoredGeneration:
-    """A saved generation. It has no ``terminal`` while it runs, nor if its process died."""
+    """A saved generation. It has no ``terminal`` while it runs, or if its process died."""
 
     header: Header
     pieces: Pieces
@@ -159,9 +159,9 @@ class Amounts:
 class Store(Protocol):
     """Keeps conversations and generations.
 
-    The first generation of a conversation creates it, and the prompt of that generation is its
-    title. Each owner has ids of their own: two owners may use the same id, and no owner learns of
-    the ids of another.
+    The first generation of a conversation creates the conversation; its prompt becomes the title.
+    Each owner has ids of its own: two owners may use the same id, and no owner sees the ids of
+    another one.
 
     All methods raise :class:`~wsserver.errors.StoreError` if the store fails.
     """
@@ -181,8 +181,8 @@ class Store(Protocol):
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all entries or none. Saving an entry again changes nothing.
 
-        The content of an entry whose generation was deleted is dropped. Its cost is added to the
-        account of the owner once, with the first terminal.
+        The content of a deleted generation is dropped. Its cost is added to the owner's spending
+        once, with the first terminal.
 
         Raises:
             Unsavable: one entry cannot be saved; the others can.
@@ -193,8 +193,8 @@ class Store(Protocol):
         """Return an owner's latest generation of an id.
 
         Returns:
-            The generation, as long as it is stored. After a delete or a purge its trace, for
-            :data:`TRACE_KEPT` seconds; an owner has at most :data:`TRACES` traces. Else None.
+            The generation while it is stored. After a delete or a purge, its trace for
+            :data:`TRACE_KEPT` seconds; an owner has at most :data:`TRACES` traces. Otherwise None.
         """
         ...
 
@@ -203,8 +203,8 @@ class Store(Protocol):
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with the turns before a number.
 
-        Turns are read newest first until one of the bounds is reached. One turn is returned
-        whatever its size. Replaced turns, and prompts that never reached the model, are left out.
+        Turns are read from the newest on until a limit is reached. At least one turn is returned,
+        whatever its size. Replaced turns and withdrawn prompts are left out.
 
         Args:
             conversation: the id of the conversation.
@@ -226,7 +226,7 @@ class Store(Protocol):
         ...
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
-        """Give a conversation another title. Return False if the owner has no such conversation."""
+        """Change the title of a conversation; return False if the owner does not have it."""
         ...
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
@@ -246,19 +246,19 @@ class Store(Protocol):
     async def spent(self, owner: str, day: int) -> Spent:
         """Return the cost of an owner's replies that ended on a day, deleted ones included.
 
-        The costs of today and yesterday are known at least. See :func:`day_of`.
+        The store keeps at least the costs of today and yesterday. See :func:`day_of`.
         """
         ...
 
     async def amounts(self, owner: str) -> Amounts:
-        """Return how much the store has of an owner."""
+        """Return how much an owner has stored."""
         ...
 
     async def purge(self, until: float) -> bool:
         """Delete some generations outside of conversations that ended before a time.
 
-        It also deletes some expired traces and accounts. One call deletes so few that other calls
-        are not delayed.
+        It also deletes some expired traces and records of spending. One call deletes only a few, so
+        that other calls do not wait.
 
         Returns:
             Whether there may be more to delete.
@@ -296,7 +296,7 @@ def turn_of(
     began: float,
     ended: float | None,
 ) -> Turn:
-    """Make a turn; ``contents`` are the blocks of the prompt and those of the reply."""
+    """Make a turn; ``contents`` are the blocks of the prompt and the blocks of the reply."""
     return Turn(
         number,
         Message("user", contents[0], id=generation, began=began),
@@ -314,7 +314,7 @@ def turn_of(
 
 
 def title_of(prompt: Prompt) -> str:
-    """Make a conversation's title from its first prompt: one line, cut where a word ends."""
+    """Make a title from the first prompt: one line, cut at the end of a word."""
     text = "" if prompt.prompt is None else " ".join(prompt.new_messages[0].text.split())
     if len(text) <= TITLE_LENGTH:
         return text

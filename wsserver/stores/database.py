@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Connection:
-    """A connection to the file. Its thread does one call after another."""
+    """A connection to the file. Its thread runs one call after another."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         self._path = path
@@ -24,7 +24,7 @@ class Connection:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="wsserver-store")
         self._closing: asyncio.Future[None] | None = None
         self.database: sqlite3.Connection | None = None
-        self.damage: str | None = None  # what SQLite said when it found any
+        self.damage: str | None = None  # SQLite's message about damage of the file
 
     async def open(self) -> None:
         """Open the file.
@@ -103,14 +103,14 @@ def errors() -> Iterator[None]:
         yield
     except ValidationError as error:
         kind = error.errors(include_context=False, include_input=False)[0]["type"]
-        raise StoreError(f"what was saved is damaged: {kind}") from None
+        raise StoreError(f"a saved record is damaged: {kind}") from None
     except (sqlite3.Error, ValueError) as error:
         message = str(error).partition(" with text ")[0]
         raise StoreError(f"{type(error).__name__}: {message}") from None
 
 
 def check(database: sqlite3.Connection) -> str | None:
-    """Return what is wrong with the structure of a file; None if nothing is."""
+    """Return the first error in the structure of a file; None if there is none."""
     ((found,),) = database.execute("PRAGMA quick_check(1)")
     return None if found == "ok" else " ".join(str(found).split())
 

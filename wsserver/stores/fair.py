@@ -1,4 +1,4 @@
-"""A lock with a queue per owner: many requests of one owner do not delay the other owners."""
+"""A lock with one queue per owner: many requests of one owner do not delay other owners."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 from wsserver.errors import Code, Refused
 
-MOST_WAITING = 128  # requests of one owner; each of its sockets has one at a time
+MOST_WAITING = 128  # requests of one owner; each socket has one at a time
 
 
 class FairLock:
@@ -44,7 +44,7 @@ class FairLock:
             return
         mine = self._waiting.get(owner)
         if mine is not None and len(mine) >= MOST_WAITING:
-            raise Refused(Code.LIMIT, "Too many requests of yours wait for the store.")
+            raise Refused(Code.LIMIT, "Too many of your requests wait for the store.")
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         try:
@@ -57,7 +57,7 @@ class FairLock:
             raise
 
     def release(self) -> None:
-        """Give the lock to the next request."""
+        """Pass the lock to the next request."""
         while self._waiting:
             owner = next(iter(self._waiting))
             mine = self._waiting.pop(owner)

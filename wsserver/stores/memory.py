@@ -1,4 +1,4 @@
-"""The store in memory, which lasts as long as its process."""
+"""The store in memory. Its content is lost when the process ends."""
 
 import bisect
 import sys
@@ -31,7 +31,7 @@ from wsserver.stores.base import (
 from wsserver.stores.records import Packed, content_in, dump_prompt, parse_prompt
 
 ROOM = 268_435_456  # bytes, if the store has no shared memory account
-PURGED_AT_ONCE = 1000  # generations; the event loop waits for one such step at most
+PURGED_AT_ONCE = 1000  # generations per call, which blocks the event loop
 ALL_TRACES = 100_000  # of all owners
 OBJECTS = 1600  # bytes of a generation besides its texts
 
@@ -77,7 +77,7 @@ class _Generation:
         return OBJECTS + sum(map(sys.getsizeof, texts))
 
     def pack(self) -> None:
-        """Replace the pieces by their packed form."""
+        """Replace the pieces with their packed form."""
         packed = Packed.of(self.pieces)
         self.text, self.other = packed.text.encode(), packed.other.encode()
         self.lengths, self.runs = packed.lengths.encode(), (packed.runs or "").encode()
@@ -142,12 +142,12 @@ class _Trace:
 
 
 class MemoryStore:
-    """Keeps conversations and generations in dictionaries, as long as there is memory.
+    """Stores conversations and generations in dictionaries, as long as there is memory.
 
     Args:
-        conversations: the number kept; the conversation idle for longest is dropped first.
-        memory: counts the bytes. If other parts of the server need them, the conversation idle for
-            longest is dropped too.
+        conversations: the number kept; the least recently used one is dropped first.
+        memory: counts the bytes. If other parts of the server need them, the least recently used
+            conversation is dropped too.
         prices: the prices of the models; by default those of Claude.
     """
 
@@ -162,7 +162,7 @@ class MemoryStore:
         self._memory = Memory(ROOM) if memory is None else memory
         self._memory.shed_by(self._shed)
         self._size = 0
-        self._taken = 0  # bytes of it that are counted
+        self._taken = 0  # acquired bytes of `_size`
         self._sizes: Counter[str] = Counter()  # by owner
         # By owner and id, the least recently used first.
         self._conversations: OrderedDict[tuple[str, str], _Conversation] = OrderedDict()
@@ -253,7 +253,7 @@ class MemoryStore:
     def _hide(
         self, conversation: _Conversation, name: str, was: str | None, now: str | None
     ) -> None:
-        """Change why the generations of an id are hidden in a conversation."""
+        """Change the reason why the generations of an id are hidden in a conversation."""
         for generation in self._generations.get((conversation.owner, name), {}).values():
             if generation.conversation == conversation.id and generation.hidden == was:
                 generation.hidden = now
@@ -283,9 +283,9 @@ class MemoryStore:
             del self._sizes[owner]
 
     def _settle(self) -> None:
-        """Take memory for what was added, and drop old content if there is none."""
+        """Acquire memory for added content; drop old content if there is not enough."""
         while (more := self._size - self._taken) > 0:
-            if self._memory.acquire(CACHE, more):  # which may have dropped something here too
+            if self._memory.acquire(CACHE, more):  # this call may have dropped old content here
                 self._taken += more
             elif not self._drop_one():
                 return
@@ -293,7 +293,7 @@ class MemoryStore:
         self._taken += more
 
     def _shed(self, size: int) -> None:
-        """Drop old content of at least so many bytes, or all content."""
+        """Drop at least ``size`` bytes of old content, or all content."""
         before = self._size
         while before - self._size < size and self._drop_one():
             pass
@@ -304,8 +304,8 @@ class MemoryStore:
     def _drop_one(self) -> bool:
         """Drop the oldest content; return False if there is none.
 
-        Replies outside of conversations are dropped first, as they are kept for minutes only. Then
-        the conversation idle for longest is dropped, or the oldest turn of the only conversation.
+        Replies outside of conversations are dropped first, because they are kept only for minutes.
+        Then the least recently used conversation is dropped, or the oldest turn of the only one.
         """
         if self._outside:
             generation, _ = self._outside.popitem(last=False)
@@ -390,7 +390,7 @@ class MemoryStore:
         return [found.summary() for found in reversed(places[max(0, end - limit) : end])]
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
-        """Give a conversation another title."""
+        """Change the title of a conversation."""
         found = self._conversations.get((owner, conversation))
         if found is None:
             return False
@@ -411,7 +411,7 @@ class MemoryStore:
         return self._spent.get(day, {}).get(owner, NOTHING)
 
     async def amounts(self, owner: str) -> Amounts:
-        """Return how much the store has of an owner."""
+        """Return how much an owner has stored."""
         return Amounts(self._sizes[owner], len(self._places.get(owner, ())))
 
     async def idle(self, before: float, limit: int) -> Sequence[tuple[str, str]]:
@@ -420,7 +420,7 @@ class MemoryStore:
         return [key for key, _ in islice(old, limit)]
 
     async def purge(self, until: float) -> bool:
-        """Delete some expired generations and traces. Accounts are kept for two days."""
+        """Delete some expired generations and traces. Spending is kept for two days."""
         now = time.time()
         yesterday = day_of(now) - 1
         self._spent = {day: spent for day, spent in self._spent.items() if day >= yesterday}

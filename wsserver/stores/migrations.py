@@ -1,9 +1,9 @@
-"""The tables of a SQLite file, as the steps that bring it from one version to the next.
+"""The tables of a SQLite file, as steps that migrate the file from one version to the next.
 
-A step that was released is never changed: files out there have taken it.
+A released step is never changed, because existing files have run it.
 """
 
-# Each brings the file from the version that is its place in this list to the next.
+# The step at index N migrates a file from version N to version N + 1.
 MIGRATIONS = [
     """
     CREATE TABLE conversation (

@@ -1,4 +1,4 @@
-"""What is read from a SQLite file: one generation, or a part of a conversation."""
+"""Reads one generation or a part of a conversation from a SQLite file."""
 
 import sqlite3
 from typing import Any
@@ -15,10 +15,10 @@ from wsserver.stores.base import (
 from wsserver.stores.records import Packed, content_in, parse_prompt, parse_terminal
 from wsserver.stores.rows import read_batches, read_pieces
 
-# The turns of a history, newest first, until either bound is reached.
+# The newest turns of a history, until a limit is reached.
 _TURNS = """
     SELECT number, turn, id, began, ended, model, terminal, prompt, text, thinking, runs,
-        CASE WHEN thinking <> '' OR runs LIKE '%],[%' THEN lengths END -- long, and seldom needed
+        CASE WHEN thinking <> '' OR runs LIKE '%],[%' THEN lengths END -- long, and rarely needed
     FROM generation WHERE number IN (
         SELECT number FROM (
             SELECT number, row_number() OVER w AS place, sum(size) OVER w AS total FROM (
@@ -34,7 +34,7 @@ _TURNS = """
 def find(
     database: sqlite3.Connection, generation: str, owner: str
 ) -> StoredGeneration | Forgotten | None:
-    """Return an owner's latest generation of an id, or its trace; None where there is neither."""
+    """Return an owner's latest generation of an id, or its trace; None if there is neither."""
     for number, conversation, model, began, retry_of, terminal, prompt in database.execute(
         "SELECT number, conversation, model, began, retry_of, terminal, prompt "
         "FROM generation WHERE owner = ? AND id = ? ORDER BY number DESC LIMIT 1",
@@ -54,7 +54,7 @@ def find(
 def load(
     database: sqlite3.Connection, conversation: str, owner: str, bounds: tuple[int, int, int]
 ) -> StoredConversation | None:
-    """Return a part of an owner's conversation; None where the owner has no such conversation."""
+    """Return a part of an owner's conversation; None if the owner has no such conversation."""
     limit, size, end = bounds  # turns, bytes, and the number of the turn before which they end
     for (title,) in database.execute(
         "SELECT title FROM conversation WHERE owner = ? AND id = ? AND (owner, id) NOT IN deleting",
@@ -85,7 +85,7 @@ def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
         except ValueError:
             if text is None:
                 raise
-            blocks = (Text(text),)  # an older version kept the text of an ended reply beside
+            blocks = (Text(text),)  # an older version stored the text of an ended reply separately
     end = None if terminal is None else parse_terminal(terminal, name)
     contents = content_in(prompt), blocks
     return turn_of(turn, name, contents, end, model=model, began=began, ended=ended)

@@ -1,7 +1,7 @@
-"""The records that stores keep of a generation, converted from and to the types of the server.
+"""Converts generations to the records that stores save, and back.
 
-Records have versions of their own: a change of the protocol changes no record. Every version can be
-read, and only the latest is written.
+Records have their own versions: a change of the protocol changes no record. All versions can be
+parsed, and only the latest is written.
 """
 
 import json
@@ -19,7 +19,7 @@ from wsserver.pieces import TEXT, Kind, Pieces
 from wsserver.protocol import Done, Error, Prompt, Terminal
 from wsserver.wire import dump_usage
 
-VERSION = 2  # of all records; those of version 1 do not say so
+VERSION = 2  # of all records; records of version 1 have no version
 
 _LENGTHS = TypeAdapter(list[int])
 _RUNS = TypeAdapter(list[tuple[Kind, int, int]])
@@ -72,7 +72,7 @@ class Packed:
         """Unpack the pieces.
 
         Raises:
-            ValueError: the parts do not belong together.
+            ValueError: the parts do not match.
         """
         lengths = _LENGTHS.validate_json(self.lengths, strict=True)
         pieces = Pieces()
@@ -106,7 +106,7 @@ class Packed:
         """Return the blocks that the pieces make.
 
         Raises:
-            ValueError: the parts do not belong together.
+            ValueError: the parts do not match.
         """
         if not self.other and (self.runs is None or self.runs.count("[") == 2):  # noqa: PLR2004
             return (Text(self.text),) if self.text else ()  # the lengths are not parsed
@@ -130,7 +130,7 @@ def dump_prompt(prompt: Prompt) -> str:
 
 
 def parse_prompt(record: str | bytes) -> Prompt:
-    """Return the prompt of a record, of version 1 too, which had the same keys.
+    """Parse the record of a prompt. Version 1 had the same keys.
 
     Raises:
         ValueError: the record is damaged, or of a later version.
@@ -151,7 +151,7 @@ def _message(value: Any) -> Message:
 
 
 def content_in(record: str | bytes) -> tuple[Block, ...]:
-    """Return the content of a prompt's record, without parsing the rest.
+    """Parse only the content of a prompt's record.
 
     Raises:
         ValueError: the record is damaged, or of a later version.
@@ -160,7 +160,7 @@ def content_in(record: str | bytes) -> tuple[Block, ...]:
 
 
 def dump_terminal(terminal: Terminal) -> str:
-    """Return the record of a terminal. The id of its generation is not in it."""
+    """Return the record of a terminal, without the id of its generation."""
     usage = None if terminal.usage is None else dump_usage(terminal.usage)
     record: dict[str, Any] = {"v": VERSION, "type": terminal.type, "usage": usage}
     keys = _DONE_KEYS if isinstance(terminal, Done) else _ERROR_KEYS
@@ -169,7 +169,7 @@ def dump_terminal(terminal: Terminal) -> str:
 
 
 def parse_terminal(record: str, generation: str) -> Terminal:
-    """Return the terminal of a record, of version 1 too, which had the same keys.
+    """Parse the record of a terminal. Version 1 had the same keys.
 
     Raises:
         ValueError: the record is damaged, or of a later version.
@@ -195,17 +195,17 @@ def _parse(record: str | bytes) -> dict[str, Any]:
 
 
 def dump_batch(pieces: Pieces) -> str:
-    """Return the record of some consecutive pieces of a generation that still runs."""
+    """Return the record of consecutive pieces of a running generation."""
     return compact({"v": VERSION, "runs": list(pieces.runs())})
 
 
 def parse_batch(record: str, pieces: Pieces, after: int) -> None:
-    """Add the pieces of such a record to those before them.
+    """Parse the record of a batch, and add its pieces to the earlier ones.
 
     Args:
         record: the record.
-        pieces: the pieces of the records before.
-        after: the number of pieces that come before those of the record.
+        pieces: the pieces of the earlier records.
+        after: the number of pieces before the record.
 
     Raises:
         ValueError: the record is damaged.
@@ -224,7 +224,7 @@ def parse_batch(record: str, pieces: Pieces, after: int) -> None:
 
 
 def _old_batch(value: list[str | tuple[str]], before: Pieces) -> Pieces:
-    """Return the pieces of a record of version 1: a text as it is, thinking in a list."""
+    """Return the pieces of a record of version 1: a text is a string, thinking is in a list."""
     batch = Pieces()
     last, number = before.kind, before.block
     for item in value:

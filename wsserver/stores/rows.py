@@ -1,4 +1,4 @@
-"""A generation as rows of a SQLite file: one per batch of pieces while it runs, one afterwards."""
+"""Rows of a generation in SQLite: one per batch of pieces while it runs, one after its end."""
 
 import sqlite3
 
@@ -8,7 +8,7 @@ from wsserver.protocol import Terminal
 from wsserver.stores.base import Entry, Header, day_of, title_of
 from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal, parse_batch
 
-ROW = 256  # bytes of a generation besides its ids and content, about
+ROW = 256  # bytes of a generation without its ids and content, about
 KEYS = 3  # copies of the ids of a generation in tables and indexes
 
 COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
@@ -90,10 +90,10 @@ def _begin(database: sqlite3.Connection, header: Header, ending: _Ending, now: f
     if not added.rowcount:
         return False
     if conversation is not None:
-        # A delete failed half-way before this turn was accepted. The turn must not be deleted.
+        # If an earlier delete failed half-way, it must not delete this new turn.
         database.execute("DELETE FROM deleting WHERE owner = ? AND id = ?", (owner, conversation))
         if header.retry_of is not None:
-            # The plus makes SQLite use the index of ids, and not scan the conversation.
+            # The plus makes SQLite use the index of ids, instead of scanning the conversation.
             database.execute(
                 "UPDATE generation SET hidden = 'replaced' WHERE owner = ? AND id = ? "
                 "AND +conversation = ? AND number <> ? AND hidden IS NULL",
@@ -166,7 +166,7 @@ def read_pieces(database: sqlite3.Connection, number: int) -> Pieces:
 
 
 def read_batches(database: sqlite3.Connection, number: int) -> Pieces:
-    """Return the pieces of a generation that are in rows."""
+    """Return the pieces of a generation that are not packed."""
     pieces = Pieces()
     for after, batch in database.execute(
         "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)

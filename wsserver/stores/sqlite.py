@@ -7,8 +7,8 @@ The file is in WAL mode with ``synchronous = NORMAL``. Committed data survives t
 process. After a power failure the file is consistent, but may lack the last commits.
 https://www.sqlite.org/wal.html
 
-Deleted data is overwritten with zeros (``secure_delete``), and the WAL, which may still have it, is
-truncated. The blocks that the file system has freed are out of reach.
+Deleted data is overwritten with zeros (``secure_delete``). The WAL may still have it, and is
+truncated. Blocks that the file system has freed cannot be overwritten.
 """
 
 import asyncio
@@ -46,10 +46,10 @@ from wsserver.stores.rows import COUNT, pack, read_batches, save
 
 T = TypeVar("T")
 
-PURGED_AT_ONCE = 200  # rows of each kind; other writes wait for one such step at most
-DELETED_AT_ONCE = 4_194_304  # bytes of generations, likewise
-CHECKED_AT_ONCE = 134_217_728  # bytes; a larger file is checked while it is used
-DAYS_KEPT = 90  # for which accounts are kept
+PURGED_AT_ONCE = 200  # rows of each kind per step, so that other writes do not wait long
+DELETED_AT_ONCE = 4_194_304  # bytes of generations per step, for the same reason
+CHECKED_AT_ONCE = 134_217_728  # bytes; a larger file is checked in the background
+DAYS_KEPT = 90  # days for which spending is kept
 MAX_NUMBER = 2**63 - 1  # SQLite's largest integer
 
 # Errors about values, and not about the file or its state.
@@ -71,7 +71,7 @@ _DEAD = (
 
 
 class SqliteStore:
-    """Keeps conversations and generations in one file. Creates the file and its folders.
+    """Stores conversations and generations in one file. Creates the file and its folders.
 
     Args:
         path: the file.
@@ -98,7 +98,7 @@ class SqliteStore:
     async def open(self) -> None:
         """Open the file, check it, and migrate it to the schema of this version.
 
-        A file of more than 128 MiB is checked while it is used.
+        A file of more than 128 MiB is checked in the background.
 
         Raises:
             ConfigError: the file cannot be opened or written; it is no database, damaged, of a
@@ -112,7 +112,7 @@ class SqliteStore:
                 raise ConfigError(f"store: {self._path} is a folder")
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lock = self._lock_file()
-            # For its owner's eyes only, as are the files that SQLite puts beside it.
+            # Only the owner can read the file. SQLite gives its other files the same mode.
             self._path.touch(mode=0o600)
             await writer.open()
             large = self._path.stat().st_size > CHECKED_AT_ONCE
@@ -137,7 +137,7 @@ class SqliteStore:
         self._files, self._damage = files, None
         if large:
             loop = asyncio.get_running_loop()
-            # No part of the pool of threads that the interpreter waits for at its end.
+            # A daemon thread, because the interpreter would wait for other threads at its end.
             threading.Thread(
                 target=self._check_large, args=(loop,), name="wsserver-store-check", daemon=True
             ).start()
@@ -157,8 +157,8 @@ class SqliteStore:
         log.error("store damaged", path=str(self._path), reason=self._damage)
 
     def _lock_file(self) -> IO[str]:
-        # Each of two servers on one file would mark the generations of the other as interrupted.
-        # The lock is on a file of its own, as closing the database file would drop SQLite's locks.
+        # Two servers on one file would mark each other's generations as interrupted. The lock is on
+        # a separate file, because closing the database file would drop SQLite's locks.
         # The lock file is not deleted: another server may be about to lock it.
         lock = self._lock_path.open("w")
         try:
@@ -180,9 +180,9 @@ class SqliteStore:
         if version < 0 or (version == 0 and tables):
             raise ConfigError(f"store: {self._path} is of another program")
         database.execute("PRAGMA journal_mode = WAL")
-        # Where there is nothing to migrate too, to know now whether the file can be written.
+        # This also runs without a migration, to check that the file can be written.
         script = "".join(MIGRATIONS[version:])
-        # With foreign keys, to replace a table would be to delete all that refers to it.
+        # With foreign keys, replacing a table would delete all rows that refer to it.
         database.executescript(
             f"PRAGMA foreign_keys = OFF; BEGIN IMMEDIATE; {script} "
             f"PRAGMA user_version = {len(MIGRATIONS)}; COMMIT; PRAGMA foreign_keys = ON;"
@@ -218,11 +218,11 @@ class SqliteStore:
             raise StoreError(f"the file is damaged: {self._damage}")
 
     def _mark_interrupted(self, database: sqlite3.Connection) -> None:
-        """Mark the generations that the last process left running as ended now, and charge them."""
+        """End the generations that the last process left running, and count their cost."""
         now = time.time()
         for number, owner, name, began, model in database.execute(_DEAD).fetchall():
             text = ""
-            # A damaged generation must not keep the server from starting.
+            # A damaged generation must not prevent the start.
             with contextlib.suppress(StoreError), errors():
                 pieces = read_batches(database, number)
                 pack(database, number, pieces)
@@ -282,7 +282,7 @@ class SqliteStore:
         return [Summary(*row) for row in rows]
 
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
-        """Give a conversation another title."""
+        """Change the title of a conversation."""
         statement = "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?"
         values = title, owner, conversation
         return await self._write(owner, lambda file: file.execute(statement, values).rowcount > 0)
@@ -306,7 +306,7 @@ class SqliteStore:
                 (now, *key, TRACES),
             )
             _drop_traces(database, owner)
-            # If the process dies before the last step, the next process goes on.
+            # If the process dies before the last step, the next process continues.
             database.execute("INSERT INTO deleting VALUES (?, ?) ON CONFLICT DO NOTHING", key)
             return _delete_some(database, *key)
 
@@ -321,8 +321,8 @@ class SqliteStore:
     async def _erase(self) -> None:
         """Truncate the WAL, which may have text that was deleted from the tables.
 
-        Deletes that come before a truncation begins share it: a commit waits for one, and not for
-        one per delete.
+        Deletes at the same time share one truncation: a commit then waits for one truncation, and
+        not for one per delete.
         """
         self._remains = True
         if self._erasing is None:
@@ -332,8 +332,8 @@ class SqliteStore:
 
     async def _checkpoint(self) -> None:
         def erase(database: sqlite3.Connection) -> bool:
-            # Do not wait for another program that reads the file, as all requests would wait too.
-            # The next purge tries again.
+            # Do not wait for another program that reads the file: all requests would wait too. The
+            # next purge tries again.
             database.execute("PRAGMA busy_timeout = 0").close()
             try:
                 ((busy, _, _),) = database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -356,7 +356,7 @@ class SqliteStore:
         return Spent(*rows[0]) if rows else NOTHING
 
     async def amounts(self, owner: str) -> Amounts:
-        """Return how much the store has of an owner."""
+        """Return how much an owner has stored."""
         statement = "SELECT bytes, conversations FROM held WHERE owner = ?"
         rows = await self._select(owner, statement, (owner,))
         return Amounts(*rows[0]) if rows else Amounts(0, 0)
