@@ -7,13 +7,14 @@ block of an unknown type is an :class:`Other`. A key whose value is ``null`` cou
 The blocks: https://platform.claude.com/docs/en/api/messages
 """
 
-import json
 import operator
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
+
+from pydantic_core import to_json
 
 __all__ = [
     "Block",
@@ -360,8 +361,12 @@ def text_of_block(block: Block) -> str:
 
 
 def compact(value: object) -> str:
-    """Return a JSON value as JSON without spaces."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Return a JSON value as JSON without spaces.
+
+    Raises:
+        ValueError: UTF-8 cannot encode a text of it.
+    """
+    return to_json(value).decode()
 
 
 def memory_of(message: Message) -> int:

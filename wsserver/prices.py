@@ -55,15 +55,10 @@ class Price:
         """Return the cost of a reply, rounded up."""
         if usage is None:
             return NOTHING
-        fresh, output, written, read = (
-            min(count, MOST)
-            for count in (
-                usage.input_tokens,
-                usage.output_tokens,
-                usage.cache_creation_input_tokens,
-                usage.cache_read_input_tokens,
-            )
-        )
+        fresh = min(usage.input_tokens, MOST)
+        output = min(usage.output_tokens, MOST)
+        written = min(usage.cache_creation_input_tokens, MOST)
+        read = min(usage.cache_read_input_tokens, MOST)
         price = self.at(fresh + written + read)
         tokens = fresh + written * CACHE_WRITE + read * CACHE_READ + output
         money = (
