@@ -9,6 +9,7 @@ program has configured OpenTelemetry. Spans contain neither prompts nor replies.
 import asyncio
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Literal, Self, get_args
@@ -138,6 +139,10 @@ class Metrics:
         self._frames = counter(
             "frames_refused_total", "Refused frames, including prompts.", "type", "code"
         )
+        # Counters by their labels: the library takes a lock and makes a tuple of texts each time.
+        self._generations_of = functools.cache(self._generations.labels)
+        self._tokens_of = functools.cache(self._tokens.labels)
+        self._dollars_of = functools.cache(self._dollars.labels)
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
@@ -145,11 +150,11 @@ class Metrics:
         for outcome in ("served", *get_args(Refusal)):
             self._connections.labels(outcome)
         for reason in (*REASONS, OTHER):
-            self._generations.labels("done", reason)
+            self._generations_of("done", reason)
         for by in get_args(StoppedBy):
-            self._generations.labels("stopped", by)
+            self._generations_of("stopped", by)
         for code in (*UPSTREAM, Code.INTERNAL):
-            self._generations.labels("error", code)
+            self._generations_of("error", code)
         for code in UPSTREAM:
             self._upstream.labels(code)
         for why in get_args(Aborted):
@@ -235,18 +240,18 @@ class Metrics:
         """
         if isinstance(terminal, Done) and terminal.by is None:
             reason = terminal.reason if terminal.reason in REASONS else OTHER
-            self._generations.labels("done", reason).inc()
+            self._generations_of("done", reason).inc()
         elif isinstance(terminal, Done):
-            self._generations.labels("stopped", terminal.by).inc()
+            self._generations_of("stopped", terminal.by).inc()
         else:
-            self._generations.labels("error", terminal.code).inc()
+            self._generations_of("error", terminal.code).inc()
             if terminal.code in UPSTREAM:
                 self._upstream.labels(terminal.code).inc()
         if seconds is not None:
             self._running.dec()
             self._duration.observe(seconds)
         if dollars:
-            self._dollars.labels(model).inc(dollars)
+            self._dollars_of(model).inc(dollars)
         if first_token is not None:
             self._first_token.observe(first_token)
         if (usage := terminal.usage) is not None:
@@ -257,7 +262,7 @@ class Metrics:
                 ("cache_read", usage.cache_read_input_tokens),
             ):
                 if count:
-                    self._tokens.labels(kind, model).inc(count)
+                    self._tokens_of(kind, model).inc(count)
 
     def stop_took(self, seconds: float) -> None:
         """Record the time from a stop until the model closed its request."""
