@@ -35,7 +35,7 @@ class Accounts:
         }
 
     def __len__(self) -> int:
-        """Return the number of keys of accounts that have a generation."""
+        """Return the number of account keys with a running or waiting generation."""
         return len(self._generations)
 
     def reserved(self, owner: str) -> Spent:
@@ -86,7 +86,7 @@ class Accounts:
         return self._knows_spent(owner, day_of(time.time())) and self._quota.knows(owner, new=new)
 
     def _knows_spent(self, owner: str, day: int) -> bool:
-        known = [budget.knows(owner, day) for budget in self._budgets.values()]  # each begins a day
+        known = [budget.knows(owner, day) for budget in self._budgets.values()]  # calls all of them
         return all(known)
 
     async def check_store(self, owner: str, *, new: bool) -> None:

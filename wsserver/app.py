@@ -1,7 +1,7 @@
-"""The application: what serves clients, whatever carries their bytes.
+"""The application: serves clients over any transport.
 
-The application knows no sockets. A listener gives it HTTP requests and opened transports, and it
-gives back answers and connections.
+The application uses no sockets. A listener passes HTTP requests and opened transports to it, and
+gets responses and connections.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ CLOSE_BATCH = 100  # clients closed at once, so that they do not all come back a
 CLOSE_PAUSE = 0.1  # seconds between two batches, on average
 SHOWN = 256  # characters of a header in the log
 RECHECKS = 100  # clients whose tokens are checked at once on a reload
-SWEEPS_PER_IDLE_TIME = 10  # looks for idle clients in one `idle_timeout`
+SWEEPS_PER_IDLE_TIME = 10  # checks for idle clients per `idle_timeout`
 
 
 class ClientTransport(Transport, Protocol):
-    """The way to one client that a listener has opened."""
+    """A transport to one client, opened by a listener."""
 
     began: float
     subprotocol: str | None
@@ -60,7 +60,7 @@ class ClientTransport(Transport, Protocol):
 
     @property
     def ended_with(self) -> int:
-        """The close code; 1006 where nobody sent one."""
+        """The close code; 1006 if neither side sent one."""
         ...
 
     async def wait_closed(self) -> None:
@@ -130,7 +130,7 @@ class App:
         self._routes = Routes(settings, self.admission, self._operations)
 
     def ready(self) -> None:
-        """Prepare the model and begin to look for idle clients."""
+        """Prepare the model, and start to check for idle clients."""
         self.hub.readiness.prepare()
         self.metrics.watch_loop()
         self._close_idle()
@@ -240,7 +240,7 @@ class App:
     async def reload(self) -> bool:
         """Read the credentials of clients and of operators again.
 
-        Open connections go on, except those of clients whose token is not valid any more.
+        Open connections continue, except those of clients whose token is no longer valid.
 
         Returns:
             Whether all could be read. A part that could not be read stays as it was, and the log
@@ -262,14 +262,14 @@ class App:
         return done
 
     def stop(self) -> None:
-        """Say in `/readyz` that no more clients are served."""
+        """Report in `/readyz` that the server accepts no more clients."""
         log.info("stopping", replies=self.hub.live, connections=len(self.connections))
         self.stopping = True
         if self._sweep is not None:
             self._sweep.cancel()
 
     async def drain(self) -> None:
-        """Take no more prompts, let replies finish, and close each client with 1012."""
+        """Refuse prompts, wait for replies, and close each client with 1012."""
         await self.hub.drain()
         transports = [transport for transport in self.connections if transport.open]
         random.shuffle(transports)
@@ -287,11 +287,11 @@ class App:
             await transport.wait_closed()
 
     async def close(self, within: float) -> None:
-        """Stop all replies and save them, in so many seconds."""
+        """Stop all replies, and save them within some seconds."""
         await self.hub.close(within)
 
     async def release(self, within: float) -> None:
-        """Close the store, the authenticator and the model, in so many seconds each."""
+        """Close the store, the authenticator and the model, each within some seconds."""
         self.metrics.close()
         if hasattr(self, "store"):
             with contextlib.suppress(TimeoutError, StoreError):

@@ -268,7 +268,7 @@ class Connection:
         for generation, cursor in tuple(self._following.cursors.items()):
             if cursor.own and generation.readers == 1:
                 self._session.hub.stop(generation, "disconnect")
-        self.shut_out("The token is not valid any more.")
+        self.shut_out("The token is no longer valid.")
 
     def shut_out(self, why: str) -> None:
         """Send ``unauthenticated``, and close the connection."""

@@ -71,7 +71,7 @@ class Usage:
     thinking_tokens: int = 0
 
     def __post_init__(self) -> None:
-        # A model that passes a count which is no whole number fails here, and not later.
+        # Fail here, and not later, if a model passes a count that is not an integer.
         for name in _COUNTS:
             count = getattr(self, name)
             if type(count) is not int or count < 0:

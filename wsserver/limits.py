@@ -311,7 +311,7 @@ class Budget:
     def _turn(self, day: int) -> None:
         """Begin a new day. Only the reservations of the day before still count.
 
-        If the clock steps back, the later day goes on.
+        If the clock steps back, the later day stays in use.
         """
         if day <= self._day:
             return

@@ -65,7 +65,7 @@ class Names:
         """Check the `Host` header against DNS rebinding.
 
         Raises:
-            Denied: the host is no name of this server.
+            Denied: the host is not a name of this server.
         """
         host = headers.get("host", "")
         match = HOST.fullmatch(host.lower())

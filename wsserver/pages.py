@@ -1,4 +1,4 @@
-"""Histories and lists as frames: as much as one frame can hold, and how to get the next part."""
+"""Builds frames with histories and lists: the items that fit, and the start of the next page."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,17 +19,17 @@ ITEM_ROOM = 512  # bytes of a conversation besides its title
 
 
 def room_of(settings: Settings) -> int:
-    """Return how many bytes of items an answer can hold."""
+    """Return the bytes for items in one answer."""
     return settings.answer_size - FRAME_ROOM
 
 
 def history(stored: StoredConversation, live: list[str], room: int, request: str | None) -> History:
-    """Make a ``history`` of the newest turns that fit.
+    """Make a ``history`` frame with the newest turns that fit.
 
     Args:
         stored: the conversation, with at least as many turns as fit.
-        live: the ids of the generations that run or wait.
-        room: bytes of the messages. A single turn that is longer is cut.
+        live: the ids of the running and waiting generations.
+        room: bytes for the messages. If a single turn is longer, it is cut.
         request: the ``request`` of the client's frame.
     """
     turns: list[Turn] = []
@@ -60,9 +60,9 @@ def conversations(
     """Make a page of the list of conversations.
 
     Args:
-        found: the conversations, one more than the limit if there are more.
+        found: the conversations; one more than the limit if there are more.
         limit: conversations at most.
-        room: bytes of the items. There is one item even if it is longer.
+        room: bytes for the items. The first item is included even if it is longer.
         request: the ``request`` of the client's frame.
     """
     items: list[ConversationItem] = []
@@ -84,12 +84,12 @@ def conversations(
 
 
 def _messages(turn: Turn) -> list[Message]:
-    """Return the messages of a turn, without a reply that has neither content nor an end."""
+    """Return the messages of a turn; without the reply if it is empty and has no ``partial``."""
     return [turn.prompt, turn.reply] if turn.reply.blocks or turn.partial else [turn.prompt]
 
 
 def _cut(messages: list[Message], room: int) -> list[Message]:
-    """Cut the messages of a turn to their texts, and these to so many bytes, half for each."""
+    """Cut a turn: keep only the texts of its messages, each at most half of ``room`` bytes."""
     found = []
     for message in messages:
         text = message.text
@@ -103,5 +103,5 @@ def _cut(messages: list[Message], room: int) -> list[Message]:
 
 
 def _size(messages: list[Message]) -> int:
-    """Return the bytes of messages in a frame."""
+    """Return the size of messages in a frame, in bytes."""
     return len(_JSON.dump_json(messages))

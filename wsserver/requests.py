@@ -98,7 +98,7 @@ class Requests:
     # The queue.
 
     def put(self, request: Request, size: int) -> None:
-        """Queue a request whose message takes so many bytes, unless it is answered at once.
+        """Queue a request with a message of ``size`` bytes, unless it is answered at once.
 
         Raises:
             Refused: too many requests or bytes wait.

@@ -155,7 +155,7 @@ class Retention:
             self._set_timer()
 
     def _shed(self, size: int) -> None:
-        """Drop so many bytes of ended generations, the oldest first."""
+        """Drop at least ``size`` bytes of ended generations, the oldest first."""
         while size > 0 and self._ended:
             oldest = next(iter(self._ended))
             size -= oldest.size

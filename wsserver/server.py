@@ -192,7 +192,7 @@ class Server:
     async def reload(self) -> bool:
         """Read the certificate, the token for metrics and the credentials of clients again.
 
-        Open sockets go on, except those of clients whose token is not valid any more.
+        Open sockets continue, except those of clients whose token is no longer valid.
 
         Returns:
             Whether all could be read. A part that could not be read stays as it was, and the log
@@ -250,7 +250,7 @@ class Server:
         await self.close()
 
     async def prepared(self) -> None:
-        """Wait until the model has imported what it needs. Clients are served meanwhile."""
+        """Wait until the model is prepared. The server already serves clients."""
         await self.app.hub.readiness.prepared()
 
     async def serve_forever(self) -> None:

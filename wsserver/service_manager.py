@@ -1,4 +1,4 @@
-"""Sockets from a service manager, and messages to it, as systemd defines them."""
+"""Gets sockets from a service manager, and sends states to it, with the protocols of systemd."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log
 
 FIRST_INHERITED = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
-NOTIFY_TIMEOUT = 1.0  # seconds for the service manager to take a message
+NOTIFY_TIMEOUT = 1.0  # seconds for the service manager to receive a message
 
 
 def inherited() -> list[socket.socket]:
@@ -17,7 +17,7 @@ def inherited() -> list[socket.socket]:
     Child processes do not inherit the sockets. A second call returns none.
 
     Raises:
-        ConfigError: a descriptor is no listening stream socket.
+        ConfigError: a descriptor is not a listening stream socket.
     """
     process = os.environ.pop("LISTEN_PID", "")
     count = os.environ.pop("LISTEN_FDS", "")
@@ -25,7 +25,7 @@ def inherited() -> list[socket.socket]:
     if process != str(os.getpid()):
         return []
     if not (count.isascii() and count.isdigit()):
-        raise ConfigError(f"LISTEN_FDS: {count!r} is no number")
+        raise ConfigError(f"LISTEN_FDS: {count!r} is not a number")
     return [_adopt(FIRST_INHERITED + number) for number in range(int(count))]
 
 
@@ -39,7 +39,7 @@ def _adopt(descriptor: int) -> socket.socket:
     if not listens or sock.type != socket.SOCK_STREAM:
         sock.detach()
         raise ConfigError(
-            f"LISTEN_FDS: descriptor {descriptor} is no listening stream socket; "
+            f"LISTEN_FDS: descriptor {descriptor} is not a listening stream socket; "
             "a unit needs ListenStream= and Accept=no"
         )
     return sock
@@ -49,7 +49,7 @@ def notify(*lines: str) -> None:
     """Send the state of the process to the service manager, if there is one (sd_notify(3)).
 
     Args:
-        lines: such as ``READY=1``. ``MONOTONIC_USEC`` is added to ``RELOADING=1``.
+        lines: for example ``READY=1``. To ``RELOADING=1`` this adds ``MONOTONIC_USEC``.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):

@@ -31,7 +31,7 @@ class Session:
     hub: Hub
     settings: Settings
     visitor: Visitor  # has the principal of the client, once the client has authenticated
-    ended: bool = False  # no frame is read any more: the connection is being closed, or is gone
+    ended: bool = False  # further frames are ignored: the connection is closing or closed
 
     @property
     def owner(self) -> str:

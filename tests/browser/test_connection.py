@@ -90,7 +90,7 @@ async def test_page_reconnects_when_network_is_back(
     await page.context.set_offline(True)
     cut(server)
     await expect(state(page)).to_have_text(re.compile(r"trying again…|Connecting…"))
-    await expect(note(page)).to_contain_text("Cut off")
+    await expect(note(page)).to_contain_text("The connection was lost.")
     model.say("two ")
     await page.context.set_offline(False)
     await expect(text(page)).to_have_text("one two")
@@ -220,7 +220,7 @@ async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_p
     before = await text(blank).inner_text()
     async with run(*serve, PYTHONPATH=str(ROOT)) as process:
         await started(process)
-        await expect(note(blank)).not_to_contain_text("Cut off")
+        await expect(note(blank)).not_to_contain_text("The connection was lost.")
         await expect(blank.get_by_role("button", name="Retry")).to_be_visible()
         assert (await text(blank).inner_text()).startswith(before[:50])
         await ask(blank, "What did I just say?")

@@ -98,7 +98,7 @@ def test_sockets_for_other_process_are_ignored(monkeypatch: pytest.MonkeyPatch) 
     ("handed", "says"),
     [
         ("file", "Socket operation on non-socket"),
-        ("datagram", "no listening"),
+        ("datagram", "not a listening"),
         ("none", "Bad file"),
     ],
 )
@@ -117,7 +117,7 @@ def test_inherited_descriptor_must_be_listening_socket(
     assert says in line
     monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
     monkeypatch.setenv("LISTEN_FDS", "many")
-    with pytest.raises(ConfigError, match="'many' is no number"):
+    with pytest.raises(ConfigError, match="'many' is not a number"):
         service_manager.inherited()
 
 

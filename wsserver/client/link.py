@@ -179,7 +179,7 @@ class Link:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(due):
                         await self._queued.wait()
-            # A process that was suspended has not read the data that arrived meanwhile. It then
+            # A suspended process has not read the data that arrived in between. It then
             # looks much later than `due`, and sends another ping instead of giving up.
             elif pinged_at is None or late > seconds / 2:
                 pinged_at = loop.time()

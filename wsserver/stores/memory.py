@@ -190,7 +190,7 @@ class MemoryStore:
             header, terminal = entry.header, entry.terminal
             generation = self._generations.get((header.owner, header.id), {}).get(header.began)
             if generation is None:
-                if not entry.new:  # it was deleted meanwhile
+                if not entry.new:  # the generation was deleted
                     self._count_deleted(header, terminal, now)
                     continue
                 generation = self._begin(header, now)

@@ -101,7 +101,7 @@ class SqliteStore:
         A file of more than 128 MiB is checked in the background.
 
         Raises:
-            ConfigError: the file cannot be opened or written; it is no database, damaged, of a
+            ConfigError: the file cannot be opened or written; it is not a database, damaged, of a
                 later version or of another program; or another server uses it.
         """
         writer = Connection(self._path, self._timeout)
