@@ -33,7 +33,7 @@ from wsserver.settings import Settings
 from wsserver.stopping import Stopping
 
 AUTH_PARTS = 64  # largest `count_parts` of a frame before `auth`; an `auth` has about ten
-LONGEST_STOP = 256  # bytes: a longer frame is no `stop`; over the frame rate it is not parsed
+LONGEST_STOP = 256  # bytes: a longer frame is not a `stop`; over the rate it is not parsed
 V1_FRAMES = V1()
 
 
@@ -62,8 +62,8 @@ class Connection:
     def __init__(
         self, transport: Transport, hub: Hub, settings: Settings, visitor: Visitor
     ) -> None:
-        self.frames = 0  # the number of frames that came
-        # When the last frame came that was no `ping`, by the event loop's clock.
+        self.frames = 0  # number of received frames
+        # When the last frame other than `ping` arrived, by the event loop's clock.
         self.heard = asyncio.get_running_loop().time()
         self._session = Session(transport, hub, settings, visitor)
         self._following = Following(self._session, V1_FRAMES)
@@ -121,7 +121,7 @@ class Connection:
         """Stop following, and drop the requests: the client has disconnected.
 
         Args:
-            lost: the connection died, and the client may not know yet.
+            lost: the connection died, and the client may not have noticed yet.
         """
         self._session.ended = True
         if self._expiry is not None:

@@ -37,8 +37,8 @@ class Code(StrEnum):
 
     # Errors in a client's frame.
     INVALID_JSON = "invalid_json", False, "The frame is not JSON."
-    INVALID_FRAME = "invalid_frame", False, "The frame is JSON, but not one of the protocol's."
-    UNKNOWN_TYPE = "unknown_type", False, "The frame's `type` is not one of the protocol's."
+    INVALID_FRAME = "invalid_frame", False, "The frame is JSON, but not a frame of the protocol."
+    UNKNOWN_TYPE = "unknown_type", False, "The protocol has no frame of this `type`."
     TOO_LONG = "too_long", False, "The prompt, or the messages together, are over the limit."
     ID_CONFLICT = "id_conflict", False, "Another prompt already has this `id`."
     MODEL_NOT_ALLOWED = "model_not_allowed", False, "The `model` is not on the server's list."
@@ -47,7 +47,11 @@ class Code(StrEnum):
     NOT_LAST = "not_last", False, "The `retry_of` is not the last turn of the conversation."
     GAP = "gap", False, "The generation has fewer pieces than `after`."
     NOT_RUNNING = "not_running", False, "There is nothing to stop. Harmless."
-    UNAUTHENTICATED = "unauthenticated", False, "The token is missing, not valid, or has expired."
+    UNAUTHENTICATED = (
+        "unauthenticated",
+        False,
+        "The token is missing, is not valid, or has expired.",
+    )
     # The server cannot answer the frame now.
     BUSY = "busy", True, "Another reply of the conversation runs; see `on_busy`."
     LIMIT = "limit", True, "This client, conversation or server is at a limit."

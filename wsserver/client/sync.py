@@ -7,7 +7,7 @@
             print(text, end="")
 
 The chat runs in its own thread. Ctrl-C leaves the ``for`` loop and then the ``with`` block, which
-stops the replies that still run.
+stops the running replies.
 """
 
 import asyncio

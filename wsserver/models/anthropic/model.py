@@ -1,6 +1,6 @@
-"""The model: one streaming request to the Messages API per reply, and new attempts after failures.
+"""The model: sends one streaming request per reply, and repeats failed attempts.
 
-The SDK does not repeat attempts: it would sleep for any time that a ``retry-after`` says.
+The SDK does not repeat attempts, because it would wait for any ``retry-after``, however long.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ class Anthropic:
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
         self._settings = settings
-        self._without_temperature: set[str] = set()  # models that refused one
+        self._without_temperature: set[str] = set()  # models that refused a temperature
         self._templates = Templates(name)
         self._pool = Pool(settings.generations, settings.connect_timeout, self._templates.tls)
 
