@@ -34,6 +34,17 @@ async def test_piece_is_written_in_same_call_as_append(stand: Stand) -> None:
     assert [frame["text"] for frame in port.of("token")] == ["at once"]
 
 
+async def test_prompt_in_known_conversation_is_answered_in_same_call(stand: Stand) -> None:
+    connection, port = stand.client()
+    connection.receive(json.dumps({"prompt": "Hello?"}))
+    (await stand.puppet.reply()).end()
+    await port.next("done")
+    connection.receive(json.dumps({"prompt": "And now?", "request": "r"}))
+    assert port.of("start")[1]["request"] == "r"
+    connection.receive(json.dumps({"prompt": "And now?"}))
+    assert port.of("error")[0]["code"] == "busy"
+
+
 class Lines:
     """A dialect of plain lines."""
 

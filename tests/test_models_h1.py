@@ -30,6 +30,7 @@ from wsserver.models.response import (
     HttpError,
     MalformedResponse,
     NoResponse,
+    Response,
 )
 
 # Bodies of each framing
@@ -208,6 +209,33 @@ async def test_each_read_is_passed_on_at_once() -> None:
         response = await client.post(template(raw.port), b"{}")
         assert await response.read_body(some) is True
         assert some.reads == [b"one", b"twothree"]
+
+
+async def test_accepted_body_is_passed_on_before_post_returns() -> None:
+    some = Reader()
+    statuses: list[int] = []
+
+    def accept(response: Response) -> Reader:
+        statuses.append(response.status)
+        return some
+
+    async with answering(BODIES["chunked"]) as (raw, _), pool() as client:
+        response = await client.post(template(raw.port), b"{}", accept)
+        assert (statuses, some.reads) == ([200], [b"hello"])
+        assert await response.read_body(some) is True
+
+
+async def test_failure_of_accepted_body_is_raised_once_it_is_read() -> None:
+    def accept(_: Response) -> Callable[[bytes], bool]:
+        return take
+
+    def take(_: bytes) -> bool:
+        raise ZeroDivisionError
+
+    async with answering(BODIES["chunked"]) as (raw, _), pool() as client:
+        response = await client.post(template(raw.port), b"{}", accept)
+        with pytest.raises(ZeroDivisionError):
+            await response.read_body(take)
 
 
 async def test_reader_may_stop_and_continue() -> None:
