@@ -26,26 +26,26 @@ class Denied(Exception):
 
 
 def unavailable(why: Refusal, message: str) -> Denied:
-    """Return a refusal that holds for now: 503 with Retry-After."""
+    """Return a temporary refusal: 503 with Retry-After."""
     headers = {"Retry-After": str(RETRY_AFTER)}
     return Denied(HTTPStatus.SERVICE_UNAVAILABLE, why, message, headers)
 
 
 def no_place() -> Denied:
-    """Return the refusal of a connection for which no place is left."""
-    return unavailable("limit", "This server has as many connections as it may.")
+    """Return the refusal of a connection over the limit of the server."""
+    return unavailable("limit", "This server has its maximum number of connections.")
 
 
 def no_memory() -> Denied:
-    """Return the refusal of a request for which no memory is left."""
+    """Return the refusal of a request for which there is no memory."""
     return unavailable("limit", "This server has no memory left for this request.")
 
 
 def too_many(whose: str) -> Denied:
-    """Return the refusal of a connection of an address or principal that has enough of them."""
+    """Return the refusal of a connection over the limit of an address or principal."""
     return Denied(
         HTTPStatus.TOO_MANY_REQUESTS,
         "limit",
-        f"This {whose} has as many connections as it may.",
+        f"This {whose} has its maximum number of connections.",
         {"Retry-After": str(RETRY_AFTER)},
     )

@@ -1,8 +1,8 @@
-"""File descriptors: how many this process may have, and what they are shared out to.
+"""Divides the file descriptors of the process between connections and replies.
 
-A connection takes one, and a reply takes another for its request to the model's API. Where a
-process has none left, nothing works: no reply, no probe, no store. So the settings are lowered to
-what the limit allows before the server listens, and each open connection keeps one for a reply.
+A connection uses one descriptor, and a reply uses another one for its request to the model's API.
+Without free descriptors nothing works: no reply, no probe, no store. So the server lowers the
+settings before it listens, and each open connection has a spare descriptor for a reply.
 """
 
 import contextlib
@@ -13,22 +13,22 @@ from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.settings import Settings
 
-OWN = 20  # the store's, the event loop's, a fetch of keys, names that are looked up
-SPARE = 16  # connections beyond the limit, for probes: a full server is not a dead one
-OPERATORS = 16  # connections to the port for operators, where there is one
+OWN = 20  # for the store, the event loop, a fetch of keys, DNS lookups
+SPARE = 16  # connections over the limit, so that a full server still answers probes
+OPERATORS = 16  # connections to the port for operators, if there is one
 AT_ONCE = 8  # connections that are accepted in one turn of the event loop
-LINGERING = 100  # clients who are turned away and read why, where descriptors are many
-SHARE = 16  # of how many descriptors one may go to such a client
-FEWEST = 8  # connections, below which a server is of no use
+LINGERING = 100  # most refused clients that may stay connected until they have read the reason
+SHARE = 16  # one of so many descriptors is for a refused client
+FEWEST = 8  # least connections of a server
 
 
 def raise_limit(settings: Settings) -> None:
-    """Have as many descriptors as the settings may need, or as many as there are.
+    """Raise the limit of descriptors to the number that the settings need, if possible.
 
-    For a program that owns its process: the limit is the whole process's.
+    Only a program that owns its process may call this: the limit applies to the whole process.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = _beside(settings, LINGERING) + settings.connections + settings.generations
+    needed = _reserved(settings, LINGERING) + settings.connections + settings.generations
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     if allowed > soft != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError, ValueError):
@@ -36,13 +36,13 @@ def raise_limit(settings: Settings) -> None:
 
 
 def fit(settings: Settings) -> Settings:
-    """Lower connections and generations to what the limit of descriptors allows, and log it.
+    """Lower connections and generations to fit the limit of descriptors, and log it.
 
     Raises:
-        ConfigError: the limit allows next to none.
+        ConfigError: the limit is too low for a server.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    room = limit - _beside(settings, _share(limit))
+    room = limit - _reserved(settings, _share(limit))
     if limit == resource.RLIM_INFINITY or room >= settings.connections + settings.generations:
         return settings
     if room < 2 * FEWEST:
@@ -59,7 +59,7 @@ def fit(settings: Settings) -> Settings:
 
 
 def lingering(settings: Settings) -> int:
-    """Return how many clients who are turned away may stay a moment to read why."""
+    """Return the number of refused clients that may stay connected to read the reason."""
     return _share(settings.connections)
 
 
@@ -67,14 +67,14 @@ def _share(count: int) -> int:
     return max(FEWEST, min(LINGERING, count // SHARE))
 
 
-def _beside(settings: Settings, turned_away: int) -> int:
-    """Return how many descriptors are taken by all but connections and replies."""
+def _reserved(settings: Settings, refused: int) -> int:
+    """Return the number of descriptors for everything but connections and replies."""
     operators = 0 if settings.operations_port is None else OPERATORS
-    return _open() + OWN + SPARE + operators + AT_ONCE + turned_away
+    return _open() + OWN + SPARE + operators + AT_ONCE + refused
 
 
 def _open() -> int:
-    """Return how many descriptors are open."""
+    """Return the number of open descriptors."""
     try:
         return len(os.listdir("/dev/fd"))  # noqa: PTH208 - names are enough
     except OSError:

@@ -118,7 +118,7 @@ class Log(Generic[T]):
 
     @property
     def seq(self) -> int:
-        """The number of the last piece; 0 where there is none."""
+        """The number of the last piece; 0 if there is none."""
         return len(self.pieces.data)
 
     @property
@@ -144,7 +144,7 @@ class Log(Generic[T]):
             if kind != pieces.kind or block != pieces.block:
                 pieces.begin(kind, block)
             pieces.data.append(data)
-            for follower in tuple(self.followers):  # a copy: a follower may leave as it is woken
+            for follower in tuple(self.followers):  # a copy: a woken follower may remove itself
                 follower.wake()
 
     def end(self, terminal: T) -> None:

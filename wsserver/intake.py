@@ -222,11 +222,11 @@ class Intake:
             generation.spoke = generation.heard
 
     def _append_in_parts(self, kind: Kind, data: str) -> None:
-        """Append data in parts that a frame can hold.
+        """Append data in parts that fit into a frame.
 
-        Of text and thinking goes in what there is room for. Data of another kind goes in whole, or
-        the reply ends before it. A frame has a whole citation, as it is: a citation may have as
-        many bytes as the longest frame of text.
+        Text and thinking are cut at the limit of the reply. Data of another kind is appended whole,
+        or the reply ends before it. A citation is not split: it may have as many bytes as the
+        longest frame of text.
         """
         most = self._size
         if kind == "citation":

@@ -55,7 +55,7 @@ class Bucket:
         return max(0.0, -(self._left + (now - self._at) * self.rate) / self.rate)
 
     def full(self, now: float) -> bool:
-        """Whether the bucket has all its tokens, as a new one has."""
+        """Whether the bucket has all its tokens."""
         return self._left + (now - self._at) * self.rate >= self.burst
 
 

@@ -43,7 +43,7 @@ class Quota:
             raise Refused(Code.LIMIT, message, retryable=False)
 
     def _over(self, stored: Amounts, *, new: bool) -> str | None:
-        """Return what to tell an owner who has reached a limit; None if there is none."""
+        """Return the message for an owner at a limit; None if the owner is below all limits."""
         size, count = self._settings.bytes_per_principal, self._settings.conversations_per_principal
         if stored.bytes >= size:
             return (

@@ -230,7 +230,7 @@ class Settings(BaseSettings):
     demo_rate: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("words/s")] = 25.0
     """Words per second of the demo model. The default is a human reading pace; 0 sets no pause."""
 
-    # Tuning: who may connect.
+    # Tuning: tokens and handshakes.
     tokens: str = ""
     """Tokens of principals, `NAME sha256:DIGEST` each, separated by commas. For environments
     without files. The digests are not secret: nobody can log in with a digest."""

@@ -59,7 +59,7 @@ The next prompt goes on in the same conversation over the same socket. If you wo
 it run, it counts to twenty first: one, two, three, four, five, six, seven, eight, nine, ten, \
 eleven, twelve, thirteen, fourteen, fifteen, sixteen, seventeen, eighteen, nineteen, twenty.
 
-You can also ask “What did I just say?”, as the conversation is remembered. To talk to Claude \
+You can also ask “What did I just say?”, because the conversation is saved. To talk to Claude \
 instead, set ANTHROPIC_API_KEY and start the server again."""
 
 

@@ -18,7 +18,7 @@ TRACES = 1000  # traces of one owner; the oldest are dropped first
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A generation as it was accepted.
+    """The accepted prompt of a generation.
 
     ``began`` is the time of acceptance in seconds since the epoch. ``retry_of`` is the id of the
     generation that this one replaces in the history.

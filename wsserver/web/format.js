@@ -153,7 +153,7 @@ export class Formatter {
   /** Turn the marks that the line did not close into text. */
   #endLine() {
     for (const { element, mark } of this.#marked.splice(0).reverse()) {
-      // One by one, as a call takes only so many arguments.
+      // One by one, because a call has a limit of arguments.
       element.before(mark)
       while (element.firstChild) element.before(element.firstChild)
       element.remove()
