@@ -630,7 +630,10 @@ async def test_image_does_not_serve_anonymous_clients() -> None:
     image = image_environment() | {"WSSERVER_PORT": "0", "WSSERVER_STORE": "memory:"}
     assert image["WSSERVER_HOST"] == "0.0.0.0"
     no_file = {"WSSERVER_TOKEN_FILE": "/nowhere/tokens"}
-    for changed, says in ((no_file, "token_file: "), ({"WSSERVER_TOKEN_FILE": ""}, "strangers")):
+    for changed, says in (
+        (no_file, "token_file: "),
+        ({"WSSERVER_TOKEN_FILE": ""}, "without a token"),
+    ):
         async with run(
             *image_command(), cwd=None, **image | changed, PYTHONPATH=str(ROOT)
         ) as process:

@@ -1,4 +1,4 @@
-"""The server: an application and its listeners, from start to close."""
+"""The server: it starts and closes the application and its listeners."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
 
-LAST_TURN = 0.1  # seconds for tasks that were cancelled to end, when there is no time left
+LAST_TURN = 0.1  # seconds for cancelled tasks to end, even when the time is over
 
 
 def serve(
@@ -32,7 +32,7 @@ def serve(
     sockets: Sequence[listening.StreamSocket] = (),
     **given: Any,
 ) -> "Server":
-    """Make a server; it listens inside ``async with``.
+    """Make a server. It listens inside ``async with``.
 
     ::
 
@@ -41,50 +41,51 @@ def serve(
             await server.serve_forever()
 
     Args:
-        model: what answers: an async generator from a request to pieces, see
-            :class:`wsserver.Model`, a :class:`wsserver.PushModel`, or a name as the setting
-            ``model`` takes. Default: that setting.
-        authenticate: what tells principals by their tokens, see :class:`wsserver.Authenticator`.
-            Default: what the settings ask for.
-        settings: all settings at once; without it they are read from the environment.
-        sockets: stream sockets to listen on, bound already, in place of the settings' addresses.
-            The server closes them.
-        given: single settings, by name; they win over the environment.
+        model: a :class:`wsserver.Model`, such as an async generator function; a
+            :class:`wsserver.PushModel`; or a name, as in the setting ``model``. Default: the model
+            of the setting.
+        authenticate: returns the principal of a token; see :class:`wsserver.Authenticator`.
+            Default: the authenticator of the settings.
+        settings: all settings. Default: they are read from the environment.
+        sockets: bound stream sockets to listen on, instead of the addresses in the settings. The
+            server closes them.
+        given: single settings by name. They win over the environment.
 
     Raises:
-        ConfigError: a setting does not fit, or the model is none.
+        ConfigError: a setting is invalid, or the object cannot be a model.
+        TypeError: both ``settings`` and single settings are given.
     """
     if isinstance(model, str):
         model, given = None, {**given, "model": model}
     if settings is None:
         settings = Settings.load(**given)
     elif given:
-        raise TypeError("give either settings or single ones")
+        raise TypeError("give either settings or single settings")
     if model is not None:
         models.check(model)
     return Server(model, authenticate, settings, sockets)
 
 
 class Server:
-    """A running server; see :func:`serve`.
+    """A server; see :func:`serve`. It listens inside ``async with``, once.
 
-    Entering it raises ``OSError`` when it cannot listen on its address, and
-    :class:`~wsserver.ConfigError` when there is no model of the name in the settings, when the
-    certificate or the unix socket cannot be used, or when strangers could reach it without saying
-    who they are. It runs once.
+    Entering raises ``OSError`` if the server cannot listen on its address. It raises
+    :class:`~wsserver.ConfigError` if the settings name no model, if the certificate or the unix
+    socket cannot be used, or if clients without a token could reach the server from outside.
 
     Attributes:
-        app: the application, once the server is entered.
-        listener: its listening sockets and connections, once the server is entered.
-        settings: what holds here. Once entered, with no more connections and replies than the limit
-            of file descriptors allows.
-        model_name: what answers, as clients see it.
-        port: where it listens, also where the setting was 0; 0 if it has unix sockets alone.
-        bound: all addresses that it listens on, as people write them.
-        operators: the listener for operators, where there is one.
-        operations_port: the port for operators, where there is one.
-        metrics: what it counts and measures.
-        memory: the bytes that it holds for its clients.
+        settings: the settings. Once the server is entered, they allow no more connections and
+            replies than the limit of file descriptors.
+        metrics: the numbers that the server counts and measures.
+        memory: counts the bytes that the server holds for its clients.
+        app: the application. This attribute and the following ones exist once the server is
+            entered.
+        listener: the listening sockets for clients, and their connections.
+        model_name: the model's name for clients.
+        port: the TCP port that the server listens on; 0 if it has only unix sockets.
+        bound: all addresses that the server listens on, such as ``[::1]:3001`` or a path.
+        operators: the listener for operators; None without an ``operations_port``.
+        operations_port: the port for operators; None without one.
     """
 
     app: App
@@ -126,7 +127,7 @@ class Server:
 
     @property
     def page(self) -> str:
-        """The address for browsers on this machine; that of a unix socket is as nginx has it."""
+        """The address for browsers on this machine. A unix socket is written as in nginx."""
         scheme = "http" if self._certificate is None else "https"
         return f"{scheme}://{self._address}/" if self.port else f"{scheme}://unix:{self.bound[0]}:/"
 
@@ -161,10 +162,10 @@ class Server:
         return self
 
     def _check_exposure(self) -> None:
-        """Refuse to serve strangers who need not say who they are, unless told so.
+        """Refuse to serve clients without a token from outside, unless the settings allow it.
 
         Raises:
-            ConfigError: it would.
+            ConfigError: clients without a token could reach the server from outside.
         """
         settings, admission = self.settings, self.app.admission
         admission.loopback = listening.loopback(self.listener.bound)
@@ -176,9 +177,9 @@ class Server:
         elif not admission.loopback or settings.proxies or settings.hosts:
             why = "it has hosts or proxies" if admission.loopback else "it is not on loopback"
             raise ConfigError(
-                f"strangers could use this server, as {why}; let them say who they are (make a "
-                "token with `wsserver token new NAME --file FILE`, and start with --token-file "
-                "FILE), or serve them all with --allow-anonymous"
+                f"everyone could use this server without a token, because {why}; make a token with "
+                "`wsserver token new NAME --file FILE` and start with --token-file FILE, or serve "
+                "everyone with --allow-anonymous"
             )
         else:
             admission.users = own_users()
@@ -195,8 +196,8 @@ class Server:
         Open sockets continue, except those of clients whose token is no longer valid.
 
         Returns:
-            Whether all could be read. A part that could not be read stays as it was, and the log
-            has the reason.
+            False if a part could not be read. Such a part stays as it was, and the log has the
+            reason.
         """
         done = self._certificate is None or self._certificate.reload()
         return await self.app.reload() and done
@@ -245,7 +246,7 @@ class Server:
         _, self.operations_port = listening.tcp_address(self.operators.bound)
 
     async def __aexit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        if exc_type is not None:  # also when cancelled: leave quickly
+        if exc_type is not None:  # a cancellation included
             self.hurry()
         await self.close()
 
@@ -259,9 +260,9 @@ class Server:
             await self._closed.wait()
 
     async def close(self) -> None:
-        """Drain and close: take no more prompts, let replies finish, close the sockets with 1012.
+        """Refuse new prompts, let replies finish, and close the sockets with 1012.
 
-        It takes no longer than the ``shutdown_timeout``. Idempotent; all callers wait for the end.
+        This takes at most the ``shutdown_timeout``. Idempotent: all callers wait for the end.
         """
         if not hasattr(self, "port"):  # never entered
             return
@@ -270,7 +271,7 @@ class Server:
         await asyncio.shield(self._closing)
 
     def hurry(self) -> None:
-        """Make :meth:`close`, under way or to come, wait for nothing more."""
+        """Make :meth:`close` end at once, whether it is running or called later."""
         self._hurried = True
         if self._leaving is not None:
             self._leaving.cancel()
@@ -293,7 +294,7 @@ class Server:
             await asyncio.wait({self._leaving})
         self.listener.abort()
         await self.app.close(min(self._left(deadline), self.settings.stop_timeout))
-        if self.operators is not None:  # until now it has told how things stand
+        if self.operators is not None:  # `/readyz` and `/metrics` answer until here
             self.operators.stop_listening()
             self.operators.abort()
         with contextlib.suppress(TimeoutError):
@@ -320,6 +321,6 @@ class Server:
 
     async def _respond_to_operator(self, request: Request, _: Visitor | None) -> Answer:
         assert self.operators is not None
-        # A page in a browser can reach loopback. Elsewhere nobody needs a page to read the metrics.
+        # Pages of other sites can reach loopback through a name that resolves to it.
         check_host = listening.loopback(self.operators.bound)
         return await self.app.respond_to_operator(request, check_host=check_host)
