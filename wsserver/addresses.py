@@ -79,7 +79,7 @@ def network(name: str) -> Network:
     try:
         return ipaddress.ip_network(name, strict=False)
     except ValueError:
-        raise ConfigError(f"proxies: {name!r} is no address, network or `unix`") from None
+        raise ConfigError(f"proxies: {name!r} is not an IP address, a network or `unix`") from None
 
 
 def host_pattern(text: str) -> re.Pattern[str]:
@@ -89,7 +89,9 @@ def host_pattern(text: str) -> re.Pattern[str]:
         ConfigError: the item is no host name.
     """
     if not re.fullmatch(rf"\*|(\*\.)?{_LABELS}", text.lower()):
-        raise ConfigError(f"hosts: {text!r} is no host name, without a port, or `*.` and one")
+        raise ConfigError(
+            f"hosts: {text!r} is not a host name without a port, or `*.` and a host name"
+        )
     return re.compile(_wild(text.lower()))
 
 
@@ -107,7 +109,7 @@ def origin_pattern(text: str) -> re.Pattern[str]:
     )
     if found is None:
         raise ConfigError(
-            f"origins: {text!r} is no origin, such as https://example.com or https://*.example.com"
+            f"origins: {text!r} is not an origin such as https://example.com or https://*.example.com"
         )
     if found["name"] is None:
         return re.compile(_wild(text.lower()))

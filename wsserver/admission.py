@@ -53,7 +53,7 @@ class Admission:
         self.principals = Shares(settings.connections_per_principal)
         # Number of connections of each address, and of the networks around it.
         self.addresses = Shares(settings.connections_per_address)
-        self.connections = 0  # number of all connections, also of those whose request has not come
+        self.connections = 0  # number of all connections, before and after their requests
 
     def arrive(self, peer: str, user: int | None = None) -> "Visitor":
         """Accept a connection until its request has come.
@@ -248,7 +248,7 @@ class Visitor:
         """Check the token of the client again, and learn when the token expires.
 
         Returns:
-            False if the token is not valid any more, or belongs to another principal now.
+            False if the token has become invalid, or belongs to another principal now.
         """
         if self._admission.authenticate is None or self.principal is None:
             return True
@@ -257,7 +257,7 @@ class Visitor:
             principal = await self._principal_of(token)
         except Unavailable:
             return True  # no authenticator has refused the token
-        if self._token is not token:  # the client has authenticated again meanwhile
+        if self._token is not token:  # the client has sent another `auth` frame
             return True
         if principal is None or principal.name != self.principal.name:
             return False
@@ -274,7 +274,9 @@ class Visitor:
                 # Half of the time for a handshake leaves time for the answer.
                 async with asyncio.timeout(self._admission.settings.open_timeout / 2):
                     principal = await authenticate(token, self._handshake)
-                if self._admission.reloads == reloads:  # else the old credentials may have decided
+                if (
+                    self._admission.reloads == reloads
+                ):  # else the old credentials may have been used
                     break
             if not isinstance(principal, Principal | None):
                 raise TypeError("an authenticator returns a Principal or None")

@@ -55,10 +55,10 @@ class Host(Place, typing.Protocol):
     closing: bool
 
     def linger(self, exchange: "Exchange") -> None:
-        """Note a connection that holds no place."""
+        """Keep a connection that counts for no limit; abort the oldest of too many."""
 
     def take_spare(self, exchange: "Exchange") -> None:
-        """Note a connection in a place for probes."""
+        """Keep a connection in a place for probes; abort the oldest of too many."""
 
 
 class Exchange(TcpConnection):
@@ -83,9 +83,11 @@ class Exchange(TcpConnection):
         self._denied: Denied | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._parser = RequestParser()
-        self._answering = False  # may last longer than the connection
-        self._dropping = False  # bytes that come are dropped
-        self._waits = False  # between two requests
+        self._answering = (
+            False  # a task answers the request, perhaps longer than the connection lasts
+        )
+        self._dropping = False  # received bytes are dropped
+        self._waits = False  # the connection is between two requests
         # While the application reads the body: set when more of the body has come.
         self._more: asyncio.Event | None = None
         self._patience: asyncio.Timeout | None = None  # of the task that answers
@@ -99,7 +101,7 @@ class Exchange(TcpConnection):
         listener.connections.add(self)
         name = transport.get_extra_info("peername")
         here = transport.get_extra_info("sockname")
-        # A client of a unix socket may have a name. A client that has gone has no address.
+        # The client of a unix socket may have a name. A disconnected client has no address.
         peer = name[0] if isinstance(name, tuple) else "gone" if isinstance(here, tuple) else "unix"
         try:
             if listener.admission is not None:
@@ -176,7 +178,7 @@ class Exchange(TcpConnection):
     # The request.
 
     def buffer_updated(self, size: int) -> None:
-        """Parse more of the request, and have it answered once its head is complete."""
+        """Parse more of the request. A task answers the request once its head is complete."""
         if self._waits:
             self._waits = False
             self._listener.lingering.pop(self, None)
@@ -270,7 +272,9 @@ class Exchange(TcpConnection):
             self._answering = False
             if self not in self._listener.connections:
                 self._hold(0)
-        if self.transport.is_closing() or self._dropping:  # gone, or answered
+        if (
+            self.transport.is_closing() or self._dropping
+        ):  # the client has disconnected, or the request was refused
             if isinstance(answer, Stream):
                 answer.producer.closed()
             return
@@ -310,7 +314,7 @@ class Exchange(TcpConnection):
             self.serve_next(self)
 
     def serve_next(self, before: TcpConnection) -> None:
-        """Wait for the next request of a connection. The connection holds no place meanwhile."""
+        """Wait for the next request of a connection. The connection counts for no limit."""
         following = Exchange(self._listener)
         following.transport, following.below = before.transport, before.below
         before.hand_over(following)

@@ -77,7 +77,7 @@ class RequestParser:
         return 1 + len(self._headers)
 
     def close(self) -> None:
-        """Let go of llhttp's parser, which holds on to this one."""
+        """Release llhttp's parser, which refers to this parser."""
         self._parser = None
 
     def feed(self, data: bytes) -> None:
@@ -100,7 +100,9 @@ class RequestParser:
 
     def _feed_head(self, data: bytes) -> None:
         after = len(data)
-        refusal: tuple[HTTPStatus, str] | None = None  # an exception would be part of a cycle
+        refusal: tuple[HTTPStatus, str] | None = (
+            None  # an exception would be part of a reference cycle
+        )
         try:
             self._parse(data)
         except HttpParserUpgrade as upgrade:
@@ -115,7 +117,7 @@ class RequestParser:
         if self._done:
             self.head = self._request()
             self.early = data[after:]
-        # llhttp reports a malformed body with the head; one after the request is no matter.
+        # A malformed body is refused. Malformed bytes after the whole request are ignored.
         if refusal is not None and not self.ended:
             raise BadRequest(*refusal)
 
@@ -143,7 +145,7 @@ class RequestParser:
             message = f"The target has more than {LINE_SIZE} bytes."
             raise BadRequest(HTTPStatus.REQUEST_URI_TOO_LONG, message)
         too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        # llhttp tells where a head ends for upgrades alone: another's last read may have more.
+        # llhttp reports the end of a head for upgrades only: other reads may have more bytes.
         if self.size > HEAD_SIZE and (self._upgrade or not self._done):
             message = f"The head of the request has more than {HEAD_SIZE} bytes."
             raise BadRequest(too_large, message)
@@ -192,18 +194,18 @@ class RequestParser:
     # Called by llhttp.
 
     def on_url(self, url: bytes) -> None:
-        """Take a part of the target."""
+        """Add a part of the target."""
         if not self._done:
             self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header."""
+        """Add a header."""
         if not self._done:
             self._headers.append((name, value))
             self._longest = max(self._longest, len(name) + len(value))
 
     def on_headers_complete(self) -> None:
-        """Note that the head is complete."""
+        """Mark the head as complete."""
         if not self._done and self._parser is not None:
             self._method = self._parser.get_method().decode()
             self._version = self._parser.get_http_version()
@@ -211,14 +213,14 @@ class RequestParser:
             self._done = True
 
     def on_body(self, data: bytes) -> None:
-        """Take a part of the body."""
+        """Add a part of the body."""
         if not self.ended:
             self.body += data
 
     def on_message_complete(self) -> None:
-        """Note that the request is complete."""
+        """Mark the request as complete."""
         self.ended = True
 
     def on_message_begin(self) -> None:
-        """Note another request."""
+        """Mark that another request begins."""
         self.more = self.ended

@@ -59,14 +59,14 @@ class Listener:
         self.loop = asyncio.get_running_loop()
         # All connections, also those that are no WebSocket yet.
         self.connections: set[TcpConnection] = set()
-        # The connections that hold no place, the oldest first: refused ones, and those between two
-        # requests.
+        # The connections that count for no limit, the oldest first: refused ones, and those between
+        # two requests.
         self.lingering: dict[Exchange, None] = {}
         # The connections in places for probes, the oldest first.
         self.spare: dict[Exchange, None] = {}
-        # The tasks that answer requests, also of clients that have gone.
+        # The tasks that answer requests, also of disconnected clients.
         self.answering: set[asyncio.Task[None]] = set()
-        self.closing = False  # whether no WebSocket may open any more
+        self.closing = False  # whether new WebSockets are refused
         # All connections read into this buffer. A connection takes its data in the callback of the
         # read, before another connection can read. All event loops do so.
         self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
@@ -111,11 +111,11 @@ class Listener:
         await asyncio.gather(*self.answering, *ended, return_exceptions=True)
 
     def linger(self, exchange: "Exchange") -> None:
-        """Note a connection without a place; abort the oldest of too many."""
+        """Keep a connection that counts for no limit; abort the oldest of too many."""
         _keep(self.lingering, exchange, self._most_lingering)
 
     def take_spare(self, exchange: "Exchange") -> None:
-        """Note a connection in a place for probes; abort the oldest of too many."""
+        """Keep a connection in a place for probes; abort the oldest of too many."""
         _keep(self.spare, exchange, SPARE)
 
     def _full(self) -> bool:

@@ -103,7 +103,7 @@ def _remove_stale(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(kind):
-        raise ConfigError(f"unix_socket: {path} exists and is no socket")
+        raise ConfigError(f"unix_socket: {path} exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(0)  # a server whose queue is full lives too
         result = probe.connect_ex(str(path))

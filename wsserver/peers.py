@@ -43,8 +43,8 @@ def user_at(peer: Address, here: Address) -> int | None:
         here: address of this end.
 
     Returns:
-        The id of the user; :data:`NOBODY` where no program holds the other end any more;
-        :data:`ELSEWHERE` where this kernel has no such end, or not any more; None where the kernel
+        The id of the user; :data:`NOBODY` if the program at the other end has closed it;
+        :data:`ELSEWHERE` if this kernel does not have the other end; None if the kernel
         does not tell. Linux alone does (sock_diag(7)).
     """
     family = socket.AF_INET6 if ":" in peer[0] else socket.AF_INET

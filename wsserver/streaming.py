@@ -41,7 +41,7 @@ class StreamedResponse(Writer):
         self.id = uuid4()
         self._chunked = chunked
         self._following = following
-        self._dropped = 0  # bytes that the client sent after its request
+        self._dropped = 0  # bytes that came after the request
         self._ended = False
         self._linger: asyncio.TimerHandle | None = None
         self._producer: Producer | None = producer
@@ -78,7 +78,7 @@ class StreamedResponse(Writer):
             self.transport.close()
 
     def buffer_updated(self, size: int) -> None:
-        """Drop what the client sends after its request, up to one buffer."""
+        """Drop bytes after the request; abort a client that sends more than one buffer."""
         self._dropped += size
         if self._dropped > READ_SIZE:
             self.abort()

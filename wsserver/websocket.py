@@ -1,7 +1,7 @@
 """A WebSocket over the sans-I/O protocol of the websockets library.
 
-A socket has no task. It writes without waiting, and hands over a message in the call that reads it.
-The bytes that a socket holds count for its client.
+A socket has no task. It writes without waiting, and delivers a message in the call that reads the
+message. The bytes that a socket has in memory count for its client.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Receiver(typing.Protocol):
         """Receive a message."""
 
     def wake(self) -> None:
-        """Go on writing: the peer has caught up."""
+        """Write on: the client reads again."""
 
 
 class Place(Owner, typing.Protocol):
@@ -47,10 +47,10 @@ class Place(Owner, typing.Protocol):
 
 
 class Socket(Writer):
-    """A WebSocket with synchronous writes, and a deadline for a peer that does not read.
+    """A WebSocket with synchronous writes, and a deadline for a client that does not read.
 
-    Keep-alive pings do not notice a peer that stopped reading, since they wait for their turn
-    behind what that peer does not read.
+    Keep-alive pings cannot detect a client that stopped reading: a ping waits behind the bytes that
+    the client does not read.
 
     Args:
         listener: owner of the connection.
@@ -85,48 +85,48 @@ class Socket(Writer):
         # The protocol of the handshake would keep the request.
         self._protocol = Protocol(Side.SERVER, max_size=settings.message_size, logger=SILENT)
         self.id = self._protocol.id
-        self._unread = b""  # the rest of what came, for later turns
+        self._unread = b""  # received bytes that a later turn parses
         # Of a message in fragments: its bytes, the number of fragments, and whether it is text.
         self._message: bytearray | None = None
         self._parts = 0
         self._text = False
-        self._control: Bucket | None = None  # of frames that nobody asked for and are no messages
-        self._ping: bytes | None = None  # that is not answered yet
+        self._control: Bucket | None = None  # limits unsolicited pings and pongs
+        self._ping: bytes | None = None  # data of the ping that waits for its pong
         self._pinged = self.began
-        self._leaving = False  # it is being closed,
-        self._failed = False  # and nothing more is heard
-        # Sends the next ping; while the socket is being closed, aborts it.
+        self._leaving = False  # the closing handshake has begun
+        self._failed = False  # received frames are ignored
+        # Sends the next ping; aborts the socket during its closing handshake.
         self._timer = listener.loop.call_later(settings.ping_interval, self._keep_alive)
         assert listener.on_open is not None
         self._connection = listener.on_open(self, self.visitor)
 
     @property
     def open(self) -> bool:
-        """Whether neither side has begun to close it."""
+        """Whether neither side has begun the closing handshake."""
         return not (self._leaving or self.transport.is_closing())
 
     @property
     def closed_by_client(self) -> bool:
-        """Whether the client has sent a close frame, and so knows that it is not connected.
+        """Whether the client has sent a close frame, and so knows that the connection has ended.
 
-        A TCP connection that ends without one may have been ended by anybody on the way.
+        Without a close frame, a proxy or the network may have ended the TCP connection.
         """
         return self._protocol.close_rcvd is not None
 
     @property
     def ended_with(self) -> int:
-        """The close code of the side that closed first; 1006 where neither sent a close frame.
+        """The close code of the side that closed first; 1006 if neither side sent a close frame.
 
-        The library's is 1006 also for one that was told to go and did so without an answer.
+        The code of the library is also 1006 if the client did not answer the server's close frame.
         """
         protocol = self._protocol
         first = protocol.close_rcvd if protocol.close_rcvd_then_sent else protocol.close_sent
         return 1006 if first is None else first.code
 
-    # What is written.
+    # Writing.
 
     def write(self, text: bytes) -> None:
-        """Send a text message of UTF-8 without waiting, at once or from a buffer."""
+        """Send a text message in UTF-8 without waiting, at once or from a buffer."""
         if self._leaving or self.transport.is_closing():
             return
         self._write(frame(text))
@@ -138,7 +138,7 @@ class Socket(Writer):
             self._send()
 
     def _fail(self, code: int, reason: str) -> None:
-        """Close the connection, and ignore what the peer still sends."""
+        """Begin the closing handshake, and ignore all later frames of the client."""
         self._failed = True
         self._protocol.fail(code, reason)
         self._send()
@@ -156,10 +156,10 @@ class Socket(Writer):
         if self.open:
             self._connection.wake()
 
-    # What is read.
+    # Reading.
 
     def buffer_updated(self, size: int) -> None:
-        """Parse some frames of what came, and the rest in later turns of the event loop."""
+        """Parse some of the received frames, and the others in later turns of the event loop."""
         self._unread += self._listener.buffer[:size]
         self._read(FRAMES_PER_TURN)
         self._count()
@@ -168,7 +168,7 @@ class Socket(Writer):
             self._listener.loop.call_soon(self._read_on)
 
     def begin(self, early: bytes) -> None:
-        """Parse the bytes that came before the handshake response, and go on reading."""
+        """Parse the bytes that came before the handshake response, and read on."""
         if early:
             self._unread = early
             self.transport.pause_reading()
@@ -183,7 +183,7 @@ class Socket(Writer):
             self.transport.resume_reading()
 
     def _read(self, most: int) -> None:
-        """Parse up to so many frames of the unread bytes."""
+        """Parse at most ``most`` frames of the unread bytes."""
         frames = 0
         while self._unread and frames < most and not self.transport.is_closing():
             bite, self._unread = self._unread[:BITE], self._unread[BITE:]
@@ -197,12 +197,12 @@ class Socket(Writer):
                     self._handle_frame(event)
                 frames += 1
         if self.transport.is_closing():
-            self._unread = b""  # as nobody is there any more to whom it could matter
+            self._unread = b""  # the connection has ended
 
     def _count(self) -> None:
-        """Count the bytes that the peer sent and those that it does not read.
+        """Count the received bytes in memory and the bytes that the client does not read.
 
-        Where there is no memory for it, the connection ends: nothing of it can be given up.
+        Without memory for these bytes the connection is closed: none of them can be dropped.
         """
         unsent, unparsed = self.waiting, self._protocol.reader.buffer
         size = unsent
@@ -219,7 +219,7 @@ class Socket(Writer):
 
     def eof_received(self) -> None:
         """Close the connection after all earlier reads and writes."""
-        self._read(len(self._unread))  # behind TLS the end can come with it, in one turn
+        self._read(len(self._unread))  # with TLS, data and its end can come in one turn
         self._protocol.receive_eof()
         self._send()
 
@@ -231,18 +231,18 @@ class Socket(Writer):
         self._listener.on_close(self, self.visitor)
 
     def _handle_frame(self, part: Frame) -> None:
-        """Handle a frame, and hand over the message that it ends."""
+        """Handle a frame, and deliver the message that it ends."""
         if part.opcode in {Opcode.PING, Opcode.PONG}:
             self._handle_control(part)
         elif part.opcode is Opcode.CLOSE:
-            pass  # which the library has answered
+            pass  # the library has answered it
         elif part.fin and self._message is None:
             self._deliver(part.data, text=part.opcode is Opcode.TEXT)
         else:
             self._add_fragment(part)
 
     def _add_fragment(self, part: Frame) -> None:
-        """Add a fragment to its message, and hand over the message that it ends."""
+        """Add a fragment to its message, and deliver the message that it ends."""
         if self._message is None:
             self._message, self._parts, self._text = bytearray(), 0, part.opcode is Opcode.TEXT
         self._message += part.data
@@ -270,9 +270,9 @@ class Socket(Writer):
             self._fail(Close.INTERNAL_ERROR, "")
 
     def _handle_control(self, part: Frame) -> None:
-        """Handle a ping or pong, and close the connection of a peer that sends too many.
+        """Handle a ping or pong, and close the connection of a client that sends too many.
 
-        Each ping costs an answer, and none is seen by whoever counts messages.
+        Each ping costs an answer. The limit of messages does not count control frames.
         """
         if part.opcode is Opcode.PONG and part.data == self._ping:
             self._ping = None
@@ -281,18 +281,18 @@ class Socket(Writer):
         if self._control is None:
             self._control = Bucket(settings.frame_rate, settings.frame_burst, now)
         if self._control.consume(now) and not self._leaving:
-            # A closing handshake would go on to read and to answer pings.
+            # A closing handshake would still answer pings.
             self._fail(Close.POLICY_VIOLATION, "too many pings")
 
-    # Whether the peer is there.
+    # Keep-alive.
 
     def _keep_alive(self) -> None:
-        """Send a ping in each interval, and close where the answer does not come in time."""
+        """Send a ping in each interval; close the connection if no pong comes in time."""
         interval = self._listener.settings.ping_interval
         timeout = self._listener.settings.ping_timeout
         now = self._listener.loop.time()
         quiet = now - self._pinged
-        if not self.writable:  # a ping would have to wait; it is the send deadline that counts
+        if not self.writable:  # a ping would wait; the send deadline applies
             self._pinged, quiet = now, 0.0
         elif self._ping is not None and quiet >= timeout:
             self._fail(Close.INTERNAL_ERROR, "keepalive ping timeout")

@@ -112,7 +112,7 @@ async def test_other_file_at_unix_socket_path_is_kept(
         path.mkdir()
     else:
         path.symlink_to(folder / "elsewhere")
-    with pytest.raises(ConfigError, match="exists and is no socket"):
+    with pytest.raises(ConfigError, match="exists and is not a socket"):
         async with wsserver.serve(puppet, unix_socket=str(path), allow_anonymous=True):
             raise AssertionError
     assert path.is_symlink() or path.exists()
