@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Awaitable, Callable
 
-from wsserver.context import less_than, messages_of, tokens_of
+from wsserver.context import less_than, messages_of
 from wsserver.endings import terminal_of
 from wsserver.errors import TOO_LONG, Code, ModelError
 from wsserver.generation import End, State
@@ -120,10 +120,6 @@ class Runner:
             system=prompt.system or settings.system or None,
             temperature=prompt.temperature,
         )
-
-    def estimate(self, request: Request) -> int:
-        """Return about how many tokens a request has."""
-        return tokens_of(request)
 
     async def _run(self, generation: Generation, request: Request | None) -> End:
         """Call the model; again with fewer turns if the model finds the conversation too long."""

@@ -8,6 +8,7 @@ import contextlib
 import secrets
 
 from wsserver.accounts import Accounts
+from wsserver.context import tokens_of
 from wsserver.conversations import Conversations
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
@@ -100,21 +101,15 @@ class Scheduler:
                 )
             new = conversation is not None and not conversation.exists
             await self._accounts.check_store(owner, new=new)
-            # There is no `await` from here on. During the awaits above another request may have
-            # sent the same prompt, deleted the conversation, drained the server or used up a limit.
-            known = None if prompt.id is None else self._retention.known(owner, prompt.id)
-            if known is not None:
-                return _of_prompt(known, prompt)
-            self._check_limits(account)
             return self._accept(prompt, owner, account, conversation, sender)
 
     def accept_now(
         self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
     ) -> Generation | None:
-        """Accept a prompt, as :meth:`accept` does, where all that decides is in memory.
+        """Accept a prompt as :meth:`accept` does, if the store need not be read first.
 
         Returns:
-            None if the store has to be read first, and then nothing has changed.
+            The generation; None if the store has to be read first, and then nothing has changed.
 
         Raises:
             Refused: the prompt is not accepted, and nothing has changed.
@@ -123,7 +118,6 @@ class Scheduler:
         if prompt.id is not None or not self._at_hand(prompt, owner, name):
             return None
         self._check(prompt)
-        self._check_limits(account)
         if prompt.messages is not None:
             return self._accept(prompt, owner, account, None, sender)
         conversation = self._conversations.pin_now(name or _new_id(), owner)
@@ -133,7 +127,7 @@ class Scheduler:
             self._conversations.unpin(conversation)
 
     def _at_hand(self, prompt: Prompt, owner: str, name: str | None) -> bool:
-        """Whether the conversation of a prompt, and what its owner may use, is in memory."""
+        """Whether the conversation of a prompt and the quotas of its owner are in memory."""
         new = prompt.messages is None and name is None
         if prompt.messages is None and name is not None:
             conversation = self._conversations.known(owner, name)
@@ -164,6 +158,16 @@ class Scheduler:
         conversation: Conversation | None,
         sender: Watcher,
     ) -> Generation:
+        """Accept a prompt whose conversation is pinned, without an ``await``.
+
+        All facts that may change during an ``await`` of the caller are checked here: another
+        request may have sent the same prompt, deleted the conversation, drained the server or used
+        up a limit.
+        """
+        known = None if prompt.id is None else self._retention.known(owner, prompt.id)
+        if known is not None:
+            return _of_prompt(known, prompt)
+        self._check_limits(account)
         if conversation is not None:
             conversation.check(prompt, self._settings.queue_size)
         model = prompt.model or self.runner.model_name
@@ -179,7 +183,7 @@ class Scheduler:
             accepted=self._loop.time(),
         )
         request = self.runner.request(generation)
-        generation.asked = self.runner.estimate(request)
+        generation.asked = tokens_of(request)
         generation.memory = generation.prompt_size
         if not self._memory.acquire(account, generation.memory):
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
