@@ -177,7 +177,7 @@ class Runner:
 
     def _expire(self, generation: Generation, now: float) -> None:
         if generation.state is State.STOPPING:
-            self.abandon(generation)
+            self._abandon(generation)
             return
         assert generation.began is not None
         over = now >= generation.began + self._settings.reply_timeout
@@ -186,7 +186,7 @@ class Runner:
     def close(self) -> None:
         """Abandon the generations whose models do not close their requests; stop the timer."""
         for generation in tuple(self.tasks.values()):
-            self.abandon(generation)
+            self._abandon(generation)
         if self._timer is not None:
             self._timer.cancel()
 
@@ -214,7 +214,7 @@ class Runner:
             else:  # the model has just ended its answer
                 self._finish(generation.task)
 
-    def abandon(self, generation: Generation) -> None:
+    def _abandon(self, generation: Generation) -> None:
         """End a stopped generation whose model does not close its request."""
         if generation.state is State.STOPPING:
             events.warning("model not closed", id=generation.id, model=generation.model)
