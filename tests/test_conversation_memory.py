@@ -4,6 +4,7 @@ import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,3 +193,22 @@ async def test_histories_sent_to_clients_are_not_kept_in_memory(
     held = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert held < 400_000, "twenty histories in memory would take 1.6 MB"
+
+
+async def test_short_replies_take_little_of_the_memory_of_an_account(puppet: Puppet) -> None:
+    given: dict[str, Any] = {"memory": 2**21, "history_size": 1000, "generations_per_socket": 20}
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, **given) as server:
+        async with client(server) as chat:
+            starts = [
+                await chat.prompt(str(number), conversation=f"conversation-number-{number:03}")
+                for number in range(15)
+            ]
+            for number in range(15):
+                (await puppet.reply(number)).say("Hello")
+            for _ in range(15):
+                await chat.next("token")
+            assert server.memory.used < 15 * 16_384
+            for number in range(15):
+                (await puppet.reply(number)).end()
+            for start in starts:
+                assert (await chat.text(start["id"]))[1]["reason"] == "end_turn"

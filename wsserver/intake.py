@@ -13,7 +13,7 @@ from wsserver.pieces import TEXT, Kind, Piece, pieces_of
 from wsserver.protocol import StoppedBy
 from wsserver.settings import ESCAPED, Settings
 
-CHUNK = 65_536  # bytes of memory that a log acquires at once, so that few pieces acquire any
+CHUNK = 8192  # bytes of memory that a log acquires at once, so that few pieces acquire any
 PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serves others
 
 Stop = Callable[[Generation, StoppedBy], None]
