@@ -1,9 +1,10 @@
-"""Reads one generation or a part of a conversation from a SQLite file."""
+"""Reads generations and histories from SQLite."""
 
 import sqlite3
 from typing import Any
 
 from wsserver.content import Text
+from wsserver.pieces import Pieces
 from wsserver.stores.base import (
     Forgotten,
     Header,
@@ -12,8 +13,13 @@ from wsserver.stores.base import (
     Turn,
     turn_of,
 )
-from wsserver.stores.records import Packed, content_in, parse_prompt, parse_terminal
-from wsserver.stores.rows import read_batches, read_pieces
+from wsserver.stores.records import (
+    Packed,
+    content_in,
+    parse_batch,
+    parse_prompt,
+    parse_terminal,
+)
 
 # The newest turns of a history, until a limit is reached.
 _TURNS = """
@@ -89,3 +95,23 @@ def _turn(database: sqlite3.Connection, row: tuple[Any, ...]) -> Turn:
     end = None if terminal is None else parse_terminal(terminal, name)
     contents = content_in(prompt), blocks
     return turn_of(turn, name, contents, end, model=model, began=began, ended=ended)
+
+
+def read_pieces(database: sqlite3.Connection, number: int) -> Pieces:
+    """Return the pieces of a generation, packed or not."""
+    ((text, lengths, other, runs),) = database.execute(
+        "SELECT text, lengths, thinking, runs FROM generation WHERE number = ?", (number,)
+    )
+    if lengths is None:
+        return read_batches(database, number)
+    return Packed(text, other, lengths, runs).pieces()
+
+
+def read_batches(database: sqlite3.Connection, number: int) -> Pieces:
+    """Return the pieces of a generation that are not packed."""
+    pieces = Pieces()
+    for after, batch in database.execute(
+        "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
+    ).fetchall():
+        parse_batch(batch, pieces, after)
+    return pieces

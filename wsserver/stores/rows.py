@@ -1,4 +1,4 @@
-"""Rows of a generation in SQLite: one per batch of pieces while it runs, one after its end."""
+"""Saves generations in SQLite: one row per batch of pieces while it runs, one row after its end."""
 
 import sqlite3
 
@@ -6,13 +6,13 @@ from wsserver.pieces import Pieces
 from wsserver.prices import Prices
 from wsserver.protocol import Terminal
 from wsserver.stores.base import Entry, Header, day_of, title_of
-from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal, parse_batch
+from wsserver.stores.reads import read_pieces
+from wsserver.stores.records import Packed, dump_batch, dump_prompt, dump_terminal
 
 ROW = 256  # bytes of a generation without its ids and content, about
 KEYS = 3  # copies of the ids of a generation in tables and indexes
 
 COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
-
 
 # What is known of a generation once it has ended, as parameters of the statements below.
 _Ending = dict[str, str | int | float | None]
@@ -153,26 +153,6 @@ def _ending(pieces: Pieces, terminal: Terminal, now: float) -> _Ending:
         "content_size": len(packed.text.encode()) + len(packed.other.encode()),
         "rest": len(packed.lengths) + len(packed.runs) + len(end.encode()),
     }
-
-
-def read_pieces(database: sqlite3.Connection, number: int) -> Pieces:
-    """Return the pieces of a generation, packed or not."""
-    ((text, lengths, other, runs),) = database.execute(
-        "SELECT text, lengths, thinking, runs FROM generation WHERE number = ?", (number,)
-    )
-    if lengths is None:
-        return read_batches(database, number)
-    return Packed(text, other, lengths, runs).pieces()
-
-
-def read_batches(database: sqlite3.Connection, number: int) -> Pieces:
-    """Return the pieces of a generation that are not packed."""
-    pieces = Pieces()
-    for after, batch in database.execute(
-        "SELECT after, texts FROM piece WHERE generation = ? ORDER BY after", (number,)
-    ).fetchall():
-        parse_batch(batch, pieces, after)
-    return pieces
 
 
 def pack(database: sqlite3.Connection, number: int, pieces: Pieces) -> None:

@@ -41,8 +41,8 @@ from wsserver.stores.base import (
 from wsserver.stores.database import Connection, check, errors, files_of, identity
 from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
-from wsserver.stores.reads import find, load
-from wsserver.stores.rows import COUNT, pack, read_batches, save
+from wsserver.stores.reads import find, load, read_batches
+from wsserver.stores.rows import COUNT, pack, save
 
 T = TypeVar("T")
 
