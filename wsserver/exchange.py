@@ -33,7 +33,7 @@ from wsserver.responses import (
 )
 from wsserver.streaming import StreamedResponse
 from wsserver.tcp import READ_SIZE, TcpConnection, half_close
-from wsserver.websocket import SILENT, Place, Socket
+from wsserver.websocket import SILENT, Socket, WebSocketListener
 
 REQUEST_COST = 8192  # bytes in memory of a request besides its head, until the response
 HEADER_COST = 512  # bytes in memory of each line of a head besides its text
@@ -43,7 +43,7 @@ LINGER = 1.0  # seconds for a refused client to read the response
 BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
 
 
-class Host(Place, typing.Protocol):
+class HttpListener(WebSocketListener, typing.Protocol):
     """The part of :class:`~wsserver.listener.Listener` that an exchange uses."""
 
     answer: Callable[[Request, Visitor | None], Awaitable[Answer]]
@@ -64,28 +64,16 @@ class Host(Place, typing.Protocol):
 class Exchange(TcpConnection):
     """One request and its response."""
 
-    __slots__ = (
-        "_answering",
-        "_denied",
-        "_dropping",
-        "_more",
-        "_parser",
-        "_patience",
-        "_timer",
-        "_waits",
-    )
+    _listener: HttpListener
 
-    _listener: Host
-
-    def __init__(self, listener: Host) -> None:
+    def __init__(self, listener: HttpListener) -> None:
         super().__init__(listener)
         self.visitor = None
         self._denied: Denied | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._parser = RequestParser()
-        self._answering = (
-            False  # a task answers the request, perhaps longer than the connection lasts
-        )
+        # A task answers the request, perhaps longer than the connection lasts.
+        self._answering = False
         self._dropping = False  # received bytes are dropped
         self._waits = False  # the connection is between two requests
         # While the application reads the body: set when more of the body has come.
@@ -272,9 +260,8 @@ class Exchange(TcpConnection):
             self._answering = False
             if self not in self._listener.connections:
                 self._hold(0)
-        if (
-            self.transport.is_closing() or self._dropping
-        ):  # the client has disconnected, or the request was refused
+        # The client has disconnected, or the request was refused.
+        if self.transport.is_closing() or self._dropping:
             if isinstance(answer, Stream):
                 answer.producer.closed()
             return

@@ -33,25 +33,6 @@ ABSOLUTE = re.compile(r"https?://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE)
 class RequestParser:
     """Parses one request, in as many parts as it comes in."""
 
-    __slots__ = (
-        "_done",
-        "_headers",
-        "_longest",
-        "_method",
-        "_parser",
-        "_received",
-        "_target",
-        "_upgrade",
-        "_version",
-        "body",
-        "early",
-        "ended",
-        "head",
-        "length",
-        "more",
-        "size",
-    )
-
     def __init__(self) -> None:
         # Bytes of the head so far; the read with the end of the head counts without its body.
         self.size = 0
@@ -67,7 +48,7 @@ class RequestParser:
         self._longest = 0  # bytes of a header
         self._method = self._version = ""
         self._upgrade = False
-        self._done = False  # the head is complete
+        self._head_ended = False  # the head is complete
         self._received = 0  # bytes after the read with the end of the head
         self._parser: HttpRequestParser | None = HttpRequestParser(self)
 
@@ -100,9 +81,8 @@ class RequestParser:
 
     def _feed_head(self, data: bytes) -> None:
         after = len(data)
-        refusal: tuple[HTTPStatus, str] | None = (
-            None  # an exception would be part of a reference cycle
-        )
+        # An exception would be part of a reference cycle.
+        refusal: tuple[HTTPStatus, str] | None = None
         try:
             self._parse(data)
         except HttpParserUpgrade as upgrade:
@@ -114,7 +94,7 @@ class RequestParser:
                 refusal = HTTPStatus.BAD_REQUEST, f"Malformed HTTP request: {error}."
         self.size += after - len(self.body)
         self._check_size()
-        if self._done:
+        if self._head_ended:
             self.head = self._request()
             self.early = data[after:]
         # A malformed body is refused. Malformed bytes after the whole request are ignored.
@@ -146,7 +126,7 @@ class RequestParser:
             raise BadRequest(HTTPStatus.REQUEST_URI_TOO_LONG, message)
         too_large = HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         # llhttp reports the end of a head for upgrades only: other reads may have more bytes.
-        if self.size > HEAD_SIZE and (self._upgrade or not self._done):
+        if self.size > HEAD_SIZE and (self._upgrade or not self._head_ended):
             message = f"The head of the request has more than {HEAD_SIZE} bytes."
             raise BadRequest(too_large, message)
         if len(self._headers) > HEADERS:
@@ -195,22 +175,22 @@ class RequestParser:
 
     def on_url(self, url: bytes) -> None:
         """Add a part of the target."""
-        if not self._done:
+        if not self._head_ended:
             self._target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Add a header."""
-        if not self._done:
+        if not self._head_ended:
             self._headers.append((name, value))
             self._longest = max(self._longest, len(name) + len(value))
 
     def on_headers_complete(self) -> None:
         """Mark the head as complete."""
-        if not self._done and self._parser is not None:
+        if not self._head_ended and self._parser is not None:
             self._method = self._parser.get_method().decode()
             self._version = self._parser.get_http_version()
             self._upgrade = self._parser.should_upgrade()
-            self._done = True
+            self._head_ended = True
 
     def on_body(self, data: bytes) -> None:
         """Add a part of the body."""

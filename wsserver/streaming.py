@@ -6,7 +6,7 @@ from uuid import uuid4
 
 from wsserver.logs import log
 from wsserver.responses import Producer
-from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
+from wsserver.tcp import READ_SIZE, TcpConnection, TcpListener, Writer, half_close
 
 LAST_CHUNK = b"0\r\n\r\n"
 LINGER = 5.0  # seconds for a client to close the connection after the end of the body
@@ -30,7 +30,7 @@ class StreamedResponse(Writer):
 
     def __init__(
         self,
-        listener: Owner,
+        listener: TcpListener,
         before: TcpConnection,
         producer: Producer,
         *,

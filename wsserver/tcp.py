@@ -23,7 +23,7 @@ READ_SIZE = 8192  # bytes read from one connection before other connections
 _OPERATORS: Account = ("operators",)  # the account of connections without admission
 
 
-class Owner(typing.Protocol):
+class TcpListener(typing.Protocol):
     """The part of :class:`~wsserver.listener.Listener` that a connection uses."""
 
     settings: Settings
@@ -43,7 +43,7 @@ class TcpConnection(asyncio.BufferedProtocol):
     transport: asyncio.Transport  # writes to the client
     visitor: Visitor | None  # the client as admission knows it; None on the operators' port
 
-    def __init__(self, listener: Owner) -> None:
+    def __init__(self, listener: TcpListener) -> None:
         self._listener = listener
         # The transport that TLS writes to; None without TLS.
         self.below: asyncio.Transport | None = None
@@ -115,7 +115,7 @@ class Writer(TcpConnection):
     id: UUID  # name of the connection in the log
     visitor: Visitor
 
-    def __init__(self, listener: Owner, before: TcpConnection) -> None:
+    def __init__(self, listener: TcpListener, before: TcpConnection) -> None:
         super().__init__(listener)
         assert before.visitor is not None
         self.began = listener.loop.time()  # time of the event loop when this phase began

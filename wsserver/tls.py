@@ -5,20 +5,20 @@ import ssl
 import typing
 from asyncio.sslproto import SSLProtocol
 
-from wsserver.exchange import Exchange, Host
+from wsserver.exchange import Exchange, HttpListener
 from wsserver.tcp import READ_SIZE
 
 
 class Tls(SSLProtocol):
-    """TLS with a small read buffer; asyncio's has a quarter of a megabyte.
+    """TLS with a small read buffer. The buffer of asyncio's own class has 256 KiB.
 
-    This module makes it, as asyncio would report a connection only after the TLS handshake: until
-    then the connection would not count.
+    asyncio reports a connection only after the TLS handshake. This class reports it before: a
+    connection counts for the limits during its handshake.
     """
 
     max_size = READ_SIZE
 
-    def __init__(self, listener: Host, exchange: Exchange, context: ssl.SSLContext) -> None:
+    def __init__(self, listener: HttpListener, exchange: Exchange, context: ssl.SSLContext) -> None:
         handshake: asyncio.Future[None] = listener.loop.create_future()
         handshake.add_done_callback(exchange.tls_ready)
         super().__init__(

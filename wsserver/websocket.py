@@ -17,7 +17,7 @@ from wsserver.admission import Visitor
 from wsserver.limits import Bucket, memory_size
 from wsserver.logs import log
 from wsserver.protocol import Close
-from wsserver.tcp import READ_SIZE, Owner, TcpConnection, Writer, half_close
+from wsserver.tcp import READ_SIZE, TcpConnection, TcpListener, Writer, half_close
 
 # The library logs a failed handshake as an error, and any client can make handshakes fail.
 SILENT = logging.getLogger("wsserver.websockets")
@@ -39,7 +39,7 @@ class Receiver(typing.Protocol):
         """Write on: the client reads again."""
 
 
-class Place(Owner, typing.Protocol):
+class WebSocketListener(TcpListener, typing.Protocol):
     """The part of :class:`~wsserver.listener.Listener` that a WebSocket uses."""
 
     on_open: "Callable[[Socket, Visitor], Receiver] | None"
@@ -74,10 +74,10 @@ class Socket(Writer):
         "subprotocol",
     )
 
-    _listener: Place
+    _listener: WebSocketListener
 
     def __init__(
-        self, listener: Place, before: TcpConnection, subprotocol: str | None = None
+        self, listener: WebSocketListener, before: TcpConnection, subprotocol: str | None = None
     ) -> None:
         super().__init__(listener, before)
         self.subprotocol = subprotocol
