@@ -17,7 +17,7 @@ PACKAGE = Path(wsserver.__file__).parent
 PUBLIC = "__init__"  # the package's public names
 FLOORS: list[dict[str, str]] = [
     {
-        "basics": "addresses content descriptors errors limits logs pieces responses settings",
+        "basics": "addresses content descriptors errors limits logs pieces responses settings text",
         "keyboard": "line_editor",
     },
     {"words": "encoding generation parsing prices protocol schema telemetry wire"},

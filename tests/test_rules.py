@@ -31,13 +31,14 @@ from wsserver.admission import Admission
 from wsserver.auth import ANONYMOUS
 from wsserver.connection import Connection
 from wsserver.errors import StoreError
-from wsserver.generation import Log, State, well_formed
+from wsserver.generation import Log, State
 from wsserver.hub import Hub
 from wsserver.limits import Memory
 from wsserver.live import Generation
 from wsserver.protocol import Terminal
 from wsserver.stores.base import StoredGeneration
 from wsserver.telemetry import Metrics
+from wsserver.text import well_formed
 
 METRICS = Metrics()
 TERMINAL = {"done", "error"}

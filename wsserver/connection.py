@@ -12,7 +12,7 @@ from wsserver.admission import Visitor
 from wsserver.dialects.v1 import V1
 from wsserver.errors import Code, Refused
 from wsserver.following import Following
-from wsserver.generation import State, well_formed
+from wsserver.generation import State
 from wsserver.hub import Hub
 from wsserver.limits import Bucket, memory_size
 from wsserver.parsing import count_parts, first_request, parse
@@ -31,6 +31,7 @@ from wsserver.requests import REQUESTS, Requests
 from wsserver.session import Session, Transport, name_frame
 from wsserver.settings import Settings
 from wsserver.stopping import Stopping
+from wsserver.text import well_formed
 
 AUTH_PARTS = 64  # largest `count_parts` of a frame before `auth`; an `auth` has about ten
 LONGEST_STOP = 256  # bytes: a longer frame is not a `stop`; over the rate it is not parsed

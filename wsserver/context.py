@@ -19,9 +19,9 @@ from wsserver.content import (
     text_of_block,
 )
 from wsserver.errors import Code
-from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.stores.base import Turn
+from wsserver.text import tokens_in
 
 IMAGE = 1600  # most tokens of an image; the API scales larger ones down
 DOCUMENT = 32  # characters of a PDF's base64 data per token, about

@@ -4,11 +4,12 @@ import secrets
 
 from wsserver.content import Usage
 from wsserver.errors import UNBILLED, Code, ModelError
-from wsserver.generation import End, Log, tokens_in, well_formed
+from wsserver.generation import End, Log
 from wsserver.live import Generation, Outcome
 from wsserver.logs import log as events
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.stores.base import StoredGeneration
+from wsserver.text import tokens_in, well_formed
 
 
 def terminal_of(generation: Generation, how: Outcome) -> Terminal:

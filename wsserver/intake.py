@@ -5,13 +5,14 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wsserver.content import Block, Thinking, Usage, dump_block, parse_block
-from wsserver.generation import End, State, tokens_in, well_formed
+from wsserver.generation import End, State
 from wsserver.limits import Memory, memory_size
 from wsserver.live import Generation
 from wsserver.models.base import Output
 from wsserver.pieces import TEXT, Kind, Piece, pieces_of
 from wsserver.protocol import StoppedBy
 from wsserver.settings import ESCAPED, Settings
+from wsserver.text import tokens_in, well_formed
 
 CHUNK = 8192  # bytes of memory that a log acquires at once, so that few pieces acquire any
 PIECES_PER_TURN = 16  # of a model that never waits, before the event loop serves others

@@ -12,7 +12,6 @@ from typing import Protocol
 from wsserver.encoding import encode
 from wsserver.errors import Code, Refused
 from wsserver.following import Following
-from wsserver.generation import well_formed
 from wsserver.limits import Account
 from wsserver.live import Generation
 from wsserver.pages import conversations, history, room_of
@@ -34,6 +33,7 @@ from wsserver.protocol import (
 )
 from wsserver.session import Session
 from wsserver.stopping import Stopping
+from wsserver.text import well_formed
 
 REQUESTS = 32  # frames of one client that wait for an answer; the client gets `limit` for more
 

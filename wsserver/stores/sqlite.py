@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from wsserver.errors import ConfigError, StoreError
-from wsserver.generation import tokens_in
 from wsserver.logs import log
 from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.stores.base import (
@@ -43,6 +42,7 @@ from wsserver.stores.fair import FairLock
 from wsserver.stores.migrations import MIGRATIONS
 from wsserver.stores.reads import find, load, read_batches
 from wsserver.stores.rows import COUNT, pack, save
+from wsserver.text import tokens_in
 
 T = TypeVar("T")
 

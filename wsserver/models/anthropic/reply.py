@@ -10,11 +10,12 @@ from typing import Any
 
 from wsserver.content import Thinking, Usage, parse_block
 from wsserver.errors import Code, ModelError
-from wsserver.generation import End, well_formed
+from wsserver.generation import End
 from wsserver.models.anthropic.events import PLAIN_TEXT, Events, parse
 from wsserver.models.anthropic.failures import TransientError, of_event
 from wsserver.models.base import Output, Take
 from wsserver.pieces import Piece
+from wsserver.text import well_formed
 from wsserver.wire import text_of
 
 MAX_INPUT = 4_194_304  # characters of a tool's input

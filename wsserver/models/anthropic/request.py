@@ -16,9 +16,9 @@ from wsserver.content import (
     ToolUse,
     dump_block,
 )
-from wsserver.generation import tokens_in
 from wsserver.models.base import Request
 from wsserver.settings import Settings
+from wsserver.text import tokens_in
 
 LOOK_BACK = 20  # blocks that the API checks for cached content, up to a breakpoint
 MIN_CACHED = 1024  # tokens; the API caches nothing shorter
