@@ -38,7 +38,16 @@ class TcpListener(typing.Protocol):
 class TcpConnection(asyncio.BufferedProtocol):
     """A connection over TCP or a unix socket, with or without TLS."""
 
-    __slots__ = ("_account", "_closed", "_held", "_listener", "below", "transport", "visitor")
+    __slots__ = (
+        "_account",
+        "_closed",
+        "_held",
+        "_listener",
+        "_paused",
+        "below",
+        "transport",
+        "visitor",
+    )
 
     transport: asyncio.Transport  # writes to the client
     visitor: Visitor | None  # the client as admission knows it; None on the operators' port
@@ -50,6 +59,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._closed: asyncio.Future[None] | None = None
         self._held = 0  # bytes that are counted for the connection,
         self._account = _OPERATORS  # and the account that they are counted for
+        self._paused = False  # the write buffer is full; the transport tells so once
 
     def get_buffer(self, _: int) -> memoryview:
         """Return the buffer of all connections; see :attr:`Listener.buffer`."""
@@ -76,12 +86,22 @@ class TcpConnection(asyncio.BufferedProtocol):
         below = 0 if self.below is None else self.below.get_write_buffer_size()
         return self.transport.get_write_buffer_size() + below
 
+    def pause_writing(self) -> None:
+        """The client has fallen behind."""
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        """The client has caught up."""
+        self._paused = False
+
     def hand_over(self, successor: "TcpConnection") -> None:
         """Let another protocol serve the connection from now on."""
         self._hold(0)
         self._listener.connections.discard(self)
         self._listener.connections.add(successor)
         self.transport.set_protocol(successor)
+        if self._paused:
+            successor.pause_writing()
 
     def abort(self) -> None:
         """Abort the connection. Unsent bytes are lost."""
@@ -145,11 +165,13 @@ class Writer(TcpConnection):
 
     def pause_writing(self) -> None:
         """The client has fallen behind: the client has to read something within the deadline."""
+        super().pause_writing()
         self._set_deadline()
         self._count()
 
     def resume_writing(self) -> None:
         """The client has caught up."""
+        super().resume_writing()
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -13,7 +13,7 @@ from tests.listening.answering import Browser, Recorder, listening, name_of
 from tests.support.puppet import BOUND, until
 from wsserver.admission import Visitor
 from wsserver.listener import Listener
-from wsserver.responses import Answer, BodyWriter, Request, Stream
+from wsserver.responses import Answer, BodyWriter, Request, Stream, respond
 from wsserver.tcp import READ_SIZE
 
 GET = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
@@ -199,6 +199,31 @@ async def test_client_not_reading_is_aborted_after_send_timeout() -> None:
         assert 'why="does not read"} 1.0' in reason(listener)
 
 
+async def test_client_not_reading_earlier_response_is_aborted_after_send_timeout() -> None:
+    streams = Streams()
+
+    async def answer(request: Request, visitor: Visitor) -> Answer:
+        if request.path == "/stream":
+            return await streams(request, visitor)
+        return respond(HTTPStatus.OK, b"x" * 3000)
+
+    async with (
+        listening(answer, send_timeout=0.1) as listener,
+        Browser.open(listener) as browser,
+    ):
+        browser.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        (connection,) = listener.connections
+        while connection.waiting <= listener.settings.write_buffer:
+            browser.send(GET, KEEP, b"\r\n")
+            await until(partial(listener.connections.isdisjoint, {connection}))
+            (connection,) = listener.connections
+        browser.send(GET.replace(b"/a", b"/stream"), b"\r\n")
+        recorder = await streams.next()
+        assert not recorder.body.writable
+        await recorder.gone.wait()
+        assert 'why="does not read"} 1.0' in reason(listener)
+
+
 async def test_client_over_max_unsent_is_aborted_at_once() -> None:
     streams = Streams()
     async with (
@@ -272,6 +297,7 @@ async def test_failing_producer_leaves_incomplete_response(
         partial(test_producer_learns_of_disconnect_at_once, tls=False, how="half-close"),
         test_slow_reader_pauses_and_wakes_producer,
         test_client_not_reading_is_aborted_after_send_timeout,
+        test_client_not_reading_earlier_response_is_aborted_after_send_timeout,
         test_client_over_max_unsent_is_aborted_at_once,
         test_client_sending_endlessly_is_aborted,
         test_aborted_body_is_incomplete_response,
