@@ -30,6 +30,11 @@ def test_repeated_headers_are_joined_under_lowercase_name() -> None:
     assert (request.path, after) == ("/a", b"")
 
 
+def test_whitespace_around_header_value_is_no_part_of_it() -> None:
+    sent = b"POST / HTTP/1.1\r\nHost:\t a \t\r\nTransfer-Encoding: chunked \r\n\r\n"
+    assert parse(sent)[0].headers == {"host": "a", "transfer-encoding": "chunked"}
+
+
 @pytest.mark.parametrize("head", [GET, UPGRADE + b"\r\n"])
 def test_head_split_at_any_byte_is_parsed_equally(head: bytes) -> None:
     whole = parse(head)

@@ -209,7 +209,8 @@ class Exchange(TcpConnection):
             raise BadRequest(HTTPStatus.LENGTH_REQUIRED, message)
         if (parser.length or 0) > limit:
             raise _too_large(limit)
-        if "expect" in headers and not (parser.ended or parser.body):
+        waits = "expect" in headers and parser.head.version != "1.0"  # RFC 9110 section 10.1.1
+        if waits and not (parser.ended or parser.body):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._check_open()
         self._more = asyncio.Event()
@@ -288,7 +289,8 @@ class Exchange(TcpConnection):
         }
         asked = "keep-alive" in tokens and "close" not in tokens
         served = self.visitor is not None and not self.visitor.spare
-        return asked and served and parser.ended and not parser.more and not self._listener.closing
+        alone = parser.ended and not (parser.more or parser.early)
+        return asked and served and alone and not self._listener.closing
 
     def _respond(self, response: Response, *, keep: bool) -> None:
         if not keep or response.status >= HTTPStatus.BAD_REQUEST:
@@ -305,6 +307,8 @@ class Exchange(TcpConnection):
         following = Exchange(self._listener)
         following.transport, following.below = before.transport, before.below
         before.hand_over(following)
+        if not following.transport.is_closing():
+            following.transport.resume_reading()  # a body that nobody read has paused it
         if self._listener.admission is not None and before.visitor is not None:
             self._listener.admission.depart(before.visitor)
         following.wait()

@@ -140,7 +140,7 @@ class RequestParser:
             raise BadRequest(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, message)
         headers: dict[str, str] = {}
         for given, bytes_ in self._headers:
-            name, value = given.decode("latin-1").lower(), bytes_.decode("latin-1")
+            name, value = given.decode("latin-1").lower(), bytes_.decode("latin-1").rstrip(" \t")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         for name in LISTS:
             value = headers.get(name, "")

@@ -148,6 +148,14 @@ async def test_expect_100_with_early_body_gets_no_continue() -> None:
         assert await browser.response() == (200, b"hello")
 
 
+async def test_expect_100_of_http_1_0_is_ignored() -> None:
+    async with listening(echo) as listener, Browser.open(listener) as browser:
+        browser.send(length(5).replace(b"1.1", b"1.0"), b"Expect: 100-continue\r\n\r\n")
+        await until(lambda: bool(listener.answering))
+        browser.send(b"hello")
+        assert await browser.response() == (200, b"hello")
+
+
 async def test_unread_body_is_bounded_in_memory() -> None:
     asked = asyncio.Event()
     go = asyncio.Event()
@@ -272,8 +280,9 @@ async def test_keep_alive_connection_serves_next_request(tls: bool) -> None:
         b"GET /a HTTP/1.0\r\nHost: localhost\r\n\r\n",
         GET + KEEP + b"\r\n" + GET + KEEP + b"\r\n",
         length(5) + KEEP + b"\r\nhel",
+        GET + b"Connection: keep-alive, upgrade\r\nUpgrade: h2c\r\n\r\n" + GET,
     ],
-    ids=["not asked", "asked both", "HTTP/1.0", "pipelined", "body unread"],
+    ids=["not asked", "asked both", "HTTP/1.0", "pipelined", "body unread", "after upgrade"],
 )
 async def test_connection_is_closed_if_next_request_is_unsafe(head: bytes) -> None:
     async with listening(no_body) as listener, Browser.open(listener) as browser:
@@ -281,6 +290,20 @@ async def test_connection_is_closed_if_next_request_is_unsafe(head: bytes) -> No
         status, headers = await browser.head()
         assert (status, headers["connection"]) == (200, "close")
         assert await browser.reader.read() == b"/a\n"
+
+
+async def test_kept_connection_is_read_after_large_unread_body() -> None:
+    async def late(request: Request, _: Visitor) -> Response:
+        (exchange,) = listener.connections
+        await until(lambda: not exchange.transport.is_reading())
+        return respond(HTTPStatus.OK, request.path)
+
+    async with listening(late) as listener, Browser.open(listener) as browser:
+        for _ in range(2):
+            browser.send(length(READ_SIZE), KEEP, b"\r\n", b"x" * READ_SIZE)
+            status, headers = await browser.head()
+            assert (status, headers["connection"]) == (200, "keep-alive")
+            assert await browser.reader.readexactly(3) == b"/a\n"
 
 
 async def test_connection_is_closed_after_error() -> None:
