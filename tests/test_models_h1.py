@@ -23,6 +23,7 @@ from tests.support.http_client import (
     whole,
 )
 from tests.support.proxy import reset
+from tests.support.puppet import until
 from tests.support.raw import Raw, chunk, head_of
 from wsserver.models.response import (
     ClosedEarly,
@@ -310,6 +311,17 @@ async def test_unread_body_pauses_socket() -> None:
 
         assert await response.read_body(take) is True
         assert read == 50_000_000
+
+
+async def test_connection_of_large_unread_body_serves_next_request() -> None:
+    body = gzip.compress(b"x" * 100_000)
+    answer = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    async with answering(answer) as (raw, _), pool() as client:
+        response = await client.post(template(raw.port), b"{}")
+        await until(lambda: response.complete)
+        await response.aclose()
+        assert len(await whole(await client.post(template(raw.port), b"{}"))) == 100_000
+        assert raw.accepted == 1
 
 
 async def test_close_of_response_closes_connection_at_once() -> None:

@@ -242,6 +242,7 @@ class Connection(asyncio.Protocol):
         self._cancel_drain()
         response.finish()
         if reusable and not self._transport.get_write_buffer_size():
+            self.resume_reading()  # the unread body has perhaps paused it
             self._owner.on_free(self)
         else:
             self.abort()
