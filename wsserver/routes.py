@@ -1,4 +1,4 @@
-"""Answers to HTTP requests: the page, the opening of a WebSocket, and what operators read."""
+"""Answers HTTP requests: the page, the handshake of a WebSocket, and the paths for operators."""
 
 import asyncio
 import hashlib
@@ -25,13 +25,14 @@ from wsserver.settings import Settings
 from wsserver.telemetry import Metrics
 
 WEBSOCKET_PATHS = ("/", "/ws")
-PROBES = ("/healthz", "/readyz")  # which load balancers request by any host name
+PROBES = ("/healthz", "/readyz")  # load balancers request these by any host name
 
 
 class Page:
-    """The page at ``/`` with the files that it loads, and the policy that it has no others.
+    """The page at ``/`` and the files that it loads.
 
-    The policy also has browsers refuse to read any text as HTML (Trusted Types).
+    The content security policy allows only these files. It also makes browsers refuse to parse text
+    as HTML (Trusted Types).
     """
 
     PATHS: ClassVar[Mapping[str, str]] = {
@@ -63,11 +64,11 @@ class Page:
             self._files[path] = body, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
     def respond(self, path: str, headers: Mapping[str, str]) -> Response:
-        """Give a file, unless the browser has this very one already (RFC 9110 section 13.1.2).
+        """Return a file; 304 if the browser has the same version (RFC 9110 section 13.1.2).
 
         Args:
             path: one of :attr:`PATHS`.
-            headers: of the request, names in lower case.
+            headers: headers of the request, names in lower case.
         """
         body, tag = self._files[path]
         known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
@@ -88,23 +89,27 @@ class Page:
 
 @dataclass(eq=False)
 class Operations:
-    """``/healthz``: it is alive. ``/readyz``: send it clients. ``/metrics``: for Prometheus."""
+    """The paths for operators.
+
+    ``/healthz``: the process lives. ``/readyz``: the server can serve clients. ``/metrics``: the
+    metrics in the format of Prometheus.
+    """
 
     PATHS: ClassVar = ("/healthz", "/readyz", "/metrics")
 
     _metrics: Metrics
-    # Tells what it takes to serve clients, part by part, and whether it is there.
+    # Returns the parts that clients need, and whether each of them works.
     _ready: Callable[[], Awaitable[Mapping[str, bool]]]
-    token: str  # lets programs read the metrics; "" lets those that are trusted
-    _looking: asyncio.Task[Mapping[str, bool]] | None = None
+    token: str  # needed for the metrics; "" without one: then trusted clients get them
+    _checking: asyncio.Task[Mapping[str, bool]] | None = None
 
     async def respond(self, path: str, headers: Mapping[str, str], *, trusted: bool) -> Response:
         """Answer one of :attr:`PATHS`.
 
         Args:
-            path: which.
-            headers: of the request, names in lower case.
-            trusted: metrics are for whoever asks, unless there is a token for them.
+            path: the path.
+            headers: headers of the request, names in lower case.
+            trusted: the client gets the metrics without a token, if there is no token for them.
         """
         if path == "/healthz":
             return respond(HTTPStatus.OK, "ok")
@@ -122,24 +127,24 @@ class Operations:
         return respond(HTTPStatus.OK, self._metrics.exposition(), self._metrics.content_type)
 
     async def _readiness(self) -> Response:
-        # One look at a time, however many ask.
-        if self._looking is None:
-            self._looking = asyncio.ensure_future(self._ready())
-            self._looking.add_done_callback(self._looked)
-        parts = await asyncio.shield(self._looking)
+        # All requests at the same time share one check.
+        if self._checking is None:
+            self._checking = asyncio.ensure_future(self._ready())
+            self._checking.add_done_callback(self._checked)
+        parts = await asyncio.shield(self._checking)
         ready = all(parts.values())
         status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
         return respond(status, json.dumps({"ready": ready, **parts}), "application/json")
 
-    def _looked(self, _: "asyncio.Task[Mapping[str, bool]]") -> None:
-        self._looking = None
+    def _checked(self, _: "asyncio.Task[Mapping[str, bool]]") -> None:
+        self._checking = None
 
 
 class Routes:
-    """Which part answers a request, and whether admission allows it.
+    """Checks whether the client may make a request, and passes the request to its route.
 
     Args:
-        settings: whether operators have a port of their own, and whom the server serves.
+        settings: whether operators have a port of their own, and whether clients need a token.
         admission: the rules for hosts, origins, addresses and tokens.
         operations: the part for operators.
     """
@@ -148,7 +153,7 @@ class Routes:
         self._admission = admission
         self._operations = operations
         self._page = Page()
-        # The metrics are for whoever asks on this machine, where this machine alone is served.
+        # Programs of this machine get the metrics if only this machine can reach the server.
         self._private = admission.authenticate is None and not settings.allow_anonymous
         apart = settings.operations_port is not None
         self._operations_paths = ("/healthz",) if apart else operations.PATHS
@@ -157,7 +162,7 @@ class Routes:
         """Answer a request of a client.
 
         Raises:
-            Denied: the client may not have what it requests.
+            Denied: the client may not make this request.
         """
         headers, path = request.headers, request.path
         visitor.introduce(headers)
@@ -168,7 +173,7 @@ class Routes:
         if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
             await visitor.check_admission(request.target, headers)
             return Upgrade((SUBPROTOCOL,))
-        if path in Page.PATHS:  # the page could not tell why its WebSocket is refused
+        if path in Page.PATHS:  # a page cannot show why its WebSocket was refused
             visitor.check_private(headers)
         return await self._get(request, visitor)
 

@@ -3,8 +3,8 @@
 The SDK reads everything from the environment: the base URL, the key, profiles, the renewal of
 credentials, custom headers. It makes one request without a prompt, which is recorded and not sent.
 Prompts are then sent with the recorded headers: a request of the SDK for each prompt would cost
-    more
-CPU than all the rest of a short reply. This module uses only public names of the SDK and of httpx2.
+more CPU than all the rest of a short reply. This module uses only public names of the SDK and of
+httpx2.
 
 The import of this module takes most of a second: :mod:`wsserver.models.anthropic.templates` imports
 it in a thread.
@@ -33,8 +33,8 @@ class _Recorder(httpx2.AsyncBaseTransport):
     request: httpx2.Request
 
     def __init__(self) -> None:
-        # Whether the next request is answered with 401, upon which the SDK renews its credentials
-        # and asks again at once.
+        # Answer the next request with 401: the SDK then renews its credentials, and sends the
+        # request again at once.
         self.refuse = False
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
