@@ -29,8 +29,8 @@ FLOORS: list[dict[str, str]] = [
     },
     {
         "application": "accounts app connection context conversations cursor dialects endings "
-        "following hub intake journal live pages quota reporting requests retention routes running "
-        "scheduling session stopping upkeep",
+        "following histories hub intake journal live quota reporting requests retention routes "
+        "running scheduling session stopping upkeep",
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },

@@ -12,9 +12,9 @@ from typing import Protocol
 from wsserver.encoding import encode
 from wsserver.errors import Code, Refused
 from wsserver.following import Following
+from wsserver.histories import conversations, history, room_of
 from wsserver.limits import Account
 from wsserver.live import Generation
-from wsserver.pages import conversations, history, room_of
 from wsserver.protocol import (
     Auth,
     Authenticated,

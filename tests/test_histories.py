@@ -8,7 +8,7 @@ from wsserver import Settings
 from wsserver.content import Message, Text, Thinking, Usage
 from wsserver.encoding import encode
 from wsserver.errors import ConfigError
-from wsserver.pages import conversations, history, room_of
+from wsserver.histories import conversations, history, room_of
 from wsserver.stores.base import StoredConversation, Summary, Turn
 
 SETTINGS = Settings(
