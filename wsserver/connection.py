@@ -169,7 +169,7 @@ class Connection:
         if isinstance(message, bytes):
             raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
         if stranger and count_parts(message) > AUTH_PARTS:
-            _ = self._session.owner  # raises: the client has not authenticated
+            self._session.check_authenticated()
         return parse(message)
 
     def _dispatch(self, frame: ClientFrame, stranger: bool, wait: float, size: int) -> None:  # noqa: FBT001
@@ -183,7 +183,7 @@ class Connection:
         """
         if isinstance(frame, Stop):
             if stranger:
-                _ = self._session.owner  # raises: the client has not authenticated
+                self._session.check_authenticated()
             self._stop(frame, wait)
         elif wait:
             raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)

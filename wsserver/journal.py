@@ -25,7 +25,7 @@ MOST_KEPT_SIZE = 67_108_864  # bytes of their pieces
 PROBE_EVERY = 1.0  # least seconds between two probes; any client may request a probe
 
 
-def _nobody(_: bool) -> None:  # noqa: FBT001
+def _ignore(_: bool) -> None:  # noqa: FBT001
     """Do nothing: the callback was already called."""
 
 
@@ -42,7 +42,7 @@ class Record:
     deleted: bool = False  # its conversation was deleted
     terminal: Terminal | None = None  # its end; None until `Journal.save_end`
     withdrawn: bool = False  # the prompt was taken back before the model was asked
-    on_saved: Callable[[bool], None] = _nobody  # called once with whether the end was saved
+    on_saved: Callable[[bool], None] = _ignore  # called once with whether the end was saved
     _saved: int = 0  # the seq of the last piece that is saved
     _size: int = -1  # bytes of the pieces; -1 until they are counted
 
@@ -307,7 +307,7 @@ class Journal:
                     self._late.pop(record, None)
                 else:
                     self._late[record] = None
-                notify, record.on_saved = record.on_saved, _nobody
+                notify, record.on_saved = record.on_saved, _ignore
                 try:
                     notify(saved)
                 except Exception as error:  # noqa: BLE001

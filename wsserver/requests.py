@@ -54,8 +54,8 @@ class Waiting:
     stops: list[Stopping] = field(default_factory=list)
 
 
-class Connection(Protocol):
-    """The connection of the client."""
+class Authenticating(Protocol):
+    """The connection, which is notified of the result of an ``auth``."""
 
     def authenticated(self) -> None:
         """An ``auth`` was accepted."""
@@ -72,7 +72,7 @@ class Requests:
 
     _session: Session
     _following: Following
-    _connection: Connection  # notified of the result of an `auth`
+    _connection: Authenticating
     # The first one is being answered. An empty tuple takes no memory.
     _waiting: tuple[Waiting, ...] = ()
     _worker: asyncio.Task[None] | None = None  # answers them; None while none waits
@@ -219,7 +219,7 @@ class Requests:
             case Open():
                 await self._open(request)
             case CloseConversation():
-                _ = session.owner  # raises if the client has not authenticated
+                session.check_authenticated()
                 self._following.close(request.conversation)
                 session.write(Closed(conversation=request.conversation, request=request.request))
             case List():

@@ -1,4 +1,4 @@
-"""One client: its principal, its account, and the sending of frames."""
+"""The state of one connection that its parts share, and the sending of frames and errors."""
 
 import secrets
 from dataclasses import dataclass
@@ -45,6 +45,14 @@ class Session:
                 Code.UNAUTHENTICATED, 'Say first who you are: {"type": "auth", "token": "…"}.'
             )
         return self.visitor.principal.name
+
+    def check_authenticated(self) -> None:
+        """Check that the client has authenticated.
+
+        Raises:
+            Refused: the client has not authenticated.
+        """
+        _ = self.owner
 
     @property
     def account(self) -> Account:
