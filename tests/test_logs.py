@@ -327,7 +327,7 @@ async def test_log_event_times_include_wait_in_queue(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     generation = Generation("g", "ada", Prompt(prompt="Hello?"), "puppet", None, accepted=1.0)
-    generation.began, generation.spoke, generation.ended = 5.0, 6.0, 7.0
+    generation.began, generation.first_piece, generation.ended = 5.0, 6.0, 7.0
     terminal = Done(id="g", seq=1, reason="end_turn", usage=wsserver.Usage())
     with caplog.at_level("INFO", "wsserver"):
         Reporter(Metrics()).ended(generation, terminal, None)

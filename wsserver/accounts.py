@@ -129,8 +129,8 @@ class Accounts:
 
     def book(self, generation: Generation) -> None:
         """Count an accepted generation, and reserve its highest cost."""
-        generation.reserved = self.price(generation.model).likely(
-            generation.asked, generation.allowance
+        generation.reserved = self.price(generation.model).highest(
+            generation.input_tokens, generation.allowance
         )
         self._prompts.consume(generation.account, self._loop.time())
         self._generations.acquire(generation.account)

@@ -57,7 +57,7 @@ class Connection:
         "_stops",
         "_wasted",
         "frames",
-        "heard",
+        "last_frame",
     )
 
     def __init__(
@@ -65,11 +65,11 @@ class Connection:
     ) -> None:
         self.frames = 0  # number of received frames
         # When the last frame other than `ping` arrived, by the event loop's clock.
-        self.heard = asyncio.get_running_loop().time()
+        self.last_frame = asyncio.get_running_loop().time()
         self._session = Session(transport, hub, settings, visitor)
         self._following = Following(self._session, V1_FRAMES)
         self._requests = Requests(self._session, self._following, self)
-        self._bucket = Bucket(settings.frame_rate, settings.frame_burst, self.heard)
+        self._bucket = Bucket(settings.frame_rate, settings.frame_burst, self.last_frame)
         self._wasted = 0  # frames in a row that were unusable or over the rate
         self._stops = 0  # stops that wait for their answer
         self._expiry: asyncio.TimerHandle | None = None
@@ -86,7 +86,7 @@ class Connection:
     @property
     def idle_since(self) -> float | None:
         """When the last request arrived, by the event loop's clock; None while one runs."""
-        return None if self._following.cursors or self._requests else self.heard
+        return None if self._following.cursors or self._requests else self.last_frame
 
     def greet(self) -> None:
         """Send ``hello``: the limits, and whether the client has to send ``auth``."""
@@ -156,7 +156,7 @@ class Connection:
             if frame is None or wait:
                 self._wasted += 1
         if not isinstance(frame, Ping):
-            self.heard = now
+            self.last_frame = now
         if self.frames == 1 and frame is not None and not isinstance(frame, Prompt):
             self._session.hub.readiness.warm()
         if self._wasted >= self._session.settings.bad_frames:

@@ -44,7 +44,7 @@ def usage_of(generation: Generation) -> Usage:
     if (usage := generation.usage) is not None and not usage.estimated:
         return usage
     if usage is None:
-        usage = Usage(input_tokens=generation.asked, estimated=True)
+        usage = Usage(input_tokens=generation.input_tokens, estimated=True)
     thought = tokens_in(generation.log.pieces.joined("thinking"))
     said = tokens_in(generation.log.text) + max(thought, usage.thinking_tokens)
     return usage.but(output_tokens=max(usage.output_tokens, said))
@@ -66,7 +66,7 @@ def restored(stored: StoredGeneration) -> Generation:
     if terminal is None:
         if stored.pieces:  # else the model was perhaps not asked
             generation.began = 0.0
-            generation.asked = tokens_in(header.prompt.text)
+            generation.input_tokens = tokens_in(header.prompt.text)
         code, ref = Code.INTERRUPTED, _new_ref()
         events.info("interrupted", id=header.id, conversation=header.conversation, ref=ref)
         terminal = Error(

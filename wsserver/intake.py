@@ -108,7 +108,7 @@ class Intake:
         elif generation.state is not _RUNNING:  # the model kept the cancellation to itself
             raise _Enough
         elif isinstance(given, str):
-            generation.heard = self._time()
+            generation.last_output = self._time()
             if self._family == TEXT and given.isascii() and given and not self._half:
                 self._append(TEXT, given)
             elif given:
@@ -116,7 +116,7 @@ class Intake:
         elif isinstance(given, End):
             self._end = given
         else:
-            generation.heard = self._time()
+            generation.last_output = self._time()
             self._add_content(given)
 
     def _add_content(self, given: Block | Piece) -> None:
@@ -200,7 +200,7 @@ class Intake:
             self._append_in_parts(kind, data)
         if generation.unread is not None:
             generation.unread += tokens_in(data)
-            aware = generation.heard >= generation.unaware_until
+            aware = generation.last_output >= generation.unaware_until
             if aware and generation.unread > self._unread_limit:
                 self._stop(generation, "disconnect")
         if self._room <= 0:
@@ -219,8 +219,8 @@ class Intake:
             raise _Enough
         generation.memory += size
         self._left = CHUNK
-        if generation.spoke is None:
-            generation.spoke = generation.heard
+        if generation.first_piece is None:
+            generation.first_piece = generation.last_output
 
     def _append_in_parts(self, kind: Kind, data: str) -> None:
         """Append data in parts that fit into a frame.

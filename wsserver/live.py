@@ -141,7 +141,7 @@ class Generation:
     state: State = State.QUEUED
     # Limits and costs.
     allowance: int = 0  # output tokens that the reply may have
-    asked: int = 0  # estimate of the input tokens of the request
+    input_tokens: int = 0  # estimate of the input tokens of the request
     reserved: Spent = NOTHING  # the highest cost of the reply, until it has ended
     spent: Spent = NOTHING  # the cost of the reply, once it has ended
     record: Record | None = None  # the journal's record; None for a reply from the store
@@ -152,8 +152,8 @@ class Generation:
     # Facts of RUNNING.
     # When the model was called; None for a prompt that was withdrawn before.
     began: float | None = None
-    heard: float = 0.0  # when the model last sent anything
-    spoke: float | None = None  # when the first piece arrived
+    last_output: float = 0.0  # when the model last sent anything
+    first_piece: float | None = None  # when the first piece arrived
     task: "asyncio.Task[End] | None" = None  # the task that runs the model
     span: Span | None = None
     # Facts of STOPPING.
@@ -177,7 +177,7 @@ class Generation:
         """Note that a task runs the model."""
         self._move("start")
         self.task, self.span = task, span
-        self.began = self.heard = now
+        self.began = self.last_output = now
 
     def stop(self, why: StoppedBy | ModelError, now: float) -> None:
         """Note that the reply must end early, because of a stop or a time limit."""
@@ -239,7 +239,7 @@ class Generation:
     @property
     def first_token(self) -> float | None:
         """Seconds from the prompt to the first piece; None without a piece."""
-        return None if self.spoke is None else self.spoke - self.accepted
+        return None if self.first_piece is None else self.first_piece - self.accepted
 
     @property
     def queued(self) -> int | None:

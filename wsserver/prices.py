@@ -69,14 +69,15 @@ class Price:
         )
         return Spent(_round_up(tokens), _round_up(money))
 
-    def likely(self, asked: int, output: int) -> Spent:
-        """Return the highest cost of a reply, without reads from a cache."""
-        price = self.at(asked)
-        return Spent(asked + output, _round_up(asked * price.cache_write + output * price.output))
+    def highest(self, input_tokens: int, output_tokens: int) -> Spent:
+        """Return the highest cost of a reply: without reads from a cache."""
+        price = self.at(input_tokens)
+        money = input_tokens * price.cache_write + output_tokens * price.output
+        return Spent(input_tokens + output_tokens, _round_up(money))
 
-    def at(self, asked: int) -> "Price":
-        """Return the price of a request with ``asked`` input tokens."""
-        return self.over if self.over is not None and asked > LONG else self
+    def at(self, input_tokens: int) -> "Price":
+        """Return the price of a request with so many input tokens."""
+        return self.over if self.over is not None and input_tokens > LONG else self
 
 
 def _round_up(amount: float) -> int:
@@ -133,6 +134,6 @@ class Prices:
 
 def _parsed(given: str) -> tuple[str, Price]:
     model, _, amounts = given.rpartition("=")
-    asked, output, *cache = map(float, amounts.split("/"))
-    write, read = cache or (asked * CACHE_WRITE, asked * CACHE_READ)
-    return model, Price(asked, output, write, read)
+    input_price, output_price, *cache = map(float, amounts.split("/"))
+    write, read = cache or (input_price * CACHE_WRITE, input_price * CACHE_READ)
+    return model, Price(input_price, output_price, write, read)

@@ -140,7 +140,7 @@ class Runner:
                 conversation.refused = {**(conversation.refused or {}), generation.model: size}
                 events.info("prompt too long", id=generation.id, messages=len(request.messages))
                 request = self.request(generation, None if attempt < SHORTER else 0)
-                generation.heard = self._time()
+                generation.last_output = self._time()
             except (SystemExit, KeyboardInterrupt) as error:  # which would end the whole program
                 raise RuntimeError("a model tried to exit") from error
 
@@ -153,7 +153,7 @@ class Runner:
             return generation.stopped + settings.stop_timeout
         if generation.state is State.RUNNING:
             assert generation.began is not None
-            silence_ends = generation.heard + settings.silence_timeout
+            silence_ends = generation.last_output + settings.silence_timeout
             return min(silence_ends, generation.began + settings.reply_timeout)
         return math.inf
 

@@ -183,7 +183,7 @@ class Scheduler:
             accepted=self._loop.time(),
         )
         request = self.runner.request(generation)
-        generation.asked = tokens_of(request)
+        generation.input_tokens = tokens_of(request)
         generation.memory = generation.prompt_size
         if not self._memory.acquire(account, generation.memory):
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")

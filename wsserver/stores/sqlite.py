@@ -228,7 +228,7 @@ class SqliteStore:
                 pack(database, number, pieces)
                 text = "".join(pieces.data)
             database.execute("UPDATE generation SET ended = ? WHERE number = ?", (now, number))
-            spent = self._prices.of(model).likely(0, tokens_in(text))
+            spent = self._prices.of(model).highest(0, tokens_in(text))
             database.execute(COUNT, (owner, name, began, day_of(now), *spent))
         for owner, name in database.execute("SELECT owner, id FROM deleting").fetchall():
             while _delete_some(database, owner, name):
