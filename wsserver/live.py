@@ -171,7 +171,7 @@ class Generation:
     shared: tuple[tuple[object, ...], Run, bytes] | None = None
     resumed: tuple[int, ...] = ()  # the last seqs after which clients resumed
     # Characters of a frame for clients that resume; None for the setting `frame_size`.
-    merged: int | None = None
+    resume_limit: int | None = None
 
     def start(self, task: "asyncio.Task[End]", span: Span, now: float) -> None:
         """Note that a task runs the model."""
@@ -219,10 +219,10 @@ class Generation:
         """
         if after in self.resumed:
             smallest = min(limit, SMALLEST_FRAME)
-            self.merged = max(smallest, (self.merged or limit) // 2)
+            self.resume_limit = max(smallest, (self.resume_limit or limit) // 2)
         else:
             self.resumed = (*self.resumed[1 - RESUMED :], after)
-        return self.merged or limit
+        return self.resume_limit or limit
 
     @property
     def prompt_size(self) -> int:

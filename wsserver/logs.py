@@ -9,9 +9,8 @@ The text of an exception may contain a key, a prompt or the answer of an API. So
 types of the exceptions and the code lines they passed. Only level ``debug`` shows their text.
 
 No client can fill the disk: in each :data:`WINDOW` the log writes at most :data:`MAX_LINES` lines
-    of
-an event for each principal, and as many for all anonymous clients together. The event ``lines left
-out`` counts the others.
+of an event for each principal, and as many for all anonymous clients together. The event
+``lines left out`` counts the others.
 """
 
 import asyncio

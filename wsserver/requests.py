@@ -37,7 +37,7 @@ from wsserver.text import well_formed
 
 REQUESTS = 32  # frames of one client that wait for an answer; the client gets `limit` for more
 
-Request = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversation
+QueuedFrame = Auth | Prompt | Resume | Open | List | Rename | Delete | CloseConversation
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +48,7 @@ class Waiting:
     the prompt: they take effect when it is accepted.
     """
 
-    request: Request | Refused
+    request: QueuedFrame | Refused
     account: Account = ()
     size: int = 0
     stops: list[Stopping] = field(default_factory=list)
@@ -97,7 +97,7 @@ class Requests:
 
     # The queue.
 
-    def put(self, request: Request, size: int) -> None:
+    def put(self, request: QueuedFrame, size: int) -> None:
         """Queue a request with a message of ``size`` bytes, unless it is answered at once.
 
         Raises:
