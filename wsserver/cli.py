@@ -109,12 +109,20 @@ def _data_file() -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="wsserver", description=wsserver.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
+    )
+    _add_serve(commands)
+    _add_chat(commands)
+    _add_token(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of all frames")
     schema.add_argument(
         "--asyncapi", action="store_true", help="print the protocol as AsyncAPI instead"
     )
-    _add_chat(commands)
+    return parser
+
+
+def _add_token(commands: Any) -> None:
     token = commands.add_parser("token", help="make tokens for clients and programs")
     making = token.add_subparsers(required=True, metavar="new").add_parser(
         "new",
@@ -128,8 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     making.add_argument(
         "--days", type=_days, help="days that the token is valid; default: for ever"
     )
-    _add_serve(commands)
-    return parser
 
 
 def _add_serve(commands: Any) -> None:
