@@ -54,8 +54,8 @@ class Intake:
         stop: Stop,
     ) -> None:
         self._generation = generation
-        self._room = settings.reply_size
-        self._size = settings.frame_size
+        self._room = settings.reply_size  # characters that the reply may still have
+        self._size = settings.frame_size  # most characters of a piece
         self._memory = memory
         self._left = 0  # bytes of memory that are acquired and not used
         self._unread_limit = settings.grace_tokens
@@ -65,7 +65,7 @@ class Intake:
         self._family: Kind | None = None  # the kind of the open block
         self._block = -1  # the index of the open block, or of the last one
         self._given: int | None = None  # the model's own number of the open block
-        self._end = _END_TURN
+        self._end = _END_TURN  # the end of the reply, unless the model yields another one
 
     async def run(self, answer: Awaitable[None]) -> End:
         """Wait for a model that pushes, or for :meth:`pull`, and return the end of the answer."""

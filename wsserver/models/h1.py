@@ -51,20 +51,21 @@ class Connection(asyncio.Protocol):
         self._owner = owner
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
-        self._response: Response | None = None
-        self._headers: list[tuple[bytes, bytes]] = []
-        self._body: list[bytes] = []  # of the bytes that are being parsed
-        self._head_size = 0
-        self._ended = False  # the response, in the bytes that are being parsed
-        self._interim = False
-        self._until_close = False
-        self._reusable = True
-        self._closing = False
-        self._paused = False
-        self._writable: asyncio.Future[None] | None = None
+        self._response: Response | None = None  # the response to the request under way
+        self._headers: list[tuple[bytes, bytes]] = []  # of a head that is not complete
+        self._body: list[bytes] = []  # parts of the body in the bytes that are being parsed
+        self._head_size = 0  # bytes of the heads of the response so far
+        self._ended = False  # the bytes that are being parsed have the end of the response
+        self._interim = False  # an interim response (1xx) is being parsed
+        self._until_close = False  # the end of the connection is the end of the body
+        self._reusable = True  # another request can be sent after this one
+        self._closing = False  # the connection is closed, or is being closed
+        self._paused = False  # the write buffer is full
+        self._writable: asyncio.Future[None] | None = None  # done when the buffer has room again
+        # Aborts the connection if the rest of a released body lasts too long; None otherwise.
         self._drain_timer: asyncio.TimerHandle | None = None
-        self._drained = 0
-        self._lost: asyncio.Future[None] | None = None
+        self._drained = 0  # bytes of the rest of a released body
+        self._lost: asyncio.Future[None] | None = None  # done when the connection is closed
 
     # Requests.
 

@@ -118,13 +118,13 @@ class Pool:
         self._connect_timeout = connect_timeout
         self._tls = tls
         self._resolver = Resolver()
-        self._connections: dict[Connection, Origin] = {}  # those being made included
-        self._dialing = 0
+        self._connections: dict[Connection, Origin] = {}  # including those that are being opened
+        self._dialing = 0  # connections that are being opened
         # The connection that was used last is the last. Its timer closes it.
         self._idle: dict[Connection, asyncio.TimerHandle] = {}
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._warming: asyncio.Task[None] | None = None
-        self._warmed_for_someone = False
+        self._waiting: deque[asyncio.Future[None]] = deque()  # requests that wait for a connection
+        self._warming: asyncio.Task[None] | None = None  # opens a connection before a request
+        self._warming_taken = False  # a request waits for that connection
         self._closed = False
 
     async def post(self, template: Template, body: bytes, accept: Accept | None = None) -> Response:
@@ -168,7 +168,7 @@ class Pool:
         if self._warming is None:
             if self._closed or self._dialing or self._full or self._has_idle(origin):
                 return
-            self._warmed_for_someone = False
+            self._warming_taken = False
             self._warming = asyncio.get_running_loop().create_task(self._warm(origin))
         await asyncio.wait({self._warming})
 
@@ -194,8 +194,8 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_timeout):
                 while True:
-                    if self._warming is not None and not self._warmed_for_someone:
-                        self._warmed_for_someone = True  # the next request opens its own
+                    if self._warming is not None and not self._warming_taken:
+                        self._warming_taken = True  # the next request opens its own connection
                         await asyncio.wait({self._warming})
                     elif not self._full:
                         return await self._dial(origin)

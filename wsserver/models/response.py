@@ -71,14 +71,16 @@ class Response:
         # Names in lower case, and values, as they came.
         self.headers: list[tuple[bytes, bytes]] = []
         self.complete = False  # whether the whole body has arrived
+        # Done when the response begins, or failed before that.
         self.head: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._source = source
         self._accept = accept
-        self._buffer = bytearray()
-        self._on_data: OnData | None = None
+        self._buffer = bytearray()  # decoded bytes that wait for a reader
+        self._on_data: OnData | None = None  # the reader
+        # The result of `read_body`; None without a reader.
         self._over: asyncio.Future[bool] | None = None
-        self._error: Exception | None = None
-        self._decoder: _Decoder | None = None
+        self._error: Exception | None = None  # a failure after the response began
+        self._decoder: _Decoder | None = None  # None for a body without a content coding
 
     def header(self, name: bytes) -> bytes | None:
         """Return the value of a header. The values of repeated headers are joined by commas."""
