@@ -117,6 +117,7 @@ class Server:
         self._leaving: asyncio.Task[None] | None = None
         self._hurried = False
         self._entered = False
+        self._running = False  # entered without a failure
         self._closed = asyncio.Event()
 
     @property
@@ -157,6 +158,7 @@ class Server:
                 await self.operators.wait_closed()
             await app.release(settings.stop_timeout)
             raise
+        self._running = True
         app.ready()
         log.info("listening", addresses=", ".join(self.bound), model=self.model_name)
         return self
@@ -256,7 +258,7 @@ class Server:
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed."""
-        if hasattr(self, "port"):
+        if self._running:
             await self._closed.wait()
 
     async def close(self) -> None:
@@ -264,7 +266,7 @@ class Server:
 
         This takes at most the ``shutdown_timeout``. Idempotent: all callers wait for the end.
         """
-        if not hasattr(self, "port"):  # never entered
+        if not self._running:
             return
         if self._closing is None:
             self._closing = asyncio.get_running_loop().create_task(self._close())
