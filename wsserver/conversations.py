@@ -221,7 +221,7 @@ class Conversations:
 
         Raises:
             Refused: the owner has no such conversation.
-            StoreError: the store cannot tell.
+            StoreError: the store cannot read the conversation.
         """
         while True:
             if conversation.deleted:

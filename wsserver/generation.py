@@ -105,7 +105,7 @@ class Log(Generic[T]):
         """Add a piece and wake the followers. A piece without data adds nothing.
 
         Args:
-            data: the text, or what the kind tells.
+            data: the text, or the data of another kind; see :data:`~wsserver.pieces.Kind`.
             kind: what the data is.
             block: the index of the piece's block.
 

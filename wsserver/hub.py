@@ -53,12 +53,12 @@ class Hub:
         self.journal = Journal(  # saves the generations to the store
             store, settings.save_interval, settings.store_timeout, metrics=metrics
         )
-        # The conversations in memory, and through them those of the store.
+        # The conversations in memory; they read others from the store.
         self.conversations = Conversations(store, self.journal, settings, memory)
         self.accounts = Accounts(settings, store)  # what each account may use
         # The generations that clients can find by id.
         self.retention = Retention(store, self.journal, self.accounts, settings, memory)
-        # What is done for the model before a prompt comes.
+        # Prepares the model, and opens connections to its API, before a prompt arrives.
         self.readiness = Readiness(model, warm=settings.warm_connections)
         self.reporter = Reporter(metrics)
         self.scheduler = Scheduler(  # accepts prompts

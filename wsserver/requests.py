@@ -327,9 +327,9 @@ class Requests:
         session, hub = self._session, self._session.hub
         hub.accounts.check_reads(session.account)
         name, title = request.conversation, request.title
-        told = await hub.conversations.rename(name, session.owner, title, self._following)
+        notified = await hub.conversations.rename(name, session.owner, title, self._following)
         frame = encode(Renamed(conversation=name, title=title, request=request.request))
-        hub.accounts.charge_reads(session.account, (1 + told) * len(frame))
+        hub.accounts.charge_reads(session.account, (1 + notified) * len(frame))
         session.transport.write(frame)
 
     def _write_read(self, answer: History | Conversations) -> None:

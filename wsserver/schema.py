@@ -133,9 +133,10 @@ def _references(frames: dict[str, Any], reference: str) -> list[dict[str, str]]:
 
 
 def asyncapi() -> dict[str, Any]:
-    """Return an AsyncAPI 3.0 document: what the server receives, answers and sends by itself.
+    """Return an AsyncAPI 3.0 document: the frames that the server receives and sends.
 
-    Schema Objects of AsyncAPI are JSON Schema draft 7, of which the frames' schemas use no more.
+    A Schema Object of AsyncAPI is JSON Schema draft 7. The schemas of the frames use no later
+    keyword.
     """
     reference = "#/components/schemas/{model}"
     frames = {**CLIENT_FRAMES, **SERVER_FRAMES}
@@ -173,14 +174,14 @@ def asyncapi() -> dict[str, Any]:
         "info": {
             "title": "wsserver",
             "version": SUBPROTOCOL.rpartition("v")[2],
-            "description": f"{CLIENT}\n\n{SERVER}\n\nPROTOCOL.md tells what the frames mean.",
+            "description": f"{CLIENT}\n\n{SERVER}\n\nPROTOCOL.md defines the frames.",
         },
         "defaultContentType": "application/json",
         "servers": {
             "local": {
                 "host": "localhost:3001",
                 "protocol": "ws",
-                "description": "Where `wsserver serve` listens if it is not told otherwise.",
+                "description": "The default address of `wsserver serve`.",
             }
         },
         "channels": {

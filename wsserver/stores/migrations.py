@@ -43,7 +43,8 @@ MIGRATIONS = [
         PRIMARY KEY (owner, day)
     ) WITHOUT ROWID;
     CREATE INDEX spent_by_day ON spent (day);
-    -- What is in the accounts, deleted or not, for as long as its end may be saved again.
+    -- The generations whose cost is in `spent`, deleted ones included. A row is kept while the end
+    -- of its generation may be saved again.
     CREATE TABLE counted (
         owner TEXT NOT NULL,
         id TEXT NOT NULL,
@@ -69,7 +70,7 @@ MIGRATIONS = [
         PRIMARY KEY (owner, id)
     ) WITHOUT ROWID;
     INSERT INTO new_conversation SELECT owner, id, title, created, updated FROM conversation;
-    -- What somebody else may have said in one is theirs from now on.
+    -- Another owner may have generations in a conversation. They get a conversation of their own.
     INSERT INTO new_conversation
         SELECT owner, conversation, '…', min(began), max(coalesce(ended, began)) FROM generation
         WHERE conversation IS NOT NULL GROUP BY owner, conversation
@@ -204,14 +205,14 @@ MIGRATIONS = [
     END;
     """,
     """
-    -- A history is read without a look at the turns that are not in it, however many there are.
+    -- A history is read without reading the turns that are hidden.
     CREATE INDEX generation_shown ON generation (owner, conversation, turn) WHERE hidden IS NULL;
     """,
     """
-    -- The kinds and blocks of the pieces; NULL where there are text and thinking alone, of which
-    -- `lengths` tells the one from the other. `thinking` has the data of all pieces but text.
+    -- The kinds and blocks of the pieces. NULL for text and thinking only: the sign of a number in
+    -- `lengths` is then the kind. `thinking` has the data of all pieces other than text.
     ALTER TABLE generation ADD COLUMN runs TEXT;
-    -- A history has the thinking too, which counts with the text from now on.
+    -- A history also has the thinking, so the size of a turn includes it.
     UPDATE generation SET size = size + length(CAST(thinking AS BLOB)),
         rest = rest - length(CAST(thinking AS BLOB)) WHERE thinking <> '';
     """,

@@ -76,20 +76,21 @@ class Packed:
         """
         lengths = _LENGTHS.validate_json(self.lengths, strict=True)
         pieces = Pieces()
-        number = said = told = 0
+        number = text_end = other_end = 0  # pieces, and characters of both texts, so far
         for kind, block, count in self._runs(lengths):
             data = []
             for length in lengths[number : number + count]:
                 size = ~length if length < 0 else length
                 if kind == TEXT:
-                    data.append(self.text[said : said + size])
-                    said += size
+                    data.append(self.text[text_end : text_end + size])
+                    text_end += size
                 else:
-                    data.append(self.other[told : told + size])
-                    told += size
+                    data.append(self.other[other_end : other_end + size])
+                    other_end += size
             pieces.extend(kind, block, data)
             number += count
-        if (number, said, told) != (len(lengths), len(self.text), len(self.other)):
+        ends = number, text_end, other_end
+        if ends != (len(lengths), len(self.text), len(self.other)):
             raise ValueError("lengths do not fit the text")
         return pieces
 

@@ -95,7 +95,7 @@ class ApiError(WsserverError):
         return error
 
     def identify(self, error: ModelError) -> None:
-        """Have the log tell the API's own facts of an error."""
+        """Copy the API's kind, status and request id to an error, for the log."""
         error.kind, error.status, error.request_id = self.kind, self.status, self.request_id
 
     def _retry_after(self) -> float | None:
