@@ -190,7 +190,7 @@ async def test_closed_standard_stream_is_error(missing: str) -> None:
     )
     code, out, err = await outcome(process, "Hi")
     assert (code, out) == (2, "")
-    assert "have to be open" in err or missing == "2>&-"
+    assert "must be open" in err or missing == "2>&-"
 
 
 async def test_full_disk_is_reported(server: wsserver.Server, puppet: Puppet) -> None:
