@@ -119,16 +119,16 @@ async def test_slow_body_gets_408_and_raises_in_application() -> None:
 async def test_body_received_steadily_has_more_time_than_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wsserver.exchange.BODY_RATE", 10)  # bytes of the body for each second
+    monkeypatch.setattr("wsserver.exchange.BODY_RATE", 2)  # bytes of the body for each second
     async with (
-        listening(echo, open_timeout=0.2) as listener,
+        listening(echo, open_timeout=0.5) as listener,
         Browser.open(listener) as browser,
     ):
         loop = asyncio.get_running_loop()
         browser.send(length(6), b"\r\n")
         for byte in b"slowly":
             later = loop.create_future()
-            loop.call_later(0.1, later.set_result, None)
+            loop.call_later(0.15, later.set_result, None)
             await later
             browser.send(bytes([byte]))
         assert await browser.response() == (200, b"slowly")
