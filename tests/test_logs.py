@@ -164,6 +164,7 @@ def test_library_records_about_disconnects_are_dropped() -> None:
     stream = io.StringIO()
     set_up("info", stream)
     logging.getLogger("asyncio").warning("socket.send() raised exception.")
+    logging.getLogger("asyncio").warning("SSL connection is closed")
     logging.getLogger("websockets.server").warning("skipped broadcast: failed to write message")
     assert stream.getvalue() == ""
     logging.getLogger("websockets.server").error("connection handler failed")

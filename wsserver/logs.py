@@ -31,6 +31,8 @@ MAX_PLACES = 20  # innermost frames of a traceback; a recursion has a thousand
 CALLER = 3  # the caller of `log.info`, counted from the call of the standard library
 WINDOW = 10.0  # seconds
 MAX_LINES = 100  # more than a person reads; at most 220 MB a day for each event
+# Warnings of asyncio about a client that has gone, without and with TLS.
+_GONE = ("socket.send() raised exception.", "SSL connection is closed")
 NAMES = 1000  # counts in a window; later principals share the count of anonymous clients
 
 logger = logging.getLogger("wsserver")
@@ -172,7 +174,7 @@ def _from_libraries(record: logging.LogRecord) -> bool:
     """Drop records of libraries about prompts and about each client that disconnected."""
     if isinstance(getattr(record, "event", None), _Event):
         return True
-    if record.name == "asyncio" and record.msg == "socket.send() raised exception.":
+    if record.name == "asyncio" and record.msg in _GONE:
         return False
     least = logging.ERROR if record.name.startswith("websockets") else logging.WARNING
     return record.levelno >= least and _limit.allows(record.name, record.levelno)

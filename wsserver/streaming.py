@@ -9,7 +9,7 @@ from wsserver.responses import Producer
 from wsserver.tcp import READ_SIZE, TcpConnection, TcpListener, Writer, half_close
 
 LAST_CHUNK = b"0\r\n\r\n"
-LINGER = 5.0  # seconds for a client to close the connection after the end of the body
+LINGER = 5.0  # seconds for a client to read more or to close the connection, after the body's end
 
 
 class StreamedResponse(Writer):
@@ -71,11 +71,20 @@ class StreamedResponse(Writer):
         if self._following is not None and not self._dropped and self.writable:
             self._finish()
             self._following(self)
-        elif self.transport.can_write_eof():
-            half_close(self.transport)
-            self._linger = self._listener.loop.call_later(LINGER, self.abort)
         else:
-            self.transport.close()
+            half_close(self.transport)
+            self._await_close()
+
+    def _await_close(self) -> None:
+        """Abort the connection unless the client reads the rest, or closes it."""
+        loop = self._listener.loop
+        self._linger = loop.call_later(LINGER, self._check_close, self.waiting)
+
+    def _check_close(self, unsent: int) -> None:
+        if self.waiting < unsent:
+            self._await_close()  # the client is slow, but reads
+        else:
+            self.abort()
 
     def buffer_updated(self, size: int) -> None:
         """Drop bytes after the request; abort a client that sends more than one buffer."""

@@ -215,9 +215,13 @@ class Writer(TcpConnection):
 
 
 def half_close(transport: asyncio.Transport) -> None:
-    """Close the writing side, unless the client has gone."""
-    with contextlib.suppress(OSError, RuntimeError):  # the client has gone
-        transport.write_eof()
+    """Close the writing side; the whole connection with TLS, which has no half-close."""
+    # The client has gone. TLS raises also if what it reads before the close ends the connection.
+    with contextlib.suppress(OSError, RuntimeError):
+        if transport.can_write_eof():
+            transport.write_eof()
+        else:
+            transport.close()
 
 
 def _limit_unsent(sock: socket.socket) -> None:

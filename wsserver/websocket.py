@@ -323,7 +323,5 @@ def _flush(protocol: Protocol, transport: asyncio.Transport) -> None:
             return
         if data:
             transport.write(data)
-        elif transport.can_write_eof():
-            half_close(transport)
         else:
-            transport.close()
+            half_close(transport)

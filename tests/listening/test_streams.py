@@ -224,6 +224,40 @@ async def test_client_not_reading_earlier_response_is_aborted_after_send_timeout
         assert 'why="does not read"} 1.0' in reason(listener)
 
 
+async def test_slow_reader_gets_rest_of_body_after_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("wsserver.streaming.LINGER", 0.3)
+    streams = Streams()
+    async with (
+        listening(streams, max_unsent=2**24) as listener,
+        Browser.open(listener) as browser,
+    ):
+        browser.send(GET + b"\r\n")
+        recorder = await streams.next()
+        recorder.body.write(b"x" * 10_000_000)
+        recorder.body.end()
+        await browser.head()
+        size = int(await browser.reader.readuntil(b"\r\n"), 16)
+        while size:
+            size -= len(await browser.reader.readexactly(min(size, 100_000)))
+            await asyncio.sleep(0.01)
+        assert await browser.reader.read() == b"\r\n0\r\n\r\n"
+
+
+@both
+@pytest.mark.parametrize("turns", range(4))
+async def test_stream_ends_while_client_sends(tls: bool, turns: int) -> None:
+    streams = Streams()
+    async with listening(streams, tls=tls) as listener, Browser.open(listener) as browser:
+        browser.send(GET, b"Content-Length: 60000\r\n\r\n", b"x" * 60_000)
+        recorder = await streams.next()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        recorder.body.end()
+        await recorder.gone.wait()
+
+
 async def test_client_over_max_unsent_is_aborted_at_once() -> None:
     streams = Streams()
     async with (
