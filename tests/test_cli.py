@@ -77,7 +77,7 @@ async def test_second_ctrl_c_exits_at_once() -> None:
             chat = Client(socket_)
             await chat.prompt("Hello there")
             process.signal(signal.SIGINT)
-            await process.line("once more")
+            await process.line("Ctrl-C again")
             process.signal(signal.SIGINT)
             assert await process.end() == 0
             assert "Traceback" not in process.output
