@@ -17,10 +17,10 @@ class Certificate:
 
     Args:
         cert: PEM file with the certificate and its intermediate certificates.
-        key: PEM file with the key; empty where ``cert`` has the key too.
+        key: PEM file with the key; empty if ``cert`` also has the key.
 
     Raises:
-        ConfigError: a file cannot be read, or the key is not that of the certificate.
+        ConfigError: a file cannot be read, or the key does not belong to the certificate.
     """
 
     context: ssl.SSLContext  # TLS context of the server; it stays the same over all reloads
@@ -28,17 +28,17 @@ class Certificate:
     def __init__(self, cert: str, key: str = "") -> None:
         self._cert, self._key = cert, key or cert
         self.context = self._current = self._load()
-        # A context keeps one certificate for each kind of key. A later one of another kind does not
-        # replace the first. So a reload makes a context, and each connection chooses the newest.
-        # OpenSSL calls this also for clients that send no server name.
+        # A context keeps one certificate for each kind of key, so a new certificate of another kind
+        # would not replace the old one. A reload therefore makes a new context, and each connection
+        # chooses the newest. OpenSSL also calls this for clients that send no server name.
         self.context.sni_callback = self._choose
 
     def reload(self) -> bool:
         """Read the files again, for new connections.
 
         Returns:
-            Whether the files could be read and used. If not, certificate not reloaded, and
-            the log has the reason.
+            False if the files could not be used. The old certificate then stays, and the log has
+            the reason.
         """
         try:
             self._current = self._load()
