@@ -37,7 +37,7 @@ class Record:
     header: Header  # what was accepted
     log: Log[Terminal]  # the pieces
     new: bool = True  # the store has to create the generation
-    noted: bool = False  # the next batch has the pieces to come
+    queued: bool = False  # the next batch saves the record, with all pieces that it has by then
     lost: bool = False  # no attempt can save it
     deleted: bool = False  # its conversation was deleted
     terminal: Terminal | None = None  # its end; None until `Journal.save_end`
@@ -48,9 +48,9 @@ class Record:
 
     def wake(self) -> None:
         """Save the new piece with the next batch."""
-        if not self.noted:
-            self.noted = True
-            self._journal.note(self)
+        if not self.queued:
+            self.queued = True
+            self._journal.enqueue(self)
 
     def entry(self) -> Entry:
         """Return what is not saved yet; the whole reply once it has ended."""
@@ -90,15 +90,15 @@ class Journal:
         self._interval = interval
         self._timeout = timeout
         self._metrics = metrics
-        self._batched: list[Record] = []  # the records of the batch under way
+        self._batch: list[Record] = []  # the records of the batch under way
         self._unsaved: dict[Record, None] = {}  # the others with something to save, in order
         self._late: dict[Record, None] = {}  # ended, and still to be saved after a failure
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._probe: asyncio.Task[None] | None = None
-        self._unwell = False  # the last probe failed
+        self._probe_failed = False  # the last probe failed
         self._probed = 0.0  # when the last probe began, by the event loop's clock
-        self._batch: asyncio.Future[None] | None = None  # done when the batch under way ends
+        self._batch_ended: asyncio.Future[None] | None = None  # done when the batch under way ends
         self._failures = 0  # in a row
         self._closed = False
 
@@ -115,7 +115,7 @@ class Journal:
         log.followers.append(record)
         if waits:
             self._urgent.set()
-        self.note(record)
+        self.enqueue(record)
         return record
 
     def save_end(
@@ -140,9 +140,9 @@ class Journal:
             asyncio.get_running_loop().call_soon(lambda: self._notify([record], saved=False))
             return
         self._urgent.set()
-        self.note(record)
+        self.enqueue(record)
 
-    def note(self, record: Record) -> None:
+    def enqueue(self, record: Record) -> None:
         """Save the new part of a generation with the next batch."""
         if record.lost:
             return
@@ -153,7 +153,7 @@ class Journal:
     @property
     def unsaved(self) -> int:
         """The number of generations with something to save, those of a batch under way included."""
-        return len({*self._batched, *self._unsaved})
+        return len({*self._batch, *self._unsaved})
 
     def find(self, owner: str, generation_id: str) -> StoredGeneration | None:
         """Return an ended generation that could not be saved yet."""
@@ -170,7 +170,7 @@ class Journal:
 
     def forget(self, owner: str, conversation: str) -> None:
         """Mark the records of a deleted conversation, so that they do not create it again."""
-        for record in (*self._batched, *self._unsaved):
+        for record in (*self._batch, *self._unsaved):
             if record.within(owner, conversation):
                 record.new, record.deleted = False, True
                 self._late.pop(record, None)
@@ -182,9 +182,9 @@ class Journal:
             if self._writer is None:
                 return
             self._urgent.set()
-            if self._batch is None:
-                self._batch = asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._batch)
+            if self._batch_ended is None:
+                self._batch_ended = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._batch_ended)
 
     async def probe(self) -> None:
         """Check with a write that the store works, once a second at most.
@@ -200,7 +200,7 @@ class Journal:
         if self._probe is None or (self._probe.done() and now - self._probed >= PROBE_EVERY):
             self._probed = now
             self._probe = asyncio.get_running_loop().create_task(self._store.probe())
-            self._probe.add_done_callback(self._note_probe)
+            self._probe.add_done_callback(self._on_probe_done)
         await asyncio.shield(self._probe)
 
     async def close(self, within: float) -> None:
@@ -226,17 +226,17 @@ class Journal:
                 await self._pause()
                 records, self._unsaved = list(self._unsaved), {}
                 for record in records:
-                    record.noted = False
-                self._batched = records
+                    record.queued = False
+                self._batch = records
                 try:
                     await self._save(records)
                 except Exception as error:  # noqa: BLE001
                     self._fail(records, error)
-                self._batched = []
-                self._finish_batch()
+                self._batch = []
+                self._end_batch()
         finally:
             self._writer = None
-            self._finish_batch()
+            self._end_batch()
 
     async def _pause(self) -> None:
         # The pause grows with each failure, because each attempt writes the whole batch again.
@@ -256,7 +256,7 @@ class Journal:
         while not (await asyncio.wait({commit}, timeout=self._timeout))[0]:
             self._report(StoreError("it takes too long"))
             self._notify([*records, *self._unsaved], saved=False)
-            self._finish_batch()
+            self._end_batch()
         error = asyncio.CancelledError() if commit.cancelled() else commit.exception()
         self._metrics.commit_took(time.monotonic() - began, saved=error is None)
         if error is not None:
@@ -313,17 +313,17 @@ class Journal:
                 except Exception as error:  # noqa: BLE001
                     log.error("callback of saved reply failed", failure=error)
 
-    def _finish_batch(self) -> None:
-        if self._batch is not None:
-            self._batch.set_result(None)
-            self._batch = None
+    def _end_batch(self) -> None:
+        if self._batch_ended is not None:
+            self._batch_ended.set_result(None)
+            self._batch_ended = None
 
-    def _note_probe(self, probe: "asyncio.Task[None]") -> None:
+    def _on_probe_done(self, probe: "asyncio.Task[None]") -> None:
         """Log why the store does not save, once per outage."""
         error = None if probe.cancelled() else probe.exception()
-        if isinstance(error, StoreError) and not self._unwell:
+        if isinstance(error, StoreError) and not self._probe_failed:
             log.error("store cannot save", reason=str(error))
-        self._unwell = error is not None
+        self._probe_failed = error is not None
 
     def _report(self, error: BaseException) -> None:
         if not self._failures:  # once per outage
