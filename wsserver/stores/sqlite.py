@@ -265,19 +265,16 @@ class SqliteStore:
         self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
-        end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
-        return await self._read(
-            owner, lambda database: load(database, conversation, owner, (limit, size, end))
-        )
+        bounds = limit, size, _end(before)
+        return await self._read(owner, lambda file: load(file, conversation, owner, bounds))
 
     async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
         """Return an owner's conversations, the one used last first."""
-        end = MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
         rows = await self._select(
             owner,
             "SELECT id, title, created, updated, place FROM conversation WHERE owner = ? "
             "AND place < ? AND (owner, id) NOT IN deleting ORDER BY place DESC LIMIT ?",
-            (owner, end, limit),
+            (owner, _end(before), limit),
         )
         return [Summary(*row) for row in rows]
 
@@ -367,9 +364,9 @@ class SqliteStore:
         return await self._select("", statement, (before, limit))
 
     async def purge(self, until: float) -> bool:
-        """Delete some expired generations, traces and accounts.
+        """Delete some expired generations, traces and records of spending.
 
-        Accounts are kept for 90 days, and the list of the replies in them for two.
+        The spending of a day is kept for 90 days, and the list of its replies for two.
         """
         now = time.time()
         today = day_of(now)
@@ -457,6 +454,11 @@ def _delete_some(database: sqlite3.Connection, owner: str, conversation: str) ->
         return True
     database.execute("DELETE FROM conversation WHERE owner = ? AND id = ?", (owner, conversation))
     return False
+
+
+def _end(before: int | None) -> int:
+    """Return the number before which rows are read. A client may send any number."""
+    return MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
 
 
 def _opened(connection: Connection | None) -> Connection:
