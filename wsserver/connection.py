@@ -232,7 +232,7 @@ class Connection:
             waiting.stops.append(stopping)
         for generation in running:
             stopping.stop(generation)
-        stopping.settle()
+        stopping.complete_one()
 
     def _stopped(self, stop: Stop, ids: list[str]) -> None:
         """Answer a ``stop``: its generations have ended, or its prompts were refused."""

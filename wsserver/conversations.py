@@ -95,7 +95,7 @@ class Conversations:
     def unpin(self, conversation: Conversation) -> None:
         """Undo one :meth:`pin_now`."""
         conversation.pins -= 1
-        self.settle(conversation)
+        self.count_memory(conversation)
         if conversation.loaded and conversation.exists and not conversation.deleted:
             self._used(conversation)
         elif conversation.idle:
@@ -127,7 +127,7 @@ class Conversations:
         if stored is not None:
             conversation.exists = True
             conversation.turns = self.fit(stored.turns)
-        if not self.settle(conversation):
+        if not self.count_memory(conversation):
             if not conversation.live:
                 self._unload(conversation)
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
@@ -173,7 +173,7 @@ class Conversations:
             self._memory.release(conversation.account, conversation.size)
             conversation.size = 0
 
-    def settle(self, conversation: Conversation) -> bool:
+    def count_memory(self, conversation: Conversation) -> bool:
         """Count the bytes of a conversation's turns after a change of the turns or of their use.
 
         Returns:

@@ -178,7 +178,7 @@ class Requests:
                     await self._answer(waiting)
                 finally:
                     for stop in waiting.stops:
-                        stop.settle()
+                        stop.complete_one()
                 if waiting in self._waiting:  # it was not dropped during the await
                     self._waiting = self._waiting[1:]
                     self._session.hub.memory.release(waiting.account, waiting.size)

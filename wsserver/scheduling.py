@@ -251,7 +251,7 @@ class Scheduler:
             conversation.running = None
             if conversation.queue:
                 self._start(conversation.queue.pop(0))
-        self._conversations.settle(conversation)
+        self._conversations.count_memory(conversation)
 
 
 def _of_prompt(generation: Generation, prompt: Prompt) -> Generation:

@@ -19,7 +19,7 @@ class Stopping:
     _answer: Callable[[Stop, list[str]], None]
     _ids: list[str] = field(default_factory=list)
     _logs: list[Log[Terminal]] = field(default_factory=list)
-    _pending: int = 1  # until `settle` is called for the frame itself
+    _pending: int = 1  # until `complete_one` is called for the frame itself
 
     def expect(self) -> None:
         """Wait for one more prompt that is not accepted yet."""
@@ -39,10 +39,10 @@ class Stopping:
         for ended in [log for log in self._logs if log.terminal is not None]:
             self._logs.remove(ended)
             ended.followers.remove(self)
-            self.settle()
+            self.complete_one()
 
-    def settle(self) -> None:
-        """Count one end; answer if it was the last."""
+    def complete_one(self) -> None:
+        """Count an end, or the end of the frame's own work. Answer the frame after the last one."""
         self._pending -= 1
         if not self._pending:
             self._answer(self.frame, self._ids)

@@ -203,7 +203,7 @@ class MemoryStore:
                 self._conversations.move_to_end(key)
                 if entry.new or terminal is not None:
                     self._use(self._conversations[key], now)
-        self._settle()
+        self._acquire_memory()
 
     def _count(self, owner: str, model: str, terminal: Terminal, now: float) -> None:
         day = self._spent.setdefault(day_of(now), {})
@@ -282,7 +282,7 @@ class MemoryStore:
         if not self._sizes[owner]:
             del self._sizes[owner]
 
-    def _settle(self) -> None:
+    def _acquire_memory(self) -> None:
         """Acquire memory for added content; drop old content if there is not enough."""
         while (more := self._size - self._taken) > 0:
             if self._memory.acquire(CACHE, more):  # this call may have dropped old content here
@@ -403,7 +403,7 @@ class MemoryStore:
         if found is None or (before is not None and found.updated >= before):
             return False
         self._drop(found)
-        self._settle()
+        self._acquire_memory()
         return True
 
     async def spent(self, owner: str, day: int) -> Spent:
@@ -429,7 +429,7 @@ class MemoryStore:
         for generation in purged:
             del self._outside[generation]
             self._forget(generation)
-        self._settle()
+        self._acquire_memory()
         old = takewhile(lambda item: item[1].when < now - TRACE_KEPT, self._traces.items())
         dropped = [key for key, _ in islice(old, PURGED_AT_ONCE)]
         for key in dropped:
