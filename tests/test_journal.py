@@ -206,7 +206,7 @@ async def test_failed_batch_does_not_restore_deleted_conversation(stand: Stand) 
     stand.store.failure = StoreError("disk")
     stand.begin()
     await until(lambda: stand.store.commits)
-    stand.journal.forget("me", "c")  # while the batch has the record
+    stand.journal.mark_deleted("me", "c")  # while the batch has the record
     stand.store.gate.set()
     await until(lambda: stand.store.commits > 1)
     stand.store.failure = None
@@ -245,7 +245,7 @@ async def test_unsaved_reply_of_deleted_conversation_is_not_found(
     stand.store.gate = asyncio.Event()
     commits = stand.store.commits
     await until(lambda: stand.store.commits > commits)
-    stand.journal.forget("me", "c")  # while a batch has the record
+    stand.journal.mark_deleted("me", "c")  # while a batch has the record
     stand.store.gate.set()
     commits = stand.store.commits
     await until(lambda: stand.store.commits > commits)

@@ -266,7 +266,7 @@ class Conversations:
         found = await self._store.delete(conversation.id, conversation.owner, before)
         if not found and (before is not None or not conversation.exists):
             raise Refused(Code.NOT_FOUND)
-        self._journal.forget(conversation.owner, conversation.id)
+        self._journal.mark_deleted(conversation.owner, conversation.id)
         self.forget(conversation)
 
     async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> int:

@@ -75,10 +75,10 @@ class Exchange(TcpConnection):
         # A task answers the request, perhaps longer than the connection lasts.
         self._answering = False
         self._dropping = False  # received bytes are dropped
-        self._waits = False  # the connection is between two requests
+        self._idle = False  # the connection is between two requests
         # While the application reads the body: set when more of the body has come.
         self._more: asyncio.Event | None = None
-        self._patience: asyncio.Timeout | None = None  # of the task that answers
+        self._timeout: asyncio.Timeout | None = None  # cancels the task that answers
 
     # The connection.
 
@@ -125,9 +125,9 @@ class Exchange(TcpConnection):
         else:
             self._write_and_drop(_refusal(self._denied))
 
-    def wait(self) -> None:
+    def begin_idle(self) -> None:
         """Wait for the first byte of another request."""
-        self._waits = True
+        self._idle = True
         self._abort_after(KEEP_ALIVE)
         self._listener.linger(self)
 
@@ -167,8 +167,8 @@ class Exchange(TcpConnection):
 
     def buffer_updated(self, size: int) -> None:
         """Parse more of the request. A task answers the request once its head is complete."""
-        if self._waits:
-            self._waits = False
+        if self._idle:
+            self._idle = False
             self._listener.lingering.pop(self, None)
             self.arrive(self.transport)
             self.begin()
@@ -215,7 +215,7 @@ class Exchange(TcpConnection):
         self._check_open()
         self._more = asyncio.Event()
         began, timeout = loop.time(), self._listener.settings.open_timeout
-        self._wait_for_body()
+        self._suspend_timeouts()
         try:
             while not parser.ended and len(parser.body) <= limit:
                 self._more.clear()
@@ -227,22 +227,24 @@ class Exchange(TcpConnection):
             raise BadRequest(HTTPStatus.REQUEST_TIMEOUT, message) from None
         finally:
             self._more = None
-            self._wait_for_answer()
+            self._restart_timeouts()
         if len(parser.body) > limit:
             raise _too_large(limit)
         return bytes(parser.body)
 
-    def _wait_for_body(self) -> None:
-        assert self._patience is not None
+    def _suspend_timeouts(self) -> None:
+        """Read the body without the timeouts of the answer: the body has its own."""
+        assert self._timeout is not None
         assert self._timer is not None
-        self._patience.reschedule(None)
+        self._timeout.reschedule(None)
         self._timer.cancel()
         self.transport.resume_reading()
 
-    def _wait_for_answer(self) -> None:
-        assert self._patience is not None
+    def _restart_timeouts(self) -> None:
+        """Give the application the `open_timeout` for its answer, from the end of the body on."""
+        assert self._timeout is not None
         timeout = self._listener.settings.open_timeout
-        self._patience.reschedule(self._listener.loop.time() + timeout)
+        self._timeout.reschedule(self._listener.loop.time() + timeout)
         self._abort_after(timeout)
 
     def _check_open(self) -> None:
@@ -253,7 +255,7 @@ class Exchange(TcpConnection):
 
     async def _answer(self, request: Request) -> None:
         try:
-            async with asyncio.timeout(self._listener.settings.open_timeout) as self._patience:
+            async with asyncio.timeout(self._listener.settings.open_timeout) as self._timeout:
                 answer = await self._listener.answer(request, self.visitor)
         except TimeoutError:
             return  # the timer aborts the connection at the same time
@@ -311,7 +313,7 @@ class Exchange(TcpConnection):
             following.transport.resume_reading()  # a body that nobody read has paused it
         if self._listener.admission is not None and before.visitor is not None:
             self._listener.admission.depart(before.visitor)
-        following.wait()
+        following.begin_idle()
 
     def _stream(self, stream: Stream, request: Request, *, keep: bool) -> None:
         chunked = request.version != "1.0"

@@ -168,7 +168,7 @@ class Journal:
         """Whether an ended generation of a conversation could not be saved yet."""
         return any(record.within(owner, conversation) for record in self._late)
 
-    def forget(self, owner: str, conversation: str) -> None:
+    def mark_deleted(self, owner: str, conversation: str) -> None:
         """Mark the records of a deleted conversation, so that they do not create it again."""
         for record in (*self._batch, *self._unsaved):
             if record.within(owner, conversation):
