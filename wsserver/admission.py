@@ -240,7 +240,9 @@ class Visitor:
             )
         if not self._act_for(principal, token):
             raise Refused(
-                Code.LIMIT, "This principal has as many sockets as it may.", retry_after=RETRY_AFTER
+                Code.LIMIT,
+                "This principal already has its maximum number of sockets.",
+                retry_after=RETRY_AFTER,
             )
         return principal
 

@@ -102,7 +102,7 @@ class App:
         self.connections: dict[ClientTransport, Connection] = {}
         self.stopping = False  # whether `stop` was called
         self._given_model = model
-        self._own_model: Model | PushModel | None = None  # made here, and so to be closed here
+        self._own_model: Model | PushModel | None = None  # the application made it, and closes it
         self._authenticate = authenticate
         self._operations: Operations
         self._routes: Routes

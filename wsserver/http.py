@@ -34,7 +34,7 @@ class RequestParser:
     """Parses one request, in as many parts as it comes in."""
 
     def __init__(self) -> None:
-        # Bytes of the head so far; the read with the end of the head counts without its body.
+        # Bytes of the head so far. Bytes of the body that came with its end do not count.
         self.size = 0
         self.head: Request | None = None  # the request, once its head is complete
         self.early = b""  # the bytes after the head of an upgrade

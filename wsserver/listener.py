@@ -57,7 +57,7 @@ class Listener:
         self.metrics = metrics
         self.tls = tls
         self.loop = asyncio.get_running_loop()
-        # All connections, also those that are no WebSocket yet.
+        # All connections, from accept to close.
         self.connections: set[TcpConnection] = set()
         # The connections that count for no limit, the oldest first: refused ones, and those between
         # two requests.
@@ -67,9 +67,10 @@ class Listener:
         # The tasks that answer requests, also of disconnected clients.
         self.answering: set[asyncio.Task[None]] = set()
         self.closing = False  # whether new WebSockets are refused
-        # All connections read into this buffer. A connection takes its data in the callback of the
-        # read, before another connection can read. All event loops do so.
-        self.buffer = memoryview(bytearray(READ_SIZE))  # which asyncio's TLS can fill bit by bit
+        # All connections read into this buffer. Event loops call `buffer_updated` right after a
+        # read, so a connection takes its data before another connection reads. It is a memoryview
+        # because asyncio's TLS fills slices of it.
+        self.buffer = memoryview(bytearray(READ_SIZE))
         self._acceptors: list[Acceptor] = []
         self._most_lingering = lingering(settings)
 

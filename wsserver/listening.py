@@ -217,8 +217,8 @@ class Acceptor:
 def loopback(sockets: Iterable[Listening]) -> bool:
     """Whether all sockets have loopback addresses, which programs of this machine alone can reach.
 
-    A unix socket does not count as loopback, as a proxy may forward to it. No sockets at all do not
-    either.
+    A unix socket does not count as loopback: a proxy may forward to it. Without sockets the result
+    is False.
     """
     addresses = [sock.getsockname()[0] if sock.family in IP else "" for sock in sockets]
     return bool(addresses) and all(map(_is_loopback, addresses))

@@ -54,7 +54,9 @@ class Pieces:
         self.data: list[str] = []  # the data of each piece
         self.kind: Kind = TEXT  # the kind of the last piece
         self.block = 0  # the block of the last piece
-        self._runs = [_FIRST]  # the index of the first piece, kind and block; the last may be empty
+        # For each run the index of its first piece, its kind and its block. The last run may have
+        # no pieces yet.
+        self._runs = [_FIRST]
         for kind, block, item in pieces:
             self.extend(kind, block, [item])
 

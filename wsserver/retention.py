@@ -73,7 +73,7 @@ class Retention:
         if known is not None:
             return known
         self._accounts.check_reads(account)
-        # The store lacks what the journal still has to save.
+        # The store does not have the generations that the journal still has to save.
         stored: StoredGeneration | Forgotten | None = self._journal.find(owner, generation_id)
         if stored is None:
             stored = await self._read(owner, generation_id)

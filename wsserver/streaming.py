@@ -15,8 +15,8 @@ LINGER = 5.0  # seconds for a client to read more or to close the connection, af
 class StreamedResponse(Writer):
     """Writes the body of one response, after its head.
 
-    A client that closes the connection, or only its own side, has gone: browsers abort a request
-    so.
+    A client that closes the connection, or only its own side of it, has disconnected: a browser
+    aborts a request in this way.
 
     Args:
         listener: owner of the connection.

@@ -57,8 +57,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         # The transport that TLS writes to; None without TLS.
         self.below: asyncio.Transport | None = None
         self._closed: asyncio.Future[None] | None = None
-        self._held = 0  # bytes that are counted for the connection,
-        self._account = _OPERATORS  # and the account that they are counted for
+        self._held = 0  # bytes that are counted for the connection
+        self._account = _OPERATORS  # the account of these bytes
         self._paused = False  # the write buffer is full; the transport tells so once
 
     def get_buffer(self, _: int) -> memoryview:

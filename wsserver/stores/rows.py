@@ -14,7 +14,7 @@ KEYS = 3  # copies of the ids of a generation in tables and indexes
 
 COUNT = "INSERT INTO counted VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (owner, id, began) DO NOTHING"
 
-# What is known of a generation once it has ended, as parameters of the statements below.
+# The columns that the end of a generation sets, as parameters of the statements below.
 _Ending = dict[str, str | int | float | None]
 _NO_ENDING: _Ending = dict.fromkeys(("text", "lengths", "thinking", "runs", "terminal", "ended"))
 _NO_ENDING |= {"content_size": 0, "rest": 0}
