@@ -345,17 +345,22 @@ async def test_close_of_response_closes_connection_at_once() -> None:
 # The rest of a body
 
 
-async def test_released_response_returns_connection_to_pool() -> None:
+@pytest.mark.parametrize("rest", [b"two", bytes(2000)], ids=["short", "long"])
+async def test_released_response_returns_connection_to_pool(
+    monkeypatch: pytest.MonkeyPatch, rest: bytes
+) -> None:
+    monkeypatch.setattr("wsserver.models.h1.DRAIN_SIZE", 1000)
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await head_of(reader)
             writer.write(CHUNKED + chunk(b"one"))
             await more.wait()
-            writer.write(chunk(b"two") + LAST)
+            writer.write(chunk(rest) + LAST)
 
     more = asyncio.Event()
     async with Raw(handle) as raw, pool(limit=1) as client:
-        for _ in range(2):
+        for _ in range(3):
             more.clear()
             response = await client.post(template(raw.port), b"{}")
             assert await response.read_body(Reader(enough=True)) is False

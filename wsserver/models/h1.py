@@ -132,7 +132,6 @@ class Connection(asyncio.Protocol):
     def drain(self, response: Response) -> None:
         """Discard the rest of a body. Close the connection if the rest is long."""
         if response is self._response and self._drain_timer is None:
-            self._drained = 0
             self._drain_timer = asyncio.get_running_loop().call_later(DRAIN_TIME, self.abort)
             self.resume_reading()
 
@@ -252,6 +251,7 @@ class Connection(asyncio.Protocol):
         if self._drain_timer is not None:
             self._drain_timer.cancel()
             self._drain_timer = None
+            self._drained = 0
 
     # For the parser. Bytes after the end of the response are ignored, and end the connection.
 
