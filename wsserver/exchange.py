@@ -210,9 +210,9 @@ class Exchange(TcpConnection):
         if (parser.length or 0) > limit:
             raise _too_large(limit)
         waits = "expect" in headers and parser.head.version != "1.0"  # RFC 9110 section 10.1.1
+        self._check_open()
         if waits and not (parser.ended or parser.body):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._check_open()
         self._more = asyncio.Event()
         began, timeout = loop.time(), self._listener.settings.open_timeout
         self._suspend_timeouts()
