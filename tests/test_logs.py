@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,14 @@ def test_log_to_terminal_is_readable_text() -> None:
     set_up("info", stream)
     log.warning("generation", id="x", reason='a "b" c')
     assert stream.getvalue()[8:] == ' warning generation id=x reason="a \\"b\\" c"\n'
+
+
+@pytest.mark.parametrize("value", ['\\" level=error x="', "a \\", '= \\\\" b', ' "'])
+def test_value_ends_at_its_quote_in_text(value: str) -> None:
+    stream = Terminal()
+    set_up("info", stream)
+    log.warning("generation", reason=value, id="x")
+    assert len(shlex.split(stream.getvalue())) == 5
 
 
 def test_second_set_up_replaces_first() -> None:

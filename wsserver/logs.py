@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ WINDOW = 10.0  # seconds
 MAX_LINES = 100  # more than a person reads; at most 220 MB a day for each event
 # Warnings of asyncio about a client that has gone, without and with TLS.
 _GONE = ("socket.send() raised exception.", "SSL connection is closed")
+_QUOTE = re.compile(r'(\\*)("|\Z)')  # a quote or the end, and the backslashes before it
 NAMES = 1000  # counts in a window; later principals share the count of anonymous clients
 
 logger = logging.getLogger("wsserver")
@@ -234,7 +236,8 @@ def _quoted(value: object) -> str:
     text = str(value)
     if text and not any(c in ' "=' for c in text):
         return text
-    return '"{}"'.format(text.replace('"', '\\"'))
+    # Without twice as many, a backslash before a quote would take the quote's escape for itself.
+    return '"{}"'.format(_QUOTE.sub(lambda m: m[1] * 2 + (m[2] and '\\"'), text))
 
 
 class _Log:
