@@ -161,7 +161,8 @@ class Exchange(TcpConnection):
         """Abort the connection when this phase has lasted so long."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._listener.loop.call_later(seconds, self.abort)
+        if not self.transport.is_closing():  # else the timer would keep the request
+            self._timer = self._listener.loop.call_later(seconds, self.abort)
 
     # The request.
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -13,7 +14,7 @@ import uvloop
 from tests.listening.answering import Browser, listening, name_of
 from tests.support.puppet import until
 from wsserver.admission import Visitor
-from wsserver.exchange import HEADER_COST, REQUEST_COST
+from wsserver.exchange import HEADER_COST, REQUEST_COST, Exchange
 from wsserver.responses import BadRequest, Request, Response, respond
 from wsserver.tcp import READ_SIZE
 
@@ -232,6 +233,8 @@ async def test_disconnect_during_body_ends_wait(reading: bool) -> None:
         go.set()
         await ended.wait()
         await until(lambda: not listener.answering)
+        gc.collect()
+        await until(lambda: not any(type(kept) is Exchange for kept in gc.get_objects()))
 
 
 async def test_complete_body_can_be_read_later() -> None:
