@@ -165,6 +165,28 @@ async def test_ended_replies_are_dropped_for_memory_and_reread(
         assert (text, done["seq"]) == ("".join(pieces[500:]), 1000)
 
 
+async def test_number_of_watched_conversations_in_memory_is_bounded(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "store": f"sqlite:///{tmp_path}/chat.db",
+        "port": 0,
+        "conversations": 2,
+        "drain_timeout": 0,
+    }
+    names = [f"conversation-{number:04}" for number in range(6)]
+    async with wsserver.serve(puppet, **given) as server:
+        async with client(server) as chat:
+            for name in names:
+                await say(chat, puppet, "one", "x", name)
+        for name in reversed(names):
+            async with client(server) as watcher:
+                await watcher.send({"type": "open", "conversation": name})
+                await watcher.next("history")
+            await until(lambda: not server.listener.connections)
+        assert len(list(server.app.hub.conversations)) <= 2 + 1
+
+
 async def test_deleted_conversations_use_no_memory(server: wsserver.Server, puppet: Puppet) -> None:
     async with client(server) as chat:
         for name in (ONE, TWO):

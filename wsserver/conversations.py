@@ -96,10 +96,11 @@ class Conversations:
         """Undo one :meth:`pin_now`."""
         conversation.pins -= 1
         self.count_memory(conversation)
-        if conversation.loaded and conversation.exists and not conversation.deleted:
-            self._used(conversation)
-        elif conversation.idle:
+        useful = conversation.loaded and conversation.exists and not conversation.deleted
+        if conversation.idle and not useful:
             self.forget(conversation)
+        else:  # its watchers may leave without another use
+            self._used(conversation)
 
     async def _load_once(self, conversation: Conversation) -> None:
         """Read the turns, unless they are in memory. One request reads, others wait for it."""
