@@ -221,6 +221,27 @@ def test_framing_of_chunks_is_bounded(parts: list[bytes]) -> None:
     assert fed < 2 * FRAMING_SIZE
 
 
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize(
+    ("whole", "body"),
+    [
+        (POST + H2C + b"Content-Length: 5\r\n\r\nhello", b"hello"),
+        (POST + H2C + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"hello"),
+        (POST + H2C + b"\r\n", b""),
+    ],
+    ids=["length", "chunks", "no body"],
+)
+def test_upgrade_to_http_2_is_ignored(whole: bytes, body: bytes) -> None:
+    for at in range(1, len(whole)):
+        parser = read(whole[:at], whole[at:])
+        assert (bytes(parser.body), parser.ended, parser.more) == (body, True, False)
+        assert parser.early == b""
+    parser = read(whole + GET)
+    assert (bytes(parser.body), parser.ended, parser.more) == (body, True, True)
+
+
 def test_chunks_of_one_byte_are_accepted() -> None:
     parser = read(CHUNKED, *[b"1\r\nx\r\n"] * 20_000, b"0\r\n\r\n")
     assert parser.ended

@@ -47,6 +47,7 @@ class RequestParser:
         self._headers: list[tuple[bytes, bytes]] = []
         self._longest = 0  # bytes of a header
         self._method = self._version = ""
+        self._websocket = False
         self._upgrade = False
         self._head_ended = False  # the head is complete
         self._received = 0  # bytes after the read with the end of the head
@@ -97,9 +98,29 @@ class RequestParser:
         if self._head_ended:
             self.head = self._request()
             self.early = data[after:]
+            if self._upgrade and not self._websocket:
+                self._ignore_upgrade()
         # A malformed body is refused. Malformed bytes after the whole request are ignored.
         if refusal is not None and not self.ended:
             raise BadRequest(*refusal)
+
+    def _ignore_upgrade(self) -> None:
+        """Parse the body as of a request without an upgrade (RFC 9110 section 7.8).
+
+        Some HTTP clients ask for HTTP/2 so. llhttp stops at the head of such a request.
+        """
+        self._upgrade = self.ended = False
+        rest, self.early = self.early, b""
+        assert self.head is not None
+        chunked = "transfer-encoding" in self.head.headers
+        framing = b"transfer-encoding: chunked" if chunked else b"content-length: "
+        size = b"" if chunked else b"%d" % (self.length or 0)
+        self._parser = HttpRequestParser(self)
+        self._parse(b"POST / HTTP/1.1\r\n%b%b\r\n\r\n" % (framing, size))
+        if self.ended:
+            self.more = bool(rest)
+        elif rest:
+            self._feed_body(rest)
 
     def _feed_body(self, data: bytes) -> None:
         self._received += len(data)
@@ -165,8 +186,9 @@ class RequestParser:
             message = "This server knows no Transfer-Encoding but chunked."
             raise BadRequest(HTTPStatus.NOT_IMPLEMENTED, message)
         self.length = int(headers["content-length"]) if "content-length" in headers else None
-        if self._upgrade and (coding is not None or self.length):
-            raise BadRequest(HTTPStatus.BAD_REQUEST, "A request to upgrade has no body.")
+        self._websocket = "websocket" in headers.get("upgrade", "").lower()
+        if self._upgrade and self._websocket and (coding is not None or self.length):
+            raise BadRequest(HTTPStatus.BAD_REQUEST, "A WebSocket handshake has no body.")
         if headers.get("expect", "100-continue").lower() != "100-continue":
             message = "This server knows no expectation but 100-continue."
             raise BadRequest(HTTPStatus.EXPECTATION_FAILED, message)
