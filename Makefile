@@ -6,7 +6,8 @@ TOOLS := .tools
 BIN := $(VENV)/bin
 PYTHONS := 3.11 3.12 3.13
 NPM_PACKAGES := wscat@6.1.0 ws@8.21.0 typescript@5.9.3 @types/react@19.2.2 @types/node@22.18.0 \
-	react@19.2.0 react-dom@19.2.0 esbuild@0.25.10 axe-core@4.14.1 @asyncapi/specs@6.11.1
+	react@19.3.1 react-dom@19.3.1 esbuild@0.25.10 axe-core@4.14.1 @asyncapi/specs@6.11.1 \
+	ai@7.0.173 @ai-sdk/react@4.0.177 @ag-ui/client@1.0.0
 ARGS ?=
 
 .PHONY: run test lint whole fast slow unit system clean

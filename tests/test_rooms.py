@@ -28,9 +28,9 @@ FLOORS: list[dict[str, str]] = [
         "clients": "client",
     },
     {
-        "application": "accounts app connection context conversations cursor dialects endings "
-        "following histories hub intake journal live quota reporting requests retention routes "
-        "running scheduling session stopping upkeep",
+        "application": "accounts app chats connection context conversations cursor dialects "
+        "endings following histories hub intake journal live quota replies reporting requests "
+        "retention routes running scheduling session stopping upkeep",
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },

@@ -11,10 +11,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from typing import Any
 
 from wsserver.addresses import ip_address, networks
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
-from wsserver.denials import RETRY_AFTER, Denied, no_place, too_many, unavailable
+from wsserver.denials import RETRY_AFTER, Denied, no_place, too_many, unauthenticated, unavailable
 from wsserver.errors import Code, Refused
 from wsserver.limits import Account, Shares, account_of
 from wsserver.logs import log
@@ -110,6 +111,7 @@ class Visitor:
     address: str = field(init=False)  # of the client; until the request has come, of the peer
     principal: Principal | None = None  # of the client; None before the client has authenticated
     shared: Account | None = None  # account of the principal that counts the connection
+    scope: Mapping[str, Any] | None = None  # of ASGI, where a parent application has its user
     gone: bool = False  # the connection has ended, perhaps during the authentication
     spare: bool = False  # the connection has one of the places that are kept for probes
     foreign: bool = False  # a program of another user, where `Admission.users` is set
@@ -178,6 +180,19 @@ class Visitor:
             and not any(map(_FORWARDED.fullmatch, headers))
         )
 
+    def check_origin(self, headers: Mapping[str, str]) -> None:
+        """Check `Origin`; see :meth:`wsserver.names.Names.check_origin`.
+
+        Raises:
+            Denied: pages of the origin may not connect.
+        """
+        admission = self._admission
+        # The nearest proxy appends the last item.
+        proto = headers.get("x-forwarded-proto", "").rpartition(",")[2]
+        forwarded_https = proto.strip().lower() == "https"
+        secure = admission.secure or (forwarded_https and admission.names.trusted(self._peer))
+        admission.names.check_origin(headers, local=self.local(headers), secure=secure)
+
     async def check_admission(self, path: str, headers: Mapping[str, str]) -> None:
         """Check whether the client may open a WebSocket.
 
@@ -191,17 +206,12 @@ class Visitor:
             Denied: the client may not.
         """
         admission = self._admission
-        local = self.local(headers)
-        # The nearest proxy appends the last item.
-        proto = headers.get("x-forwarded-proto", "").rpartition(",")[2]
-        forwarded_https = proto.strip().lower() == "https"
-        secure = admission.secure or (forwarded_https and admission.names.trusted(self._peer))
-        admission.names.check_origin(headers, local=local, secure=secure)
+        self.check_origin(headers)
         self.check_private(headers)
         if admission.authenticate is None:
             self.principal = ANONYMOUS
             return
-        self._handshake = Handshake(self.address, path, headers)
+        self._handshake = Handshake(self.address, path, headers, self.scope)
         token = bearer(headers)
         try:
             principal = await self._principal_of(token)
@@ -210,13 +220,8 @@ class Visitor:
         if principal is not None:
             if not self._act_for(principal, token):
                 raise too_many("principal")
-        elif token is not None or ("origin" not in headers and not local):
-            raise Denied(
-                HTTPStatus.UNAUTHORIZED,
-                "unauthenticated",
-                "Send a valid token, as `Authorization: Bearer TOKEN`.",
-                {"WWW-Authenticate": "Bearer"},
-            )
+        elif token is not None or ("origin" not in headers and not self.local(headers)):
+            raise unauthenticated()
 
     async def authenticate(self, token: str) -> Principal:
         """Authenticate the client by a token, also again before the first token expires.

@@ -15,6 +15,7 @@ from uuid import UUID
 from wsserver import auth, models, stores
 from wsserver.admission import Admission, Visitor
 from wsserver.auth import Authenticator
+from wsserver.chats import Chats
 from wsserver.connection import Connection
 from wsserver.denials import Denied
 from wsserver.errors import ConfigError, StoreError
@@ -127,7 +128,8 @@ class App:
         self._operations = Operations(
             self.metrics, self._readiness, settings.secret("metrics_token")
         )
-        self._routes = Routes(settings, self.admission, self._operations)
+        self._chats = Chats(self.hub, settings)
+        self._routes = Routes(settings, self.admission, self._operations, self._chats)
 
     def ready(self) -> None:
         """Prepare the model, and start to check for idle clients."""
@@ -197,7 +199,7 @@ class App:
             answer = await self._routes.respond(request, visitor)
         except Denied as denied:
             self.denied(denied, visitor.address, request.headers)
-            answer = respond(denied.status, denied.message, headers=denied.headers)
+            answer = self._routes.deny(denied, request)
         except BadRequest as bad:
             answer = bad.response
         except Exception as error:  # noqa: BLE001
@@ -259,6 +261,7 @@ class App:
         async with asyncio.TaskGroup() as group:
             for _ in range(RECHECKS):
                 group.create_task(_recheck(connections))
+            group.create_task(self._chats.recheck())
         return done
 
     def stop(self) -> None:
@@ -271,6 +274,7 @@ class App:
     async def drain(self) -> None:
         """Refuse prompts, wait for replies, and close each client with 1012."""
         await self.hub.drain()
+        await self._chats.delivered()
         transports = [transport for transport in self.connections if transport.open]
         random.shuffle(transports)
         async with asyncio.TaskGroup() as group:

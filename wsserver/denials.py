@@ -25,6 +25,16 @@ class Denied(Exception):
         self.headers = headers or {}  # headers of the HTTP response
 
 
+def unauthenticated() -> Denied:
+    """Return the refusal of a client whose token is missing or not valid."""
+    return Denied(
+        HTTPStatus.UNAUTHORIZED,
+        "unauthenticated",
+        "Send a valid token, as `Authorization: Bearer TOKEN`.",
+        {"WWW-Authenticate": "Bearer"},
+    )
+
+
 def unavailable(why: Refusal, message: str) -> Denied:
     """Return a temporary refusal: 503 with Retry-After."""
     headers = {"Retry-After": str(RETRY_AFTER)}

@@ -23,6 +23,7 @@ from wsserver.denials import Denied, no_memory
 from wsserver.http import RequestParser
 from wsserver.peers import ELSEWHERE, NOBODY, established, user_at
 from wsserver.responses import (
+    BODY_RATE,
     Answer,
     BadRequest,
     Request,
@@ -30,6 +31,8 @@ from wsserver.responses import (
     Stream,
     Upgrade,
     respond,
+    too_large,
+    too_slow,
 )
 from wsserver.streaming import StreamedResponse
 from wsserver.tcp import READ_SIZE, TcpConnection, half_close
@@ -40,7 +43,6 @@ HEADER_COST = 512  # bytes in memory of each line of a head besides its text
 UNREAD = 65_536  # bytes of responses that a client has not read yet, before another request
 KEEP_ALIVE = 5.0  # seconds between a response and the next request
 LINGER = 1.0  # seconds for a refused client to read the response
-BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
 
 
 class HttpListener(WebSocketListener, typing.Protocol):
@@ -209,7 +211,7 @@ class Exchange(TcpConnection):
             message = "Send the Content-Length of the body."
             raise BadRequest(HTTPStatus.LENGTH_REQUIRED, message)
         if (parser.length or 0) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         waits = "expect" in headers and parser.head.version != "1.0"  # RFC 9110 section 10.1.1
         self._check_open()
         if waits and not (parser.ended or parser.body):
@@ -224,13 +226,12 @@ class Exchange(TcpConnection):
                     await self._more.wait()
                 self._check_open()
         except TimeoutError:
-            message = "The body of the request came too slowly."
-            raise BadRequest(HTTPStatus.REQUEST_TIMEOUT, message) from None
+            raise too_slow() from None
         finally:
             self._more = None
             self._restart_timeouts()
         if len(parser.body) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         return bytes(parser.body)
 
     def _suspend_timeouts(self) -> None:
@@ -373,11 +374,6 @@ class Exchange(TcpConnection):
 def _choose(spoken: Sequence[str], offered: Sequence[Subprotocol]) -> Subprotocol | None:
     """Return the first spoken subprotocol that the client offers, if it offers one."""
     return next((Subprotocol(own) for own in spoken if own in offered), None)
-
-
-def _too_large(limit: int) -> BadRequest:
-    message = f"The body of the request has more than {limit} bytes."
-    return BadRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
 
 
 def _refusal(denied: Denied) -> bytes:

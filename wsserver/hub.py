@@ -110,22 +110,29 @@ class Hub:
             generation.grace.cancel()
             generation.grace = None
 
-    def unfollow(self, generation: Generation, follower: Follower, *, lost: bool = False) -> None:
+    def unfollow(
+        self,
+        generation: Generation,
+        follower: Follower,
+        *,
+        lost: bool = False,
+        grace: float | None = None,
+    ) -> None:
         """Remove a follower. The grace time begins when the last one leaves.
 
         Args:
             generation: the generation.
             follower: the follower.
             lost: the connection died, and the client may not have noticed yet.
+            grace: seconds until the generation is stopped, where less than the setting.
         """
         generation.log.followers.remove(follower)
         generation.readers -= 1
         if not generation.readers and generation.state in {State.QUEUED, State.RUNNING}:
             generation.unread = 0
             generation.unaware_until = self._loop.time() + UNAWARE if lost else 0.0
-            generation.grace = self._loop.call_later(
-                self._settings.grace, self.stop, generation, "disconnect"
-            )
+            wait = self._settings.grace if grace is None else min(grace, self._settings.grace)
+            generation.grace = self._loop.call_later(wait, self.stop, generation, "disconnect")
 
     # Conversations.
 

@@ -35,10 +35,27 @@ def parse(text: str) -> ClientFrame:
     Raises:
         Refused: the text is not a frame of the protocol. The message has the reason and the key.
     """
+    return parse_object(decode(text))
+
+
+def decode(text: str) -> dict[str, Any]:
+    """Return the JSON object of a text, without the keys whose value is null.
+
+    Raises:
+        Refused: the text is not JSON, not an object, or has too many values.
+    """
     value = _decode(text)
     if not isinstance(value, dict):
         raise Refused(Code.INVALID_FRAME, 'A frame is a JSON object, such as {"prompt": "Hello"}.')
-    value = {key: item for key, item in value.items() if item is not None}
+    return {key: item for key, item in value.items() if item is not None}
+
+
+def parse_object(value: dict[str, Any]) -> ClientFrame:
+    """Parse a frame of a client that is decoded.
+
+    Raises:
+        Refused: the object is not a frame of the protocol. The message has the reason and the key.
+    """
     try:
         return _validate(value)
     except Refused as refused:

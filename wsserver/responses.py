@@ -6,6 +6,7 @@ from http import HTTPStatus
 from typing import Protocol
 
 TEXT = "text/plain; charset=utf-8"
+BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
 
 
 async def _no_body(_: int) -> bytes:
@@ -25,6 +26,11 @@ class Request:
     # Reads the body, of at most so many bytes, and returns it. Raises `BadRequest` for a
     # body that is larger, slow or malformed.
     read_body: Callable[[int], Awaitable[bytes]] = field(default=_no_body, compare=False)
+
+    @property
+    def query(self) -> str:
+        """The query of the target, without its question mark."""
+        return self.target.partition("?")[2]
 
     @property
     def path(self) -> str:
@@ -161,6 +167,17 @@ def method_not_allowed() -> Response:
     """Answer a method that no address of the server has."""
     status = HTTPStatus.METHOD_NOT_ALLOWED
     return respond(status, "Method not allowed", headers={"Allow": "GET, HEAD"})
+
+
+def too_large(limit: int) -> BadRequest:
+    """Refuse a body of more bytes than the limit."""
+    message = f"The body of the request has more than {limit} bytes."
+    return BadRequest(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+
+
+def too_slow() -> BadRequest:
+    """Refuse a body that did not come in time."""
+    return BadRequest(HTTPStatus.REQUEST_TIMEOUT, "The body of the request came too slowly.")
 
 
 def _head(status: HTTPStatus, headers: Mapping[str, str], *, keep: bool) -> bytes:

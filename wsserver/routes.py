@@ -12,6 +12,8 @@ from http import HTTPStatus
 from typing import ClassVar
 
 from wsserver.admission import Admission, Visitor, bearer
+from wsserver.chats import Chats
+from wsserver.denials import Denied
 from wsserver.protocol import SUBPROTOCOL
 from wsserver.responses import (
     Answer,
@@ -147,9 +149,13 @@ class Routes:
         settings: whether operators have a port of their own, and whether clients need a token.
         admission: the rules for hosts, origins, addresses and tokens.
         operations: the part for operators.
+        chats: the part for chats over plain HTTP.
     """
 
-    def __init__(self, settings: Settings, admission: Admission, operations: Operations) -> None:
+    def __init__(
+        self, settings: Settings, admission: Admission, operations: Operations, chats: Chats
+    ) -> None:
+        self._chats = chats
         self._admission = admission
         self._operations = operations
         self._page = Page()
@@ -173,6 +179,8 @@ class Routes:
         if websocket and path in WEBSOCKET_PATHS and request.method == "GET":
             await visitor.check_admission(request.target, headers)
             return Upgrade((SUBPROTOCOL,))
+        if self._chats.answers(path):
+            return await self._chats.respond(request, visitor)
         if path in Page.PATHS:  # a page cannot show why its WebSocket was refused
             visitor.check_private(headers)
         return await self._get(request, visitor)
@@ -193,6 +201,12 @@ class Routes:
             "This address speaks WebSocket; the page is at /",
             headers={"Upgrade": "websocket"},
         )
+
+    def deny(self, denied: Denied, request: Request) -> Response:
+        """Answer a client that may not have what it requests."""
+        if self._chats.answers(request.path):
+            return self._chats.deny(denied, request.headers)
+        return respond(denied.status, denied.message, headers=denied.headers)
 
     async def respond_to_operator(self, request: Request, *, check_host: bool) -> Response:
         """Answer a request at the port for operators.

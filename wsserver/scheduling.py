@@ -71,7 +71,7 @@ class Scheduler:
         self.draining = False  # no more prompts are accepted
 
     async def accept(
-        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
+        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher | None
     ) -> Generation:
         """Accept a prompt: start or queue a generation, or return the known one with this id.
 
@@ -104,7 +104,7 @@ class Scheduler:
             return self._accept(prompt, owner, account, conversation, sender)
 
     def accept_now(
-        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher
+        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher | None
     ) -> Generation | None:
         """Accept a prompt as :meth:`accept` does, if the store need not be read first.
 
@@ -156,7 +156,7 @@ class Scheduler:
         owner: str,
         account: Account,
         conversation: Conversation | None,
-        sender: Watcher,
+        sender: Watcher | None,
     ) -> Generation:
         """Accept a prompt whose conversation is pinned, without an ``await``.
 

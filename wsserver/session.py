@@ -13,6 +13,7 @@ from wsserver.limits import Account
 from wsserver.logs import log
 from wsserver.protocol import ClientFrame, Close, Error, ServerFrame
 from wsserver.settings import Settings
+from wsserver.telemetry import Metrics
 
 
 class Transport(Sink, Protocol):
@@ -70,11 +71,7 @@ class Session:
 
     def fail(self, error: Exception, frame: ClientFrame | None) -> Refused:
         """Send the error for a frame whose answer failed, and return the error."""
-        if isinstance(error, Refused):
-            refused, cause = error, None
-        else:
-            known = isinstance(error, StoreError)
-            refused, cause = Refused(Code.STORE if known else Code.INTERNAL), error
+        refused, cause = refusal_of(error)
         if frame is not None:
             name_frame(refused, frame)
         self.refuse(refused, frame, cause)
@@ -90,24 +87,42 @@ class Session:
             frame: the refused frame; None for an unusable one.
             cause: the exception behind the error. It is logged, and not sent.
         """
-        ref = secrets.token_hex(4)
-        self.hub.metrics.frame_refused("none" if frame is None else frame.type, refused.code)
-        if cause is None:
-            log.debug("frame refused", ref=ref, code=refused.code)
-        else:
-            reason = str(cause) if isinstance(cause, StoreError) else None
-            log.error("frame failed", ref=ref, code=refused.code, reason=reason, failure=cause)
-        self.write(
-            Error(
-                code=refused.code,
-                message=refused.message,
-                about=refused.about,
-                request=refused.request,
-                retryable=refused.retryable,
-                retry_after=refused.retry_after,
-                ref=ref,
-            )
-        )
+        kind = "none" if frame is None else frame.type
+        self.write(error_frame(self.hub.metrics, kind, refused, cause))
+
+
+def refusal_of(error: Exception) -> tuple[Refused, Exception | None]:
+    """Return what the client is told of an error, and the error if it is a failure to be logged."""
+    if isinstance(error, Refused):
+        return error, None
+    return Refused(Code.STORE if isinstance(error, StoreError) else Code.INTERNAL), error
+
+
+def error_frame(metrics: Metrics, kind: str, refused: Refused, cause: Exception | None) -> Error:
+    """Count and log a refusal, and make its frame.
+
+    Args:
+        metrics: the numbers to count in.
+        kind: the type of the frame that is refused; ``none`` for an unusable one.
+        refused: what the client is told.
+        cause: what has failed; it is logged, and the client does not see it.
+    """
+    ref = secrets.token_hex(4)
+    metrics.frame_refused(kind, refused.code)
+    if cause is None:
+        log.debug("frame refused", ref=ref, code=refused.code)
+    else:
+        reason = str(cause) if isinstance(cause, StoreError) else None
+        log.error("frame failed", ref=ref, code=refused.code, reason=reason, failure=cause)
+    return Error(
+        code=refused.code,
+        message=refused.message,
+        about=refused.about,
+        request=refused.request,
+        retryable=refused.retryable,
+        retry_after=refused.retry_after,
+        ref=ref,
+    )
 
 
 def name_frame(refused: Refused, frame: ClientFrame) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from wsserver.logs import log
 
@@ -37,6 +37,7 @@ class Handshake:
     address: str  # of the client; behind a proxy of `proxies` the address in X-Forwarded-For
     path: str  # including the query
     headers: Mapping[str, str]  # names in lower case
+    scope: Mapping[str, Any] | None = None  # of ASGI, where a parent application has its user
 
 
 class Unavailable(Exception):

@@ -1,5 +1,5 @@
 """Dialects: each module encodes a log for one kind of client."""
 
-from wsserver.dialects.base import Dialect
+from wsserver.dialects.base import Dialect, StreamDialect
 
-__all__ = ["Dialect"]
+__all__ = ["Dialect", "StreamDialect"]

@@ -1,10 +1,11 @@
 """The interface of a dialect."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from wsserver.live import Generation
 from wsserver.pieces import Run
-from wsserver.protocol import Terminal
+from wsserver.protocol import Error, Terminal
 
 
 class Dialect(Protocol):
@@ -32,4 +33,20 @@ class Dialect(Protocol):
 
     def terminal(self, terminal: Terminal) -> bytes:
         """Encode the end."""
+        ...
+
+
+class StreamDialect(Dialect, Protocol):
+    """Encodes a generation as the body of one HTTP response.
+
+    Attributes:
+        comment: keeps the connection alive, and means nothing.
+        headers: further headers of the response.
+    """
+
+    comment: bytes
+    headers: Mapping[str, str]
+
+    def error(self, error: Error) -> bytes:
+        """Encode an error that is not the end of the generation."""
         ...

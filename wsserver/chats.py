@@ -1,0 +1,378 @@
+"""Chats over plain HTTP: a prompt is a POST, its reply a stream of server-sent events."""
+
+import asyncio
+import math
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import parse_qs, unquote
+
+from wsserver.admission import Visitor
+from wsserver.denials import Denied, unauthenticated
+from wsserver.dialects import StreamDialect, ag_ui, ai_sdk
+from wsserver.dialects.chat import Chat, conversation_of
+from wsserver.dialects.sse import SSE
+from wsserver.encoding import encode
+from wsserver.errors import Code, Refused, StoreError
+from wsserver.generation import State
+from wsserver.hub import Hub
+from wsserver.limits import Account, Rates
+from wsserver.live import Generation
+from wsserver.parsing import decode, parse_object
+from wsserver.protocol import Prompt, Stop, Stopped
+from wsserver.replies import ReplyStream
+from wsserver.responses import BadRequest, Request, Response, Stream, respond
+from wsserver.session import error_frame, refusal_of
+from wsserver.settings import Settings
+from wsserver.stopping import Stopping
+from wsserver.telemetry import Refusal
+from wsserver.wire import ID_PATTERN
+
+PATH = "/api/chat"
+JSON = "application/json"
+HISTORIES = 16  # messages of the largest size that a body may have: `useChat` sends all of a chat
+RELOAD = 3.0  # seconds for a page of `useChat` to load again; a stop looks the same
+EVENTS = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",  # nginx passes each event on at once
+    "X-Content-Type-Options": "nosniff",
+}
+STATUS = {
+    Code.INVALID_JSON: HTTPStatus.BAD_REQUEST,
+    Code.INVALID_FRAME: HTTPStatus.BAD_REQUEST,
+    Code.UNKNOWN_TYPE: HTTPStatus.BAD_REQUEST,
+    Code.TOO_LONG: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    Code.ID_CONFLICT: HTTPStatus.CONFLICT,
+    Code.MODEL_NOT_ALLOWED: HTTPStatus.FORBIDDEN,
+    Code.NOT_FOUND: HTTPStatus.NOT_FOUND,
+    Code.FORGOTTEN: HTTPStatus.GONE,
+    Code.NOT_LAST: HTTPStatus.CONFLICT,
+    Code.GAP: HTTPStatus.CONFLICT,
+    Code.NOT_RUNNING: HTTPStatus.CONFLICT,
+    Code.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
+    Code.BUSY: HTTPStatus.CONFLICT,
+    Code.LIMIT: HTTPStatus.TOO_MANY_REQUESTS,
+    Code.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
+    Code.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+"""The status of each code; 503 for the others."""
+
+CODES: dict[Refusal, Code] = {"limit": Code.LIMIT, "unavailable": Code.AUTH_UNAVAILABLE}
+"""The code of each reason to deny a client; ``unauthenticated`` for the others."""
+
+PREFLIGHT = {
+    "Access-Control-Allow-Methods": "POST, GET, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
+    "Access-Control-Max-Age": "86400",
+}
+
+Route = Callable[..., Awaitable[Response | Stream]]
+"""Answers a request of a visitor; further arguments are the variable parts of the path."""
+
+_ID = ID_PATTERN.strip("^$")
+_EVENT_ID = re.compile(r"(?P<id>.+)\.(?P<seq>[0-9]{1,18}|end)")
+
+
+class Chats:
+    """Answers the requests of clients that chat over HTTP.
+
+    ``POST /api/chat`` accepts a prompt and streams its reply. ``GET /api/chat/GENERATION`` streams
+    a reply from the piece after ``?after=N`` or ``Last-Event-ID`` on. ``DELETE
+    /api/chat/GENERATION`` and ``POST /api/chat/GENERATION/stop`` stop it, and are answered once
+    the request to the model is closed. Clients of the AI SDK use the same addresses and the chat
+    in place of the generation, and ``GET /api/chat/CHAT/stream``. ``POST /agui`` is for AG-UI.
+
+    Args:
+        hub: runs the generations.
+        settings: the limits.
+    """
+
+    def __init__(self, hub: Hub, settings: Settings) -> None:
+        self._hub = hub
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[tuple[str, str], Generation] = {}  # by owner and conversation
+        self._streams: dict[ReplyStream, None] = {}
+        self._idle = asyncio.Event()
+        self._requests = Rates(settings.frame_rate, settings.frame_burst)
+        reply, chat, stop = self._resume, self._resume_chat, self._stop
+        routes: dict[str, dict[str, Route]] = {
+            PATH: {"POST": self._prompt},
+            f"{PATH}/({_ID})": {"GET": reply, "HEAD": reply, "DELETE": stop},
+            f"{PATH}/({_ID})/stop": {"POST": stop},
+            f"{PATH}/([^/]+)/stream": {"GET": chat, "HEAD": chat},
+            ag_ui.PATH: {"POST": self._run},
+        }
+        self._routes = [(re.compile(path), methods) for path, methods in routes.items()]
+
+    @staticmethod
+    def answers(path: str) -> bool:
+        """Whether a path belongs here."""
+        return path in {PATH, ag_ui.PATH} or path.startswith(f"{PATH}/")
+
+    async def respond(self, request: Request, visitor: Visitor) -> Response | Stream:
+        """Answer a request.
+
+        Raises:
+            Denied: the client may not chat here; see :meth:`deny`.
+        """
+        headers = request.headers
+        visitor.check_origin(headers)
+        if request.method == "OPTIONS":
+            return _allow(Response(HTTPStatus.NO_CONTENT, PREFLIGHT), headers)
+        try:
+            await visitor.check_admission(request.target, headers)
+            if visitor.principal is None:
+                raise unauthenticated()
+            answer = await self._answer(request, visitor)
+        except BadRequest as bad:
+            large = bad.response.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+            code = Code.TOO_LONG if large else Code.INVALID_FRAME
+            answer = self._refuse(Refused(code, str(bad)), bad.response.status)
+        except (Refused, StoreError) as error:
+            answer = self._refuse(error)
+        return _allow(answer, headers)
+
+    def deny(self, denied: Denied, headers: Mapping[str, str]) -> Response:
+        """Answer a client that may not chat here. Its page may read why, if its origin may chat."""
+        code = CODES.get(denied.why, Code.UNAUTHENTICATED)
+        answer = self._refuse(Refused(code, denied.message), denied.status)
+        allowed = {} if denied.why in {"host", "origin"} else _cors(headers)
+        return replace(answer, headers={**answer.headers, **denied.headers, **allowed})
+
+    async def _answer(self, request: Request, visitor: Visitor) -> Response | Stream:
+        for pattern, methods in self._routes:
+            if (match := pattern.fullmatch(request.path)) is not None:
+                route = methods.get(request.method)
+                if route is None:
+                    return _not_allowed(methods)
+                return await route(request, visitor, *match.groups())
+        raise Refused(Code.NOT_FOUND)
+
+    async def _prompt(self, request: Request, visitor: Visitor) -> Stream:
+        self._check_rate(visitor.account)
+        size = HISTORIES * self._settings.message_size
+        body = decode_body(request.headers, await request.read_body(size))
+        if ai_sdk.recognizes(body):
+            return await self._chat(ai_sdk.parse_chat(body), ai_sdk.AiSdk(), visitor)
+        prompt = parse_prompt(body)
+        name, prompt = prompt.request, prompt.model_copy(update={"request": None})
+        generation = await self._accept(prompt, visitor)
+        grace = 0 if prompt.id is None else None
+        return self._stream(generation, visitor, SSE(), grace=grace, request=name)
+
+    async def _accept(self, prompt: Prompt, visitor: Visitor) -> Generation:
+        owner = _owner(visitor)
+        return await self._hub.scheduler.accept(prompt, owner, visitor.account, None, None)
+
+    async def _run(self, request: Request, visitor: Visitor) -> Stream:
+        """Make the run of an AG-UI client. Such a client stops a run by leaving it."""
+        self._check_rate(visitor.account)
+        size = HISTORIES * self._settings.message_size
+        body = decode_body(request.headers, await request.read_body(size))
+        return await self._chat(ag_ui.parse_chat(body), ag_ui.AgUi(body), visitor, grace=0)
+
+    async def _chat(
+        self, chat: Chat, dialect: StreamDialect, visitor: Visitor, *, grace: float = RELOAD
+    ) -> Stream:
+        """Accept the newest message of a chat, whose earlier ones the store has.
+
+        A chat that the store does not know, but has earlier messages, is answered as it is.
+        """
+        owner, conversations = _owner(visitor), self._hub.conversations
+        async with conversations.pin(chat.conversation, owner, load=True) as conversation:
+            known, last = conversation.exists, conversation.last
+        if known or len(chat.messages) == 1:
+            keys = {
+                "prompt": chat.messages[-1]["content"],
+                "conversation": chat.conversation,
+                "on_busy": "interrupt",
+            }
+            if chat.regenerate and last is not None:
+                keys["retry_of"] = last
+        else:
+            keys = {"messages": chat.messages}
+        generation = await self._accept(parse_prompt({**chat.keys, **keys}), visitor)
+        self._running = {key: g for key, g in self._running.items() if g.log.terminal is None}
+        self._running[owner, chat.conversation] = generation
+        return self._stream(generation, visitor, dialect, grace=grace)
+
+    def _of_chat(self, owner: str, chat: str) -> Generation | None:
+        """Return the generation of a chat that has not ended."""
+        name = conversation_of(chat)
+        generation = self._running.get((owner, name))
+        if generation is None or generation.log.terminal is not None:
+            conversation = self._hub.conversations.known(owner, name)
+            live = [] if conversation is None else conversation.live
+            generation = live[0] if live else None
+        return generation
+
+    async def _resume_chat(self, _: Request, visitor: Visitor, chat: str) -> Response | Stream:
+        self._check_rate(visitor.account)
+        generation = self._of_chat(_owner(visitor), unquote(chat))
+        if generation is None:
+            return Response(HTTPStatus.NO_CONTENT)
+        return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)
+
+    async def _resume(self, request: Request, visitor: Visitor, name: str) -> Response | Stream:
+        self._check_rate(visitor.account)
+        after = place(request, name)
+        if after is None:  # an EventSource that has all connects again, unless told not to
+            return Response(HTTPStatus.NO_CONTENT)
+        generation = await self._hub.retention.find(_owner(visitor), name, visitor.account)
+        if generation is None:
+            raise Refused(Code.NOT_FOUND)
+        if after > generation.log.seq:
+            raise Refused(Code.GAP)
+        limit = generation.resume(after, self._settings.frame_size)
+        return self._stream(generation, visitor, SSE(), after=after, limit=limit)
+
+    async def _stop(self, _: Request, visitor: Visitor, name: str) -> Response:
+        owner = _owner(visitor)
+        generation = self._hub.known(owner, name) or self._of_chat(owner, name)
+        if generation is None:
+            raise Refused(Code.NOT_FOUND)
+        if generation.state is State.ENDED:
+            raise Refused(Code.NOT_RUNNING)
+        ended: asyncio.Future[list[str]] = self._loop.create_future()
+        stopping = Stopping(self._hub, Stop(), lambda _, ids: _settle(ended, ids))
+        stopping.stop(generation)
+        stopping.complete_one()
+        return respond(HTTPStatus.OK, encode(Stopped(ids=await ended)), JSON)
+
+    def _stream(
+        self,
+        generation: Generation,
+        visitor: Visitor,
+        dialect: StreamDialect,
+        *,
+        after: int = 0,
+        limit: int | None = None,
+        grace: float | None = None,
+        request: str | None = None,
+    ) -> Stream:
+        stream = ReplyStream(
+            self._hub,
+            generation,
+            dialect,
+            visitor,
+            after=after,
+            limit=limit or self._settings.frame_size,
+            grace=grace,
+            request=request,
+            silence=self._settings.ping_interval,
+            on_closed=self._closed,
+        )
+        self._streams[stream] = None
+        return Stream(HTTPStatus.OK, {**EVENTS, **dialect.headers}, stream)
+
+    def _closed(self, stream: ReplyStream) -> None:
+        del self._streams[stream]
+        if not self._streams:
+            self._idle.set()
+
+    async def recheck(self) -> None:
+        """End the streams of clients whose token is not valid any more."""
+        for stream in tuple(self._streams):
+            await stream.recheck()
+
+    async def delivered(self) -> None:
+        """Wait until the clients have all that they follow, terminals included, or are gone."""
+        while self._streams:
+            self._idle.clear()
+            await self._idle.wait()
+
+    def _check_rate(self, account: Account) -> None:
+        if wait := self._requests.consume(account, self._loop.time()):
+            raise Refused(Code.LIMIT, "Too many requests at once.", retry_after=wait)
+
+    def _refuse(self, error: Exception, status: HTTPStatus | None = None) -> Response:
+        """Answer with the error frame as JSON; see :meth:`wsserver.session.Session.refuse`."""
+        refused, cause = refusal_of(error)
+        frame = error_frame(self._hub.metrics, "prompt", refused, cause)
+        headers = {}
+        if frame.retry_after is not None:
+            headers["Retry-After"] = str(math.ceil(frame.retry_after))
+        status = status or STATUS.get(frame.code, HTTPStatus.SERVICE_UNAVAILABLE)
+        return respond(status, encode(frame), JSON, headers)
+
+
+def _cors(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers with which a page of an allowed origin may read the response."""
+    if "origin" not in headers:
+        return {}
+    return {
+        "Access-Control-Allow-Origin": headers["origin"],
+        "Access-Control-Expose-Headers": "Retry-After",
+        "Vary": "Origin",
+    }
+
+
+def _allow(answer: Response | Stream, headers: Mapping[str, str]) -> Response | Stream:
+    return replace(answer, headers={**answer.headers, **_cors(headers)})
+
+
+def _not_allowed(methods: Iterable[str]) -> Response:
+    headers = {"Allow": ", ".join([*methods, "OPTIONS"])}
+    return respond(HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed", headers=headers)
+
+
+def _owner(visitor: Visitor) -> str:
+    assert visitor.principal is not None
+    return visitor.principal.name
+
+
+def _settle(ended: "asyncio.Future[list[str]]", ids: list[str]) -> None:
+    if not ended.done():  # the server has not closed meanwhile
+        ended.set_result(ids)
+
+
+def decode_body(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body.
+
+    Raises:
+        Refused: the body is not a JSON object.
+    """
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != JSON:
+        raise Refused(Code.INVALID_FRAME, f"content-type: must be {JSON}.")
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise Refused(Code.INVALID_JSON, "The body is not UTF-8.") from None
+    return decode(text)
+
+
+def parse_prompt(value: dict[str, Any]) -> Prompt:
+    """Parse the keys of a ``prompt`` frame.
+
+    Raises:
+        Refused: the object is not a ``prompt`` frame.
+    """
+    frame = parse_object(value)
+    if not isinstance(frame, Prompt):
+        raise Refused(Code.UNKNOWN_TYPE, 'type: must be "prompt".')
+    return frame
+
+
+def place(request: Request, name: str) -> int | None:
+    """Return the seq after which a client goes on; None where it has the end.
+
+    Raises:
+        Refused: the place is malformed, or one of another generation.
+    """
+    (given,) = parse_qs(request.query, keep_blank_values=True).get("after", [""])[-1:]
+    event = request.headers.get("last-event-id", "")
+    if event:  # the newer place: an EventSource repeats its address
+        match = _EVENT_ID.fullmatch(event)
+        if match is None or match["id"] != name:
+            raise Refused(Code.INVALID_FRAME, "Last-Event-ID: is of another reply.")
+        given = match["seq"]
+    if given == "end":
+        return None
+    if not re.fullmatch(r"[0-9]{0,18}", given, re.ASCII):
+        raise Refused(Code.INVALID_FRAME, "after: must be a number.")
+    return int(given or 0)

@@ -1,0 +1,160 @@
+"""The UI message stream of the AI SDK, version 1, which its ``useChat`` reads.
+
+Source: https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol, "UI message stream protocol".
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from wsserver.dialects.chat import Chat, conversation_of
+from wsserver.errors import Code, Refused
+from wsserver.live import Generation
+from wsserver.pieces import Kind, Run
+from wsserver.protocol import Done, Error, Terminal
+from wsserver.wire import dump_usage
+
+# Kinds of pieces -> the name of their parts. The other kinds have no part.
+_PARTS: dict[Kind, str] = {"text": "text", "thinking": "reasoning"}
+_REASONS = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool-calls",
+    "refusal": "content-filter",
+}
+
+
+_DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,(.*)", re.DOTALL)
+_SETTINGS = (
+    "model",
+    "system",
+    "max_tokens",
+    "temperature",
+)  # keys of the body that a prompt has too
+
+
+def recognizes(body: Mapping[str, Any]) -> bool:
+    """Whether a body is one of ``useChat``: its messages have parts."""
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return False
+    return any(isinstance(message, dict) and "parts" in message for message in messages)
+
+
+def parse_chat(body: Mapping[str, Any]) -> Chat:
+    """Parse the body of a request.
+
+    Raises:
+        Refused: the body is not one of ``useChat``.
+    """
+    messages, system = [], []
+    for number, message in enumerate(body["messages"]):
+        if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
+            raise Refused(Code.INVALID_FRAME, f"messages.{number}: must have `parts`.")
+        blocks = [block for part in message["parts"] if (block := _block(part)) is not None]
+        if message.get("role") == "system":
+            system += [block["text"] for block in blocks if block["type"] == "text"]
+        elif blocks:
+            messages.append({"role": message.get("role"), "content": blocks})
+    if not messages or messages[-1]["role"] != "user":
+        raise Refused(Code.INVALID_FRAME, "messages: the last one must be the user's.")
+    keys = {key: body[key] for key in _SETTINGS if key in body}
+    if system:
+        keys["system"] = "\n\n".join(system)
+    return Chat(
+        conversation_of(str(body.get("id", ""))),
+        messages,
+        keys,
+        body.get("trigger") == "regenerate-message",
+    )
+
+
+def _block(part: object) -> dict[str, Any] | None:
+    """Return the content block of a part; None for a part that the model does not get."""
+    if not isinstance(part, dict):
+        return None
+    if part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]} if part["text"].strip() else None
+    if part.get("type") == "file" and isinstance(url := part.get("url"), str):
+        match = _DATA_URL.fullmatch(url)
+        kind = part.get("mediaType") or (match[1] if match else "")
+        source = (
+            {"type": "url", "url": url}
+            if match is None
+            else {"type": "base64", "media_type": kind, "data": match[2]}
+        )
+        name = "image" if str(kind).startswith("image/") else "document"
+        return {"type": name, "source": source}
+    return None
+
+
+class AiSdk:
+    """The dialect of ``useChat``. It remembers which part is open, so each client has its own.
+
+    A client of this dialect has no place to go on from: it reads each reply from the start.
+    """
+
+    comment = b":\n\n"
+    headers: Mapping[str, str] = MappingProxyType({"x-vercel-ai-ui-message-stream": "v1"})
+
+    def __init__(self) -> None:
+        self._open: tuple[str, int] | None = None  # the name and the block of the open part
+
+    def start(self, generation: Generation, **_: object) -> bytes:
+        """Encode the start of the message and of its only step."""
+        metadata = _without_none(model=generation.model, conversation=generation.conversation_id)
+        start = {"type": "start", "messageId": generation.id, "messageMetadata": metadata}
+        return _part(start) + _part({"type": "start-step"})
+
+    def run(self, _: Generation, run: Run) -> bytes:
+        """Encode text or reasoning. Pieces of other kinds have no part."""
+        name = _PARTS.get(run.kind)
+        if name is None:
+            return b""
+        written = b""
+        if self._open != (name, run.block):
+            written = self._close()
+            self._open = name, run.block
+            written += _part({"type": f"{name}-start", "id": str(run.block)})
+        return written + _part({"type": f"{name}-delta", "id": str(run.block), "delta": run.data})
+
+    def terminal(self, terminal: Terminal) -> bytes:
+        """Encode the end of the message."""
+        written = self._close()
+        usage = None if terminal.usage is None else dump_usage(terminal.usage)
+        if isinstance(terminal, Done):
+            metadata = _without_none(reason=terminal.reason, by=terminal.by, usage=usage)
+            reason = _REASONS.get(terminal.reason, "other")
+            written += _part({"type": "finish-step"})
+            written += _part(
+                {"type": "finish", "finishReason": reason, "messageMetadata": metadata}
+            )
+        else:
+            metadata = _without_none(code=terminal.code, ref=terminal.ref, usage=usage)
+            written += _part({"type": "message-metadata", "messageMetadata": metadata})
+            written += self.error(terminal)
+        return written + b"data: [DONE]\n\n"
+
+    @staticmethod
+    def error(error: Error) -> bytes:
+        """Encode an error."""
+        return _part({"type": "error", "errorText": error.message})
+
+    def _close(self) -> bytes:
+        """End the open part."""
+        if self._open is None:
+            return b""
+        (name, block), self._open = self._open, None
+        return _part({"type": f"{name}-end", "id": str(block)})
+
+
+def _without_none(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _part(part: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(part, ensure_ascii=False)}\n\n".encode()

@@ -1,0 +1,163 @@
+"""One reply over one HTTP response: a follower whose frames are parts of the body."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from wsserver.admission import Visitor
+from wsserver.cursor import Cursor
+from wsserver.dialects import StreamDialect
+from wsserver.errors import Code, Refused
+from wsserver.hub import Hub
+from wsserver.live import Generation
+from wsserver.logs import log
+from wsserver.responses import BodyWriter
+from wsserver.session import error_frame
+
+
+class ReplyStream:
+    """Writes a generation as the body of a response.
+
+    It follows the generation from the moment that it is made, so that the grace time does not
+    begin before the head is written.
+
+    Args:
+        hub: runs the generation.
+        generation: what the client follows.
+        dialect: how to encode it.
+        visitor: the client.
+        after: the seq of the last piece that the client has.
+        limit: characters that an event may merge.
+        grace: seconds in which a client that has left can come back; 0 if it cannot, and None for
+            those of the settings.
+        request: the ``request`` of the prompt.
+        silence: seconds without an event after which a comment is written.
+        on_closed: called once the response has ended.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        generation: Generation,
+        dialect: StreamDialect,
+        visitor: Visitor,
+        *,
+        after: int,
+        limit: int,
+        grace: float | None,
+        request: str | None,
+        silence: float,
+        on_closed: Callable[["ReplyStream"], None],
+    ) -> None:
+        self._hub = hub
+        self._generation = generation
+        self._dialect = dialect
+        self._visitor = visitor
+        self._grace = grace
+        self._silence = silence
+        self._on_closed = on_closed
+        self._loop = asyncio.get_running_loop()
+        self._body: BodyWriter | None = None
+        self._written = 0.0  # when the last event was written
+        self._timer: asyncio.TimerHandle | None = None
+        self._cursor: Cursor | None = Cursor(generation, self, dialect, self, limit)
+        hub.follow(generation, self._cursor)
+        self._cursor.begin(after, limit, shown=False, request=request)
+
+    # The producer of the body.
+
+    def open(self, body: BodyWriter) -> None:
+        """Write what there is."""
+        self._body = body
+        self._written = self._loop.time()
+        self._wait()
+        self.wake()
+
+    def wake(self) -> None:
+        """Go on writing: the client has caught up."""
+        if self._cursor is not None and self._cursor.behind:
+            self._cursor.wake()
+
+    def closed(self) -> None:
+        """Follow no more. Where the client cannot come back, stop the generation."""
+        self._body = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self._part()
+        self._on_closed(self)
+
+    # The sink of the cursor.
+
+    @property
+    def writable(self) -> bool:
+        """Whether the client keeps up."""
+        return self._body is not None and self._body.writable
+
+    def write(self, frame: bytes) -> None:
+        """Write an event."""
+        if self._body is not None:
+            self._written = self._loop.time()
+            self._body.write(frame)
+
+    # The reader of the cursor.
+
+    def merged(self, pieces: int) -> None:
+        """Count the pieces of an event that has several."""
+        self._hub.metrics.pieces_merged(pieces)
+
+    def leave(self, _: Cursor) -> None:
+        """End the body: its terminal is written."""
+        self._unfollow(lost=False)
+        if self._body is not None:
+            self._body.end()
+
+    def fail(self, error: Exception) -> None:
+        """Abort the response, as its cursor has failed."""
+        log.error("cursor failed", failure=error)
+        if self._body is not None:
+            self._body.abort()
+
+    def _part(self) -> None:
+        """Leave a generation that has not ended."""
+        if self._cursor is not None:
+            self._unfollow(lost=True)
+            if self._grace == 0 and not self._generation.readers:
+                self._hub.stop(self._generation, "disconnect")
+
+    def _unfollow(self, *, lost: bool) -> None:
+        assert self._cursor is not None
+        cursor, self._cursor = self._cursor, None
+        self._hub.unfollow(self._generation, cursor, lost=lost, grace=self._grace)
+
+    # Time.
+
+    def _wait(self) -> None:
+        """Set the timer for the next comment, or for the end of the login."""
+        principal = self._visitor.principal
+        expires = None if principal is None else principal.expires
+        left = self._silence if expires is None else min(self._silence, expires - time.time())
+        if left <= 0:
+            self.shut_out("The token has expired.")
+        else:
+            self._timer = self._loop.call_later(left, self._tick)
+
+    def _tick(self) -> None:
+        quiet = self._loop.time() - self._written
+        if quiet >= self._silence and self.writable:
+            self.write(self._dialect.comment)
+        self._wait()
+
+    async def recheck(self) -> None:
+        """Shut the client out where its token is not valid any more."""
+        if not await self._visitor.is_still_valid():
+            self.shut_out("The token is not valid any more.")
+
+    def shut_out(self, why: str) -> None:
+        """End the response with an error. A generation that nobody else follows is stopped."""
+        if self._body is None or self._cursor is None:
+            return
+        refused = Refused(Code.UNAUTHENTICATED, why)
+        self._body.write(self._dialect.error(error_frame(self._hub.metrics, "none", refused, None)))
+        self._grace = 0
+        self._part()
+        self._body.end()
