@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from fastapi import FastAPI
 from pydantic import TypeAdapter
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
@@ -20,6 +21,7 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.crowd import CROWD
 from tests.support.process import run
+from tests.support.puppet import Puppet
 from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.support.sequences import VECTORS, load, written
 from tests.support.terminal import terminal
@@ -249,7 +251,21 @@ async def test_readme_authenticator_works() -> None:
                 raise AssertionError
 
 
-@pytest.mark.parametrize("program", [p for p in PROGRAMS if "wsserver.serve" not in p])
+async def test_readme_mount_runs() -> None:
+    (program,) = [program for program in PROGRAMS if "wsserver.asgi" in program]
+
+    async def user_of(_: str | None, __: wsserver.Handshake) -> wsserver.Principal:
+        return wsserver.Principal("ada")
+
+    names: dict[str, Any] = {"wsserver": wsserver, "FastAPI": FastAPI}
+    exec(program, {**names, "my_model": Puppet(), "user_of": user_of}, names)
+    async with names["chat"].lifespan(names["app"]):
+        assert names["chat"].app.model_name == "puppet"
+
+
+@pytest.mark.parametrize(
+    "program", [p for p in PROGRAMS if not re.search(r"wsserver\.(serve|asgi)\(", p)]
+)
 async def test_readme_clients_run(program: str) -> None:
     assert SERVER in program
     async with wsserver.serve("demo", port=0, demo_rate=0) as server:

@@ -34,7 +34,7 @@ FLOORS: list[dict[str, str]] = [
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },
-    {"server": "server"},
+    {"server": "server", "asgi": "asgi_app"},
     {"programs": f"{PUBLIC} __main__ cli terminal"},
 ]
 LIBRARIES = {
@@ -155,6 +155,7 @@ def test_libraries_are_imported_only_by_listed_rooms(library: str) -> None:
 def test_public_names_are_listed() -> None:
     assert sorted(wsserver.__all__) == [
         "ANONYMOUS",
+        "Asgi",
         "Authenticator",
         "Code",
         "ConfigError",
@@ -171,6 +172,7 @@ def test_public_names_are_listed() -> None:
         "Thinking",
         "Unavailable",
         "Usage",
+        "asgi",
         "serve",
     ]
     assert all(hasattr(wsserver, name) for name in wsserver.__all__)

@@ -5,6 +5,7 @@ import sys
 if sys.platform == "win32":
     raise ImportError("wsserver runs on Linux and macOS; on Windows run it in WSL")
 
+from wsserver.asgi_app import Asgi, asgi
 from wsserver.auth import ANONYMOUS, Authenticator, Handshake, Principal, Unavailable
 from wsserver.content import Message, Thinking, Usage
 from wsserver.errors import Code, ConfigError, ModelError
@@ -15,6 +16,7 @@ from wsserver.settings import Settings
 
 __all__ = [
     "ANONYMOUS",
+    "Asgi",
     "Authenticator",
     "Code",
     "ConfigError",
@@ -31,6 +33,7 @@ __all__ = [
     "Thinking",
     "Unavailable",
     "Usage",
+    "asgi",
     "serve",
 ]
 
