@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.pieces import Thinking
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.tools import ROOT, require_node, require_npm_package
 from wsserver import Code, ModelError
+from wsserver.content import ToolUse
 
 THREAD = "thread-of-the-test-1"
 EVENT: TypeAdapter[Any] = TypeAdapter(Event)
@@ -174,3 +176,30 @@ async def test_client_of_ag_ui_runs_twice_and_aborts(
         client.send(stop=True)
         async with asyncio.timeout(BOUND):
             await reply.closed.wait()
+
+
+async def test_messages_without_text_for_the_model_are_left_out(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    paper = {"type": "document", "source": {"type": "url", "value": "https://example.com/a.pdf"}}
+    parts: list[object] = [{"type": "text", "text": "Read."}, paper, {"type": "binary"}, "x"]
+    body = run_input(
+        ("user", "first"), ("assistant", None), ("tool", "result"), ("user", " "), ("user", parts)
+    )
+    async with Chat.open(server) as chat:
+        asking = asyncio.create_task(puppet.reply())
+        tool = ToolUse("tool-1", "look", {})
+        asking.add_done_callback(lambda done: done.result().say(tool, "Done.").end())
+        assert [event async for event in events_of(chat, body)]
+    blocks = asking.result().request.messages[-1].blocks
+    assert [block.type for block in blocks] == ["text", "document"]
+
+
+async def test_run_ends_with_the_login(puppet: Puppet) -> None:
+    async def brief(_: str | None, __: wsserver.Handshake) -> wsserver.Principal:
+        return wsserver.Principal("ada", expires=time.time() + 0.2)
+
+    async with wsserver.serve(puppet, authenticate=brief, port=0) as server:
+        async with Chat.open(server) as chat:
+            events = [event async for event in events_of(chat, run_input(("user", "Hello?")))]
+    assert (events[-1]["type"], events[-1]["code"]) == ("RUN_ERROR", "unauthenticated")

@@ -9,6 +9,7 @@ import wsserver
 from tests.chats.events import Chat
 from tests.support.client import client
 from tests.support.puppet import Puppet, until
+from wsserver.errors import StoreError
 
 ID = "0123456789abcdef0123"
 ONE = {"messages": [{"role": "user", "content": "Hello?"}]}
@@ -181,3 +182,71 @@ async def test_client_of_a_socket_follows_a_reply_that_was_posted(
         reply.say("lo").end()
         assert (await socket.text(ID))[0] == "Hello"
         assert (await chat.text())[0] == "Hello"
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "allowed"),
+    [
+        ("PUT", "/api/chat", "post, options"),
+        ("POST", f"/api/chat/{ID}", "get, head, delete, options"),
+        ("GET", f"/api/chat/{ID}/stop", "post, options"),
+        ("GET", "/agui", "post, options"),
+    ],
+)
+async def test_other_methods_are_not_allowed(
+    server: wsserver.Server, method: str, target: str, allowed: str
+) -> None:
+    async with Chat.open(server) as chat:
+        chat.send(method, target)
+        status, headers = await chat.browser.head()
+        assert (status, headers["allow"]) == (405, allowed)
+
+
+async def test_place_beyond_the_reply_or_of_another_is_refused(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat:
+        await chat.prompt({**ONE, "id": ID})
+        async with Chat.open(server) as other:
+            status, error = await other.ask("GET", f"/api/chat/{ID}?after=5")
+            assert (status, error["code"]) == (409, "gap")
+        async with Chat.open(server) as other:
+            elsewhere = {"last-event-id": "another-generation.3"}
+            status, error = await other.ask("GET", f"/api/chat/{ID}", headers=elsewhere)
+            assert (status, error["code"]) == (400, "invalid_frame")
+
+
+async def test_body_of_another_type_is_refused(server: wsserver.Server, puppet: Puppet) -> None:
+    async with Chat.open(server) as chat:
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        status, error = await chat.ask("POST", "/api/chat", b"prompt=x", headers=form)
+        assert (status, error["code"]) == (400, "invalid_frame")
+    assert not puppet.replies
+
+
+async def test_store_that_fails_is_503(
+    server: wsserver.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full")
+
+    monkeypatch.setattr(server.app.store, "find", fail)
+    async with Chat.open(server) as chat:
+        status, error = await chat.ask("GET", f"/api/chat/{ID}")
+        assert (status, error["code"], error["retryable"]) == (503, "store", True)
+        assert "disk" not in error["message"]
+
+
+async def test_cursor_that_fails_aborts_the_response(
+    server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise LookupError("a fault")
+
+    async with Chat.open(server) as chat:
+        await chat.prompt(ONE)
+        monkeypatch.setattr("wsserver.dialects.sse.SSE.run", fail)
+        reply = (await puppet.reply()).say("Hello")
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await chat.next("token")
+        await reply.closed.wait()
