@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import weakref
 from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
@@ -14,7 +15,7 @@ import uvloop
 from tests.listening.answering import Browser, listening, name_of
 from tests.support.puppet import until
 from wsserver.admission import Visitor
-from wsserver.exchange import HEADER_COST, REQUEST_COST, Exchange
+from wsserver.exchange import HEADER_COST, REQUEST_COST
 from wsserver.responses import BadRequest, Request, Response, respond
 from wsserver.tcp import READ_SIZE
 
@@ -210,10 +211,10 @@ async def test_body_without_memory_gets_503() -> None:
         assert (status, "retry-after" in headers) == (503, True)
 
 
-def exchanges() -> list[object]:
-    """Return the exchanges in memory, without those in reference cycles."""
+def collected(kept: "weakref.ref[Any]") -> bool:
+    """Whether an object is not in memory any more, nor in a reference cycle."""
     gc.collect()
-    return [kept for kept in gc.get_objects() if type(kept) is Exchange]
+    return kept() is None
 
 
 @pytest.mark.parametrize("reading", [True, False])
@@ -235,11 +236,12 @@ async def test_disconnect_during_body_ends_wait(reading: bool) -> None:
         async with Browser.open(listener) as browser:
             browser.send(length(5), b"\r\nhel")
             await asked.wait()
+            (exchange,) = map(weakref.ref, listener.connections)
         await until(lambda: not listener.connections)
         go.set()
         await ended.wait()
         await until(lambda: not listener.answering)
-        await until(lambda: not exchanges())
+        await until(lambda: collected(exchange))
 
 
 async def test_complete_body_can_be_read_later() -> None:
