@@ -1,16 +1,14 @@
 """The AI SDK's own `useChat` against the server, in a real browser: `examples/ai-sdk`."""
 
-import os
-import subprocess
-
 import pytest
 from playwright.async_api import Page, expect
 
 import wsserver
 from tests.browser.page import closed
+from tests.support.bundle import bundle
 from tests.support.pieces import Thinking
 from tests.support.puppet import BOUND, Puppet
-from tests.support.tools import ROOT, require_npm_package
+from tests.support.tools import require_npm_package
 from wsserver import Code, ModelError
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -21,7 +19,6 @@ CHAT = "chat-of-the-test-1"
 @pytest.fixture(scope="module")
 def app() -> str:
     """The example as a script: ``start(properties)``."""
-    packages = require_npm_package("@ai-sdk/react").parents[1]
     entry = """
         import { createRoot } from 'react-dom/client'
         import { App } from './examples/ai-sdk/App.jsx'
@@ -29,23 +26,8 @@ def app() -> str:
           createRoot(document.body.appendChild(document.createElement('div')))
             .render(<App {...properties} />)
     """
-    built = subprocess.run(
-        [
-            require_npm_package("esbuild") / "bin/esbuild",
-            "--bundle",
-            "--loader=jsx",
-            "--jsx=automatic",
-            "--jsx-dev",
-        ],
-        input=entry,
-        cwd=ROOT,
-        env={**os.environ, "NODE_PATH": str(packages)},
-        capture_output=True,
-        timeout=60,
-        check=True,
-        text=True,
-    )
-    return built.stdout
+    require_npm_package("@ai-sdk/react")
+    return bundle(entry)
 
 
 async def start(page: Page, app: str, **properties: object) -> None:

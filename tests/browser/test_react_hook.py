@@ -1,8 +1,6 @@
 """The React hook of `examples/react` in a real browser."""
 
 import asyncio
-import os
-import subprocess
 
 import pytest
 import pytest_asyncio
@@ -11,9 +9,9 @@ from playwright.async_api import Page, expect
 import wsserver
 from tests.browser.client import ask, connect, end, says
 from tests.browser.page import dismiss
+from tests.support.bundle import bundle
 from tests.support.line import Line
 from tests.support.puppet import BOUND, Puppet
-from tests.support.tools import ROOT, require_npm_package
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 A, B, UNKNOWN = "conversation-of-a", "conversation-of-b", "conversation-unknown"
@@ -30,7 +28,6 @@ def app() -> str:
 
     ``conversation`` is the last one that the hook reported.
     """
-    packages = require_npm_package("react-dom").parent
     entry = """
         import { StrictMode } from 'react'
         import { createRoot } from 'react-dom/client'
@@ -45,23 +42,7 @@ def app() -> str:
           pick(properties.conversation)
         }
     """
-    built = subprocess.run(
-        [
-            require_npm_package("esbuild") / "bin/esbuild",
-            "--bundle",
-            "--loader=jsx",
-            "--jsx=automatic",
-            "--jsx-dev",
-        ],
-        input=entry,
-        cwd=ROOT,
-        env={**os.environ, "NODE_PATH": str(packages)},
-        capture_output=True,
-        timeout=BOUND,
-        check=True,
-        text=True,
-    )
-    return built.stdout
+    return bundle(entry)
 
 
 async def start(page: Page, app: str, **properties: str) -> None:

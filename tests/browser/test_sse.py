@@ -1,8 +1,6 @@
 """The examples of server-sent events in a real browser: a page, a React hook, an EventSource."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,9 @@ from playwright.async_api import Page, expect
 import wsserver
 from tests.browser.page import closed
 from tests.browser.test_ten_lines import website
-from tests.support.puppet import BOUND, Puppet
-from tests.support.tools import ROOT, require_npm_package
+from tests.support.bundle import bundle
+from tests.support.puppet import Puppet
+from tests.support.tools import ROOT
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -65,23 +64,7 @@ def app() -> str:
           createRoot(document.body.appendChild(document.createElement('div')))
             .render(<App url={url} />)
     """
-    built = subprocess.run(
-        [
-            require_npm_package("esbuild") / "bin/esbuild",
-            "--bundle",
-            "--loader=jsx",
-            "--jsx=automatic",
-            "--jsx-dev",
-        ],
-        input=entry,
-        cwd=ROOT,
-        env={**os.environ, "NODE_PATH": str(require_npm_package("react-dom").parent)},
-        capture_output=True,
-        timeout=BOUND,
-        check=True,
-        text=True,
-    )
-    return built.stdout
+    return bundle(entry)
 
 
 async def test_hook_streams_stops_and_keeps_messages(

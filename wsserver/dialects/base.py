@@ -9,8 +9,9 @@ from wsserver.protocol import Error, Terminal
 
 
 class Dialect(Protocol):
-    """Encodes a generation as the messages of one protocol. It has no state of its own.
+    """Encodes a generation as the messages of one protocol.
 
+    A dialect that remembers something, such as which part is open, serves one client.
     A follower writes ``start`` once and first, then runs, then ``terminal`` once and last.
     """
 
