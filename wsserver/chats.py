@@ -148,7 +148,7 @@ class Chats:
             if (match := pattern.fullmatch(request.path)) is not None:
                 route = methods.get(request.method)
                 if route is None:
-                    return _not_allowed(methods)
+                    return self._refuse_method(methods)
                 return await route(request, visitor, *match.groups())
         raise Refused(Code.NOT_FOUND)
 
@@ -289,6 +289,12 @@ class Chats:
         if wait := self._requests.consume(account, self._loop.time()):
             raise Refused(Code.LIMIT, "Too many requests at once.", retry_after=wait)
 
+    def _refuse_method(self, methods: Iterable[str]) -> Response:
+        refused = Refused(Code.INVALID_FRAME, "This address has no such method.")
+        answer = self._refuse(refused, HTTPStatus.METHOD_NOT_ALLOWED)
+        allowed = {"Allow": ", ".join([*methods, "OPTIONS"])}
+        return replace(answer, headers={**answer.headers, **allowed})
+
     def _refuse(self, error: Exception, status: HTTPStatus | None = None) -> Response:
         """Answer with the error frame as JSON; see :meth:`wsserver.session.Session.refuse`."""
         refused, cause = refusal_of(error)
@@ -315,11 +321,6 @@ def _allow(answer: Response | Stream, headers: Mapping[str, str]) -> Response | 
     return replace(answer, headers={**answer.headers, **_cors(headers)})
 
 
-def _not_allowed(methods: Iterable[str]) -> Response:
-    headers = {"Allow": ", ".join([*methods, "OPTIONS"])}
-    return respond(HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed", headers=headers)
-
-
 def _owner(visitor: Visitor) -> str:
     assert visitor.principal is not None
     return visitor.principal.name
@@ -334,16 +335,23 @@ def decode_body(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
     """Return the JSON object of a body.
 
     Raises:
+        BadRequest: the body is of another type, or compressed.
         Refused: the body is not a JSON object.
     """
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != JSON:
-        raise Refused(Code.INVALID_FRAME, f"content-type: must be {JSON}.")
+        raise _unsupported(f"Content-Type: must be {JSON}.")
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise _unsupported("Content-Encoding: the body must not be compressed.")
     try:
         text = body.decode()
     except UnicodeDecodeError:
         raise Refused(Code.INVALID_JSON, "The body is not UTF-8.") from None
     return decode(text)
+
+
+def _unsupported(message: str) -> BadRequest:
+    return BadRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
 
 
 def parse_prompt(value: dict[str, Any]) -> Prompt:

@@ -1,6 +1,7 @@
 """Chats over server-sent events: a prompt, its reply, its stop, and going on after a cut."""
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -199,7 +200,8 @@ async def test_other_methods_are_not_allowed(
     async with Chat.open(server) as chat:
         chat.send(method, target)
         status, headers = await chat.browser.head()
-        assert (status, headers["allow"]) == (405, allowed)
+        error = json.loads(await chat.browser.reader.readexactly(int(headers["content-length"])))
+        assert (status, headers["allow"], error["type"]) == (405, allowed, "error")
 
 
 async def test_place_beyond_the_reply_or_of_another_is_refused(
@@ -216,11 +218,16 @@ async def test_place_beyond_the_reply_or_of_another_is_refused(
             assert (status, error["code"]) == (400, "invalid_frame")
 
 
-async def test_body_of_another_type_is_refused(server: wsserver.Server, puppet: Puppet) -> None:
+@pytest.mark.parametrize(
+    "headers",
+    [{"content-type": "application/x-www-form-urlencoded"}, {"content-encoding": "gzip"}],
+)
+async def test_body_of_another_type_is_refused(
+    server: wsserver.Server, puppet: Puppet, headers: dict[str, str]
+) -> None:
     async with Chat.open(server) as chat:
-        form = {"content-type": "application/x-www-form-urlencoded"}
-        status, error = await chat.ask("POST", "/api/chat", b"prompt=x", headers=form)
-        assert (status, error["code"]) == (400, "invalid_frame")
+        status, error = await chat.ask("POST", "/api/chat", {"prompt": "x"}, headers=headers)
+        assert (status, error["code"]) == (415, "invalid_frame")
     assert not puppet.replies
 
 

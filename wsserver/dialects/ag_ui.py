@@ -30,14 +30,14 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
         Refused: the body is not the input of a run that the server can make.
     """
     for key in ("threadId", "runId"):
-        if not isinstance(body.get(key), str):
+        if not isinstance(body.get(key), str) or not body[key]:
             raise Refused(Code.INVALID_FRAME, f"{key}: must be a text.")
     if not isinstance(body.get("messages"), list):
         raise Refused(Code.INVALID_FRAME, "messages: must be a list.")
     messages: list[dict[str, Any]] = []
     system: list[str] = []
     for number, message in enumerate(body["messages"]):
-        role = _ROLES.get(message.get("role", "")) if isinstance(message, dict) else None
+        role = _ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
         if role is None:  # the messages of tools and activities are not for the model
             continue
         blocks = _blocks(message.get("content"), number)
@@ -71,7 +71,7 @@ def _block(part: object) -> dict[str, Any] | None:
     kind, source = part.get("type"), part.get("source")
     if kind == "text" and isinstance(text := part.get("text"), str) and text.strip():
         return {"type": "text", "text": text}
-    if kind not in {"image", "document"} or not isinstance(source, dict):
+    if kind not in ("image", "document") or not isinstance(source, dict):
         return None
     if source.get("type") == "url":
         return {"type": kind, "source": {"type": "url", "url": source.get("value")}}

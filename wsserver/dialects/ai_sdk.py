@@ -51,6 +51,9 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     Raises:
         Refused: the body is not one of ``useChat``.
     """
+    name = body.get("id")
+    if not isinstance(name, str) or not name:
+        raise Refused(Code.INVALID_FRAME, "id: must be the id of the chat, a text.")
     messages, system = [], []
     for number, message in enumerate(body["messages"]):
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
@@ -66,7 +69,7 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     if system:
         keys["system"] = "\n\n".join(system)
     return Chat(
-        conversation_of(str(body.get("id", ""))),
+        conversation_of(name),
         messages,
         keys,
         body.get("trigger") == "regenerate-message",
