@@ -34,7 +34,7 @@ FLOORS: list[dict[str, str]] = [
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },
-    {"server": "server", "asgi": "asgi_app"},
+    {"server": "server", "asgi": "asgi_app asgi_transports"},
     {"programs": f"{PUBLIC} __main__ cli terminal"},
 ]
 LIBRARIES = {

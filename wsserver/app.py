@@ -24,6 +24,7 @@ from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.protocol import Close
+from wsserver.replies import ReplyStream
 from wsserver.responses import Answer, BadRequest, Request, Response, Upgrade, respond
 from wsserver.routes import Operations, Routes
 from wsserver.session import Transport
@@ -257,11 +258,11 @@ class App:
         if self._authenticate is not None:
             done = await auth.reload(self._authenticate) and done
             self.admission.reloads += 1
-        connections = iter(tuple(self.connections.values()))
+        connections = self.connections.values()
+        clients: Iterator[Connection | ReplyStream] = iter((*connections, *self._chats.streams))
         async with asyncio.TaskGroup() as group:
             for _ in range(RECHECKS):
-                group.create_task(_recheck(connections))
-            group.create_task(self._chats.recheck())
+                group.create_task(_recheck(clients))
         return done
 
     def stop(self) -> None:
@@ -312,10 +313,10 @@ class App:
                     await models.close(self._own_model)
 
 
-async def _recheck(connections: Iterator[Connection]) -> None:
-    for connection in connections:
-        if not await connection.is_still_valid():
-            connection.revoke()
+async def _recheck(clients: Iterator[Connection | ReplyStream]) -> None:
+    for client in clients:
+        if not await client.is_still_valid():
+            client.revoke()
 
 
 def _failed(error: Exception) -> Response:

@@ -72,6 +72,7 @@ PREFLIGHT = {
 Route = Callable[..., Awaitable[Response | Stream]]
 """Answers a request of a visitor; further arguments are the variable parts of the path."""
 
+_SSE = SSE()  # of all clients: followers at the same place share one encoded event
 _ID = ID_PATTERN.strip("^$")
 _EVENT_ID = re.compile(r"(?P<id>.+)\.(?P<seq>[0-9]{1,18}|end)")
 
@@ -162,7 +163,7 @@ class Chats:
         name, prompt = prompt.request, prompt.model_copy(update={"request": None})
         generation = await self._accept(prompt, visitor)
         grace = 0 if prompt.id is None else None
-        return self._stream(generation, visitor, SSE(), grace=grace, request=name)
+        return self._stream(generation, visitor, _SSE, grace=grace, request=name)
 
     async def _accept(self, prompt: Prompt, visitor: Visitor) -> Generation:
         owner = _owner(visitor)
@@ -228,7 +229,7 @@ class Chats:
         if after > generation.log.seq:
             raise Refused(Code.GAP)
         limit = generation.resume(after, self._settings.frame_size)
-        return self._stream(generation, visitor, SSE(), after=after, limit=limit)
+        return self._stream(generation, visitor, _SSE, after=after, limit=limit)
 
     async def _stop(self, _: Request, visitor: Visitor, name: str) -> Response:
         owner = _owner(visitor)
@@ -274,10 +275,10 @@ class Chats:
         if not self._streams:
             self._idle.set()
 
-    async def recheck(self) -> None:
-        """End the streams of clients whose token is not valid any more."""
-        for stream in tuple(self._streams):
-            await stream.recheck()
+    @property
+    def streams(self) -> Iterable[ReplyStream]:
+        """The responses that stream a reply now."""
+        return tuple(self._streams)
 
     async def delivered(self) -> None:
         """Wait until the clients have all that they follow, terminals included, or are gone."""

@@ -13,6 +13,7 @@ from wsserver.live import Generation
 from wsserver.logs import log
 from wsserver.responses import BodyWriter
 from wsserver.session import error_frame
+from wsserver.telemetry import StreamEnd
 
 
 class ReplyStream:
@@ -58,7 +59,10 @@ class ReplyStream:
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         self._body: BodyWriter | None = None
-        self._written = 0.0  # when the last event was written
+        self._began = self._written = 0.0  # when the body began; when the last event was written
+        self._sent = 0  # bytes of all events
+        self._after = self._seq = after  # the last piece before and in the body
+        self._end: StreamEnd = "disconnected"
         self._timer: asyncio.TimerHandle | None = None
         self._cursor: Cursor | None = Cursor(generation, self, dialect, self, limit)
         hub.follow(generation, self._cursor)
@@ -69,8 +73,9 @@ class ReplyStream:
     def open(self, body: BodyWriter) -> None:
         """Write what there is."""
         self._body = body
-        self._written = self._loop.time()
-        self._wait()
+        self._began = self._written = self._loop.time()
+        self._hub.metrics.stream_opened()
+        self._set_timer()
         self.wake()
 
     def wake(self) -> None:
@@ -80,11 +85,29 @@ class ReplyStream:
 
     def closed(self) -> None:
         """Follow no more. Where the client cannot come back, stop the generation."""
-        self._body = None
+        body, self._body = self._body, None
         if self._timer is not None:
             self._timer.cancel()
         self._part()
+        if body is not None:
+            self._report(body)
         self._on_closed(self)
+
+    def _report(self, body: BodyWriter) -> None:
+        """Count and log the end of the response."""
+        self._hub.metrics.stream_closed(self._end)
+        principal = self._visitor.principal
+        log.info(
+            "stream",
+            socket=body.id,
+            id=self._generation.id,
+            address=self._visitor.address,
+            principal=None if principal is None else principal.name,
+            seconds=round(self._loop.time() - self._began, 3),
+            pieces=self._seq - self._after,
+            bytes=self._sent,
+            end=self._end,
+        )
 
     # The sink of the cursor.
 
@@ -94,9 +117,10 @@ class ReplyStream:
         return self._body is not None and self._body.writable
 
     def write(self, frame: bytes) -> None:
-        """Write an event."""
-        if self._body is not None:
+        """Write events; nothing if a dialect has none for a piece."""
+        if frame and self._body is not None:
             self._written = self._loop.time()
+            self._sent += len(frame)
             self._body.write(frame)
 
     # The reader of the cursor.
@@ -107,6 +131,7 @@ class ReplyStream:
 
     def leave(self, _: Cursor) -> None:
         """End the body: its terminal is written."""
+        self._end = "complete"
         self._unfollow(lost=False)
         if self._body is not None:
             self._body.end()
@@ -114,6 +139,7 @@ class ReplyStream:
     def fail(self, error: Exception) -> None:
         """Abort the response, as its cursor has failed."""
         log.error("cursor failed", failure=error)
+        self._end = "failed"
         if self._body is not None:
             self._body.abort()
 
@@ -127,37 +153,51 @@ class ReplyStream:
     def _unfollow(self, *, lost: bool) -> None:
         assert self._cursor is not None
         cursor, self._cursor = self._cursor, None
+        self._seq = cursor.seq
         self._hub.unfollow(self._generation, cursor, lost=lost, grace=self._grace)
 
     # Time.
 
-    def _wait(self) -> None:
+    def _set_timer(self) -> None:
         """Set the timer for the next comment, or for the end of the login."""
+        left = self._written + self._silence - self._loop.time()
         principal = self._visitor.principal
-        expires = None if principal is None else principal.expires
-        left = self._silence if expires is None else min(self._silence, expires - time.time())
-        if left <= 0:
-            self.shut_out("The token has expired.")
-        else:
-            self._timer = self._loop.call_later(left, self._tick)
+        if principal is not None and principal.expires is not None:
+            until = principal.expires - time.time()
+            if until <= 0:
+                self._shut_out("The token has expired.")
+                return
+            left = min(left, until)
+        self._timer = self._loop.call_later(max(0.0, left), self._tick)
 
     def _tick(self) -> None:
-        quiet = self._loop.time() - self._written
-        if quiet >= self._silence and self.writable:
-            self.write(self._dialect.comment)
-        self._wait()
+        now = self._loop.time()
+        if now >= self._written + self._silence:
+            if self.writable:
+                self.write(self._dialect.comment)
+            self._written = now  # a client that does not read has a deadline
+        self._set_timer()
 
-    async def recheck(self) -> None:
-        """Shut the client out where its token is not valid any more."""
-        if not await self._visitor.is_still_valid():
-            self.shut_out("The token is not valid any more.")
+    # Tokens that are checked again.
 
-    def shut_out(self, why: str) -> None:
+    async def is_still_valid(self) -> bool:
+        """Check again whether the client's credentials are valid; their expiry may have changed."""
+        valid = await self._visitor.is_still_valid()
+        if valid and self._body is not None and self._timer is not None:
+            self._timer.cancel()
+            self._set_timer()
+        return valid
+
+    def revoke(self) -> None:
+        """End the response: the client's credentials are not valid any more."""
+        self._shut_out("The token is no longer valid.")
+
+    def _shut_out(self, why: str) -> None:
         """End the response with an error. A generation that nobody else follows is stopped."""
         if self._body is None or self._cursor is None:
             return
         refused = Refused(Code.UNAUTHENTICATED, why)
-        self._body.write(self._dialect.error(error_frame(self._hub.metrics, "none", refused, None)))
-        self._grace = 0
+        self.write(self._dialect.error(error_frame(self._hub.metrics, "none", refused, None)))
+        self._end, self._grace = "unauthenticated", 0
         self._part()
         self._body.end()

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Protocol
+from uuid import UUID
 
 TEXT = "text/plain; charset=utf-8"
 BODY_RATE = 16_384  # bytes of a body in each second, on average: a slow mobile uplink has more
@@ -69,6 +70,11 @@ class BadRequest(Exception):
 
 class BodyWriter(Protocol):
     """Writes the body of a response while the response is made."""
+
+    @property
+    def id(self) -> UUID:
+        """The name of the connection in the log."""
+        ...
 
     @property
     def writable(self) -> bool:

@@ -16,7 +16,8 @@ class StreamedResponse(Writer):
     """Writes the body of one response, after its head.
 
     A client that closes the connection, or only its own side of it, has disconnected: a browser
-    aborts a request in this way.
+    aborts a request in this way. A client that has vanished answers nothing: the kernel ends the
+    connection once it has not acknowledged a written byte for the `ping_timeout`.
 
     Args:
         listener: owner of the connection.
@@ -45,6 +46,10 @@ class StreamedResponse(Writer):
         self._ended = False
         self._linger: asyncio.TimerHandle | None = None
         self._producer: Producer | None = producer
+        # Linux applies the option also to a client that does not read, which has `send_timeout`.
+        settings = listener.settings
+        unanswered = max(settings.ping_timeout, settings.send_timeout)
+        self._set_option("TCP_USER_TIMEOUT", int(unanswered * 1000))
 
     def begin(self) -> None:
         """Let the producer begin. Where that fails, the client gets no whole response."""

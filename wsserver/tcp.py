@@ -147,7 +147,14 @@ class Writer(TcpConnection):
         self.transport.set_write_buffer_limits(listener.settings.write_buffer)
         if self.below is not None:
             self.below.set_write_buffer_limits(UNSENT_IN_KERNEL)
-        _limit_unsent(self.transport.get_extra_info("socket"))
+        self._set_option("TCP_NOTSENT_LOWAT", UNSENT_IN_KERNEL)
+
+    def _set_option(self, name: str, value: int) -> None:
+        """Set an option of TCP, where the system has it."""
+        option, sock = getattr(socket, name, None), self.transport.get_extra_info("socket")
+        if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     @property
     def writable(self) -> bool:
@@ -222,10 +229,3 @@ def half_close(transport: asyncio.Transport) -> None:
             transport.write_eof()
         else:
             transport.close()
-
-
-def _limit_unsent(sock: socket.socket) -> None:
-    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-    if option is not None and sock.family != getattr(socket, "AF_UNIX", None):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)

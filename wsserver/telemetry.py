@@ -42,6 +42,8 @@ Refusal = Literal["host", "origin", "unauthenticated", "limit", "unavailable"]
 """Reason for refusing a connection."""
 Aborted = Literal["too much unsent", "does not read"]
 """Reason for aborting a connection."""
+StreamEnd = Literal["complete", "disconnected", "unauthenticated", "failed"]
+"""How a reply over one HTTP response ended for its client."""
 
 REASONS = frozenset(
     {
@@ -91,6 +93,10 @@ class Metrics:
             "connections_total",
             "WebSocket connections, by outcome: served, or the reason for refusing.",
             "outcome",
+        )
+        self._streams_open = gauge("streams_open", "Open HTTP responses that stream a reply.")
+        self._streams = counter(
+            "streams_total", "HTTP responses that streamed a reply, by their end.", "end"
         )
         self._memory = gauge(
             "memory_bytes", "Bytes in use for clients; the limit is the setting `memory`."
@@ -149,6 +155,8 @@ class Metrics:
         """Create all known label values: a rate needs a counter that begins at zero."""
         for outcome in ("served", *get_args(Refusal)):
             self._connections.labels(outcome)
+        for end in get_args(StreamEnd):
+            self._streams.labels(end)
         for reason in (*REASONS, OTHER):
             self._generations_of("done", reason)
         for by in get_args(StoppedBy):
@@ -194,6 +202,15 @@ class Metrics:
     def connection_closed(self) -> None:
         """Count a WebSocket connection that closed."""
         self._open.dec()
+
+    def stream_opened(self) -> None:
+        """Count an HTTP response that begins to stream a reply."""
+        self._streams_open.inc()
+
+    def stream_closed(self, end: StreamEnd) -> None:
+        """Count an HTTP response that streamed a reply and has ended."""
+        self._streams_open.dec()
+        self._streams.labels(end).inc()
 
     def connection_refused(self, why: Refusal) -> None:
         """Count a handshake that was answered with an HTTP error."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import wsserver
+from tests.support.clock import ClockLoop
 from tests.support.puppet import BOUND, Puppet, until
 from wsserver import ConfigError, Settings
 
@@ -22,6 +23,7 @@ class Server:
         self.room = asyncio.Event()  # cleared: `send` waits
         self.room.set()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._wrote = asyncio.Event()
         scope = {
             "type": kind,
             "path": path,
@@ -34,12 +36,19 @@ class Server:
     async def _send(self, event: Any) -> None:
         await self.room.wait()
         self.sent.append(event)
+        self._wrote.set()
 
     def receive(self, kind: str, **keys: Any) -> None:
         self._events.put_nowait({"type": kind, **keys})
 
     def post(self, body: bytes, *, more: bool = False) -> None:
         self.receive("http.request", body=body, more_body=more)
+
+    async def reaches(self, part: bytes) -> None:
+        """Wait until the body has a part."""
+        while part not in self.body:
+            self._wrote.clear()
+            await self._wrote.wait()
 
     async def done(self) -> None:
         async with asyncio.timeout(BOUND):
@@ -225,3 +234,58 @@ async def test_failure_of_a_message_closes_the_socket(
         assert server.sent[-1]["code"] == 1011
         server.receive("websocket.disconnect", code=1011)
         await server.done()
+
+
+def test_comment_comes_one_ping_interval_after_the_last_event(puppet: Puppet) -> None:
+    async def chat() -> float:
+        loop = asyncio.get_running_loop()
+        async with running(puppet, ping_interval=20, idle_timeout=0) as chat:
+            server = post(chat)
+            server.post(b'{"prompt": "Hello?"}')
+            reply = await puppet.reply()
+            await asyncio.sleep(15)
+            reply.say("Hello")
+            await server.reaches(b"Hello")
+            said = loop.time()
+            await server.reaches(b":\n\n")
+            waited = loop.time() - said
+            server.receive("http.disconnect")
+            await server.done()
+            return waited
+
+    with asyncio.Runner(loop_factory=ClockLoop) as runner:
+        assert 19 < runner.run(chat()) < 21
+
+
+async def test_bytes_of_requests_and_of_slow_readers_count_for_their_client(
+    puppet: Puppet,
+) -> None:
+    async with running(puppet, write_buffer=2**14, frame_size=2**14) as chat:
+        server = post(chat)
+        server.post(b'{"prompt": "', more=True)
+        server.post(b"x" * 9000, more=True)
+        await until(lambda: chat.memory.used > 9000)
+        server.post(b'"}')
+        reply = await puppet.reply()
+        await until(lambda: bool(server.sent))
+        before = chat.memory.used
+        server.room.clear()
+        reply.say("y" * 2**14)
+        await until(lambda: chat.memory.used > before + 2**15)  # in the log, and unsent
+        server.room.set()
+        reply.end()
+        await server.done()
+        assert b"y" * 2**14 in server.body
+        assert chat.memory.used == chat.memory.cached
+
+
+async def test_body_without_memory_for_it_gets_503(puppet: Puppet) -> None:
+    async with running(puppet) as chat:
+        taken = chat.memory.limit - chat.memory.used - 1000
+        chat.memory.used += taken
+        server = post(chat)
+        server.post(b'{"prompt": "' + b"x" * 9000, more=True)
+        await server.done()
+        assert server.status == 503
+        chat.memory.used -= taken
+    assert not puppet.replies
