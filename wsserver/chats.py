@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from wsserver.admission import Visitor
+from wsserver.content import Message
 from wsserver.denials import Denied, unauthenticated
 from wsserver.dialects import StreamDialect, ag_ui, ai_sdk
 from wsserver.dialects.chat import Chat, conversation_of
@@ -17,6 +18,7 @@ from wsserver.dialects.sse import SSE
 from wsserver.encoding import encode
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.generation import State
+from wsserver.histories import history, room_of
 from wsserver.hub import Hub
 from wsserver.limits import Account, Rates
 from wsserver.live import Generation
@@ -84,7 +86,8 @@ class Chats:
     a reply from the piece after ``?after=N`` or ``Last-Event-ID`` on. ``DELETE
     /api/chat/GENERATION`` and ``POST /api/chat/GENERATION/stop`` stop it, and are answered once
     the request to the model is closed. Clients of the AI SDK use the same addresses and the chat
-    in place of the generation, and ``GET /api/chat/CHAT/stream``. ``POST /agui`` is for AG-UI.
+    in place of the generation, and ``GET /api/chat/CHAT/stream``. For AG-UI there are ``POST
+    /agui``, ``POST /agui/connect`` and ``POST /agui/THREAD/stop``.
 
     Args:
         hub: runs the generations.
@@ -95,7 +98,8 @@ class Chats:
         self._hub = hub
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._running: dict[tuple[str, str], Generation] = {}  # by owner and conversation
+        # The last reply to each chat that the store does not know, by owner and conversation.
+        self._unstored: dict[tuple[str, str], Generation] = {}
         self._streams: dict[ReplyStream, None] = {}
         self._idle = asyncio.Event()
         self._requests = Rates(settings.frame_rate, settings.frame_burst)
@@ -103,16 +107,18 @@ class Chats:
         routes: dict[str, dict[str, Route]] = {
             PATH: {"POST": self._prompt},
             f"{PATH}/({_ID})": {"GET": reply, "HEAD": reply, "DELETE": stop},
-            f"{PATH}/({_ID})/stop": {"POST": stop},
+            f"{PATH}/([^/]+)/stop": {"POST": stop},
             f"{PATH}/([^/]+)/stream": {"GET": chat, "HEAD": chat},
             ag_ui.PATH: {"POST": self._run},
+            f"{ag_ui.PATH}/connect": {"POST": self._connect},
+            f"{ag_ui.PATH}/([^/]+)/stop": {"POST": stop},
         }
         self._routes = [(re.compile(path), methods) for path, methods in routes.items()]
 
     @staticmethod
     def answers(path: str) -> bool:
         """Whether a path belongs here."""
-        return path in {PATH, ag_ui.PATH} or path.startswith(f"{PATH}/")
+        return f"{path}/".startswith((f"{PATH}/", f"{ag_ui.PATH}/"))
 
     async def respond(self, request: Request, visitor: Visitor) -> Response | Stream:
         """Answer a request.
@@ -154,11 +160,10 @@ class Chats:
         raise Refused(Code.NOT_FOUND)
 
     async def _prompt(self, request: Request, visitor: Visitor) -> Stream:
-        self._check_rate(visitor.account)
-        size = HISTORIES * self._settings.message_size
-        body = decode_body(request.headers, await request.read_body(size))
+        body = await self._read(request, visitor)
         if ai_sdk.recognizes(body):
-            return await self._chat(ai_sdk.parse_chat(body), ai_sdk.AiSdk(), visitor)
+            chat = ai_sdk.parse_chat(body)
+            return await self._chat(chat, ai_sdk.AiSdk(), visitor, grace=RELOAD)
         prompt = parse_prompt(body)
         name, prompt = prompt.request, prompt.model_copy(update={"request": None})
         generation = await self._accept(prompt, visitor)
@@ -170,14 +175,46 @@ class Chats:
         return await self._hub.scheduler.accept(prompt, owner, visitor.account, None, None)
 
     async def _run(self, request: Request, visitor: Visitor) -> Stream:
-        """Make the run of an AG-UI client. Such a client stops a run by leaving it."""
+        """Make the run of an AG-UI client. One that chose no id stops the run by leaving it."""
+        body = await self._read(request, visitor)
+        chat = ag_ui.parse_chat(body)
+        grace = None if "id" in chat.keys else 0
+        return await self._chat(chat, ag_ui.AgUi(body), visitor, grace=grace)
+
+    async def _connect(self, request: Request, visitor: Visitor) -> Response | Stream:
+        """Give an AG-UI client the messages of its thread, and the reply that runs in it."""
+        body = await self._read(request, visitor)
+        ag_ui.check_run(body)
+        owner, name = _owner(visitor), conversation_of(body["threadId"])
+        messages = await self._history(name, visitor)
+        generation = self._of_chat(owner, name)
+        if generation is None:
+            return respond(HTTPStatus.OK, ag_ui.AgUi(body, messages).nothing(), headers=EVENTS)
+        return self._stream(generation, visitor, ag_ui.AgUi(body, messages or ()))
+
+    async def _history(self, name: str, visitor: Visitor) -> list[Message] | None:
+        """Return the messages of a conversation that have ended; None for an unknown one."""
+        hub, owner, room = self._hub, _owner(visitor), room_of(self._settings)
+        hub.accounts.check_reads(visitor.account)
+        try:
+            async with hub.conversations.pin(name, owner) as conversation:
+                stored = await hub.conversations.history(conversation, None, room)
+        except Refused as refused:
+            if refused.code is Code.NOT_FOUND:
+                return None
+            raise
+        frame = history(stored, [], room, None)
+        hub.accounts.charge_reads(visitor.account, len(encode(frame)))
+        return frame.messages
+
+    async def _read(self, request: Request, visitor: Visitor) -> dict[str, Any]:
+        """Read the body of a request."""
         self._check_rate(visitor.account)
         size = HISTORIES * self._settings.message_size
-        body = decode_body(request.headers, await request.read_body(size))
-        return await self._chat(ag_ui.parse_chat(body), ag_ui.AgUi(body), visitor, grace=0)
+        return decode_body(request.headers, await request.read_body(size))
 
     async def _chat(
-        self, chat: Chat, dialect: StreamDialect, visitor: Visitor, *, grace: float = RELOAD
+        self, chat: Chat, dialect: StreamDialect, visitor: Visitor, *, grace: float | None
     ) -> Stream:
         """Accept the newest message of a chat, whose earlier ones the store has.
 
@@ -197,23 +234,30 @@ class Chats:
         else:
             keys = {"messages": chat.messages}
         generation = await self._accept(parse_prompt({**chat.keys, **keys}), visitor)
-        self._running = {key: g for key, g in self._running.items() if g.log.terminal is None}
-        self._running[owner, chat.conversation] = generation
+        if generation.conversation_id is None:
+            unstored = self._unstored.items()
+            self._unstored = {key: g for key, g in unstored if g.log.terminal is None}
+            self._unstored[owner, chat.conversation] = generation
         return self._stream(generation, visitor, dialect, grace=grace)
 
-    def _of_chat(self, owner: str, chat: str) -> Generation | None:
-        """Return the generation of a chat that has not ended."""
-        name = conversation_of(chat)
-        generation = self._running.get((owner, name))
-        if generation is None or generation.log.terminal is not None:
-            conversation = self._hub.conversations.known(owner, name)
-            live = [] if conversation is None else conversation.live
-            generation = live[0] if live else None
-        return generation
+    def _live(self, owner: str, name: str) -> list[Generation]:
+        """Return the generations of a conversation that have not ended, in order."""
+        conversation = self._hub.conversations.known(owner, name)
+        live = [] if conversation is None else conversation.live
+        unstored = self._unstored.get((owner, name))
+        if unstored is not None and unstored.log.terminal is None:
+            live = [*live, unstored]
+        return live
+
+    def _of_chat(self, owner: str, name: str) -> Generation | None:
+        """Return the generation of a conversation that runs, or will; else one that ends."""
+        live = self._live(owner, name)
+        lasting = [g for g in live if g.state in {State.QUEUED, State.RUNNING}]
+        return next(iter(lasting or live), None)
 
     async def _resume_chat(self, _: Request, visitor: Visitor, chat: str) -> Response | Stream:
         self._check_rate(visitor.account)
-        generation = self._of_chat(_owner(visitor), unquote(chat))
+        generation = self._of_chat(_owner(visitor), conversation_of(unquote(chat)))
         if generation is None:
             return Response(HTTPStatus.NO_CONTENT)
         return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)
@@ -232,15 +276,18 @@ class Chats:
         return self._stream(generation, visitor, _SSE, after=after, limit=limit)
 
     async def _stop(self, _: Request, visitor: Visitor, name: str) -> Response:
-        owner = _owner(visitor)
-        generation = self._hub.known(owner, name) or self._of_chat(owner, name)
-        if generation is None:
+        """Stop a generation, or all of a chat."""
+        owner, name = _owner(visitor), unquote(name)
+        known = self._hub.known(owner, name)
+        stopped = self._live(owner, conversation_of(name)) if known is None else [known]
+        if not stopped:
             raise Refused(Code.NOT_FOUND)
-        if generation.state is State.ENDED:
+        if all(generation.state is State.ENDED for generation in stopped):
             raise Refused(Code.NOT_RUNNING)
         ended: asyncio.Future[list[str]] = self._loop.create_future()
         stopping = Stopping(self._hub, Stop(), lambda _, ids: _settle(ended, ids))
-        stopping.stop(generation)
+        for generation in stopped:
+            stopping.stop(generation)
         stopping.complete_one()
         return respond(HTTPStatus.OK, encode(Stopped(ids=await ended)), JSON)
 

@@ -1,22 +1,20 @@
-"""AG-UI: events as its own Python types and its own client have them."""
+"""AG-UI: requests, and events as its own Python types have them."""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from ag_ui.core import Event
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 import wsserver
 from tests.chats.events import Chat
 from tests.support.pieces import Thinking
-from tests.support.puppet import BOUND, Puppet, until
-from tests.support.tools import ROOT, require_node, require_npm_package
-from wsserver import Code, ModelError
+from tests.support.puppet import BOUND, Puppet, Reply, until
+from wsserver import Code, ModelError, Usage
 from wsserver.content import ToolUse
 
 THREAD = "thread-of-the-test-1"
@@ -32,16 +30,49 @@ def run_input(*messages: tuple[str, object], **keys: object) -> dict[str, object
     return {"threadId": THREAD, "runId": "run-1", "messages": listed, **given, **keys}
 
 
-async def events_of(chat: Chat, body: object) -> AsyncIterator[dict[str, Any]]:
+def check(event: BaseModel) -> None:
+    """Check that AG-UI knows all keys of an event, and that none is null."""
+    assert not event.model_extra, event
+    for name in event.model_fields_set:
+        value = getattr(event, name)
+        assert value is not None, (event, name)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, BaseModel):
+                check(inner)
+
+
+async def events_of(
+    chat: Chat, body: object, target: str = "/agui"
+) -> AsyncIterator[dict[str, Any]]:
     """Post a run, and give its events, each of which AG-UI's own types accept."""
-    chat.send("POST", "/agui", body)
+    chat.send("POST", target, body)
     status, headers = await chat.browser.head()
     assert (status, headers["content-type"]) == (200, "text/event-stream")
-    while chunk := await chat.browser.chunk():
-        for event in chunk.decode().removesuffix("\n\n").split("\n\n"):
-            parsed = json.loads(event.removeprefix("data: "))
-            EVENT.validate_python(parsed)
-            yield parsed
+    if "content-length" in headers:
+        data = await chat.browser.reader.readexactly(int(headers["content-length"]))
+        for event in parse(data):
+            yield event
+        return
+    while data := await chat.browser.chunk():
+        for event in parse(data):
+            yield event
+
+
+def parse(data: bytes) -> list[dict[str, Any]]:
+    lines = data.decode().removesuffix("\n\n").split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    for event in events:
+        check(EVENT.validate_python(event))
+    return events
+
+
+async def run(
+    chat: Chat, puppet: Puppet, body: object, say: Callable[[Reply], object]
+) -> list[dict[str, Any]]:
+    """Post a run, and return its events; ``say`` tells the model what to reply."""
+    asking = asyncio.create_task(puppet.reply(len(puppet.replies)))
+    asking.add_done_callback(lambda done: say(done.result()))
+    return [event async for event in events_of(chat, body)]
 
 
 async def test_run_has_reasoning_text_and_usage(server: wsserver.Server, puppet: Puppet) -> None:
@@ -59,6 +90,67 @@ async def test_run_has_reasoning_text_and_usage(server: wsserver.Server, puppet:
     assert (finished["type"], finished["runId"]) == ("RUN_FINISHED", "run-1")
     assert finished["outcome"] == {"type": "success"}
     assert finished["usage"][0]["outputTokens"] > 0
+
+
+async def test_texts_of_a_reply_are_one_message_with_its_id(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    pieces = (Thinking("a"), "one ", Thinking("b"), "two ", ToolUse("tool-1", "look", {}), "three")
+    async with Chat.open(server) as chat:
+        events = await run(
+            chat, puppet, run_input(("user", "?")), lambda reply: reply.say(*pieces).end()
+        )
+    texts = [event for event in events if event["type"] == "TEXT_MESSAGE_CONTENT"]
+    (name,) = {event["messageId"] for event in texts}
+    assert server.app.hub.known("anonymous", name) is not None
+    assert "".join(event["delta"] for event in texts) == "one two three"
+    thoughts = [event for event in events if event["type"] == "REASONING_MESSAGE_CONTENT"]
+    assert len({event["messageId"] for event in thoughts}) == 2
+
+
+async def test_usage_counts_tokens_of_the_cache_as_input(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    usage = Usage(
+        1, 7, cache_creation_input_tokens=20, cache_read_input_tokens=300, thinking_tokens=4
+    )
+    async with Chat.open(server) as chat:
+        events = await run(
+            chat, puppet, run_input(("user", "?")), lambda reply: reply.say("one", usage).end()
+        )
+    assert events[-1]["usage"] == [
+        {
+            "model": "puppet",
+            "inputTokens": 321,
+            "outputTokens": 7,
+            "reasoningTokens": 4,
+            "cachedInputTokens": 300,
+            "cacheWriteInputTokens": 20,
+        }
+    ]
+
+
+async def test_run_declares_its_version_and_its_parent(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    body = run_input(("user", "?"), parentRunId="run-0", protocolVersion="1.0")
+    async with Chat.open(server) as chat:
+        started = (await run(chat, puppet, body, lambda reply: reply.say("one").end()))[0]
+    expected = {"threadId": THREAD, "runId": "run-1", "parentRunId": "run-0"}
+    assert started == {"type": "RUN_STARTED", **expected, "protocolVersion": "1.0"}
+
+
+async def test_error_before_the_first_token_is_the_second_event(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat:
+        events = await run(
+            chat,
+            puppet,
+            run_input(("user", "?")),
+            lambda reply: reply.fail(ModelError(Code.OVERLOADED)),
+        )
+    assert [event["type"] for event in events] == ["RUN_STARTED", "RUN_ERROR"]
 
 
 async def test_error_of_the_model_closes_the_open_message(
@@ -99,6 +191,7 @@ async def test_system_messages_and_images_reach_the_model(
         (run_input(("assistant", "Hello")), 400),
         (run_input(("user", 5)), 400),
         (run_input(("user", "x" * 40_000)), 413),
+        (run_input(("user", "x"), forwardedProps={"id": "?"}), 400),
         ({**run_input(("user", "x")), "messages": "x"}, 400),
     ],
 )
@@ -120,62 +213,42 @@ async def test_client_that_leaves_stops_the_run(server: wsserver.Server, puppet:
     await until(lambda: not server.app.hub.live)
 
 
-class Agent:
-    """AG-UI's own client, in a process of Node."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    def send(self, **command: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command).encode() + b"\n")
-
-    async def next(self, key: str) -> Any:
-        """Return the next value of a kind: ``event``, ``failed`` or ``messages``."""
-        assert self._process.stdout is not None
-        async with asyncio.timeout(BOUND):
-            while True:
-                told = json.loads(await self._process.stdout.readline())
-                if key in told:
-                    return told[key]
-
-
-@asynccontextmanager
-async def agent(server: wsserver.Server) -> AsyncIterator[Agent]:
-    require_npm_package("@ag-ui/client")
-    process = await asyncio.create_subprocess_exec(
-        require_node(),
-        str(ROOT / "tests/js/ag_ui.mjs"),
-        f"http://127.0.0.1:{server.port}/agui",
-        THREAD,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield Agent(process)
-    finally:
-        process.kill()
-        await process.wait()
+@pytest.mark.parametrize(
+    ("part", "kind", "source"),
+    [
+        (
+            {"mimeType": "image/png", "data": "aGk="},
+            "image",
+            {"type": "base64", "media_type": "image/png", "data": "aGk="},
+        ),
+        (
+            {"mimeType": "application/pdf", "url": "https://example.com/a.pdf"},
+            "document",
+            {"type": "url", "url": "https://example.com/a.pdf"},
+        ),
+    ],
+)
+async def test_binary_parts_of_older_clients_reach_the_model(
+    server: wsserver.Server, puppet: Puppet, part: object, kind: str, source: object
+) -> None:
+    assert isinstance(part, dict)
+    content = [{"type": "text", "text": "?"}, {"type": "binary", **part}]
+    async with Chat.open(server) as chat:
+        body = run_input(("user", content))
+        await run(chat, puppet, body, lambda reply: reply.say("A dot.").end())
+    block = puppet.replies[0].request.messages[-1].blocks[-1]
+    assert (block.type, block.source) == (kind, source)  # type: ignore[union-attr]
 
 
-@pytest.mark.slow
-async def test_client_of_ag_ui_runs_twice_and_aborts(
+async def test_only_the_newest_message_is_added_to_a_known_thread(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    async with agent(server) as client:
-        client.send(say="first")
-        (await puppet.reply()).say(Thinking("hm"), "one").end()
-        messages = await client.next("messages")
-        assert [m["content"] for m in messages if m["role"] != "reasoning"] == ["first", "one"]
-        client.send(say="second")
-        reply = await puppet.reply(1)
-        assert [m.text for m in reply.request.messages] == ["first", "one", "second"]
-        reply.say("half")
-        while (await client.next("event"))["type"] != "TEXT_MESSAGE_CONTENT":
-            pass
-        client.send(stop=True)
-        async with asyncio.timeout(BOUND):
-            await reply.closed.wait()
+    async with Chat.open(server) as chat:
+        await run(chat, puppet, run_input(("user", "one")), lambda reply: reply.say("1").end())
+    async with Chat.open(server) as chat:
+        body = run_input(("user", "changed"), ("assistant", "changed"), ("user", "two"))
+        await run(chat, puppet, body, lambda reply: reply.say("2").end())
+    assert [m.text for m in puppet.replies[1].request.messages] == ["one", "1", "two"]
 
 
 async def test_messages_without_text_for_the_model_are_left_out(
@@ -203,3 +276,124 @@ async def test_run_ends_with_the_login(puppet: Puppet) -> None:
         async with Chat.open(server) as chat:
             events = [event async for event in events_of(chat, run_input(("user", "Hello?")))]
     assert (events[-1]["type"], events[-1]["code"]) == ("RUN_ERROR", "unauthenticated")
+
+
+async def connect(
+    server: wsserver.Server, say: Callable[[], object] = lambda: None
+) -> list[dict[str, Any]]:
+    """Connect to the thread, and return all events; ``say`` is called after the first one."""
+    body = {"threadId": THREAD, "runId": "run-connect"}
+    async with Chat.open(server) as chat:
+        events = events_of(chat, body, "/agui/connect")
+        first = await anext(events)
+        say()
+        return [first, *[event async for event in events]]
+
+
+async def test_client_connects_to_the_messages_of_a_thread(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    image = {"type": "image", "source": {"type": "data", "value": "aGk=", "mimeType": "image/png"}}
+    content = [{"type": "text", "text": "What is this?"}, image]
+    async with Chat.open(server) as chat:
+        await run(
+            chat,
+            puppet,
+            run_input(("user", content)),
+            lambda reply: reply.say(Thinking("hm"), "A dot.").end(),
+        )
+    started, snapshot, finished = await connect(server)
+    assert (started["type"], started["runId"]) == ("RUN_STARTED", "run-connect")
+    assert (finished["type"], finished["outcome"]) == ("RUN_FINISHED", {"type": "success"})
+    question, thought, answer = snapshot["messages"]
+    assert (question["role"], question["content"]) == ("user", content)
+    assert (thought["role"], thought["content"]) == ("reasoning", "hm")
+    assert (answer["role"], answer["content"]) == ("assistant", "A dot.")
+
+
+async def test_client_connects_to_the_running_reply_from_its_start(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat:
+        running = events_of(chat, run_input(("user", "Hello?")))
+        assert (await anext(running))["type"] == "RUN_STARTED"
+        reply = (await puppet.reply()).say(Thinking("hm"), "Hel")
+        while (await anext(running))["type"] != "TEXT_MESSAGE_CONTENT":
+            pass
+        events = await connect(server, lambda: reply.say("lo").end())
+    snapshot = events[1]
+    assert [(m["role"], m["content"]) for m in snapshot["messages"]] == [
+        ("user", "Hello?"),
+        ("reasoning", ""),
+        ("assistant", ""),
+    ]
+    texts = [event for event in events if event["type"] == "TEXT_MESSAGE_CONTENT"]
+    assert "".join(event["delta"] for event in texts) == "Hello"
+    assert {event["messageId"] for event in texts} == {snapshot["messages"][-1]["id"]}
+
+
+async def test_connection_to_an_unknown_thread_is_an_empty_run(server: wsserver.Server) -> None:
+    assert [event["type"] for event in await connect(server)] == ["RUN_STARTED", "RUN_FINISHED"]
+
+
+async def test_history_that_only_the_client_has_is_shown_while_its_reply_runs(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    body = run_input(("user", "one"), ("assistant", "two"), ("user", "three"))
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/agui", body)
+        reply = await puppet.reply()
+        snapshot = (await connect(server, lambda: reply.say("four").end()))[1]
+    assert [m["content"] for m in snapshot["messages"]] == ["one", "two", "three"]
+    assert len({m["id"] for m in snapshot["messages"]}) == 3
+
+
+async def test_run_with_an_id_outlives_its_client(server: wsserver.Server, puppet: Puppet) -> None:
+    name = "0123456789abcdef0123"
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/agui", run_input(("user", "?"), forwardedProps={"id": name}))
+        reply = (await puppet.reply()).say("one ")
+        await until(lambda: reply.said == ["one "])
+    await until(lambda: not server.listener.connections)
+    events = await connect(server, lambda: reply.say("two").end())
+    texts = [event for event in events if event["type"] == "TEXT_MESSAGE_CONTENT"]
+    assert "".join(event["delta"] for event in texts) == "one two"
+    assert {event["messageId"] for event in texts} == {name}
+
+
+async def test_stop_of_a_thread_is_answered_once_the_model_has_closed(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat, Chat.open(server) as other:
+        running = asyncio.create_task(
+            run(chat, puppet, run_input(("user", "?")), lambda reply: reply.say("half"))
+        )
+        reply = await puppet.reply()
+        await until(lambda: reply.said == ["half"])
+        status, stopped = await other.ask("POST", f"/agui/{THREAD}/stop")
+        assert (status, len(stopped["ids"])) == (200, 1)
+        assert reply.closed.is_set()
+        finished = (await running)[-1]
+    assert finished["outcome"] == {"type": "cancelled"}
+    assert finished["metadata"] == {"by": "client"}
+    assert "result" not in finished
+
+
+async def test_stop_of_a_thread_drops_the_prompts_that_wait(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    waiting = {"prompt": "two", "conversation": THREAD, "on_busy": "queue"}
+    async with Chat.open(server) as chat, Chat.open(server) as other, Chat.open(server) as third:
+        chat.send("POST", "/agui", run_input(("user", "one")))
+        await puppet.reply()
+        assert (await other.prompt(waiting))["queued"] == 1
+        _, stopped = await third.ask("POST", f"/agui/{THREAD}/stop")
+        assert len(stopped["ids"]) == 2
+        assert (await other.text())[1]["by"] == "client"
+    assert len(puppet.replies) == 1
+
+
+async def test_stop_of_a_thread_without_a_run_is_not_found(server: wsserver.Server) -> None:
+    async with Chat.open(server) as chat:
+        status, error = await chat.ask("POST", f"/agui/{THREAD}/stop")
+        assert (status, error["code"]) == (404, "not_found")

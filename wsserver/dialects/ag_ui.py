@@ -4,23 +4,23 @@ Source: https://docs.ag-ui.com/concepts/events. Keys are in camel case, and none
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from wsserver.content import Usage
+from wsserver.content import Block, Document, Image, Message, Text, Thinking, Usage
 from wsserver.dialects.chat import Chat, conversation_of
 from wsserver.errors import Code, Refused
 from wsserver.live import Generation
-from wsserver.pieces import Kind, Run
+from wsserver.pieces import Run
 from wsserver.protocol import Done, Error, Terminal
 
 PATH = "/agui"
+VERSION = "1.0"
 
-# Kinds of pieces -> the prefix of their events. The other kinds have no events.
-_MESSAGES: dict[Kind, str] = {"text": "TEXT_MESSAGE", "thinking": "REASONING_MESSAGE"}
+_EVENTS = {"assistant": "TEXT_MESSAGE", "reasoning": "REASONING_MESSAGE"}  # of messages, by role
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-_SETTINGS = ("model", "max_tokens", "temperature")  # keys of `forwardedProps` that a prompt has too
+_SETTINGS = ("id", "model", "max_tokens", "temperature")  # keys of `forwardedProps` and of a prompt
 
 
 def parse_chat(body: Mapping[str, Any]) -> Chat:
@@ -29,9 +29,7 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     Raises:
         Refused: the body is not the input of a run that the server can make.
     """
-    for key in ("threadId", "runId"):
-        if not isinstance(body.get(key), str) or not body[key]:
-            raise Refused(Code.INVALID_FRAME, f"{key}: must be a text.")
+    check_run(body)
     if not isinstance(body.get("messages"), list):
         raise Refused(Code.INVALID_FRAME, "messages: must be a list.")
     messages: list[dict[str, Any]] = []
@@ -54,6 +52,17 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     return Chat(conversation_of(body["threadId"]), messages, keys)
 
 
+def check_run(body: Mapping[str, Any]) -> None:
+    """Check that a body names its thread and its run.
+
+    Raises:
+        Refused: it does not.
+    """
+    for key in ("threadId", "runId"):
+        if not isinstance(body.get(key), str) or not body[key]:
+            raise Refused(Code.INVALID_FRAME, f"{key}: must be a text.")
+
+
 def _blocks(content: object, number: int) -> list[dict[str, Any]]:
     """Return the content of a message as content blocks."""
     if isinstance(content, str):
@@ -66,97 +75,189 @@ def _blocks(content: object, number: int) -> list[dict[str, Any]]:
 
 
 def _block(part: object) -> dict[str, Any] | None:
+    """Return the content block of a part; None for a part that the model does not get."""
     if not isinstance(part, dict):
         return None
     kind, source = part.get("type"), part.get("source")
     if kind == "text" and isinstance(text := part.get("text"), str) and text.strip():
         return {"type": "text", "text": text}
+    if kind == "binary":  # of clients before version 1
+        kind = "image" if str(part.get("mimeType")).startswith("image/") else "document"
+        source = next(
+            (
+                {"type": name, "value": part[name], "mimeType": part.get("mimeType")}
+                for name in ("url", "data")
+                if part.get(name)
+            ),
+            None,
+        )
     if kind not in ("image", "document") or not isinstance(source, dict):
         return None
-    if source.get("type") == "url":
-        return {"type": kind, "source": {"type": "url", "url": source.get("value")}}
-    media = {"media_type": source.get("mimeType"), "data": source.get("value")}
-    return {"type": kind, "source": {"type": "base64", **media}}
+    value = source.get("value")
+    match source.get("type"):
+        case "url":
+            return {"type": kind, "source": {"type": "url", "url": value}}
+        case "data":
+            media = {"media_type": source.get("mimeType"), "data": value}
+            return {"type": kind, "source": {"type": "base64", **media}}
+    return None
 
 
 class AgUi:
     """The dialect of AG-UI. It remembers which message is open, so each client has its own.
 
+    The text of a reply is one message, whose id is that of the generation. Each block of thinking
+    is a message of its own.
+
     Args:
         body: the input of the run.
+        history: the messages before the prompt. The client then replaces its messages by these and
+            the prompt, and builds the reply anew. None for a client that sent the prompt.
     """
 
     comment = b":\n\n"
     headers: Mapping[str, str] = MappingProxyType({})
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
+    def __init__(self, body: Mapping[str, Any], history: Iterable[Message] | None = None) -> None:
         self._run = {"threadId": body["threadId"], "runId": body["runId"]}
-        self._generation = ""
-        self._model = ""
-        self._open: tuple[Kind, int] | None = None
+        self._parent = {
+            key: body[key] for key in ("parentRunId",) if isinstance(body.get(key), str)
+        }
+        self._given = body.get("messages")
+        self._history = history
+        self._open: tuple[str, str] | None = None  # the role and the id of the open message
 
     def start(self, generation: Generation, **_: object) -> bytes:
-        """Encode the start of the run."""
+        """Encode the start of the run, with the messages before the reply."""
         self._generation, self._model = generation.id, generation.model
-        return _event("RUN_STARTED", **self._run)
+        return self._begin(generation)
 
     def run(self, _: Generation, run: Run) -> bytes:
         """Encode text or reasoning. Pieces of other kinds have no events."""
-        if run.kind not in _MESSAGES:
+        if run.kind == "text":
+            opened = "assistant", self._generation
+        elif run.kind == "thinking":
+            opened = "reasoning", f"{self._generation}-{run.block}"
+        else:
             return b""
+        role, name = opened
         written = b""
-        if self._open != (run.kind, run.block):
+        if self._open != opened:
             written = self._close()
-            self._open = run.kind, run.block
-            name = self._name()
-            if run.kind == "thinking":
+            self._open = opened
+            if role == "reasoning":
                 written += _event("REASONING_START", messageId=name)
-            role = "reasoning" if run.kind == "thinking" else "assistant"
-            written += _event(f"{_MESSAGES[run.kind]}_START", messageId=name, role=role)
-        content = f"{_MESSAGES[run.kind]}_CONTENT"
-        return written + _event(content, messageId=self._name(), delta=run.data)
+            written += _event(f"{_EVENTS[role]}_START", messageId=name, role=role)
+        return written + _event(f"{_EVENTS[role]}_CONTENT", messageId=name, delta=run.data)
 
     def terminal(self, terminal: Terminal) -> bytes:
         """Encode the end of the run."""
         written = self._close()
-        usage = [] if terminal.usage is None else [_usage(self._model, terminal.usage)]
+        usage = {} if terminal.usage is None else {"usage": [_usage(self._model, terminal.usage)]}
         if not isinstance(terminal, Done):
-            event = {"message": terminal.message, "code": terminal.code, "usage": usage}
-            return written + _event("RUN_ERROR", **event)
-        outcome = {"type": "success" if terminal.by is None else "cancelled"}
-        result = {"reason": terminal.reason} | ({"by": terminal.by} if terminal.by else {})
-        more = {"result": result, "outcome": outcome, "usage": usage}
-        return written + _event("RUN_FINISHED", **self._run, **more)
+            return written + _event(
+                "RUN_ERROR", message=terminal.message, code=terminal.code, **usage
+            )
+        if terminal.by is not None:
+            return written + self._finish("cancelled", metadata={"by": terminal.by}, **usage)
+        return written + self._finish("success", result={"reason": terminal.reason}, **usage)
 
     @staticmethod
     def error(error: Error) -> bytes:
         """Encode an error."""
         return _event("RUN_ERROR", message=error.message, code=error.code)
 
-    def _name(self) -> str:
-        """Return the id of the open message: of the reply for its first block."""
-        assert self._open is not None
-        kind, block = self._open
-        return self._generation if kind == "text" and not block else f"{self._generation}-{block}"
+    def nothing(self) -> bytes:
+        """Encode a whole run without a reply: only the messages of the history."""
+        return self._begin(None) + self._finish("success")
+
+    def _begin(self, generation: Generation | None) -> bytes:
+        started = _event("RUN_STARTED", **self._run, **self._parent, protocolVersion=VERSION)
+        if self._history is None:
+            return started
+        messages = [
+            shown for message in self._history for shown in _messages(message, message.id or "")
+        ]
+        if generation is not None:
+            for number, message in enumerate(generation.prompt.new_messages):
+                messages += _messages(message, f"{generation.id}.{number}")
+            reply = Message("assistant", generation.log.pieces.blocks(unfinished=True))
+            # The client may have a part of the reply, to which it would append.
+            messages += [{**shown, "content": ""} for shown in _messages(reply, generation.id)]
+        _rename_prompts(messages, self._given)
+        return started + _event("MESSAGES_SNAPSHOT", messages=messages)
+
+    def _finish(self, outcome: str, **keys: Any) -> bytes:
+        return _event("RUN_FINISHED", **self._run, outcome={"type": outcome}, **keys)
 
     def _close(self) -> bytes:
         """End the open message."""
         if self._open is None:
             return b""
-        name, (kind, _) = self._name(), self._open
-        self._open = None
-        written = _event(f"{_MESSAGES[kind]}_END", messageId=name)
-        return written + _event("REASONING_END", messageId=name) if kind == "thinking" else written
+        (role, name), self._open = self._open, None
+        written = _event(f"{_EVENTS[role]}_END", messageId=name)
+        return written + _event("REASONING_END", messageId=name) if role == "reasoning" else written
+
+
+def _messages(message: Message, name: str) -> list[dict[str, Any]]:
+    """Return the messages of AG-UI that a message is; ``name`` is the id of its text."""
+    if message.role == "user":
+        content = [part for block in message.blocks if (part := _part(block)) is not None]
+        plain = all(part["type"] == "text" for part in content)
+        return [
+            {"id": f"{name}-prompt", "role": "user", "content": message.text if plain else content}
+        ]
+    found: dict[str, dict[str, Any]] = {}
+    for number, block in enumerate(message.blocks):
+        if isinstance(block, Thinking):
+            key = f"{name}-{number}"
+            found[key] = {"id": key, "role": "reasoning", "content": block.thinking}
+        elif isinstance(block, Text):
+            found[name] = {"id": name, "role": "assistant", "content": message.text}
+    return list(found.values())
+
+
+def _rename_prompts(messages: list[dict[str, Any]], given: object) -> None:
+    """Give the user's messages the ids that the client has for them.
+
+    Their contents identify them. The client then updates its messages in their places. Messages of
+    unknown ids would come last.
+    """
+    names: dict[str, list[str]] = {}
+    for message in given if isinstance(given, list) else []:
+        if isinstance(message, dict) and isinstance(message.get("id"), str):
+            names.setdefault(json.dumps(message.get("content")), []).append(message["id"])
+    for message in reversed(messages):
+        if message["role"] == "user" and (known := names.get(json.dumps(message["content"]))):
+            message["id"] = known.pop()
+
+
+def _part(block: Block) -> dict[str, Any] | None:
+    """Return the part of a content block; None for a block that has none."""
+    if isinstance(block, Text):
+        return {"type": "text", "text": block.text}
+    if isinstance(block, Image | Document):
+        match block.source:
+            case {"type": "url", "url": str(url)}:
+                return {"type": block.type, "source": {"type": "url", "value": url}}
+            case {"type": "base64", "media_type": str(kind), "data": str(data)}:
+                source = {"type": "data", "value": data, "mimeType": kind}
+                return {"type": block.type, "source": source}
+    return None
 
 
 def _usage(model: str, usage: Usage) -> dict[str, Any]:
-    return {
-        "model": model,
-        "inputTokens": usage.input_tokens,
+    """Return the usage with totals: AG-UI counts the tokens of the cache as input, too."""
+    read, written = usage.cache_read_input_tokens, usage.cache_creation_input_tokens
+    counts = {
+        "inputTokens": usage.input_tokens + read + written,
         "outputTokens": usage.output_tokens,
-        "cachedInputTokens": usage.cache_read_input_tokens,
-        "cacheWriteInputTokens": usage.cache_creation_input_tokens,
+        "cachedInputTokens": read,
+        "cacheWriteInputTokens": written,
     }
+    if usage.thinking_tokens:
+        counts["reasoningTokens"] = usage.thinking_tokens
+    return {"model": model, **counts}
 
 
 def _event(name: str, **keys: Any) -> bytes:
