@@ -44,11 +44,11 @@ async def test_page_has_content_security_policy_for_own_files(
     assert not re.search(rb"<style|<script(?![^>]* src=)|\s(style|on\w+)=", body)
 
 
-async def test_files_loaded_by_page_are_served(server: wsserver.Server) -> None:
+async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> None:
     folder = Path(wsserver.__file__).parent / "web"
-    loaded = {"/"}
+    loaded = {"/", "/ai-sdk.js"}
     for file in folder.iterdir():
-        names = re.findall(r"""(?:href=|src=|from )["'](?:\./)?([\w.]+)["']""", file.read_text())
+        names = re.findall(r"""(?:href=|src=|from )["'](?:\./)?([\w.-]+)["']""", file.read_text())
         loaded |= {f"/{name}" for name in names}
     assert loaded == set(Page.PATHS)
     assert {file.name for file in folder.iterdir()} == set(Page.PATHS.values())

@@ -31,7 +31,7 @@ PROBES = ("/healthz", "/readyz")  # load balancers request these by any host nam
 
 
 class Page:
-    """The page at ``/`` and the files that it loads.
+    """The page at ``/``, the files that it loads, and ``ai-sdk.js`` for apps.
 
     The content security policy allows only these files. It also makes browsers refuse to parse text
     as HTML (Trusted Types).
@@ -46,6 +46,7 @@ class Page:
         "/format.js": "format.js",
         "/dom.js": "dom.js",
         "/client.js": "client.js",
+        "/ai-sdk.js": "ai-sdk.js",
     }
     POLICY = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

@@ -1,16 +1,13 @@
-// A chat with the AI SDK's `useChat` and its default transport, over server-sent events.
-
 import { useChat } from '@ai-sdk/react'
-import { DefaultChatTransport } from 'ai'
 import { useState } from 'react'
 
-/** @param {{id: string, api?: string, messages?: import('ai').UIMessage[]}} props */
-export function App({ id, api = '/api/chat', messages: initial }) {
+/** @param {{id: string, transport: import('ai').ChatTransport<any>, messages?: import('ai').UIMessage[]}} props */
+export function App({ id, transport, messages: initial }) {
   const { messages, status, error, sendMessage, regenerate, stop } = useChat({
-    id, // the conversation; keep it over a reload
+    id, // the conversation
     messages: initial,
+    transport,
     resume: true, // go on with a reply that runs
-    transport: new DefaultChatTransport({ api }),
   })
   const [text, setText] = useState('')
   const busy = status === 'submitted' || status === 'streaming'
@@ -27,10 +24,11 @@ export function App({ id, api = '/api/chat', messages: initial }) {
       <ol aria-live="polite" aria-busy={busy}>
         {messages.map((message) => (
           <li key={message.id} className={message.role}>
-            {message.parts.map((part, number) => part.type === 'text'
-              ? <span key={number}>{part.text}</span>
-              : part.type === 'reasoning' && <details key={number}><summary>Thinking</summary>{part.text}</details>)}
-            {message.metadata?.reason === 'stopped' && <em> (stopped)</em>}
+            {message.parts.map((part, number) => {
+              if (part.type === 'text') return <span key={number} style={{ whiteSpace: 'pre-wrap' }}>{part.text}</span>
+              if (part.type === 'reasoning') return <details key={number}><summary>Thinking</summary>{part.text}</details>
+              return part.type === 'source-url' && <a key={number} href={part.url}> [{part.title}]</a>
+            })}
           </li>
         ))}
       </ol>
