@@ -1,17 +1,14 @@
 """AG-UI: the project's own client, in Node, whose verifier refuses events out of order."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 import wsserver
+from tests.support.npm import agent
 from tests.support.pieces import Thinking
 from tests.support.puppet import BOUND, Puppet, until
-from tests.support.tools import ROOT, require_node, require_npm_package
 from wsserver import Code, ModelError
 from wsserver.content import ToolUse
 
@@ -21,62 +18,10 @@ THREAD = "thread-of-the-test-1"
 ID = "0123456789abcdef0123"
 
 
-class Agent:
-    """AG-UI's own client, in a process of Node."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-
-    def send(self, command: str, **given: object) -> None:
-        assert self._process.stdin is not None
-        line = json.dumps({"command": command, **given})
-        self._process.stdin.write(line.encode() + b"\n")
-
-    async def next(self, key: str) -> Any:
-        """Return the next value of a kind: ``event``, ``outcome``, ``failed`` or ``messages``."""
-        assert self._process.stdout is not None
-        async with asyncio.timeout(BOUND):
-            while True:
-                told = json.loads(await self._process.stdout.readline())
-                assert "warning" not in told, told
-                if key in told:
-                    return told[key]
-
-    async def sees(self, text: str) -> None:
-        """Wait until the client has a text."""
-        seen = ""
-        while not seen.endswith(text):
-            event = await self.next("event")
-            if event["type"] == "TEXT_MESSAGE_CONTENT":
-                seen += event["delta"]
-
-    async def contents(self) -> list[tuple[str, str]]:
-        """Wait for the end of a run; return the role and the content of all messages."""
-        return [(m["role"], m["content"]) for m in await self.next("messages")]
-
-
-@asynccontextmanager
-async def agent(server: wsserver.Server) -> AsyncIterator[Agent]:
-    require_npm_package("@ag-ui/client")
-    process = await asyncio.create_subprocess_exec(
-        require_node(),
-        str(ROOT / "tests/js/ag_ui.mjs"),
-        f"http://127.0.0.1:{server.port}/agui",
-        THREAD,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield Agent(process)
-    finally:
-        process.kill()
-        await process.wait()
-
-
 async def test_two_runs_on_one_thread_share_a_history(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="first")
         (await puppet.reply()).say(Thinking("hm"), "one").end()
         assert await client.next("outcome") == "success"
@@ -95,7 +40,7 @@ async def test_two_runs_on_one_thread_share_a_history(
 async def test_abort_closes_the_request_to_the_model(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="Hello?")
         reply = (await puppet.reply()).say("half")
         await client.sees("half")
@@ -109,7 +54,7 @@ async def test_blocks_of_all_kinds_pass_the_verifier(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
     tool = ToolUse("tool-1", "look", {})
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="Hello?")
         reply = await puppet.reply()
         reply.say(Thinking("a"), "one ", Thinking("b"), tool, "two ", tool, "three").end()
@@ -126,7 +71,7 @@ async def test_blocks_of_all_kinds_pass_the_verifier(
 async def test_error_ends_the_run(
     server: wsserver.Server, puppet: Puppet, said: tuple[Any, ...]
 ) -> None:
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="Hello?")
         (await puppet.reply()).say(*said).fail(ModelError(Code.OVERLOADED))
         while (event := await client.next("event"))["type"] != "RUN_ERROR":
@@ -136,7 +81,7 @@ async def test_error_ends_the_run(
 
 
 async def test_refused_run_fails(server: wsserver.Server, puppet: Puppet) -> None:
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="Hello?", props={"model": "another"})
         failed = await client.next("failed")
         assert "403" in failed
@@ -147,7 +92,7 @@ async def test_refused_run_fails(server: wsserver.Server, puppet: Puppet) -> Non
 async def test_stop_by_another_client_cancels_the_run(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    async with agent(server) as client, agent(server) as other:
+    async with agent(server, THREAD) as client, agent(server, THREAD) as other:
         client.send("say", text="Hello?")
         reply = (await puppet.reply()).say("half")
         await client.sees("half")
@@ -162,7 +107,7 @@ async def test_stop_by_another_client_cancels_the_run(
 async def test_client_resumes_exactly_in_mid_sentence(
     server: wsserver.Server, puppet: Puppet, *, reload: bool
 ) -> None:
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="Hello?", props={"id": ID})
         reply = (await puppet.reply()).say(Thinking("hm"), "one ")
         await client.sees("one ")
@@ -186,7 +131,7 @@ async def test_client_resumes_exactly_in_mid_sentence(
 async def test_client_connects_to_a_conversation_that_has_ended(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    async with agent(server) as client:
+    async with agent(server, THREAD) as client:
         client.send("say", text="Hello?")
         (await puppet.reply()).say(Thinking("hm"), "one").end()
         messages = await client.contents()
