@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.bench import load, promises, report, servers
+from tests.bench.events import EventLoad, Events
 from tests.bench.load import CLOSE, PING, TEXT, Failure, Frames, Load, masked, quantile
-from tests.bench.servers import PEERS, SERVERS, Running, Upstream, serve, upstream
+from tests.bench.servers import PEERS, SERVERS, TRANSPORTS, Running, Upstream, serve, upstream
 
 BINARY = 2
 
@@ -59,6 +60,29 @@ def test_frames_cut_anywhere_are_parsed_alike(sizes: Sequence[int]) -> None:
 def test_frame_that_violates_the_protocol_is_a_failure(data: bytes) -> None:
     with pytest.raises(Failure):
         list(Frames().feed(data))
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2, 3), (5, 1, 26), (10**6,)])
+def test_events_cut_anywhere_are_parsed_alike(sizes: Sequence[int]) -> None:
+    bodies = (
+        [b"id: 1\ndata: one\n\n", b":\n\n", b"data: two\n\ndata: [DO", b"NE]\n\n"],
+        [b"data: 3\n\n"],
+    )
+    data = b"".join(
+        HEAD + b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in [*body, b""])
+        for body in bodies
+    )
+    events = Events()
+    found = [event for piece in cut(data, sizes) for event in events.feed(piece)]
+    assert found == [b"one", b"two", b"[DONE]", b"3"]
+
+
+def test_response_without_events_is_a_failure() -> None:
+    with pytest.raises(Failure, match="429"):
+        list(Events().feed(HEAD.replace(b"200 OK", b"429 Too Many Requests")))
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 125, 126, 65535, 65536])
@@ -128,6 +152,28 @@ def test_upstream_reports_stopped_streams(model: Upstream, server: Running) -> N
         assert stats["open"] == 1
         some[3].stop()
         clients.until(lambda: bool(some[3].over_at), "the end of the last")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, server in TRANSPORTS.items() if server.http])
+def test_clients_of_events_count_tokens_and_stop_replies(model: Upstream, name: str) -> None:
+    model.plan(rate=50, ahead=40)
+    with serve(TRANSPORTS[name], model.url) as running, running.server.clients(running.url) as load:
+        assert isinstance(load, EventLoad)
+        load.latencies = []
+        some = load.connect(3)
+        for client in some:
+            client.prompt(f"go #{client.number}")
+        load.until(lambda: all(client.tokens > 45 for client in some), "paced tokens")
+        assert load.bytes > 19 * load.tokens
+        assert len(load.latencies) > 15
+        some[0].stop()
+        load.until(lambda: not some[0].running, "the end of the stopped reply")
+        load.until(lambda: bool(model.stats()["closes"]), "the close of the stopped request")
+        stats = model.stats()
+        assert list(stats["closes"]) == ["1"]
+        assert stats["closes"]["1"] > some[0].stopped_at
+        assert stats["open"] == 2
 
 
 @pytest.mark.slow
@@ -201,6 +247,15 @@ def test_short_table_has_medians_and_peers_without_resume() -> None:
     assert ["pieces doubled over these replies", "–", "no resume"] in rows
 
 
+def test_transports_table_has_medians_and_goals() -> None:
+    found = report.Results()
+    found.add("cpu100", "SSE", {"us": 31.0})
+    text = report.transports_table(found)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["CPU per token (µs)", "–", "31.0", "–", "–", "–"] in rows
+    assert "≤ 1.15 × WebSocket" in report.table(found, ["wsserver"])
+
+
 def results() -> report.Results:
     found = report.Results()
     for ours, theirs in ((30, 50), (20, 40), (90, 45)):
@@ -232,6 +287,7 @@ def test_write_keeps_text_outside_the_marks(
     path.write_text(report.RESULTS.read_text() + "\nby hand\n")
     before, after = outside(path.read_text())
     monkeypatch.setattr(report, "RESULTS", path)
+    report.between_marks(path, "a table of nothing", "no such marks")
     for text in ("one table", "another"):
         report.write(text, 3)
         assert outside(path.read_text()) == (before, after)
@@ -241,8 +297,8 @@ def test_write_keeps_text_outside_the_marks(
 
 
 def outside(text: str) -> tuple[str, str]:
-    before, _, rest = text.partition(report.BEGIN)
-    return before, rest.partition(report.END)[2]
+    before, _, rest = text.partition(report.BEGIN.format("results"))
+    return before, rest.partition(report.END.format("results"))[2]
 
 
 def test_versions_of_peers_are_pinned() -> None:

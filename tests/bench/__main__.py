@@ -6,6 +6,7 @@
     python -m tests.bench --quick      # about one minute
     python -m tests.bench --only cpu100,stop --servers wsserver,bun --rounds 5
     python -m tests.bench --promises   # what a stop and a lost connection cost, in two minutes
+    python -m tests.bench --only transports    # WebSocket, SSE and the AI SDK, here and in uvicorn
 
 Each case starts a new process of a server. All cases share one fake of the model's API
 (`tests/bench/upstream.py`). The clients run in this process (`tests/bench/load.py`). The servers
@@ -29,6 +30,7 @@ from tests.bench.report import (
     between_marks,
     short_table,
     table,
+    transports_table,
     write,
 )
 from tests.bench.servers import (
@@ -36,6 +38,7 @@ from tests.bench.servers import (
     INSTALLED,
     PEERS,
     SERVERS,
+    TRANSPORTS,
     Running,
     Upstream,
     busy,
@@ -70,32 +73,34 @@ class Stand:
         return max(0.0, whole - sum(known)) / took
 
     def load(self) -> Load:
-        return Load(self.running.url, stamps=True)
+        return self.running.server.clients(self.running.url)
 
     def window(self, load: Load) -> Figures:
         """Read for some seconds; return the cost of a token and the CPU use of the processes.
 
         Returns:
             `us`: microseconds of the server's CPU per token. `tokens`, `frames`: per second.
+            `bytes`: received per token, framing included.
             `took`: seconds. `server`, `system`, `upstream`, `load`: cores that the server, its
             system calls, the upstream and the clients used.
         """
 
         def counts() -> list[float]:
-            found = [system_time(self.server.pid), load.tokens, load.frames]
+            found = [system_time(self.server.pid), load.tokens, load.frames, load.bytes]
             return [*found, *self._spent()]
 
         before = counts()
         load.run(self.seconds)
         after = counts()
         self.server.check()
-        system, tokens, frames, took, _, server, model, clients = (
+        system, tokens, frames, size, took, _, server, model, clients = (
             b - a for a, b in zip(before, after, strict=True)
         )
         return {
             "us": server / tokens * 1e6 if tokens else float("nan"),
             "tokens": tokens / took,
             "frames": frames / took,
+            "bytes": size / tokens if tokens else float("nan"),
             "took": took,
             "server": server / took,
             "system": system / took,
@@ -210,7 +215,7 @@ def memory(stand: Stand) -> Figures:
         return (stand.server.memory() - before) / many / 1024
 
     with stand.load() as load:
-        idle = growth(load, 200, 2000, lambda clients: None)
+        idle = growth(load, 200, 2000, lambda clients: None) if load.idles else float("nan")
         running = growth(load, 50, 200, lambda clients: start_streams(load, clients))
         return {"idle": idle, "running": running}
 
@@ -239,7 +244,9 @@ GROWTH: dict[str, Case] = {
     "after 100 tokens": lambda stand: relay(stand, 20, 250, ahead=100),
     "after 100,000 tokens": lambda stand: relay(stand, 20, 250, ahead=100_000),
 }
-ALL = (*CASES, *PROMISES, "growth")
+# What a transport costs: these cases with each of `TRANSPORTS`.
+COSTS = ("cpu100", "first", "stop", "memory")
+ALL = (*CASES, *PROMISES, "growth", "transports")
 QUICK = ("cpu100", "throughput", "first", "stop", "memory", "start")
 
 
@@ -283,6 +290,22 @@ def options() -> argparse.Namespace:
     return chosen
 
 
+def turns(case: str, names: list[str]) -> list[tuple[str, str, Case]]:
+    """Return the parts of a case in one round: the case, the server, and how to measure."""
+    if case == "growth":
+        return [(name, "wsserver", run) for name, run in GROWTH.items()]
+    if case == "transports":
+        return [(cost, name, CASES[cost]) for cost in COSTS for name in TRANSPORTS]
+    some = [name for name in names if name != DEMO]
+    if case in PROMISES:
+        some = [name for name in some if case != "resumed" or SERVERS[name].resumes]
+        return [(case, name, PROMISES[case]) for name in some]
+    # The server with the demo model has no upstream; only its start is measured. The start of the
+    # other servers is measured in every case.
+    some = [n for n in names if n == DEMO] if case == "start" else some
+    return [(case, n, CASES[case]) for n in some if not SERVERS[n].http]
+
+
 def main() -> int:
     chosen = options()
     raise_limit()
@@ -292,29 +315,17 @@ def main() -> int:
     if INSTALLED.exists():
         for path in PEERS.iterdir():
             shutil.copy(path, INSTALLED)
-    turns: list[tuple[str, str, Case]] = []
-    once: list[tuple[str, str, Case]] = []
-    for case in chosen.cases:
-        if case == "growth":
-            turns += [(name, "wsserver", run) for name, run in GROWTH.items()]
-        elif case in PROMISES:
-            some = [name for name in names if name != DEMO]
-            some = [name for name in some if case != "resumed" or SERVERS[name].resumes]
-            once += [(case, name, PROMISES[case]) for name in some]
-        else:
-            # The server with the demo model has no upstream; only its start is measured. The start
-            # of the other servers is measured in every case.
-            some = [name for name in names if name != DEMO and not SERVERS[name].http]
-            if case == "start":
-                some = names if chosen.cases == ["start"] else [n for n in names if n == DEMO]
-            turns += [(case, name, CASES[case]) for name in some]
+    once = [turn for case in chosen.cases if case in PROMISES for turn in turns(case, names)]
+    often = [turn for case in chosen.cases if case not in PROMISES for turn in turns(case, names)]
+    if chosen.cases == ["start"]:  # the start of other servers is measured in every case
+        often = [("start", name, CASES["start"]) for name in names]
     results = Results()
     with upstream() as model:
-        plan = [*once, *turns * chosen.rounds]
+        plan = [*once, *often * chosen.rounds]
         for number, (case, name, run) in enumerate(plan, 1):
             print(f"{number}/{len(plan)} {case}, {name}", file=sys.stderr)
             try:
-                with serve(SERVERS[name], model.url) as running:
+                with serve({**SERVERS, **TRANSPORTS}[name], model.url) as running:
                     results.add("start", name, {"start": running.started})
                     stand = Stand(running, model, chosen.seconds)
                     results.add(case, name, run(stand) | {"others": stand.others()})
@@ -326,8 +337,10 @@ def main() -> int:
     print(text)
     if chosen.write:
         write(text, chosen.rounds)
-        if not {case for case in ALL if case != "growth"} - {*chosen.cases}:
+        if not {*CASES, *PROMISES} - {*chosen.cases}:
             between_marks(README, short_table(results, [name for name in names if name != DEMO]))
+        if "transports" in chosen.cases:
+            between_marks(README, transports_table(results), "transports")
     return bool(results.failures)
 
 

@@ -168,10 +168,13 @@ class Load:
     `on_over` is called with each client whose reply has ended.
     """
 
+    schemes: Sequence[str] = ("ws", "wss")
+    idles = True  # connections may be idle
+
     def __init__(self, url: str, *, token: str = "", stamps: bool = False) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in {"ws", "wss"} or not parts.hostname:
-            raise Failure(f"{url} is not a ws:// or wss:// address")
+        if parts.scheme not in self.schemes or not parts.hostname:
+            raise Failure(f"{url} is not a {':// or '.join(self.schemes)}:// address")
         self.host = parts.hostname
         self.port = parts.port or (443 if parts.scheme == "wss" else 80)
         self.tls = ssl.create_default_context() if parts.scheme == "wss" else None
@@ -185,6 +188,7 @@ class Load:
         self.on_over: Callable[[Client], None] = lambda client: None
         self.tokens = 0
         self.frames = 0
+        self.bytes = 0  # received
         self.serial = 0
 
     def __enter__(self) -> Self:
@@ -194,23 +198,31 @@ class Load:
         self.close()
         self.epoll.close()
 
-    def open(self, prompt: str = "") -> Client:
-        """Connect and send the handshake; :meth:`run` reads the response."""
+    def dial(self) -> tuple[socket.socket, int]:
+        """Connect; return the socket and the number of the client."""
         sock = socket.create_connection((self.host, self.port), BOUND)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self.tls:
             sock = self.tls.wrap_socket(sock, server_hostname=self.host)
         self.serial += 1
-        client = Client(sock, self.serial)
+        return sock, self.serial
+
+    def add(self, client: Client) -> None:
+        """Read what the server sends to a client from now on."""
+        client.sock.setblocking(False)
+        self.clients[client.sock.fileno()] = client
+        self.epoll.register(client.sock.fileno(), select.EPOLLIN)
+
+    def open(self, prompt: str = "") -> Client:
+        """Connect and send the handshake; :meth:`run` reads the response."""
+        client = Client(*self.dial())
         client.waiting = prompt
         lines = [f"GET {self.path} HTTP/1.1", f"Host: {self.name}", "Connection: Upgrade"]
         lines += ["Upgrade: websocket", "Sec-WebSocket-Version: 13"]
         lines += [f"Sec-WebSocket-Key: {client.key.decode()}"]
         lines += [f"Authorization: Bearer {self.token}"] if self.token else []
-        sock.sendall("\r\n".join([*lines, "", ""]).encode())
-        sock.setblocking(False)
-        self.clients[sock.fileno()] = client
-        self.epoll.register(sock.fileno(), select.EPOLLIN)
+        client.sock.sendall("\r\n".join([*lines, "", ""]).encode())
+        self.add(client)
         return client
 
     def connect(self, count: int) -> list[Client]:
@@ -260,7 +272,10 @@ class Load:
                     break
                 except OSError as error:
                     raise Failure(f"the server reset a connection: {error}") from error
+                self.bytes += len(data)
                 self.receive(client, data)
+                if client.sock.fileno() < 0:
+                    break
                 if not (isinstance(client.sock, ssl.SSLSocket) and client.sock.pending()):
                     break
 
@@ -309,15 +324,19 @@ class Load:
             else:
                 seq = SEQ.search(payload)
                 tokens = int(seq[1]) - client.tokens if seq else 1
-            if not client.first_at:
-                client.first_at = now
-            client.tokens += tokens
-            self.tokens += tokens
+            self.count(client, tokens, now)
         elif kind in {b"done", b"error"} and b'"not_running"' not in payload:
             # `not_running` is the answer to a stop that crossed the terminal.
             client.over_at = now
             client.terminal = payload
             self.on_over(client)
+
+    def count(self, client: Client, tokens: int, now: float) -> None:
+        """Count the tokens of one frame."""
+        if not client.first_at:
+            client.first_at = now
+        client.tokens += tokens
+        self.tokens += tokens
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from tests.bench.servers import DEMO, MODULES, PEERS, PYTHON, SERVERS
+from tests.bench.servers import DEMO, MODULES, PEERS, PYTHON, SERVERS, TRANSPORTS
 
 Figures = dict[str, float]
 RESULTS = Path(__file__).parent / "RESULTS.md"
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+BEGIN, END = "<!-- {} -->", "<!-- /{} -->"
 
 
 class Results:
@@ -96,6 +96,18 @@ SHORT = (
     Row("pieces lost over 100 replies, cut and resumed", "resumed", "lost", digits=0),
     Row("pieces doubled over these replies", "resumed", "doubled", digits=0),
 )
+TRANSPORT_ROWS = (
+    Row("CPU per token (µs)", "cpu100", "us", "SSE ≤ 1.15 × WebSocket"),
+    Row("CPU per prompt of ten tokens (ms)", "first", "cpu", digits=2),
+    Row("first token of 100 prompts at once, p50 (ms)", "first", "p50"),
+    Row("added latency, p50 (ms)", "cpu100", "p50", digits=2),
+    Row("added latency, p99 (ms)", "cpu100", "p99", digits=2),
+    Row("bytes per token of 19 characters", "cpu100", "bytes", digits=0),
+    Row("memory of an idle connection (KiB)", "memory", "idle"),
+    Row("memory of a running stream (KiB)", "memory", "running"),
+    Row("stop or abort → upstream closed, 200 streams, p50 (ms)", "stop", "p50", digits=2),
+    Row("stop or abort → upstream closed, 200 streams, p99 (ms)", "stop", "p99", "≤ 5", 2),
+)
 GROWTH = (
     ("10 to 1,000 streams", ("10 streams", "100 streams", "1,000 streams")),
     ("100 to 100,000 tokens of a reply", ("after 100 tokens", "after 100,000 tokens")),
@@ -158,6 +170,12 @@ def table(results: Results, names: Sequence[str]) -> str:
     if growth:
         heads = ["growth of wsserver's CPU per token (µs)", "", "most above least", "goal"]
         parts.append(lines([heads, *growth]))
+    if any(
+        (row.case, name, row.figure) in results.found
+        for row in TRANSPORT_ROWS
+        for name in TRANSPORTS
+    ):
+        parts.append(transports_table(results, goals=True))
     busy = [
         [
             case,
@@ -168,7 +186,7 @@ def table(results: Results, names: Sequence[str]) -> str:
             *(f"{results.median(case, name, part):.0%}" for part in SHARES),
         ]
         for case in (*BUSY, *(case for _, cases in GROWTH for case in cases))
-        for name in names
+        for name in (*names, *TRANSPORTS)
         if (case, name, "server") in results.found
     ]
     if busy:
@@ -228,10 +246,12 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Linux {platform.release()}"
 
 
-def between_marks(path: Path, text: str) -> None:
-    """Replace the text between the marks of a file."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+def between_marks(path: Path, text: str, name: str = "results") -> None:
+    """Replace the text between the marks of a name in a file."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, found, rest = path.read_text().partition(begin)
+    if found:
+        path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def write(text: str, rounds: int) -> None:
@@ -253,4 +273,14 @@ def short_table(results: Results, names: Sequence[str]) -> str:
                 values.append(number(results.median(row.case, name, row.figure), row.digits))
         rows.append([row.title, *values])
     rows.append(["lines of code of the program", *(f"{SERVERS[name].lines():,}" for name in names)])
+    return lines(rows)
+
+
+def transports_table(results: Results, *, goals: bool = False) -> str:
+    """Return the medians of each transport, as Markdown."""
+    rows = [["one server, by transport", *TRANSPORTS, *["goal"] * goals]]
+    for row in TRANSPORT_ROWS:
+        values = [results.median(row.case, name, row.figure) for name in TRANSPORTS]
+        cells = [number(value, row.digits) for value in values]
+        rows.append([row.title, *cells, *[row.goal] * goals])
     return lines(rows)

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-from tests.bench.load import BOUND, Failure
+from tests.bench.events import EventLoad
+from tests.bench.load import BOUND, Failure, Load
 from tests.support.crowd import CROWD, MANY
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +26,7 @@ PEERS = Path(__file__).parent / "peers"
 INSTALLED = ROOT / ".tools" / "bench"
 TICKS = os.sysconf("SC_CLK_TCK")
 HANDSHAKE = (
-    b"GET / HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"GET %b HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
 
@@ -37,6 +39,9 @@ LIMITS = {
     "WSSERVER_STORE": "memory:",
     "WSSERVER_DRAIN_TIMEOUT": "0",
 }
+
+
+STAMPED = partial(Load, stamps=True)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Server:
     resumes: bool = False  # whether a client can resume a reply after its connection is lost
     http: bool = False  # speaks HTTP and server-sent events, and not WebSocket
     redis: bool = False  # needs a Redis, at the unix socket REDIS_SOCKET
+    path: str = "/"  # of its address
+    clients: Callable[[str], Load] = STAMPED  # clients of an address
 
     def ready(self) -> bool:
         """Whether the server is installed."""
@@ -128,6 +135,23 @@ SERVERS = {
             [PYTHON],
             source=PEERS / "fastapi_app.py",
         ),
+    )
+}
+
+# Our server by each of its transports.
+OWN = ((sys.executable, *OURS, "claude-sonnet-4-6"), LIMITS)
+MOUNTED = (
+    (sys.executable, "-m", "uvicorn", "tests.bench.mounted:app", "--port", "{port}"),
+    {**LIMITS, "WSSERVER_MODEL": "claude-sonnet-4-6"},
+)
+TRANSPORTS = {
+    name: Server(name, command, env=env, http=http, path=path, clients=clients)
+    for name, (command, env), http, path, clients in (
+        ("WebSocket", OWN, False, "/", STAMPED),
+        ("SSE", OWN, True, "/", EventLoad),
+        ("AI SDK", OWN, True, "/", partial(EventLoad, ai_sdk=True)),
+        ("WebSocket, uvicorn", MOUNTED, False, "/chat/ws", STAMPED),
+        ("SSE, uvicorn", MOUNTED, True, "/chat/", EventLoad),
     )
 }
 
@@ -281,13 +305,14 @@ def serve(server: Server, base: str) -> Iterator[Running]:
     env |= {"NODE_ENV": "production"}
     env |= {name: value.replace("{upstream}", base) for name, value in server.env.items()}
     command = [part.replace("{port}", str(port)) for part in server.command]
-    cwd = ROOT if server.name.startswith("wsserver") else INSTALLED
+    cwd = ROOT if server.command[0] == sys.executable else INSTALLED
     with contextlib.ExitStack() as stack:
         if server.redis:
             env["REDIS_SOCKET"] = stack.enter_context(redis())
         began = monotonic()
         running = stack.enter_context(program(command, cwd=cwd, env=env))
-        while not answers(port, b"HTTP/1.1 " if server.http else b"HTTP/1.1 101 "):
+        status = b"HTTP/1.1 " if server.http else b"HTTP/1.1 101 "
+        while not answers(port, server.path, status):
             running.check()
             if monotonic() > began + BOUND:
                 raise Failure(f"{server.name} did not answer on its port in time")
@@ -295,7 +320,7 @@ def serve(server: Server, base: str) -> Iterator[Running]:
         started = monotonic() - began
         try:
             scheme = "http" if server.http else "ws"
-            yield Running(server, running, f"{scheme}://127.0.0.1:{port}/", started)
+            yield Running(server, running, f"{scheme}://127.0.0.1:{port}{server.path}", started)
         except Failure:
             sleep(0.1)  # if the server ends now, its output says more than the client's error
             running.check()
@@ -318,10 +343,10 @@ def redis() -> Iterator[str]:
             yield str(path)
 
 
-def answers(port: int, status: bytes) -> bool:
+def answers(port: int, path: str, status: bytes) -> bool:
     try:
         with socket.create_connection(("127.0.0.1", port), BOUND) as sock:
-            sock.sendall(HANDSHAKE % port)
+            sock.sendall(HANDSHAKE % (path.encode(), port))
             return sock.recv(4096).startswith(status)
     except OSError:
         return False
