@@ -20,7 +20,7 @@ from wsserver.content import (
     Usage,
 )
 from wsserver.generation import End
-from wsserver.models.anthropic.reply import Reply
+from wsserver.models.anthropic.reply import MessagesReply
 from wsserver.models.anthropic.request import arguments
 from wsserver.models.base import Output, Request
 from wsserver.pieces import Piece
@@ -43,7 +43,7 @@ def stop(index: int) -> bytes:
 def outputs(*events: bytes) -> list[Output]:
     """Return the output of the model, without counts; each event is a separate read."""
     found: list[Output] = []
-    reply = Reply(found.append, 1000, None)
+    reply = MessagesReply(found.append, 1000, None)
     for data in events:
         reply.feed(data)
     return [item for item in found if not isinstance(item, Usage | End) and item != ""]

@@ -23,7 +23,8 @@ from tests.support.upstream import (
     reply,
     stream,
 )
-from wsserver.models.anthropic.failures import ApiError, TransientError, of_event
+from wsserver.models.anthropic.failures import MessagesError, of_event
+from wsserver.models.failures import TransientError
 
 AT_ONCE = {"retry-after": "0"}
 
@@ -83,7 +84,7 @@ async def test_refused_request_is_one_error_with_stable_code(
 def test_api_request_id_is_logged_if_well_formed(name: str, logged: bool) -> None:
     cause = {"type": "overloaded_error", "message": "No luck"}
     body = {"type": "error", "error": cause, "request_id": name}
-    for failure in (ApiError(529, {"request-id": name}, body).failure(), of_event(body)):
+    for failure in (MessagesError(529, {"request-id": name}, body).failure(), of_event(body)):
         assert isinstance(failure, TransientError)
         assert failure.error.request_id == (name if logged else None)
         assert failure.error.kind == "overloaded_error"
@@ -143,7 +144,7 @@ async def test_pause_without_retry_after_has_full_jitter(
         bounds.append((low, high))
         return 0.0
 
-    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", uniform)
+    monkeypatch.setattr("wsserver.models.streamed.random.uniform", uniform)
     upstream.default = Script((error(500, "api_error"),))
     await chat.prompt()
     await chat.next("error")
@@ -208,7 +209,7 @@ async def test_silent_api_is_timeout_and_request_is_closed(
 async def test_truncated_body_without_text_is_retried(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream, fault: Script
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("wsserver.models.streamed.random.uniform", lambda low, high: 0.0)
     upstream.play(fault, reply("at last"))
     start = await chat.prompt()
     assert (await chat.text(start["id"]))[0] == "at last"
@@ -277,7 +278,7 @@ async def test_silence_after_some_tokens_is_timeout(
 async def test_error_event_before_first_text_is_retried(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("wsserver.models.streamed.random.uniform", lambda low, high: 0.0)
     upstream.play(reply(error_event("overloaded_error")), reply("at last"))
     start = await chat.prompt()
     assert (await chat.text(start["id"]))[0] == "at last"

@@ -94,7 +94,7 @@ async def test_api_token_count_replaces_estimate(
 async def test_usage_of_failed_attempt_is_added_to_next_attempt(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("wsserver.models.streamed.random.uniform", lambda low, high: 0.0)
     upstream.play(
         reply(Cut(), input_tokens=100, cache_read_input_tokens=7),
         reply("at last", input_tokens=20, output_tokens=5),
@@ -112,7 +112,7 @@ async def test_usage_of_failed_attempt_is_added_to_next_attempt(
 async def test_usage_of_failed_attempt_survives_attempt_without_usage(
     monkeypatch: pytest.MonkeyPatch, chat: Client, upstream: Upstream
 ) -> None:
-    monkeypatch.setattr("wsserver.models.anthropic.model.random.uniform", lambda low, high: 0.0)
+    monkeypatch.setattr("wsserver.models.streamed.random.uniform", lambda low, high: 0.0)
     refused = error(400, "invalid_request_error")
     upstream.play(reply(Cut(), input_tokens=100), refused)
     await chat.prompt()

@@ -18,8 +18,8 @@ import anthropic
 import httpx2
 
 from wsserver.errors import Code, ConfigError, ModelError
-from wsserver.models.anthropic.failures import TransientError
 from wsserver.models.dial import Origin
+from wsserver.models.failures import TransientError
 from wsserver.models.http import InvalidRequest, Template
 from wsserver.models.proxy import PORTS, proxy_for
 

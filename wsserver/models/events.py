@@ -1,4 +1,4 @@
-"""Server-sent events of the Messages API: from bytes to the JSON of an event.
+"""Server-sent events of a model's API: from bytes to the JSON of an event.
 
 https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation
 """
@@ -11,18 +11,10 @@ from pydantic_core import from_json
 
 from wsserver.errors import Code, ModelError
 
-MAX_EVENT = 1_048_576  # bytes; events of the API are much shorter
+MAX_EVENT = 1_048_576  # bytes; events of APIs are much shorter
 
 _FIELDS = (b"event", b"data", b"id", b"retry", b"")  # b"" begins a comment
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-# Nearly every event of a reply matches this. One match costs a fifth of the time of parsing the
-# fields and the JSON; an event that does not match is parsed.
-PLAIN_TEXT = re.compile(
-    rb"event: content_block_delta\n"
-    rb'data: \{"type": ?"content_block_delta", ?"index": ?\d+, ?'
-    rb'"delta": ?\{"type": ?"text_delta", ?"text": ?"([^"\\\x00-\x1f]*)"\} *\}'
-)
 
 
 class Events:
@@ -53,8 +45,8 @@ class Events:
     def data(event: bytes) -> bytes:
         """Return the data of an event; empty if it has none.
 
-        The standard ignores unknown fields. Here they are an error: the API sends none, so a line
-        with an unknown field is damaged, and its text would be lost without notice.
+        The standard ignores unknown fields. Here they are an error: APIs send none, so a line with
+        an unknown field is damaged, and its text would be lost without notice.
 
         Raises:
             ModelError: a line has an unknown field.
