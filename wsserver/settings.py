@@ -109,9 +109,9 @@ class Settings(BaseSettings):
 
     # The model.
     model: str = ""
-    """Model that answers. `demo`, `anthropic:MODEL`, `claude-…`, or `package.module:attribute` for
-    a model of your own. Empty: claude-sonnet-4-6 if the environment has Anthropic credentials, else
-    demo."""
+    """Model that answers. `demo`, `anthropic:MODEL`, `claude-…`, `openai:MODEL` for a server that
+    speaks Chat Completions, or `package.module:attribute` for a model of your own. Empty:
+    claude-sonnet-4-6 if the environment has Anthropic credentials, else demo."""
     models: Names = ()
     """Other models that a prompt may choose. Separated by commas. Empty by default, because each
     model has its own price."""

@@ -1,4 +1,4 @@
-"""A fake of Anthropic's Messages API: the real wire format over HTTP/1.1, and its faults.
+"""A fake of a model's API: the real wire format over HTTP/1.1, and its faults.
 
 A test queues the responses to the next requests, and later reads how the requests ended::
 
@@ -353,7 +353,7 @@ class Upstream:
             self._arrival = asyncio.Event()
             if path in self.pages:
                 script = self.pages[path](received)
-            elif (method, path) != ("POST", "/v1/messages"):
+            elif method != "POST" or path not in {"/v1/messages", "/v1/chat/completions"}:
                 script = Script((error(404, "not_found_error"),))
             elif self._scripts:
                 script = self._scripts.popleft()

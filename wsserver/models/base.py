@@ -21,7 +21,10 @@ Output = str | Block | Piece | Usage | End
 Take = Callable[[Output], None]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
-CHOICES = "demo, anthropic:MODEL, claude-… and package.module:attribute for a model of your own"
+CHOICES = (
+    "demo, anthropic:MODEL, claude-…, openai:MODEL and package.module:attribute for a model of "
+    "your own"
+)
 
 # Any of these means that Anthropic's SDK will find credentials in the environment.
 _CREDENTIALS = (
@@ -162,6 +165,10 @@ def make(settings: Settings) -> Model | PushModel:
         from wsserver.models.anthropic import Anthropic  # noqa: PLC0415
 
         return Anthropic(spec.removeprefix("anthropic:"), settings)
+    if spec.startswith("openai:"):
+        from wsserver.models.openai import OpenAI  # noqa: PLC0415
+
+        return OpenAI(spec.removeprefix("openai:"), settings)
     return _import(spec)
 
 

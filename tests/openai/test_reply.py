@@ -1,0 +1,215 @@
+"""Replies of Chat Completions: text, reasoning, tools, usage and reasons."""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+import wsserver
+from tests.support.claude import goes_on
+from tests.support.client import Client, client
+from tests.support.completions import DONE, LAST, chunk, completion, data, delta, usage
+from tests.support.upstream import Gate, Upstream, stream
+
+TEXT = 'A reply with "quotes", a \\ and\na line end, 世界, 🚀 and «é». '
+
+
+@pytest.mark.parametrize("chop", [0, 1, 7])
+@pytest.mark.parametrize("crlf", [False, True])
+async def test_text_arrives_whole(chat: Client, upstream: Upstream, chop: int, crlf: bool) -> None:
+    upstream.play(completion(TEXT * 3, chop=chop, crlf=crlf))
+    start = await chat.prompt()
+    text, done = await chat.text(start["id"])
+    assert (text, done["reason"]) == (TEXT * 3, "end_turn")
+    assert done["usage"] == {"input_tokens": 25, "output_tokens": 3}
+    assert start["model"] == "a-model"
+
+
+async def test_fake_is_what_the_sdk_of_openai_reads(upstream: Upstream) -> None:
+    upstream.play(completion(TEXT, reasoning="hm"))
+    async with openai.AsyncOpenAI(api_key="key", base_url=f"{upstream.url}/v1") as sdk:
+        chunks = await sdk.chat.completions.create(
+            model="a-model",
+            messages=[{"role": "user", "content": "Hello?"}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        found = [item async for item in chunks]
+    said = [item.choices[0].delta.content or "" for item in found if item.choices]
+    assert "".join(said) == TEXT
+    assert found[-1].usage is not None
+    assert found[-1].usage.prompt_tokens == 25
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+async def test_reasoning_is_thinking(chat: Client, upstream: Upstream, name: str) -> None:
+    parts = [delta(**{"content": None, name: text}) for text in ("It ", "is ", "a dot.")]
+    upstream.play(completion(*parts, "A dot."))
+    start = await chat.prompt()
+    text, _ = await chat.text(start["id"])
+    thought = "".join(frame["text"] for frame in chat.frames if frame["type"] == "thinking")
+    assert (thought, text) == ("It is a dot.", "A dot.")
+
+
+async def test_both_names_of_reasoning_are_one_text(chat: Client, upstream: Upstream) -> None:
+    upstream.play(completion(delta(reasoning="hm", reasoning_content="hm"), "Yes"))
+    await chat.text((await chat.prompt())["id"])
+    assert [f["text"] for f in chat.frames if f["type"] == "thinking"] == ["hm"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("stop", "end_turn"),
+        ("length", "max_tokens"),
+        ("tool_calls", "tool_use"),
+        ("a_reason_of_tomorrow", "a_reason_of_tomorrow"),
+    ],
+)
+async def test_reason_is_told_in_words_of_the_protocol(
+    chat: Client, upstream: Upstream, reason: str, shown: str
+) -> None:
+    upstream.play(completion("Yes", reason=reason))
+    _, done = await chat.text((await chat.prompt())["id"])
+    assert done["reason"] == shown
+
+
+async def test_filtered_reply_is_refusal_and_keeps_text(chat: Client, upstream: Upstream) -> None:
+    upstream.play(completion("How to", reason="content_filter"))
+    text, failed = await chat.text((await chat.prompt())["id"])
+    assert (text, failed["code"]) == ("How to", "refusal")
+
+
+async def test_words_of_a_refusal_are_text(chat: Client, upstream: Upstream) -> None:
+    upstream.play(completion(delta(content=None, refusal="I cannot.")))
+    assert (await chat.text((await chat.prompt())["id"]))[0] == "I cannot."
+
+
+async def test_cached_and_reasoning_tokens_count_once(chat: Client, upstream: Upstream) -> None:
+    details = {
+        "prompt_tokens": 100,
+        "prompt_tokens_details": {"cached_tokens": 90},
+        "completion_tokens": 50,
+        "completion_tokens_details": {"reasoning_tokens": 40},
+    }
+    upstream.play(completion("Yes", counts=details))
+    _, done = await chat.text((await chat.prompt())["id"])
+    assert done["usage"] == {
+        "input_tokens": 10,
+        "output_tokens": 50,
+        "cache_read_input_tokens": 90,
+    }
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        stream(delta(content="Yes"), LAST, DONE),
+        stream(delta(content="Yes"), LAST),
+        stream(delta("stop", content="Yes"), DONE),
+        stream(b": PROCESSING\n\n", delta(content="Yes"), LAST, chunk(), DONE),
+        stream(data({"choices": [{"delta": {"content": "Yes"}, "finish_reason": "stop"}]}), DONE),
+    ],
+    ids=["no usage", "no [DONE]", "reason beside text", "comments", "few keys"],
+)
+async def test_other_servers_end_in_other_ways(
+    chat: Client, upstream: Upstream, script: Any
+) -> None:
+    upstream.play(script)
+    text, done = await chat.text((await chat.prompt())["id"])
+    assert (text, done["type"], done["usage"]["estimated"]) == ("Yes", "done", True)
+    await goes_on(chat)
+
+
+async def test_usage_in_each_chunk_is_a_total(chat: Client, upstream: Upstream) -> None:
+    upstream.play(stream(delta(content="Yes"), usage(completion_tokens=1), LAST, usage(), DONE))
+    _, done = await chat.text((await chat.prompt())["id"])
+    assert done["usage"] == {"input_tokens": 25, "output_tokens": 3}
+
+
+async def test_nothing_after_done_belongs_to_the_reply(chat: Client, upstream: Upstream) -> None:
+    upstream.play(stream(delta(content="Yes"), LAST, DONE, delta(content=" and more")))
+    assert (await chat.text((await chat.prompt())["id"]))[0] == "Yes"
+
+
+async def test_call_of_a_tool_is_one_block(chat: Client, upstream: Upstream) -> None:
+    def call(**keys: object) -> bytes:
+        return delta(tool_calls=[{"index": 0, **keys}])
+
+    upstream.play(
+        completion(
+            "Looking. ",
+            call(id="call_1", type="function", function={"name": "look", "arguments": ""}),
+            call(function={"arguments": '{"place": "Žd'}),
+            call(function={"arguments": 'iar"}'}),
+            reason="tool_calls",
+        )
+    )
+    start = await chat.prompt()
+    text, done = await chat.text(start["id"])
+    (block,) = [frame["partial_json"] for frame in chat.frames if frame["type"] == "block"]
+    assert (text, done["reason"]) == ("Looking. ", "tool_use")
+    used = {"type": "tool_use", "id": "call_1", "name": "look", "input": {"place": "Ždiar"}}
+    assert json.loads(block) == used
+
+
+async def test_text_arrives_before_the_reply_ends(chat: Client, upstream: Upstream) -> None:
+    upstream.play(completion("first ", Gate("go"), "last"))
+    start = await chat.prompt()
+    assert (await chat.next("token"))["text"] == "first "
+    upstream.gates["go"].set()
+    assert (await chat.text(start["id"]))[0] == "first last"
+
+
+async def test_half_of_a_character_becomes_a_replacement(chat: Client, upstream: Upstream) -> None:
+    half = delta(content="@").replace(b"@", rb"\ud83d")
+    upstream.play(completion(half, "!"))
+    assert (await chat.text((await chat.prompt())["id"]))[0] == "\ufffd!"
+
+
+async def test_connection_is_used_again(chat: Client, upstream: Upstream) -> None:
+    for _ in range(3):
+        await chat.text((await chat.prompt())["id"])
+    assert len({received.peer for received in upstream.requests}) == 1
+
+
+async def test_request_has_conversation_key_and_model(
+    chat: Client, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await chat.text((await chat.prompt("One", system="Be brief.", temperature=0.5))["id"])
+    await chat.text((await chat.prompt("Two", max_tokens=9))["id"])
+    first, second = upstream.requests
+    assert first.headers["authorization"] == "Bearer sk-secret"
+    assert first.path == "/v1/chat/completions"
+    assert first.body == {
+        "model": "a-model",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "One"},
+        ],
+        "max_tokens": 8192,
+        "temperature": 0.5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert second.body["max_tokens"] == 9
+    assert second.body["messages"] == [
+        {"role": "user", "content": "One"},
+        {"role": "assistant", "content": "Hello world"},
+        {"role": "user", "content": "Two"},
+    ]
+
+
+async def test_client_chooses_among_allowed_models(
+    monkeypatch: pytest.MonkeyPatch, upstream: Upstream
+) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{upstream.url}/v1/")
+    async with (
+        wsserver.serve(model="openai:a-model", models=["another"], port=0) as server,
+        client(server) as chat,
+    ):
+        await chat.text((await chat.prompt("Hello?", model="another"))["id"])
+    (received,) = upstream.requests
+    assert json.loads(received.raw)["model"] == "another"
+    assert "authorization" not in received.headers

@@ -1,0 +1,114 @@
+"""The errors of Chat Completions, as OpenAI and the servers that imitate its API write them.
+
+https://platform.openai.com/docs/guides/error-codes
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from wsserver.errors import Code, ModelError
+from wsserver.models.failures import ApiError, TransientError, get, mid_stream
+
+# Names of errors, in `error.code` or `error.type`. The status has a name for the others.
+_BY_NAME = {
+    "billing_hard_limit_reached": Code.SPEND_LIMIT,
+    "content_filter": Code.REFUSAL,
+    "content_policy_violation": Code.REFUSAL,
+    "context_length_exceeded": Code.PROMPT_TOO_LONG,
+    "exceed_context_size_error": Code.PROMPT_TOO_LONG,  # llama.cpp
+    "insufficient_quota": Code.SPEND_LIMIT,
+    "invalid_api_key": Code.CREDENTIALS,
+    "model_not_found": Code.MODEL_NOT_FOUND,
+    "overloaded_error": Code.OVERLOADED,
+    "rate_limit_exceeded": Code.RATE_LIMITED,
+    "string_above_max_length": Code.PROMPT_TOO_LONG,
+}
+_BY_STATUS = {  # `error.code` in a stream, whose own status is 200
+    400: Code.BAD_REQUEST,
+    401: Code.CREDENTIALS,
+    402: Code.SPEND_LIMIT,
+    403: Code.CREDENTIALS,
+    404: Code.MODEL_NOT_FOUND,
+    408: Code.TIMEOUT,
+    413: Code.REQUEST_TOO_LARGE,
+    429: Code.RATE_LIMITED,
+    503: Code.OVERLOADED,
+    504: Code.TIMEOUT,
+    529: Code.OVERLOADED,
+}
+# Messages about a prompt that is too long. llama.cpp may send them with the status 500.
+_TOO_LONG = re.compile(
+    r"maximum context length|context (length|size|window)|(prompt|input) is too long",
+    re.IGNORECASE,
+)
+_CONTEXT = re.compile(r"maximum context length is (\d+)", re.IGNORECASE)
+_INPUT = re.compile(r"(\d+) (?:in the messages|input tokens|of text input)", re.IGNORECASE)
+
+
+class ChatError(ApiError):
+    """An error of Chat Completions.
+
+    Args:
+        status: the status of the response.
+        headers: the headers of the response, with names in lower case.
+        body: the parsed body; None if it is not JSON.
+    """
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: object) -> None:
+        cause = _cause(body)
+        name = get(cause, "code")
+        super().__init__(
+            status,
+            headers,
+            kind=name if isinstance(name, str) else get(cause, "type"),
+            message=get(cause, "message"),
+            request_id=headers.get("x-request-id"),
+        )
+        self.parameter = get(cause, "param")  # the key of the body that is refused
+        self._named = _named(cause)
+
+    def code(self) -> Code:
+        """Return the code of the error."""
+        return self._named or super().code()
+
+    def fitting(self, max_tokens: int) -> int | None:
+        """Return fewer output tokens that fit beside the input, if the message has the numbers.
+
+        Some servers refuse a request whose input and ``max_tokens`` together exceed the context.
+        """
+        context, given = _CONTEXT.search(self.message), _INPUT.search(self.message)
+        if context is None or given is None:
+            return None
+        left = int(context[1]) - int(given[1])
+        return left if 0 < left < max_tokens else None
+
+
+def of_event(error: object) -> ModelError | TransientError:
+    """Return the exception to raise for an error in a stream."""
+    cause = _cause({"error": error})
+    code, name = _named(cause), get(cause, "code")
+    if code is None and isinstance(name, int):
+        code = _BY_STATUS.get(name)
+    kind = name if isinstance(name, str) else get(cause, "type")
+    return mid_stream(code or Code.UPSTREAM_ERROR, kind)
+
+
+def _cause(body: object) -> dict[str, Any]:
+    """Return the error of a body: an object under ``error``, a text there, or the whole body."""
+    error = get(body, "error")
+    if isinstance(error, str):
+        return {"message": error}
+    if isinstance(error, dict):
+        return error
+    return body if isinstance(body, dict) else {}
+
+
+def _named(cause: Mapping[str, Any]) -> Code | None:
+    for key in ("code", "type"):
+        name = cause.get(key)
+        if isinstance(name, str) and (code := _BY_NAME.get(name)) is not None:
+            return code
+    message = cause.get("message")
+    too_long = isinstance(message, str) and _TOO_LONG.search(message)
+    return Code.PROMPT_TOO_LONG if too_long else None
