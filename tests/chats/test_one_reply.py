@@ -1,6 +1,10 @@
 """One reply, followed and stopped by clients of four protocols at once."""
 
+import asyncio
 import contextlib
+import json
+import re
+import shlex
 
 import pytest
 
@@ -9,8 +13,9 @@ from tests.chats.events import Chat
 from tests.support.client import client
 from tests.support.npm import agent, ai_sdk_chat, text_of
 from tests.support.pieces import Thinking
-from tests.support.puppet import Puppet, until
+from tests.support.puppet import BOUND, Puppet, until
 from tests.support.terminal import terminal
+from tests.support.tools import ROOT, require_node, require_npm_package
 
 # Python 3.12 warns about a fork in a process with threads, as for a pseudo-terminal.
 pytestmark = [
@@ -18,6 +23,7 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
+README = (ROOT / "README.md").read_text()
 CHAT = "chat-0123456789abcdef"
 TEXT = "Once upon a time"
 
@@ -75,3 +81,62 @@ async def test_reply_of_use_chat_is_followed_resumed_and_stopped_by_other_protoc
         "client",
     )
     await until(lambda: not server.app.hub.live)
+
+
+async def test_commands_of_the_readme_follow_continue_and_stop_a_reply(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    section = README.partition("**One reply, several protocols.**")[2]
+    commands = section.split("```")[3].replace("localhost:3001", f"127.0.0.1:{server.port}")
+    following, continuing, stopping = map(shlex.split, commands.strip().splitlines())
+    name = following[-1]
+    async with ai_sdk_chat(server, name) as page:
+        page.send("say", text="Tell me a story")
+        reply = (await puppet.reply()).say(*"Once")
+        generation = (await page.sees("Once"))["id"]
+        assert following[:2] == ["wsserver", "chat"]
+        async with terminal(*following[2:]) as person:
+            await person.sees("Once")
+            curl = await asyncio.create_subprocess_exec(
+                *(re.sub(r"(?<!-)ID", generation, part) for part in continuing),
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            assert curl.stdout is not None
+            async with asyncio.timeout(BOUND):
+                await curl.stdout.readuntil(b'"text":"e"')
+            stopped = await asyncio.create_subprocess_exec(
+                *stopping, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+            )
+            async with asyncio.timeout(BOUND):
+                told, _ = await stopped.communicate()
+                assert json.loads(told) == {"type": "stopped", "ids": [generation]}
+                assert reply.closed.is_set()
+                rest, _ = await curl.communicate()
+            assert b'"by":"client"' in rest
+            await person.sees("[stopped]")
+            assert (await page.next("finished"))["message"]["id"] == generation
+
+
+async def test_agent_of_the_readme_runs_and_connects(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    section = README.partition("**AG-UI.**")[2]
+    program = section.partition("```js\n")[2].partition("```")[0]
+    (connecting,) = re.findall(r"`(new HttpAgent\(.*)`", section)
+    package = require_npm_package("@ag-ui/client") / "dist/index.mjs"
+    made, _, called = connecting.partition(".runAgent")
+    script = f"""
+        {program}
+        const again = {made}
+        await again.runAgent{called}
+        console.log(JSON.stringify([agent.messages, again.messages].map((m) => m.at(-1).content)))
+    """.replace("@ag-ui/client", str(package)).replace("localhost:3001", f"127.0.0.1:{server.port}")
+    node = await asyncio.create_subprocess_exec(
+        *(require_node(), "--input-type=module", "--eval", f"const threadId = {CHAT!r}\n{script}"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(BOUND):
+        (await puppet.reply()).say("Hi.").end()
+        told, _ = await node.communicate()
+    assert json.loads(told) == ["Hi.", "Hi."]
