@@ -279,10 +279,10 @@ async def test_run_ends_with_the_login(puppet: Puppet) -> None:
 
 
 async def connect(
-    server: wsserver.Server, say: Callable[[], object] = lambda: None
+    server: wsserver.Server, say: Callable[[], object] = lambda: None, **keys: object
 ) -> list[dict[str, Any]]:
     """Connect to the thread, and return all events; ``say`` is called after the first one."""
-    body = {"threadId": THREAD, "runId": "run-connect"}
+    body = {"threadId": THREAD, "runId": "run-connect", **keys}
     async with Chat.open(server) as chat:
         events = events_of(chat, body, "/agui/connect")
         first = await anext(events)
@@ -397,3 +397,77 @@ async def test_stop_of_a_thread_without_a_run_is_not_found(server: wsserver.Serv
     async with Chat.open(server) as chat:
         status, error = await chat.ask("POST", f"/agui/{THREAD}/stop")
         assert (status, error["code"]) == (404, "not_found")
+
+
+async def test_snapshot_leaves_out_the_turn_that_is_replaced(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat:
+        start = await chat.prompt({"prompt": "one", "conversation": THREAD})
+        (await puppet.reply()).say("1").end()
+        await chat.text()
+    async with Chat.open(server) as chat:
+        again = {"prompt": "another", "conversation": THREAD, "retry_of": start["id"]}
+        await chat.prompt(again)
+        reply = await puppet.reply(1)
+        snapshot = (await connect(server, lambda: reply.say("2").end()))[1]
+    assert [m["content"] for m in snapshot["messages"]] == ["another"]
+
+
+async def test_second_run_of_a_thread_cancels_the_first(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat, Chat.open(server) as other:
+        first = asyncio.create_task(
+            run(chat, puppet, run_input(("user", "one")), lambda reply: reply.say("half"))
+        )
+        await puppet.reply()
+        body = run_input(("user", "two"), runId="run-2")
+        second = await run(other, puppet, body, lambda reply: reply.say("whole").end())
+        cancelled = (await first)[-1]
+    assert (cancelled["runId"], cancelled["outcome"]) == ("run-1", {"type": "cancelled"})
+    assert cancelled["metadata"] == {"by": "replaced"}
+    assert (second[-1]["runId"], second[-1]["outcome"]) == ("run-2", {"type": "success"})
+
+
+PIECES = (Thinking("a"), "one ", ToolUse("tool-1", "look", {}), "two ", Thinking("b"), "three")
+
+
+def apply(messages: dict[str, tuple[str, str]], event: dict[str, Any]) -> None:
+    """Change the messages of a client, by id, as ``@ag-ui/client`` does."""
+    kind, name = event["type"], event.get("messageId", "")
+    if kind == "MESSAGES_SNAPSHOT":
+        given = event["messages"]
+        reasoning = any(m["role"] == "reasoning" for m in given)
+        kept = {name: m for name, m in messages.items() if m[0] == "reasoning" and not reasoning}
+        messages.clear()
+        messages.update(kept | {m["id"]: (m["role"], m["content"]) for m in given})
+    elif kind in {"TEXT_MESSAGE_START", "REASONING_MESSAGE_START"}:
+        messages.setdefault(name, (event["role"], ""))
+    elif kind in {"TEXT_MESSAGE_CONTENT", "REASONING_MESSAGE_CONTENT"}:
+        role, content = messages[name]
+        messages[name] = role, content + event["delta"]
+
+
+@pytest.mark.parametrize("seen", range(17))
+async def test_reply_is_exact_after_a_cut_at_any_event(
+    server: wsserver.Server, puppet: Puppet, seen: int
+) -> None:
+    messages: dict[str, tuple[str, str]] = {"message-0": ("user", "?")}
+    body = run_input(("user", "?"), forwardedProps={"id": "0123456789abcdef0123"})
+    async with Chat.open(server) as chat:
+        asking = asyncio.create_task(puppet.reply())
+        asking.add_done_callback(lambda done: done.result().say(*PIECES))
+        events = events_of(chat, body)
+        for _ in range(1 + seen):
+            apply(messages, await anext(events))
+    await until(lambda: not server.listener.connections)
+    given = [{"id": "message-0", "role": "user", "content": "?"}]
+    for event in await connect(server, asking.result().end, messages=given):
+        apply(messages, event)
+    assert messages == {
+        "message-0": ("user", "?"),
+        "0123456789abcdef0123-0": ("reasoning", "a"),
+        "0123456789abcdef0123": ("assistant", "one two three"),
+        "0123456789abcdef0123-4": ("reasoning", "b"),
+    }
