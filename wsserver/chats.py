@@ -13,7 +13,7 @@ from wsserver.admission import Visitor
 from wsserver.content import Message
 from wsserver.denials import Denied, unauthenticated
 from wsserver.dialects import StreamDialect, ag_ui, ai_sdk
-from wsserver.dialects.chat import Chat, conversation_of
+from wsserver.dialects.chat import Chat, conversation_of, prompt_keys
 from wsserver.dialects.sse import SSE
 from wsserver.encoding import encode
 from wsserver.errors import Code, Refused, StoreError
@@ -216,24 +216,13 @@ class Chats:
     async def _chat(
         self, chat: Chat, dialect: StreamDialect, visitor: Visitor, *, grace: float | None
     ) -> Stream:
-        """Accept the newest message of a chat, whose earlier ones the store has.
-
-        A chat that the store does not know, but has earlier messages, is answered as it is.
-        """
+        """Accept the newest message of a chat; see :func:`wsserver.dialects.chat.prompt_keys`."""
         owner, conversations = _owner(visitor), self._hub.conversations
         async with conversations.pin(chat.conversation, owner, load=True) as conversation:
-            known, last = conversation.exists, conversation.last
-        if known or len(chat.messages) == 1:
-            keys = {
-                "prompt": chat.messages[-1]["content"],
-                "conversation": chat.conversation,
-                "on_busy": "interrupt",
-            }
-            if chat.regenerate and last is not None:
-                keys["retry_of"] = last
-        else:
-            keys = {"messages": chat.messages}
-        generation = await self._accept(parse_prompt({**chat.keys, **keys}), visitor)
+            turns = [turn.id for turn in conversation.turns]
+            turns += [generation.id for generation in conversation.live]
+        keys = {**chat.keys, **prompt_keys(chat, turns)}
+        generation = await self._accept(parse_prompt(keys), visitor)
         if generation.conversation_id is None:
             unstored = self._unstored.items()
             self._unstored = {key: g for key, g in unstored if g.log.terminal is None}

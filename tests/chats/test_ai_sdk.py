@@ -11,7 +11,9 @@ import wsserver
 from tests.chats.events import Chat
 from tests.support.pieces import Thinking
 from tests.support.puppet import BOUND, Puppet
-from wsserver.content import ToolUse
+from tests.support.tools import ROOT, require_node, require_npm_package
+from wsserver.content import Text, ToolUse, dump_block
+from wsserver.models.base import Output
 
 CHAT = "a chat, whose id is no id of ours"
 
@@ -125,6 +127,157 @@ async def test_page_that_does_not_come_back_stops_its_reply(
         await reply.closed.wait()
 
 
+async def say(
+    server: wsserver.Server, puppet: Puppet, said: str, *messages: dict[str, Any], **keys: object
+) -> tuple[list[str], dict[str, Any]]:
+    """Make a request that the model answers. Return what the model got, and the message."""
+    number = len(puppet.replies)
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/api/chat", body(*messages, **keys))
+        reply = await puppet.reply(number)
+        reply.say(said).end()
+        parts = await parts_of(chat)
+    message = {**text("assistant", said), "id": parts[0]["messageId"]}
+    return [message.text for message in reply.request.messages], message
+
+
+async def test_edit_of_the_last_prompt_replaces_the_last_turn(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    first, second = text("user", "1"), text("user", "2")
+    _, one = await say(server, puppet, "one", first)
+    await say(server, puppet, "two", first, one, second)
+    edited = text("user", "two?")
+    got, two = await say(server, puppet, "zwei", first, one, edited, messageId=second["id"])
+    assert got == ["1", "one", "two?"]
+    got, _ = await say(server, puppet, "three", first, one, edited, two, text("user", "3"))
+    assert got == ["1", "one", "two?", "zwei", "3"]
+
+
+async def test_edit_of_an_older_prompt_is_answered_with_the_messages_of_the_client(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    first, second = text("user", "1"), text("user", "2")
+    _, one = await say(server, puppet, "one", first)
+    _, two = await say(server, puppet, "two", first, one, second)
+    await say(server, puppet, "three", first, one, second, two, text("user", "3"))
+    edited = text("user", "2!")
+    got, again = await say(server, puppet, "zwei", first, one, edited, messageId=second["id"])
+    assert got == ["1", "one", "2!"]
+    got, _ = await say(server, puppet, "drei", first, one, edited, again, text("user", "3!"))
+    assert got == ["1", "one", "2!", "zwei", "3!"]
+    got, _ = await say(server, puppet, "four", first, one, second, two, text("user", "4"))
+    assert got == ["1", "one", "2", "two", "3", "three", "4"], "a tab that misses a turn"
+
+
+async def test_prompt_after_a_refused_first_one_begins_the_conversation(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    refused, first = text("user", "refused"), text("user", "1")
+    got, one = await say(server, puppet, "one", refused, first)
+    assert got == ["1"]
+    got, _ = await say(server, puppet, "two", refused, first, one, text("user", "2"))
+    assert got == ["1", "one", "2"]
+
+
+async def test_app_may_send_only_the_newest_message(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    for number, (prompt, keys, expected) in enumerate(
+        [
+            ("1", {}, ["1"]),
+            ("2", {}, ["1", "said 0", "2"]),
+            ("2", {"trigger": "regenerate-message"}, ["1", "said 0", "2"]),
+            ("3", {}, ["1", "said 0", "2", "said 2", "3"]),
+        ]
+    ):
+        async with Chat.open(server) as chat:
+            chat.send("POST", "/api/chat", {"id": CHAT, "message": text("user", prompt), **keys})
+            reply = await puppet.reply(number)
+            assert [message.text for message in reply.request.messages] == expected
+            reply.say(f"said {number}").end()
+            await parts_of(chat)
+
+
+async def test_parts_of_other_servers_do_not_reach_the_model(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    call = {"toolCallId": "1", "input": {}, "state": "output-available", "output": "sunny"}
+    tools = {"id": "t", "role": "assistant", "parts": [{"type": "tool-weather", **call}]}
+    answer = {
+        "id": "a",
+        "role": "assistant",
+        "parts": [
+            {"type": "step-start"},
+            {"type": "reasoning", "text": "hm"},
+            {"type": "dynamic-tool", "toolName": "weather", **call},
+            {"type": "source-url", "sourceId": "1", "url": "https://example.com"},
+            {"type": "data-chart", "data": [1]},
+            {"type": "text", "text": "It is sunny.", "state": "done"},
+        ],
+    }
+    history = [text("user", "Weather?"), tools, answer, text("user", "And tomorrow?")]
+    got, _ = await say(server, puppet, "Rain.", *history)
+    assert got == ["Weather?", "It is sunny.", "And tomorrow?"]
+
+
+async def test_text_file_is_a_document_of_text(server: wsserver.Server, puppet: Puppet) -> None:
+    url = "data:text/markdown;base64,IyBIacO2"
+    file = {"type": "file", "mediaType": "text/markdown", "filename": "a.md", "url": url}
+    question = {"id": "1", "role": "user", "parts": [file]}
+    await say(server, puppet, "A title.", question)
+    (document,) = puppet.replies[0].request.messages[-1].blocks
+    assert dump_block(document) == {
+        "type": "document",
+        "source": {"type": "text", "media_type": "text/plain", "data": "# Hiö"},
+        "title": "a.md",
+    }
+
+
+PAGE = {"type": "web_search_result_location", "url": "https://example.com/a", "title": "A"}
+PAPER = {"type": "page_location", "document_index": 0, "document_title": None}
+
+
+async def test_citations_are_sources_once_each(server: wsserver.Server, puppet: Puppet) -> None:
+    cited = Text("It rains.", {"citations": [PAGE, PAPER, {**PAGE, "cited_text": "rain"}]})
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/api/chat", body(text("user", "Weather?")))
+        (await puppet.reply()).say(cited).end()
+        sources = [part for part in await parts_of(chat) if part["type"].startswith("source")]
+    paper = {"sourceId": "document-0", "mediaType": "application/pdf", "title": "Document 1"}
+    assert sources == [
+        {"type": "source-url", "sourceId": PAGE["url"], "url": PAGE["url"], "title": "A"},
+        {"type": "source-document", **paper},
+    ]
+
+
+@pytest.mark.slow
+async def test_all_parts_fit_the_schema_of_the_sdk(server: wsserver.Server, puppet: Puppet) -> None:
+    cited = Text("It rains.", {"citations": [PAGE, PAPER]})
+    said: list[Output] = [Thinking("hm"), cited, ToolUse("tool-1", "look", {}), "Bye."]
+    parts = []
+    for number, end in enumerate([None, wsserver.ModelError("overloaded")]):
+        async with Chat.open(server) as chat:
+            chat.send("POST", "/api/chat", body(text("user", "Weather?")))
+            reply = (await puppet.reply(number)).say(*said)
+            reply.end() if end is None else reply.fail(end)
+            parts += await parts_of(chat)
+    assert len({part["type"] for part in parts}) == 14
+    lines = "".join(json.dumps(part) + "\n" for part in parts)
+    require_npm_package("ai")
+    checker = await asyncio.create_subprocess_exec(
+        require_node(),
+        str(ROOT / "tests/js/ai_sdk_parts.mjs"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    printed, _ = await checker.communicate(lines.encode())
+    complaints, messages = map(json.loads, printed.splitlines())
+    assert complaints == []
+    kinds = ["step-start", "reasoning", "text", "source-url", "source-document", "text"]
+    assert [[part["type"] for part in message["parts"]] for message in messages] == [kinds, kinds]
+
+
 @pytest.mark.parametrize(
     "messages",
     [
@@ -132,6 +285,7 @@ async def test_page_that_does_not_come_back_stops_its_reply(
         [text("user", "x"), "y"],
         [text("user", "x"), text("assistant", "y")],
         [text("user", " ")],
+        [{"role": "user", "parts": [{"type": "file", "url": "data:text/plain;base64,x"}]}],
         [text("robot", "x")],
     ],
 )

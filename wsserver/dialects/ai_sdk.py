@@ -3,6 +3,7 @@
 Source: https://ai-sdk.dev/docs/ai-sdk-ui/stream-protocol, "UI message stream protocol".
 """
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from wsserver.pieces import Kind, Run
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.wire import dump_usage
 
-# Kinds of pieces -> the name of their parts. The other kinds have no part.
+# The names of parts, by kind of piece. A citation is a source; the other kinds have no part.
 _PARTS: dict[Kind, str] = {"text": "text", "thinking": "reasoning"}
 _REASONS = {
     "end_turn": "stop",
@@ -38,8 +39,8 @@ _SETTINGS = (
 
 
 def recognizes(body: Mapping[str, Any]) -> bool:
-    """Whether a body is one of ``useChat``: its messages have parts."""
-    messages = body.get("messages")
+    """Whether a body is one of ``useChat``: a message of it has parts."""
+    messages = body.get("messages", [body.get("message")])
     if not isinstance(messages, list):
         return False
     return any(isinstance(message, dict) and "parts" in message for message in messages)
@@ -48,31 +49,40 @@ def recognizes(body: Mapping[str, Any]) -> bool:
 def parse_chat(body: Mapping[str, Any]) -> Chat:
     """Parse the body of a request.
 
+    An app may send only the newest message, as ``message``. The server gets no parts of tools,
+    reasoning, sources and data: a reply of another server may have such parts.
+
     Raises:
         Refused: the body is not one of ``useChat``.
     """
-    name = body.get("id")
-    if not isinstance(name, str) or not name:
-        raise Refused(Code.INVALID_FRAME, "id: must be the id of the chat, a text.")
-    messages, system = [], []
-    for number, message in enumerate(body["messages"]):
+    messages: list[dict[str, Any]] = []
+    system: list[str] = []
+    previous = None
+    for number, message in enumerate(body.get("messages", [body.get("message")])):
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
             raise Refused(Code.INVALID_FRAME, f"messages.{number}: must have `parts`.")
+        role = message.get("role")
         blocks = [block for part in message["parts"] if (block := _block(part)) is not None]
-        if message.get("role") == "system":
+        if role == "system":
             system += [block["text"] for block in blocks if block["type"] == "text"]
         elif blocks:
-            messages.append({"role": message.get("role"), "content": blocks})
+            messages.append({"role": role, "content": blocks})
+            if role == "assistant":
+                previous = str(message.get("id", ""))
     if not messages or messages[-1]["role"] != "user":
         raise Refused(Code.INVALID_FRAME, "messages: the last one must be the user's.")
+    if all(message["role"] == "user" for message in messages):
+        messages = messages[-1:]  # the earlier ones were refused
     keys = {key: body[key] for key in _SETTINGS if key in body}
     if system:
         keys["system"] = "\n\n".join(system)
     return Chat(
-        conversation_of(name),
+        conversation_of(str(body.get("id", ""))),
         messages,
         keys,
-        body.get("trigger") == "regenerate-message",
+        replaces=body.get("trigger") == "regenerate-message" or body.get("messageId") is not None,
+        previous=previous,
+        whole="messages" in body,
     )
 
 
@@ -84,15 +94,25 @@ def _block(part: object) -> dict[str, Any] | None:
         return {"type": "text", "text": part["text"]} if part["text"].strip() else None
     if part.get("type") == "file" and isinstance(url := part.get("url"), str):
         match = _DATA_URL.fullmatch(url)
-        kind = part.get("mediaType") or (match[1] if match else "")
-        source = (
-            {"type": "url", "url": url}
-            if match is None
-            else {"type": "base64", "media_type": kind, "data": match[2]}
-        )
-        name = "image" if str(kind).startswith("image/") else "document"
-        return {"type": name, "source": source}
+        kind = str(part.get("mediaType") or (match[1] if match else ""))
+        if kind.startswith("image/"):
+            return {"type": "image", "source": _source(kind, url, match)}
+        title = {"title": part["filename"]} if isinstance(part.get("filename"), str) else {}
+        return {"type": "document", "source": _source(kind, url, match), **title}
     return None
+
+
+def _source(kind: str, url: str, match: re.Match[str] | None) -> dict[str, str]:
+    """Return the source of a file, as in the Messages API."""
+    if match is None:
+        return {"type": "url", "url": url}
+    if not kind.startswith("text/"):
+        return {"type": "base64", "media_type": kind, "data": match[2]}
+    try:
+        text = base64.b64decode(match[2]).decode(errors="replace")
+    except ValueError:
+        raise Refused(Code.INVALID_FRAME, "url: is not base64.") from None
+    return {"type": "text", "media_type": "text/plain", "data": text}
 
 
 class AiSdk:
@@ -106,6 +126,7 @@ class AiSdk:
 
     def __init__(self) -> None:
         self._open: tuple[str, int] | None = None  # the name and the block of the open part
+        self._sources: set[str] = set()  # the ids of the sources that were written
 
     def start(self, generation: Generation, **_: object) -> bytes:
         """Encode the start of the message and of its only step."""
@@ -114,7 +135,12 @@ class AiSdk:
         return _part(start) + _part({"type": "start-step"})
 
     def run(self, _: Generation, run: Run) -> bytes:
-        """Encode text or reasoning. Pieces of other kinds have no part."""
+        """Encode text, reasoning or a source. Pieces of other kinds have no part."""
+        if run.kind == "citation":
+            source = _source_of(json.loads(run.data))
+            known = source["sourceId"] in self._sources
+            self._sources.add(source["sourceId"])
+            return b"" if known else _part(source)
         name = _PARTS.get(run.kind)
         if name is None:
             return b""
@@ -153,6 +179,20 @@ class AiSdk:
             return b""
         (name, block), self._open = self._open, None
         return _part({"type": f"{name}-end", "id": str(block)})
+
+
+def _source_of(citation: dict[str, Any]) -> dict[str, str]:
+    """Return the source that a citation of the Messages API names."""
+    title = citation.get("title")
+    if url := citation.get("url"):
+        return _without_none(type="source-url", sourceId=url, url=url, title=title)
+    index = citation.get("document_index", 0)
+    return {
+        "type": "source-document",
+        "sourceId": f"document-{index}",
+        "mediaType": "application/pdf" if citation.get("type") == "page_location" else "text/plain",
+        "title": citation.get("document_title") or title or f"Document {index + 1}",
+    }
 
 
 def _without_none(**values: Any) -> dict[str, Any]:

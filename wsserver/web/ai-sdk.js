@@ -44,6 +44,7 @@ export class ChatTransport {
   #body
   /** @type {import('./client.js').Chat | undefined} */ #chat
   /** @type {Map<string, string>} The last reply that began here, by conversation. */ #last = new Map()
+  /** @type {Map<string, UIMessage>} The prompts of replies that run, by reply. */ #prompts = new Map()
   /** @type {Set<string>} Chats that this call of the event loop reconnects. */ #reconnecting = new Set()
 
   /** @param {string | URL} [url] Default: the server that the page came from. @param {Options} [options] */
@@ -77,6 +78,8 @@ export class ChatTransport {
     })
     const remember = () => { if (reply.started && reply.conversation) this.#last.set(conversation, reply.id) }
     reply.addEventListener('change', remember, { once: true })
+    this.#prompts.set(reply.id, messages[messages.length - 1])
+    reply.done.catch(() => {}).finally(() => this.#prompts.delete(reply.id))
     return this.#stream(reply, chatId, abortSignal)
   }
 
@@ -97,8 +100,8 @@ export class ChatTransport {
   async history(chatId) {
     const { messages, replies: [reply] } = await this.#open(await conversationOf(chatId))
     while (reply && !reply.started && !reply.ended) await changeOf(reply)
-    const known = messages.filter(({ id }) => reply?.retryOf === undefined || id !== reply.retryOf).map(toUIMessage)
-    return reply?.prompt === undefined ? known : [...known, toUIMessage({ id: reply.id, role: 'user', content: reply.prompt })]
+    const prompt = reply && (this.#prompts.get(reply.id) ?? toUIMessage({ id: reply.id, role: 'user', content: reply.prompt ?? '' }))
+    return [...messages.filter(({ id }) => !reply?.retryOf || id !== reply.retryOf).map(toUIMessage), ...(prompt ? [prompt] : [])]
   }
 
   /** Follow a conversation. @param {string} conversation @returns {Promise<{messages: import('./client.js').Message[], replies: Reply[]}>} */
@@ -233,10 +236,10 @@ class Parts {
  * @returns {(import('ai').SourceUrlUIPart | import('ai').SourceDocumentUIPart)[]}
  */
 function toSources(citations) {
-  return citations.map(({ type, url, title, document_index: index, document_title: document }) => {
+  return citations.map(({ type, url, title, document_index: index = 0, document_title: document }) => {
     if (url) return { type: 'source-url', sourceId: url, url, ...(title && { title }) }
     const mediaType = type === 'page_location' ? 'application/pdf' : 'text/plain'
-    return { type: 'source-document', sourceId: `document-${index}`, mediaType, title: document ?? title ?? `Document ${index + 1}` }
+    return { type: 'source-document', sourceId: `document-${index}`, mediaType, title: document || title || `Document ${index + 1}` }
   })
 }
 
