@@ -8,6 +8,7 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qs, unquote
+from weakref import WeakValueDictionary
 
 from wsserver.admission import Visitor
 from wsserver.content import Message
@@ -99,7 +100,7 @@ class Chats:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         # The last reply to each chat that the store does not know, by owner and conversation.
-        self._unstored: dict[tuple[str, str], Generation] = {}
+        self._unstored: WeakValueDictionary[tuple[str, str], Generation] = WeakValueDictionary()
         self._streams: dict[ReplyStream, None] = {}
         self._idle = asyncio.Event()
         self._requests = Rates(settings.frame_rate, settings.frame_burst)
@@ -224,8 +225,6 @@ class Chats:
         keys = {**chat.keys, **prompt_keys(chat, turns)}
         generation = await self._accept(parse_prompt(keys), visitor)
         if generation.conversation_id is None:
-            unstored = self._unstored.items()
-            self._unstored = {key: g for key, g in unstored if g.log.terminal is None}
             self._unstored[owner, chat.conversation] = generation
         return self._stream(generation, visitor, dialect, grace=grace)
 

@@ -120,7 +120,7 @@ class Conversation:
         return self.turns[-1].id if self.turns else None
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Generation:
     """One reply: its state, its log, and the facts about it.
 

@@ -19,6 +19,7 @@ from websockets.typing import Subprotocol
 import wsserver
 from tests.asgi.servers import SERVERS, serving
 from tests.support.client import Client
+from tests.support.npm import agent
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.tools import ROOT
 
@@ -75,6 +76,23 @@ async def test_events_stream_and_abort_stops_the_model(puppet: Puppet, server: s
                 await reply.closed.wait()
         assert chat.app is not None
         await until(lambda: chat.app is not None and not chat.app.hub.live)
+
+
+async def test_agent_of_ag_ui_runs_connects_and_stops(puppet: Puppet, server: str) -> None:
+    async with mounted(puppet, server) as (port, _):
+        async with agent(f"http://127.0.0.1:{port}/chat", "thread-of-the-test-1") as client:
+            client.send("say", text="Hello?")
+            (await puppet.reply()).say("one").end()
+            messages = await client.contents()
+            client.send("reload")
+            client.send("connect")
+            assert await client.contents() == messages == [("user", "Hello?"), ("assistant", "one")]
+            client.send("say", text="Go on")
+            reply = (await puppet.reply(1)).say("half")
+            await client.sees("half")
+            client.send("stop")
+            assert await client.next("outcome") == "cancelled"
+            assert reply.closed.is_set()
 
 
 async def test_too_large_body_and_wrong_token_are_refused(puppet: Puppet, server: str) -> None:

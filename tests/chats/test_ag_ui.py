@@ -1,8 +1,10 @@
 """AG-UI: requests, and events as its own Python types have them."""
 
 import asyncio
+import gc
 import json
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -471,3 +473,20 @@ async def test_reply_is_exact_after_a_cut_at_any_event(
         "0123456789abcdef0123": ("assistant", "one two three"),
         "0123456789abcdef0123-4": ("reasoning", "b"),
     }
+
+
+async def test_reply_to_an_unknown_thread_is_not_kept_after_its_end(puppet: Puppet) -> None:
+    body = run_input(("user", "one"), ("assistant", "two"), ("user", "three"))
+    async with wsserver.serve(puppet, port=0, replay_size=1) as server:
+        async with Chat.open(server) as chat:
+            running = events_of(chat, body)
+            await anext(running)
+            (generation,) = server.app.hub.scheduler.live
+            kept = weakref.ref(generation)
+            del generation
+            (await puppet.reply()).say("four").end()
+            assert (await anext(running))["type"] == "TEXT_MESSAGE_START"
+            assert [event async for event in running][-1]["type"] == "RUN_FINISHED"
+        await until(lambda: not server.listener.connections)
+        gc.collect()
+        assert kept() is None

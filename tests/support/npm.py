@@ -68,9 +68,10 @@ class Agent(Script):
         return [(m["role"], m["content"]) for m in await self.next("messages")]
 
 
-def agent(server: wsserver.Server, thread: str) -> Any:
-    """Run an agent on a thread."""
-    return Agent.run("@ag-ui/client", "ag_ui.mjs", f"http://127.0.0.1:{server.port}/agui", thread)
+def agent(server: str | wsserver.Server, thread: str) -> Any:
+    """Run an agent of a server, or of the address of one, on a thread."""
+    base = server if isinstance(server, str) else f"http://127.0.0.1:{server.port}"
+    return Agent.run("@ag-ui/client", "ag_ui.mjs", f"{base}/agui", thread)
 
 
 class Chat(Script):
