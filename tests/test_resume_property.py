@@ -14,6 +14,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 import wsserver
 from tests.support.client import Client
+from tests.support.host import Host
 from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import Puppet, Thinking, until
 from tests.support.story import (
@@ -51,7 +52,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-async def server(puppet: Puppet, store: str) -> AsyncIterator[Server]:
+async def server(puppet: Puppet, store: str) -> AsyncIterator[Host]:
     async with wsserver.serve(puppet, store=store, **LASTING) as running:
         yield running
 
@@ -62,7 +63,7 @@ async def server(puppet: Puppet, store: str) -> AsyncIterator[Server]:
 @pytest.mark.parametrize("meanwhile", ["nothing", "something", "all"])
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_drop_at_any_frame_loses_nothing(
-    server: Server, puppet: Puppet, ending: str, meanwhile: str
+    server: Host, puppet: Puppet, ending: str, meanwhile: str
 ) -> None:
     frames = len(cut_up(PIECES)) + 2  # a start, and a terminal
     for index in range(frames + 1):
@@ -93,7 +94,7 @@ async def test_drop_at_any_frame_loses_nothing(
 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_new_connection_for_each_frame_loses_nothing(
-    server: Server, puppet: Puppet, ending: str
+    server: Host, puppet: Puppet, ending: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
     transcript = Transcript(story)
@@ -122,7 +123,7 @@ visits = st.lists(
 @given(said=st.lists(pieces, max_size=12), ending=endings, visits=visits)
 @on_one_server(30)
 async def test_any_sequence_of_connections_gives_whole_reply(
-    server: Server,
+    server: Host,
     puppet: Puppet,
     said: list[str],
     ending: str,
@@ -229,7 +230,7 @@ async def test_slow_reader_gets_start_before_text(puppet: Puppet) -> None:
 
 
 async def test_two_tabs_dropped_at_different_frames_lose_nothing(
-    server: Server, puppet: Puppet
+    server: Host, puppet: Puppet
 ) -> None:
     said = ("Grüße ", Thinking("🤔"), "", "🙂" * (SIZE + 1))
     frames = len(cut_up(said)) + 2
@@ -301,7 +302,7 @@ async def follow_through(
 @example(said=list(PIECES), ending="done", cuts=[Cut(0)], talk=1, resumes=True)
 @on_one_server(40)
 async def test_cuts_at_any_bytes_lose_nothing(
-    server: Server,
+    server: Host,
     puppet: Puppet,
     said: list[str],
     ending: str,
@@ -317,14 +318,14 @@ async def test_cuts_at_any_bytes_lose_nothing(
     await check_again(server.url, transcript)
 
 
-def short_story(server: Server, puppet: Puppet) -> Story:
+def short_story(server: Host, puppet: Puppet) -> Story:
     return Story(server, puppet, ("é🙂", Thinking("🤔")))
 
 
 @pytest.mark.parametrize("store", ["memory:"])  # the cuts do not depend on the store
 @pytest.mark.parametrize("offset", range(4))
 async def test_cut_at_each_byte_from_handshake_to_terminal_loses_nothing(
-    server: Server, puppet: Puppet, offset: int
+    server: Host, puppet: Puppet, offset: int
 ) -> None:
     async with Proxy(server.port) as proxy, line(proxy.url) as chat:
         story = short_story(server, puppet)
@@ -341,7 +342,7 @@ async def test_cut_at_each_byte_from_handshake_to_terminal_loses_nothing(
         transcript.check()
 
 
-async def test_prompt_with_lost_start_runs_once(server: Server, puppet: Puppet) -> None:
+async def test_prompt_with_lost_start_runs_once(server: Host, puppet: Puppet) -> None:
     async with Proxy(server.port) as proxy, line(proxy.url) as chat:
         (handshake,) = proxy.passed
         start = await chat.prompt()
@@ -369,7 +370,7 @@ async def test_prompt_with_lost_start_runs_once(server: Server, puppet: Puppet) 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_resume_after_any_piece_at_any_time_gets_rest(
-    server: Server, puppet: Puppet, ending: str
+    server: Host, puppet: Puppet, ending: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
     await begin(server, story)
@@ -400,7 +401,7 @@ async def test_resume_after_any_piece_at_any_time_gets_rest(
 @pytest.mark.parametrize("held", ["closing", "saving"])
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_resume_while_reply_ends_gets_text_then_terminal(
-    server: Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch, ending: str, held: str
+    server: Host, puppet: Puppet, monkeypatch: pytest.MonkeyPatch, ending: str, held: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
     await begin(server, story)
@@ -430,7 +431,7 @@ async def test_resume_while_reply_ends_gets_text_then_terminal(
 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_resume_at_end_of_reply_gets_everything(
-    server: Server, puppet: Puppet, ending: str
+    server: Host, puppet: Puppet, ending: str
 ) -> None:
     async def come_back_after(turns: int, chat: Client, transcript: Transcript) -> None:
         for _ in range(turns):
@@ -454,7 +455,7 @@ async def test_resume_at_end_of_reply_gets_everything(
 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_repeated_resumes_on_one_socket_start_at_their_after(
-    server: Server, puppet: Puppet, ending: str
+    server: Host, puppet: Puppet, ending: str
 ) -> None:
     story = Story(server, puppet, ending=ending)
     async with line(server.url) as chat:
@@ -481,7 +482,7 @@ async def test_repeated_resumes_on_one_socket_start_at_their_after(
         assert not await chat.quiet()
 
 
-async def test_second_resume_replaces_first(server: Server, puppet: Puppet) -> None:
+async def test_second_resume_replaces_first(server: Host, puppet: Puppet) -> None:
     told = 5
     seq = len(cut_up(PIECES[:told]))
     for first in range(seq + 1):
@@ -502,7 +503,7 @@ async def test_second_resume_replaces_first(server: Server, puppet: Puppet) -> N
                 two.check()
 
 
-async def test_resume_after_open_starts_at_its_after(server: Server, puppet: Puppet) -> None:
+async def test_resume_after_open_starts_at_its_after(server: Host, puppet: Puppet) -> None:
     conversation = secrets.token_urlsafe(16)
     story = Story(server, puppet, conversation=conversation)
     await begin(server, story)
@@ -522,7 +523,7 @@ async def test_resume_after_open_starts_at_its_after(server: Server, puppet: Pup
         resumed.check()
 
 
-async def test_refused_resume_changes_nothing(server: Server, puppet: Puppet) -> None:
+async def test_refused_resume_changes_nothing(server: Host, puppet: Puppet) -> None:
     story = Story(server, puppet)
     transcript = Transcript(story)
     unknown = Story(server, puppet)

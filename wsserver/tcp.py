@@ -148,6 +148,8 @@ class Writer(TcpConnection):
         if self.below is not None:
             self.below.set_write_buffer_limits(UNSENT_IN_KERNEL)
         self._set_option("TCP_NOTSENT_LOWAT", UNSENT_IN_KERNEL)
+        # asyncio sets it only for sockets that were made with the protocol's number.
+        self._set_option("TCP_NODELAY", 1)
 
     def _set_option(self, name: str, value: int) -> None:
         """Set an option of TCP, where the system has it."""

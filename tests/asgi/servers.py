@@ -21,7 +21,8 @@ SERVERS = ("uvicorn", "hypercorn")
 @asynccontextmanager
 async def serving(app: Any, server: str = "uvicorn") -> AsyncIterator[int]:
     """Serve an application and give the port; at the end, its lifespan has ended."""
-    with socket.socket() as bound:
+    # Without the protocol, asyncio would not set TCP_NODELAY on accepted sockets.
+    with socket.socket(proto=socket.IPPROTO_TCP) as bound:
         bound.bind(("127.0.0.1", 0))
         run = _uvicorn if server == "uvicorn" else _hypercorn
         async with run(app, bound):

@@ -6,7 +6,8 @@ import pytest
 from websockets.asyncio.client import connect
 
 import wsserver
-from tests.support.client import Client
+from tests.chats.events import Chat
+from tests.support.client import Client, client
 from tests.support.puppet import Puppet
 from wsserver import listening
 
@@ -62,3 +63,14 @@ async def test_server_knows_all_bound_addresses(puppet: Puppet) -> None:
             for name in server.bound:
                 async with connect(f"ws://{name}/", proxy=None) as socket_:
                     await Client(socket_).quiet()
+
+
+async def test_tokens_of_a_given_socket_are_not_held_back(puppet: Puppet) -> None:
+    """Nagle's algorithm would hold back each token until the client acknowledges the one before."""
+    given = socket.create_server(("127.0.0.1", 0))
+    async with wsserver.serve(puppet, sockets=[given], drain_timeout=0) as server:
+        async with client(server), Chat.open(server) as chat:
+            await chat.prompt({"prompt": "Hello?"})
+            sockets = [c.transport.get_extra_info("socket") for c in server.listener.connections]
+            options = [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for s in sockets]
+            assert options == [1, 1]

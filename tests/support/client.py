@@ -9,8 +9,8 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from tests.support.host import Host
 from tests.support.puppet import BOUND
-from wsserver import Server
 
 __all__ = ["Client", "Frame", "client"]
 
@@ -80,6 +80,6 @@ class Client:
 
 
 @asynccontextmanager
-async def client(server: Server, **options: Any) -> AsyncIterator[Client]:
+async def client(server: Host, **options: Any) -> AsyncIterator[Client]:
     async with connect(server.url, proxy=None, **options) as socket:
         yield Client(socket)

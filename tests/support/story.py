@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import connect
 
 from tests.support.client import Client, Frame, client
+from tests.support.host import Host
 from tests.support.proxy import Cut, reset
 from tests.support.puppet import Puppet, Reply, Thinking, until
-from wsserver import Code, ModelError, Server
+from wsserver import Code, ModelError
 from wsserver.generation import State
 from wsserver.live import Generation
 from wsserver.stores.base import Entry
@@ -101,7 +102,7 @@ class Story:
 
     def __init__(
         self,
-        server: Server,
+        server: Host,
         puppet: Puppet,
         said: Sequence[str] = PIECES,
         ending: str = "done",
@@ -290,7 +291,7 @@ def resumption(story: Story, after: int) -> Frame:
     return {"type": "resume", "id": story.name, "after": after}
 
 
-async def begin(server: Server, story: Story) -> None:
+async def begin(server: Host, story: Story) -> None:
     """Send the prompt and disconnect."""
     async with line(server.url) as chat:
         await chat.send(story.prompt)
@@ -349,7 +350,7 @@ def on_one_server(examples: int) -> hypothesis_settings:
 class Gate:
     """Holds back the commits of a server until the gate is opened."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, server: Host) -> None:
         self.opened = asyncio.Event()
         self.reached = asyncio.Event()
         commit = server.app.store.commit
@@ -367,7 +368,7 @@ class Gate:
 
 
 @asynccontextmanager
-async def crowd(server: Server, size: int) -> AsyncIterator[list[Client]]:
+async def crowd(server: Host, size: int) -> AsyncIterator[list[Client]]:
     async with AsyncExitStack() as lines:
         yield [await lines.enter_async_context(line(server.url)) for _ in range(size)]
 
