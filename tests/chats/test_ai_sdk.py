@@ -296,3 +296,13 @@ async def test_unusable_messages_are_refused(
         status, error = await chat.ask("POST", "/api/chat", body(*messages))
         assert (status, error["code"]) == (400, "invalid_frame")
     assert not puppet.replies
+
+
+@pytest.mark.parametrize("name", ["", None, 5])
+async def test_chat_without_an_id_is_refused(
+    server: wsserver.Server, puppet: Puppet, name: object
+) -> None:
+    async with Chat.open(server) as chat:
+        status, error = await chat.ask("POST", "/api/chat", body(text("user", "Hello?"), id=name))
+        assert (status, error["code"]) == (400, "invalid_frame")
+    assert not puppet.replies

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from wsserver.content import Block, Document, Image, Message, Text, Thinking, Usage
-from wsserver.dialects.chat import Chat, conversation_of
+from wsserver.dialects.chat import Chat, conversation_of, separate_system
 from wsserver.errors import Code, Refused
 from wsserver.live import Generation
 from wsserver.pieces import Run
@@ -32,23 +32,15 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     check_run(body)
     if not isinstance(body.get("messages"), list):
         raise Refused(Code.INVALID_FRAME, "messages: must be a list.")
-    messages: list[dict[str, Any]] = []
-    system: list[str] = []
+    given: list[tuple[object, list[dict[str, Any]]]] = []
     for number, message in enumerate(body["messages"]):
         role = _ROLES.get(str(message.get("role"))) if isinstance(message, dict) else None
-        if role is None:  # the messages of tools and activities are not for the model
-            continue
-        blocks = _blocks(message.get("content"), number)
-        if role == "system":
-            system += [block["text"] for block in blocks if block["type"] == "text"]
-        elif blocks:
-            messages.append({"role": role, "content": blocks})
-    if not messages or messages[-1]["role"] != "user":
-        raise Refused(Code.INVALID_FRAME, "messages: the last one must be the user's.")
-    given = body.get("forwardedProps")
-    keys = {k: given[k] for k in _SETTINGS if k in given} if isinstance(given, dict) else {}
-    if system:
-        keys["system"] = "\n\n".join(system)
+        if role is not None:  # the messages of tools and activities are not for the model
+            given.append((role, _blocks(message.get("content"), number)))
+    messages, keys = separate_system(given)
+    props = body.get("forwardedProps")
+    if isinstance(props, dict):
+        keys |= {key: props[key] for key in _SETTINGS if key in props}
     return Chat(conversation_of(body["threadId"]), messages, keys)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from wsserver.dialects.chat import Chat, conversation_of
+from wsserver.dialects.chat import Chat, conversation_of, separate_system
 from wsserver.errors import Code, Refused
 from wsserver.live import Generation
 from wsserver.pieces import Kind, Run
@@ -27,15 +27,8 @@ _REASONS = {
     "tool_use": "tool-calls",
     "refusal": "content-filter",
 }
-
-
 _DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,(.*)", re.DOTALL)
-_SETTINGS = (
-    "model",
-    "system",
-    "max_tokens",
-    "temperature",
-)  # keys of the body that a prompt has too
+_SETTINGS = ("model", "system", "max_tokens", "temperature")  # keys of the body and of a prompt
 
 
 def recognizes(body: Mapping[str, Any]) -> bool:
@@ -55,31 +48,25 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     Raises:
         Refused: the body is not one of ``useChat``.
     """
-    messages: list[dict[str, Any]] = []
-    system: list[str] = []
+    name = body.get("id")
+    if not isinstance(name, str) or not name:
+        raise Refused(Code.INVALID_FRAME, "id: must be the id of the chat, a text.")
+    given: list[tuple[object, list[dict[str, Any]]]] = []
     previous = None
     for number, message in enumerate(body.get("messages", [body.get("message")])):
         if not isinstance(message, dict) or not isinstance(message.get("parts"), list):
             raise Refused(Code.INVALID_FRAME, f"messages.{number}: must have `parts`.")
-        role = message.get("role")
         blocks = [block for part in message["parts"] if (block := _block(part)) is not None]
-        if role == "system":
-            system += [block["text"] for block in blocks if block["type"] == "text"]
-        elif blocks:
-            messages.append({"role": role, "content": blocks})
-            if role == "assistant":
-                previous = str(message.get("id", ""))
-    if not messages or messages[-1]["role"] != "user":
-        raise Refused(Code.INVALID_FRAME, "messages: the last one must be the user's.")
+        given.append((message.get("role"), blocks))
+        if blocks and message.get("role") == "assistant":
+            previous = str(message.get("id", ""))
+    messages, system = separate_system(given)
     if all(message["role"] == "user" for message in messages):
         messages = messages[-1:]  # the earlier ones were refused
-    keys = {key: body[key] for key in _SETTINGS if key in body}
-    if system:
-        keys["system"] = "\n\n".join(system)
     return Chat(
-        conversation_of(str(body.get("id", ""))),
+        conversation_of(name),
         messages,
-        keys,
+        {**{key: body[key] for key in _SETTINGS if key in body}, **system},
         replaces=body.get("trigger") == "regenerate-message" or body.get("messageId") is not None,
         previous=previous,
         whole="messages" in body,

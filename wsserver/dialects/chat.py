@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wsserver.errors import Code, Refused
 from wsserver.wire import ID_PATTERN
 
 
@@ -21,6 +22,32 @@ class Chat:
     # The id of the reply before the newest message. None if there is none, or no id of ours.
     previous: str | None = None
     whole: bool = True  # the messages begin with the first one
+
+
+def separate_system(
+    messages: Iterable[tuple[object, list[dict[str, Any]]]],
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Separate the messages of a chat from its system prompt.
+
+    Args:
+        messages: the role and the content blocks of each message. Empty messages are left out.
+
+    Returns:
+        The messages of the user and of the assistant, and the key ``system`` of the prompt.
+
+    Raises:
+        Refused: the last message is not the user's.
+    """
+    found: list[dict[str, Any]] = []
+    system: list[str] = []
+    for role, blocks in messages:
+        if role == "system":
+            system += [block["text"] for block in blocks if block["type"] == "text"]
+        elif blocks:
+            found.append({"role": role, "content": blocks})
+    if not found or found[-1]["role"] != "user":
+        raise Refused(Code.INVALID_FRAME, "messages: the last one must be the user's.")
+    return found, {"system": "\n\n".join(system)} if system else {}
 
 
 def prompt_keys(chat: Chat, turns: Sequence[str]) -> dict[str, Any]:
