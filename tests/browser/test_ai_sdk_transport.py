@@ -1,6 +1,7 @@
 """`ai-sdk.js` on the server's page, whose content security policy is strict."""
 
 import json
+import random
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from playwright.async_api import Page
 import wsserver
 from tests.browser.page import closed, cut
 from tests.support.pieces import Thinking
+from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import Puppet
 from wsserver import Code, ModelError
 from wsserver.content import Text, ToolUse, dump_block
@@ -20,9 +22,10 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 CHAT = "a chat, whose id is no id of ours"
 
 # ask(request): begin a reply and collect its parts. finished(): return them, and the error.
-SCRIPT = """async () => {
+SCRIPT = """async (url) => {
   const { ChatTransport } = await import('/ai-sdk.js')
-  globalThis.transport = new ChatTransport('/ws', { body: { max_tokens: 7 } })
+  const pauses = { firstPause: 1, longestPause: 20 }
+  globalThis.transport = new ChatTransport(url, { body: { max_tokens: 7 }, ...pauses })
   async function collect(stream) {
     const parts = globalThis.parts = []
     const reader = stream.getReader()
@@ -89,7 +92,7 @@ def text(role: str, said: str) -> dict[str, Any]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def asker(blank: Page, server: wsserver.Server, puppet: Puppet) -> Asker:
     await blank.goto(server.page)
-    await blank.evaluate(SCRIPT)
+    await blank.evaluate(SCRIPT, "/ws")
     return Asker(blank, puppet)
 
 
@@ -223,3 +226,53 @@ async def test_chat_that_the_server_does_not_know_is_answered_as_it_is(asker: As
     history = [text("system", "Be brief."), text("user", "1"), text("assistant", "one")]
     got, _ = await asker.say("two", *history, text("user", "2"))
     assert got == ["1", "one", "2"]
+
+
+async def test_reply_to_an_unknown_chat_survives_a_reload(
+    asker: Asker, server: wsserver.Server, puppet: Puppet
+) -> None:
+    history = [text("user", "1"), text("assistant", "one"), text("user", "2")]
+    await asker.ask(*history)
+    model = (await puppet.reply()).say("tw")
+    await asker.says("tw")
+    await asker.page.goto(server.page)
+    await asker.page.evaluate(SCRIPT, "/ws")
+    assert await asker.page.evaluate("reconnect", CHAT)
+    model.say("o").end()
+    await asker.says("two")
+    assert (await asker.reply())["parts"][-1]["finishReason"] == "stop"
+    assert not await asker.page.evaluate("reconnect", CHAT)
+    assert len(puppet.replies) == 1
+    await asker.page.evaluate(
+        "id => sessionStorage.setItem(`wsserver.${id}`, 'a'.repeat(16))", CHAT
+    )
+    await asker.ask(text("user", "1"))
+    (await puppet.reply(1)).say("one")
+    assert await asker.page.evaluate("reconnect", CHAT), "the id of a reply that was forgotten"
+    await asker.says("one")
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_text_is_exact_if_connections_are_cut_anywhere(
+    bare_page: Page, server: wsserver.Server, puppet: Puppet, seed: int
+) -> None:
+    chance = random.Random(seed)
+    cuts = [Cut(chance.randrange(1_500), reset=chance.random() < 0.5) for _ in range(8)]
+    said = ""
+    async with Proxy(server.port, *cuts) as proxy:
+        await bare_page.evaluate(SCRIPT, proxy.url)
+        asker = Asker(bare_page, puppet)
+        await asker.ask(text("user", "Count"))
+        model = await puppet.reply()
+        for number in range(40):
+            said += f"{number} "
+            model.say(f"{number} ")
+            if chance.random() < 0.3:
+                await asker.says(said)
+        model.end()
+        await asker.says(said)
+        parts = (await asker.reply())["parts"]
+        assert proxy.cuts <= 6
+    assert parts[-1]["finishReason"] == "stop"
+    assert [part["type"] for part in parts].count("start") == 1
+    assert len(puppet.replies) == 1

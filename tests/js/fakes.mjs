@@ -1,8 +1,8 @@
 // Fake sockets and fake time, for tests without a server.
 import { connect } from '../../wsserver/web/client.js'
 
-/** Connect a client to fake sockets, with fake timers. Each socket records the frames and calls `answer`. */
-export function connectFake(t, answer = () => {}, options = { firstPause: 1, longestPause: 1 }) {
+/** Make a client with fake sockets and timers. Each socket records the frames and calls `answer`. */
+export function connectFake(t, answer = () => {}, options = { firstPause: 1, longestPause: 1 }, make = connect) {
   t.mock.timers.enable({ apis: ['setTimeout', 'Date'] })
   const sockets = []
   class Fake {
@@ -26,7 +26,7 @@ export function connectFake(t, answer = () => {}, options = { firstPause: 1, lon
     close() {}
     terminate() { this.terminated = true }
   }
-  const chat = connect('ws://localhost:1/', { WebSocket: Fake, ...options })
+  const chat = make('ws://localhost:1/', { WebSocket: Fake, ...options })
   t.after(() => chat.close())
   return { chat, sockets }
 }

@@ -79,7 +79,7 @@ export class ChatTransport {
     const remember = () => { if (reply.started && reply.conversation) this.#last.set(conversation, reply.id) }
     reply.addEventListener('change', remember, { once: true })
     this.#prompts.set(reply.id, messages[messages.length - 1])
-    reply.done.catch(() => {}).finally(() => this.#prompts.delete(reply.id))
+    if (!reply.conversation) unstored.set(chatId, reply.id)
     return this.#stream(reply, chatId, abortSignal)
   }
 
@@ -87,7 +87,9 @@ export class ChatTransport {
   async reconnectToStream({ chatId, abortSignal }) {
     this.#reconnecting.add(chatId)
     queueMicrotask(() => this.#reconnecting.delete(chatId))
-    const { replies: [reply] } = await this.#open(await conversationOf(chatId))
+    const id = unstored.get(chatId), kept = id ? this.chat.resume(id) : undefined
+    while (kept && !kept.started && !kept.ended) await changeOf(kept)
+    const reply = kept?.started ? kept : (await this.#open(await conversationOf(chatId))).replies[0]
     abortSignal?.throwIfAborted()
     return reply ? this.#stream(reply, chatId, abortSignal) : null
   }
@@ -141,6 +143,10 @@ export class ChatTransport {
     // `resumeStream` of `useChat` aborts the stream that it had, and reconnects at once: that is no stop.
     const stop = () => queueMicrotask(() => { if (!this.#reconnecting.has(chatId)) reply.stop() })
     signal?.addEventListener('abort', stop, { once: true })
+    reply.done.catch(() => {}).finally(() => {
+      this.#prompts.delete(reply.id)
+      if (unstored.get(chatId) === reply.id) unstored.set(chatId)
+    })
     const chunks = chunksOf(reply)
     return new ReadableStream({
       async pull(controller) {
@@ -150,6 +156,25 @@ export class ChatTransport {
       },
     }, { highWaterMark: 0 }) // chunks are made when they are read, so that an error overtakes none
   }
+}
+
+/** The running replies that belong to no conversation, by chat, for the next load of the page. */
+const unstored = {
+  /** @param {string} chatId */
+  get(chatId) {
+    try {
+      return sessionStorage.getItem(`wsserver.${chatId}`)
+    } catch {
+      return null // the page may store nothing
+    }
+  },
+  /** @param {string} chatId @param {string} [id] */
+  set(chatId, id) {
+    try {
+      if (id) sessionStorage.setItem(`wsserver.${chatId}`, id)
+      else sessionStorage.removeItem(`wsserver.${chatId}`)
+    } catch {} // as above
+  },
 }
 
 /** Wait for the next change of a reply. @param {Reply} reply @returns {Promise<unknown>} */
