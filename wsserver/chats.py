@@ -188,9 +188,11 @@ class Chats:
         ag_ui.check_run(body)
         owner, name = _owner(visitor), conversation_of(body["threadId"])
         messages = await self._history(name, visitor)
-        generation = self._of_chat(owner, name)
+        generation = self._reply_of(owner, name)
         if generation is None:
-            return respond(HTTPStatus.OK, ag_ui.AgUi(body, messages).nothing(), headers=EVENTS)
+            return respond(
+                HTTPStatus.OK, ag_ui.AgUi(body, messages).without_reply(), headers=EVENTS
+            )
         return self._stream(generation, visitor, ag_ui.AgUi(body, messages or ()))
 
     async def _history(self, name: str, visitor: Visitor) -> list[Message] | None:
@@ -237,7 +239,7 @@ class Chats:
             live = [*live, unstored]
         return live
 
-    def _of_chat(self, owner: str, name: str) -> Generation | None:
+    def _reply_of(self, owner: str, name: str) -> Generation | None:
         """Return the generation of a conversation that runs, or will; else one that ends."""
         live = self._live(owner, name)
         lasting = [g for g in live if g.state in {State.QUEUED, State.RUNNING}]
@@ -245,7 +247,7 @@ class Chats:
 
     async def _resume_chat(self, _: Request, visitor: Visitor, chat: str) -> Response | Stream:
         self._check_rate(visitor.account)
-        generation = self._of_chat(_owner(visitor), conversation_of(unquote(chat)))
+        generation = self._reply_of(_owner(visitor), conversation_of(unquote(chat)))
         if generation is None:
             return Response(HTTPStatus.NO_CONTENT)
         return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)
@@ -267,14 +269,13 @@ class Chats:
         """Stop a generation, or all of a chat."""
         owner, name = _owner(visitor), unquote(name)
         known = self._hub.known(owner, name)
-        stopped = self._live(owner, conversation_of(name)) if known is None else [known]
-        if not stopped:
-            raise Refused(Code.NOT_FOUND)
-        if all(generation.state is State.ENDED for generation in stopped):
+        found = self._live(owner, conversation_of(name)) if known is None else [known]
+        running = [generation for generation in found if generation.state is not State.ENDED]
+        if not running:
             raise Refused(Code.NOT_RUNNING)
         ended: asyncio.Future[list[str]] = self._loop.create_future()
         stopping = Stopping(self._hub, Stop(), lambda _, ids: _settle(ended, ids))
-        for generation in stopped:
+        for generation in running:
             stopping.stop(generation)
         stopping.complete_one()
         return respond(HTTPStatus.OK, encode(Stopped(ids=await ended)), JSON)

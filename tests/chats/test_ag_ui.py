@@ -395,10 +395,10 @@ async def test_stop_of_a_thread_drops_the_prompts_that_wait(
     assert len(puppet.replies) == 1
 
 
-async def test_stop_of_a_thread_without_a_run_is_not_found(server: wsserver.Server) -> None:
+async def test_stop_of_a_thread_without_a_run_is_not_running(server: wsserver.Server) -> None:
     async with Chat.open(server) as chat:
         status, error = await chat.ask("POST", f"/agui/{THREAD}/stop")
-        assert (status, error["code"]) == (404, "not_found")
+        assert (status, error["code"]) == (409, "not_running")
 
 
 async def test_snapshot_leaves_out_the_turn_that_is_replaced(

@@ -150,8 +150,8 @@ async def test_stop_is_answered_once_the_model_has_closed(
         ("POST", "/api/chat", {"prompt": "x", "model": "other"}, 403, "model_not_allowed"),
         ("GET", f"/api/chat/{ID}", None, 404, "not_found"),
         ("GET", f"/api/chat/{ID}?after=x", None, 400, "invalid_frame"),
-        ("DELETE", f"/api/chat/{ID}", None, 404, "not_found"),
-        ("POST", f"/api/chat/{ID}/stop", None, 404, "not_found"),
+        ("DELETE", f"/api/chat/{ID}", None, 409, "not_running"),
+        ("POST", f"/api/chat/{ID}/stop", None, 409, "not_running"),
         ("GET", "/api/chat/short", None, 404, "not_found"),
     ],
 )

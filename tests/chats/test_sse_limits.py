@@ -77,11 +77,16 @@ async def test_reply_of_another_principal_does_not_exist(puppet: Puppet) -> None
     async with wsserver.serve(puppet, authenticate=named, port=0, drain_timeout=0) as server:
         async with Chat.open(server) as chat:
             await chat.prompt({**ONE, "id": ID}, headers=bearer("ada"))
-            for method, suffix in (("GET", ""), ("DELETE", ""), ("POST", "/stop")):
+            for method, suffix, told in (
+                ("GET", "", (404, "not_found")),
+                ("DELETE", "", (409, "not_running")),
+                ("POST", "/stop", (409, "not_running")),
+            ):
                 async with Chat.open(server) as other:
                     target = f"/api/chat/{ID}{suffix}"
                     status, error = await other.ask(method, target, headers=bearer("bob"))
-                    assert (status, error["code"]) == (404, "not_found")
+                    assert (status, error["code"]) == told
+        assert server.app.hub.live == 1
 
 
 async def test_reply_ends_with_the_login(puppet: Puppet) -> None:

@@ -159,8 +159,8 @@ class AgUi:
         """Encode an error."""
         return _event("RUN_ERROR", message=error.message, code=error.code)
 
-    def nothing(self) -> bytes:
-        """Encode a whole run without a reply: only the messages of the history."""
+    def without_reply(self) -> bytes:
+        """Encode a whole run that has only the messages of the history."""
         return self._begin(None) + self._finish("success")
 
     def _begin(self, generation: Generation | None) -> bytes:
