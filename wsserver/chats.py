@@ -166,10 +166,9 @@ class Chats:
             chat = ai_sdk.parse_chat(body)
             return await self._chat(chat, ai_sdk.AiSdk(), visitor, grace=RELOAD)
         prompt = parse_prompt(body)
-        name, prompt = prompt.request, prompt.model_copy(update={"request": None})
-        generation = await self._accept(prompt, visitor)
+        generation = await self._accept(prompt.bare(), visitor)
         grace = 0 if prompt.id is None else None
-        return self._stream(generation, visitor, _SSE, grace=grace, request=name)
+        return self._stream(generation, visitor, _SSE, grace=grace, request=prompt.request)
 
     async def _accept(self, prompt: Prompt, visitor: Visitor) -> Generation:
         owner = _owner(visitor)
@@ -257,12 +256,7 @@ class Chats:
         after = place(request, name)
         if after is None:  # an EventSource that has all connects again, unless told not to
             return Response(HTTPStatus.NO_CONTENT)
-        generation = await self._hub.retention.find(_owner(visitor), name, visitor.account)
-        if generation is None:
-            raise Refused(Code.NOT_FOUND)
-        if after > generation.log.seq:
-            raise Refused(Code.GAP)
-        limit = generation.resume(after, self._settings.frame_size)
+        generation, limit = await self._hub.resume(_owner(visitor), name, after, visitor.account)
         return self._stream(generation, visitor, _SSE, after=after, limit=limit)
 
     async def _stop(self, _: Request, visitor: Visitor, name: str) -> Response:

@@ -8,7 +8,7 @@ from wsserver.conversations import Conversations
 from wsserver.errors import Code, ModelError, Refused
 from wsserver.generation import Follower, State
 from wsserver.journal import Journal
-from wsserver.limits import SECONDS_PER_DAY, Memory
+from wsserver.limits import SECONDS_PER_DAY, Account, Memory
 from wsserver.live import Conversation, Generation, Watcher
 from wsserver.models.base import Model, PushModel
 from wsserver.models.readiness import Readiness
@@ -94,6 +94,26 @@ class Hub:
     def known(self, owner: str, generation_id: str | None) -> Generation | None:
         """Return a generation that is in memory."""
         return None if generation_id is None else self.retention.known(owner, generation_id)
+
+    async def resume(
+        self, owner: str, generation_id: str, after: int, account: Account
+    ) -> tuple[Generation, int]:
+        """Find a generation for a client that resumes after a piece.
+
+        Returns:
+            The generation, and how many characters a frame may merge for this client.
+
+        Raises:
+            Refused: the generation is not known, was deleted or has fewer pieces; or the account is
+                over its limit of reads.
+            StoreError: the store failed.
+        """
+        generation = await self.retention.find(owner, generation_id, account)
+        if generation is None:
+            raise Refused(Code.NOT_FOUND)
+        if after > generation.log.seq:
+            raise Refused(Code.GAP)
+        return generation, generation.resume(after, self._settings.frame_size)
 
     # Stopping and following.
 

@@ -99,6 +99,10 @@ class Prompt(_Request):
             return tuple(self.messages)
         return (Message("user", self.prompt or ()),)
 
+    def bare(self) -> Self:
+        """Return the prompt without its ``request``: it may be sent again as another request."""
+        return self if self.request is None else self.model_copy(update={"request": None})
+
     @property
     def text(self) -> str:
         """The system prompt and all content, each block as text or as JSON, joined."""

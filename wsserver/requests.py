@@ -249,7 +249,7 @@ class Requests:
         session, following = self._session, self._following
         self._check_prompt(prompt)
         generation = await session.hub.scheduler.accept(
-            _bare(prompt), session.owner, session.account, following.own, following
+            prompt.bare(), session.owner, session.account, following.own, following
         )
         self._follow(prompt, generation)
         return generation
@@ -260,7 +260,7 @@ class Requests:
         try:
             self._check_prompt(prompt)
             generation = session.hub.scheduler.accept_now(
-                _bare(prompt), session.owner, session.account, following.own, following
+                prompt.bare(), session.owner, session.account, following.own, following
             )
             if generation is not None:
                 self._follow(prompt, generation)
@@ -283,14 +283,9 @@ class Requests:
 
     async def _resume(self, resume: Resume) -> None:
         session = self._session
-        generation = await self._session.hub.retention.find(
-            session.owner, resume.id, session.account
+        generation, limit = await session.hub.resume(
+            session.owner, resume.id, resume.after, session.account
         )
-        if generation is None:
-            raise Refused(Code.NOT_FOUND)
-        if resume.after > generation.log.seq:
-            raise Refused(Code.GAP)
-        limit = generation.resume(resume.after, session.settings.frame_size)
         self._following.follow(
             generation, after=resume.after, limit=limit, asked=True, request=resume.request
         )
@@ -337,8 +332,3 @@ class Requests:
         frame = encode(answer)
         self._session.hub.accounts.charge_reads(self._session.account, len(frame))
         self._session.transport.write(frame)
-
-
-def _bare(prompt: Prompt) -> Prompt:
-    """Return a prompt without its ``request``: it may be sent again as another request."""
-    return prompt if prompt.request is None else prompt.model_copy(update={"request": None})
