@@ -1,5 +1,10 @@
 """The AI SDK's own `useChat` in a real browser, over plain HTTP and over a WebSocket."""
 
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -8,7 +13,6 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 import wsserver
 from tests.browser.page import closed, cut
-from tests.browser.test_ten_lines import website
 from tests.support.bundle import bundle
 from tests.support.pieces import Thinking
 from tests.support.puppet import BOUND, Puppet, until
@@ -280,39 +284,54 @@ async def test_chats_share_one_socket(chat: Chat, server: wsserver.Server, puppe
     assert len(sockets_of(server)) == 1
 
 
-@pytest.fixture
-def site(server: wsserver.Server, tmp_path: Path) -> Path:
-    """The example with the port of the server, built as its ``package.json`` says."""
-    for name in ("index.html", "main.jsx", "App.jsx"):
-        source = (EXAMPLE / name).read_text()
-        (tmp_path / name).write_text(source.replace("localhost:3001", f"localhost:{server.port}"))
-    script = (tmp_path / "main.jsx").read_text()
-    assert f"new ChatTransport('ws://localhost:{server.port}/ws')" in script
-    script = script.replace("'../../", f"'{ROOT}/").replace("'./", f"'{tmp_path}/")
-    (tmp_path / "main.js").write_text(bundle(script))
-    return tmp_path
+@pytest_asyncio.fixture(loop_scope="session")
+async def site(server: wsserver.Server, tmp_path: Path) -> AsyncIterator[str]:
+    """The address of the example, started as its ``package.json`` says, on another port."""
+    packages = require_npm_package("@ai-sdk/react").parent.parent
+    folder = shutil.copytree(EXAMPLE, tmp_path / "examples/ai-sdk")
+    (folder / "node_modules").symlink_to(packages)
+    (tmp_path / "wsserver").symlink_to(ROOT / "wsserver")
+    main = (folder / "main.jsx").read_text()
+    assert main.count("new ChatTransport('ws://localhost:3001/ws')") == 1
+    (folder / "main.jsx").write_text(main.replace("localhost:3001", f"localhost:{server.port}"))
+    command = json.loads((folder / "package.json").read_text())["scripts"]["start"]
+    assert command.count("--serve=8000") == 1
+    process = await asyncio.create_subprocess_shell(
+        "exec " + command.replace("--serve=8000", "--serve=0"),
+        cwd=folder,
+        env={**os.environ, "PATH": f"{packages}/.bin:{os.environ['PATH']}"},
+        stdin=asyncio.subprocess.PIPE,  # esbuild ends with its input
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    try:
+        async with asyncio.timeout(BOUND):
+            started = await process.stderr.readuntil(b"/\n")
+        yield started.decode().split()[-1]
+    finally:
+        process.kill()
+        await process.communicate()
 
 
 async def test_example_keeps_its_chat_over_a_reload(
-    bare_page: Page, puppet: Puppet, site: Path
+    bare_page: Page, puppet: Puppet, site: str
 ) -> None:
-    with website(site) as port:
-        await bare_page.goto(f"http://localhost:{port}/")
-        chat = Chat(bare_page, "", WEBSOCKET)
-        await chat.say("first")
-        (await puppet.reply()).say("one").end()
-        await chat.ready()
-        await chat.say("second")
-        model = (await puppet.reply(1)).say("two ")
-        await expect(chat.items).to_have_text(["first", "one", "second", "two "])
-        await bare_page.reload()
-        await expect(chat.items).to_have_text(["first", "one", "second", "two "])
-        model.say("three").end()
-        await chat.ready()
-        await expect(chat.items).to_have_text(["first", "one", "second", "two three"])
-        await bare_page.reload()
-        await expect(chat.items).to_have_text(["first", "one", "second", "two three"])
-        await chat.button("Again").click()
-        (await puppet.reply(2)).say("again").end()
-        await expect(chat.items).to_have_text(["first", "one", "second", "again"])
-        await chat.ready()
+    await bare_page.goto(site)
+    chat = Chat(bare_page, "", WEBSOCKET)
+    await chat.say("first")
+    (await puppet.reply()).say("one").end()
+    await chat.ready()
+    await chat.say("second")
+    model = (await puppet.reply(1)).say("two ")
+    await expect(chat.items).to_have_text(["first", "one", "second", "two "])
+    await bare_page.reload()
+    await expect(chat.items).to_have_text(["first", "one", "second", "two "])
+    model.say("three").end()
+    await chat.ready()
+    await expect(chat.items).to_have_text(["first", "one", "second", "two three"])
+    await bare_page.reload()
+    await expect(chat.items).to_have_text(["first", "one", "second", "two three"])
+    await chat.button("Again").click()
+    (await puppet.reply(2)).say("again").end()
+    await expect(chat.items).to_have_text(["first", "one", "second", "again"])
+    await chat.ready()
