@@ -9,7 +9,7 @@ import pytest_asyncio
 from playwright.async_api import Page
 
 import wsserver
-from tests.browser.page import closed, cut
+from tests.browser.page import cut
 from tests.support.pieces import Thinking
 from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import Puppet
@@ -197,8 +197,12 @@ async def test_history_has_the_turn_that_runs(
     assert answer["metadata"]["usage"]
     assert (prompt["role"], prompt["parts"][0]["text"]) == ("user", "And?")
     assert await asker.page.evaluate("transport.history('another chat')") == []
-    await asker.page.evaluate("controller.abort()")
-    await closed(puppet.replies[1].closed)
+    puppet.replies[1].end()
+    await asker.reply()
+    assert await asker.page.evaluate("reconnect", CHAT), "it ended after the history"
+    await asker.says("two")
+    await asker.reply()
+    assert not await asker.page.evaluate("reconnect", CHAT)
 
 
 async def test_edits_replace_the_last_turn_or_send_all_messages(asker: Asker) -> None:

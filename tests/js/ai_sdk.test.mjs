@@ -51,3 +51,31 @@ test('no connection is made before it is needed, and another one after close', a
     transport.close()
   }
 })
+
+test('a token that the server does not accept fails all calls, and the next one tries again', async (t) => {
+  const tokens = ['old', 'old', 'new']
+  const { chat: transport, sockets } = connectFake(t, (socket, { type, conversation, request }) => {
+    const [{ token }] = socket.sent
+    if (token === 'old') socket.say({ type: 'error', code: 'unauthenticated', message: 'No.' })
+    else if (type === 'open') socket.say({ type: 'history', conversation, title: '', messages: [], running: [], request })
+  }, { token: () => tokens.shift() }, make)
+  await assert.rejects(transport.history('chat-of-the-test-1'), { code: 'unauthenticated' })
+  const request = { chatId: 'chat-of-the-test-1', trigger: 'submit-message', messages: [question] }
+  const reader = (await transport.sendMessages(request)).getReader()
+  await assert.rejects(reader.read(), { code: 'unauthenticated', message: 'The server does not accept the token.' })
+  assert.deepEqual(await transport.history('chat-of-the-test-1'), [])
+  assert.equal(sockets.length, 3)
+})
+
+test('an abort without a connection ends a call at once', async (t) => {
+  const { chat: transport } = connectFake(t, () => {}, undefined, make)
+  const controller = new AbortController()
+  const answer = { id: 'a', role: 'assistant', parts: [{ type: 'text', text: 'One.' }] }
+  const request = { chatId: 'chat-of-the-test-1', abortSignal: controller.signal }
+  const sent = transport.sendMessages({ ...request, trigger: 'submit-message', messages: [question, answer, question] })
+  const resumed = transport.reconnectToStream(request)
+  controller.abort()
+  await assert.rejects(sent, { name: 'AbortError' })
+  await assert.rejects(resumed, { name: 'AbortError' })
+  await assert.rejects(transport.reconnectToStream(request), { name: 'AbortError' })
+})

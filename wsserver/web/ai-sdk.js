@@ -14,7 +14,7 @@
  * component, for `useChat({ chat })`, does not.
  */
 
-import { connect } from './client.js'
+import { connect, ReplyError } from './client.js'
 
 /**
  * @typedef {import('ai').UIMessage} UIMessage
@@ -43,9 +43,11 @@ export class ChatTransport {
   #options
   #body
   /** @type {import('./client.js').Chat | undefined} */ #chat
+  /** @type {WeakSet<import('./client.js').Chat>} Clients whose token the server did not accept. */ #denied = new WeakSet()
   /** @type {Map<string, string>} The last reply that began here, by conversation. */ #last = new Map()
   /** @type {Map<string, UIMessage>} The prompts of replies that run, by reply. */ #prompts = new Map()
-  /** @type {Set<string>} Chats that this call of the event loop reconnects. */ #reconnecting = new Set()
+  /** @type {Map<string, Reply>} Replies whose prompts `history` has returned, by chat. */ #expected = new Map()
+  /** @type {Set<string>} Chats that this turn of the event loop reconnects. */ #reconnecting = new Set()
 
   /** @param {string | URL} [url] Default: the server that the page came from. @param {Options} [options] */
   constructor(url = '/ws', { body = {}, ...options } = {}) {
@@ -56,13 +58,21 @@ export class ChatTransport {
 
   /** The client of client.js, which connects when it is needed first. All chats share it. */
   get chat() {
-    return this.#chat ??= connect(this.#url, this.#options)
+    if (this.#chat) return this.#chat
+    const chat = this.#chat = connect(this.#url, this.#options)
+    chat.on('state', ({ state }) => {
+      if (state !== 'unauthenticated') return
+      this.#denied.add(chat)
+      if (chat === this.#chat) this.close() // prompts fail, and do not wait for another token
+    })
+    return chat
   }
 
   /** Close the connection. The next prompt connects again. */
   close() {
-    this.#chat?.close()
+    const chat = this.#chat
     this.#chat = undefined
+    chat?.close()
   }
 
   /** @type {Transport['sendMessages']} */
@@ -71,8 +81,7 @@ export class ChatTransport {
     const { model, max_tokens: maxTokens, temperature, system } = /** @type {Body} */ ({ ...given, ...body })
     const conversation = await conversationOf(chatId)
     const replaces = trigger === 'regenerate-message' || messageId !== undefined
-    const place = await this.#place(conversation, toMessages(messages), replaces)
-    abortSignal?.throwIfAborted()
+    const place = await unlessAborted(this.#place(conversation, toMessages(messages), replaces), abortSignal)
     const reply = this.chat.prompt(place.prompt, {
       conversation, onBusy: 'interrupt', retryOf: place.retryOf, model, system: systemOf(messages) ?? system, maxTokens, temperature,
     })
@@ -87,10 +96,8 @@ export class ChatTransport {
   async reconnectToStream({ chatId, abortSignal }) {
     this.#reconnecting.add(chatId)
     queueMicrotask(() => this.#reconnecting.delete(chatId))
-    const id = unstored.get(chatId), kept = id ? this.chat.resume(id) : undefined
-    while (kept && !kept.started && !kept.ended) await changeOf(kept)
-    const reply = kept?.started ? kept : (await this.#open(await conversationOf(chatId))).replies[0]
-    abortSignal?.throwIfAborted()
+    const reply = await unlessAborted(this.#running(chatId), abortSignal)
+    this.#expected.delete(chatId)
     return reply ? this.#stream(reply, chatId, abortSignal) : null
   }
 
@@ -101,19 +108,35 @@ export class ChatTransport {
    */
   async history(chatId) {
     const { messages, replies: [reply] } = await this.#open(await conversationOf(chatId))
-    while (reply && !reply.started && !reply.ended) await changeOf(reply)
-    const prompt = reply && (this.#prompts.get(reply.id) ?? toUIMessage({ id: reply.id, role: 'user', content: reply.prompt ?? '' }))
-    return [...messages.filter(({ id }) => !reply?.retryOf || id !== reply.retryOf).map(toUIMessage), ...(prompt ? [prompt] : [])]
+    if (!reply || !await hasBegun(reply)) return messages.map(toUIMessage)
+    this.#expected.set(chatId, reply) // the reply may end before `useChat` asks for it
+    const prompt = this.#prompts.get(reply.id) ?? toUIMessage({ id: reply.id, role: 'user', content: reply.prompt ?? '' })
+    return [...messages.filter(({ id }) => !reply.retryOf || id !== reply.retryOf).map(toUIMessage), prompt]
+  }
+
+  /** Find the reply that runs in a chat. @param {string} chatId @returns {Promise<Reply | undefined>} */
+  async #running(chatId) {
+    const conversation = await conversationOf(chatId), id = unstored.get(chatId)
+    if (this.#expected.has(chatId)) return this.#expected.get(chatId)
+    const kept = id ? this.chat.resume(id) : undefined
+    return kept && await hasBegun(kept) ? kept : (await this.#open(conversation)).replies[0]
   }
 
   /** Follow a conversation. @param {string} conversation @returns {Promise<{messages: import('./client.js').Message[], replies: Reply[]}>} */
   async #open(conversation) {
+    const chat = this.chat
     try {
-      return await this.chat.open(conversation)
+      return await chat.open(conversation)
     } catch (error) {
       if (/** @type {any} */ (error).code === 'not_found') return { messages: [], replies: [] }
-      throw error
+      throw this.#explained(chat, error)
     }
+  }
+
+  /** The error of a call or a reply. @param {import('./client.js').Chat} chat @param {any} error */
+  #explained(chat, error) {
+    if (error.code !== 'closed' || !this.#denied.has(chat)) return error
+    return new ReplyError({ code: 'unauthenticated', message: 'The server does not accept the token.' })
   }
 
   /**
@@ -147,10 +170,10 @@ export class ChatTransport {
       this.#prompts.delete(reply.id)
       if (unstored.get(chatId) === reply.id) unstored.set(chatId)
     })
-    const chunks = chunksOf(reply)
+    const chunks = chunksOf(reply), chat = this.chat
     return new ReadableStream({
-      async pull(controller) {
-        const { done, value } = await chunks.next()
+      pull: async (controller) => {
+        const { done, value } = await chunks.next().catch((error) => { throw this.#explained(chat, error) })
         if (done) controller.close()
         else controller.enqueue(value)
       },
@@ -180,16 +203,31 @@ const unstored = {
 /** Wait for the next change of a reply. @param {Reply} reply @returns {Promise<unknown>} */
 const changeOf = (reply) => new Promise((resolve) => reply.addEventListener('change', resolve, { once: true }))
 
+/** Wait until a reply has begun or failed. @param {Reply} reply @returns {Promise<boolean>} Whether it has begun. */
+async function hasBegun(reply) {
+  while (!reply.started && !reply.ended) await changeOf(reply)
+  return reply.started
+}
+
+/** Wait for a promise, but fail when a signal aborts. @template T @param {Promise<T>} promise @param {AbortSignal} [signal] @returns {Promise<T>} */
+function unlessAborted(promise, signal) {
+  return new Promise((resolve, reject) => {
+    const abort = () => reject(signal?.reason)
+    if (signal?.aborted) abort()
+    signal?.addEventListener('abort', abort, { once: true })
+    promise.then(resolve, reject)
+  })
+}
+
 /**
  * Yield a reply from its beginning, and throw its error.
  * @param {Reply} reply
  * @returns {AsyncGenerator<Chunk, void, void>}
  */
 async function* chunksOf(reply) {
-  const { id, conversation } = reply
-  while (!reply.started && !reply.ended) await changeOf(reply)
-  if (reply.started) {
-    yield { type: 'start', messageId: id, messageMetadata: { conversation, model: reply.model } }
+  if (await hasBegun(reply)) {
+    const { id, conversation, model } = reply
+    yield { type: 'start', messageId: id, messageMetadata: { conversation, model } }
     yield { type: 'start-step' }
   }
   let parts = new Parts(), seq = 0
