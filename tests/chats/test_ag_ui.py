@@ -195,6 +195,8 @@ async def test_system_messages_and_images_reach_the_model(
         (run_input(("user", "x" * 40_000)), 413),
         (run_input(("user", "x"), forwardedProps={"id": "?"}), 400),
         ({**run_input(("user", "x")), "messages": "x"}, 400),
+        (run_input(("user", "x"), threadId="\ud800"), 400),
+        (run_input(("user", "x"), runId="x" * 257), 400),
     ],
 )
 async def test_unusable_input_is_refused(
@@ -449,6 +451,41 @@ def apply(messages: dict[str, tuple[str, str]], event: dict[str, Any]) -> None:
     elif kind in {"TEXT_MESSAGE_CONTENT", "REASONING_MESSAGE_CONTENT"}:
         role, content = messages[name]
         messages[name] = role, content + event["delta"]
+
+
+async def test_snapshot_has_the_ids_of_the_client(server: wsserver.Server, puppet: Puppet) -> None:
+    messages = [{"id": "a", "role": "user", "content": "Go on"}]
+    for number in range(2):
+        async with Chat.open(server) as chat:
+            body = run_input(("user", "Go on"))
+            events = await run(chat, puppet, body, lambda reply: reply.say("one").end())
+        name = next(event["messageId"] for event in events if "messageId" in event)
+        messages.append({"id": name, "role": "assistant", "content": "one"})
+        messages.append({"id": f"b{number}", "role": "user", "content": "Go on"})
+    snapshot = (await connect(server, messages=messages))[1]
+    assert snapshot["messages"] == messages[:-1]
+
+
+async def test_snapshot_has_no_id_that_cannot_be_encoded(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat:
+        await run(chat, puppet, run_input(("user", "?")), lambda reply: reply.say("one").end())
+    given = [{"id": "\ud800", "role": "user", "content": "?"}]
+    messages = (await connect(server, messages=given, parentRunId="\ud800"))[1]["messages"]
+    assert [message["content"] for message in messages] == ["?", "one"]
+
+
+async def test_snapshot_of_an_unknown_thread_has_the_ids_of_the_client(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    body = run_input(("user", "one"), ("assistant", "two"), ("user", "three"))
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/agui", body)
+        reply = await puppet.reply()
+        messages = body["messages"]
+        events = await connect(server, lambda: reply.say("four").end(), messages=messages)
+    assert events[1]["messages"] == messages
 
 
 @pytest.mark.parametrize("seen", range(17))

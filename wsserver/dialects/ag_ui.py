@@ -14,9 +14,11 @@ from wsserver.errors import Code, Refused
 from wsserver.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Done, Error, Terminal
+from wsserver.text import well_formed
 
 PATH = "/agui"
 VERSION = "1.0"
+ID = 256  # characters of an id that a client chose
 
 _EVENTS = {"assistant": "TEXT_MESSAGE", "reasoning": "REASONING_MESSAGE"}  # of messages, by role
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -51,8 +53,13 @@ def check_run(body: Mapping[str, Any]) -> None:
         Refused: it does not.
     """
     for key in ("threadId", "runId"):
-        if not isinstance(body.get(key), str) or not body[key]:
-            raise Refused(Code.INVALID_FRAME, f"{key}: must be a text.")
+        if not _is_id(body.get(key)):
+            raise Refused(Code.INVALID_FRAME, f"{key}: must be a text of at most {ID} characters.")
+
+
+def _is_id(value: object) -> bool:
+    """Whether a value can be an id that the events repeat."""
+    return isinstance(value, str) and 0 < len(value) <= ID and value == well_formed(value)
 
 
 def _blocks(content: object, number: int) -> list[dict[str, Any]]:
@@ -112,10 +119,9 @@ class AgUi:
 
     def __init__(self, body: Mapping[str, Any], history: Iterable[Message] | None = None) -> None:
         self._run = {"threadId": body["threadId"], "runId": body["runId"]}
-        self._parent = {
-            key: body[key] for key in ("parentRunId",) if isinstance(body.get(key), str)
-        }
-        self._given = body.get("messages")
+        parent = body.get("parentRunId")
+        self._parent = {"parentRunId": parent} if _is_id(parent) else {}
+        self._given = None if history is None else body.get("messages")
         self._history = history
         self._open: tuple[str, str] | None = None  # the role and the id of the open message
 
@@ -176,7 +182,8 @@ class AgUi:
             reply = Message("assistant", generation.log.pieces.blocks(unfinished=True))
             # The client may have a part of the reply, to which it would append.
             messages += [{**shown, "content": ""} for shown in _messages(reply, generation.id)]
-        _rename_prompts(messages, self._given)
+        _take_ids(messages, self._given)
+        self._given = self._history = None  # not needed for the rest of the run
         return started + _event("MESSAGES_SNAPSHOT", messages=messages)
 
     def _finish(self, outcome: str, **keys: Any) -> bytes:
@@ -209,19 +216,29 @@ def _messages(message: Message, name: str) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _rename_prompts(messages: list[dict[str, Any]], given: object) -> None:
-    """Give the user's messages the ids that the client has for them.
+def _take_ids(messages: list[dict[str, Any]], given: object) -> None:
+    """Give messages the ids that the client has for them.
 
-    Their contents identify them. The client then updates its messages in their places. Messages of
-    unknown ids would come last.
+    A client updates messages of known ids in their places, and appends the others. Its message is
+    the same as ours if both have the same role and content, and the same message follows. Nothing
+    may follow the newest prompt yet.
     """
-    names: dict[str, list[str]] = {}
-    for message in given if isinstance(given, list) else []:
-        if isinstance(message, dict) and isinstance(message.get("id"), str):
-            names.setdefault(json.dumps(message.get("content")), []).append(message["id"])
+    names: dict[tuple[str, str, str], str] = {}
+    following = ""
+    for message in reversed(given if isinstance(given, list) else []):
+        if isinstance(message, dict) and _is_id(message.get("id")):
+            names[_key(message, following)] = following = message["id"]
+    following, newest = "", True
     for message in reversed(messages):
-        if message["role"] == "user" and (known := names.get(json.dumps(message["content"]))):
-            message["id"] = known.pop()
+        name = names.get(_key(message, following))
+        if message["role"] == "user":
+            name = name or (names.get(_key(message, "")) if newest else None)
+            newest = False
+        message["id"] = following = name or message["id"]
+
+
+def _key(message: Mapping[str, Any], following: str) -> tuple[str, str, str]:
+    return str(message.get("role")), json.dumps(message.get("content")), following
 
 
 def _part(block: Block) -> dict[str, Any] | None:
