@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsserver.chats import decode_body, parse_prompt
+from wsserver.content import Message
 from wsserver.dialects import ag_ui, ai_sdk
 from wsserver.errors import Refused
 
@@ -38,6 +39,9 @@ messages = st.fixed_dictionaries(
         "content": st.lists(parts, max_size=3) | values,
     },
 )
+messages |= st.fixed_dictionaries(
+    {"id": st.sampled_from(TEXTS), "role": st.sampled_from(TEXTS), "content": st.just("x")}
+)
 bodies = st.fixed_dictionaries(
     {"messages": st.lists(messages | values, max_size=3)},
     optional={key: st.sampled_from(TEXTS) | values for key in KEYS if key != "messages"},
@@ -50,6 +54,15 @@ def test_chat_of_any_shape_is_parsed_or_refused(body: dict[str, Any]) -> None:
         with contextlib.suppress(Refused):
             chat = dialect.parse_chat(body)
             parse_prompt({**chat.keys, "messages": chat.messages})
+
+
+@given(bodies)
+def test_snapshot_for_a_body_of_any_shape_is_encoded(body: dict[str, Any]) -> None:
+    history = [Message("user", "x", id="id"), Message("assistant", "x", id="id")]
+    dialect = ag_ui.AgUi({**body, "threadId": "thread", "runId": "run"}, history)
+    events = dialect.without_reply().decode().split("\n\n")
+    shown = json.loads(events[1].removeprefix("data: "))["messages"]
+    assert [(m["role"], m["content"]) for m in shown] == [("user", "x"), ("assistant", "x")]
 
 
 @given(bodies | values)
