@@ -35,21 +35,21 @@ FLOORS: list[dict[str, str]] = [
         "streaming tcp tls websocket",
     },
     {"server": "server", "asgi": "asgi_app asgi_transports"},
-    {"programs": f"{PUBLIC} __main__ cli terminal"},
+    {"programs": f"{PUBLIC} __main__ cli doctor terminal"},
 ]
 LIBRARIES = {
     "aiohappyeyeballs": {"models"},
     "anthropic": {"models"},
     "argparse": {"cli"},
     "httptools": {"http", "models"},
-    "httpx2": {"auth", "models"},
+    "httpx2": {"auth", "doctor", "models"},
     "jwt": {"auth"},
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},
     "prompt_toolkit": {"line_editor", "terminal"},
     "sqlite3": {"stores"},
     "uvloop": {"cli"},
-    "websockets": {"client", "exchange", "websocket"},
+    "websockets": {"client", "doctor", "exchange", "websocket"},
 }
 PLACES = {
     room: (floor, wing)

@@ -1,4 +1,4 @@
-"""The command line: ``wsserver serve``, ``chat``, ``token`` and ``schema``."""
+"""The command line: ``wsserver serve``, ``chat``, ``check``, ``token`` and ``schema``."""
 
 import argparse
 import asyncio
@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: always. 0 after a normal end, 2 after an error, which is one line on stderr.
-            ``wsserver chat`` has further codes, see :func:`wsserver.terminal.run`.
+            ``wsserver chat`` and ``wsserver check`` have further codes, see
+            :func:`wsserver.terminal.run` and :func:`wsserver.doctor.run`.
     """
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(asyncapi() if arguments["asyncapi"] else json_schema(), indent=2))
         elif command == "chat":
             sys.exit(_chat(**arguments))
+        elif command == "check":
+            sys.exit(_check(**arguments))
         elif command == "token":
             _make_token(**arguments)
         else:
@@ -114,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_serve(commands)
     _add_chat(commands)
+    _add_check(commands)
     _add_token(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of all frames")
     schema.add_argument(
@@ -221,22 +225,66 @@ def _add_chat(commands: Any) -> None:
     )
     chat.add_argument("--once", metavar="PROMPT", help="send one prompt; - reads it from stdin")
     chat.add_argument("--conversation", metavar="ID", help="id of the conversation to continue")
-    chat.add_argument(
-        "--token",
-        help="token for the server. Other users of this machine can see it: use the environment "
-        "variable WSSERVER_CHAT_TOKEN instead",
-    )
+    _add_token_option(chat)
     chat.add_argument("--model", help="model that answers")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
 
 
-def _chat(**options: str | None) -> int:
-    if options["token"]:
+def _add_token_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--token",
+        help="token for the server. Other users of this machine can see it: use the environment "
+        "variable WSSERVER_CHAT_TOKEN instead",
+    )
+
+
+def _warn_of_token(token: str | None) -> None:
+    if token:
         _note("every user of this machine can see --token; WSSERVER_CHAT_TOKEN hides the token")
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        help="check a deployment: proxy, TLS, tokens, streams",
+        description="Connect to a server as a client does, and tell what does not hold and which "
+        "setting of the proxy or the server mends it. The check sends two short prompts and stops "
+        "both; they are in no conversation. It takes about 70 s, because one connection stays idle "
+        "for longer than the time-outs of common proxies.",
+        epilog="The exit code is 0 if nothing failed, 1 if a check failed, 2 if nothing answers at "
+        "the address or the request is invalid, 130 after Ctrl-C.",
+        allow_abbrev=False,
+    )
+    check.add_argument(
+        "url", metavar="URL", help="address of the chat, such as wss://chat.example.com/"
+    )
+    _add_token_option(check)
+    check.add_argument("--quick", action="store_true", help="take less than 10 s: no idle time")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.add_argument(
+        "--idle", type=_seconds, metavar="SECONDS", help="length of the idle time; default: 65"
+    )
+
+
+def _check(**options: Any) -> int:
+    _warn_of_token(options["token"])
+    from wsserver import doctor  # noqa: PLC0415 - a server does not need it
+
+    return doctor.run(**options)
+
+
+def _chat(**options: str | None) -> int:
+    _warn_of_token(options["token"])
     # Imported here, because a server does not need prompt_toolkit.
     from wsserver import terminal  # noqa: PLC0415
 
     return terminal.run(terminal.Options(**options))
+
+
+def _seconds(text: str) -> float:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return float(text)
 
 
 def _days(text: str) -> int:

@@ -1,0 +1,78 @@
+"""A server with a token, and checks of a deployment in front of it."""
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import wsserver
+from wsserver.auth import tokens
+from wsserver.doctor.checks import check
+from wsserver.doctor.deployment import Deployment, Pace
+from wsserver.doctor.findings import Finding, Status
+from wsserver.doctor.line import parse_target
+from wsserver.models.demo import Demo
+
+PACE = Pace(patience=10.0, listening=0.8, idle=0.0, whole=float("inf"))
+RATE = 40  # words per second of the model
+
+
+@dataclass
+class Checked:
+    """The findings of all checks by name."""
+
+    deployment: Deployment
+    findings: dict[str, Finding]
+
+    def failed(self) -> set[str]:
+        """Return the names of the checks that failed."""
+        return self.of(Status.FAILED)
+
+    def of(self, status: Status) -> set[str]:
+        return {name for name, finding in self.findings.items() if finding.status is status}
+
+    def mend(self, name: str) -> str:
+        return "\n".join(self.findings[name].mend)
+
+
+async def checked(url: str, token: str | None, pace: Pace = PACE) -> Checked:
+    """Check a deployment."""
+    deployment = Deployment(parse_target(url), token, pace)
+    findings: dict[str, Finding] = {}
+
+    def report(finding: Finding) -> None:
+        assert finding.check not in findings
+        findings[finding.check] = finding
+
+    await check(deployment, report)
+    return Checked(deployment, findings)
+
+
+@dataclass
+class Behind:
+    """A server and a valid token."""
+
+    server: wsserver.Server
+    token: str
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ws-") as name:
+        yield Path(name)
+
+
+@pytest.fixture
+async def behind(tmp_path: Path) -> AsyncIterator[Behind]:
+    token, line = tokens.new("alice")
+    tokens.add(tmp_path / "tokens", line)
+    async with wsserver.serve(
+        Demo(RATE), port=0, drain_timeout=0, token_file=str(tmp_path / "tokens")
+    ) as server:
+        yield Behind(server, token)

@@ -1,0 +1,260 @@
+"""Checks of replies: whether proxies hold them back, lose them, or cut them. They send two prompts.
+
+The prompts have ``messages``, so that they are in no conversation of the user.
+"""
+
+import asyncio
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from http import HTTPStatus
+from typing import Any
+
+import httpx2
+
+from wsserver.doctor import advice
+from wsserver.doctor.deployment import Deployment, read
+from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
+from wsserver.doctor.frames import NO_INSPECTION
+from wsserver.doctor.heard import LEAST_PIECES, Declined, Heard, delay, follow, pace
+from wsserver.doctor.line import Frame, Response
+
+PROMPT = "Count from one to two hundred in English words, one number per line. Write nothing else."
+CHATS = "/api/chat"
+JSON = {"Content-Type": "application/json"}
+BODY_SIZE = 262_144  # bytes; `useChat` sends all of a chat
+STOP_TIMEOUT = 8.0  # seconds; the server waits 5 s for its model
+SLOW_STOP = 1.0  # seconds
+TOO_SHORT = "the reply was too short or too fast to judge"
+NO_SERVER = {HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
+REFUSALS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS}
+
+
+async def http(deployment: Deployment, report: Report) -> None:
+    """Check that a body of the size of a long chat reaches the server.
+
+    The body is no prompt. The server refuses it, and calls no model.
+    """
+    async with deployment.client() as client:
+        found = await _post(client, BODY_SIZE)
+        deployment.notice(found)
+        small = found if _arrived(found) else await _post(client, 0)
+    deployment.chats = _arrived(small)
+    if _arrived(found):
+        report(ok("http", f"POST {CHATS} with {BODY_SIZE} bytes reaches the server"))
+    elif _arrived(small):
+        seen = f"POST {CHATS} with {BODY_SIZE} bytes gets status {found.status}; a small one passes"
+        report(failed("http", seen, *deployment.advise(advice.BODY)))
+    else:
+        report(_refusal(deployment, small))
+
+
+async def _post(client: httpx2.AsyncClient, size: int) -> Response:
+    body = b'{"type":"ping"}'.ljust(size)
+    return await read(await client.post(CHATS, content=body, headers=JSON))
+
+
+def _arrived(found: Response) -> bool:
+    """Whether this is the server's response to a frame that is no prompt."""
+    return '"unknown_type"' in found.body
+
+
+def _refusal(deployment: Deployment, found: Response) -> Finding:
+    """Say what a response to a POST means."""
+    seen = f"POST {CHATS} gets status {found.status}"
+    if found.headers.get("content-type") == "application/json" and '"ref"' in found.body:
+        with contextlib.suppress(ValueError):
+            return failed("http", f"{seen}: {Declined(json.loads(found.body))}")
+    if found.status in NO_SERVER:
+        return failed("http", seen, *deployment.advise(advice.UPSTREAM))
+    if found.status in REFUSALS:
+        return failed("http", seen, *deployment.advise(advice.REFUSED))
+    seen += ", which is not from the server"
+    return failed("http", seen, *deployment.advise(advice.ROUTE))
+
+
+async def stream(deployment: Deployment, report: Report) -> None:
+    """Check one reply over WebSocket and over HTTP at the same time, and stop it.
+
+    What one of the two has, the server has sent: the difference is due to proxies.
+    """
+    prompt, progress = _prompt(), asyncio.Event()
+    frames, events = Heard(progress), Heard(progress)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(deployment.client())
+        tasks: list[asyncio.Task[Any]] = []
+        stack.push_async_callback(_cancel, tasks)
+        if deployment.upgrades:
+            line = await stack.enter_async_context(deployment.line())
+            await line.send({"type": "prompt", **prompt})
+            tasks.append(asyncio.create_task(follow(line, prompt["id"], frames)))
+        if deployment.chats:
+            tasks.append(asyncio.create_task(_read_reply(client, prompt, events)))
+        for task in tasks:
+            task.add_done_callback(lambda _: progress.set())
+        await _listen(deployment, tasks, frames, events)
+        stopped = time.monotonic()
+        ended = any(task.done() for task in tasks)
+        if ended:
+            pass
+        elif deployment.upgrades:
+            await line.send({"type": "stop", "id": prompt["id"]})
+        else:
+            await client.post(f"{CHATS}/{prompt['id']}/stop")
+        done, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
+        for task in done:
+            task.result()  # raises what the reply failed with
+        if deployment.upgrades:
+            report(_judge_frames(deployment, frames, events, stopped))
+            report(_judge_stop(frames, stopped, ended=ended))
+        if deployment.chats:
+            report(_judge_events(deployment, frames, events, stopped))
+            if events.terminal is not None:
+                report(await _continue(client, prompt["id"], events))
+
+
+def _prompt() -> dict[str, Any]:
+    messages = [{"role": "user", "content": PROMPT}]
+    return {"messages": messages, "id": secrets.token_hex(16)}
+
+
+async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _listen(
+    deployment: Deployment, tasks: list[asyncio.Task[Any]], frames: Heard, events: Heard
+) -> None:
+    """Wait for the first piece, and then for some time, at most until the end of the reply."""
+
+    async def wait_until(seconds: float, *, begun: bool) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not any(task.done() for task in tasks):
+                    if begun and (frames.pieces or events.pieces):
+                        return
+                    frames.progress.clear()
+                    await frames.progress.wait()
+
+    await wait_until(deployment.pace.patience, begun=True)
+    await wait_until(deployment.pace.listening, begun=False)
+
+
+async def _read_reply(client: httpx2.AsyncClient, prompt: Mapping[str, Any], heard: Heard) -> None:
+    async with client.stream("POST", CHATS, json=prompt, timeout=None) as response:
+        if response.status_code != HTTPStatus.OK:
+            raise Declined({"code": response.status_code, "message": (await read(response)).body})
+        async for frame in _frames(response):
+            heard.take(frame)
+
+
+async def _frames(response: httpx2.Response) -> AsyncIterator[Frame]:
+    """Yield the data of server-sent events."""
+    async for line in response.aiter_lines():
+        if line.startswith("data:"):
+            yield json.loads(line.removeprefix("data:"))
+
+
+def _judge_frames(deployment: Deployment, frames: Heard, events: Heard, until: float) -> Finding:
+    late = delay(frames, events, until) or frames.held()
+    if late is not None:
+        return failed("tokens", f"the WebSocket is held back: {late}", NO_INSPECTION)
+    if not frames.pieces:
+        return skipped("tokens", f"no piece came within {deployment.pace.patience:.0f} s")
+    if (seen := pace(frames, until)) is None:
+        return skipped("tokens", TOO_SHORT)
+    return ok("tokens", seen)
+
+
+def _judge_stop(frames: Heard, stopped: float, *, ended: bool) -> Finding:
+    if ended:
+        return skipped("stop", "the reply ended before the stop")
+    if frames.terminal is None:
+        return failed(
+            "stop",
+            f"the reply goes on {STOP_TIMEOUT:.0f} s after the stop",
+            "see the log of the server; look for a proxy that holds frames of clients back",
+        )
+    taken = frames.ended - stopped
+    seen = f"the reply ended {taken * 1000:.0f} ms after the stop"
+    if taken > SLOW_STOP:
+        return warning("stop", seen, "see the log of the server: the model closes slowly")
+    return ok("stop", seen)
+
+
+def _judge_events(deployment: Deployment, frames: Heard, events: Heard, until: float) -> Finding:
+    late = delay(events, frames, until) or events.held()
+    if late is not None:
+        mend = deployment.advise(advice.SSE_BUFFERED)
+        return failed("sse", f"the stream is held back: {late}", *mend)
+    if not events.pieces:
+        return skipped("sse", f"no piece came within {deployment.pace.patience:.0f} s")
+    if (seen := pace(events, until)) is None:
+        return skipped("sse", TOO_SHORT)
+    return ok("sse", seen)
+
+
+async def _continue(client: httpx2.AsyncClient, reply: str, events: Heard) -> Finding:
+    """Get the second half of a reply again, as an EventSource does."""
+    after = events.pieces[len(events.pieces) // 2].seq if events.pieces else 0
+    rest = Heard()
+    async with client.stream("GET", f"{CHATS}/{reply}", params={"after": after}) as response:
+        if response.status_code != HTTPStatus.OK:
+            seen = f"GET {CHATS}/ID gets status {response.status_code}"
+            return failed("sse_resume", seen, "the proxy must pass GET and POST of this path")
+        async for frame in _frames(response):
+            rest.take(frame)
+    if rest.content() == events.content(after):
+        return ok("sse_resume", f"GET {CHATS}/ID?after={after} has exactly the rest")
+    return failed("sse_resume", "the rest of the reply differs", "see the log of the server")
+
+
+async def resume(deployment: Deployment, report: Report) -> None:
+    """Cut the connection in the middle of a reply, and resume the reply on another one."""
+    prompt, heard = _prompt(), Heard()
+    reply = prompt["id"]
+    async with deployment.line() as line:
+        await line.send({"type": "prompt", **prompt})
+        try:
+            async with asyncio.timeout(deployment.pace.patience):
+                await follow(line, reply, heard, LEAST_PIECES)
+        except TimeoutError:
+            await line.send({"type": "stop", "id": reply})
+            report(skipped("resume", f"no pieces came within {deployment.pace.patience:.0f} s"))
+            return
+        line.cut()
+    if heard.terminal is not None:
+        report(skipped("resume", TOO_SHORT))
+        return
+    cut, began, whole = heard.seq, time.monotonic(), Heard()
+    async with deployment.line() as line:
+        try:
+            await line.send({"type": "resume", "id": reply, "after": cut})
+            answer = await line.next("start", "error")
+            if answer["type"] == "error":
+                raise Declined(answer)
+            taken = time.monotonic() - began
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(deployment.pace.listening):
+                    await follow(line, reply, heard, LEAST_PIECES)
+            if heard.terminal is None:
+                await line.send({"type": "stop", "id": reply})
+            await follow(line, reply, heard)
+            await line.send({"type": "resume", "id": reply})
+            await follow(line, reply, whole)
+        except Declined as declined:
+            mend = deployment.advise(advice.STICKY) if declined.code == "not_found" else ()
+            report(failed("resume", f"the server does not resume: {declined}", *mend))
+            return
+    if heard.content() == whole.content():
+        resumed = (
+            f"cut after piece {cut}, resumed in {taken * 1000:.0f} ms, no piece lost or doubled"
+        )
+        report(ok("resume", resumed))
+    else:
+        report(failed("resume", "the resumed reply differs from the whole", "see the server's log"))
