@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[2]
 
 __all__ = [
     "ROOT",
+    "require_caddy",
     "require_chromium",
+    "require_haproxy",
     "require_nginx",
     "require_node",
     "require_npm_package",
@@ -33,6 +35,16 @@ def require_wscat() -> str:
 def require_nginx() -> str:
     """Return the path of a program. Without the program skip the test, or fail it on CI."""
     return _require("nginx", _which("nginx"))
+
+
+def require_haproxy() -> str:
+    """Return the path of a program. Without the program skip the test, or fail it on CI."""
+    return _require("haproxy", _which("haproxy"))
+
+
+def require_caddy() -> str:
+    """Return the path of a program. Without the program skip the test, or fail it on CI."""
+    return _require("caddy", _which("caddy"))
 
 
 def require_systemd(tool: str) -> str:

@@ -1,0 +1,55 @@
+"""Checks through a real HAProxy, in a right and in wrong configurations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.check.conftest import PACE, Behind, checked
+from tests.support.gateways import haproxy
+from wsserver.doctor.findings import Status
+
+pytestmark = pytest.mark.slow
+
+IDLE = replace(PACE, idle=2.5)
+WRONG = {
+    "short tunnel": ("", "timeout tunnel 1s", {"idle"}, "`timeout tunnel 1h`"),
+    "no upgrade": (
+        "http-request del-header Upgrade",
+        "",
+        {"upgrade"},
+        "remove `http-request del-header Upgrade`",
+    ),
+    "another Host": (
+        "http-request set-header Host internal.example",
+        "",
+        {"upgrade", "http"},
+        "remove `http-request set-header Host`",
+    ),
+}
+
+
+async def test_right_configuration_holds(behind: Behind, folder: Path) -> None:
+    right = "option forwardfor"
+    async with haproxy(folder, behind.port, right, "timeout tunnel 1h") as url:
+        found = await checked(url, behind.token, IDLE)
+    assert found.of(Status.OK) == found.findings.keys() - {"tls"}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_wrong_configuration_fails_with_setting(
+    behind: Behind, folder: Path, wrong: str
+) -> None:
+    frontend, backend, failing, setting = WRONG[wrong]
+    async with haproxy(folder, behind.port, frontend, backend) as url:
+        found = await checked(url, behind.token, IDLE)
+    assert found.failed() == failing, found.findings
+    assert setting in found.mend(next(name for name in found.findings if name in failing))
+
+
+async def test_missing_server_fails_with_setting(folder: Path) -> None:
+    async with haproxy(folder, 1) as url:
+        found = await checked(url, None)
+    assert found.failed() == {"upgrade", "http"}
+    assert "the `server` line must name" in found.mend("upgrade")
+    assert found.deployment.proxy == "haproxy", "its own response has a known body"

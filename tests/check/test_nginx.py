@@ -1,0 +1,117 @@
+"""Checks through a real nginx, in one right and in many wrong configurations."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.check.conftest import PACE, Behind, checked
+from tests.support.gateways import nginx
+from wsserver.doctor.findings import Status
+
+pytestmark = pytest.mark.slow
+
+HTTP_1_1 = "proxy_http_version 1.1;\n"
+UPGRADE = 'proxy_set_header Upgrade $http_upgrade;\nproxy_set_header Connection "upgrade";\n'
+HOST = "proxy_set_header Host $http_host;\n"
+ADDRESS = "proxy_set_header X-Forwarded-For $remote_addr;\n"
+RIGHT = HTTP_1_1 + UPGRADE + HOST + ADDRESS
+GZIP = "gzip on; gzip_types text/event-stream; gzip_proxied any;\n"
+IDLE = replace(PACE, idle=2.0)
+
+
+def location(directives: str, path: str = "/") -> str:
+    return f"location {path} {{ proxy_pass http://127.0.0.1:PORT;\n{directives} }}"
+
+
+async def test_right_configuration_holds(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT).replace("PORT", str(behind.port))
+    async with nginx(folder, site) as url:
+        found = await checked(url, behind.token, IDLE)
+    assert found.of(Status.OK) == found.findings.keys() - {"tls"}
+    assert found.deployment.proxy == "nginx"
+
+
+WRONG = {
+    "no upgrade": (location(HTTP_1_1 + HOST), {"upgrade"}, "proxy_set_header Upgrade"),
+    "upgrade over HTTP/1.0": (location(UPGRADE + HOST), {"upgrade"}, "proxy_http_version 1.1;"),
+    "no Host": (
+        location(HTTP_1_1 + UPGRADE + ADDRESS),
+        {"origin"},
+        "proxy_set_header Host $http_host;",
+    ),
+    "short time-out": (location(RIGHT + "proxy_read_timeout 1s;"), {"idle"}, "proxy_read_timeout"),
+    "buffered stream": (
+        location(RIGHT + "proxy_ignore_headers X-Accel-Buffering;" + GZIP),
+        {"sse"},
+        "proxy_buffering off;",
+    ),
+    "small bodies": (
+        location(RIGHT + "client_max_body_size 64k;"),
+        {"http"},
+        "client_max_body_size 2m;",
+    ),
+    "socket only": (location(RIGHT, "= /"), {"http"}, "`location` with `proxy_pass`"),
+    "no token": (
+        location(RIGHT + 'proxy_set_header Authorization "";'),
+        {"authentication", "http"},
+        "remove `proxy_set_header Authorization …`",
+    ),
+    "nothing behind": (
+        location(RIGHT).replace("PORT", "1"),
+        {"upgrade", "http"},
+        "`proxy_pass` must name the address",
+    ),
+    "forbidden": ("location / { return 403; }", {"upgrade", "http"}, "`allow`, `deny`"),
+    "another site": ("location / { return 200 hello; }", {"upgrade", "http"}, "`location` with"),
+    "redirect": (
+        "location / { return 301 https://chat.example.com$request_uri; }",
+        {"upgrade", "http"},
+        "'https://chat.example.com/'",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_wrong_configuration_fails_with_directive(
+    behind: Behind, folder: Path, wrong: str
+) -> None:
+    site, failing, directive = WRONG[wrong]
+    async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
+        found = await checked(url, behind.token, IDLE)
+    assert found.failed() == failing, found.findings
+    mend = found.mend(next(name for name in found.findings if name in failing))
+    assert directive in mend
+    assert "HAProxy" not in mend, "the advice is for nginx"
+
+
+async def test_prefix_that_stays_in_path_fails(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT, "/chat/").replace("PORT", str(behind.port))
+    async with nginx(folder, site) as url:
+        found = await checked(f"{url}chat/", behind.token)
+    assert "upgrade" in found.failed()
+    assert "with the slash after PORT" in found.mend("upgrade")
+
+
+async def test_prefix_that_proxy_removes_holds(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT, "/chat/").replace("PORT;", f"{behind.port}/;")
+    async with nginx(folder, site) as url:
+        found = await checked(f"{url}chat/ws", behind.token)
+    assert found.failed() == set(), found.findings
+
+
+async def test_removed_origin_is_warned_of(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT + 'proxy_set_header Origin "";').replace("PORT", str(behind.port))
+    async with nginx(folder, site) as url:
+        found = await checked(url, behind.token)
+    assert found.of(Status.WARNING) == {"foreign_origin"}
+    assert "remove `proxy_set_header Origin …`" in found.mend("foreign_origin")
+
+
+async def test_fixed_host_is_warned_of(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT).replace("PORT", str(behind.port)).replace("$http_host", "localhost")
+    async with nginx(folder, site) as url:
+        found = await checked(url, behind.token)
+    assert found.of(Status.WARNING) == {"host"}
+    assert found.failed() == {"origin"}
+    assert "`default_server`" in found.mend("host")
