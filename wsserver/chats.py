@@ -3,6 +3,7 @@
 import asyncio
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
@@ -37,6 +38,7 @@ PATH = "/api/chat"
 JSON = "application/json"
 HISTORIES = 16  # messages of the largest size that a body may have: `useChat` sends all of a chat
 RELOAD = 3.0  # seconds for a page of `useChat` to load again; a stop looks the same
+RESUMING = 10_000  # chats whose pages resume that are remembered, the newest
 EVENTS = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache, no-transform",
@@ -100,6 +102,8 @@ class Chats:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         # The last reply to each chat that the store does not know, by owner and conversation.
+        # The chats whose pages asked for a running reply: they ask again after a reload.
+        self._resuming: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._unstored: WeakValueDictionary[tuple[str, str], Generation] = WeakValueDictionary()
         self._streams: dict[ReplyStream, None] = {}
         self._idle = asyncio.Event()
@@ -164,7 +168,8 @@ class Chats:
         body = await self._read(request, visitor)
         if ai_sdk.recognizes(body):
             chat = ai_sdk.parse_chat(body)
-            return await self._chat(chat, ai_sdk.AiSdk(), visitor, grace=RELOAD)
+            resumes = (_owner(visitor), chat.conversation) in self._resuming
+            return await self._chat(chat, ai_sdk.AiSdk(), visitor, grace=RELOAD if resumes else 0)
         prompt = parse_prompt(body)
         generation = await self._accept(prompt.bare(), visitor)
         grace = 0 if prompt.id is None else None
@@ -246,7 +251,12 @@ class Chats:
 
     async def _resume_chat(self, _: Request, visitor: Visitor, chat: str) -> Response | Stream:
         self._check_rate(visitor.account)
-        generation = self._reply_of(_owner(visitor), conversation_of(unquote(chat)))
+        owner, name = _owner(visitor), conversation_of(unquote(chat))
+        self._resuming[owner, name] = None
+        self._resuming.move_to_end((owner, name))
+        if len(self._resuming) > RESUMING:
+            self._resuming.popitem(last=False)
+        generation = self._reply_of(owner, name)
         if generation is None:
             return Response(HTTPStatus.NO_CONTENT)
         return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import urllib.parse
 from typing import Any
 
 import pytest
@@ -116,10 +117,46 @@ async def test_chat_is_stopped_by_its_id(server: wsserver.Server, puppet: Puppet
         assert finish["messageMetadata"]["by"] == "client"
 
 
+async def resume(server: wsserver.Server) -> int:
+    """Ask for the running reply, as a page that resumes does at first."""
+    async with Chat.open(server) as chat:
+        chat.send("GET", f"/api/chat/{urllib.parse.quote(CHAT)}/stream")
+        return (await chat.browser.head())[0]
+
+
 async def test_page_that_does_not_come_back_stops_its_reply(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsserver.chats.RELOAD", 0.05)
+    assert await resume(server) == 204
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/api/chat", body(text("user", "Hello?")))
+        reply = await puppet.reply()
+    async with asyncio.timeout(BOUND):
+        await reply.closed.wait()
+
+
+async def test_page_that_comes_back_has_its_reply(
+    server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsserver.chats.RELOAD", 2 * BOUND)
+    await resume(server)
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/api/chat", body(text("user", "Hello?")))
+        reply = await puppet.reply()
+    assert await resume(server) == 200
+    assert not reply.closed.is_set()
+
+
+async def test_page_not_known_to_resume_stops_its_reply_at_once(
+    server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsserver.chats.RELOAD", 2 * BOUND)
+    monkeypatch.setattr("wsserver.chats.RESUMING", 1)
+    await resume(server)
+    async with Chat.open(server) as chat:
+        chat.send("GET", "/api/chat/another/stream")
+        await chat.browser.head()
     async with Chat.open(server) as chat:
         chat.send("POST", "/api/chat", body(text("user", "Hello?")))
         reply = await puppet.reply()
