@@ -485,6 +485,6 @@ async def test_error_text_of_api_is_not_logged(tmp_path: Path) -> None:
     events = [json.loads(line) for line in process.output.splitlines() if line.startswith("{")]
     (event,) = [event for event in events if event.get("ref") == failed["ref"]]
     assert (event["level"], event["error"]) == ("warning", "credentials")
-    assert event["cause"] == "ApiError"
+    assert event["cause"] == "MessagesError"
     assert (event["kind"], event["status"]) == ("authentication_error", 401)
     assert event["request_id"].startswith("req_")
