@@ -466,6 +466,24 @@ async def test_snapshot_has_the_ids_of_the_client(server: wsserver.Server, puppe
     assert snapshot["messages"] == messages[:-1]
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"type": "text", "text": "one", "id": "part-1"}],
+        [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
+        [{"type": "text", "text": "one"}, {"type": "audio", "source": {"type": "url"}}],
+    ],
+)
+async def test_snapshot_has_the_id_of_a_message_with_parts(
+    server: wsserver.Server, puppet: Puppet, parts: object
+) -> None:
+    async with Chat.open(server) as chat:
+        await run(chat, puppet, run_input(("user", parts)), lambda reply: reply.say("1").end())
+    given = [{"id": "a", "role": "user", "content": parts}]
+    question, _ = (await connect(server, messages=given))[1]["messages"]
+    assert question["id"] == "a"
+
+
 async def test_snapshot_has_no_id_that_cannot_be_encoded(
     server: wsserver.Server, puppet: Puppet
 ) -> None:

@@ -70,7 +70,11 @@ def _blocks(content: object, number: int) -> list[dict[str, Any]]:
         return []
     if not isinstance(content, list):
         raise Refused(Code.INVALID_FRAME, f"messages.{number}.content: must be a text or a list.")
-    return [block for part in content if (block := _block(part)) is not None]
+    return _of_parts(content)
+
+
+def _of_parts(parts: list[Any]) -> list[dict[str, Any]]:
+    return [block for part in parts if (block := _block(part)) is not None]
 
 
 def _block(part: object) -> dict[str, Any] | None:
@@ -177,8 +181,10 @@ class AgUi:
             shown for message in self._history for shown in _messages(message, message.id or "")
         ]
         if generation is not None:
-            for number, message in enumerate(generation.prompt.new_messages):
+            *earlier, prompt = generation.prompt.new_messages
+            for number, message in enumerate(earlier):
                 messages += _messages(message, f"{generation.id}.{number}")
+            messages += _messages(prompt, generation.id)
             reply = Message("assistant", generation.log.pieces.blocks(unfinished=True))
             # The client may have a part of the reply, to which it would append.
             messages += [{**shown, "content": ""} for shown in _messages(reply, generation.id)]
@@ -201,11 +207,9 @@ class AgUi:
 def _messages(message: Message, name: str) -> list[dict[str, Any]]:
     """Return the messages of AG-UI that a message is; ``name`` is the id of its text."""
     if message.role == "user":
-        content = [part for block in message.blocks if (part := _part(block)) is not None]
-        plain = all(part["type"] == "text" for part in content)
-        return [
-            {"id": f"{name}-prompt", "role": "user", "content": message.text if plain else content}
-        ]
+        parts = [part for block in message.blocks if (part := _part(block)) is not None]
+        plain = len(message.blocks) <= 1 and message.text
+        return [{"id": f"{name}-prompt", "role": "user", "content": plain or parts or ""}]
     found: dict[str, dict[str, Any]] = {}
     for number, block in enumerate(message.blocks):
         if isinstance(block, Thinking):
@@ -238,7 +242,9 @@ def _take_ids(messages: list[dict[str, Any]], given: object) -> None:
 
 
 def _key(message: Mapping[str, Any], following: str) -> tuple[str, str, str]:
-    return str(message.get("role")), json.dumps(message.get("content")), following
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    return str(message.get("role")), json.dumps(_of_parts(parts)), following
 
 
 def _part(block: Block) -> dict[str, Any] | None:
