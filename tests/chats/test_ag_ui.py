@@ -1,80 +1,19 @@
-"""AG-UI: requests, and events as its own Python types have them."""
+"""AG-UI: runs and stops."""
 
 import asyncio
 import gc
-import json
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 import pytest
-from ag_ui.core import Event
-from pydantic import BaseModel, TypeAdapter
 
 import wsserver
 from tests.chats.events import Chat
+from tests.chats.runs import THREAD, events_of, run, run_input
 from tests.support.pieces import Thinking
-from tests.support.puppet import BOUND, Puppet, Reply, until
+from tests.support.puppet import BOUND, Puppet, until
 from wsserver import Code, ModelError, Usage
 from wsserver.content import ToolUse
-
-THREAD = "thread-of-the-test-1"
-EVENT: TypeAdapter[Any] = TypeAdapter(Event)
-
-
-def run_input(*messages: tuple[str, object], **keys: object) -> dict[str, object]:
-    listed = [
-        {"id": f"message-{number}", "role": role, "content": content}
-        for number, (role, content) in enumerate(messages)
-    ]
-    given: dict[str, object] = {"state": {}, "tools": [], "context": [], "forwardedProps": {}}
-    return {"threadId": THREAD, "runId": "run-1", "messages": listed, **given, **keys}
-
-
-def check(event: BaseModel) -> None:
-    """Check that AG-UI knows all keys of an event, and that none is null."""
-    assert not event.model_extra, event
-    for name in event.model_fields_set:
-        value = getattr(event, name)
-        assert value is not None, (event, name)
-        for inner in value if isinstance(value, list) else [value]:
-            if isinstance(inner, BaseModel):
-                check(inner)
-
-
-async def events_of(
-    chat: Chat, body: object, target: str = "/agui"
-) -> AsyncIterator[dict[str, Any]]:
-    """Post a run, and give its events, each of which AG-UI's own types accept."""
-    chat.send("POST", target, body)
-    status, headers = await chat.browser.head()
-    assert (status, headers["content-type"]) == (200, "text/event-stream")
-    if "content-length" in headers:
-        data = await chat.browser.reader.readexactly(int(headers["content-length"]))
-        for event in parse(data):
-            yield event
-        return
-    while data := await chat.browser.chunk():
-        for event in parse(data):
-            yield event
-
-
-def parse(data: bytes) -> list[dict[str, Any]]:
-    lines = data.decode().removesuffix("\n\n").split("\n\n")
-    events = [json.loads(line.removeprefix("data: ")) for line in lines]
-    for event in events:
-        check(EVENT.validate_python(event))
-    return events
-
-
-async def run(
-    chat: Chat, puppet: Puppet, body: object, say: Callable[[Reply], object]
-) -> list[dict[str, Any]]:
-    """Post a run, and return its events; ``say`` tells the model what to reply."""
-    asking = asyncio.create_task(puppet.reply(len(puppet.replies)))
-    asking.add_done_callback(lambda done: say(done.result()))
-    return [event async for event in events_of(chat, body)]
 
 
 async def test_run_has_reasoning_text_and_usage(server: wsserver.Server, puppet: Puppet) -> None:
@@ -282,89 +221,6 @@ async def test_run_ends_with_the_login(puppet: Puppet) -> None:
     assert (events[-1]["type"], events[-1]["code"]) == ("RUN_ERROR", "unauthenticated")
 
 
-async def connect(
-    server: wsserver.Server, say: Callable[[], object] = lambda: None, **keys: object
-) -> list[dict[str, Any]]:
-    """Connect to the thread, and return all events; ``say`` is called after the first one."""
-    body = {"threadId": THREAD, "runId": "run-connect", **keys}
-    async with Chat.open(server) as chat:
-        events = events_of(chat, body, "/agui/connect")
-        first = await anext(events)
-        say()
-        return [first, *[event async for event in events]]
-
-
-async def test_client_connects_to_the_messages_of_a_thread(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    image = {"type": "image", "source": {"type": "data", "value": "aGk=", "mimeType": "image/png"}}
-    content = [{"type": "text", "text": "What is this?"}, image]
-    async with Chat.open(server) as chat:
-        await run(
-            chat,
-            puppet,
-            run_input(("user", content)),
-            lambda reply: reply.say(Thinking("hm"), "A dot.").end(),
-        )
-    started, snapshot, finished = await connect(server)
-    assert (started["type"], started["runId"]) == ("RUN_STARTED", "run-connect")
-    assert (finished["type"], finished["outcome"]) == ("RUN_FINISHED", {"type": "success"})
-    question, thought, answer = snapshot["messages"]
-    assert (question["role"], question["content"]) == ("user", content)
-    assert (thought["role"], thought["content"]) == ("reasoning", "hm")
-    assert (answer["role"], answer["content"]) == ("assistant", "A dot.")
-
-
-async def test_client_connects_to_the_running_reply_from_its_start(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    async with Chat.open(server) as chat:
-        running = events_of(chat, run_input(("user", "Hello?")))
-        assert (await anext(running))["type"] == "RUN_STARTED"
-        reply = (await puppet.reply()).say(Thinking("hm"), "Hel")
-        while (await anext(running))["type"] != "TEXT_MESSAGE_CONTENT":
-            pass
-        events = await connect(server, lambda: reply.say("lo").end())
-    snapshot = events[1]
-    assert [(m["role"], m["content"]) for m in snapshot["messages"]] == [
-        ("user", "Hello?"),
-        ("reasoning", ""),
-        ("assistant", ""),
-    ]
-    texts = [event for event in events if event["type"] == "TEXT_MESSAGE_CONTENT"]
-    assert "".join(event["delta"] for event in texts) == "Hello"
-    assert {event["messageId"] for event in texts} == {snapshot["messages"][-1]["id"]}
-
-
-async def test_connection_to_an_unknown_thread_is_an_empty_run(server: wsserver.Server) -> None:
-    assert [event["type"] for event in await connect(server)] == ["RUN_STARTED", "RUN_FINISHED"]
-
-
-async def test_history_that_only_the_client_has_is_shown_while_its_reply_runs(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    body = run_input(("user", "one"), ("assistant", "two"), ("user", "three"))
-    async with Chat.open(server) as chat:
-        chat.send("POST", "/agui", body)
-        reply = await puppet.reply()
-        snapshot = (await connect(server, lambda: reply.say("four").end()))[1]
-    assert [m["content"] for m in snapshot["messages"]] == ["one", "two", "three"]
-    assert len({m["id"] for m in snapshot["messages"]}) == 3
-
-
-async def test_run_with_an_id_outlives_its_client(server: wsserver.Server, puppet: Puppet) -> None:
-    name = "0123456789abcdef0123"
-    async with Chat.open(server) as chat:
-        chat.send("POST", "/agui", run_input(("user", "?"), forwardedProps={"id": name}))
-        reply = (await puppet.reply()).say("one ")
-        await until(lambda: reply.said == ["one "])
-    await until(lambda: not server.listener.connections)
-    events = await connect(server, lambda: reply.say("two").end())
-    texts = [event for event in events if event["type"] == "TEXT_MESSAGE_CONTENT"]
-    assert "".join(event["delta"] for event in texts) == "one two"
-    assert {event["messageId"] for event in texts} == {name}
-
-
 async def test_stop_of_a_thread_is_answered_once_the_model_has_closed(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
@@ -403,21 +259,6 @@ async def test_stop_of_a_thread_without_a_run_is_not_running(server: wsserver.Se
         assert (status, error["code"]) == (409, "not_running")
 
 
-async def test_snapshot_leaves_out_the_turn_that_is_replaced(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    async with Chat.open(server) as chat:
-        start = await chat.prompt({"prompt": "one", "conversation": THREAD})
-        (await puppet.reply()).say("1").end()
-        await chat.text()
-    async with Chat.open(server) as chat:
-        again = {"prompt": "another", "conversation": THREAD, "retry_of": start["id"]}
-        await chat.prompt(again)
-        reply = await puppet.reply(1)
-        snapshot = (await connect(server, lambda: reply.say("2").end()))[1]
-    assert [m["content"] for m in snapshot["messages"]] == ["another"]
-
-
 async def test_second_run_of_a_thread_cancels_the_first(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
@@ -432,102 +273,6 @@ async def test_second_run_of_a_thread_cancels_the_first(
     assert (cancelled["runId"], cancelled["outcome"]) == ("run-1", {"type": "cancelled"})
     assert cancelled["metadata"] == {"by": "replaced"}
     assert (second[-1]["runId"], second[-1]["outcome"]) == ("run-2", {"type": "success"})
-
-
-PIECES = (Thinking("a"), "one ", ToolUse("tool-1", "look", {}), "two ", Thinking("b"), "three")
-
-
-def apply(messages: dict[str, tuple[str, str]], event: dict[str, Any]) -> None:
-    """Change the messages of a client, by id, as ``@ag-ui/client`` does."""
-    kind, name = event["type"], event.get("messageId", "")
-    if kind == "MESSAGES_SNAPSHOT":
-        given = event["messages"]
-        reasoning = any(m["role"] == "reasoning" for m in given)
-        kept = {name: m for name, m in messages.items() if m[0] == "reasoning" and not reasoning}
-        messages.clear()
-        messages.update(kept | {m["id"]: (m["role"], m["content"]) for m in given})
-    elif kind in {"TEXT_MESSAGE_START", "REASONING_MESSAGE_START"}:
-        messages.setdefault(name, (event["role"], ""))
-    elif kind in {"TEXT_MESSAGE_CONTENT", "REASONING_MESSAGE_CONTENT"}:
-        role, content = messages[name]
-        messages[name] = role, content + event["delta"]
-
-
-async def test_snapshot_has_the_ids_of_the_client(server: wsserver.Server, puppet: Puppet) -> None:
-    messages = [{"id": "a", "role": "user", "content": "Go on"}]
-    for number in range(2):
-        async with Chat.open(server) as chat:
-            body = run_input(("user", "Go on"))
-            events = await run(chat, puppet, body, lambda reply: reply.say("one").end())
-        name = next(event["messageId"] for event in events if "messageId" in event)
-        messages.append({"id": name, "role": "assistant", "content": "one"})
-        messages.append({"id": f"b{number}", "role": "user", "content": "Go on"})
-    snapshot = (await connect(server, messages=messages))[1]
-    assert snapshot["messages"] == messages[:-1]
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        [{"type": "text", "text": "one", "id": "part-1"}],
-        [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}],
-        [{"type": "text", "text": "one"}, {"type": "audio", "source": {"type": "url"}}],
-    ],
-)
-async def test_snapshot_has_the_id_of_a_message_with_parts(
-    server: wsserver.Server, puppet: Puppet, parts: object
-) -> None:
-    async with Chat.open(server) as chat:
-        await run(chat, puppet, run_input(("user", parts)), lambda reply: reply.say("1").end())
-    given = [{"id": "a", "role": "user", "content": parts}]
-    question, _ = (await connect(server, messages=given))[1]["messages"]
-    assert question["id"] == "a"
-
-
-async def test_snapshot_has_no_id_that_cannot_be_encoded(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    async with Chat.open(server) as chat:
-        await run(chat, puppet, run_input(("user", "?")), lambda reply: reply.say("one").end())
-    given = [{"id": "\ud800", "role": "user", "content": "?"}]
-    messages = (await connect(server, messages=given, parentRunId="\ud800"))[1]["messages"]
-    assert [message["content"] for message in messages] == ["?", "one"]
-
-
-async def test_snapshot_of_an_unknown_thread_has_the_ids_of_the_client(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    body = run_input(("user", "one"), ("assistant", "two"), ("user", "three"))
-    async with Chat.open(server) as chat:
-        chat.send("POST", "/agui", body)
-        reply = await puppet.reply()
-        messages = body["messages"]
-        events = await connect(server, lambda: reply.say("four").end(), messages=messages)
-    assert events[1]["messages"] == messages
-
-
-@pytest.mark.parametrize("seen", range(17))
-async def test_reply_is_exact_after_a_cut_at_any_event(
-    server: wsserver.Server, puppet: Puppet, seen: int
-) -> None:
-    messages: dict[str, tuple[str, str]] = {"message-0": ("user", "?")}
-    body = run_input(("user", "?"), forwardedProps={"id": "0123456789abcdef0123"})
-    async with Chat.open(server) as chat:
-        asking = asyncio.create_task(puppet.reply())
-        asking.add_done_callback(lambda done: done.result().say(*PIECES))
-        events = events_of(chat, body)
-        for _ in range(1 + seen):
-            apply(messages, await anext(events))
-    await until(lambda: not server.listener.connections)
-    given = [{"id": "message-0", "role": "user", "content": "?"}]
-    for event in await connect(server, asking.result().end, messages=given):
-        apply(messages, event)
-    assert messages == {
-        "message-0": ("user", "?"),
-        "0123456789abcdef0123-0": ("reasoning", "a"),
-        "0123456789abcdef0123": ("assistant", "one two three"),
-        "0123456789abcdef0123-4": ("reasoning", "b"),
-    }
 
 
 async def test_reply_to_an_unknown_thread_is_not_kept_after_its_end(puppet: Puppet) -> None:
