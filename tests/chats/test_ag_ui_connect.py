@@ -193,3 +193,20 @@ async def test_reply_is_exact_after_a_cut_at_any_event(
         "0123456789abcdef0123": ("assistant", "one two three"),
         "0123456789abcdef0123-4": ("reasoning", "b"),
     }
+
+
+async def test_client_connects_to_the_run_that_replaces_one_that_ends(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat, Chat.open(server) as other:
+        first = events_of(chat, run_input(("user", "one")))
+        await anext(first)
+        replaced = await puppet.reply()
+        replaced.hold = asyncio.Event()
+        second = events_of(other, run_input(("user", "two"), runId="run-2"))
+        assert (await anext(second))["runId"] == "run-2"
+        replacing = asyncio.create_task(puppet.reply(1))
+        replacing.add_done_callback(lambda done: done.result().say("2").end())
+        _, snapshot, *events = await connect(server, replaced.hold.set)
+        assert snapshot["messages"][-1]["content"] == "two"
+        assert [event["delta"] for event in events if "delta" in event] == ["2"]
