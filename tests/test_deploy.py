@@ -39,6 +39,7 @@ from wsserver.cli import LAST_MOMENT
 from wsserver.descriptors import fit
 from wsserver.listening import name_of
 from wsserver.routes import Page
+from wsserver.settings import CHAT_TOKEN
 
 pytestmark = pytest.mark.slow
 
@@ -673,7 +674,7 @@ async def test_image_health_check_tells_state_of_server(folder: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.iterdir()), ids=lambda path: path.name)
 def test_settings_named_in_deployment_files_exist(path: Path) -> None:
-    known = {f"WSSERVER_{name.upper()}" for name in Settings.model_fields}
+    known = {CHAT_TOKEN, *(f"WSSERVER_{name.upper()}" for name in Settings.model_fields)}
     for name in re.findall(r"WSSERVER_[A-Z_]+", path.read_text()):
         assert any(fnmatch(one, name + ("*" if name.endswith("_") else "")) for one in known), name
     flags = {"--" + name.lower().replace("_", "-") for name in Settings.model_fields}

@@ -142,17 +142,19 @@ async def test_silent_port_is_unreachable(monkeypatch: pytest.MonkeyPatch) -> No
             await checked(f"ws://127.0.0.1:{silent.getsockname()[1]}/", None)
 
 
-def serve_tls(folder: Path, *names: str, days: int = 90) -> dict[str, str]:
-    """Return the settings of a server with a certificate for these names."""
+def make_certificate(
+    folder: Path, *names: str, days: int = 90, cert: str = "cert.pem", key: str = "key.pem"
+) -> dict[str, Any]:
+    """Make a certificate for these names; return the settings of a server with it."""
     command = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1"
     more = ("-subj", "/CN=test", "-addext", f"subjectAltName={','.join(names)}", "-days", str(days))
-    files = ("-keyout", str(folder / "key.pem"), "-out", str(folder / "cert.pem"))
+    files = ("-keyout", str(folder / key), "-out", str(folder / cert))
     subprocess.run((*command.split(), *more, *files), check=True, capture_output=True)
-    return {"cert": str(folder / "cert.pem"), "key": str(folder / "key.pem")}
+    return {"cert": str(folder / cert), "key": str(folder / key)}
 
 
 async def test_trusted_certificate_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = serve_tls(tmp_path, "IP:127.0.0.1")
+    settings = make_certificate(tmp_path, "IP:127.0.0.1")
     monkeypatch.setenv("SSL_CERT_FILE", settings["cert"])
     async with own(**settings) as server:
         found = await checked(f"https://127.0.0.1:{server.port}/", None)
@@ -165,7 +167,7 @@ async def test_trusted_certificate_holds(tmp_path: Path, monkeypatch: pytest.Mon
 async def test_certificate_that_expires_soon_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = serve_tls(tmp_path, "IP:127.0.0.1", days=2)
+    settings = make_certificate(tmp_path, "IP:127.0.0.1", days=2)
     monkeypatch.setenv("SSL_CERT_FILE", settings["cert"])
     async with own(**settings) as server:
         found = await checked(f"wss://127.0.0.1:{server.port}/", None)
@@ -176,7 +178,7 @@ async def test_certificate_that_expires_soon_is_warned_of(
 async def test_wrong_certificate_fails_and_skips_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, trusted: bool, seen: str
 ) -> None:
-    settings = serve_tls(tmp_path, "DNS:else.example" if trusted else "IP:127.0.0.1")
+    settings = make_certificate(tmp_path, "DNS:else.example" if trusted else "IP:127.0.0.1")
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", settings["cert"])
     async with own(**settings) as server:

@@ -67,7 +67,7 @@ WRONG = {
     "redirect": (
         "location / { return 301 https://chat.example.com$request_uri; }",
         {"upgrade", "http"},
-        "'https://chat.example.com/'",
+        "use the address that the redirect leads to",
     ),
 }
 

@@ -174,8 +174,8 @@ async def _greeting(deployment: Deployment, line: Line, taken: float) -> Finding
 async def _refusal(deployment: Deployment, response: Response) -> Finding:
     """Say what a response to the handshake means."""
     status, body = response.status, response.body
-    if HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
-        return _redirect(deployment, response)
+    if (finding := redirected("upgrade", deployment, response)) is not None:
+        return finding
     own = next((found[1:] for found in BODIES if found[0] in body), None)
     if own is not None:
         meaning, trouble = own
@@ -190,12 +190,15 @@ async def _refusal(deployment: Deployment, response: Response) -> Finding:
     return failed("upgrade", f"status {status}: {meaning}", *deployment.advise(trouble))
 
 
-def _redirect(deployment: Deployment, response: Response) -> Finding:
+def redirected(check: str, deployment: Deployment, response: Response) -> Finding | None:
+    """Return the finding for a redirect; None for another response."""
+    if not HTTPStatus.MULTIPLE_CHOICES <= response.status < HTTPStatus.BAD_REQUEST:
+        return None
     to = urljoin(deployment.target.http + "/", response.headers.get("location", ""))
     return failed(
-        "upgrade",
-        f"status {response.status}: a redirect, which browsers do not follow in a handshake",
-        f"use the address that the redirect has: {to!r}",
+        check,
+        f"status {response.status}: a redirect to {to!r}",
+        "use the address that the redirect leads to: browsers follow none in a handshake",
     )
 
 

@@ -19,6 +19,7 @@ from wsserver.doctor import advice
 from wsserver.doctor.deployment import Deployment, read
 from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
 from wsserver.doctor.frames import NO_INSPECTION
+from wsserver.doctor.handshakes import redirected
 from wsserver.doctor.heard import LEAST_PIECES, Declined, Heard, delay, follow, pace
 from wsserver.doctor.line import Frame, Response
 
@@ -64,6 +65,8 @@ def _arrived(found: Response) -> bool:
 
 def _refusal(deployment: Deployment, found: Response) -> Finding:
     """Say what a response to a POST means."""
+    if (finding := redirected("http", deployment, found)) is not None:
+        return finding
     seen = f"POST {CHATS} gets status {found.status}"
     if found.headers.get("content-type") == "application/json" and '"ref"' in found.body:
         with contextlib.suppress(ValueError):
