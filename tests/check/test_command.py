@@ -26,7 +26,7 @@ async def test_quick_check_takes_less_than_ten_seconds_and_shows_no_token(behind
     ) as process:
         assert await process.end() == 0, process.output
     lines = process.output.splitlines()
-    assert [line[8:23].strip().replace(" ", "_") for line in lines[:-2]] == NAMES
+    assert [line[8:24].strip().replace(" ", "_") for line in lines[:-2]] == NAMES
     assert lines[-1] == "14 ok, 2 skipped"
     assert behind.token not in process.output
     assert "\033" not in process.output, "colours are for terminals"
@@ -80,7 +80,7 @@ async def interrupted(process: Process) -> None:
 def test_lines_have_colour_and_advice_without_control_characters() -> None:
     finding = failed("foreign_origin", "seen\033[2J", "one", "two")
     assert to_lines(finding, colour=False) == [
-        "failed  foreign origin seen\\x1b[2J",
+        "failed  foreign origin  seen\\x1b[2J",
         "        → one",
         "        → two",
     ]

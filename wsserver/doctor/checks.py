@@ -52,6 +52,13 @@ def _no_way(deployment: Deployment) -> str | None:
     return "needs the upgrade, or chats over HTTP"
 
 
+def _no_result(name: str, deployment: Deployment) -> str:
+    """Say why a check that ran has no finding of this name."""
+    if name.startswith("sse") and not deployment.chats:
+        return "needs chats over HTTP"
+    return _no_socket(deployment) or "needs the check before it"
+
+
 CHECKS = (
     Check(handshakes.tls, ("tls",)),
     Check(handshakes.upgrade, ("upgrade",)),
@@ -94,7 +101,7 @@ async def check(deployment: Deployment, report: Report) -> None:
             if failure is not None:
                 take(failed(names[0], failure))
         for name in names:
-            report(skipped(name, missing or "has no result"))
+            report(skipped(name, missing or _no_result(name, deployment)))
 
 
 async def _run(one: Check, deployment: Deployment, report: Report, seconds: float) -> str | None:
@@ -111,6 +118,8 @@ async def _run(one: Check, deployment: Deployment, report: Report, seconds: floa
         failure = f"the server answers {declined}"
     except TimeoutError:
         failure = f"no end after {seconds:.0f} s"
+    except httpx2.TransportError as error:
+        failure = f"a request over HTTP fails: {str(error) or type(error).__name__}"
     except (httpx2.HTTPError, ValueError) as error:
         failure = f"the answer is not that of a wsserver: {str(error) or type(error).__name__}"
     except (InvalidHandshake, OSError) as error:

@@ -80,7 +80,7 @@ async def idle(deployment: Deployment, report: Report) -> None:
             report(
                 failed(
                     "idle",
-                    f"{lost} after {taken:.1f} s without frames, {_pings(line.pings)}",
+                    f"it ends after {taken:.1f} s without frames, {_pings(line.pings)}: {lost}",
                     *deployment.advise(advice.IDLE),
                 )
             )
@@ -89,12 +89,12 @@ async def idle(deployment: Deployment, report: Report) -> None:
         await line.send({"type": "ping"})
         await line.next("pong")
     if pings or seconds < EXPECTED_PING:
-        report(ok("idle", f"open after {seconds:.0f} s without frames, {_pings(pings)}"))
+        report(ok("idle", f"still open after {seconds:.0f} s without frames, {_pings(pings)}"))
     else:
         report(
             warning(
                 "idle",
-                f"open after {seconds:.0f} s without frames, but no ping of the server came",
+                f"still open after {seconds:.0f} s without frames, but no ping of the server came",
                 "the setting `ping_interval` (WSSERVER_PING_INTERVAL): 20; " + NO_INSPECTION,
             )
         )

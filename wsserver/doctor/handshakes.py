@@ -152,7 +152,7 @@ async def _greeting(deployment: Deployment, line: Line, taken: float) -> Finding
     deployment.limits = line.hello.get("limits", {})
     if line.subprotocol == SUBPROTOCOL:
         deployment.upgrades = True
-        return ok("upgrade", f"{SUBPROTOCOL} after {taken * 1000:.0f} ms")
+        return ok("upgrade", f"the WebSocket opens after {taken * 1000:.0f} ms ({SUBPROTOCOL})")
     try:
         async with asyncio.timeout(OPEN_TIMEOUT):
             await line.send({"type": "ping"})

@@ -18,7 +18,7 @@ from wsserver.errors import ConfigError
 from wsserver.settings import CHAT_TOKEN
 
 HOLDS, FAILS, INTERRUPTED = 0, 1, 130
-NAME_WIDTH, STATUS_WIDTH = 15, 8  # columns, with a space at the end
+NAME_WIDTH, STATUS_WIDTH = 16, 8  # columns, with a space at the end
 COLOURS = {Status.OK: "32", Status.WARNING: "33", Status.FAILED: "31", Status.SKIPPED: "2"}
 """Of the results (ECMA-48, "Select graphic rendition")."""
 
