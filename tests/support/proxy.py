@@ -31,7 +31,7 @@ class Proxy:
     """A proxy in front of a local server. Each connection gets the next cut, until none is left.
 
     Attributes:
-        url: what clients connect to.
+        port, url: what clients connect to.
         passed: number of bytes that the client got, per connection.
     """
 
@@ -43,7 +43,8 @@ class Proxy:
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.url = f"ws://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/"
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        self.url = f"ws://127.0.0.1:{self.port}/"
         return self
 
     async def __aexit__(self, *_: object) -> None:

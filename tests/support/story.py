@@ -145,6 +145,11 @@ class Story:
         return len(cut_up(self.said[: self._next], self.server.settings.frame_size))
 
     @property
+    def said_so_far(self) -> Sequence[str]:
+        """The pieces that the model has said."""
+        return self.said[: self._next]
+
+    @property
     def left(self) -> int:
         """The number of pieces that the model has not said."""
         return len(self.said) - self._next
@@ -163,9 +168,13 @@ class Story:
                 reply.fail(ModelError(Code.OVERLOADED))
             else:
                 await until(reply.heard_out)
-                async with client(self.server) as other:
-                    await other.send({"type": "stop", "id": self.name})
-                    await other.quiet()
+                await self.stop()
+
+    async def stop(self) -> None:
+        """Stop the reply as another client of the same principal."""
+        async with client(self.server) as other:
+            await other.send({"type": "stop", "id": self.name})
+            await other.quiet()
 
     async def tell_more(self, than: int, count: int = 1) -> None:
         """Have the model say more if the client has everything so far."""
