@@ -1,6 +1,7 @@
 """Chats over plain HTTP: a prompt is a POST, its reply a stream of server-sent events."""
 
 import asyncio
+import itertools
 import math
 import re
 from collections import OrderedDict
@@ -194,10 +195,15 @@ class Chats:
         messages = await self._history(name, visitor)
         generation = self._reply_of(owner, name)
         if generation is None:
-            return respond(
-                HTTPStatus.OK, ag_ui.AgUi(body, messages).without_reply(), headers=EVENTS
-            )
-        return self._stream(generation, visitor, ag_ui.AgUi(body, messages or ()))
+            whole = ag_ui.AgUi(body, messages).without_reply()
+            return respond(HTTPStatus.OK, whole, headers=EVENTS)
+        if messages is None or generation.conversation_id is None:
+            messages = []  # the prompt has all
+        else:
+            live = self._live(owner, name)
+            ending = map(_messages_of, live[: live.index(generation)])
+            messages += itertools.chain.from_iterable(ending)
+        return self._stream(generation, visitor, ag_ui.AgUi(body, messages))
 
     async def _history(self, name: str, visitor: Visitor) -> list[Message] | None:
         """Return the messages of a conversation that have ended; None for an unknown one."""
@@ -365,6 +371,16 @@ def _allow(answer: Response | Stream, headers: Mapping[str, str]) -> Response | 
 def _owner(visitor: Visitor) -> str:
     assert visitor.principal is not None
     return visitor.principal.name
+
+
+def _messages_of(generation: Generation) -> list[Message]:
+    """Return the prompt and the reply so far of a generation in a conversation."""
+    (prompt,) = generation.prompt.new_messages
+    reply = generation.log.pieces.blocks(unfinished=True)
+    return [
+        Message("user", prompt.blocks, id=generation.id),
+        Message("assistant", reply, id=generation.id),
+    ]
 
 
 def _settle(ended: "asyncio.Future[list[str]]", ids: list[str]) -> None:

@@ -201,12 +201,29 @@ async def test_client_connects_to_the_run_that_replaces_one_that_ends(
     async with Chat.open(server) as chat, Chat.open(server) as other:
         first = events_of(chat, run_input(("user", "one")))
         await anext(first)
-        replaced = await puppet.reply()
+        replaced = (await puppet.reply()).say("1")
+        assert (await anext(first))["type"] == "TEXT_MESSAGE_START"
         replaced.hold = asyncio.Event()
         second = events_of(other, run_input(("user", "two"), runId="run-2"))
         assert (await anext(second))["runId"] == "run-2"
         replacing = asyncio.create_task(puppet.reply(1))
         replacing.add_done_callback(lambda done: done.result().say("2").end())
         _, snapshot, *events = await connect(server, replaced.hold.set)
-        assert snapshot["messages"][-1]["content"] == "two"
+        assert [m["content"] for m in snapshot["messages"]] == ["one", "1", "two"]
         assert [event["delta"] for event in events if "delta" in event] == ["2"]
+
+
+async def test_snapshot_of_an_edited_chat_has_only_its_own_messages(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    def said(role: str, text: str) -> dict[str, object]:
+        return {"id": text, "role": role, "parts": [{"type": "text", "text": text}]}
+
+    async with Chat.open(server) as chat:
+        await run(chat, puppet, run_input(("user", "one")), lambda reply: reply.say("1").end())
+    edited = [said("user", "changed"), said("assistant", "changed, too"), said("user", "two")]
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/api/chat", {"id": THREAD, "messages": edited})
+        reply = await puppet.reply(1)
+        _, snapshot, *_ = await connect(server, lambda: reply.say("2").end())
+    assert [m["content"] for m in snapshot["messages"]] == ["changed", "changed, too", "two"]
