@@ -275,7 +275,7 @@ class Chats:
         generation, limit = await self._hub.resume(_owner(visitor), name, after, visitor.account)
         return self._stream(generation, visitor, _SSE, after=after, limit=limit)
 
-    async def _stop(self, _: Request, visitor: Visitor, name: str) -> Response:
+    async def _stop(self, request: Request, visitor: Visitor, name: str) -> Response:
         """Stop a generation, or all of a chat."""
         owner, name = _owner(visitor), unquote(name)
         known = self._hub.known(owner, name)
@@ -283,6 +283,7 @@ class Chats:
         running = [generation for generation in found if generation.state is not State.ENDED]
         if not running:
             raise Refused(Code.NOT_RUNNING)
+        request.extend(self._settings.stop_timeout + self._settings.store_timeout)
         ended: asyncio.Future[list[str]] = self._loop.create_future()
         stopping = Stopping(self._hub, Stop(), lambda _, ids: _settle(ended, ids))
         for generation in running:

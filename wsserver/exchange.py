@@ -194,7 +194,7 @@ class Exchange(TcpConnection):
             self.transport.pause_reading()
         if waiting and parser.head is not None:
             self._answering = True
-            request = replace(parser.head, read_body=self._read_body)
+            request = replace(parser.head, read_body=self._read_body, extend=self._extend)
             task = self._listener.loop.create_task(self._answer(request))
             self._listener.answering.add(task)
             task.add_done_callback(self._listener.answering.discard)
@@ -229,7 +229,7 @@ class Exchange(TcpConnection):
             raise too_slow() from None
         finally:
             self._more = None
-            self._restart_timeouts()
+            self._extend(0)
         if len(parser.body) > limit:
             raise too_large(limit)
         return bytes(parser.body)
@@ -242,10 +242,10 @@ class Exchange(TcpConnection):
         self._timer.cancel()
         self.transport.resume_reading()
 
-    def _restart_timeouts(self) -> None:
-        """Give the application the `open_timeout` for its answer, from the end of the body on."""
+    def _extend(self, seconds: float) -> None:
+        """Give the application the `open_timeout` and so many seconds for its answer, from now."""
         assert self._timeout is not None
-        timeout = self._listener.settings.open_timeout
+        timeout = self._listener.settings.open_timeout + seconds
         self._timeout.reschedule(self._listener.loop.time() + timeout)
         self._abort_after(timeout)
 

@@ -14,6 +14,10 @@ async def _no_body(_: int) -> bytes:
     return b""
 
 
+def _no_limit(_: float) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """The head of an HTTP request, and a function that reads its body."""
@@ -27,6 +31,8 @@ class Request:
     # Reads the body, of at most so many bytes, and returns it. Raises `BadRequest` for a
     # body that is larger, slow or malformed.
     read_body: Callable[[int], Awaitable[bytes]] = field(default=_no_body, compare=False)
+    # Gives the application the `open_timeout` and so many seconds for its answer, from now on.
+    extend: Callable[[float], None] = field(default=_no_limit, compare=False)
 
     @property
     def query(self) -> str:
