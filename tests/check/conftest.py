@@ -15,7 +15,7 @@ from wsserver.doctor.findings import Finding, Status
 from wsserver.doctor.line import parse_target
 from wsserver.models.demo import Demo
 
-PACE = Pace(patience=10.0, listening=0.8, idle=0.0, whole=float("inf"))
+PACE = Pace(patience=10.0, listening=1.0, idle=0.0, whole=float("inf"))
 RATE = 40  # words per second of the model
 
 

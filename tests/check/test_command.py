@@ -1,8 +1,11 @@
 """``wsserver check`` as a user runs it."""
 
+import asyncio
 import json
+import os
 import signal
 import socket
+import sys
 
 import pytest
 
@@ -75,6 +78,21 @@ async def interrupted(process: Process) -> None:
     process.signal(signal.SIGINT)
     assert await process.end() == 130
     assert "Traceback" not in process.output
+
+
+async def test_closed_pipe_ends_check_without_traceback() -> None:
+    reading, writing = os.pipe()
+    async with wsserver.serve(Demo(RATE), port=0) as server:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, *CHECK, server.url),
+            stdout=writing,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        os.close(writing)
+        await asyncio.to_thread(os.read, reading, 1)
+        os.close(reading)
+        _, errors = await process.communicate()
+    assert (process.returncode, errors) == (1, b"")
 
 
 def test_lines_have_colour_and_advice_without_control_characters() -> None:

@@ -11,7 +11,7 @@ from wsserver.doctor.findings import Status
 
 pytestmark = pytest.mark.slow
 
-IDLE = replace(PACE, idle=2.5)
+IDLE = replace(PACE, idle=2.0)
 WRONG = {
     "short tunnel": ("", "timeout tunnel 1s", {"idle"}, "`timeout tunnel 1h`"),
     "no upgrade": (
@@ -30,7 +30,7 @@ WRONG = {
 
 
 async def test_right_configuration_holds(behind: Behind, folder: Path) -> None:
-    right = "option forwardfor"
+    right = "option forwardfor\noption http-no-delay"
     async with haproxy(folder, behind.port, right, "timeout tunnel 1h") as url:
         found = await checked(url, behind.token, IDLE)
     assert found.of(Status.OK) == found.findings.keys() - {"tls"}
@@ -42,7 +42,7 @@ async def test_wrong_configuration_fails_with_setting(
 ) -> None:
     frontend, backend, failing, setting = WRONG[wrong]
     async with haproxy(folder, behind.port, frontend, backend) as url:
-        found = await checked(url, behind.token, IDLE)
+        found = await checked(url, behind.token, IDLE if "idle" in failing else PACE)
     assert found.failed() == failing, found.findings
     assert setting in found.mend(next(name for name in found.findings if name in failing))
 
@@ -53,3 +53,11 @@ async def test_missing_server_fails_with_setting(folder: Path) -> None:
     assert found.failed() == {"upgrade", "http"}
     assert "the `server` line must name" in found.mend("upgrade")
     assert found.deployment.proxy == "haproxy", "its own response has a known body"
+
+
+async def test_delay_of_small_segments_is_warned_of(behind: Behind, folder: Path) -> None:
+    """Without `option http-no-delay` the kernel waits for more data for 0.2 s (MSG_MORE)."""
+    async with haproxy(folder, behind.port) as url:
+        found = await checked(url, behind.token)
+    assert found.of(Status.WARNING) == {"sse"}, found.findings
+    assert "`option http-no-delay`" in found.mend("sse")

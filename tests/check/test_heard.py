@@ -2,7 +2,7 @@
 
 import pytest
 
-from wsserver.doctor.heard import Declined, Heard, delay, pace
+from wsserver.doctor.heard import Declined, Heard, bursts, delay, pace
 
 
 def heard(*times: float, sent: float = 0.0, began: float = 0.0, ended: float = 2.0) -> Heard:
@@ -29,7 +29,7 @@ STEADY = [number / 10 for number in range(20)]
         ([2.0] * 20, "0 of 19 pieces"),
         ([], "0 of 19 pieces"),
         ([*[0.2] * 2, *[2.0] * 18], "2 of 19 pieces"),
-        ([1.0 if at < 1.0 else 1.79 for at in STEADY], "in bursts, with 1.0 s between"),
+        ([1.0 if at < 1.0 else 1.79 for at in STEADY], "no piece came for 1.0 s"),
         ([at + at / 4 for at in STEADY], None),  # a busy computer
     ],
 )
@@ -37,6 +37,14 @@ def test_pieces_that_another_follower_has_show_delay(times: list[float], seen: s
     found = delay(heard(*times), heard(*STEADY), until=2.0)
     assert (found is None) == (seen is None), found
     assert (seen or "") in (found or "")
+
+
+def test_pieces_that_come_at_once_show_bursts() -> None:
+    clusters = [round(at * 2) / 2 + 0.2 for at in STEADY]
+    seen = bursts(heard(*clusters), heard(*STEADY), until=2.5)
+    assert seen == "pieces come in bursts: at 5 moments instead of 20"
+    assert bursts(heard(*STEADY), heard(*STEADY), until=2.0) is None
+    assert bursts(heard(*clusters), heard(*clusters), until=2.5) is None, "the model makes them"
 
 
 def test_delay_needs_reply_that_lasts() -> None:

@@ -4,10 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from websockets.asyncio.client import connect
 
-from tests.check.conftest import PACE, Behind, checked
+import wsserver
+from tests.check.conftest import PACE, RATE, Behind, checked
 from tests.support.gateways import nginx
 from wsserver.doctor.findings import Status
+from wsserver.models.demo import Demo
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +81,7 @@ async def test_wrong_configuration_fails_with_directive(
 ) -> None:
     site, failing, directive = WRONG[wrong]
     async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
-        found = await checked(url, behind.token, IDLE)
+        found = await checked(url, behind.token, IDLE if "idle" in failing else PACE)
     assert found.failed() == failing, found.findings
     mend = found.mend(next(name for name in found.findings if name in failing))
     assert directive in mend
@@ -115,3 +118,30 @@ async def test_fixed_host_is_warned_of(behind: Behind, folder: Path) -> None:
     assert found.of(Status.WARNING) == {"host"}
     assert found.failed() == {"origin"}
     assert "`default_server`" in found.mend("host")
+
+
+async def test_removed_subprotocol_is_warned_of(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT + 'proxy_set_header Sec-WebSocket-Protocol "";')
+    async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
+        found = await checked(url, behind.token)
+    assert found.of(Status.WARNING) == {"upgrade"}
+    assert found.failed() == set(), found.findings
+
+
+async def test_server_without_tokens_fails_behind_proxy(folder: Path) -> None:
+    async with wsserver.serve(Demo(RATE), port=0, drain_timeout=0) as server:
+        async with nginx(folder, location(RIGHT).replace("PORT", str(server.port))) as url:
+            found = await checked(url, None)
+    assert found.failed() == {"upgrade", "http"}
+    assert "`wsserver token new NAME --file FILE`" in found.mend("upgrade")
+
+
+async def test_full_server_fails_with_setting_of_proxies(behind: Behind, folder: Path) -> None:
+    async with (
+        wsserver.serve(Demo(RATE), port=0, connections_per_address=1) as server,
+        nginx(folder, location(RIGHT).replace("PORT", str(server.port))) as url,
+        connect(server.url, proxy=None),
+    ):
+        found = await checked(url, None)
+    assert "upgrade" in found.failed()
+    assert "`proxies`" in found.mend("upgrade")

@@ -111,7 +111,8 @@ IDLE: Advice = {
 SSE_BUFFERED: Advice = {
     "nginx": "`proxy_buffering off;`; remove `text/event-stream` from `gzip_types`, and "
     "`proxy_ignore_headers X-Accel-Buffering;`",
-    "haproxy": "remove `text/event-stream` from `compression type`",
+    "haproxy": "`option http-no-delay`: without it HAProxy collects pieces for 0.2 s; remove "
+    "`text/event-stream` from `compression type`",
     "caddy": "`flush_interval -1` in `reverse_proxy`; remove `buffer_responses` and "
     "`response_buffers`",
     "cloudflare": "no caching and no response buffering for this path",

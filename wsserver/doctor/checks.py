@@ -25,11 +25,13 @@ class Check:
         run: reports the findings.
         names: names of the findings, in their order.
         missing: says what the check needs and the deployment has not; None if nothing is missing.
+        asks_model: whether the check waits for a model, which may be slow.
     """
 
     run: Callable[[Deployment, Report], Awaitable[None]]
     names: tuple[str, ...]
     missing: Callable[[Deployment], str | None] = lambda _: None
+    asks_model: bool = False
 
 
 def _no_socket(deployment: Deployment) -> str | None:
@@ -52,13 +54,6 @@ def _no_way(deployment: Deployment) -> str | None:
     return "needs the upgrade, or chats over HTTP"
 
 
-def _no_result(name: str, deployment: Deployment) -> str:
-    """Say why a check that ran has no finding of this name."""
-    if name.startswith("sse") and not deployment.chats:
-        return "needs chats over HTTP"
-    return _no_socket(deployment) or "needs the check before it"
-
-
 CHECKS = (
     Check(handshakes.tls, ("tls",)),
     Check(handshakes.upgrade, ("upgrade",)),
@@ -69,8 +64,8 @@ CHECKS = (
     Check(frames.large_frame, ("large_frame",), _no_socket),
     Check(frames.close_code, ("close_code",), _no_socket),
     Check(replies.http, ("http",), _no_user),
-    Check(replies.stream, ("tokens", "stop", "sse", "sse_resume"), _no_way),
-    Check(replies.resume, ("resume",), _no_socket_of_user),
+    Check(replies.stream, ("tokens", "stop", "sse", "sse_resume"), _no_way, asks_model=True),
+    Check(replies.resume, ("resume",), _no_socket_of_user, asks_model=True),
     Check(frames.idle, ("idle",), _no_socket_of_user),
 )
 
@@ -92,23 +87,24 @@ async def check(deployment: Deployment, report: Report) -> None:
 
     for one in CHECKS:
         names = list(one.names)
-        left = deadline - time.monotonic()
         missing = one.missing(deployment) if trusted else "needs TLS"
-        if missing is None and left <= 0:
-            missing = "no time left"
-        if missing is None:
-            failure = await _run(one, deployment, take, min(left, LONGEST_CHECK))
+        if missing is None and time.monotonic() < deadline:
+            failure = await _run(one, deployment, take, deadline)
             if failure is not None:
                 take(failed(names[0], failure))
+        if missing is None:
+            late = time.monotonic() >= deadline
+            missing = "no time left" if late else "needs an earlier check to hold"
         for name in names:
-            report(skipped(name, missing or _no_result(name, deployment)))
+            report(skipped(name, missing))
 
 
-async def _run(one: Check, deployment: Deployment, report: Report, seconds: float) -> str | None:
-    """Run a check; return why it could not finish, or None."""
+async def _run(one: Check, deployment: Deployment, report: Report, deadline: float) -> str | None:
+    """Run a check until the deadline; return why it failed, or None."""
     failure = None
+    seconds = min(deadline - time.monotonic(), deployment.pace.idle + LONGEST_CHECK)
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(seconds) as limit:
             await one.run(deployment, report)
     except Refused as refused:
         failure = f"another connection is refused: status {refused.response.status}"
@@ -117,7 +113,8 @@ async def _run(one: Check, deployment: Deployment, report: Report, seconds: floa
     except Declined as declined:
         failure = f"the server answers {declined}"
     except TimeoutError:
-        failure = f"no end after {seconds:.0f} s"
+        if not (one.asks_model and limit.expired()):  # else perhaps the model is slow
+            failure = "no answer in time"
     except httpx2.TransportError as error:
         failure = f"a request over HTTP fails: {str(error) or type(error).__name__}"
     except (httpx2.HTTPError, ValueError) as error:

@@ -20,6 +20,8 @@ LEAST_REPLY = 1.0  # seconds
 HELD = 0.3  # part of the pieces; a follower that has less is behind
 BURST = 0.4  # part of the time of a reply; a follower without a piece for so long gets bursts
 SLOWER = 3  # times the longest gap of the other follower: else the model or the computer was slow
+MOMENT = 0.02  # seconds; pieces that come within come at once
+LEAST_MOMENTS = 12  # of the other follower
 END = 0.9  # part of the time of a reply; what comes later may come with the end
 
 
@@ -109,6 +111,14 @@ class Heard:
             return None
         return f"everything came at the end, {taken:.1f} s after the prompt"
 
+    def moments(self, until: float) -> int:
+        """Return at how many moments pieces came."""
+        count, last = 0, float("-inf")
+        for piece in self.pieces:
+            if last + MOMENT < piece.at <= until:
+                count, last = count + 1, piece.at
+        return count
+
     def content(self, after: int = 0) -> Mapping[tuple[str, int], str]:
         """Return the content after a piece, joined by type and block."""
         found: dict[tuple[str, int], str] = defaultdict(str)
@@ -156,8 +166,16 @@ def delay(own: Heard, other: Heard, until: float) -> str | None:
         return f"after {span:.1f} s of the reply {here} of {there} pieces had come"
     gap, usual = own.longest_gap(first, first + span), other.longest_gap(first, first + span)
     if gap > BURST * span and gap > SLOWER * usual:
-        return f"pieces come in bursts, with {gap:.1f} s between them"
+        return f"no piece came for {gap:.1f} s"
     return None
+
+
+def bursts(own: Heard, other: Heard, until: float) -> str | None:
+    """Say whether one follower gets several pieces at once, which another one gets singly."""
+    here, there = own.moments(until), other.moments(until)
+    if there < LEAST_MOMENTS or SLOWER * here > there:
+        return None
+    return f"pieces come in bursts: at {here} moments instead of {there}"
 
 
 def pace(own: Heard, until: float) -> str | None:

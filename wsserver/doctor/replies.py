@@ -19,9 +19,9 @@ from wsserver.doctor import advice
 from wsserver.doctor.deployment import Deployment, read
 from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
 from wsserver.doctor.frames import NO_INSPECTION
-from wsserver.doctor.handshakes import redirected
-from wsserver.doctor.heard import LEAST_PIECES, Declined, Heard, delay, follow, pace
-from wsserver.doctor.line import Frame, Response
+from wsserver.doctor.handshakes import NOT_FOUND, redirected
+from wsserver.doctor.heard import LEAST_PIECES, Declined, Heard, bursts, delay, follow, pace
+from wsserver.doctor.line import OPEN_TIMEOUT, Frame, Response
 
 PROMPT = "Count from one to two hundred in English words, one number per line. Write nothing else."
 CHATS = "/api/chat"
@@ -75,6 +75,9 @@ def _refusal(deployment: Deployment, found: Response) -> Finding:
         return failed("http", seen, *deployment.advise(advice.UPSTREAM))
     if found.status in REFUSALS:
         return failed("http", seen, *deployment.advise(advice.REFUSED))
+    if found.body == NOT_FOUND:
+        seen += ": the server has no such path as the proxy sends, or it is older than this check"
+        return failed("http", seen, *deployment.advise(advice.PREFIX))
     seen += ", which is not from the server"
     return failed("http", seen, *deployment.advise(advice.ROUTE))
 
@@ -84,6 +87,9 @@ async def stream(deployment: Deployment, report: Report) -> None:
 
     What one of the two has, the server has sent: the difference is due to proxies.
     """
+    if not deployment.upgrades:
+        report(skipped("tokens", "needs the upgrade"))
+        report(skipped("stop", "needs the upgrade"))
     prompt, progress = _prompt(), asyncio.Event()
     frames, events = Heard(progress), Heard(progress)
     async with AsyncExitStack() as stack:
@@ -99,24 +105,22 @@ async def stream(deployment: Deployment, report: Report) -> None:
         for task in tasks:
             task.add_done_callback(lambda _: progress.set())
         await _listen(deployment, tasks, frames, events)
-        stopped = time.monotonic()
-        ended = any(task.done() for task in tasks)
-        if ended:
-            pass
-        elif deployment.upgrades:
-            await line.send({"type": "stop", "id": prompt["id"]})
-        else:
-            await client.post(f"{CHATS}/{prompt['id']}/stop")
+        stopped, ended = time.monotonic(), any(task.done() for task in tasks)
+        if not ended:
+            if deployment.upgrades:
+                await line.send({"type": "stop", "id": prompt["id"]})
+            else:
+                await client.post(f"{CHATS}/{prompt['id']}/stop")
         done, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
         for task in done:
             task.result()  # raises what the reply failed with
         if deployment.upgrades:
-            report(_judge_frames(deployment, frames, events, stopped))
+            report(_judge("tokens", (NO_INSPECTION,), frames, events, stopped))
             report(_judge_stop(frames, stopped, ended=ended))
         if deployment.chats:
-            report(_judge_events(deployment, frames, events, stopped))
-            if events.terminal is not None:
-                report(await _continue(client, prompt["id"], events))
+            mend = deployment.advise(advice.SSE_BUFFERED)
+            report(_judge("sse", mend, events, frames, stopped))
+            report(await _continue(client, prompt["id"], events))
 
 
 def _prompt() -> dict[str, Any]:
@@ -163,17 +167,6 @@ async def _frames(response: httpx2.Response) -> AsyncIterator[Frame]:
             yield json.loads(line.removeprefix("data:"))
 
 
-def _judge_frames(deployment: Deployment, frames: Heard, events: Heard, until: float) -> Finding:
-    late = delay(frames, events, until) or frames.held()
-    if late is not None:
-        return failed("tokens", f"the WebSocket is held back: {late}", NO_INSPECTION)
-    if not frames.pieces:
-        return skipped("tokens", f"no piece came within {deployment.pace.patience:.0f} s")
-    if (seen := pace(frames, until)) is None:
-        return skipped("tokens", TOO_SHORT)
-    return ok("tokens", seen)
-
-
 def _judge_stop(frames: Heard, stopped: float, *, ended: bool) -> Finding:
     if ended:
         return skipped("stop", "the reply ended before the stop")
@@ -190,20 +183,33 @@ def _judge_stop(frames: Heard, stopped: float, *, ended: bool) -> Finding:
     return ok("stop", seen)
 
 
-def _judge_events(deployment: Deployment, frames: Heard, events: Heard, until: float) -> Finding:
-    late = delay(events, frames, until) or events.held()
+def _judge(
+    check: str,
+    mend: tuple[str, ...],
+    own: Heard,
+    other: Heard,
+    until: float,
+) -> Finding:
+    """Judge how one follower got the reply, compared with another one."""
+    late = delay(own, other, until) or own.held()
+    seen = pace(own, until)
     if late is not None:
-        mend = deployment.advise(advice.SSE_BUFFERED)
-        return failed("sse", f"the stream is held back: {late}", *mend)
-    if not events.pieces:
-        return skipped("sse", f"no piece came within {deployment.pace.patience:.0f} s")
-    if (seen := pace(events, until)) is None:
-        return skipped("sse", TOO_SHORT)
-    return ok("sse", seen)
+        finding = failed(check, f"the reply is held back: {late}", *mend)
+    elif not own.pieces:
+        finding = skipped(check, "no piece came in time")
+    elif (few := bursts(own, other, until)) is not None:
+        finding = warning(check, few, *mend)
+    elif seen is None:
+        finding = skipped(check, TOO_SHORT)
+    else:
+        finding = ok(check, seen)
+    return finding
 
 
 async def _continue(client: httpx2.AsyncClient, reply: str, events: Heard) -> Finding:
     """Get the second half of a reply again, as an EventSource does."""
+    if events.terminal is None:
+        return failed("sse_resume", "the stream has not ended with the reply")
     after = events.pieces[len(events.pieces) // 2].seq if events.pieces else 0
     rest = Heard()
     async with client.stream("GET", f"{CHATS}/{reply}", params={"after": after}) as response:
@@ -238,7 +244,8 @@ async def resume(deployment: Deployment, report: Report) -> None:
     async with deployment.line() as line:
         try:
             await line.send({"type": "resume", "id": reply, "after": cut})
-            answer = await line.next("start", "error")
+            async with asyncio.timeout(OPEN_TIMEOUT):
+                answer = await line.next("start", "error")
             if answer["type"] == "error":
                 raise Declined(answer)
             taken = time.monotonic() - began

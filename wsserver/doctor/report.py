@@ -54,19 +54,33 @@ def run(url: str, *, token: str | None, quick: bool, json: bool, idle: float | N
     def report(finding: Finding) -> None:
         findings.append(finding)
         if not json:
-            print("\n".join(to_lines(finding, colour=colour)), flush=True)
+            _print("\n".join(to_lines(finding, colour=colour)))
 
     try:
         asyncio.run(check(deployment, report))
+        if json:
+            _print(to_json(deployment, findings, time.monotonic() - began))
+        else:
+            _print(f"\n{summary(findings)}")
     except Unreachable as error:
         raise ConfigError(f"no check of {target.websocket}: {error}") from error
     except KeyboardInterrupt:
         return INTERRUPTED
-    if json:
-        print(to_json(deployment, findings, time.monotonic() - began))
-    else:
-        print(f"\n{summary(findings)}")
+    except _NotPrinted:  # the flush of Python at its exit would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILS
     return FAILS if any(finding.status is Status.FAILED for finding in findings) else HOLDS
+
+
+class _NotPrinted(Exception):
+    """The reader has closed the pipe, or a disk is full. No check takes this for its failure."""
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise _NotPrinted from error
 
 
 def summary(findings: list[Finding]) -> str:
