@@ -1,8 +1,8 @@
 """A server with a token, and checks of a deployment in front of it."""
 
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +11,13 @@ import wsserver
 from wsserver.auth import tokens
 from wsserver.doctor.checks import check
 from wsserver.doctor.deployment import Deployment, Pace
-from wsserver.doctor.findings import Finding, Status
+from wsserver.doctor.findings import Finding, Report, Status
 from wsserver.doctor.line import parse_target
 from wsserver.models.demo import Demo
 
+Check = Callable[[Deployment, Report], Awaitable[None]]
 PACE = Pace(patience=10.0, listening=1.0, idle=0.0, whole=float("inf"))
+BRIEF = replace(PACE, listening=0.2)  # too short to judge how a reply flows
 RATE = 40  # words per second of the model
 
 
@@ -25,6 +27,10 @@ class Checked:
 
     deployment: Deployment
     findings: dict[str, Finding]
+
+    def report(self, finding: Finding) -> None:
+        assert finding.check not in self.findings
+        self.findings[finding.check] = finding
 
     def failed(self) -> set[str]:
         """Return the names of the checks that failed."""
@@ -39,15 +45,18 @@ class Checked:
 
 async def checked(url: str, token: str | None, pace: Pace = PACE) -> Checked:
     """Check a deployment."""
-    deployment = Deployment(parse_target(url), token, pace)
-    findings: dict[str, Finding] = {}
+    found = Checked(Deployment(parse_target(url), token, pace), {})
+    await check(found.deployment, found.report)
+    return found
 
-    def report(finding: Finding) -> None:
-        assert finding.check not in findings
-        findings[finding.check] = finding
 
-    await check(deployment, report)
-    return Checked(deployment, findings)
+async def checked_replies(url: str, token: str, run: Check) -> Checked:
+    """Run one check of the replies of a deployment."""
+    found = Checked(Deployment(parse_target(url), token, PACE), {})
+    found.deployment.upgrades = found.deployment.chats = True
+    found.deployment.admits = "header"
+    await run(found.deployment, found.report)
+    return found
 
 
 @dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.check.conftest import PACE, Behind, checked
+from tests.check.conftest import BRIEF, PACE, Behind, checked
 from tests.support.gateways import caddy
 from wsserver.doctor import line
 from wsserver.doctor.findings import Status
@@ -37,7 +37,7 @@ async def test_wrong_configuration_fails_with_setting(
 ) -> None:
     options, site, failing, setting = WRONG[wrong]
     async with caddy(folder, behind.port, options, site) as url:
-        found = await checked(url, behind.token)
+        found = await checked(url, behind.token, BRIEF)
     assert found.failed() == failing, found.findings
     assert setting in found.mend(next(name for name in found.findings if name in failing))
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
 import wsserver
 from tests.asgi.servers import SERVERS, serving
-from tests.check.conftest import PACE, RATE, Behind, checked
+from tests.check.conftest import BRIEF, PACE, RATE, Behind, checked
 from tests.support.puppet import Puppet
-from wsserver.doctor import handshakes
+from wsserver.doctor import frames, handshakes
 from wsserver.doctor.deployment import Deployment
 from wsserver.doctor.findings import Finding, Status
 from wsserver.doctor.handshakes import Unreachable
@@ -55,9 +57,113 @@ async def test_missing_token_fails_and_skips_replies(behind: Behind) -> None:
 
 
 async def test_wrong_token_fails(behind: Behind) -> None:
-    found = await checked(behind.server.url, "wrong")
+    found = await checked(behind.server.url, "wrong", BRIEF)
     assert found.failed() == {"authentication"}
     assert found.findings["authentication"].seen == "the server refuses the token"
+
+
+async def test_token_that_nobody_asks_for_holds() -> None:
+    async with own() as server:
+        found = await checked(server.url, "any", BRIEF)
+    assert found.failed() == set(), found.findings
+
+
+async def test_wrong_token_that_is_admitted_fails() -> None:
+    async def gullible(token: str | None, _: wsserver.Handshake) -> wsserver.Principal | None:
+        return wsserver.Principal("anybody") if token else None
+
+    async with wsserver.serve(Demo(RATE), authenticate=gullible, port=0, drain_timeout=0) as server:
+        found = await checked(server.url, "any", BRIEF)
+    assert found.failed() == {"authentication"}
+    assert found.findings["authentication"].seen == "the server admits a wrong token"
+
+
+async def test_public_server_without_tokens_and_tls_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolve, name = socket.getaddrinfo, "chat.example.com"
+
+    def resolved(host: object, *args: Any, **options: Any) -> Any:
+        own = host in {name, name.encode()}
+        return resolve("127.0.0.1" if own else host, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    async with own(hosts=[name], allow_anonymous=True) as server:
+        found = await checked(f"ws://{name}:{server.port}/", None, BRIEF)
+    assert found.of(Status.WARNING) == {"tls", "authentication"}
+    assert found.failed() == set(), found.findings
+
+
+async def test_missing_ping_of_server_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frames, "EXPECTED_PING", 0.2)
+    async with own() as server:
+        found = await checked(server.url, None, replace(BRIEF, idle=0.3))
+    assert found.of(Status.WARNING) == {"idle"}
+    assert "`ping_interval`" in found.mend("idle")
+
+
+async def test_slow_model_skips_replies_of_quick_check(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        found = await checked(server.url, None, replace(PACE, whole=1.0))
+    assert found.failed() == set(), found.findings
+    assert found.findings["resume"].seen == "no time left"
+
+
+async def test_model_that_is_silent_skips_replies(puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server:
+        found = await checked(server.url, None, replace(BRIEF, patience=0.2))
+    assert found.failed() == set(), found.findings
+    assert {"tokens", "sse", "resume"} <= found.of(Status.SKIPPED)
+
+
+async def test_refused_prompt_fails_with_code() -> None:
+    async with own(prompt_size=10) as server:
+        found = await checked(server.url, None, BRIEF)
+    assert found.failed() == {"tokens", "resume"}
+    assert "too_long" in found.findings["tokens"].seen
+
+
+async def test_short_reply_skips_resume(puppet: Puppet, server: wsserver.Server) -> None:
+    checking = asyncio.create_task(checked(server.url, None, BRIEF))
+    for number in range(2):
+        (await puppet.reply(number)).say("one").end()
+    found = await checking
+    assert found.failed() == set(), found.findings
+    assert {"tokens", "stop", "sse", "resume"} <= found.of(Status.SKIPPED)
+
+
+async def test_proxy_without_http_1_1_fails_tls() -> None:
+    async def alert(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # Fatal alert no_application_protocol (RFC 7301 section 3.2).
+        writer.write(bytes.fromhex("15030300020278"))
+        writer.close()
+
+    async with await asyncio.start_server(alert, "127.0.0.1", 0) as listening:
+        port = listening.sockets[0].getsockname()[1]
+        found = await checked(f"wss://127.0.0.1:{port}/", None)
+    assert found.failed() == {"tls"}
+    assert "`alpn h2,http/1.1`" in found.mend("tls"), found.findings["tls"]
+
+
+@pytest.mark.parametrize("subprotocol", ["wsserver.v1", "other"])
+async def test_other_websocket_program_fails_upgrade(
+    monkeypatch: pytest.MonkeyPatch, subprotocol: str
+) -> None:
+    monkeypatch.setattr(handshakes, "OPEN_TIMEOUT", 0.2)
+
+    async def echo(chat: ServerConnection) -> None:
+        await chat.send("hello")
+        async for message in chat:
+            await chat.send(message)
+
+    def choose(*_: object) -> Subprotocol:
+        return Subprotocol("wsserver.v1")
+
+    select = choose if subprotocol == "wsserver.v1" else None
+    async with serve(echo, "127.0.0.1", 0, select_subprotocol=select) as other:
+        port = next(iter(other.sockets)).getsockname()[1]
+        found = await checked(f"ws://127.0.0.1:{port}/", None)
+    assert found.failed() == {"upgrade", "http"}
 
 
 async def test_any_origin_and_any_host_are_warned_of() -> None:
@@ -69,7 +175,7 @@ async def test_any_origin_and_any_host_are_warned_of() -> None:
 
 
 async def test_ping_of_server_is_counted() -> None:
-    pace = replace(PACE, idle=0.5)
+    pace = replace(BRIEF, idle=0.5)
     async with own(ping_interval=0.1) as server:
         found = await checked(server.url, None, pace)
     seen = found.findings["idle"].seen
@@ -77,7 +183,7 @@ async def test_ping_of_server_is_counted() -> None:
 
 
 async def test_timeout_of_server_fails_idle_with_its_code() -> None:
-    pace = replace(PACE, idle=3.0)
+    pace = replace(BRIEF, idle=3.0)
     async with own(idle_timeout=0.5) as server:
         found = await checked(server.url, None, pace)
     assert found.failed() == {"idle"}

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.check.conftest import PACE, Behind, checked
+from tests.check.conftest import BRIEF, PACE, Behind, checked
 from tests.support.gateways import haproxy
 from wsserver.doctor.findings import Status
 
 pytestmark = pytest.mark.slow
 
 IDLE = replace(PACE, idle=2.0)
+BRIEF_IDLE = replace(BRIEF, idle=2.0)
 WRONG = {
     "short tunnel": ("", "timeout tunnel 1s", {"idle"}, "`timeout tunnel 1h`"),
     "no upgrade": (
@@ -42,14 +43,14 @@ async def test_wrong_configuration_fails_with_setting(
 ) -> None:
     frontend, backend, failing, setting = WRONG[wrong]
     async with haproxy(folder, behind.port, frontend, backend) as url:
-        found = await checked(url, behind.token, IDLE if "idle" in failing else PACE)
+        found = await checked(url, behind.token, BRIEF_IDLE)
     assert found.failed() == failing, found.findings
     assert setting in found.mend(next(name for name in found.findings if name in failing))
 
 
 async def test_missing_server_fails_with_setting(folder: Path) -> None:
     async with haproxy(folder, 1) as url:
-        found = await checked(url, None)
+        found = await checked(url, None, BRIEF)
     assert found.failed() == {"upgrade", "http"}
     assert "the `server` line must name" in found.mend("upgrade")
     assert found.deployment.proxy == "haproxy", "its own response has a known body"

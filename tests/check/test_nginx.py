@@ -7,7 +7,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 import wsserver
-from tests.check.conftest import PACE, RATE, Behind, checked
+from tests.check.conftest import BRIEF, PACE, RATE, Behind, checked
 from tests.support.gateways import nginx
 from wsserver.doctor.findings import Status
 from wsserver.models.demo import Demo
@@ -21,6 +21,7 @@ ADDRESS = "proxy_set_header X-Forwarded-For $remote_addr;\n"
 RIGHT = HTTP_1_1 + UPGRADE + HOST + ADDRESS
 GZIP = "gzip on; gzip_types text/event-stream; gzip_proxied any;\n"
 IDLE = replace(PACE, idle=2.0)
+PACES = {"short time-out": replace(BRIEF, idle=2.0), "buffered stream": PACE}
 
 
 def location(directives: str, path: str = "/") -> str:
@@ -81,7 +82,7 @@ async def test_wrong_configuration_fails_with_directive(
 ) -> None:
     site, failing, directive = WRONG[wrong]
     async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
-        found = await checked(url, behind.token, IDLE if "idle" in failing else PACE)
+        found = await checked(url, behind.token, PACES.get(wrong, BRIEF))
     assert found.failed() == failing, found.findings
     mend = found.mend(next(name for name in found.findings if name in failing))
     assert directive in mend
@@ -91,7 +92,7 @@ async def test_wrong_configuration_fails_with_directive(
 async def test_prefix_that_stays_in_path_fails(behind: Behind, folder: Path) -> None:
     site = location(RIGHT, "/chat/").replace("PORT", str(behind.port))
     async with nginx(folder, site) as url:
-        found = await checked(f"{url}chat/", behind.token)
+        found = await checked(f"{url}chat/", behind.token, BRIEF)
     assert "upgrade" in found.failed()
     assert "with the slash after PORT" in found.mend("upgrade")
 
@@ -99,14 +100,14 @@ async def test_prefix_that_stays_in_path_fails(behind: Behind, folder: Path) -> 
 async def test_prefix_that_proxy_removes_holds(behind: Behind, folder: Path) -> None:
     site = location(RIGHT, "/chat/").replace("PORT;", f"{behind.port}/;")
     async with nginx(folder, site) as url:
-        found = await checked(f"{url}chat/ws", behind.token)
+        found = await checked(f"{url}chat/ws", behind.token, BRIEF)
     assert found.failed() == set(), found.findings
 
 
 async def test_removed_origin_is_warned_of(behind: Behind, folder: Path) -> None:
     site = location(RIGHT + 'proxy_set_header Origin "";').replace("PORT", str(behind.port))
     async with nginx(folder, site) as url:
-        found = await checked(url, behind.token)
+        found = await checked(url, behind.token, BRIEF)
     assert found.of(Status.WARNING) == {"foreign_origin"}
     assert "remove `proxy_set_header Origin …`" in found.mend("foreign_origin")
 
@@ -114,7 +115,7 @@ async def test_removed_origin_is_warned_of(behind: Behind, folder: Path) -> None
 async def test_fixed_host_is_warned_of(behind: Behind, folder: Path) -> None:
     site = location(RIGHT).replace("PORT", str(behind.port)).replace("$http_host", "localhost")
     async with nginx(folder, site) as url:
-        found = await checked(url, behind.token)
+        found = await checked(url, behind.token, BRIEF)
     assert found.of(Status.WARNING) == {"host"}
     assert found.failed() == {"origin"}
     assert "`default_server`" in found.mend("host")
@@ -123,7 +124,7 @@ async def test_fixed_host_is_warned_of(behind: Behind, folder: Path) -> None:
 async def test_removed_subprotocol_is_warned_of(behind: Behind, folder: Path) -> None:
     site = location(RIGHT + 'proxy_set_header Sec-WebSocket-Protocol "";')
     async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
-        found = await checked(url, behind.token)
+        found = await checked(url, behind.token, BRIEF)
     assert found.of(Status.WARNING) == {"upgrade"}
     assert found.failed() == set(), found.findings
 
@@ -131,7 +132,7 @@ async def test_removed_subprotocol_is_warned_of(behind: Behind, folder: Path) ->
 async def test_server_without_tokens_fails_behind_proxy(folder: Path) -> None:
     async with wsserver.serve(Demo(RATE), port=0, drain_timeout=0) as server:
         async with nginx(folder, location(RIGHT).replace("PORT", str(server.port))) as url:
-            found = await checked(url, None)
+            found = await checked(url, None, BRIEF)
     assert found.failed() == {"upgrade", "http"}
     assert "`wsserver token new NAME --file FILE`" in found.mend("upgrade")
 
@@ -142,6 +143,32 @@ async def test_full_server_fails_with_setting_of_proxies(behind: Behind, folder:
         nginx(folder, location(RIGHT).replace("PORT", str(server.port))) as url,
         connect(server.url, proxy=None),
     ):
-        found = await checked(url, None)
+        found = await checked(url, None, BRIEF)
     assert "upgrade" in found.failed()
     assert "`proxies`" in found.mend("upgrade")
+
+
+async def test_host_without_answer_holds(behind: Behind, folder: Path) -> None:
+    site = 'if ($host != "127.0.0.1") { return 444; }' + location(RIGHT)
+    async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
+        found = await checked(url, behind.token, BRIEF)
+    assert found.findings["host"].seen == "other host names get no answer"
+    assert found.failed() == set(), found.findings
+
+
+async def test_upgrade_that_gets_another_answer_than_health_fails(
+    behind: Behind, folder: Path
+) -> None:
+    site = "location = / { return 400; }" + location(RIGHT)
+    async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
+        found = await checked(url, behind.token, BRIEF)
+    assert found.failed() == {"upgrade"}
+    assert "plain requests reach the server" in found.findings["upgrade"].seen
+
+
+async def test_refused_second_connection_fails_authentication(behind: Behind, folder: Path) -> None:
+    site = 'if ($http_authorization = "") { return 403; }' + location(RIGHT)
+    async with nginx(folder, site.replace("PORT", str(behind.port))) as url:
+        found = await checked(url, behind.token, BRIEF)
+    assert "authentication" in found.failed()
+    assert found.findings["authentication"].seen == "another connection is refused: status 403"

@@ -33,7 +33,6 @@ UPGRADE: Advice = {
 HTTP2: Advice = {
     "nginx": "`listen 443 ssl;`: clients open WebSockets over HTTP/1.1",
     "haproxy": "`alpn h2,http/1.1` in the `bind` line",
-    "caddy": "`protocols h1 h2` in the global option `servers`",
     "apache": "`Protocols h2 http/1.1`",
 }
 ROUTE: Advice = {
@@ -62,7 +61,7 @@ UPSTREAM: Advice = {
 REFUSED: Advice = {
     "nginx": "look for `allow`, `deny`, `auth_basic`, `limit_req` and `return` at this path",
     "haproxy": "look for `http-request deny` and `tarpit`",
-    "caddy": "look for `respond`, `basicauth` and `forward_auth` at this path",
+    "caddy": "look for `respond`, `basic_auth` and `forward_auth` at this path",
     "cloudflare": "Security, Events: which rule answers; Network, WebSockets: on",
     "alb": "look for fixed responses, `authenticate` actions and AWS WAF",
     "apache": "look for `Require` and `AuthType` at this path",
@@ -94,7 +93,7 @@ ANY_HOST: Advice = {
 AUTHORIZATION: Advice = {
     "nginx": "remove `proxy_set_header Authorization …` and `auth_basic`",
     "haproxy": "remove `http-request del-header Authorization` and `http-request auth`",
-    "caddy": "remove `header_up -Authorization` and `basicauth`",
+    "caddy": "remove `header_up -Authorization` and `basic_auth`",
     "cloudflare": "remove Authorization from Transform Rules",
     "apache": "`SetEnvIf Authorization .+ HTTP_AUTHORIZATION=$0`; no `AuthType`",
 }

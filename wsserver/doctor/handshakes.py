@@ -113,9 +113,9 @@ def _certificate(connection: ssl.SSLObject) -> Finding:
 
 
 def _mend_tls(deployment: Deployment, error: ssl.SSLError) -> tuple[str, ...]:
-    if error.reason and "ALPN" in error.reason.upper().replace("APPLICATION_PROTOCOL", "ALPN"):
+    text = str(error).lower().replace("_", " ")
+    if "no application protocol" in text:
         return deployment.advise(advice.HTTP2)
-    text = str(error).lower()
     return tuple(mend for sign, mend in CERTIFICATES.items() if sign in text)
 
 
