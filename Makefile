@@ -103,11 +103,18 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); $(MAKE) --no-print-directory apt PACKAGES=python3-venv \
 		&& $(PYTHON) -m venv $(VENV); }
 
-$(VENV)/run.stamp: pyproject.toml | $(BIN)/python
+# The page's libraries come from npm, see hatch_build.py. Without npm the page shows plain text.
+PAGE := $(wildcard hatch_build.py wsserver/web/libraries/*.json wsserver/web/libraries/*.js)
+
+.PHONY: npm
+npm:
+	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
+
+$(VENV)/run.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[chat]'
 	@touch $@
 
-$(VENV)/test.stamp: pyproject.toml | $(BIN)/python
+$(VENV)/test.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@ $(VENV)/run.stamp
 

@@ -1,6 +1,7 @@
 """Responses to HTTP requests and to WebSocket handshakes."""
 
 import asyncio
+import gzip
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 import wsserver
-from tests.support.puppet import BOUND
-from wsserver.routes import Page
+from tests.support.puppet import BOUND, Puppet
+from tests.support.tools import require_libraries
+from wsserver.page import Page
 
 
 async def ask(
@@ -46,17 +48,70 @@ async def test_page_has_content_security_policy_for_own_files(
 
 async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> None:
     folder = Path(wsserver.__file__).parent / "web"
-    loaded = {"/", "/ai-sdk.js"}
-    for file in folder.iterdir():
-        names = re.findall(r"""(?:href=|src=|from )["'](?:\./)?([\w.-]+)["']""", file.read_text())
-        loaded |= {f"/{name}" for name in names}
-    assert loaded == set(Page.PATHS)
-    assert {file.name for file in folder.iterdir()} == set(Page.PATHS.values())
+    loaded = {"index.html", "ai-sdk.js"}
+    for file in folder.glob("*.*"):
+        names = re.findall(r"""(?:href=|src=|from )["'](?:\./)?([\w./-]+)["']""", file.read_text())
+        loaded |= set(names)
+    assert loaded - {"libraries/markdown.js"} == set(Page.FILES)
+    assert {file.name for file in folder.glob("*.*")} == set(Page.FILES)
     types = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
-    for path, name in Page.PATHS.items():
-        status, headers, body = await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n")
+    for name in Page.FILES:
+        status, headers, body = await get(server, name.replace("index.html", ""))
         assert (status, body) == (200, (folder / name).read_bytes())
         assert headers["content-type"] == f"{types[name.rpartition('.')[2]]}; charset=utf-8"
+
+
+async def test_files_are_compressed_for_clients_that_take_gzip(server: wsserver.Server) -> None:
+    _, headers, whole = await get(server, "client.js", "Accept-Encoding: gzip;q=0, br\n")
+    assert headers["vary"].lower() == "accept-encoding"
+    assert "content-encoding" not in headers
+    for codings in ("gzip", "br, GZIP;q=0.5", "gzip ;q=1.0"):
+        _, headers, body = await get(server, "client.js", f"Accept-Encoding: {codings}\n")
+        assert headers["content-encoding"] == "gzip"
+        assert gzip.decompress(body) == whole
+        assert len(body) < len(whole) / 2
+
+
+async def test_libraries_come_with_their_fonts_and_licences(server: wsserver.Server) -> None:
+    require_libraries()
+    types = {
+        "markdown.js": "text/javascript; charset=utf-8",
+        "math.js": "text/javascript; charset=utf-8",
+        "math.css": "text/css; charset=utf-8",
+        "LICENSES.txt": "text/plain; charset=utf-8",
+        "fonts/KaTeX_Main-Regular.woff2": "font/woff2",
+    }
+    for name, kind in types.items():
+        status, headers, body = await get(server, f"libraries/{name}")
+        assert (status, headers["content-type"]) == (200, kind), name
+        assert len(body) > 1000
+    for name in ("stamp", "../package.json", "package.json", "fonts/", ""):
+        assert (await get(server, f"libraries/{name}"))[0] == 404, name
+    _, _, licences = await get(server, "libraries/LICENSES.txt")
+    for package in (b"dompurify", b"highlight.js", b"katex", b"marked", b"remend"):
+        assert b"\n%b\n==" % package in b"\n" + licences
+    _, _, style = await get(server, "libraries/math.css")
+    for font in set(re.findall(r"url\(([^)]*)\)", style.decode())):
+        assert (await get(server, f"libraries/{font}"))[0] == 200, font
+
+
+async def test_page_without_libraries_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, puppet: Puppet
+) -> None:
+    monkeypatch.setattr("wsserver.page.BUILT", "missing")
+    caplog.set_level("INFO", "wsserver")
+    async with wsserver.serve(puppet, port=0) as server:
+        for _ in range(2):
+            status, _, body = await get(server, "libraries/markdown.js")
+            assert (status, body) == (200, b"export {}\n")
+    lines = [record for record in caplog.records if "page without Markdown" in record.getMessage()]
+    assert len(lines) == 1
+
+
+async def get(
+    server: wsserver.Server, path: str, headers: str = ""
+) -> tuple[int, dict[str, str], bytes]:
+    return await ask(server, f"GET /{path} HTTP/1.1\nHost: localhost\n{headers}\n")
 
 
 @pytest.mark.parametrize("path", ["/", "/client.js"])
@@ -64,7 +119,7 @@ async def test_unchanged_file_is_answered_with_304(server: wsserver.Server, path
     request = f"GET {path} HTTP/1.1\nHost: localhost\n"
     _, headers, _ = await ask(server, f"{request}\n")
     tag, size = headers["etag"], headers["content-length"]
-    status, headers, body = await ask(server, f'{request}If-None-Match: W/{tag}, "b"\n\n')
+    status, headers, body = await ask(server, f'{request}If-None-Match: {tag}, "b"\n\n')
     assert (status, body, headers["content-length"]) == (304, b"", size)
     status, headers, _ = await ask(server, f'{request}If-None-Match: "b"\n\n')
     assert (status, headers["etag"]) == (200, tag)

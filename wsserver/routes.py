@@ -1,19 +1,17 @@
 """Answers HTTP requests: the page, the handshake of a WebSocket, and the paths for operators."""
 
 import asyncio
-import hashlib
 import hmac
-import importlib.resources
 import json
-import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import ClassVar
 
 from wsserver.admission import Admission, Visitor, bearer
 from wsserver.chats import Chats
 from wsserver.denials import Denied
+from wsserver.page import Page
 from wsserver.protocol import SUBPROTOCOL
 from wsserver.responses import (
     Answer,
@@ -28,66 +26,6 @@ from wsserver.telemetry import Metrics
 
 WEBSOCKET_PATHS = ("/", "/ws")
 PROBES = ("/healthz", "/readyz")  # load balancers request these by any host name
-
-
-class Page:
-    """The page at ``/``, the files that it loads, and ``ai-sdk.js`` for apps.
-
-    The content security policy allows only these files. It also makes browsers refuse to parse text
-    as HTML (Trusted Types).
-    """
-
-    PATHS: ClassVar[Mapping[str, str]] = {
-        "/": "index.html",
-        "/page.css": "page.css",
-        "/page.js": "page.js",
-        "/sidebar.js": "sidebar.js",
-        "/turn.js": "turn.js",
-        "/format.js": "format.js",
-        "/dom.js": "dom.js",
-        "/client.js": "client.js",
-        "/ai-sdk.js": "ai-sdk.js",
-    }
-    POLICY = (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'; trusted-types 'none'"
-    )
-    _TYPES: ClassVar[Mapping[str, str]] = {
-        "html": "text/html",
-        "css": "text/css",
-        "js": "text/javascript",
-    }
-
-    def __init__(self) -> None:
-        folder = importlib.resources.files("wsserver").joinpath("web")
-        self._files: dict[str, tuple[bytes, str]] = {}
-        for path, name in self.PATHS.items():
-            body = folder.joinpath(name).read_bytes()
-            self._files[path] = body, f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-
-    def respond(self, path: str, headers: Mapping[str, str]) -> Response:
-        """Return a file; 304 if the browser has the same version (RFC 9110 section 13.1.2).
-
-        Args:
-            path: one of :attr:`PATHS`.
-            headers: headers of the request, names in lower case.
-        """
-        body, tag = self._files[path]
-        known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
-        fresh = tag in known or "*" in known
-        kind = self._TYPES[self.PATHS[path].rpartition(".")[2]]
-        response = respond(
-            HTTPStatus.OK,
-            body,
-            f"{kind}; charset=utf-8",
-            {
-                "Content-Security-Policy": self.POLICY,
-                "ETag": tag,
-                "Referrer-Policy": "no-referrer",
-            },
-        )
-        return replace(response, status=HTTPStatus.NOT_MODIFIED, body=b"") if fresh else response
 
 
 @dataclass(eq=False)
@@ -182,17 +120,17 @@ class Routes:
             return Upgrade((SUBPROTOCOL,))
         if self._chats.answers(path):
             return await self._chats.respond(request, visitor)
-        if path in Page.PATHS:  # a page cannot show why its WebSocket was refused
+        if path in self._page:  # a page cannot show why its WebSocket was refused
             visitor.check_private(headers)
         return await self._get(request, visitor)
 
     async def _get(self, request: Request, visitor: Visitor) -> Response:
         path, headers = request.path, request.headers
-        if path not in {*WEBSOCKET_PATHS, *Page.PATHS, *self._operations_paths}:
+        if path not in {*WEBSOCKET_PATHS, *self._operations_paths} and path not in self._page:
             return respond(HTTPStatus.NOT_FOUND, "Not found")
         if request.method not in {"GET", "HEAD"}:
             return method_not_allowed()
-        if path in Page.PATHS:
+        if path in self._page:
             return self._page.respond(path, headers)
         if path in self._operations_paths:
             trusted = self._private and visitor.local(headers)

@@ -10,7 +10,7 @@ import wsserver
 from tests.browser.page import SWITCHES, stop_clock, visit
 from tests.support.line import Line
 from tests.support.puppet import BOUND, Puppet
-from tests.support.tools import require_chromium
+from tests.support.tools import require_chromium, require_libraries
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +22,7 @@ def short_timeouts() -> Iterator[None]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def browser() -> AsyncIterator[Browser]:
+    require_libraries()
     path = require_chromium()
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=path, args=SWITCHES)

@@ -68,6 +68,12 @@ def require_npm_package(name: str) -> Path:
     return Path(_require(name, str(folder) if folder.is_dir() else None))
 
 
+def require_libraries() -> None:
+    """Skip the test if the page was built without npm; on CI fail it."""
+    folder = ROOT / "wsserver/web/libraries/built"
+    _require("libraries of the page", str(folder) if folder.is_dir() else None)
+
+
 def _require(name: str, path: str | None) -> str:
     if path is None:
         report = pytest.fail if os.environ.get("CI") == "true" else pytest.skip

@@ -2,6 +2,7 @@
 
 import { connect, newId } from './client.js'
 import { copy, find } from './dom.js'
+import { foldCode } from './markdown.js'
 import { Sidebar } from './sidebar.js'
 import { REPLY_GONE, Turn } from './turn.js'
 
@@ -394,15 +395,35 @@ addEventListener('keydown', (event) => {
   if (document.body.classList.contains('listing')) setDrawer(false)
   else stop()
 })
-log.addEventListener('click', ({ target }) => {
+log.addEventListener('click', (event) => {
+  const { target } = event
   if (!(target instanceof Element)) return
   if (target.closest('summary')) { // the reader wants to see the opened text, not the end
     atEnd = false
     requestAnimationFrame(() => { atEnd = jump.hidden = belowView() < 1 })
   }
-  const button = target.closest('.copy-code')
-  if (button) copy(button.closest('figure')?.querySelector('code')?.textContent ?? '')
+  const figure = target.closest('figure')
+  if (figure instanceof HTMLElement) onCodeButton(figure, target)
+  const link = target.closest('a[href^="#"]')
+  if (link) { // of a footnote; the address keeps the hash of the conversation
+    event.preventDefault()
+    document.getElementById(link.getAttribute('href')?.slice(1) ?? '')?.scrollIntoView({ block: 'center' })
+  }
 })
+/** @param {HTMLElement} figure @param {Element} target */
+function onCodeButton(figure, target) {
+  const wrap = target.closest('.wrap')
+  const button = target.closest('.copy-code')
+  if (target.closest('.fold')) foldCode(figure, !figure.classList.contains('folded'))
+  if (wrap) wrap.setAttribute('aria-pressed', String(figure.classList.toggle('wrapped')))
+  if (button) {
+    copy(figure.querySelector('code')?.textContent ?? '')
+    const label = find(button, 'span', HTMLElement)
+    label.textContent = 'Copied'
+    setTimeout(() => { label.textContent = 'Copy' }, 2000)
+  }
+}
+
 login.addEventListener('submit', (event) => {
   event.preventDefault()
   storage.token = token.value.trim()

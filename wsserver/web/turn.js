@@ -2,7 +2,7 @@
 
 import { ReplyError } from './client.js'
 import { copy, cloneTemplate, find } from './dom.js'
-import { Formatter } from './format.js'
+import { Markdown } from './markdown.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').Result} Result */
@@ -44,7 +44,7 @@ export class Turn {
   #usage = find(this.element, '.usage', HTMLElement)
   #copy = find(this.element, '.copy', HTMLButtonElement)
   #retry = find(this.element, '.retry', HTMLButtonElement)
-  #formatter = new Formatter(this.#text)
+  #markdown = new Markdown(this.#text)
   /** Number of characters that are on the page. */ #drawn = { text: 0, thinking: 0 }
   /** @type {{result?: Result, error?: ReplyError} | undefined} How the reply ended. */ #end
   /** @type {number | undefined} The animation frame that will draw. */ #frame
@@ -106,9 +106,10 @@ export class Turn {
     if (prompt !== undefined) this.#prompt.textContent = prompt
     this.#end = undefined
     this.#clear()
+    this.#markdown = new Markdown(this.#text, true)
     this.#showThinking(thinking)
     this.#summary.textContent = 'Thought'
-    this.#formatter.write(text)
+    this.#markdown.write(text)
     this.#wholeText = text
     this.#usage.textContent = describeUsage(model, usage)
     const note = partial ? (PARTIAL[partial] ?? `Incomplete after an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
@@ -163,7 +164,7 @@ export class Turn {
     const text = reply.text.slice(drawn.text, drawn.text + FRAME_TEXT)
     if (text) {
       this.#summary.textContent = 'Thought'
-      this.#formatter.write(text)
+      this.#markdown.write(text)
       drawn.text += text.length
     }
     const all = drawn.text === reply.text.length && drawn.thinking === reply.thinking.length
@@ -182,7 +183,7 @@ export class Turn {
   /** Remove all text and thinking. */
   #clear() {
     this.#text.textContent = this.#thinking.textContent = ''
-    this.#formatter = new Formatter(this.#text)
+    this.#markdown = new Markdown(this.#text)
     this.#details.hidden = true
     this.#drawn = { text: 0, thinking: 0 }
   }
@@ -204,7 +205,7 @@ export class Turn {
   /** @param {string} note @param {boolean} isError */
   #finish(note, isError) {
     this.#ended = true
-    this.#formatter.end()
+    this.#markdown.end()
     this.#reply.setAttribute('aria-busy', 'false')
     this.#setNote(note, isError)
     this.#copy.hidden = !this.#wholeText

@@ -1,0 +1,418 @@
+"""Replies are Markdown, which the page shows while it streams."""
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+from playwright.async_api import Page, Route, expect
+
+import wsserver
+from tests.browser.page import ask, box, idle, text, visit
+from tests.support.puppet import Puppet
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+
+# Each sample, and the HTML of its blocks without attributes of layout.
+SAMPLES = {
+    "a\nb\n\nc": "<p>a<br>b</p><p>c</p>",
+    "## A `b`\nc": "<h4>A <code>b</code></h4><p>c</p>",
+    "#no\n-no\n1.no": "<p>#no<br>-no<br>1.no</p>",
+    "**a b** *c* ``d`e`` _f_ ~~g~~": (
+        "<p><strong>a b</strong> <em>c</em> <code>d`e</code> <em>f</em> <del>g</del></p>"
+    ),
+    "2 * 3 ** 4 snake_case_name \\*a\\* `d\n**e": (
+        "<p>2 * 3 ** 4 snake_case_name *a* `d<br>**e</p>"
+    ),
+    "- a\n- b\n\nc": "<ul><li>a</li><li>b</li></ul><p>c</p>",
+    "3. a\n   - b\n4. c": '<ol start="3"><li>a<ul><li>b</li></ul></li><li>c</li></ol>',
+    "- a\n\n  b\n- c": "<ul><li><p>a</p><p>b</p></li><li><p>c</p></li></ul>",
+    "- [x] a\n- [ ] b": "<ul><li>[done] a</li><li>[to do] b</li></ul>",
+    "Title\n---\nb": "<h4>Title</h4><p>b</p>",
+    "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
+    "> a\n> b\n\nc": "<blockquote><p>a<br>b</p></blockquote><p>c</p>",
+    "| a | b |\n|:--|--:|\n| 1 | `x` |\n| 2<br>3 | |\n\nc": (
+        '<table><thead><tr><th align="left">a</th><th align="right">b</th></tr></thead>'
+        '<tbody><tr><td align="left">1</td><td align="right"><code>x</code></td></tr>'
+        '<tr><td align="left">2<br>3</td><td align="right"></td></tr></tbody></table><p>c</p>'
+    ),
+    "```py\n**a**\n\nb\n```\nc": "[py|**a**\n\nb]<p>c</p>",
+    "```\n``\n`` `": "[code|``\n`` `]",
+    "````md\n```\nx\n```\n````\nb": "[md|```\nx\n```]<p>b</p>",
+    "1. a\n\n   ```js\n   b\n     c\n   ```\n\n2. d": (
+        "<ol><li><p>a</p>[js|b\n  c]</li><li><p>d</p></li></ol>"
+    ),
+    "~~~\na\n~~~": "[code|a]",
+    '[a](https://b.example/c "d") https://e.example': (
+        '<p><a href="https://b.example/c">a</a> '
+        '<a href="https://e.example">https://e.example</a></p>'
+    ),
+    "[a][1]\n\n[b][1]\n\n[1]: https://c.example": (
+        '<p><a href="https://c.example">a</a></p><p><a href="https://c.example">b</a></p>'
+    ),
+    "It costs $5 and $10.": "<p>It costs $5 and $10.</p>",
+    "H<sub>2</sub>O <kbd>Ctrl</kbd><br>x": "<p>H<sub>2</sub>O <kbd>Ctrl</kbd><br>x</p>",
+    "a\r\nb\r\n\r\nc": "<p>a<br>b</p><p>c</p>",
+    "": "",
+}
+
+RENDER = """async (pieces) => {
+    const { Markdown } = await import('/markdown.js')
+    const root = document.createElement('div')
+    document.body.append(root)
+    const markdown = new Markdown(root)
+    for (const piece of pieces) markdown.write(piece)
+    await markdown.end()
+    root.remove()
+    for (const figure of root.querySelectorAll('figure')) {
+        const [language, code] = ['.language', 'code'].map((part) =>
+            figure.querySelector(part).textContent)
+        figure.replaceWith(`[${language}|${code}]`)
+    }
+    for (const box of root.querySelectorAll('.task')) {
+        box.replaceWith(`[${box.ariaLabel.toLowerCase()}]`)
+    }
+    for (const table of root.querySelectorAll('.table')) table.replaceWith(...table.childNodes)
+    for (const element of root.querySelectorAll('*')) {
+        for (const name of ['dir', 'class', 'target', 'rel', 'title']) element.removeAttribute(name)
+    }
+    return root.innerHTML.replaceAll('\\n<', '<').replaceAll('>\\n', '>')
+}"""
+
+
+async def render(page: Page, pieces: list[str]) -> str:
+    html: str = await page.evaluate(RENDER, pieces)
+    return html
+
+
+def chopped(written: str, size: int) -> list[str]:
+    return [written[at : at + size] for at in range(0, len(written), size)]
+
+
+@pytest.mark.parametrize(("written", "shown"), SAMPLES.items())
+async def test_markdown_is_the_same_however_it_arrives(
+    page: Page, written: str, shown: str
+) -> None:
+    for size in (10_000, 1, 2, 3, 7):
+        assert await render(page, chopped(written, size)) == shown, size
+
+
+async def test_any_mixture_of_blocks_is_the_same_however_it_arrives(page: Page) -> None:
+    chance = random.Random(7)
+    samples = [sample for sample in SAMPLES if "[1]" not in sample]
+    for _ in range(60):
+        blocks = chance.choices(samples, k=8)
+        written = "\n\n".join(blocks)
+        whole = await render(page, [written])
+        places = sorted(chance.sample(range(len(written)), 20))
+        pieces = [written[a:b] for a, b in zip([0, *places], [*places, None], strict=True)]
+        assert await render(page, pieces) == whole, written
+        assert await render(page, chopped(written, 1)) == whole, written
+
+
+async def stream(page: Page, pieces: list[str], look: str) -> list[Any]:
+    """Return the value of an expression about `root` after each piece, and at the end."""
+    found: list[Any] = await page.evaluate(
+        """async (pieces) => {
+            const { Markdown } = await import('/markdown.js')
+            const root = document.createElement('div')
+            const markdown = new Markdown(root)
+            const found = []
+            for (const piece of pieces) {
+                markdown.write(piece)
+                await new Promise((resolve) => setTimeout(resolve, 20))
+                found.push(LOOK)
+            }
+            await markdown.end()
+            found.push(LOOK)
+            return found
+        }""".replace("LOOK", look),
+        pieces,
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("written", "marks"),
+    [
+        ("See [the link](https://example.com/page) and **more** here.", ("[", "](", "**")),
+        ("Some *emphasis*, `code` and ~~more~~ text.", ("*", "`", "~")),
+        ("Intro\n\n| Name | Size |\n|:---|---:|\n| a | 1 |\n| b | 2 |\n", ("|", "--")),
+        ("Intro\n\n```python\nx = 1\n```\n\nEnd", ("`",)),
+        ("- one\n- two\n  1. three\n\n## Head\n", ("- ", "1.", "#")),
+        ("Title\n=====\n\ntext", ("=",)),
+        ("> quoted\n> text", (">",)),
+        ("- [x] done\n- [ ] open", ("[",)),
+    ],
+)
+async def test_half_a_mark_is_never_shown(page: Page, written: str, marks: tuple[str, ...]) -> None:
+    shown = await stream(page, chopped(written, 1), "root.textContent")
+    assert not [step for step in shown if any(mark in step for mark in marks)]
+
+
+async def test_text_only_grows_while_it_streams(page: Page) -> None:
+    written = "A **b _c_ d** `e f` [g h](https://i.example) ~~j~~\n\n- k **l**\n- m\n\n> n _o_ p\n"
+    shown = await stream(page, chopped(written, 1), "root.textContent.replaceAll('\\n', '')")
+    for before, after in itertools.pairwise(shown):
+        assert after.startswith(before)
+
+
+async def test_complete_blocks_are_not_rendered_again(page: Page) -> None:
+    changes = await page.evaluate(
+        """async () => {
+            const pause = () => new Promise((resolve) => setTimeout(resolve, 500))
+            const { Markdown } = await import('/markdown.js')
+            const root = document.createElement('div')
+            const markdown = new Markdown(root)
+            markdown.write('# A\\n\\nb **c**\\n\\n- d\\n- e\\n\\n```js\\nlet f\\n```\\n\\n')
+            markdown.write('| g |\\n|--|\\n| h |\\n\\nlast ')
+            await pause()
+            const first = [...root.children].slice(0, -1)
+            const observer = new MutationObserver(() => {})
+            for (const each of first) {
+                const all = { childList: true, attributes: true, characterData: true }
+                observer.observe(each, { subtree: true, ...all })
+            }
+            for (let piece = 0; piece < 50; piece++) markdown.write('words **and** more. ')
+            await pause()
+            markdown.write('\\n\\nanother')
+            await markdown.end()
+            const kept = first.every((each, place) => root.children[place] === each)
+            return [first.length, kept, observer.takeRecords().length]
+        }"""
+    )
+    assert changes == [5, True, 0]
+
+
+async def test_selection_survives_in_the_last_block(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Go")
+    model = (await puppet.reply()).say("Select **these** words")
+    await expect(text(page).locator("strong")).to_have_text("these")
+    await page.evaluate("getSelection().selectAllChildren(document.querySelector('.text strong'))")
+    model.say(" while *more* text arrives").end()
+    await idle(page)
+    await expect(text(page)).to_have_text("Select these words while more text arrives")
+    assert await page.evaluate("getSelection().toString()") == "these"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "[a](javascript:alert(1)) [b](JaVaScRiPt:alert(1))",
+        "[c](data:text/html,<script>alert(1)</script>)",
+        "[a](java\nscript:alert(1)) [b](vbscript:x) [c](//evil.example) [d](/path) [e](x:y)",
+        "<javascript:alert(1)> <a href='javascript:alert(1)'>x</a> <a href=https://e.example>y</a>",
+        "<img src=x onerror=alert(1)> <svg onload=alert(1)> <iframe srcdoc=x>",
+        "<script>alert(1)</script>",
+        "<style>*{display:none}</style> <form action=/x><input name=id><button>x</button></form>",
+        "<b onclick=alert(1)>a</b> <details open ontoggle=alert(1)>x</details>",
+        "<div id=prompt>x</div> <p id=send class=stop>y</p> <b id=log>z</b>",
+        "<math><mtext><table><mglyph><style><img src=x onerror=alert(1)>",
+        "$\\href{javascript:alert(1)}{x}$ $\\includegraphics{https://t.example/x.png}$",
+        "$\\htmlId{prompt}{x}$ $\\htmlStyle{position:fixed}{x}$",
+        "![a](https://tracker.example/p.png) ![b](javascript:alert(1))",
+        "![c](data:image/svg+xml,<svg/>)",
+        "```<img src=x onerror=alert(1)>\n</code></pre><script>alert(1)</script>\n```",
+        "| <script>alert(1)</script> |\n|--|\n| <img src=x onerror=alert(1)> |",
+        '[a](https://e.example "\\" onmouseover=alert(1)")',
+        "[^<img>]: <img src=x onerror=alert(1)>\n\n[^<img>]",
+    ],
+)
+async def test_hostile_markdown_is_harmless(page: Page, puppet: Puppet, written: str) -> None:
+    """The page of the fixture also fails for a dialog, and for a report of its security policy."""
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    for pieces in ([written], chopped(written, 1)):
+        number = len(puppet.replies)
+        await ask(page, "Go")
+        (await puppet.reply(number)).say(*pieces).end()
+        await idle(page)
+    unsafe = await page.evaluate(
+        """() => [...document.querySelectorAll('.text *')].filter((element) => {
+            const names = [...element.attributes].map(({ name }) => name)
+            const { localName, id, href } = element
+            return element.matches('script, iframe, style, form, input, object, embed, img')
+                || (id && !id.startsWith('note-'))
+                || names.some((name) => name.startsWith('on') || name === 'srcdoc')
+                || (localName === 'a' && href && !/^(https?|mailto|tel):/.test(href)
+                    && !element.dataset.ref)
+        }).map((element) => element.outerHTML)"""
+    )
+    assert unsafe == []
+    assert [url for url in requests if "example" in url] == []
+    await expect(box(page)).to_be_visible()
+
+
+async def test_links_open_in_a_tab_that_knows_nothing(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Go")
+    (await puppet.reply()).say("[a](https://a.example) ![b](https://b.example/b.png)").end()
+    for name, address in (("a", "https://a.example/"), ("b", "https://b.example/b.png")):
+        link = text(page).get_by_role("link", name=name)
+        assert await link.evaluate("({ href, target, rel }) => [href, target, rel]") == [
+            address,
+            "_blank",
+            "noopener noreferrer nofollow",
+        ]
+
+
+async def test_formulas_are_set_by_katex(page: Page, puppet: Puppet) -> None:
+    loaded: list[str] = []
+    page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))
+    await ask(page, "Without")
+    (await puppet.reply()).say("It costs $5.").end()
+    await idle(page)
+    assert "math.js" not in loaded
+    await ask(page, "With")
+    said = (
+        "Inline $a^2$ and \\(b^2\\).\n\n$$\n\\frac{1}{2}\n$$\n\n\\[ c \\]\n\n- item $d$\n\n$\\bad{$"
+    )
+    (await puppet.reply(1)).say(*chopped(said, 3)).end()
+    await idle(page)
+    await expect(text(page).locator(".katex")).to_have_count(5)
+    await expect(text(page).locator(".katex-display")).to_have_count(2)
+    await expect(text(page).locator("p").last).to_have_text("\\bad{")
+    assert "math.js" in loaded
+
+
+async def test_footnotes_are_numbered_and_reached(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Go")
+    (await puppet.reply()).say(
+        "A[^x] and B[^y].\n\n" + "p\n\n" * 80 + "[^y]: Why.\n[^x]: X *is*."
+    ).end()
+    await idle(page)
+    address = page.url
+    marks = text(page).locator("p:first-child sup a")
+    assert await marks.all_text_contents() == ["1", "2"]
+    notes = text(page).locator("[data-note]")
+    assert await notes.all_text_contents() == ["2 Why.", "1 X is."]
+    await marks.first.click()
+    await expect(notes.last).to_be_in_viewport()
+    assert page.url == address, "the address keeps the conversation"
+
+
+async def test_right_to_left_text_has_its_direction(page: Page, puppet: Puppet) -> None:
+    await ask(page, "اكتب")
+    (await puppet.reply()).say("نص عربي\n\n- عنصر\n\nEnglish\n\n```\ncode\n```").end()
+    await idle(page)
+    directions = (
+        await text(page)
+        .locator("p, li, pre")
+        .evaluate_all("(all) => all.map((each) => getComputedStyle(each).direction)")
+    )
+    assert directions == ["rtl", "rtl", "ltr", "ltr"]
+    direction = await page.locator(".you p").evaluate("(p) => getComputedStyle(p).direction")
+    assert direction == "rtl"
+
+
+async def test_code_can_be_copied_wrapped_and_folded(page: Page, puppet: Puppet) -> None:
+    long = "\n".join(f"line {number}" for number in range(100))
+    await ask(page, "Code")
+    said = f"1. Item:\n\n   ```py\n   if x:\n       y = 1\n   ```\n\n```js\n{long}\n```\n"
+    (await puppet.reply()).say(*chopped(said, 50)).end()
+    await idle(page)
+    short, other = await text(page).locator("figure").all()
+    copy = short.get_by_role("button", name="Copy the code")
+    await copy.click()
+    await expect(short.get_by_role("button", name="Copied the code")).to_be_visible()
+    assert await page.evaluate("navigator.clipboard.readText()") == "if x:\n    y = 1"
+    assert await short.locator(".hljs-keyword").all_text_contents() == ["if"]
+    await short.get_by_role("button", name="Wrap").click()
+    await expect(short.get_by_role("button", name="Wrap")).to_have_attribute("aria-pressed", "true")
+    await expect(short.locator("pre")).to_have_css("white-space", "pre-wrap")
+    fold = other.locator(".fold")
+    await expect(fold).to_have_text("Show fewer lines")
+    height = await other.evaluate("(figure) => figure.offsetHeight")
+    await page.reload()
+    other = text(page).locator("figure").last
+    await expect(other.locator(".fold")).to_have_text("Show all 100 lines")
+    assert await other.evaluate("(figure) => figure.offsetHeight") < height / 2
+    await other.locator(".fold").click()
+    assert await other.evaluate("(figure) => figure.offsetHeight") == height
+
+
+@pytest.mark.parametrize(
+    ("unit", "blocks"),
+    [
+        ("word **bold** and `code` words. ", 13),
+        ("x" * 31, 13),
+        ("😀", 13),
+        ("- an item with **bold** text\n", 1),
+        ("1. item\n   - nested\n", 1),
+    ],
+    ids=["paragraph", "one word", "emoji", "list", "nested list"],
+)
+async def test_long_block_keeps_its_text(page: Page, unit: str, blocks: int) -> None:
+    written = unit * (40_000 // len(unit))
+    shown = await page.evaluate(
+        """async (pieces) => {
+            const { Markdown } = await import('/markdown.js')
+            const root = document.createElement('div')
+            const markdown = new Markdown(root)
+            for (const piece of pieces) {
+                markdown.write(piece)
+                await new Promise((resolve) => setTimeout(resolve, 10))
+            }
+            await markdown.end()
+            return [root.children.length, root.textContent.replaceAll(/\\s/g, '')]
+        }""",
+        chopped(written, 1000),
+    )
+    marks = str.maketrans("", "", "*`- \n." if unit.startswith(("-", "1")) else "*` ")
+    assert shown[1].translate(marks) == written.replace("1.", "").translate(marks)
+    assert shown[0] == 1 if blocks == 1 else shown[0] >= blocks
+
+
+async def test_long_table_stays_one_table(page: Page) -> None:
+    rows = "".join(f"| {number} | **b** |\n" for number in range(2000))
+    shown = await page.evaluate(
+        """async (pieces) => {
+            const { Markdown } = await import('/markdown.js')
+            const root = document.createElement('div')
+            const markdown = new Markdown(root)
+            for (const piece of pieces) {
+                markdown.write(piece)
+                await new Promise((resolve) => setTimeout(resolve, 20))
+            }
+            await markdown.end()
+            const rows = [...root.querySelectorAll('tbody tr')]
+            const cells = rows.map((row) => row.cells[0].textContent)
+            return [root.querySelectorAll('table').length, cells, root.lastChild.textContent]
+        }""",
+        chopped(f"| a | b |\n|---|---|\n{rows}\nThe end", 500),
+    )
+    assert shown == [1, [str(number) for number in range(2000)], "The end"]
+
+
+async def test_long_code_keeps_its_text_and_colours(page: Page) -> None:
+    code = "".join(f"def f{number}(x):\n    return x\n" for number in range(2000))
+    shown = await page.evaluate(
+        """async (pieces) => {
+            const { Markdown } = await import('/markdown.js')
+            const root = document.createElement('div')
+            const markdown = new Markdown(root)
+            for (const piece of pieces) {
+                markdown.write(piece)
+                await new Promise((resolve) => setTimeout(resolve, 20))
+            }
+            await markdown.end()
+            const code = root.querySelector('code')
+            return [code.textContent, code.querySelectorAll('.hljs-keyword').length]
+        }""",
+        chopped(f"```python\n{code}```\n", 500),
+    )
+    assert shown == [code.rstrip("\n"), 4000]
+
+
+async def test_page_without_libraries_shows_plain_text(
+    blank: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    async def leave_out(route: Route) -> None:
+        await route.fulfill(body="export {}", content_type="text/javascript")
+
+    await blank.route("**/libraries/markdown.js", leave_out)
+    await visit(blank, server)
+    await ask(blank, "Go")
+    (await puppet.reply()).say("# A\n\n**b** <i>").end()
+    await expect(text(blank)).to_contain_text("<i>")
+    assert await text(blank).text_content() == "# A\n\n**b** <i>"
+    await expect(text(blank)).to_have_css("white-space", "pre-wrap")

@@ -1,0 +1,117 @@
+"""The page at ``/`` and the files that it loads."""
+
+import functools
+import gzip
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from http import HTTPStatus
+from typing import ClassVar
+
+from wsserver.logs import log
+from wsserver.responses import Response, respond
+
+BUILT = "built"  # the folder that hatch_build.py writes
+
+
+class Page:
+    """The page at ``/``, the files that it loads, and ``ai-sdk.js`` for apps.
+
+    The content security policy allows only these files. It also makes browsers refuse to parse text
+    as HTML (Trusted Types), unless DOMPurify has cleaned it.
+
+    The libraries that format Markdown come from npm when the package is built. Without them the
+    page shows replies as plain text.
+    """
+
+    FILES: ClassVar = (
+        "index.html",
+        "page.css",
+        "page.js",
+        "sidebar.js",
+        "turn.js",
+        "markdown.js",
+        "markdown-syntax.js",
+        "patch.js",
+        "dom.js",
+        "client.js",
+        "ai-sdk.js",
+    )
+    POLICY = (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src data:; font-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
+    )
+    _LIBRARY = "/libraries/markdown.js"
+    _TYPES: ClassVar[Mapping[str, str]] = {
+        "html": "text/html; charset=utf-8",
+        "css": "text/css; charset=utf-8",
+        "js": "text/javascript; charset=utf-8",
+        "txt": "text/plain; charset=utf-8",
+        "woff2": "font/woff2",
+    }
+
+    def __init__(self) -> None:
+        web = importlib.resources.files("wsserver").joinpath("web")
+        found = {f"/{name}": web.joinpath(name) for name in self.FILES}
+        found["/"] = found.pop("/index.html")
+        built = web.joinpath("libraries", BUILT)
+        if built.is_dir():
+            for folder, prefix in ((built, ""), (built.joinpath("fonts"), "fonts/")):
+                for file in folder.iterdir():
+                    if file.name.rpartition(".")[2] in self._TYPES:
+                        found[f"/libraries/{prefix}{file.name}"] = file
+        else:
+            log.warning("page without Markdown", reason="the package was built without npm")
+        self._files = {path: _File(file.read_bytes(), file.name) for path, file in found.items()}
+        self._files.setdefault(self._LIBRARY, _File(b"export {}\n", "markdown.js"))
+
+    def __contains__(self, path: str) -> bool:
+        """Whether a path is one of a file."""
+        return path in self._files
+
+    def respond(self, path: str, headers: Mapping[str, str]) -> Response:
+        """Return a file; 304 if the browser has the same version (RFC 9110 section 13.1.2).
+
+        Args:
+            path: the path of a file.
+            headers: headers of the request, names in lower case.
+        """
+        file = self._files[path]
+        known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
+        fresh = file.tag in known or "*" in known
+        more = {
+            "Content-Security-Policy": self.POLICY,
+            "ETag": f"W/{file.tag}",  # weak: the compressed body has other bytes
+            "Referrer-Policy": "no-referrer",
+        }
+        body = file.body
+        if file.compressed:
+            more["Vary"] = "Accept-Encoding"
+            if _takes_gzip(headers):
+                body = file.compressed
+                more["Content-Encoding"] = "gzip"
+        response = respond(HTTPStatus.OK, body, self._TYPES[file.kind], more)
+        return replace(response, status=HTTPStatus.NOT_MODIFIED, body=b"") if fresh else response
+
+
+class _File:
+    """A file of the page."""
+
+    def __init__(self, body: bytes, name: str) -> None:
+        self.body = body
+        self.kind = name.rpartition(".")[2]
+        self.tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+
+    @functools.cached_property
+    def compressed(self) -> bytes:
+        """The body with the content coding gzip; empty for a font, which is compressed already."""
+        return b"" if self.kind == "woff2" else gzip.compress(self.body, 6, mtime=0)
+
+
+def _takes_gzip(headers: Mapping[str, str]) -> bool:
+    """Whether a client takes the content coding gzip (RFC 9110 section 12.5.3)."""
+    codings = headers.get("accept-encoding", "").lower().replace(" ", "").split(",")
+    return "gzip" in codings or any(re.fullmatch(r"gzip;q=(?!0(\.0*)?$).*", c) for c in codings)
