@@ -282,9 +282,9 @@ async def test_footnotes_are_numbered_and_reached(page: Page, puppet: Puppet) ->
     await idle(page)
     address = page.url
     marks = text(page).locator("p:first-child sup a")
-    assert await marks.all_text_contents() == ["1", "2"]
+    await expect(marks).to_have_text(["1", "2"])
     notes = text(page).locator("[data-note]")
-    assert await notes.all_text_contents() == ["2 Why.", "1 X is."]
+    await expect(notes).to_have_text(["2 Why.", "1 X is."])
     await marks.first.click()
     await expect(notes.last).to_be_in_viewport()
     assert page.url == address, "the address keeps the conversation"
@@ -310,6 +310,7 @@ async def test_code_can_be_copied_wrapped_and_folded(page: Page, puppet: Puppet)
     said = f"1. Item:\n\n   ```py\n   if x:\n       y = 1\n   ```\n\n```js\n{long}\n```\n"
     (await puppet.reply()).say(*chopped(said, 50)).end()
     await idle(page)
+    await expect(text(page).locator("figure")).to_have_count(2)
     short, other = await text(page).locator("figure").all()
     copy = short.get_by_role("button", name="Copy the code")
     await copy.click()
