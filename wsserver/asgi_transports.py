@@ -72,6 +72,10 @@ class _Pump:
         self._send = call.send
         self._events: deque[Event] = deque()
         self._size = 0  # bytes of the events
+        self._loop = asyncio.get_running_loop()
+        self._sending: float | None = None  # since when the server takes an event
+        self._timer: asyncio.TimerHandle | None = None
+        self._timeout: asyncio.Timeout
         self._more = asyncio.Event()
         self._ended = False
         self.closed = False
@@ -109,25 +113,49 @@ class _Pump:
             wake: called whenever all events are sent.
         """
         try:
-            while not self.closed:
-                while self._events:
-                    async with asyncio.timeout(self._settings.send_timeout):
-                        await self._send(self._events.popleft())
-                if self._size > self._settings.write_buffer:
-                    self._held.hold(0)
-                self._size = 0
-                if self._ended:
-                    return
-                wake()
-                self._more.clear()
-                if not (self._events or self.closed):
-                    await self._more.wait()
+            async with asyncio.timeout(None) as self._timeout:
+                await self._send_all(wake)
         except TimeoutError:
             self._metrics.reader_aborted("does not read")
         except OSError:  # the client has gone
             pass
         finally:
+            if self._timer is not None:
+                self._timer.cancel()
             self.close()
+
+    async def _send_all(self, wake: Callable[[], None]) -> None:
+        while not self.closed:
+            while self._events:
+                self._sending = self._loop.time()
+                if self._timer is None:
+                    self._check_later(self._settings.send_timeout)
+                await self._send(self._events.popleft())
+            self._sending = None
+            if self._size > self._settings.write_buffer:
+                self._held.hold(0)
+            self._size = 0
+            if self._ended:
+                return
+            wake()
+            self._more.clear()
+            if not (self._events or self.closed):
+                await self._more.wait()
+
+    def _check_later(self, seconds: float) -> None:
+        """Set the timer that serves many events: a timer for each would cost more than to send."""
+        self._timer = self._loop.call_later(seconds, self._check)
+
+    def _check(self) -> None:
+        """Abort a client whose server has not taken an event within the `send_timeout`."""
+        self._timer = None
+        if self._sending is not None:
+            now = self._loop.time()
+            left = self._sending + self._settings.send_timeout - now
+            if left > 0:
+                self._check_later(left)
+            else:
+                self._timeout.reschedule(now)
 
 
 class SocketTransport:
