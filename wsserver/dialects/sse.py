@@ -26,18 +26,18 @@ class SSE:
     def start(generation: Generation, *, after: int, shown: bool, request: str | None) -> bytes:
         """Encode a ``start`` event."""
         frame = V1.start(generation, after=after, shown=shown, request=request)
-        return RETRY + _event(generation.id, str(after), frame)
+        return RETRY + _event(generation.id, b"%d" % after, frame)
 
     @staticmethod
     def run(generation: Generation, run: Run) -> bytes:
         """Encode a ``token``, ``thinking`` or ``block`` event."""
-        return _event(generation.id, str(run.seq), V1.run(generation, run))
+        return _event(generation.id, b"%d" % run.seq, V1.run(generation, run))
 
     @staticmethod
     def terminal(terminal: Terminal) -> bytes:
         """Encode a ``done`` or ``error`` event."""
         assert terminal.id is not None
-        return _event(terminal.id, "end", V1.terminal(terminal))
+        return _event(terminal.id, b"end", V1.terminal(terminal))
 
     @staticmethod
     def error(error: Error) -> bytes:
@@ -45,5 +45,5 @@ class SSE:
         return b"data: %b\n\n" % encode(error)
 
 
-def _event(generation: str, place: str, frame: bytes) -> bytes:
-    return b"id: %b.%b\ndata: %b\n\n" % (generation.encode(), place.encode(), frame)
+def _event(generation: str, place: bytes, frame: bytes) -> bytes:
+    return b"id: %b.%b\ndata: %b\n\n" % (generation.encode(), place, frame)
