@@ -74,7 +74,7 @@ class Admission:
         )
         visitor = Visitor(self, peer, counted)
         visitor.spare = self.connections >= self.settings.connections
-        visitor.foreign = foreign
+        visitor.user, visitor.foreign = user, foreign
         self.connections += 1
         return visitor
 
@@ -114,6 +114,7 @@ class Visitor:
     scope: Mapping[str, Any] | None = None  # of ASGI, where a parent application has its user
     gone: bool = False  # the connection has ended, perhaps during the authentication
     spare: bool = False  # the connection has one of the places that are kept for probes
+    user: int | None = None  # whose program has the other end, where `Admission.users` is set
     foreign: bool = False  # a program of another user, where `Admission.users` is set
     _handshake: Handshake | None = None
     _token: str | None = None

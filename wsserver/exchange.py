@@ -64,13 +64,20 @@ class HttpListener(WebSocketListener, typing.Protocol):
 
 
 class Exchange(TcpConnection):
-    """One request and its response."""
+    """One request and its response.
+
+    Args:
+        listener: owner of the connection.
+        user: user at the other end, where an earlier exchange of the connection found it. The
+            owner of a socket does not change.
+    """
 
     _listener: HttpListener
 
-    def __init__(self, listener: HttpListener) -> None:
+    def __init__(self, listener: HttpListener, user: int | None = None) -> None:
         super().__init__(listener)
         self.visitor = None
+        self._user = user
         self._denied: Denied | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._parser = RequestParser()
@@ -95,8 +102,10 @@ class Exchange(TcpConnection):
         peer = name[0] if isinstance(name, tuple) else "gone" if isinstance(here, tuple) else "unix"
         try:
             if listener.admission is not None:
+                user = self._user
                 matters = listener.admission.users is not None and isinstance(name, tuple)
-                user = user_at(name, here) if matters else None
+                if matters and user is None:
+                    user = user_at(name, here)
                 # Checked after the user: a client that has just closed is not elsewhere.
                 if user == ELSEWHERE and not established(transport.get_extra_info("socket")):
                     user = NOBODY
@@ -308,7 +317,8 @@ class Exchange(TcpConnection):
 
     def serve_next(self, before: TcpConnection) -> None:
         """Wait for the next request of a connection. The connection counts for no limit."""
-        following = Exchange(self._listener)
+        user = None if before.visitor is None else before.visitor.user
+        following = Exchange(self._listener, user)
         following.transport, following.below = before.transport, before.below
         before.hand_over(following)
         if not following.transport.is_closing():
@@ -320,13 +330,12 @@ class Exchange(TcpConnection):
     def _stream(self, stream: Stream, request: Request, *, keep: bool) -> None:
         chunked = request.version != "1.0"
         keep = keep and chunked
-        self.transport.write(stream.encode(chunked=chunked, keep=keep))
         following = self.serve_next if keep else None
         body = StreamedResponse(
             self._listener, self, stream.producer, chunked=chunked, following=following
         )
         self.hand_over(body)
-        body.begin()
+        body.begin(stream.encode(chunked=chunked, keep=keep))
 
     def _upgrade(self, request: Request, upgrade: Upgrade) -> None:
         """Answer the opening handshake of a WebSocket (RFC 6455 section 4.2)."""

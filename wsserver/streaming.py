@@ -27,7 +27,7 @@ class StreamedResponse(Writer):
         following: serves the next request after the end of the body; None to close the connection.
     """
 
-    __slots__ = ("_chunked", "_dropped", "_ended", "_following", "_linger", "_producer")
+    __slots__ = ("_chunked", "_dropped", "_ended", "_following", "_head", "_linger", "_producer")
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class StreamedResponse(Writer):
     ) -> None:
         super().__init__(listener, before)
         self.id = uuid4()
+        self._head = b""  # what the first write begins with
         self._chunked = chunked
         self._following = following
         self._dropped = 0  # bytes that came after the request
@@ -51,8 +52,12 @@ class StreamedResponse(Writer):
         unanswered = max(settings.ping_timeout, settings.send_timeout)
         self._set_option("TCP_USER_TIMEOUT", int(unanswered * 1000))
 
-    def begin(self) -> None:
-        """Let the producer begin. Where that fails, the client gets no whole response."""
+    def begin(self, head: bytes) -> None:
+        """Write the head, with what the producer begins with.
+
+        Where the producer fails, the client gets no whole response.
+        """
+        self._head = head
         self.transport.resume_reading()
         assert self._producer is not None
         try:
@@ -60,17 +65,28 @@ class StreamedResponse(Writer):
         except Exception as error:  # noqa: BLE001
             log.error("response failed", socket=self.id, failure=error)
             self.abort()
+        self._write_head()
+
+    def _write_head(self) -> None:
+        """Write the head, unless it is written."""
+        head, self._head = self._head, b""
+        if head and not self.transport.is_closing():
+            self._write(head)
 
     def write(self, data: bytes) -> None:
         """Write a part of the body without waiting, at once or from a buffer."""
         if data and not self._ended and not self.transport.is_closing():
-            self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            part = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+            if self._head:
+                part, self._head = self._head + part, b""
+            self._write(part)
 
     def end(self) -> None:
         """End the body after all earlier writes."""
         if self._ended or self.transport.is_closing():
             return
         self._ended = True
+        self._write_head()
         if self._chunked:
             self.transport.write(LAST_CHUNK)
         if self._following is not None and not self._dropped and self.writable:

@@ -147,6 +147,7 @@ class Metrics:
         )
         # Counters by their labels: the library takes a lock and makes a tuple of texts each time.
         self._generations_of = functools.cache(self._generations.labels)
+        self._streams_of = functools.cache(self._streams.labels)
         self._tokens_of = functools.cache(self._tokens.labels)
         self._dollars_of = functools.cache(self._dollars.labels)
         self._begin_at_zero()
@@ -156,7 +157,7 @@ class Metrics:
         for outcome in ("served", *get_args(Refusal)):
             self._connections.labels(outcome)
         for end in get_args(StreamEnd):
-            self._streams.labels(end)
+            self._streams_of(end)
         for reason in (*REASONS, OTHER):
             self._generations_of("done", reason)
         for by in get_args(StoppedBy):
@@ -210,7 +211,7 @@ class Metrics:
     def stream_closed(self, end: StreamEnd) -> None:
         """Count an HTTP response that streamed a reply and has ended."""
         self._streams_open.dec()
-        self._streams.labels(end).inc()
+        self._streams_of(end).inc()
 
     def connection_refused(self, why: Refusal) -> None:
         """Count a handshake that was answered with an HTTP error."""

@@ -17,7 +17,9 @@ from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.tools import ROOT
 from tests.test_telemetry import value
+from wsserver import exchange
 from wsserver.dialects.sse import SSE
+from wsserver.peers import Address
 from wsserver.pieces import Run
 
 ID = "0123456789abcdef0123"
@@ -153,6 +155,25 @@ async def test_followers_at_one_place_share_an_encoded_event(
             for each in (chat, other):
                 assert (await each.next("token"))["seq"] == number
         assert encoded == [1, 2, 3]
+
+
+async def test_user_of_a_kept_connection_is_looked_up_once(
+    server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    look_up = exchange.user_at
+
+    def counted(peer: Address, here: Address) -> int | None:
+        asked.append(peer)
+        return look_up(peer, here)
+
+    monkeypatch.setattr("wsserver.exchange.user_at", counted)
+    async with Chat.open(server) as chat:
+        for number in range(3):
+            await chat.prompt(ONE, headers={"connection": "keep-alive"})
+            (await puppet.reply(number)).say("Hello").end()
+            await chat.text()
+    assert len(asked) == (server.app.admission.users is not None)
 
 
 # Clients that vanish.
