@@ -17,7 +17,7 @@ from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.tools import ROOT
 from tests.test_telemetry import value
-from wsserver import exchange
+from wsserver import peers
 from wsserver.dialects.sse import SSE
 from wsserver.peers import Address
 from wsserver.pieces import Run
@@ -161,7 +161,7 @@ async def test_user_of_a_kept_connection_is_looked_up_once(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
-    look_up = exchange.user_at
+    look_up = peers.user_at
 
     def counted(peer: Address, here: Address) -> int | None:
         asked.append(peer)
