@@ -2,7 +2,7 @@
 
 ::
 
-    python -m tests.bench              # all cases, about 15 minutes
+    python -m tests.bench              # all cases, about 20 minutes
     python -m tests.bench --quick      # about one minute
     python -m tests.bench --only cpu100,stop --servers wsserver,bun --rounds 5
     python -m tests.bench --promises   # what a stop and a lost connection cost, in two minutes
