@@ -56,6 +56,13 @@ async def test_missing_token_fails_and_skips_replies(behind: Behind) -> None:
     assert {"http", "tokens", "stop", "sse", "resume"} <= found.of(Status.SKIPPED)
 
 
+async def test_size_of_messages_is_that_of_server() -> None:
+    async with own(message_size=40_000) as server:
+        found = await checked(server.url, None, BRIEF)
+    assert found.failed() == set(), found.findings
+    assert "40000 bytes" in found.findings["large_frame"].seen
+
+
 async def test_wrong_token_fails(behind: Behind) -> None:
     found = await checked(behind.server.url, "wrong", BRIEF)
     assert found.failed() == {"authentication"}

@@ -82,6 +82,20 @@ async def test_held_websocket_fails_beside_stream_that_flows(behind: Behind) -> 
     assert "inspect WebSockets" in found.mend("tokens")
 
 
+@pytest.mark.parametrize(("begin", "check"), [(b"POST", "sse"), (WEBSOCKET, "tokens")])
+async def test_connection_that_is_cut_fails(behind: Behind, begin: bytes, check: str) -> None:
+    async def cut(request: bytes, behind: StreamReader, writer: StreamWriter) -> None:
+        while data := await behind.read(65536):
+            if request.startswith(begin) and b'"seq":3' in data:
+                return
+            writer.write(data)
+
+    async with gateway(behind.port, cut) as url:
+        found = await checked_replies(url, behind.token, replies.stream)
+    assert found.failed() == {check}
+    assert "proxy_read_timeout" in found.mend(check)
+
+
 async def test_lost_close_code_fails(behind: Behind) -> None:
     async def cut(begin: bytes, behind: StreamReader, writer: StreamWriter) -> None:
         while data := await behind.read(65536):

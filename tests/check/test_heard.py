@@ -2,7 +2,8 @@
 
 import pytest
 
-from wsserver.doctor.heard import Declined, Heard, bursts, delay, pace
+from wsserver.doctor.heard import Heard, bursts, delay, pace
+from wsserver.doctor.line import Declined
 
 
 def heard(*times: float, sent: float = 0.0, began: float = 0.0, ended: float = 2.0) -> Heard:

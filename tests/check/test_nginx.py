@@ -112,6 +112,15 @@ async def test_removed_origin_is_warned_of(behind: Behind, folder: Path) -> None
     assert "remove `proxy_set_header Origin …`" in found.mend("foreign_origin")
 
 
+async def test_removed_origin_fails_pages_that_have_no_token(behind: Behind, folder: Path) -> None:
+    site = location(RIGHT + 'proxy_set_header Origin "";').replace("PORT", str(behind.port))
+    async with nginx(folder, site) as url:
+        found = await checked(url, None, BRIEF)
+    assert found.of(Status.WARNING) == {"foreign_origin"}
+    assert {"authentication", "origin"} <= found.failed()
+    assert "remove `proxy_set_header Origin …`" in found.mend("origin")
+
+
 async def test_fixed_host_is_warned_of(behind: Behind, folder: Path) -> None:
     site = location(RIGHT).replace("PORT", str(behind.port)).replace("$http_host", "localhost")
     async with nginx(folder, site) as url:

@@ -5,14 +5,10 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import httpx2
-from websockets.exceptions import InvalidHandshake
-
 from wsserver.doctor import frames, handshakes, replies
 from wsserver.doctor.deployment import Deployment
 from wsserver.doctor.findings import Finding, Report, Status, failed, skipped
-from wsserver.doctor.heard import Declined
-from wsserver.doctor.line import Lost, Refused, describe
+from wsserver.doctor.line import FAILURES, describe
 
 LONGEST_CHECK = 90.0  # seconds
 
@@ -106,19 +102,9 @@ async def _run(one: Check, deployment: Deployment, report: Report, deadline: flo
     try:
         async with asyncio.timeout(seconds) as limit:
             await one.run(deployment, report)
-    except Refused as refused:
-        failure = f"another connection is refused: status {refused.response.status}"
-    except Lost as lost:
-        failure = f"the connection is cut: {lost}"
-    except Declined as declined:
-        failure = f"the server answers {declined}"
-    except TimeoutError:
+    except TimeoutError as error:
         if not (one.asks_model and limit.expired()):  # else perhaps the model is slow
-            failure = "no answer in time"
-    except httpx2.TransportError as error:
-        failure = f"a request over HTTP fails: {str(error) or type(error).__name__}"
-    except (httpx2.HTTPError, ValueError) as error:
-        failure = f"the answer is not that of a wsserver: {str(error) or type(error).__name__}"
-    except (InvalidHandshake, OSError) as error:
+            failure = describe(error)
+    except FAILURES as error:
         failure = describe(error)
     return failure

@@ -3,7 +3,7 @@
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import httpx2
 
@@ -42,7 +42,6 @@ class Deployment:
         token: bearer token of the user; None without one.
         pace: how long the checks may take.
         proxy: key of the proxy in :mod:`wsserver.doctor.advice`; None for an unknown one.
-        limits: the server's limits, from ``hello``.
         upgrades: whether WebSocket handshakes reach the server.
         chats: whether chats over HTTP reach the server.
         admits: how the server admits the user: with the token in the ``Authorization`` header or
@@ -53,7 +52,6 @@ class Deployment:
     token: str | None
     pace: Pace
     proxy: str | None = None
-    limits: Mapping[str, float] = field(default_factory=dict)
     upgrades: bool = False
     chats: bool = False
     admits: str | None = None  # "header", "frame", "anyone"

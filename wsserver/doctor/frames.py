@@ -6,7 +6,7 @@ import time
 from wsserver.doctor import advice
 from wsserver.doctor.deployment import Deployment
 from wsserver.doctor.findings import Report, failed, ok, skipped, warning
-from wsserver.doctor.line import Lost
+from wsserver.doctor.line import Line, Lost
 from wsserver.protocol import Close
 
 MESSAGE_SIZE = 65_536  # bytes, if `hello` does not tell
@@ -25,8 +25,8 @@ async def ping(deployment: Deployment, report: Report) -> None:
 
 async def large_frame(deployment: Deployment, report: Report) -> None:
     """Check that the largest message passes, by a ``ping`` filled up with spaces."""
-    size = int(deployment.limits.get("message_size", MESSAGE_SIZE))
     async with deployment.line() as line:
+        size = _message_size(line)
         try:
             await line.send_text(b'{"type":"ping"' + b" " * (size - 15) + b"}")
             await line.next("pong")
@@ -43,10 +43,15 @@ async def large_frame(deployment: Deployment, report: Report) -> None:
             report(ok("large_frame", f"a message of {size} bytes passes"))
 
 
+def _message_size(line: Line) -> int:
+    limits = line.hello.get("limits", {})
+    return int(limits.get("message_size", MESSAGE_SIZE))
+
+
 async def close_code(deployment: Deployment, report: Report) -> None:
     """Check that the client gets the close code of the server, by a message that is too big."""
-    size = int(deployment.limits.get("message_size", MESSAGE_SIZE))
     async with deployment.line() as line:
+        size = _message_size(line)
         try:
             await line.send_text(b" " * (size + 1))
             await line.receive()

@@ -149,7 +149,6 @@ async def upgrade(deployment: Deployment, report: Report) -> None:
 
 
 async def _greeting(deployment: Deployment, line: Line, taken: float) -> Finding:
-    deployment.limits = line.hello.get("limits", {})
     if line.subprotocol == SUBPROTOCOL:
         deployment.upgrades = True
         return ok("upgrade", f"the WebSocket opens after {taken * 1000:.0f} ms ({SUBPROTOCOL})")
@@ -288,30 +287,28 @@ async def _admits_frame(deployment: Deployment) -> bool:
 
 async def origin(deployment: Deployment, report: Report) -> None:
     """Check that pages of the deployment may connect, and pages of other sites may not."""
-    target = deployment.target
+    own = deployment.target.origin
     try:
-        async with deployment.dial(deployment.credentials, origin=target.origin):
-            report(ok("origin", f"pages of {target.origin} may connect"))
-    except Refused as refused:
-        report(
-            failed(
-                "origin",
-                f"status {refused.response.status}: pages of {target.origin} may not connect",
-                *deployment.advise(advice.HOST),
-            )
-        )
-    try:
-        async with deployment.dial(deployment.credentials, origin=f"https://{STRANGER}"):
-            report(
-                warning(
-                    "foreign_origin",
-                    "pages of any site may connect with the rights of their visitor",
-                    *deployment.advise(advice.ORIGIN),
-                )
-            )
+        async with deployment.dial(deployment.credentials, origin=own):
+            report(ok("origin", f"pages of {own} may connect"))
     except Refused as refused:
         status = refused.response.status
-        report(ok("foreign_origin", f"pages of other sites are refused ({status})"))
+        # A page may connect without a token: the server takes the client for a program.
+        lost = status == HTTPStatus.UNAUTHORIZED
+        mend = deployment.advise(advice.ORIGIN if lost else advice.HOST)
+        report(failed("origin", f"status {status}: pages of {own} may not connect", *mend))
+    mend = deployment.advise(advice.ORIGIN)
+    seen = "pages of any site may connect with the rights of their visitor"
+    admitted = warning("foreign_origin", seen, *mend)
+    try:
+        async with deployment.dial(deployment.credentials, origin=f"https://{STRANGER}"):
+            report(admitted)
+    except Refused as refused:
+        status = refused.response.status
+        if status == HTTPStatus.UNAUTHORIZED:
+            report(admitted)
+        else:
+            report(ok("foreign_origin", f"pages of other sites are refused ({status})"))
 
 
 async def host(deployment: Deployment, report: Report) -> None:

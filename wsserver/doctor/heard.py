@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wsserver.doctor.line import Frame, Line
+from wsserver.doctor.line import Declined, Frame, Line
 from wsserver.errors import Code
 
 CONTENT = frozenset({"token", "thinking", "block"})
@@ -23,14 +23,6 @@ SLOWER = 3  # times the longest gap of the other follower: else the model or the
 MOMENT = 0.02  # seconds; pieces that come within come at once
 LEAST_MOMENTS = 12  # of the other follower
 END = 0.9  # part of the time of a reply; what comes later may come with the end
-
-
-class Declined(Exception):
-    """The server refused a frame, or the reply failed."""
-
-    def __init__(self, frame: Frame) -> None:
-        super().__init__(f"{frame.get('code')}: {frame.get('message')}")
-        self.code = frame.get("code")
 
 
 @dataclass(frozen=True, slots=True)

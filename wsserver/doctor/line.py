@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+import httpx2
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.frames import Opcode
@@ -124,6 +125,14 @@ class Lost(Exception):
         super().__init__(f"close code {code}" if code != 1006 else "no close frame (1006)")  # noqa: PLR2004
         self.code = code
         self.reason = reason
+
+
+class Declined(Exception):
+    """The server refused a frame, or the reply failed."""
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__(f"{frame.get('code')}: {frame.get('message')}")
+        self.code = frame.get("code")
 
 
 class _Socket(ClientConnection):
@@ -288,9 +297,19 @@ def _response(found: Handshake) -> Response:
     return Response(found.status_code, headers, body)
 
 
-def describe(error: Exception) -> str:
-    """Return in one sentence why there is no connection."""
+FAILURES = (Refused, Lost, Declined, InvalidHandshake, httpx2.HTTPError, OSError, ValueError)
+"""The exceptions of connections that :func:`describe` knows."""
+
+
+def describe(error: BaseException) -> str:
+    """Return in one sentence how a connection failed."""
     match error:
+        case Refused():
+            found = f"another connection is refused: status {error.response.status}"
+        case Lost():
+            found = f"the connection is cut: {error}"
+        case Declined():
+            found = f"the server answers {error}"
         case ssl.SSLCertVerificationError():
             found = f"the certificate is not trusted: {error.verify_message}"
         case ssl.SSLError():
@@ -303,7 +322,10 @@ def describe(error: Exception) -> str:
             found = "nothing listens at this port"
         case InvalidHandshake():
             found = f"the answer is no WebSocket handshake: {error}"
+        case httpx2.TransportError():
+            found = f"a request over HTTP fails: {str(error) or type(error).__name__}"
+        case OSError():
+            found = f"there is no connection: {error.strerror or error}"
         case _:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            found = f"there is no connection: {reason}"
+            found = f"the answer is not that of a wsserver: {str(error) or type(error).__name__}"
     return found

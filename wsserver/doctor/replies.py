@@ -20,8 +20,8 @@ from wsserver.doctor.deployment import Deployment, read
 from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
 from wsserver.doctor.frames import NO_INSPECTION
 from wsserver.doctor.handshakes import NOT_FOUND, redirected
-from wsserver.doctor.heard import LEAST_PIECES, Declined, Heard, bursts, delay, follow, pace
-from wsserver.doctor.line import OPEN_TIMEOUT, Frame, Response
+from wsserver.doctor.heard import LEAST_PIECES, Heard, bursts, delay, follow, pace
+from wsserver.doctor.line import FAILURES, OPEN_TIMEOUT, Declined, Frame, Response, describe
 
 PROMPT = "Count from one to two hundred in English words, one number per line. Write nothing else."
 CHATS = "/api/chat"
@@ -94,33 +94,53 @@ async def stream(deployment: Deployment, report: Report) -> None:
     frames, events = Heard(progress), Heard(progress)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(deployment.client())
-        tasks: list[asyncio.Task[Any]] = []
+        tasks: dict[str, asyncio.Task[None]] = {}
         stack.push_async_callback(_cancel, tasks)
         if deployment.upgrades:
             line = await stack.enter_async_context(deployment.line())
             await line.send({"type": "prompt", **prompt})
-            tasks.append(asyncio.create_task(follow(line, prompt["id"], frames)))
+            tasks["tokens"] = asyncio.create_task(follow(line, prompt["id"], frames))
         if deployment.chats:
-            tasks.append(asyncio.create_task(_read_reply(client, prompt, events)))
-        for task in tasks:
+            tasks["sse"] = asyncio.create_task(_read_reply(client, prompt, events))
+        for task in tasks.values():
             task.add_done_callback(lambda _: progress.set())
         await _listen(deployment, tasks, frames, events)
-        stopped, ended = time.monotonic(), any(task.done() for task in tasks)
+        stopped, ended = time.monotonic(), bool(frames.terminal or events.terminal)
         if not ended:
-            if deployment.upgrades:
+            if deployment.upgrades and not tasks["tokens"].done():
                 await line.send({"type": "stop", "id": prompt["id"]})
-            else:
+            elif deployment.chats:
                 await client.post(f"{CHATS}/{prompt['id']}/stop")
-        done, _ = await asyncio.wait(tasks, timeout=STOP_TIMEOUT)
-        for task in done:
-            task.result()  # raises what the reply failed with
-        if deployment.upgrades:
+        await asyncio.wait(tasks.values(), timeout=STOP_TIMEOUT)
+        cut = _cuts(tasks)
+        if "tokens" in cut:
+            report(failed("tokens", cut["tokens"], *deployment.advise(advice.IDLE)))
+            report(skipped("stop", "needs the connection"))
+        elif deployment.upgrades:
             report(_judge("tokens", (NO_INSPECTION,), frames, events, stopped))
             report(_judge_stop(frames, stopped, ended=ended))
-        if deployment.chats:
+        if "sse" in cut:
+            report(failed("sse", cut["sse"], *deployment.advise(advice.IDLE)))
+        elif deployment.chats:
             mend = deployment.advise(advice.SSE_BUFFERED)
             report(_judge("sse", mend, events, frames, stopped))
             report(await _continue(client, prompt["id"], events))
+
+
+def _cuts(tasks: Mapping[str, asyncio.Task[None]]) -> dict[str, str]:
+    """Return how the connections of followers failed.
+
+    Raises:
+        Declined: the server refused the prompt, or the reply failed.
+    """
+    found = {}
+    for name, task in tasks.items():
+        error = task.exception() if task.done() else None
+        if isinstance(error, FAILURES) and not isinstance(error, Declined):
+            found[name] = describe(error)
+        elif error is not None:
+            raise error
+    return found
 
 
 def _prompt() -> dict[str, Any]:
@@ -128,21 +148,24 @@ def _prompt() -> dict[str, Any]:
     return {"messages": messages, "id": secrets.token_hex(16)}
 
 
-async def _cancel(tasks: list[asyncio.Task[Any]]) -> None:
-    for task in tasks:
+async def _cancel(tasks: Mapping[str, asyncio.Task[None]]) -> None:
+    for task in tasks.values():
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
 
 
 async def _listen(
-    deployment: Deployment, tasks: list[asyncio.Task[Any]], frames: Heard, events: Heard
+    deployment: Deployment,
+    tasks: Mapping[str, asyncio.Task[None]],
+    frames: Heard,
+    events: Heard,
 ) -> None:
     """Wait for the first piece, and then for some time, at most until the end of the reply."""
 
     async def wait_until(seconds: float, *, begun: bool) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while not any(task.done() for task in tasks):
+                while not any(task.done() for task in tasks.values()):
                     if begun and (frames.pieces or events.pieces):
                         return
                     frames.progress.clear()
