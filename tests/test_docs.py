@@ -280,6 +280,7 @@ async def test_readme_commands_run(tmp_path: Path) -> None:
     section = README.partition("## In a terminal\n")[2].partition("```\n")[2].partition("```")[0]
     commands = [line.partition("#")[0].strip() for line in section.splitlines()]
     assert len(commands) == 3
+    (tmp_path / "notes.txt").write_text("A duck.\n")
     async with wsserver.serve("demo", port=0, demo_rate=0) as server:
         for command in commands:
             line = command.replace(SERVER, server.url)
@@ -295,7 +296,7 @@ async def test_readme_commands_run(tmp_path: Path) -> None:
                     await person.ready()
                     person.types("\x04")
                     assert await person.leaves() == 0
-    assert (tmp_path / "story.txt").read_text().startswith("This is the demo model")
+    assert "You wrote: “A duck. Summarise this”" in (tmp_path / "summary.txt").read_text()
 
 
 async def test_readme_token_commands_work(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ PUBLIC = "__init__"  # the package's public names
 FLOORS: list[dict[str, str]] = [
     {
         "basics": "addresses content descriptors errors limits logs pieces responses settings text",
-        "keyboard": "line_editor",
     },
     {"words": "encoding generation parsing prices protocol schema telemetry wire"},
     {
@@ -44,9 +43,11 @@ LIBRARIES = {
     "httptools": {"http", "models"},
     "httpx2": {"auth", "doctor", "models"},
     "jwt": {"auth"},
+    "markdown_it": {"terminal"},
     "opentelemetry": {"telemetry"},
     "prometheus_client": {"telemetry"},
-    "prompt_toolkit": {"line_editor", "terminal"},
+    "prompt_toolkit": {"terminal"},
+    "rich": {"terminal"},
     "sqlite3": {"stores"},
     "uvloop": {"cli"},
     "websockets": {"client", "doctor", "exchange", "websocket"},

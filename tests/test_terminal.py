@@ -1,4 +1,4 @@
-"""``wsserver chat`` as a dialogue, in a real pseudo-terminal and in this process."""
+"""``wsserver chat`` as a dialogue, in an emulated terminal."""
 
 import asyncio
 import contextlib
@@ -7,15 +7,9 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
 from websockets.asyncio.server import ServerConnection, serve
 
 import wsserver
@@ -24,11 +18,10 @@ from tests.support.older import older
 from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.replies import Frame, Send, scripted
-from tests.support.terminal import terminal
+from tests.support.terminal import once, outcome, terminal
 from wsserver import Code, End, ModelError, Thinking, Usage
 from wsserver.client import connect
-from wsserver.line_editor import open_history
-from wsserver.terminal import Options, Terminal, escape
+from wsserver.terminal.files import open_history
 
 CONVERSATION = "a-conversation-of-mine"
 
@@ -45,21 +38,18 @@ async def test_prompts_and_replies_alternate(
     async with terminal(server.url, XDG_STATE_HOME=str(tmp_path / "state")) as person:
         await person.ready()
         person.types("Tell me a story\r")
-        said = (await puppet.reply()).say(Thinking("Hm,\nhm."), "Once upon\n")
-        await person.sees("[thought: Hm, hm.]")
-        await person.sees("Once upon\r\n")
+        said = (await puppet.reply()).say(Thinking("Hm,\nhm."), "Once upon\n\n")
+        await person.sees("> Tell me a story\n[thought: Hm, hm.]\nOnce upon\n")
         said.say("a time", Usage(1234, 5)).end()
-        await person.sees("a time")
-        await person.sees("[puppet · 1,234 tokens in, 5 out]")
-        await person.ready()
+        await person.sees("Once upon\n\na time\n[puppet · 1,234 tokens in, 5 out]\n>")
         person.types("Go on\r")
         (await puppet.reply(1)).say("The end").end()
-        await person.sees("The end")
+        await person.sees("> Go on\nThe end\n")
         await person.ready()
         person.types("\x04")
         assert await person.leaves() == 0
     shown = [m.content for m in puppet.replies[1].request.messages]
-    assert shown == ["Tell me a story", "Once upon\na time", "Go on"]
+    assert shown == ["Tell me a story", "Once upon\n\na time", "Go on"]
     history = tmp_path / "state/wsserver/history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert stat.S_IMODE(history.parent.stat().st_mode) == 0o700
@@ -85,6 +75,7 @@ async def test_pasted_lines_are_one_prompt(server: wsserver.Server, puppet: Pupp
         person.types("\x1b[200~one\ntwo\n\tthree\x1b[201~")
         person.types("\x1b\rfour\r")
         assert (await puppet.reply()).request.prompt == "one\ntwo\n\tthree\nfour"
+        await person.sees("> one\n  two\n")
 
 
 async def test_ctrl_c_stops_only_reply(server: wsserver.Server, puppet: Puppet) -> None:
@@ -92,16 +83,15 @@ async def test_ctrl_c_stops_only_reply(server: wsserver.Server, puppet: Puppet) 
         await person.ready()
         person.types("Count\r")
         said = (await puppet.reply()).say("one, two, ")
-        await person.sees("one, two, ")
-        person.child.sendintr()
-        await person.sees("[stopped]")
+        await person.sees("one, two,")
+        person.types("\x03")
+        await person.sees("one, two,\n[stopped]")
         assert said.closed.is_set()
         await person.ready()
         person.types("Neversent")
-        await person.sees("Neversent")
+        await person.sees("> Neversent")
         person.types("\x03")
-        person.types("\x03")
-        await person.sees("[Ctrl-D leaves]")
+        await person.ready()
         person.types("Go on\r")
         (await puppet.reply(1)).say("three").end()
         await person.sees("three")
@@ -110,6 +100,29 @@ async def test_ctrl_c_stops_only_reply(server: wsserver.Server, puppet: Puppet) 
             "one, two, ",
             "Go on",
         ]
+
+
+async def test_second_ctrl_c_leaves(server: wsserver.Server) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("\x03")
+        await person.sees("[Ctrl-C again or Ctrl-D leaves]")
+        person.types("\x03")
+        assert await person.leaves() == 0
+
+
+async def test_ctrl_d_during_reply_stops_reply_and_keeps_text(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("Count\r")
+        said = (await puppet.reply()).say("one, *two*, ")
+        await person.sees("one, two,")
+        person.types("\x04")
+        assert await person.leaves() == 0
+        assert said.closed.is_set()
+        assert "> Count\none, two,\nTo continue" in person.text
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["limit known", "limit not known"])
@@ -122,7 +135,8 @@ async def test_prompt_over_size_limit_fails_alone(
     ):
         await person.ready()
         person.types("\x1b[200~" + "a line that is pasted\r" * 4000 + "\x1b[201~\r")
-        await person.sees("(too_long)]")
+        shown = await person.sees("(too_long)]")
+        assert "The prompt has 88,000 bytes; 32,768 are allowed." in shown or not known
         await person.ready()
         person.types("Still there?\r")
         (await puppet.reply()).say("Yes").end()
@@ -137,20 +151,18 @@ async def test_alt_r_repeats_prompt_and_replaces_turn(
         await person.ready()
         person.types("\x1br")
         await person.sees("[there is no prompt to repeat]")
-        await person.ready()
         person.types("Tell me a story\r")
         (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
-        await person.sees("overloaded")
-        await person.ready()
+        await person.sees("(overloaded); try again; /retry repeats it]")
         person.types("\x1br")
-        await person.sees("> Tell me a story")
+        await person.sees("> Tell me a story", times=2)
         (await puppet.reply(1)).say("Whole").end()
         await person.sees("Whole")
         await person.ready()
     async with terminal(*arguments) as person:
         await person.sees("Whole")
         await person.ready()
-        person.types("\x1br")
+        person.types("/retry\r")
         (await puppet.reply(2)).say("Better").end()
         await person.sees("Better")
         await person.ready()
@@ -159,7 +171,7 @@ async def test_alt_r_repeats_prompt_and_replaces_turn(
         assert said == ["Tell me a story", "Better", "Go on"]
 
 
-async def test_reply_of_killed_server_is_marked_interrupted(tmp_path: Path) -> None:
+async def test_killed_server_is_told_and_text_is_kept(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     store = f"sqlite:///{tmp_path}/c.sqlite"
@@ -170,12 +182,16 @@ async def test_reply_of_killed_server_is_marked_interrupted(tmp_path: Path) -> N
         person = await stack.enter_async_context(terminal(f"ws://127.0.0.1:{port}"))
         await person.ready()
         person.types("Tell me a story\r")
-        await person.sees("This is the demo")
+        await person.sees("This is the demo model")
         first.signal(signal.SIGKILL)
         await first.end()
+        await person.sees(
+            "[connection lost, trying again… The text so far stays; Ctrl-C twice gives up.]"
+        )
         await stack.enter_async_context(run(*serve_))
-        await person.sees("(interrupted); try again]")
+        await person.sees("(interrupted); the text that arrived is kept; try again;")
         await person.ready()
+        assert "This is the demo model" in person.text
 
 
 async def test_lost_connection_is_shown_and_text_continues(
@@ -185,14 +201,33 @@ async def test_lost_connection_is_shown_and_text_continues(
         await person.ready()
         person.types("Tell me a story\r")
         said = (await puppet.reply()).say("Once ")
-        await person.sees("Once ")
+        await person.sees("Once")
         line.cut()
-        await person.sees("[connection lost, trying again…]")
+        await person.sees("[connection lost, trying again…")
         said.say("upon ")
         line.mend()
         await person.sees("[connected again]")
         said.say("a time").end()
-        assert "Once" not in await person.sees("upon a time")
+        assert (await person.sees("Once upon a time")).count("Once") == 1
+
+
+async def test_ctrl_c_twice_gives_up_waiting_for_lost_connection(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Line(server.port) as line, terminal(line.url) as person:
+        await person.ready()
+        person.types("Count\r")
+        said = (await puppet.reply()).say("one")
+        await person.sees("one")
+        line.cut()
+        await person.sees("[connection lost, trying again…")
+        person.types("\x03")
+        await person.sees("[stopping…]")
+        person.types("\x03")
+        await person.sees("one\n[gave up waiting for the end]")
+        line.mend()
+        async with asyncio.timeout(BOUND):
+            await said.closed.wait()
 
 
 async def test_error_shows_message_and_retry_time(server: wsserver.Server, puppet: Puppet) -> None:
@@ -201,21 +236,28 @@ async def test_error_shows_message_and_retry_time(server: wsserver.Server, puppe
         person.types("Hi\r")
         reply = (await puppet.reply()).say("Half")
         reply.fail(ModelError(Code.OVERLOADED, retry_after=7))
-        await person.sees("Half")
+        await person.sees("Half\n[")
         await person.sees("overloaded")
         await person.sees("try again in 7 s")
         await person.ready()
 
 
-async def test_control_characters_of_model_are_escaped(
-    server: wsserver.Server, puppet: Puppet
-) -> None:
-    async with terminal(server.url) as person:
-        await person.ready()
-        person.types("Hi\r")
-        (await puppet.reply()).say("a\x1b]0;owned\x07b\rc\x9b2Jd\u202ee\te\nf").end()
-        await person.sees(r"a\x1b]0;owned\x07b\rc\x9b2Jd\u202ee")
-        await person.sees("\r\nf")
+async def test_end_of_each_reply_is_marked(server: wsserver.Server, puppet: Puppet) -> None:
+    async with terminal(server.url, "--conversation", CONVERSATION) as person:
+        await person.sees("[a new conversation]")
+        person.types(" \rOne\r")
+        (await puppet.reply()).say("x", End("max_tokens")).end()
+        await person.sees("[the reply reached its maximum length]")
+        person.types("Two\r")
+        (await puppet.reply(1)).say("y").fail(ModelError(Code.REFUSAL, "No."))
+        await person.sees("[No. (refusal)]")
+        person.types("Three\r")
+        (await puppet.reply(2)).say("z")
+        await person.sees("\nz\n")
+        person.child.kill(signal.SIGINT)
+        await person.sees("[stopped]")
+    async with terminal(server.url, "--conversation", CONVERSATION) as person:
+        await person.sees("[incomplete: client]")
 
 
 async def test_continued_conversation_shows_last_messages(
@@ -227,51 +269,32 @@ async def test_continued_conversation_shows_last_messages(
         person.types("Remember 7\r")
         (await puppet.reply()).say("I \x1b[1mwill").end()
         await person.sees("will")
+        await person.ready()
     async with terminal(*arguments) as person:
-        before = await person.sees(r"I \x1b[1mwill")
-        assert "> Remember 7" in before
+        await person.sees("> Remember 7\nI \\x1b[1mwill\n")
+        await person.ready()
         person.types("Which?\r")
         assert len((await puppet.reply(1)).request.messages) == 3
 
 
-async def test_chat_without_url_uses_demo_model() -> None:
-    async with terminal(WSSERVER_DEMO_RATE="0", WSSERVER_PORT="1") as person:
-        await person.sees("this is the demo model")
-        person.types("Hello\r")
-        await person.sees("You wrote: “Hello”")
-        await person.sees("start the server again.")
-        person.types("\x04")
-        assert await person.leaves() == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("plain, ünïcode 🧑‍🚀\n\ttab", "plain, ünïcode 🧑‍🚀\n\ttab"),
-        ("\x1b[2J\r\x00\x7f", r"\x1b[2J\r\x00\x7f"),
-        ("\x85\x9b", r"\x85\x9b"),
-        ("abc\u202edcb\u2066", r"abc\u202edcb\u2066"),
-    ],
-)
-def test_escape_keeps_line_ends_and_tabs(text: str, shown: str) -> None:
-    assert escape(text) == shown
-
-
-@asynccontextmanager
-async def dialogue(*, url: str, **options: Any) -> AsyncIterator[tuple[Any, asyncio.Task[int]]]:
-    """Run a dialogue without a terminal; yield the input and the task."""
-    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        talking = asyncio.ensure_future(Terminal(Options(url=url, **options)).run(None))
-        try:
-            yield keys, talking
-        finally:
-            talking.cancel()
-            await asyncio.wait({talking}, timeout=BOUND)
-
-
-async def test_history_shows_thinking_model_and_usage(
-    capsys: pytest.CaptureFixture[str],
+async def test_running_reply_of_continued_conversation_is_followed(
+    server: wsserver.Server, puppet: Puppet
 ) -> None:
+    arguments = (server.url, "--conversation", CONVERSATION)
+    async with terminal(*arguments) as first, terminal(*arguments) as second:
+        await first.ready()
+        await second.sees("[a new conversation]")
+        first.types("Five\r")
+        said = (await puppet.reply()).say("never")
+        await first.sees("never")
+        second.types("/open " + CONVERSATION + "\r")
+        await second.sees("never")
+        said.say("theless").end()
+        await second.sees("nevertheless")
+        await first.sees("nevertheless")
+
+
+async def test_history_shows_thinking_model_and_usage() -> None:
     blocks = [
         {"type": "thinking", "thinking": "x" * 1000, "signature": "s"},
         {"type": "text", "text": "Hello"},
@@ -287,109 +310,68 @@ async def test_history_shows_thinking_model_and_usage(
         history = {"type": "history", "title": "T", "messages": messages, "running": []}
         await send(history, conversation=CONVERSATION, request=frame["request"])
 
-    shown = ""
-
-    def sees(text: str) -> bool:
-        nonlocal shown
-        shown += capsys.readouterr().out
-        return text in shown
-
-    async with scripted(answer) as url, dialogue(url=url, conversation=CONVERSATION):
-        await until(lambda: sees("[m · 2,001 tokens in, about 7 out]"))
-    assert f"> Hi\n[thought: {'x' * 300}…]\nHello\n" in shown
+    async with (
+        scripted(answer) as url,
+        terminal(url, "--conversation", CONVERSATION, size="400x30") as person,
+    ):
+        await person.sees("[m · 2,001 tokens in, about 7 out]")
+        assert f"> Hi\n[thought: {'x' * 300}…]\nHello\n" in person.text
 
 
-async def test_end_of_each_reply_is_marked(
-    puppet: Puppet, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shown = ""
-
-    def sees(text: str) -> bool:
-        nonlocal shown
-        shown += capsys.readouterr().out
-        return text in shown
-
-    async with wsserver.serve(puppet, port=0, drain_timeout=0) as server, Line(server.port) as line:
-        async with dialogue(url=line.url, conversation=CONVERSATION) as (keys, talking):
-            await until(lambda: sees("[a new conversation]"))
-            keys.send_text(" \rOne\r")
-            (await puppet.reply()).say("x", End("max_tokens")).end()
-            await until(lambda: sees("[the reply reached its maximum length]"))
-            keys.send_text("Two\r")
-            (await puppet.reply(1)).say("y").fail(ModelError(Code.REFUSAL, "No."))
-            await until(lambda: sees("[No. (refusal)]"))
-            keys.send_text("Three\r")
-            (await puppet.reply(2)).say("z")
-            await until(lambda: sees("z"))
-            os.kill(os.getpid(), signal.SIGINT)
-            await until(lambda: sees("[stopped]"))
-            keys.send_text("Four\r")
-            four = (await puppet.reply(3)).say("still")
-            await until(lambda: sees("still"))
-            line.cut()
-            await until(lambda: sees("[connection lost, trying again…]"))
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-                await asyncio.sleep(0)
-            await until(lambda: sees("[gave up waiting for the end]"))
-            line.mend()
-            async with asyncio.timeout(BOUND):
-                await four.closed.wait()
-            keys.send_text("\x03\x04")
-            async with asyncio.timeout(BOUND):
-                assert await talking == 0
-        async with dialogue(url=server.url, conversation=CONVERSATION) as (keys, talking):
-            await until(lambda: sees("[incomplete: client]"))
-            keys.send_text("Five\r")
-            five = (await puppet.reply(4)).say("never")
-            await until(lambda: sees("never"))
-            async with dialogue(url=server.url, conversation=CONVERSATION):
-                before = len(shown)  # the chat follows the running reply from its beginning
-                five.say("theless")
-                await until(lambda: sees("theless") and "nevertheless" in shown[before:])
-            five.end()
-            keys.send_text("\x04")
-            async with asyncio.timeout(BOUND):
-                assert await talking == 0
+async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
+    env = {"WSSERVER_DEMO_RATE": "0", "WSSERVER_PORT": "1", "XDG_DATA_HOME": str(tmp_path)}
+    async with terminal(**env) as person:
+        await person.sees("this is the demo model")
+        await person.ready()
+        person.types("Hello\r")
+        await person.sees("You wrote: “Hello”")
+        await person.sees("start the server again.")
+        async with once("--once", "And?", "-c", **env) as process:
+            code, out, err = await outcome(process)
+            assert (code, "You wrote: “And?”" in out) == (0, True)
+            assert "will not be saved: another server uses" in err
+        person.types("\x04")
+        assert await person.leaves() == 0
+    async with once("--once", "What did I say?", "-c", **env) as process:
+        assert await outcome(process, "") == (
+            0,
+            "You said: “Hello”",
+            "wsserver: this is the demo model; set ANTHROPIC_API_KEY to talk to Claude\n",
+        )
 
 
-@pytest.mark.parametrize("end", ["end_turn", "max_tokens", "stopped", "failed", "ctrl-c"])
-async def test_exit_code_of_once_tells_end_of_reply(
-    server: wsserver.Server, puppet: Puppet, capsys: pytest.CaptureFixture[str], end: str
-) -> None:
-    asking = asyncio.ensure_future(Terminal(Options(server.url, once="Hi")).run("Hi"))
-    reply = (await puppet.reply()).say("x")
-    if end == "stopped":
-        async with connect(server.url) as chat:
-            (conversation,) = await chat.conversations()
-            (running,) = (await chat.history(conversation.id)).running
-            followed = chat.resume(running)
-            await followed.stop()
-            await followed.done()
-    elif end == "failed":
-        reply.fail(ModelError(Code.TIMEOUT))
-    elif end == "ctrl-c":
-        await until(reply.heard_out)
-        os.kill(os.getpid(), signal.SIGINT)
-    else:
-        reply.say(End(end)).end()
-    async with asyncio.timeout(BOUND):
-        code = await asking
-    assert code == {"end_turn": 0, "max_tokens": 0, "ctrl-c": 130}.get(end, 1)
-    said = capsys.readouterr().err
-    assert {"end_turn": "", "max_tokens": "maximum length", "stopped": "stopped by client"}.get(
-        end, ""
-    ) in said
+async def test_continue_opens_last_conversation(server: wsserver.Server, puppet: Puppet) -> None:
+    async with terminal(server.url, "-c") as person:
+        await person.sees("there is no conversation to continue; this is a new one")
+        await person.ready()
+        person.types("Remember 7\r")
+        (await puppet.reply()).say("I will").end()
+        await person.sees("I will")
+        await person.ready()
+        person.types("\x04")
+        assert await person.leaves() == 0
+        (conversation,) = await _conversations(server.url)
+        command = f"wsserver chat {server.url}"
+        assert f"{command} --conversation {conversation}\n  {command} -c" in person.text
+    async with terminal(server.url, "-c") as person:
+        await person.sees("> Remember 7\nI will\n")
+        await person.ready()
+        person.types("Which?\r")
+        assert len((await puppet.reply(1)).request.messages) == 3
+
+
+async def _conversations(url: str) -> list[str]:
+    async with connect(url) as chat:
+        return [known.id for known in await chat.conversations()]
 
 
 async def test_ctrl_c_while_connecting_exits() -> None:
     async with Line(1) as line:
         line.cut()
-        opening = asyncio.ensure_future(Terminal(Options(line.url, once="Hi")).run("Hi"))
-        await until(lambda: line.tried)
-        os.kill(os.getpid(), signal.SIGINT)
-        async with asyncio.timeout(BOUND):
-            assert await opening == 130
+        async with once(line.url, "--once", "Hi") as process:
+            await until(lambda: line.tried)
+            process.send_signal(signal.SIGINT)
+            assert await outcome(process) == (130, "", "")
 
 
 async def test_ctrl_c_while_history_loads_exits() -> None:
@@ -422,6 +404,15 @@ async def test_prompt_is_sent_if_history_file_is_missing(
         await person.ready()
         person.types("\x04")
         assert await person.leaves() == 0
+
+
+async def test_history_that_cannot_be_saved_is_told(
+    server: wsserver.Server, tmp_path: Path
+) -> None:
+    (tmp_path / "wsserver").write_text("no folder")
+    async with terminal(server.url, XDG_STATE_HOME=str(tmp_path)) as person:
+        await person.sees("cannot save the history of your prompts")
+        await person.ready()
 
 
 def test_history_file_on_device_keeps_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -215,19 +215,31 @@ def _add_chat(commands: Any) -> None:
         "chat",
         help="chat with a server in this terminal",
         description="Chat with a server in this terminal. Without a URL, start a private server "
-        "with the settings of the environment; this server ends with the chat.",
-        epilog="With --once only the reply is on stdout. The exit code is 0, 1 after an error, 2 "
-        "if the request is invalid, 130 after Ctrl-C.",
+        "with the settings of the environment; this server ends with the chat. /help lists the "
+        "commands of the chat.",
+        epilog="With --once only the reply is on stdout, and text from a pipe or a file on stdin "
+        "comes before the prompt. The exit code is 0, 1 after an error, 2 if the request is "
+        "invalid, 130 after Ctrl-C.",
         allow_abbrev=False,
     )
     chat.add_argument(
         "url", nargs="?", metavar="URL", help="address of a server, such as ws://localhost:3001"
     )
     chat.add_argument("--once", metavar="PROMPT", help="send one prompt; - reads it from stdin")
+    chat.add_argument(
+        "-c",
+        "--continue",
+        action="store_true",
+        dest="last",
+        help="continue the last conversation",
+    )
     chat.add_argument("--conversation", metavar="ID", help="id of the conversation to continue")
     _add_token_option(chat)
     chat.add_argument("--model", help="model that answers")
     chat.add_argument("--system", metavar="TEXT", help="system prompt")
+    chat.add_argument(
+        "--plain", action="store_true", help="show Markdown as it is, without colours and tables"
+    )
 
 
 def _add_token_option(parser: argparse.ArgumentParser) -> None:
@@ -273,7 +285,7 @@ def _check(**options: Any) -> int:
     return doctor.run(**options)
 
 
-def _chat(**options: str | None) -> int:
+def _chat(**options: Any) -> int:
     _warn_of_token(options["token"])
     # Imported here, because a server does not need prompt_toolkit.
     from wsserver import terminal  # noqa: PLC0415

@@ -1,0 +1,98 @@
+"""The arguments of ``wsserver chat``."""
+
+import re
+import stat
+import sys
+from dataclasses import dataclass
+from os import fstat
+
+from wsserver.errors import ConfigError
+from wsserver.protocol import Prompt
+from wsserver.wire import ID_PATTERN
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The arguments of the command line."""
+
+    url: str | None = None  # the server's address; None starts a private server
+    once: str | None = None  # the only prompt; `-` reads it from stdin. None starts a dialogue
+    conversation: str | None = None  # id of the conversation to continue
+    token: str | None = None  # bearer token. Default: that of the environment
+    model: str | None = None  # the model's name
+    system: str | None = None  # the system prompt
+    last: bool = False  # continue the last conversation
+    plain: bool = False  # show Markdown as it is
+
+
+def read_prompt(options: Options) -> str | None:
+    """Check the options; return the only prompt, or None for a dialogue.
+
+    Raises:
+        ConfigError: an option or the input is not usable.
+    """
+    if options.conversation is not None and options.last:
+        raise ConfigError("--continue and --conversation exclude each other")
+    if options.conversation is not None and not re.fullmatch(ID_PATTERN, options.conversation):
+        raise ConfigError("--conversation: 16 to 64 of A-Z, a-z, 0-9, _ and -")
+    _check_url(options.url)
+    prompt = None if options.once is None else _read_once(options.once)
+    if prompt is None:
+        if not sys.stdin.isatty():
+            raise ConfigError(
+                "stdin is not a terminal; give one prompt with --once, or --once - <FILE"
+            )
+        _require_libraries()
+    try:
+        Prompt(prompt=prompt or "Hi", model=options.model, system=options.system)
+    except ValueError:
+        raise ConfigError("the prompt, --model or --system cannot be sent as text") from None
+    return prompt
+
+
+def _check_url(url: str | None) -> None:
+    if url is None or url.startswith(("ws://", "wss://")):
+        return
+    shown = ascii(url)[1:-1]
+    scheme, _, rest = url.partition("://")
+    hint = "such as ws://localhost:3001"
+    if rest and scheme in {"http", "https"}:
+        hint = f"write {'wss' if scheme == 'https' else 'ws'}://{ascii(rest)[1:-1]}"
+    raise ConfigError(f"{shown!r} is not an address of a WebSocket server; {hint}")
+
+
+def _read_once(once: str) -> str:
+    """Return the prompt of ``--once``. Text from a pipe or a file comes before it."""
+    try:
+        once.encode()
+        if once == "-":
+            prompt = sys.stdin.read()
+        elif piped := _read_piped():
+            prompt = f"{piped.rstrip()}\n\n{once}"
+        else:
+            prompt = once
+    except UnicodeError:
+        raise ConfigError("the prompt is not UTF-8") from None
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty")
+    return prompt
+
+
+def _read_piped() -> str:
+    """Return what a pipe or a file gives on stdin; nothing from a terminal or /dev/null."""
+    try:
+        mode = fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # stdin is no file
+        return ""
+    piped = stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+    return sys.stdin.read().strip("\n") if piped else ""
+
+
+def _require_libraries() -> None:
+    try:
+        import prompt_toolkit  # noqa: F401, PLC0415
+        import rich  # noqa: F401, PLC0415
+    except ImportError as error:
+        raise ConfigError(
+            f"a dialogue needs {error.name}: pip install 'wsserver[chat]'; --once works without"
+        ) from None
