@@ -12,6 +12,7 @@ import pytest
 import wsserver
 from tests.check.conftest import RATE, Behind
 from tests.support.process import Process, run
+from tests.support.tools import ROOT
 from wsserver.doctor.checks import CHECKS
 from wsserver.doctor.findings import Status, failed, ok
 from wsserver.doctor.report import summary, to_lines
@@ -19,6 +20,7 @@ from wsserver.models.demo import Demo
 
 pytestmark = pytest.mark.slow
 
+README = (ROOT / "README.md").read_text()
 CHECK = ("-m", "wsserver", "check")
 NAMES = [name for one in CHECKS for name in one.names]
 
@@ -104,3 +106,11 @@ def test_lines_have_colour_and_advice_without_control_characters() -> None:
     ]
     assert to_lines(finding, colour=True)[0].startswith("\033[31mfailed  \033[0mforeign")
     assert summary([finding, ok("a", ""), ok("b", "")]) == "2 ok, 1 failed"
+
+
+def test_readme_shows_all_checks() -> None:
+    output = README.partition("wsserver check wss://chat.example.com/\n")[2].partition("```")[0]
+    lines = [line for line in output.splitlines()[:-2] if not line.startswith(" ")]
+    assert [line[8:24].strip().replace(" ", "_") for line in lines] == NAMES
+    for status in Status:
+        assert f"`{status}`" in README

@@ -20,8 +20,8 @@ from wsserver.doctor.deployment import Deployment, read
 from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
 from wsserver.doctor.frames import NO_INSPECTION
 from wsserver.doctor.handshakes import NOT_FOUND, redirected
-from wsserver.doctor.heard import LEAST_PIECES, Heard, bursts, delay, follow, pace
 from wsserver.doctor.line import FAILURES, OPEN_TIMEOUT, Declined, Frame, Response, describe
+from wsserver.doctor.trace import LEAST_PIECES, Trace, bursts, delay, follow, pace
 
 PROMPT = "Count from one to two hundred in English words, one number per line. Write nothing else."
 CHATS = "/api/chat"
@@ -91,7 +91,7 @@ async def stream(deployment: Deployment, report: Report) -> None:
         report(skipped("tokens", "needs the upgrade"))
         report(skipped("stop", "needs the upgrade"))
     prompt, progress = _prompt(), asyncio.Event()
-    frames, events = Heard(progress), Heard(progress)
+    frames, events = Trace(progress), Trace(progress)
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(deployment.client())
         tasks: dict[str, asyncio.Task[None]] = {}
@@ -157,8 +157,8 @@ async def _cancel(tasks: Mapping[str, asyncio.Task[None]]) -> None:
 async def _listen(
     deployment: Deployment,
     tasks: Mapping[str, asyncio.Task[None]],
-    frames: Heard,
-    events: Heard,
+    frames: Trace,
+    events: Trace,
 ) -> None:
     """Wait for the first piece, and then for some time, at most until the end of the reply."""
 
@@ -175,12 +175,12 @@ async def _listen(
     await wait_until(deployment.pace.listening, begun=False)
 
 
-async def _read_reply(client: httpx2.AsyncClient, prompt: Mapping[str, Any], heard: Heard) -> None:
+async def _read_reply(client: httpx2.AsyncClient, prompt: Mapping[str, Any], trace: Trace) -> None:
     async with client.stream("POST", CHATS, json=prompt, timeout=None) as response:
         if response.status_code != HTTPStatus.OK:
             raise Declined({"code": response.status_code, "message": (await read(response)).body})
         async for frame in _frames(response):
-            heard.take(frame)
+            trace.take(frame)
 
 
 async def _frames(response: httpx2.Response) -> AsyncIterator[Frame]:
@@ -190,7 +190,7 @@ async def _frames(response: httpx2.Response) -> AsyncIterator[Frame]:
             yield json.loads(line.removeprefix("data:"))
 
 
-def _judge_stop(frames: Heard, stopped: float, *, ended: bool) -> Finding:
+def _judge_stop(frames: Trace, stopped: float, *, ended: bool) -> Finding:
     if ended:
         return skipped("stop", "the reply ended before the stop")
     if frames.terminal is None:
@@ -209,8 +209,8 @@ def _judge_stop(frames: Heard, stopped: float, *, ended: bool) -> Finding:
 def _judge(
     check: str,
     mend: tuple[str, ...],
-    own: Heard,
-    other: Heard,
+    own: Trace,
+    other: Trace,
     until: float,
 ) -> Finding:
     """Judge how one follower got the reply, compared with another one."""
@@ -229,12 +229,12 @@ def _judge(
     return finding
 
 
-async def _continue(client: httpx2.AsyncClient, reply: str, events: Heard) -> Finding:
+async def _continue(client: httpx2.AsyncClient, reply: str, events: Trace) -> Finding:
     """Get the second half of a reply again, as an EventSource does."""
     if events.terminal is None:
         return failed("sse_resume", "the stream has not ended with the reply")
     after = events.pieces[len(events.pieces) // 2].seq if events.pieces else 0
-    rest = Heard()
+    rest = Trace()
     async with client.stream("GET", f"{CHATS}/{reply}", params={"after": after}) as response:
         if response.status_code != HTTPStatus.OK:
             seen = f"GET {CHATS}/ID gets status {response.status_code}"
@@ -248,22 +248,22 @@ async def _continue(client: httpx2.AsyncClient, reply: str, events: Heard) -> Fi
 
 async def resume(deployment: Deployment, report: Report) -> None:
     """Cut the connection in the middle of a reply, and resume the reply on another one."""
-    prompt, heard = _prompt(), Heard()
+    prompt, trace = _prompt(), Trace()
     reply = prompt["id"]
     async with deployment.line() as line:
         await line.send({"type": "prompt", **prompt})
         try:
             async with asyncio.timeout(deployment.pace.patience):
-                await follow(line, reply, heard, LEAST_PIECES)
+                await follow(line, reply, trace, LEAST_PIECES)
         except TimeoutError:
             await line.send({"type": "stop", "id": reply})
             report(skipped("resume", f"no pieces came within {deployment.pace.patience:.0f} s"))
             return
         line.cut()
-    if heard.terminal is not None:
+    if trace.terminal is not None:
         report(skipped("resume", TOO_SHORT))
         return
-    cut, began, whole = heard.seq, time.monotonic(), Heard()
+    cut, began, whole = trace.seq, time.monotonic(), Trace()
     async with deployment.line() as line:
         try:
             await line.send({"type": "resume", "id": reply, "after": cut})
@@ -274,17 +274,17 @@ async def resume(deployment: Deployment, report: Report) -> None:
             taken = time.monotonic() - began
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(deployment.pace.listening):
-                    await follow(line, reply, heard, LEAST_PIECES)
-            if heard.terminal is None:
+                    await follow(line, reply, trace, LEAST_PIECES)
+            if trace.terminal is None:
                 await line.send({"type": "stop", "id": reply})
-            await follow(line, reply, heard)
+            await follow(line, reply, trace)
             await line.send({"type": "resume", "id": reply})
             await follow(line, reply, whole)
         except Declined as declined:
             mend = deployment.advise(advice.STICKY) if declined.code == "not_found" else ()
             report(failed("resume", f"the server does not resume: {declined}", *mend))
             return
-    if heard.content() == whole.content():
+    if trace.content() == whole.content():
         resumed = (
             f"cut after piece {cut}, resumed in {taken * 1000:.0f} ms, no piece lost or doubled"
         )

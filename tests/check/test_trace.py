@@ -2,13 +2,13 @@
 
 import pytest
 
-from wsserver.doctor.heard import Heard, bursts, delay, pace
 from wsserver.doctor.line import Declined
+from wsserver.doctor.trace import Trace, bursts, delay, pace
 
 
-def heard(*times: float, sent: float = 0.0, began: float = 0.0, ended: float = 2.0) -> Heard:
+def trace(*times: float, sent: float = 0.0, began: float = 0.0, ended: float = 2.0) -> Trace:
     """Return a reply whose pieces came at these times."""
-    found = Heard()
+    found = Trace()
     for number, _ in enumerate(times, start=1):
         found.take({"type": "token", "id": "x", "seq": number, "text": f"{number} "})
     found.pieces = [
@@ -35,39 +35,39 @@ STEADY = [number / 10 for number in range(20)]
     ],
 )
 def test_pieces_that_another_follower_has_show_delay(times: list[float], seen: str | None) -> None:
-    found = delay(heard(*times), heard(*STEADY), until=2.0)
+    found = delay(trace(*times), trace(*STEADY), until=2.0)
     assert (found is None) == (seen is None), found
     assert (seen or "") in (found or "")
 
 
 def test_pieces_that_come_at_once_show_bursts() -> None:
     clusters = [round(at * 2) / 2 + 0.2 for at in STEADY]
-    seen = bursts(heard(*clusters), heard(*STEADY), until=2.5)
+    seen = bursts(trace(*clusters), trace(*STEADY), until=2.5)
     assert seen == "pieces come in bursts: at 5 moments instead of 20"
-    assert bursts(heard(*STEADY), heard(*STEADY), until=2.0) is None
-    assert bursts(heard(*clusters), heard(*clusters), until=2.5) is None, "the model makes them"
+    assert bursts(trace(*STEADY), trace(*STEADY), until=2.0) is None
+    assert bursts(trace(*clusters), trace(*clusters), until=2.5) is None, "the model makes them"
 
 
 def test_delay_needs_reply_that_lasts() -> None:
     fast = [at / 10 for at in STEADY]
-    assert delay(heard(*[0.2] * 20), heard(*fast), until=0.2) is None
-    assert delay(heard(2.0), heard(0.0, 1.9), until=2.0) is None
+    assert delay(trace(*[0.2] * 20), trace(*fast), until=0.2) is None
+    assert delay(trace(2.0), trace(0.0, 1.9), until=2.0) is None
 
 
 def test_start_that_comes_with_end_shows_buffer() -> None:
-    assert heard(began=0.01, ended=2.0).held() is None
-    assert heard(began=0.9, ended=0.9).held() is None, "too short to judge"
-    assert "2.0 s after the prompt" in (heard(began=1.99, ended=2.0).held() or "")
+    assert trace(began=0.01, ended=2.0).held() is None
+    assert trace(began=0.9, ended=0.9).held() is None, "too short to judge"
+    assert "2.0 s after the prompt" in (trace(began=1.99, ended=2.0).held() or "")
 
 
 def test_pace_has_longest_gap() -> None:
-    assert pace(heard(0.0, 0.1, 0.5), until=2.0) == "3 frames over 0.5 s, longest gap 400 ms"
-    assert pace(heard(0.0, 0.1, 0.2), until=2.0) is None
-    assert pace(heard(0.0, 0.1, 2.5), until=2.0) is None
+    assert pace(trace(0.0, 0.1, 0.5), until=2.0) == "3 frames over 0.5 s, longest gap 400 ms"
+    assert pace(trace(0.0, 0.1, 0.2), until=2.0) is None
+    assert pace(trace(0.0, 0.1, 2.5), until=2.0) is None
 
 
 def test_content_is_joined_by_block_after_piece() -> None:
-    reply = Heard()
+    reply = Trace()
     for seq, (kind, block, key) in enumerate(
         [
             ("thinking", 0, "text"),
@@ -84,4 +84,4 @@ def test_content_is_joined_by_block_after_piece() -> None:
 
 def test_failed_reply_raises_code() -> None:
     with pytest.raises(Declined, match="overloaded: Try later"):
-        Heard().take({"type": "error", "id": "x", "code": "overloaded", "message": "Try later"})
+        Trace().take({"type": "error", "id": "x", "code": "overloaded", "message": "Try later"})

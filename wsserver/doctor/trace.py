@@ -42,7 +42,7 @@ class Piece:
     content: str
 
 
-class Heard:
+class Trace:
     """A reply as one follower got it.
 
     Attributes:
@@ -120,23 +120,23 @@ class Heard:
         return found
 
 
-async def follow(line: Line, reply: str, heard: Heard, most: int | None = None) -> None:
+async def follow(line: Line, reply: str, trace: Trace, most: int | None = None) -> None:
     """Read frames of a reply until its terminal, or until so many have content.
 
     Raises:
         Declined: the server refused the prompt or the resume, or the reply failed.
         Lost: the connection was lost.
     """
-    enough = None if most is None else len(heard.pieces) + most
-    while heard.terminal is None and (enough is None or len(heard.pieces) < enough):
+    enough = None if most is None else len(trace.pieces) + most
+    while trace.terminal is None and (enough is None or len(trace.pieces) < enough):
         frame = await line.receive()
         if frame.get("id") == reply:
-            heard.take(frame)
+            trace.take(frame)
         elif frame["type"] == "error" and frame.get("code") != Code.NOT_RUNNING:  # a stop was late
             raise Declined(frame)
 
 
-def delay(own: Heard, other: Heard, until: float) -> str | None:
+def delay(own: Trace, other: Trace, until: float) -> str | None:
     """Say how one follower is behind another follower of the same reply.
 
     Args:
@@ -162,7 +162,7 @@ def delay(own: Heard, other: Heard, until: float) -> str | None:
     return None
 
 
-def bursts(own: Heard, other: Heard, until: float) -> str | None:
+def bursts(own: Trace, other: Trace, until: float) -> str | None:
     """Say whether one follower gets several pieces at once, which another one gets singly."""
     here, there = own.moments(until), other.moments(until)
     if there < LEAST_MOMENTS or SLOWER * here > there:
@@ -170,7 +170,7 @@ def bursts(own: Heard, other: Heard, until: float) -> str | None:
     return f"pieces come in bursts: at {here} moments instead of {there}"
 
 
-def pace(own: Heard, until: float) -> str | None:
+def pace(own: Trace, until: float) -> str | None:
     """Describe how the pieces came; None if they came too fast or too few to judge."""
     times = [piece.at for piece in own.pieces if piece.at <= until]
     if len(times) < LEAST_PIECES or times[-1] - times[0] < LEAST_SPAN * END:
