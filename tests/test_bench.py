@@ -149,9 +149,10 @@ def test_upstream_reports_stopped_streams(model: Upstream, server: Running) -> N
         for client in some[:3]:
             assert stats["closes"][str(client.number)] > client.stopped_at
             assert b'"stopped"' in client.terminal
-        assert stats["open"] == 1
         some[3].stop()
         clients.until(lambda: bool(some[3].over_at), "the end of the last")
+        # Replies of lost clients of other tests may still run.
+        assert model.stats()["open"] < stats["open"]
 
 
 @pytest.mark.slow

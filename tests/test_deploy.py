@@ -600,6 +600,7 @@ def test_image_copies_needed_files() -> None:
     assert all((ROOT / source).exists() for source in copied)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     needed = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
+    needed.append("hatch_build.py")
     needed += project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert set(needed) <= set(copied)
     (install,) = re.findall(

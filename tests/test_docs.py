@@ -22,6 +22,7 @@ from tests.support.client import Client, client
 from tests.support.crowd import CROWD
 from tests.support.process import run
 from tests.support.puppet import Puppet
+from tests.support.reference import reference
 from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.support.sequences import VECTORS, load, written
 from tests.support.terminal import terminal
@@ -33,6 +34,10 @@ from wsserver.telemetry import Aborted, Refusal
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+CLIENTS = (ROOT / "examples/clients.md").read_text()
+HTTP = (ROOT / "examples/http.md").read_text()
+LOGIN = (ROOT / "examples/login.md").read_text()
+TUTORIAL = (ROOT / "examples/tutorial.md").read_text()
 PROTOCOL = (Path(wsserver.__file__).parent / "PROTOCOL.md").read_text()
 
 
@@ -49,10 +54,10 @@ SAFETY = (Path(wsserver.__file__).parent / "SAFETY.md").read_text()
 ABUSE = rows(SAFETY, "## Effect of abuse")
 
 
-def settings_tables(*, tuning: bool, heading: str) -> str:
+def settings_tables(*, tuning: bool) -> str:
     parts = []
     for title, names in Settings.sections(tuning=tuning).items():
-        parts.append(f"{heading} {title[0].upper()}{title[1:]}\n")
+        parts.append(f"### {title[0].upper()}{title[1:]}\n")
         parts.append("| variable | default | unit | |\n|---|---|---|---|")
         for name in names:
             default = Settings.shown_default(name)
@@ -64,18 +69,23 @@ def settings_tables(*, tuning: bool, heading: str) -> str:
     return "\n".join(parts)
 
 
-@pytest.mark.parametrize(
-    ("document", "tuning", "heading"),
-    [("README.md", False, "###"), ("wsserver/SETTINGS.md", True, "##")],
-)
-def test_documents_have_every_setting(document: str, tuning: bool, heading: str) -> None:
-    path = ROOT / document
-    before, _, rest = path.read_text().partition("<!-- settings -->\n")
-    tables, _, after = rest.partition("<!-- /settings -->")
+@pytest.mark.parametrize(("marks", "tuning"), [("settings", False), ("tuning", True)])
+def test_document_has_every_setting(marks: str, tuning: bool) -> None:
+    path = ROOT / "wsserver/SETTINGS.md"
+    before, _, rest = path.read_text().partition(f"<!-- {marks} -->\n")
+    tables, _, after = rest.partition(f"<!-- /{marks} -->")
     if os.environ.get("UPDATE_DOCS"):
-        tables = settings_tables(tuning=tuning, heading=heading)
-        path.write_text(f"{before}<!-- settings -->\n{tables}<!-- /settings -->{after}")
-    assert tables == settings_tables(tuning=tuning, heading=heading)
+        tables = settings_tables(tuning=tuning)
+        path.write_text(f"{before}<!-- {marks} -->\n{tables}<!-- /{marks} -->{after}")
+    assert tables == settings_tables(tuning=tuning)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="other Pythons write types otherwise")
+def test_document_has_every_public_name() -> None:
+    path = ROOT / "wsserver/API.md"
+    if os.environ.get("UPDATE_DOCS"):
+        path.write_text(reference())
+    assert path.read_text() == reference()
 
 
 def test_protocol_has_every_error_code_with_retryable() -> None:
@@ -224,7 +234,7 @@ def test_protocol_limits_are_defaults() -> None:
     assert told == set(Limits.model_fields)
 
 
-PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAMS = re.findall(r"```python\n(.*?)```", README + CLIENTS + HTTP + LOGIN, re.DOTALL)
 SERVER = "ws://localhost:3001"
 
 
@@ -277,7 +287,7 @@ async def test_readme_clients_run(program: str) -> None:
 
 
 async def test_readme_commands_run(tmp_path: Path) -> None:
-    section = README.partition("## In a terminal\n")[2].partition("```\n")[2].partition("```")[0]
+    section = CLIENTS.partition("## In a terminal\n")[2].partition("```\n")[2].partition("```")[0]
     commands = [line.partition("#")[0].strip() for line in section.splitlines()]
     assert len(commands) == 3
     (tmp_path / "notes.txt").write_text("A duck.\n")
@@ -300,7 +310,7 @@ async def test_readme_commands_run(tmp_path: Path) -> None:
 
 
 async def test_readme_token_commands_work(tmp_path: Path) -> None:
-    section = README.partition("## Who may use it\n")[2].partition("```\n")[2].partition("```")[0]
+    section = LOGIN.partition("```\n")[2].partition("```")[0]
     make, serve = [line.partition("#")[0].split() for line in section.strip().splitlines()]
     async with run("-m", *make, cwd=tmp_path) as process:
         token = (await process.line(r"^(wss_\S+)$"))[1]
@@ -318,8 +328,8 @@ async def test_readme_token_commands_work(tmp_path: Path) -> None:
 
 
 def test_readme_frames_are_valid() -> None:
-    sent = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
-    got = re.findall(r"^< (\{.*\})$", README, re.MULTILINE)
+    sent = re.findall(r"^> (\{.*\})$", TUTORIAL, re.MULTILINE)
+    got = re.findall(r"^< (\{.*\})$", TUTORIAL, re.MULTILINE)
     assert len(sent) == 3
     for text in sent:
         parse(text)
@@ -329,7 +339,7 @@ def test_readme_frames_are_valid() -> None:
 
 
 async def test_readme_frames_stop_and_resume_reply() -> None:
-    prompt, resume, stop = re.findall(r"^> (\{.*\})$", README, re.MULTILINE)
+    prompt, resume, stop = re.findall(r"^> (\{.*\})$", TUTORIAL, re.MULTILINE)
     name = json.loads(prompt)["id"]
     async with wsserver.serve("demo", port=0, drain_timeout=0) as server:
         async with client(server) as first:
@@ -355,17 +365,18 @@ def test_readme_make_targets_exist() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    [
-        "README.md",
-        "CHANGELOG.md",
-        "wsserver/PROTOCOL.md",
-        "wsserver/SAFETY.md",
-        "wsserver/SETTINGS.md",
-        "examples/wscat.md",
-        "examples/deploy/README.md",
-    ],
+    sorted(
+        str(path.relative_to(ROOT))
+        for folder in (".", "wsserver", "examples", "examples/*", "tests/bench")
+        for path in ROOT.glob(f"{folder}/*.md")
+    ),
 )
 def test_links_within_project_exist(document: str) -> None:
     path = ROOT / document
-    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+    for target, _, anchor in re.findall(r"\]\(([^)#: ]*)(#([^) ]+))?\)", path.read_text()):
+        found = path.parent / target if target else path
+        assert found.exists(), target
+        if anchor and found.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, f"{target}#{anchor}"

@@ -50,7 +50,7 @@ async def test_stop_ends_reply(page: Page, server: wsserver.Server, puppet: Pupp
 
 
 async def test_readme_lines_run(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
-    section = (ROOT / "README.md").read_text().partition("\n## In a browser\n")[2]
+    section = (ROOT / "examples/clients.md").read_text().partition("\n## In a browser\n")[2]
     (lines,) = re.findall(r"```js\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
     for name, here in (("'./client.js'", "'/client.js'"), ("ws://localhost:3001", server.url)):
         assert lines.count(name) == 1
