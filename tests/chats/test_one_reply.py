@@ -44,7 +44,7 @@ async def test_reply_of_use_chat_is_followed_resumed_and_stopped_by_other_protoc
         await page.sees("Once upon ")
 
         person = await stack.enter_async_context(terminal(server.url, "--conversation", CHAT))
-        await person.sees("Once upon ")
+        await person.sees("Once upon")
         events = await stack.enter_async_context(Chat.open(server))
         await events.resume(f"/api/chat/{name}", headers={"last-event-id": cut.last})
         other = await stack.enter_async_context(agent(server, CHAT))
