@@ -93,7 +93,7 @@ bench-quick: $(VENV)/test.stamp $(TOOLS)/bench/stamp ## the same in a minute, wi
 	$(BIN)/python -m tests.bench --quick $(ARGS)
 
 .PHONY: picture
-picture: $(VENV)/test.stamp system ## make the README's pictures of the page
+picture: $(VENV)/test.stamp system ## make the README's moving picture of the page
 	$(BIN)/python -m tests.picture
 
 # Debian needs the package python3-venv for virtual environments.
