@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -335,3 +336,34 @@ async def test_example_keeps_its_chat_over_a_reload(
     (await puppet.reply(2)).say("again").end()
     await expect(chat.items).to_have_text(["first", "one", "second", "again"])
     await chat.ready()
+
+
+async def test_lines_of_the_document_chat(
+    bare_page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    document = (ROOT / "examples/http.md").read_text()
+    (lines,) = re.findall(r"```jsx\n(.*?)```", document, re.DOTALL)
+    lines = lines.replace("'./ai-sdk.js'", "'./wsserver/web/ai-sdk.js'")
+    lines = lines.replace("wss://chat.example.com/ws", f"{server.url}ws")
+    loading, using = lines.split("const initial")
+    waiting, using = using.split("\n", 1)
+    script = bundle(f"""
+        import {{ useEffect }} from 'react'
+        import {{ createRoot }} from 'react-dom/client'
+        import {{ useChat }} from '@ai-sdk/react'
+        {loading}
+        const id = '{CHAT}'
+        function App({{ initial }}) {{
+            {using}
+            useEffect(() => {{ sendMessage({{ text: 'Hello' }}) }}, [])
+            return messages.flatMap((message) => message.parts.map((part) => part.text))
+        }}
+        const start = async () => {{
+            const initial{waiting}
+            createRoot(document.body).render(<App initial={{initial}} />)
+        }}
+        start()
+    """)
+    await bare_page.add_script_tag(content=script)
+    (await puppet.reply()).say("Hi there").end()
+    await expect(bare_page.locator("body")).to_contain_text("HelloHi there")

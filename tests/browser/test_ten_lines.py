@@ -1,5 +1,6 @@
 """The ten-line client of the README, and pages of other origins."""
 
+import asyncio
 import contextlib
 import functools
 import re
@@ -14,7 +15,7 @@ from playwright.async_api import Page, async_playwright, expect
 
 import wsserver
 from tests.browser.page import MARKUP, SWITCHES, closed
-from tests.support.puppet import Puppet
+from tests.support.puppet import BOUND, Puppet
 from tests.support.tools import ROOT, require_chromium
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -145,3 +146,22 @@ async def test_ten_line_client_has_ten_lines() -> None:
     script = re.findall("<script>\n(.*?)</script>", TEN_LINES.read_text(), re.DOTALL)
     assert [len(found.splitlines()) for found in script] == [10]
     assert wsserver.Settings.load().port == 3001
+
+
+async def test_page_of_the_tutorial_streams_and_stops(
+    blank: Page, server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    tutorial = (ROOT / "examples/tutorial.md").read_text()
+    (written,) = re.findall(r"```html\n(.*?)```", tutorial, re.DOTALL)
+    (tmp_path / "favicon.ico").touch()
+    (tmp_path / "index.html").write_text(written.replace("ws://localhost:3001", server.url))
+    with website(tmp_path) as port:
+        await blank.goto(f"http://localhost:{port}/")
+        await blank.get_by_role("textbox").fill("Hello")
+        await blank.get_by_role("button", name="Send").click()
+        model = (await puppet.reply()).say("one-", "two")
+        assert model.request.prompt == "Hello"
+        await expect(blank.locator("pre")).to_have_text("one-two")
+        await blank.get_by_role("button", name="Stop").click()
+        async with asyncio.timeout(BOUND):
+            await model.closed.wait()

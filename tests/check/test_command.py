@@ -20,7 +20,7 @@ from wsserver.models.demo import Demo
 
 pytestmark = pytest.mark.slow
 
-README = (ROOT / "README.md").read_text()
+DOCUMENT = (ROOT / "examples/deploy/README.md").read_text()
 CHECK = ("-m", "wsserver", "check")
 NAMES = [name for one in CHECKS for name in one.names]
 
@@ -109,8 +109,8 @@ def test_lines_have_colour_and_advice_without_control_characters() -> None:
 
 
 def test_readme_shows_all_checks() -> None:
-    output = README.partition("wsserver check wss://chat.example.com/\n")[2].partition("```")[0]
+    output = DOCUMENT.partition("wsserver check wss://chat.example.com/\n")[2].partition("```")[0]
     lines = [line for line in output.splitlines()[:-2] if not line.startswith(" ")]
     assert [line[8:24].strip().replace(" ", "_") for line in lines] == NAMES
     for status in Status:
-        assert f"`{status}`" in README
+        assert f"`{status}`" in DOCUMENT

@@ -7,6 +7,7 @@ import pytest
 
 from tests.check.conftest import BRIEF, PACE, Behind, checked
 from tests.support.gateways import haproxy
+from tests.support.tools import ROOT
 from wsserver.doctor.findings import Status
 
 pytestmark = pytest.mark.slow
@@ -30,9 +31,12 @@ WRONG = {
 }
 
 
-async def test_right_configuration_holds(behind: Behind, folder: Path) -> None:
-    right = "option forwardfor\noption http-no-delay"
-    async with haproxy(folder, behind.port, right, "timeout tunnel 1h") as url:
+async def test_lines_of_the_document_hold(behind: Behind, folder: Path) -> None:
+    document = (ROOT / "examples/deploy/README.md").read_text()
+    lines = document.partition("```\ndefaults\n")[2].partition("```")[0].splitlines()
+    frontend = "\n".join(line for line in lines if "option" in line)
+    backend = "\n".join(line for line in lines if "timeout" in line)
+    async with haproxy(folder, behind.port, frontend, backend) as url:
         found = await checked(url, behind.token, IDLE)
     assert found.of(Status.OK) == found.findings.keys() - {"tls"}
 

@@ -1,0 +1,127 @@
+"""A test runs each snippet of the documents. Here are the tests that have no better place."""
+
+import asyncio
+import json
+import re
+import shlex
+
+import pytest
+
+import wsserver
+from tests.support.puppet import BOUND, Puppet
+from tests.support.tools import ROOT
+from wsserver import Settings
+from wsserver.models import make, name_of
+
+# The first line of each snippet, and the test that runs it.
+RUN_BY = {
+    "README.md": {
+        "make run": "test_docs.py::test_readme_make_targets_exist",
+        "const ws": "browser/test_ten_lines.py::test_first_lines_of_readme_stream_reply",
+        "import asyncio": "test_docs.py::test_readme_program_runs",
+    },
+    "examples/tutorial.md": {
+        "make run": "test_docs.py::test_readme_make_targets_exist",
+        "$ npx wscat": "test_docs.py::test_readme_frames_stop_and_resume_reply",
+        "import asyncio": "test_snippets.py::test_tutorial_has_the_program_of_the_readme",
+        "<!doctype html>": "browser/test_ten_lines.py::test_page_of_the_tutorial_streams_and_stops",
+    },
+    "examples/models.md": {
+        "OPENAI_BASE_URL=": "test_snippets.py::test_commands_choose_models",
+    },
+    "examples/clients.md": {
+        "wsserver chat ": "test_docs.py::test_readme_commands_run",
+        "import asyncio": "test_docs.py::test_readme_clients_run",
+        "from wsserver.client import connect_sync": "test_docs.py::test_readme_clients_run",
+        "import { connect }": "browser/test_client.py::test_readme_lines_run",
+    },
+    "examples/http.md": {
+        "curl -N": "test_snippets.py::test_curl_gets_a_reply",
+        "import { HttpAgent }": (
+            "chats/test_one_reply.py::test_agent_of_the_readme_runs_and_connects"
+        ),
+        "const { messages": (
+            "chats/test_one_reply.py::"
+            "test_reply_of_use_chat_is_followed_resumed_and_stopped_by_other_protocols"
+        ),
+        "wsserver chat ws": (
+            "chats/test_one_reply.py::test_commands_of_the_readme_follow_continue_and_stop_a_reply"
+        ),
+        "import { ChatTransport }": "browser/test_ai_sdk.py::test_lines_of_the_document_chat",
+        "chat = wsserver.asgi": "test_docs.py::test_readme_mount_runs",
+    },
+    "examples/login.md": {
+        "wsserver token": "test_docs.py::test_readme_token_commands_work",
+        "from http.cookies": "test_docs.py::test_readme_authenticator_works",
+    },
+    "examples/wscat.md": {
+        "": "test_wscat.py::test_transcript_matches_real_session",
+    },
+    "examples/deploy/README.md": {
+        "python3 -m venv": (
+            "test_snippets.py::test_commands_of_the_deployment_name_files_that_exist"
+        ),
+        "docker build": "test_deploy.py::test_image_copies_needed_files",
+        "defaults": "check/test_haproxy.py::test_lines_of_the_document_hold",
+        "$ WSSERVER_CHAT_TOKEN=": "check/test_command.py::test_readme_shows_all_checks",
+    },
+}
+DOCUMENTS = ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/**/*.md"))]
+
+
+def snippets(document: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    return re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_each_snippet_is_run_by_a_test(document: str) -> None:
+    tests = RUN_BY[document]
+    for snippet in snippets(document):
+        assert any(snippet.startswith(first) for first in tests), snippet
+    for first, test in tests.items():
+        assert any(snippet.startswith(first) for snippet in snippets(document)), first
+        path, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / "tests" / path).read_text(), test
+
+
+def test_tutorial_has_the_program_of_the_readme() -> None:
+    (program,) = [s for s in snippets("README.md") if "wsserver.serve(shout" in s]
+    assert program in snippets("examples/tutorial.md")
+
+
+def test_commands_choose_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    (commands,) = snippets("examples/models.md")
+    for line in commands.replace("\\\n", "").strip().splitlines():
+        words = shlex.split(line, comments=True)
+        variables = [word.split("=", 1) for word in words if "=" in word]
+        program, *arguments = words[len(variables) :]
+        with monkeypatch.context() as patch:
+            for name, value in variables:
+                patch.setenv(name, value.replace("…", "key"))
+            *command, name = program, *arguments
+            assert command == ["wsserver", "serve", "--model"]
+            assert name_of(make(Settings(model=name))) == name.partition(":")[2]
+
+
+async def test_curl_gets_a_reply(server: wsserver.Server, puppet: Puppet) -> None:
+    command = next(s for s in snippets("examples/http.md") if s.startswith("curl"))
+    command = command.replace("localhost:3001", f"127.0.0.1:{server.port}")
+    pipe = asyncio.subprocess.PIPE
+    curl = await asyncio.create_subprocess_shell(command, stdout=pipe, stderr=pipe)
+    (await puppet.reply()).say("Once").end()
+    async with asyncio.timeout(BOUND):
+        output, _ = await curl.communicate()
+    events = re.findall(r"^data: (.*)$", output.decode(), re.MULTILINE)
+    assert [json.loads(event)["type"] for event in events] == ["start", "token", "done"]
+
+
+def test_commands_of_the_deployment_name_files_that_exist() -> None:
+    commands = snippets("examples/deploy/README.md")[0].replace("\\\n", "")
+    folder = ROOT / "examples/deploy"
+    for line in commands.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["cp"]:
+            assert all((folder / name).is_file() for name in words[1:-1]), line
+        if words[:2] == ["sed", "-i"]:
+            assert all("chat.example.com" in (folder / name).read_text() for name in words[3:])
