@@ -63,9 +63,8 @@ class Page:
                 for file in folder.iterdir():
                     if file.name.rpartition(".")[2] in self._TYPES:
                         found[f"/libraries/{prefix}{file.name}"] = file
-        else:
-            log.warning("page without Markdown", reason="the package was built without npm")
         self._files = {path: _File(file.read_bytes(), file.name) for path, file in found.items()}
+        self._complete = self._LIBRARY in self._files
         self._files.setdefault(self._LIBRARY, _File(b"export {}\n", "markdown.js"))
 
     def __contains__(self, path: str) -> bool:
@@ -79,6 +78,9 @@ class Page:
             path: the path of a file.
             headers: headers of the request, names in lower case.
         """
+        if path == self._LIBRARY and not self._complete:
+            self._complete = True  # once is enough
+            log.warning("page without Markdown", reason="the package was built without npm")
         file = self._files[path]
         known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
         fresh = file.tag in known or "*" in known
