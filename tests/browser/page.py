@@ -68,6 +68,15 @@ def note(page: Page) -> Locator:
     return reply(page).locator(".note")
 
 
+def prompts(page: Page) -> Locator:
+    return page.locator(".you p")
+
+
+def queue(page: Page) -> Locator:
+    """The prompts that have no reply and can be taken back."""
+    return page.locator(".queue:visible")
+
+
 def rows(page: Page) -> Locator:
     return page.get_by_role("navigation", name="Conversations").get_by_role("listitem")
 

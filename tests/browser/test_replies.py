@@ -100,18 +100,27 @@ async def test_shift_enter_adds_line_and_grows_text_box(page: Page, puppet: Pupp
     await expect(box(page)).to_have_value("")
 
 
-async def test_enter_sends_nothing_if_blank_or_while_streaming(page: Page, puppet: Puppet) -> None:
+async def test_enter_sends_nothing_if_blank(page: Page, puppet: Puppet) -> None:
     await ask(page, " \n ")
+    await converse(page, puppet, "Count")
+    assert [model.request.prompt for model in puppet.replies] == ["Count"]
+
+
+@pytest.mark.parametrize("composing", ["keyCode: 229", "isComposing: true"])
+async def test_escape_of_input_method_does_not_stop_reply(
+    page: Page, puppet: Puppet, composing: str
+) -> None:
     await ask(page, "Count")
-    model = (await puppet.reply()).say("one")
+    model = (await puppet.reply()).say("one ")
     await expect(text(page)).to_have_text("one")
-    await ask(page, "Draft")
-    await expect(box(page)).to_have_value("Draft")
-    model.end()
+    await box(page).evaluate(
+        "box => box.dispatchEvent(new KeyboardEvent('keydown', "
+        f"{{ key: 'Escape', bubbles: true, {composing} }}))"
+    )
+    model.say("two").end()
+    await expect(text(page)).to_have_text("one two")
     await idle(page)
-    await box(page).press("Enter")
-    (await puppet.reply(1)).end()
-    assert [model.request.prompt for model in puppet.replies] == ["Count", "Draft"]
+    await expect(note(page)).to_be_empty()
 
 
 async def test_thinking_is_collapsed(page: Page, puppet: Puppet) -> None:

@@ -1,8 +1,12 @@
 /** The page at `/`: one conversation, and the list of all conversations. */
 
 import { connect, newId } from './client.js'
+import { Composer, isComposing } from './compose.js'
 import { copy, find } from './dom.js'
+import { Drafts } from './drafts.js'
+import { isDrawerOpen, setDrawer } from './drawer.js'
 import { foldCode } from './markdown.js'
+import { followEnd, keepInPlace, stayHere } from './scroll.js'
 import { Sidebar } from './sidebar.js'
 import { REPLY_GONE, Turn } from './turn.js'
 
@@ -11,40 +15,32 @@ import { REPLY_GONE, Turn } from './turn.js'
 
 const NEW_TITLE = 'New conversation'
 const ID = /^[A-Za-z0-9_-]{16,64}$/
-const NEAR_END = 40 // pixels from the end that count as the end
-const hovers = matchMedia('(hover: hover)') // on other devices the focus opens the keyboard
-const root = document.documentElement
-const side = find(document, '#side', HTMLElement)
-const main = find(document, 'main', HTMLElement)
-const menu = find(document, '#menu', HTMLButtonElement)
 const heading = find(document, '#title', HTMLElement)
 const state = find(document, '#state', HTMLElement)
 const hint = find(document, '#hint', HTMLElement)
 const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
-const jump = find(document, '#jump', HTMLButtonElement)
 const notice = find(document, '#notice', HTMLElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const login = find(document, '#login', HTMLFormElement)
 const token = find(document, '#token', HTMLInputElement)
 const form = find(document, '#compose', HTMLFormElement)
-const box = find(document, '#prompt', HTMLTextAreaElement)
-const send = find(document, '#send', HTMLButtonElement)
-const storage = openStorage()
+const storage = openStorage(() => localStorage)
+const drafts = new Drafts(storage, openStorage(() => sessionStorage))
+const composer = new Composer(drafts, { onSend: (text, interrupts) => ask(text, { interrupts }), onStop: stop })
 
 /** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
 /** @type {string | undefined} The conversation on the page; undefined before the first prompt of a new one. */ let current
 /** @type {string | undefined} The conversation whose changes the server sends. */ let followed
 /** @type {number | undefined} The `before` of the earlier messages, if there are any. */ let before
 let fallbackTitle = '' // for a conversation that is not in the list
-let usedToken = storage.token // the token that this tab has used
-let atEnd = true // the reader follows the end of the text
-let lastScrollY = 0
+let usedToken = storage?.token // the token that this tab has used
 
 const chat = connect(new URL('ws', location.href), { token: usedToken })
 const sidebar = new Sidebar(chat, {
   onChange: showTitle,
   onDelete(id) {
+    drafts.delete(id)
     if (id !== current) return
     startNew()
     showNotice('This conversation was deleted.')
@@ -56,10 +52,10 @@ const sidebar = new Sidebar(chat, {
 chat.on('state', ({ state: now, reason }) => {
   const hadToken = usedToken !== undefined
   if (now === 'unauthenticated') {
-    const { token: other } = storage // entered in another tab
+    const other = storage?.token // entered in another tab
     if (other !== undefined && other !== usedToken) return useToken(other)
     usedToken = undefined
-    delete storage.token
+    delete storage?.token
   }
   document.body.dataset.state = now
   state.textContent = {
@@ -72,7 +68,7 @@ chat.on('state', ({ state: now, reason }) => {
   }[now]
   login.hidden = now !== 'unauthenticated'
   form.hidden = !login.hidden
-  box.disabled = send.disabled = now === 'closed'
+  composer.disabled = now === 'closed'
   if (!login.hidden) token.focus()
   for (const turn of turns.values()) showWaiting(turn)
   if (now === 'open') sidebar.refresh()
@@ -102,12 +98,12 @@ function showWaiting(turn) {
   turn.setWaiting(chat.state === 'open' ? '' : note)
 }
 
-/** Return the local storage, or an empty object where the browser forbids it. @returns {Record<string, any>} */
-function openStorage() {
+/** Return a storage, or undefined where the browser forbids it. @param {() => Storage} get @returns {Storage | undefined} */
+function openStorage(get) {
   try {
-    return localStorage
+    return get()
   } catch {
-    return {}
+    return undefined
   }
 }
 
@@ -134,8 +130,10 @@ function clear(id) {
   current = id
   followed = before = undefined
   fallbackTitle = ''
-  atEnd = jump.hidden = older.hidden = true
+  older.hidden = true
+  followEnd()
   showNotice('')
+  composer.open(id)
   sidebar.select(id)
   update()
 }
@@ -157,8 +155,10 @@ async function open(id) {
   } catch (error) {
     if (id !== current) return
     const { message, code, retryable } = /** @type {import('./client.js').ReplyError} */ (error)
-    if (code === 'not_found') startNew()
-    showNotice(code === 'not_found' ? 'There is no such conversation.' : message, retryable ? () => open(id) : undefined)
+    if (code !== 'not_found') return showNotice(message, retryable ? () => open(id) : undefined)
+    const restored = drafts.restoreUnsent(id, undefined, () => false)
+    startNew()
+    showNotice(restored ? 'Your message did not reach the server. Send it again.' : 'There is no such conversation.')
   } finally {
     if (id === current) log.ariaBusy = null
     update()
@@ -167,7 +167,8 @@ async function open(id) {
 
 /** Show a history: all messages, or after a reconnect the new ones. @param {History} history */
 function showHistory({ conversation, title, messages, before: earlier }) {
-  if (followed === undefined) {
+  const isFirst = followed === undefined
+  if (isFirst) {
     before = earlier
     older.hidden = before === undefined
   }
@@ -175,6 +176,7 @@ function showHistory({ conversation, title, messages, before: earlier }) {
   fallbackTitle = title
   insertTurns(messages, /** @type {HTMLElement | null} */ (log.firstElementChild))
   for (const reply of chat.replies.values()) if (reply.conversation === conversation) follow(reply)
+  if (isFirst && drafts.restoreUnsent(conversation, conversation, (id) => turns.has(id))) composer.open(conversation)
   update()
 }
 
@@ -209,12 +211,12 @@ older.addEventListener('click', async () => {
     const page = await chat.open(id, { before })
     if (id !== current) return
     const first = log.firstElementChild
-    const y = first?.getBoundingClientRect().top ?? 0
-    before = page.before
-    older.hidden = before === undefined
-    insertTurns(page.messages, first)
-    scrollBy(0, (first?.getBoundingClientRect().top ?? 0) - y) // keeps the text in place that was visible
-    if (older.hidden) box.focus({ preventScroll: true })
+    keepInPlace(first, () => {
+      before = page.before
+      older.hidden = before === undefined
+      insertTurns(page.messages, first)
+    })
+    if (older.hidden) composer.focus(true)
   } catch (error) {
     showNotice(error instanceof Error ? error.message : String(error))
   }
@@ -222,7 +224,7 @@ older.addEventListener('click', async () => {
 
 /** @param {string} id */
 function addTurn(id) {
-  const turn = new Turn(id, { onRetry: retry, onEnd: showEnd })
+  const turn = new Turn(id, { onRetry: retry, onEnd: showEnd, onEdit: edit, onRemove: takeBack })
   turns.set(id, turn)
   return turn
 }
@@ -254,39 +256,63 @@ function follow(reply) {
 
 // Turns.
 
-/** @param {string} text @param {string} [retryOf] The id of the turn that the new one replaces. */
-function ask(text, retryOf) {
+/**
+ * Send a prompt. While a reply runs, the prompt waits for its end.
+ * @param {string} text
+ * @param {{retryOf?: string, interrupts?: boolean}} [options] `retryOf`: the id of the turn that the new one
+ *   replaces. `interrupts`: stop the running reply, and wait for nothing.
+ */
+function ask(text, { retryOf, interrupts = false } = {}) {
   if (current === undefined) {
     current = chat.conversation
+    composer.moveTo(current)
     history.replaceState(null, '', `#${current}`)
     fallbackTitle = text.trim().replace(/\s+/g, ' ').slice(0, 60)
     sidebar.select(current)
   }
-  atEnd = true
   showNotice('')
   for (const turn of turns.values()) turn.hideRetry()
-  announcement.textContent = 'Sent.'
-  follow(chat.prompt(text, { conversation: current, retryOf }))
-  scrollToEnd()
+  announcement.textContent = isRunning() && !interrupts ? 'Sent after this reply.' : 'Sent.'
+  const reply = chat.prompt(text, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
+  if (retryOf === undefined) drafts.keepUnsent(current, reply.id, text)
+  follow(reply)
+  followEnd()
 }
 
 /** @param {Turn} turn */
 function retry(turn) {
   const { prompt, refused } = turn
-  if (isRunning()) return
+  if (isRunning() && !refused) return
   if (refused) remove(turn) // the server has no such turn to replace
-  ask(prompt, refused ? turn.retryOf : turn.id)
-  box.focus()
+  ask(prompt, { retryOf: refused ? turn.retryOf : turn.id })
+  composer.focus(true)
+}
+
+/** Take a prompt back that has no reply. @param {Turn} turn */
+function takeBack(turn) {
+  turn.reply?.stop()
+  remove(turn)
+  update()
+  composer.focus()
+}
+
+/** Take a prompt back that has no reply, and put it into the box. @param {Turn} turn */
+function edit(turn) {
+  composer.insert(turn.prompt)
+  takeBack(turn)
+  composer.focus(true)
 }
 
 /** @param {Turn} turn @param {string} note */
 function showEnd(turn, note) {
   const { error, text } = turn
   announcement.textContent = `${text.length > 1500 ? `The reply is complete: ${text.length} characters.` : text} ${note}`
-  if (turn.refused && !error?.retryable && error?.code !== 'closed') {
-    box.value ||= turn.prompt
-    growBox()
+  if (turn.refused && !error?.retryable && error?.code !== 'closed' && composer.isEmpty) {
+    composer.insert(turn.prompt)
+    if (current !== undefined) drafts.dropUnsent(current, turn.id)
   }
+  if (turn.isTakenBack) remove(turn) // by another tab
+  else if (current !== undefined && !turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
   if (error && REPLY_GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})
   update()
   sidebar.announce()
@@ -294,6 +320,7 @@ function showEnd(turn, note) {
 
 /** @param {Turn} turn */
 function remove(turn) {
+  if (current !== undefined) drafts.dropUnsent(current, turn.id)
   turn.remove()
   turns.delete(turn.id)
 }
@@ -301,16 +328,20 @@ function remove(turn) {
 /** Whether a reply runs or waits. */
 const isRunning = () => [...turns.values()].some(({ reply }) => reply && !reply.ended)
 
+/** Stop the running reply. The next prompt that waits follows. */
 function stop() {
-  for (const { reply } of turns.values()) reply?.stop()
+  for (const { reply } of turns.values()) if (reply && !reply.ended) return reply.stop()
 }
 
 // Title, notice, buttons.
 
 function update() {
-  const busy = isRunning()
-  send.classList.toggle('stop', busy)
-  send.setAttribute('aria-label', busy ? 'Stop' : 'Send')
+  let busy = false
+  for (const turn of turns.values()) {
+    turn.waits = busy
+    busy ||= turn.reply !== undefined && !turn.reply.ended
+  }
+  composer.busy = busy
   hint.hidden = turns.size > 0 || log.ariaBusy === 'true'
   showTitle()
 }
@@ -330,78 +361,17 @@ function showNotice(text, retry) {
   button.onclick = retry ?? null
 }
 
-// Scrolling.
-
-function scrollToEnd() {
-  scrollTo({ top: root.scrollHeight, behavior: 'instant' })
-}
-
-const belowView = () => root.scrollHeight - innerHeight - scrollY
-
-addEventListener('scroll', () => {
-  atEnd = scrollY < lastScrollY ? atEnd && belowView() < 1 : atEnd || belowView() < NEAR_END
-  lastScrollY = scrollY
-  jump.hidden = atEnd
-}, { passive: true })
-
-// If the page grows, a reader at the end stays there. The observer runs after layout and before paint.
-const sizes = new ResizeObserver(() => {
-  if (atEnd) scrollToEnd()
-})
-sizes.observe(main)
-addEventListener('resize', () => {
-  if (atEnd) scrollToEnd()
-})
-
-jump.addEventListener('click', () => {
-  atEnd = jump.hidden = true
-  scrollToEnd()
-  if (hovers.matches) box.focus()
-})
-
 // Input.
 
-function submit() {
-  const text = box.value.toWellFormed?.() ?? box.value
-  if (isRunning() || !text.trim() || box.disabled) return
-  box.value = ''
-  growBox()
-  ask(text)
-}
-
-// For browsers without `field-sizing`.
-function growBox() {
-  if (CSS.supports('field-sizing', 'content')) return
-  box.style.height = 'auto'
-  box.style.height = `${box.scrollHeight}px`
-}
-
-form.addEventListener('submit', (event) => event.preventDefault())
-send.addEventListener('click', (event) => {
-  if (event.detail > 1) return // the second click of a double click must not stop the reply
-  if (isRunning()) stop()
-  else submit()
-  if (hovers.matches) box.focus()
-})
-box.addEventListener('input', growBox)
-box.addEventListener('keydown', (event) => {
-  // In Safari the key that ends a composition comes after its end, with this code.
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return
-  event.preventDefault()
-  submit()
-})
 addEventListener('keydown', (event) => {
-  if (event.key !== 'Escape' || event.isComposing || event.defaultPrevented || document.querySelector('dialog[open]')) return
-  if (document.body.classList.contains('listing')) setDrawer(false)
+  if (event.key !== 'Escape' || isComposing(event) || event.defaultPrevented || document.querySelector('dialog[open]')) return
+  if (isDrawerOpen()) setDrawer(false)
   else stop()
 })
 log.addEventListener('click', (event) => {
   const { target } = event
   if (!(target instanceof Element)) return
-  if (target.closest('summary')) { // the reader wants to see the opened text, not the end
-    atEnd = false
-    requestAnimationFrame(() => { atEnd = jump.hidden = belowView() < 1 })
-  }
+  if (target.closest('summary')) stayHere()
   const figure = target.closest('figure')
   if (figure instanceof HTMLElement) onCodeButton(figure, target)
   const link = target.closest('a[href^="#"]')
@@ -426,40 +396,22 @@ function onCodeButton(figure, target) {
 
 login.addEventListener('submit', (event) => {
   event.preventDefault()
-  storage.token = token.value.trim()
+  const given = token.value.trim()
+  if (storage) storage.token = given
   token.value = ''
-  useToken(storage.token)
-  box.focus()
+  useToken(given)
+  composer.focus(true)
 })
 addEventListener('storage', ({ key, newValue }) => {
   if (key === 'token' && newValue && chat.state === 'unauthenticated') useToken(newValue)
 })
 find(document, '#skip', HTMLElement).addEventListener('click', (event) => {
   event.preventDefault() // the address keeps the hash of the conversation
-  box.focus()
+  composer.focus(true)
 })
+find(document, '#jump', HTMLElement).addEventListener('click', () => composer.focus())
 
-// The list is a drawer on narrow screens.
-
-const narrow = matchMedia('(max-width: 52rem)')
-
-/** @param {boolean} open */
-function setDrawer(open) {
-  const wasOpen = document.body.classList.contains('listing')
-  document.body.classList.toggle('listing', open)
-  menu.setAttribute('aria-expanded', String(open))
-  side.inert = narrow.matches && !open
-  main.inert = narrow.matches && open
-  if (open) find(side, '#close-list', HTMLElement).focus()
-  else if (wasOpen) menu.focus()
-}
-
-menu.addEventListener('click', () => setDrawer(true))
-find(document, '#close-list', HTMLElement).addEventListener('click', () => setDrawer(false))
-find(document, '#backdrop', HTMLElement).addEventListener('click', () => setDrawer(false))
-narrow.addEventListener('change', () => setDrawer(false))
-setDrawer(false)
-side.addEventListener('click', (event) => {
+find(document, '#side', HTMLElement).addEventListener('click', (event) => {
   const link = event.target instanceof Element && event.target.closest('a')
   if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return
   if (link.id === 'new') { // its address has no hash
@@ -468,7 +420,7 @@ side.addEventListener('click', (event) => {
     startNew()
   }
   setDrawer(false)
-  if (hovers.matches || link.id === 'new') box.focus({ preventScroll: true })
+  composer.focus(link.id === 'new' || undefined)
 })
 
 addEventListener('hashchange', showAddress)
@@ -476,5 +428,5 @@ addEventListener('popstate', showAddress)
 addEventListener('visibilitychange', () => {
   if (document.visibilityState === 'visible' && chat.state === 'open') sidebar.refresh()
 })
-if (hovers.matches) box.focus()
+composer.focus()
 showAddress()

@@ -23,9 +23,14 @@ const PARTIAL = /** @type {Record<string, string>} */ ({
   interrupted: 'Incomplete, because the server crashed.',
   refusal: 'The model declined to continue.',
 })
-const RETRYABLE = [ // codes of errors after which a retry can succeed
-  'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted',
+const RETRYABLE = [ // codes of errors, and causes of a stop, after which a retry can succeed
+  'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted', 'timeout', 'disconnect', 'shutdown',
 ]
+const UNSENT_BY = /** @type {Record<string, string>} */ ({ // why a prompt was not sent to the model
+  client: 'Not sent.',
+  disconnect: 'Not sent, because the connection was lost for too long.',
+  replaced: 'Not sent, because a later message interrupted.',
+})
 /** Codes of errors after which only the history may have the reply. */
 export const REPLY_GONE = ['not_found', 'forgotten']
 const numbers = new Intl.NumberFormat('en')
@@ -35,6 +40,7 @@ export class Turn {
   /** @type {string | undefined} The id of the turn that this one replaces. */ retryOf
   element = cloneTemplate('turn')
   #prompt = find(this.element, '.you p', HTMLElement)
+  #queue = find(this.element, '.queue', HTMLElement)
   #reply = find(this.element, '.reply', HTMLElement)
   #details = find(this.element, 'details', HTMLDetailsElement)
   #summary = find(this.element, 'summary', HTMLElement)
@@ -51,12 +57,14 @@ export class Turn {
   /** @type {ReturnType<typeof setInterval> | undefined} Of the retry button. */ #countdown
   #started = false
   #ended = false
+  #waits = false
   #waitingNote = ''
   #wholeText = '' // of an ended reply
 
   /**
    * @param {string} id
-   * @param {{onRetry: (turn: Turn) => void, onEnd: (turn: Turn, note: string) => void}} listener
+   * @param {{onRetry: (turn: Turn) => void, onEnd: (turn: Turn, note: string) => void, onEdit: (turn: Turn) => void, onRemove: (turn: Turn) => void}} listener
+   *   `onEdit`, `onRemove`: the user takes back a prompt that has no reply.
    */
   constructor(id, listener) {
     this.id = id
@@ -70,6 +78,8 @@ export class Turn {
         this.#copy.setAttribute('aria-label', 'Copy the reply')
       }, 2000)
     })
+    find(this.element, '.edit', HTMLElement).addEventListener('click', () => listener.onEdit(this))
+    find(this.element, '.remove', HTMLElement).addEventListener('click', () => listener.onRemove(this))
     this.#retry.addEventListener('click', () => {
       if (this.#retry.getAttribute('aria-disabled') !== 'true') listener.onRetry(this)
     })
@@ -88,6 +98,26 @@ export class Turn {
   /** Whether the server refused the prompt, so that the conversation has no such turn. */
   get refused() {
     return this.error !== undefined && !this.#started
+  }
+
+  /** Whether the model never got the prompt, so that the conversation has no such turn. */
+  get isUnsent() {
+    const result = this.#end?.result
+    if (result?.reason !== 'stopped' || this.#wholeText || !((result.by ?? '') in UNSENT_BY)) return false
+    return result.usage ? !result.usage.input_tokens : !this.#started
+  }
+
+  /** Whether another client took the prompt back before it had a reply. */
+  get isTakenBack() {
+    const { by, usage } = this.#end?.result ?? {}
+    return this.isUnsent && by === 'client' && usage !== undefined
+  }
+
+  /** Whether the prompt waits for the reply above. @param {boolean} waits */
+  set waits(waits) {
+    if (this.#waits === waits) return
+    this.#waits = waits
+    this.#showQueue()
   }
 
   get prompt() {
@@ -142,6 +172,7 @@ export class Turn {
   setWaiting(note) {
     this.#waitingNote = note
     if (this.reply && !this.reply.ended) this.#setNote(note)
+    this.#showQueue()
   }
 
   /** Hide the retry button, since only the last turn can be retried. */
@@ -170,7 +201,17 @@ export class Turn {
     const all = drawn.text === reply.text.length && drawn.thinking === reply.thinking.length
     if (!all) this.#frame = requestAnimationFrame(() => this.#draw())
     else if (this.#end) this.#showEnd(reply, this.#end)
-    else this.#setNote(reply.queued ? 'Waiting for the previous reply.' : this.#waitingNote)
+    else this.#setNote(this.#waitingNote)
+  }
+
+  /** Show why the prompt has no reply, or the reply. */
+  #showQueue() {
+    const { isUnsent } = this
+    const waits = this.#waits && this.reply !== undefined
+    const why = waits ? (this.#waitingNote ? 'Waits for the connection.' : 'Waits for the reply above.') : ''
+    find(this.#queue, 'span', HTMLElement).textContent = isUnsent ? UNSENT_BY[this.#end?.result?.by ?? ''] ?? '' : why
+    this.#queue.hidden = !waits && !isUnsent
+    this.#reply.hidden = !this.#queue.hidden
   }
 
   /** @param {string} thinking */
@@ -198,6 +239,8 @@ export class Turn {
       this.#finish(error.message, true)
       if (error.retryable) this.#offerRetry(error.retryAfter ?? 0)
     } else this.#finish(result ? describeEnd(result) : '', result?.saved === false)
+    if (RETRYABLE.includes(result?.by ?? '')) this.#offerRetry(0)
+    this.#showQueue()
     this.#usage.textContent = describeUsage(reply.model, result?.usage ?? error?.usage)
     this.listener.onEnd(this, this.#note.textContent ?? '')
   }

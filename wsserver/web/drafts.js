@@ -1,0 +1,96 @@
+/** Texts that are typed and not answered yet. They survive a reload and a crash of the tab. */
+
+const DRAFT = 'draft ' // + the conversation: the keys of drafts
+const UNSENT = 'unsent ' // + the conversation: the keys of prompts without a reply
+const MOST = 50 // drafts of conversations; the oldest is dropped first
+const LONGEST = 100_000 // characters of a draft; no server accepts longer prompts
+
+/**
+ * One draft for each conversation, and one for a new conversation. All tabs share the drafts of
+ * conversations. The draft of a new conversation belongs to its tab, and so do the prompts that were sent
+ * and have no reply: they wait, or never reached the server.
+ */
+export class Drafts {
+  /** @param {Storage | undefined} shared @param {Storage | undefined} own Undefined where the browser forbids it. */
+  constructor(shared, own) {
+    this.shared = shared
+    this.own = own
+  }
+
+  /** @param {string | undefined} conversation @returns {string} */
+  get(conversation) {
+    const { text = '' } = read(this.#place(conversation), DRAFT + (conversation ?? ''))
+    return typeof text === 'string' ? text : ''
+  }
+
+  /** @param {string | undefined} conversation @param {string} text */
+  set(conversation, text) {
+    const kept = text.trim() && text.length <= LONGEST ? { text, at: Date.now() } : undefined
+    write(this.#place(conversation), DRAFT + (conversation ?? ''), kept)
+    if (kept && conversation !== undefined) this.#dropOldest()
+  }
+
+  /** Keep a prompt that was sent until it has a reply. @param {string} conversation @param {string} id @param {string} text */
+  keepUnsent(conversation, id, text) {
+    if (text.length <= LONGEST) write(this.own, UNSENT + conversation, { ...read(this.own, UNSENT + conversation), [id]: text })
+  }
+
+  /** @param {string} conversation @param {string} id */
+  dropUnsent(conversation, id) {
+    const { [id]: dropped, ...others } = read(this.own, UNSENT + conversation)
+    if (dropped !== undefined) write(this.own, UNSENT + conversation, Object.keys(others).length ? others : undefined)
+  }
+
+  /**
+   * Move the prompts that the server does not have into a draft, after a reload.
+   * @param {string} conversation
+   * @param {string | undefined} target The conversation of the draft; undefined for a new one.
+   * @param {(id: string) => boolean} isKnown Whether the server has a prompt.
+   * @returns {boolean} Whether there were any.
+   */
+  restoreUnsent(conversation, target, isKnown) {
+    const lost = Object.entries(read(this.own, UNSENT + conversation)).filter(([id, text]) => !isKnown(id) && typeof text === 'string')
+    write(this.own, UNSENT + conversation, undefined)
+    if (lost.length) this.set(target, [...lost.map(([, text]) => text), this.get(target)].filter(Boolean).join('\n\n'))
+    return lost.length > 0
+  }
+
+  /** Delete everything of a conversation that was deleted. @param {string} conversation */
+  delete(conversation) {
+    this.set(conversation, '')
+    write(this.own, UNSENT + conversation, undefined)
+  }
+
+  /** @param {string | undefined} conversation */
+  #place(conversation) {
+    return conversation === undefined ? this.own : this.shared
+  }
+
+  #dropOldest() {
+    const { shared } = this
+    const keys = Object.keys(shared ?? {}).filter((key) => key.startsWith(DRAFT))
+    if (keys.length <= MOST) return
+    const ages = keys.map((key) => /** @type {const} */ ([key, Number(read(shared, key).at) || 0]))
+    for (const [key] of ages.sort(([, a], [, b]) => a - b).slice(0, keys.length - MOST)) shared?.removeItem(key)
+  }
+}
+
+/** @param {Storage | undefined} storage @param {string} key @returns {Record<string, any>} */
+function read(storage, key) {
+  try {
+    const value = JSON.parse(storage?.getItem(key) ?? '{}')
+    return typeof value === 'object' && value !== null ? value : {}
+  } catch {
+    return {}
+  }
+}
+
+/** @param {Storage | undefined} storage @param {string} key @param {object | undefined} value Undefined deletes the key. */
+function write(storage, key, value) {
+  try {
+    if (value === undefined) storage?.removeItem(key)
+    else storage?.setItem(key, JSON.stringify(value))
+  } catch {
+    // The storage is full: the text stays in the page.
+  }
+}
