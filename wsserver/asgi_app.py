@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Any
+from urllib.parse import quote
 
 from wsserver import models
 from wsserver.app import App
@@ -148,21 +149,25 @@ class Asgi:
         except Denied as denied:
             self.app.denied(denied, peer, _headers(scope))
             refusal = respond(denied.status, denied.message, headers=denied.headers)
-            await _respond(refusal, scope, send)
+            await self._respond(refusal, scope, send)
             return
         visitor.scope = scope
         held = Held(self.memory, visitor)
         call = Call(self.app, visitor, held, receive, send)
-        request = _request(scope, receive, held, self.settings.open_timeout)
+        websocket = scope["type"] == "websocket"
         try:
-            if scope["type"] == "websocket":
+            request = _request(scope, receive, held, self.settings.open_timeout)
+            if websocket:
                 await receive()  # websocket.connect
             answer = await self.app.respond(request, visitor)
             held.hold(0)  # the body of the request
+            if isinstance(answer, Stream) and websocket:
+                answer.producer.closed()
+                answer = respond(HTTPStatus.BAD_REQUEST, "This address has no WebSocket.")
             if isinstance(answer, Stream):
                 await Body(call, answer).serve()
             elif isinstance(answer, Response):
-                await _respond(answer, scope, send)
+                await self._respond(answer, scope, send)
             else:
                 offered = scope.get("subprotocols", [])
                 chosen = next((own for own in answer.subprotocols if own in offered), None)
@@ -171,6 +176,12 @@ class Asgi:
         finally:
             held.hold(0)
             self.app.admission.depart(visitor)
+
+    async def _respond(self, answer: Response, scope: Scope, send: Send) -> None:
+        """Send a whole response. A client has the `send_timeout` to read it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.settings.send_timeout):
+                await _send(answer, scope, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """Run as an application of its own, which a server asks to start and to stop."""
@@ -200,6 +211,7 @@ def _request(scope: Scope, receive: Receive, held: Held, patience: float) -> Req
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     if root and (path == root or path.startswith(f"{root}/")):
         path = path.removeprefix(root) or "/"
+    path = quote(path)  # as in a request: the server has decoded it
     query = scope.get("query_string", b"").decode("latin-1")
     target = f"{path}?{query}" if query else path
     if scope["type"] == "websocket":
@@ -229,7 +241,7 @@ def _request(scope: Scope, receive: Receive, held: Held, patience: float) -> Req
     return Request(method, target, headers, version, read_body)
 
 
-async def _respond(answer: Response, scope: Scope, send: Send) -> None:
+async def _send(answer: Response, scope: Scope, send: Send) -> None:
     prefix = ""
     if scope["type"] == "websocket":
         if "websocket.http.response" not in scope.get("extensions", {}):

@@ -246,7 +246,6 @@ class Body:
         self.id = uuid4()
         self._answer = answer
         self._receive = call.receive
-        self._send = call.send
         self._pump = _Pump(call)
 
     @property
@@ -270,18 +269,16 @@ class Body:
     async def serve(self) -> None:
         """Serve the client until the body has ended, or the client has gone."""
         producer = self._answer.producer
-        sending = watching = None
+        self._pump.put(start_event(self._answer.status, self._answer.headers))
+        sending = asyncio.create_task(self._pump.run(producer.wake))
+        watching = asyncio.create_task(self._watch())
         try:
-            await self._send(start_event(self._answer.status, self._answer.headers))
-            sending = asyncio.create_task(self._pump.run(producer.wake))
-            watching = asyncio.create_task(self._watch())
             producer.open(self)
             await asyncio.wait({sending, watching}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            tasks = [task for task in (sending, watching) if task is not None]
-            for task in tasks:
+            for task in (sending, watching):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(sending, watching, return_exceptions=True)
             self._pump.close()
             producer.closed()
 

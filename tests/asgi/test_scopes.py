@@ -1,6 +1,7 @@
 """The application called as a server of ASGI would: scopes and events by hand."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -165,6 +166,52 @@ async def test_client_that_leaves_stops_its_reply(puppet: Puppet) -> None:
         await server.done()
         async with asyncio.timeout(BOUND):
             await reply.closed.wait()
+
+
+async def test_websocket_at_address_of_a_stream_is_refused(puppet: Puppet) -> None:
+    async with running(puppet) as chat:
+        server = post(chat)
+        server.post(b'{"prompt": "Hello?", "id": "%b"}' % ID.encode())
+        await puppet.reply()
+        socket = Server(chat, "websocket", f"/api/chat/{ID}")
+        socket.receive("websocket.connect")
+        await socket.done()
+        assert socket.sent == [{"type": "websocket.close", "code": 1008}]
+        server.receive("http.disconnect")
+        await server.done()
+
+
+async def test_question_mark_that_the_server_decoded_belongs_to_the_path(puppet: Puppet) -> None:
+    async with running(puppet) as chat:
+        server = Server(chat, "http", "/healthz?", method="GET")
+        await server.done()
+        assert server.status == 404
+
+
+async def test_name_of_a_chat_is_decoded_once(puppet: Puppet) -> None:
+    async with running(puppet) as chat:
+        server = post(chat)
+        message = {"id": "1", "role": "user", "parts": [{"type": "text", "text": "Hello?"}]}
+        server.post(json.dumps({"id": "50%25?", "messages": [message]}).encode())
+        await puppet.reply()
+        stop = Server(chat, "http", "/api/chat/50%25?/stop", method="POST")
+        await stop.done()
+        assert stop.status == 200
+        await server.done()
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/healthz"])
+async def test_client_that_does_not_read_the_head_is_aborted(puppet: Puppet, path: str) -> None:
+    async with running(puppet, send_timeout=0.1) as chat:
+        server = Server(
+            chat, "http", path, method="POST" if "chat" in path else "GET", headers=JSON
+        )
+        server.room.clear()
+        server.post(b'{"prompt": "Hello?"}')
+        await server.done()
+        assert server.sent == []
+        assert chat.app is not None
+        await until(lambda: not chat.app.hub.live)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
