@@ -4,10 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 TOOLS := .tools
 BIN := $(VENV)/bin
+DIST ?= dist
 PYTHONS := 3.11 3.12 3.13
 NPM_PACKAGES := wscat@6.1.0 ws@8.21.0 typescript@5.9.3 @types/react@19.2.2 @types/node@22.18.0 \
 	react@19.3.1 react-dom@19.3.1 esbuild@0.25.10 axe-core@4.14.1 @asyncapi/specs@6.11.1 \
-	ai@7.0.173 @ai-sdk/react@4.0.177 @ag-ui/client@1.0.0
+	ai@7.0.173 @ai-sdk/react@4.0.177 @ag-ui/client@1.0.0 \
+	publint@0.3.25
 ARGS ?=
 
 .PHONY: run test lint whole fast slow unit system clean
@@ -141,6 +143,17 @@ nginx-light haproxy caddy redis-server:
 		! command -v systemctl >/dev/null \
 		|| $$SUDO systemctl disable --now --quiet $(@:-light=) 2>/dev/null || true
 
+# The packages to publish: see CONTRIBUTING.md. TypeScript makes the types from the comments.
+NPM_FILES := $(addprefix wsserver/web/,client.js ai-sdk.js react.js package.json README.md) LICENSE
+
+.PHONY: npm-package
+npm-package: $(TOOLS)/npm.stamp ## make the npm package of the JavaScript client, in dist/
+	@rm -rf $(DIST)/npm && mkdir -p $(DIST)/npm
+	@cp $(NPM_FILES) $(DIST)/npm && ln -s $(abspath $(TOOLS)/node_modules) $(DIST)/npm/
+	cd $(DIST)/npm && node_modules/.bin/tsc --allowJs --declaration --emitDeclarationOnly --skipLibCheck \
+		--strict --target es2022 --module nodenext --types react --lib es2024,dom,dom.iterable client.js ai-sdk.js react.js
+	cd $(DIST)/npm && npm pack --silent --pack-destination ..
+
 .PHONY: apt
 apt:
 	@command -v apt-get >/dev/null || { echo "please install: $(PACKAGES)"; exit 1; }
@@ -150,4 +163,4 @@ apt:
 		|| { echo "please install: $(PACKAGES)"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(TOOLS) .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -17,7 +17,7 @@ BUILT = "built"  # the folder that hatch_build.py writes
 
 
 class Page:
-    """The page at ``/``, the files that it loads, and ``ai-sdk.js`` for apps.
+    """The page at ``/``, the files that it loads, and ``ai-sdk.js`` and ``react.js`` for apps.
 
     The content security policy allows only these files. It also makes browsers refuse to parse text
     as HTML (Trusted Types), unless DOMPurify has cleaned it.
@@ -42,6 +42,7 @@ class Page:
         "dom.js",
         "client.js",
         "ai-sdk.js",
+        "react.js",
     )
     POLICY = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

@@ -1,7 +1,7 @@
 // A chat with `useChat` of the AI SDK. With a server on port 3001: `npm install && npm start`, then http://localhost:8000.
 
 import { createRoot } from 'react-dom/client'
-import { ChatTransport } from '../../wsserver/web/ai-sdk.js' // in your own project: a copy of the file, and of client.js
+import { ChatTransport } from '../../wsserver/web/ai-sdk.js' // in your own project: 'wsserver/ai-sdk'
 import { App } from './App.jsx'
 
 const transport = new ChatTransport('ws://localhost:3001/ws')

@@ -1,5 +1,5 @@
 import { useEffect, useState } from 'react'
-import { useChat } from './useChat.js'
+import { useChat } from '../../wsserver/web/react.js' // in your own project: 'wsserver/react'
 
 /** @param {Parameters<typeof useChat>[0] & {onConversation?: (id: string) => void}} props */
 export function App({ onConversation, ...options }) {

@@ -1,4 +1,4 @@
-"""The React hook of `examples/react` in a real browser."""
+"""The React hook, as `examples/react` uses it, in a real browser."""
 
 import asyncio
 

@@ -1,10 +1,19 @@
+/**
+ * A React hook for one conversation of wsserver, on top of client.js. For React 18 or later.
+ *
+ * ```jsx
+ * import { useChat } from './react.js'
+ * const { messages, status, send, stop } = useChat({ url: 'wss://chat.example.com/ws' })
+ * ```
+ */
+
 import { useCallback, useEffect, useRef, useState } from 'react'
-import { connect, newId } from '../../wsserver/web/client.js' // in your own project: a copy of the file
+import { connect, newId } from './client.js'
 
 /**
- * @typedef {import('../../wsserver/web/client.js').Chat} Chat
- * @typedef {import('../../wsserver/web/client.js').Reply} Reply
- * @typedef {import('../../wsserver/web/client.js').Message & {id: string}} ChatMessage Both messages of a turn have its id.
+ * @typedef {import('./client.js').Chat} Chat
+ * @typedef {import('./client.js').Reply} Reply
+ * @typedef {import('./client.js').Message & {id: string}} ChatMessage Both messages of a turn have its id.
  * @typedef {'submitted' | 'streaming' | 'ready' | 'error'} Status Of the newest reply.
  *
  * @typedef {object} View The conversation that the component shows.
