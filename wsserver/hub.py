@@ -138,21 +138,26 @@ class Hub:
         lost: bool = False,
         grace: float | None = None,
     ) -> None:
-        """Remove a follower. The grace time begins when the last one leaves.
+        """Remove a follower. A generation without followers is stopped after the grace time.
+
+        The grace time of a client does not end earlier because another client leaves later.
 
         Args:
             generation: the generation.
             follower: the follower.
             lost: the connection died, and the client may not have noticed yet.
-            grace: seconds until the generation is stopped, where less than the setting.
+            grace: the grace time of this client in seconds, where less than the setting.
         """
         generation.log.followers.remove(follower)
         generation.readers -= 1
+        now, wait = self._loop.time(), self._settings.grace
+        wait = wait if grace is None else min(grace, wait)
+        generation.kept_until = max(generation.kept_until, now + wait)
         if not generation.readers and generation.state in {State.QUEUED, State.RUNNING}:
             generation.unread = 0
-            generation.unaware_until = self._loop.time() + UNAWARE if lost else 0.0
-            wait = self._settings.grace if grace is None else min(grace, self._settings.grace)
-            generation.grace = self._loop.call_later(wait, self.stop, generation, "disconnect")
+            generation.unaware_until = now + UNAWARE if lost else 0.0
+            due = generation.kept_until
+            generation.grace = self._loop.call_at(due, self.stop, generation, "disconnect")
 
     # Conversations.
 

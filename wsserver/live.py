@@ -166,6 +166,7 @@ class Generation:
     readers: int = 0  # number of clients that follow it
     unread: int | None = None  # tokens since the last reader left; None while there is a reader
     unaware_until: float = 0.0  # until when a client may not notice that its connection is dead
+    kept_until: float = 0.0  # until when clients that have left can come back
     grace: asyncio.TimerHandle | None = None  # stops the reply, unless a reader comes back
     # The last run that a cursor encoded, for other cursors: position, run and frame.
     shared: tuple[tuple[object, ...], Run, bytes] | None = None

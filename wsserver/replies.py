@@ -84,11 +84,11 @@ class ReplyStream:
             self._cursor.wake()
 
     def closed(self) -> None:
-        """Follow no more. Where the client cannot come back, stop the generation."""
+        """Follow no more. A generation without followers is stopped after the grace time."""
         body, self._body = self._body, None
         if self._timer is not None:
             self._timer.cancel()
-        self._part()
+        self._unfollow(lost=True)
         if body is not None:
             self._report(body)
         self._on_closed(self)
@@ -143,18 +143,12 @@ class ReplyStream:
         if self._body is not None:
             self._body.abort()
 
-    def _part(self) -> None:
-        """Leave a generation that has not ended."""
-        if self._cursor is not None:
-            self._unfollow(lost=True)
-            if self._grace == 0 and not self._generation.readers:
-                self._hub.stop(self._generation, "disconnect")
-
     def _unfollow(self, *, lost: bool) -> None:
-        assert self._cursor is not None
+        """Follow no more, unless this was called before; see :meth:`Hub.unfollow`."""
         cursor, self._cursor = self._cursor, None
-        self._seq = cursor.seq
-        self._hub.unfollow(self._generation, cursor, lost=lost, grace=self._grace)
+        if cursor is not None:
+            self._seq = cursor.seq
+            self._hub.unfollow(self._generation, cursor, lost=lost, grace=self._grace)
 
     # Time.
 
@@ -199,5 +193,5 @@ class ReplyStream:
         refused = Refused(Code.UNAUTHENTICATED, why)
         self.write(self._dialect.error(error_frame(self._hub.metrics, "none", refused, None)))
         self._end, self._grace = "unauthenticated", 0
-        self._part()
+        self._unfollow(lost=True)
         self._body.end()
