@@ -25,10 +25,13 @@ def test_contributing_make_targets_exist() -> None:
         assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
 
 
-def test_contributing_files_exist() -> None:
-    source = ROOT / "wsserver"
-    for name in re.findall(r"\b(?:[\w]+/)*\w+\.(?:py|md)\b", CONTRIBUTING):
-        assert any((folder / name).exists() for folder in (ROOT, source)), name
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "wsserver/ARCHITECTURE.md"])
+def test_files_named_in_document_exist(document: str) -> None:
+    folders = (ROOT, ROOT / "wsserver", ROOT / "examples")
+    names = re.findall(r"\b(?:[\w]+/)*\w+\.(?:py|md)\b", (ROOT / document).read_text())
+    assert names
+    for name in names:
+        assert any((folder / name).exists() for folder in folders), name
 
 
 def test_contributing_pythons_equal_make_pythons() -> None:
