@@ -8,7 +8,18 @@ import pytest
 
 import wsserver
 from tests.support.client import client
-from wsserver import Code, ConfigError, End, Message, Model, ModelError, Request, Settings, Usage
+from wsserver import (
+    Code,
+    ConfigError,
+    End,
+    Message,
+    Model,
+    ModelError,
+    Request,
+    Settings,
+    Thinking,
+    Usage,
+)
 from wsserver.models import make, name_of
 from wsserver.models.demo import Demo
 
@@ -35,12 +46,60 @@ async def test_demo_names_itself_and_answers_from_prompt() -> None:
     assert text.startswith("This is the demo model")
     assert "“the quick brown fox”" in text
     assert "4 words and 19 characters" in text
-    assert "“kciuq”" in text
+    assert "| quick | 5 | kciuq |" in text
+    assert "= 24 $$" in text, "the factorial of 4"
     assert "ANTHROPIC_API_KEY" in text
     assert len(text.split()) > 150, "long enough to interrupt"
+    for mark in ("\n|---|", "\n1. ", "\n```js\n", "](https://", "**", "`"):
+        assert mark in text, mark
     assert (usage.input_tokens, usage.output_tokens) == (4, len(text.split()))
     assert end.reason == "end_turn"
     assert (await listen(Demo(rate=0), asked))[0] == text, "deterministic"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "last"),
+    [
+        ("Count to a thousand", 1000),
+        ("please count up to 2,000!", 2000),
+        ("count to one hundred", 100),
+        ("Count to 1", 1),
+    ],
+)
+async def test_demo_counts(prompt: str, last: int) -> None:
+    asked = request(Message("user", prompt), max_tokens=5000)
+    text, usage, end = await listen(Demo(rate=0), asked)
+    assert text == ", ".join(str(number) for number in range(1, last + 1))
+    assert (usage.output_tokens, end.reason) == (last, "end_turn")
+
+
+async def test_demo_stops_counting_at_max_tokens() -> None:
+    asked = request(Message("user", "Count to a million"), max_tokens=3)
+    assert (await listen(Demo(rate=0), asked))[::2] == ("1, 2, 3", End("max_tokens"))
+
+
+async def test_demo_thinks_before_it_answers() -> None:
+    asked = request(Message("user", "Think about tea"))
+    kinds = [
+        type(piece) async for piece in Demo(rate=0)(asked) if isinstance(piece, str | Thinking)
+    ]
+    first = kinds.index(str)
+    assert first > 20
+    assert set(kinds[:first]) == {Thinking}
+    assert set(kinds[first:]) == {str}
+
+
+@pytest.mark.parametrize(
+    ("count", "formula"),
+    [
+        (1, "$$ 1! = 1 $$"),
+        (5, r"$$ 5! = \prod_{k=1}^{5} k = 120 $$"),
+        (300, r"$$ 300! = \prod_{k=1}^{300} k \approx 3.06 \times 10^{614} $$"),
+    ],
+)
+async def test_demo_formula_stays_short(count: int, formula: str) -> None:
+    text, _, _ = await listen(Demo(rate=0), request(Message("user", "x " * count)))
+    assert formula in text
 
 
 async def test_demo_uses_history() -> None:

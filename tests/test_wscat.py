@@ -15,7 +15,8 @@ import pytest
 import wsserver
 from tests.support.puppet import BOUND
 from tests.support.tools import ROOT, require_wscat
-from wsserver import End, Request, Usage
+from wsserver import Request
+from wsserver.models.base import Output
 from wsserver.models.demo import Demo
 
 pytestmark = pytest.mark.slow
@@ -38,7 +39,7 @@ class HeldDemo:
         self._stops = stops
         self._demo = Demo(rate=0)
 
-    async def __call__(self, request: Request, /) -> AsyncGenerator[str | Usage | End]:
+    async def __call__(self, request: Request, /) -> AsyncGenerator[Output]:
         left = next(self._stops)
         async for piece in self._demo(request):
             yield piece
