@@ -292,14 +292,16 @@ async def test_footnotes_are_numbered_and_reached(page: Page, puppet: Puppet) ->
 
 async def test_right_to_left_text_has_its_direction(page: Page, puppet: Puppet) -> None:
     await ask(page, "اكتب")
-    (await puppet.reply()).say("نص عربي\n\n- عنصر\n\nEnglish\n\n```\ncode\n```").end()
+    (await puppet.reply()).say(
+        "نص عربي\n\n1. عنصر\n\n> قول\n\n| عمود |\n|--|\n\nEnglish\n\n- a\n\n```\ncode\n```"
+    ).end()
     await idle(page)
     directions = (
         await text(page)
-        .locator("p, li, pre")
+        .locator("p, ol, ul, li, blockquote, table, pre")
         .evaluate_all("(all) => all.map((each) => getComputedStyle(each).direction)")
     )
-    assert directions == ["rtl", "rtl", "ltr", "ltr"]
+    assert directions == [*["rtl"] * 6, *["ltr"] * 4]
     direction = await page.locator(".you p").evaluate("(p) => getComputedStyle(p).direction")
     assert direction == "rtl"
 

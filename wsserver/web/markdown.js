@@ -36,7 +36,9 @@ const FENCE = /^( {0,3})(`{3,}|~{3,})([^\n]*)\n/
 const SCHEMES = /^(?:https?|mailto|tel):/i
 const INCOMPLETE = 'streamdown:incomplete-link' // the address that remend gives to half a link
 const OUTSIDE = { target: '_blank', rel: 'noopener noreferrer nofollow' }
-const BLOCKS = 'p, li, ul, ol, blockquote, h3, h4, h5, h6, table, th, td, summary'
+const LEAVES = 'p, li, h3, h4, h5, h6, summary'
+const CONTAINERS = 'ul, ol, blockquote, table'
+const RIGHT_TO_LEFT = /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/u // the first letter is
 
 const { DOMPurify, Lexer, Marked, highlighter, remend } = libraries
 /** Whether the libraries are there. Without them the text is shown as it is. */
@@ -220,7 +222,10 @@ export class Markdown {
 
   /** Complete what HTML cannot say. @param {DocumentFragment} fragment */
   #complement(fragment) {
-    for (const block of fragment.querySelectorAll(BLOCKS)) block.setAttribute('dir', 'auto')
+    for (const block of fragment.querySelectorAll(LEAVES)) block.setAttribute('dir', 'auto')
+    for (const block of fragment.querySelectorAll(CONTAINERS)) { // `auto` would not look into the leaves
+      block.setAttribute('dir', RIGHT_TO_LEFT.test(block.textContent ?? '') ? 'rtl' : 'ltr')
+    }
     for (const link of fragment.querySelectorAll('a:not([data-ref])')) {
       const address = link.getAttribute('href') ?? ''
       if (address === INCOMPLETE) link.removeAttribute('href')
