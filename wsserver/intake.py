@@ -128,9 +128,8 @@ class Intake:
         elif isinstance(given, Piece):
             if given.kind not in _FAMILIES:
                 raise TypeError(f"a model yielded a piece of kind {given.kind!r}")
-            if given.kind == "citation" and not isinstance(json.loads(given.data), dict):
-                raise TypeError("a citation is a JSON object")
-            self._add(given.kind, given.data, given.block)
+            data = _citation(given.data) if given.kind == "citation" else given.data
+            self._add(given.kind, data, given.block)
         elif isinstance(given, Block):
             self._close()
             written = well_formed(json.dumps(dump_block(given), ensure_ascii=False))
@@ -240,3 +239,16 @@ class Intake:
                 part = data[start : min(start + most, size)]
                 self._generation.log.append(part, kind, self._block)
         self._room -= len(data)
+
+
+def _citation(data: str) -> str:
+    r"""Return the JSON of a citation without escapes such as ``\ud83d``, half of a pair.
+
+    Raises:
+        TypeError: a citation is a JSON object.
+        ValueError: the data is not JSON.
+    """
+    citation = json.loads(data)
+    if not isinstance(citation, dict):
+        raise TypeError("a citation is a JSON object")
+    return well_formed(json.dumps(citation, ensure_ascii=False))

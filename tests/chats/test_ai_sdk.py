@@ -15,6 +15,7 @@ from tests.support.puppet import BOUND, Puppet
 from tests.support.tools import ROOT, require_node, require_npm_package
 from wsserver.content import Text, ToolUse, dump_block
 from wsserver.models.base import Output
+from wsserver.pieces import Piece
 
 CHAT = "a chat, whose id is no id of ours"
 
@@ -286,6 +287,27 @@ async def test_citations_are_sources_once_each(server: wsserver.Server, puppet: 
         {"type": "source-url", "sourceId": PAGE["url"], "url": PAGE["url"], "title": "A"},
         {"type": "source-document", **paper},
     ]
+
+
+@pytest.mark.parametrize(
+    ("citation", "title"),
+    [
+        ({"title": "\ud83d"}, "\ufffd"),
+        ({"title": 5, "document_index": "one"}, "Document 1"),
+        ({"url": 5, "document_index": None, "document_title": ["A"]}, "Document 1"),
+    ],
+)
+async def test_citation_of_any_shape_is_a_source(
+    server: wsserver.Server, puppet: Puppet, citation: object, title: str
+) -> None:
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/api/chat", body(text("user", "Weather?")))
+        cited = Piece("citation", 0, json.dumps(citation))
+        (await puppet.reply()).say(Piece("text", 0, "Rain"), cited).end()
+        parts = await parts_of(chat)
+    (source,) = [part for part in parts if part["type"].startswith("source")]
+    assert (source["sourceId"], source["title"]) == ("document-0", title)
+    assert parts[-1]["type"] == "finish"
 
 
 @pytest.mark.slow

@@ -169,16 +169,21 @@ class AiSdk:
 
 
 def _source_of(citation: dict[str, Any]) -> dict[str, str]:
-    """Return the source that a citation of the Messages API names."""
-    title = citation.get("title")
-    if url := citation.get("url"):
+    """Return the source that a citation of the Messages API names.
+
+    Values of other types are left out: the AI SDK refuses the whole reply for one of them.
+    """
+    texts = {key: value for key, value in citation.items() if isinstance(value, str) and value}
+    title = texts.get("title")
+    if url := texts.get("url"):
         return _without_none(type="source-url", sourceId=url, url=url, title=title)
-    index = citation.get("document_index", 0)
+    index = citation.get("document_index")
+    index = index if isinstance(index, int) else 0
     return {
         "type": "source-document",
         "sourceId": f"document-{index}",
-        "mediaType": "application/pdf" if citation.get("type") == "page_location" else "text/plain",
-        "title": citation.get("document_title") or title or f"Document {index + 1}",
+        "mediaType": "application/pdf" if texts.get("type") == "page_location" else "text/plain",
+        "title": texts.get("document_title") or title or f"Document {index + 1}",
     }
 
 
