@@ -292,6 +292,16 @@ async def test_limit_beyond_the_context_is_lowered(
     assert [r.body["max_tokens"] for r in upstream.requests] == [8192, 3896]
 
 
+@pytest.mark.parametrize("digits", ["9" * 60_000, "9" * 4301 + " input tokens"])
+def test_message_with_endless_digits_is_read_at_once(digits: str) -> None:
+    error = ChatError(400, {}, {"error": {"message": f"{CONTEXT}{digits}"}})
+    assert error.fitting(8192) is None
+    error = ChatError(
+        400, {}, {"error": {"message": f"{CONTEXT.replace('4096', digits)}5 in the messages"}}
+    )
+    assert error.fitting(8192) is None
+
+
 async def test_longer_history_than_the_context_is_shortened(
     chat: Client, upstream: Upstream
 ) -> None:

@@ -1,6 +1,7 @@
 """Replies of Chat Completions: text, reasoning, tools, usage and reasons."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -11,6 +12,8 @@ from tests.support.claude import goes_on
 from tests.support.client import Client, client
 from tests.support.completions import DONE, LAST, chunk, completion, data, delta, usage
 from tests.support.upstream import Gate, Upstream, stream
+from wsserver.errors import ModelError
+from wsserver.models.openai.reply import ChatReply
 
 TEXT = 'A reply with "quotes", a \\ and\na line end, 世界, 🚀 and «é». '
 
@@ -152,6 +155,23 @@ async def test_call_of_a_tool_is_one_block(chat: Client, upstream: Upstream) -> 
     assert (text, done["reason"]) == ("Looking. ", "tool_use")
     used = {"type": "tool_use", "id": "call_1", "name": "look", "input": {"place": "Ždiar"}}
     assert json.loads(block) == used
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda number: {"index": number},
+        lambda number: {"index": number, "function": {"arguments": ""}},
+        lambda _: {"index": 0, "function": {"arguments": "x" * 1000}},
+        lambda number: {"index": number % 2, "function": {"arguments": "x" * 1000}},
+        lambda _: {"index": 0, "id": "x" * 1000, "function": {"name": "x" * 1000}},
+    ],
+)
+def test_calls_of_tools_without_end_are_malformed(call: Callable[[int], object]) -> None:
+    reply = ChatReply(lambda _: None, 100, None)
+    with pytest.raises(ModelError, match="malformed"):
+        for number in range(10_000):
+            reply.feed(delta(tool_calls=[call(number)]))
 
 
 async def test_text_arrives_before_the_reply_ends(chat: Client, upstream: Upstream) -> None:

@@ -1,5 +1,6 @@
 """One attempt at a reply: from the events of an API to pieces, usage and an end."""
 
+import io
 import itertools
 import json
 import re
@@ -125,8 +126,7 @@ class ToolInput:
     """The JSON of a tool's input, which arrives in parts."""
 
     def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._room = MAX_INPUT
+        self._text = io.StringIO()  # small parts in a list would take many times their size
 
     def add(self, part: str) -> None:
         """Add a part.
@@ -134,9 +134,8 @@ class ToolInput:
         Raises:
             ValueError: the input is too long.
         """
-        self._parts.append(part)
-        self._room -= len(part)
-        if self._room < 0:
+        self._text.write(part)
+        if self._text.tell() > MAX_INPUT:
             raise ValueError("a tool's input is too long")
 
     def parse(self) -> Any:
@@ -145,7 +144,7 @@ class ToolInput:
         Raises:
             ValueError: the input is not JSON.
         """
-        text = "".join(self._parts)
+        text = self._text.getvalue()
         return parse(text.encode(errors="surrogatepass")) if text else None
 
 

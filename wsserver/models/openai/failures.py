@@ -42,8 +42,10 @@ _TOO_LONG = re.compile(
     r"maximum context length|context (length|size|window)|(prompt|input) is too long",
     re.IGNORECASE,
 )
-_CONTEXT = re.compile(r"maximum context length is (\d+)", re.IGNORECASE)
-_INPUT = re.compile(r"(\d+) (?:in the messages|input tokens|of text input)", re.IGNORECASE)
+_CONTEXT = re.compile(r"maximum context length is (\d{1,9})\b", re.IGNORECASE)
+_INPUT = re.compile(
+    r"(?<!\d)(\d{1,9}) (?:in the messages|input tokens|of text input)", re.IGNORECASE
+)
 
 
 class ChatError(ApiError):

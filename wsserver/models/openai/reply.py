@@ -12,10 +12,11 @@ from wsserver.generation import End
 from wsserver.models.base import Take
 from wsserver.models.failures import TransientError
 from wsserver.models.openai.failures import of_event
-from wsserver.models.reply import Reply, ToolInput, whole
+from wsserver.models.reply import MAX_INPUT, Reply, ToolInput, whole
 from wsserver.wire import text_of
 
 DONE = b"[DONE]"
+CALL = 1024  # characters that a call of a tool counts besides its texts
 
 # The deltas with reasoning: DeepSeek and llama.cpp use the first name, vLLM, Ollama and OpenRouter
 # the second. A server that sends both sends the same text twice.
@@ -43,6 +44,7 @@ class ChatReply(Reply):
         super().__init__(take, limit, spent)
         self._reason: str | None = None
         self._tools: dict[int, _Tool] = {}
+        self._room = MAX_INPUT  # characters of all calls of tools
 
     def receive_data(self, data: bytes) -> None:
         """Parse the data of an event; see :meth:`Reply.receive`."""
@@ -80,7 +82,21 @@ class ChatReply(Reply):
         # A refusal is the text of the model that declines.
         self.found.append(text_of(delta.get("content") or delta.get("refusal") or ""))
         for call in delta.get("tool_calls") or ():
-            self._tools.setdefault(int(call.get("index", 0)), _Tool()).add(call)
+            self._call(call)
+
+    def _call(self, call: dict[str, Any]) -> None:
+        """Add a part of a call of a tool.
+
+        Raises:
+            ValueError: all calls together are too long.
+        """
+        index = int(call.get("index", 0))
+        if index not in self._tools:
+            self._tools[index] = _Tool()
+            self._room -= CALL
+        self._room -= self._tools[index].add(call)
+        if self._room < 0:
+            raise ValueError("the calls of tools are too long")
 
     def _count(self, counts: dict[str, Any]) -> None:
         given = int(counts.get("prompt_tokens") or 0)
@@ -113,12 +129,14 @@ class _Tool:
         self._name = ""
         self._input = ToolInput()
 
-    def add(self, call: dict[str, Any]) -> None:
-        """Add a part of the call."""
+    def add(self, call: dict[str, Any]) -> int:
+        """Add a part of the call, and return its characters."""
         function = call.get("function") or {}
-        self._id = self._id or text_of(call.get("id") or "")
-        self._name = self._name or text_of(function.get("name") or "")
-        self._input.add(text_of(function.get("arguments") or ""))
+        name, given = text_of(call.get("id") or ""), text_of(function.get("arguments") or "")
+        tool = text_of(function.get("name") or "")
+        self._id, self._name = self._id or name, self._name or tool
+        self._input.add(given)
+        return len(name) + len(tool) + len(given)
 
     def block(self) -> ToolUse:
         """Return the whole call.
