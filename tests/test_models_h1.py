@@ -193,6 +193,24 @@ async def test_compressed_body_over_size_limit_is_error() -> None:
             await whole(response)
 
 
+async def test_compressed_body_is_error_before_its_reader_gets_all_of_it() -> None:
+    packed = gzip.compress(b":\n\n" * 6_000_000)
+    answer = OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed)
+    read = 0
+
+    def take(data: bytes) -> bool:
+        nonlocal read
+        read += len(data)
+        return False
+
+    async with answering(answer + packed) as (raw, _), pool() as client:
+        response = await client.post(template(raw.port), b"{}", lambda _: take)
+        with pytest.raises(DamagedBody):
+            await response.read_body(take)
+        await response.aclose()
+    assert read < 4_000_000
+
+
 # By callback
 
 

@@ -126,6 +126,7 @@ async def test_headers_come_from_the_environment(monkeypatch: pytest.MonkeyPatch
     lines = template.headers.decode().split("\r\n")
     assert {
         "host: api.openai.com",
+        "accept-encoding: identity",
         "authorization: Bearer key",
         "openai-organization: org",
         "openai-project: project",

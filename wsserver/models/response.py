@@ -10,6 +10,7 @@ from wsserver.errors import WsserverError
 MAX_UNREAD = 65_536  # bytes of a body that wait for a reader; then the socket is not read
 MAX_BUFFER = 1_048_576  # bytes of a decompressed body that wait for a reader
 INFLATE_SIZE = 65_536  # bytes that one step of decompression makes at most
+MAX_RATIO = 128  # of decompressed to compressed bytes, beyond `MAX_BUFFER`; zeros have 1000
 
 _GZIP = zlib.MAX_WBITS + 16
 _ZLIB_HEADER = 2  # bytes
@@ -213,6 +214,7 @@ class _Decoder:
         if coding not in {b"gzip", b"x-gzip", b"deflate"}:
             raise DamagedBody("the body has an unsupported content coding")
         self._started = False
+        self._room = MAX_BUFFER  # bytes that may still be made
         self._first = b""
         self._inflate = None if coding == b"deflate" else zlib.decompressobj(_GZIP)
 
@@ -225,9 +227,11 @@ class _Decoder:
         """Decompress in steps of bounded size.
 
         Raises:
-            DamagedBody: the data is not in the format of the coding.
+            DamagedBody: the data is not in the format of the coding, or is larger than real data
+                when decompressed. To parse it would hold up the event loop for seconds.
         """
         self._started = True
+        self._room += MAX_RATIO * len(data)
         if self._inflate is None:
             # `deflate` is the zlib format (RFC 9110 section 8.4.1.2), but some servers send raw
             # deflate data. The first two bytes show which (RFC 1950 section 2.2).
@@ -240,6 +244,9 @@ class _Decoder:
             while data and not self._inflate.eof:
                 part = self._inflate.decompress(data, INFLATE_SIZE)
                 data = self._inflate.unconsumed_tail
+                self._room -= len(part)
+                if self._room < 0:
+                    raise DamagedBody("the body is too large when decompressed")
                 if part:
                     yield part
         except zlib.error as error:

@@ -37,7 +37,11 @@ class Environment:
                 f"model: {model} needs OPENAI_API_KEY; or set OPENAI_BASE_URL to a server of your "
                 "own, such as http://localhost:11434/v1, or try --model demo"
             )
-        headers = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"accept", b"text/event-stream"),
+            (b"accept-encoding", b"identity"),  # decompression costs time for each token
+        ]
         if key:
             headers.append((b"authorization", b"Bearer " + _encode("OPENAI_API_KEY", key)))
         headers += [
