@@ -55,7 +55,9 @@ class Accounts:
             Refused: the account has read too much.
         """
         if wait := self._reads.owed(account, self._loop.time()):
-            message = "You have read too much history in a short time."
+            message = (
+                "You have read too much history in a short time. Wait a little, and try again."
+            )
             raise Refused(Code.LIMIT, message, retry_after=wait)
 
     def charge_reads(self, account: Account, size: int) -> None:
@@ -75,11 +77,21 @@ class Accounts:
             Refused: the server or the account is at a limit.
         """
         if live >= self._settings.generations:
-            raise Refused(Code.LIMIT, "The server already has its maximum number of generations.")
+            raise Refused(
+                Code.LIMIT,
+                "The server is writing its maximum number of replies. Try again in a moment.",
+            )
         if self._generations.full(account):
-            raise Refused(Code.LIMIT, "You already have your maximum number of generations.")
+            raise Refused(
+                Code.LIMIT,
+                "You already have your maximum number of replies at once. Wait for the end of one.",
+            )
         if wait := self._prompts.wait(account, self._loop.time()):
-            raise Refused(Code.LIMIT, "Too many prompts per minute.", retry_after=wait)
+            raise Refused(
+                Code.LIMIT,
+                "You have sent too many messages in a minute. Wait a little, and try again.",
+                retry_after=wait,
+            )
 
     def knows_store(self, owner: str, *, new: bool) -> bool:
         """Whether :meth:`check_store` would pass without a call of the store."""
@@ -120,10 +132,12 @@ class Accounts:
             if affordable >= LEAST_REPLY:
                 continue
             if budget.reserved(owner):
-                message = f"The rest of today's {name} is reserved for running replies."
+                message = (
+                    f"The rest of today's {name} is reserved for running replies. Wait for them."
+                )
                 raise Refused(Code.LIMIT, message)
             tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
-            message = f"Too few of today's {name} are left for a reply."
+            message = f"Too few of today's {name} are left for a reply. Try again tomorrow."
             raise Refused(Code.QUOTA, message, retry_after=tomorrow)
         return wanted
 

@@ -335,7 +335,9 @@ class Chats:
 
     def _check_rate(self, account: Account) -> None:
         if wait := self._requests.consume(account, self._loop.time()):
-            raise Refused(Code.LIMIT, "Too many requests at once.", retry_after=wait)
+            raise Refused(
+                Code.LIMIT, "Too many requests at once. Try again in a moment.", retry_after=wait
+            )
 
     def _refuse_method(self, methods: Iterable[str]) -> Response:
         refused = Refused(Code.INVALID_FRAME, "This address has no such method.")

@@ -165,7 +165,9 @@ class Connection:
     def _parse(self, message: str | bytes, stranger: bool, wait: float) -> ClientFrame:  # noqa: FBT001
         """Parse a frame. Refuse without parsing if its size or its number of parts is enough."""
         if wait and len(message) > LONGEST_STOP:
-            raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
+            raise Refused(
+                Code.LIMIT, "Too many requests at once. Try again in a moment.", retry_after=wait
+            )
         if isinstance(message, bytes):
             raise Refused(Code.INVALID_FRAME, "Send JSON as text frames, not binary ones.")
         if stranger and count_parts(message) > AUTH_PARTS:
@@ -186,7 +188,9 @@ class Connection:
                 self._session.check_authenticated()
             self._stop(frame, wait)
         elif wait:
-            raise Refused(Code.LIMIT, "Too many frames at once.", retry_after=wait)
+            raise Refused(
+                Code.LIMIT, "Too many requests at once. Try again in a moment.", retry_after=wait
+            )
         elif isinstance(frame, Ping):
             self._session.write(Pong(request=frame.request))
         else:

@@ -16,12 +16,15 @@ import math
 from enum import StrEnum
 from typing import Self
 
+TELL = "Tell the operator of the server, with the reference of this error."
+
 
 class Code(StrEnum):
     """The ``code`` of an ``error`` frame. The codes are stable: a client may branch on a code.
 
     ``retryable`` says whether the same prompt can succeed later without a change. ``meaning`` is
-    the default message.
+    the default message, for people: what happened, and what to do. Only programmers see the
+    messages of ``invalid_json``, ``invalid_frame`` and ``unknown_type``.
     """
 
     retryable: bool
@@ -38,46 +41,122 @@ class Code(StrEnum):
     # Errors in a client's frame.
     INVALID_JSON = "invalid_json", False, "The frame is not JSON."
     INVALID_FRAME = "invalid_frame", False, "The frame is JSON, but not a frame of the protocol."
-    UNKNOWN_TYPE = "unknown_type", False, "The protocol has no frame of this `type`."
-    TOO_LONG = "too_long", False, "The prompt, or the messages together, are over the limit."
-    ID_CONFLICT = "id_conflict", False, "Another prompt already has this `id`."
-    MODEL_NOT_ALLOWED = "model_not_allowed", False, "The `model` is not on the server's list."
-    NOT_FOUND = "not_found", False, "There is no such generation or conversation."
-    FORGOTTEN = "forgotten", False, "The generation has ended, and the server has deleted it."
-    NOT_LAST = "not_last", False, "The `retry_of` is not the last turn of the conversation."
-    GAP = "gap", False, "The generation has fewer pieces than `after`."
-    NOT_RUNNING = "not_running", False, "There is nothing to stop. Harmless."
+    UNKNOWN_TYPE = "unknown_type", False, "The protocol has no frame of this type."
+    TOO_LONG = "too_long", False, "The message is too long for this server. Shorten it."
+    ID_CONFLICT = "id_conflict", False, "Another prompt already has this id. Choose another id."
+    MODEL_NOT_ALLOWED = (
+        "model_not_allowed",
+        False,
+        "This server does not offer this model. Choose another one.",
+    )
+    NOT_FOUND = (
+        "not_found",
+        False,
+        "The server does not have this. It may have been deleted, or the address is wrong.",
+    )
+    FORGOTTEN = (
+        "forgotten",
+        False,
+        "The server has deleted this reply. Send the message again for a new one.",
+    )
+    NOT_LAST = (
+        "not_last",
+        False,
+        "The conversation has continued, so this reply cannot be replaced. Load it again.",
+    )
+    GAP = (
+        "gap",
+        False,
+        "The server lost a part of this reply. Load the conversation again to see the rest.",
+    )
+    NOT_RUNNING = "not_running", False, "The reply has already ended, so there is nothing to stop."
     UNAUTHENTICATED = (
         "unauthenticated",
         False,
-        "The token is missing, is not valid, or has expired.",
+        "The token is missing, is not valid, or has expired. Enter a valid token.",
     )
     # The server cannot answer the frame now.
-    BUSY = "busy", True, "Another reply of the conversation runs; see `on_busy`."
-    LIMIT = "limit", True, "This client, conversation or server is at a limit."
-    QUOTA = "quota", True, "Too few of today's tokens or dollars are left; see `retry_after`."
-    AUTH_UNAVAILABLE = "auth_unavailable", True, "The server cannot check tokens now."
-    STORE = "store", True, "The server cannot read or save conversations now."
-    SHUTTING_DOWN = "shutting_down", True, "The server shuts down; connect again."
+    BUSY = (
+        "busy",
+        True,
+        "Another reply of this conversation is running. Wait for its end, or stop it.",
+    )
+    LIMIT = "limit", True, "The server is at a limit. Wait a little, and try again."
+    QUOTA = "quota", True, "Today's budget is used up. Try again tomorrow."
+    AUTH_UNAVAILABLE = (
+        "auth_unavailable",
+        True,
+        "The server cannot check tokens now. Try again in a minute.",
+    )
+    STORE = (
+        "store",
+        True,
+        "The server cannot read or save conversations now. Try again in a minute.",
+    )
+    SHUTTING_DOWN = "shutting_down", True, "The server is about to restart. Try again in a moment."
     # Failures of a generation.
-    BAD_REQUEST = "bad_request", False, "The model's API refused the request."
-    CREDENTIALS = "credentials", False, "The model's API refused the server's credentials."
-    MODEL_NOT_FOUND = "model_not_found", False, "The model's API has no such model."
-    REQUEST_TOO_LARGE = "request_too_large", False, "The request is too large for the model's API."
-    RATE_LIMITED = "rate_limited", True, "The model's API limits the rate; see `retry_after`."
-    PROMPT_TOO_LONG = "prompt_too_long", False, "The prompt alone is too long for the model."
-    SPEND_LIMIT = "spend_limit", False, "The server's account at the model's API is at its limit."
-    UPSTREAM_ERROR = "upstream_error", True, "The model's API failed."
-    OVERLOADED = "overloaded", True, "The model's API is overloaded."
-    UNREACHABLE = "unreachable", True, "The server cannot connect to the model's API."
-    REDIRECTED = "redirected", False, "The model's API redirects to another host."
-    UNTRUSTED = "untrusted", False, "The certificate of the model's API is not trusted."
-    TIMEOUT = "timeout", True, "The model was silent for too long."
-    INCOMPLETE = "incomplete", True, "The reply broke off before its end."
-    MALFORMED = "malformed", True, "The response of the model's API is malformed."
-    INTERRUPTED = "interrupted", True, "The server crashed during the reply."
-    REFUSAL = "refusal", False, "The model declined to answer."
-    INTERNAL = "internal", False, "The server failed; `ref` finds the error in its log."
+    BAD_REQUEST = (
+        "bad_request",
+        False,
+        "The model's provider refused the message. Change it, or begin a new conversation.",
+    )
+    CREDENTIALS = (
+        "credentials",
+        False,
+        f"The model's provider refused the server's key. {TELL}",
+    )
+    MODEL_NOT_FOUND = (
+        "model_not_found",
+        False,
+        f"The model's provider has no such model. Choose another one. {TELL}",
+    )
+    REQUEST_TOO_LARGE = (
+        "request_too_large",
+        False,
+        "The message is too large for the model's provider. Shorten it.",
+    )
+    RATE_LIMITED = (
+        "rate_limited",
+        True,
+        "The model gets too many messages now. Wait a little, and try again.",
+    )
+    PROMPT_TOO_LONG = (
+        "prompt_too_long",
+        False,
+        "The message is too long for the model. Shorten it.",
+    )
+    SPEND_LIMIT = (
+        "spend_limit",
+        False,
+        f"The server's account at the model's provider is at its limit. {TELL}",
+    )
+    UPSTREAM_ERROR = (
+        "upstream_error",
+        True,
+        "The model's provider has a failure. Try again in a moment.",
+    )
+    OVERLOADED = "overloaded", True, "The model is overloaded. Wait a little, and try again."
+    UNREACHABLE = (
+        "unreachable",
+        True,
+        "The server cannot connect to the model's provider. Try again in a moment.",
+    )
+    REDIRECTED = (
+        "redirected",
+        False,
+        f"The address of the model's provider has moved. {TELL}",
+    )
+    UNTRUSTED = (
+        "untrusted",
+        False,
+        f"The certificate of the model's provider is not trusted. {TELL}",
+    )
+    TIMEOUT = "timeout", True, "The model was silent for too long. Try again."
+    INCOMPLETE = "incomplete", True, "The reply broke off before its end. Try again."
+    MALFORMED = "malformed", True, "The server could not read the model's reply. Try again."
+    INTERRUPTED = "interrupted", True, "The server crashed during the reply. Try again."
+    REFUSAL = "refusal", False, "The model declined to answer. Ask in another way."
+    INTERNAL = "internal", False, f"The server failed. Try again. {TELL}"
 
 
 UPSTREAM = frozenset(

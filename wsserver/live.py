@@ -100,7 +100,10 @@ class Conversation:
         if self.busy and prompt.on_busy == "reject":
             raise Refused(Code.BUSY)
         if self.busy and prompt.on_busy == "queue" and len(self.queue) >= queue_size:
-            raise Refused(Code.LIMIT, "The conversation's queue is full.")
+            raise Refused(
+                Code.LIMIT,
+                "Too many messages wait in this conversation. Wait for the end of a reply.",
+            )
 
     @property
     def live(self) -> "list[Generation]":

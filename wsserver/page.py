@@ -33,6 +33,7 @@ class Page:
         "compose.js",
         "drafts.js",
         "drawer.js",
+        "errors.js",
         "scroll.js",
         "sidebar.js",
         "turn.js",

@@ -107,10 +107,10 @@ class Requests:
         if idle and isinstance(request, Prompt) and self._prompt_now(request):
             return
         if len(self._waiting) >= REQUESTS:
-            raise Refused(Code.LIMIT, "This socket has too many waiting requests.")
+            raise Refused(Code.LIMIT, "Too many of your requests wait. Try again in a moment.")
         account = self._session.account
         if not self._session.hub.memory.acquire(account, size):
-            raise Refused(Code.LIMIT, "The waiting requests have too many bytes.")
+            raise Refused(Code.LIMIT, "Your waiting requests are too large. Try again in a moment.")
         self._waiting += (Waiting(request, account, size),)
         if self._worker is None:
             self._worker = asyncio.get_running_loop().create_task(self._work())
@@ -273,7 +273,10 @@ class Requests:
         session, following = self._session, self._following
         known = session.hub.known(session.owner, prompt.id) is not None
         if not known and following.active(prompt) >= session.settings.generations_per_socket:
-            raise Refused(Code.LIMIT, "This socket already has its maximum number of generations.")
+            raise Refused(
+                Code.LIMIT,
+                "You already have your maximum number of replies here. Wait for the end of one.",
+            )
 
     def _follow(self, prompt: Prompt, generation: Generation) -> None:
         """Follow the generation of a prompt, from the first piece on."""

@@ -140,7 +140,8 @@ class Scheduler:
         settings = self._settings
         if (size := prompt.size) > settings.prompt_size:
             raise Refused(
-                Code.TOO_LONG, f"The prompt has {size} bytes; {settings.prompt_size} are allowed."
+                Code.TOO_LONG,
+                f"The prompt has {size:,} bytes; {settings.prompt_size:,} are allowed. Shorten it.",
             )
         if prompt.model not in {None, self.runner.model_name, *settings.models}:
             raise Refused(Code.MODEL_NOT_ALLOWED)

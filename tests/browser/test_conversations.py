@@ -69,6 +69,20 @@ async def test_page_reload_keeps_thinking_model_and_usage(page: Page, puppet: Pu
         await expect(text(page)).to_have_text("Hi!")
 
 
+async def test_page_reload_keeps_thinking_of_stopped_reply(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Hello")
+    (await puppet.reply()).say(Thinking("A greeting."), "Hi", Usage(1234, 56))
+    await expect(text(page)).to_have_text("Hi")
+    await page.keyboard.press("Escape")
+    for _ in range(2):
+        await expect(note(page)).to_have_text("Stopped.")
+        await expect(text(page)).to_have_text("Hi")
+        await reply(page).locator("summary").click()
+        await expect(reply(page).locator("details p")).to_have_text("A greeting.")
+        await expect(reply(page).locator(".usage")).to_have_text("puppet · 1,234 tokens in, 56 out")
+        await page.reload()
+
+
 async def test_two_tabs_show_same_reply_and_each_can_stop_it(page: Page, puppet: Puppet) -> None:
     await ask(page, "Count")
     model = (await puppet.reply()).say("one ")

@@ -6,10 +6,10 @@ import pytest
 from playwright.async_api import Page, expect
 
 import wsserver
-from tests.browser.page import ask, box, converse, idle, note, second_tab, text, visit
+from tests.browser.page import ask, box, converse, idle, note, reply, second_tab, text, visit
 from tests.support.client import client
 from tests.support.puppet import Puppet
-from wsserver import Code, End, ModelError
+from wsserver import Code, End, ModelError, Usage
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -38,6 +38,38 @@ async def test_failed_reply_shows_text_reason_and_retry(timed: Page, puppet: Pup
         await expect(again).to_have_count(0)
         await timed.reload()
         await expect(text(timed)).to_have_text("Whole")
+
+
+async def test_page_has_message_of_each_code(page: Page) -> None:
+    shown = await page.evaluate("import('./errors.js').then(({ MEANINGS }) => MEANINGS)")
+    assert shown == {code.value: code.meaning for code in Code}
+
+
+@pytest.mark.parametrize("code", [Code.RATE_LIMITED, Code.CREDENTIALS, Code.INTERNAL])
+async def test_failed_reply_says_what_to_do_and_has_reference(
+    page: Page, server: wsserver.Server, puppet: Puppet, code: Code
+) -> None:
+    await ask(page, "Count")
+    error = RuntimeError("secret") if code is Code.INTERNAL else ModelError(code)
+    (await puppet.reply()).say("Half", Usage(12, 3)).fail(error)
+    await expect(note(page)).to_have_text(code.meaning)
+    reference = reply(page).get_by_role("button", name="Reference")
+    await expect(reference).to_have_text(re.compile(r"^Reference [0-9a-f]{8}$"))
+    label = str(await reference.text_content())
+    await reference.click()
+    await expect(reference).to_have_text("Reference copied")
+    copied = await page.evaluate("navigator.clipboard.readText()")
+    assert f"Reference {copied}" == label
+    await page.reload()
+    await expect(text(page)).to_have_text("Half")
+    await expect(note(page)).to_have_text(code.meaning)
+    await expect(reply(page).locator(".usage")).to_have_text("puppet · 12 tokens in, 3 out")
+    await reference.click()
+    await expect(reference).to_have_text("Reference copied")
+    copied = await page.evaluate("navigator.clipboard.readText()")
+    async with client(server) as other:
+        await other.send({"type": "resume", "id": copied})
+        assert (await other.next("error"))["code"] == code
 
 
 async def test_retry_replaces_failed_turn_in_every_tab(page: Page, puppet: Puppet) -> None:
@@ -76,7 +108,7 @@ async def test_refused_retry_can_be_repeated(blank: Page, puppet: Puppet) -> Non
             await other.prompt("Something else")
             await again.click()
             await expect(blank.locator(".text")).to_have_text(["Half", ""])
-            await expect(note(blank)).to_contain_text("maximum number of generations")
+            await expect(note(blank)).to_contain_text("maximum number of replies")
             await other.send({"type": "stop"})
             await other.next("done")
         await again.click()
@@ -121,7 +153,7 @@ async def test_early_stop_reason_is_shown(
 async def test_refused_prompt_returns_to_text_box(page: Page, puppet: Puppet) -> None:
     long = "x" * 40_000  # over the prompt_size
     await ask(page, long)
-    await expect(note(page)).to_contain_text("The prompt has 40000 bytes; 32768 are allowed.")
+    await expect(note(page)).to_contain_text("The prompt has 40,000 bytes; 32,768 are allowed.")
     await expect(box(page)).to_have_value(long)
     await idle(page)
     assert puppet.replies == []
@@ -130,7 +162,7 @@ async def test_refused_prompt_returns_to_text_box(page: Page, puppet: Puppet) ->
 async def test_prompt_closing_connection_is_not_resent(page: Page, puppet: Puppet) -> None:
     long = "x" * 70_000  # over the message_size
     await ask(page, long)
-    await expect(note(page)).to_have_text("This is too long for the server.")
+    await expect(note(page)).to_have_text("This is too long for the server. Shorten it.")
     await expect(box(page)).to_have_value(long)
     await ask(page, "Short")
     (await puppet.reply()).say("Fine").end()

@@ -44,7 +44,9 @@ class FairLock:
             return
         mine = self._waiting.get(owner)
         if mine is not None and len(mine) >= MOST_WAITING:
-            raise Refused(Code.LIMIT, "Too many of your requests wait for the store.")
+            raise Refused(
+                Code.LIMIT, "Too many of your requests wait for the store. Try again in a moment."
+            )
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(owner, deque()).append(turn)
         try:

@@ -5,6 +5,7 @@ import { Composer, isComposing } from './compose.js'
 import { copy, find } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
+import { messageOf, referenceOf, showReference } from './errors.js'
 import { foldCode } from './markdown.js'
 import { followEnd, keepInPlace, stayHere } from './scroll.js'
 import { Sidebar } from './sidebar.js'
@@ -83,8 +84,8 @@ chat.on('reply', (reply) => {
 })
 
 chat.on('error', (error) => {
-  const { code, message } = /** @type {Partial<import('./client.js').ReplyError>} */ (error)
-  if (code !== 'not_found') showNotice(message ?? String(error))
+  const { code } = /** @type {Partial<import('./client.js').ReplyError>} */ (error)
+  if (code !== 'not_found') showFailure(error)
   else if (current !== undefined && chat.conversation !== current) {
     followed = undefined
     showNotice('The server no longer has this conversation. Your next message starts a new one.')
@@ -154,8 +155,8 @@ async function open(id) {
     await chat.open(id)
   } catch (error) {
     if (id !== current) return
-    const { message, code, retryable } = /** @type {import('./client.js').ReplyError} */ (error)
-    if (code !== 'not_found') return showNotice(message, retryable ? () => open(id) : undefined)
+    const { code, retryable } = /** @type {import('./client.js').ReplyError} */ (error)
+    if (code !== 'not_found') return showFailure(error, retryable ? () => open(id) : undefined)
     const restored = drafts.restoreUnsent(id, undefined, () => false)
     startNew()
     showNotice(restored ? 'Your message did not reach the server. Send it again.' : 'There is no such conversation.')
@@ -218,7 +219,7 @@ older.addEventListener('click', async () => {
     })
     if (older.hidden) composer.focus(true)
   } catch (error) {
-    showNotice(error instanceof Error ? error.message : String(error))
+    showFailure(error)
   }
 })
 
@@ -354,11 +355,18 @@ function showTitle() {
 
 /** @param {string} text @param {() => void} [retry] What the button of the notice does. */
 function showNotice(text, retry) {
-  const button = find(notice, 'button', HTMLButtonElement)
+  const button = find(notice, '.again', HTMLButtonElement)
+  showReference(find(notice, '.reference', HTMLButtonElement), undefined)
   find(notice, 'span', HTMLElement).textContent = text
   notice.hidden = !text
   button.hidden = !retry
   button.onclick = retry ?? null
+}
+
+/** @param {unknown} error @param {() => void} [retry] */
+function showFailure(error, retry) {
+  showNotice(messageOf(error), retry)
+  showReference(find(notice, '.reference', HTMLButtonElement), referenceOf(error))
 }
 
 // Input.

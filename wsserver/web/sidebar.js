@@ -1,6 +1,7 @@
 /** The list of conversations: open, rename, delete, load more. */
 
 import { cloneTemplate, find } from './dom.js'
+import { messageOf } from './errors.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
 /** @typedef {import('./client.js').Item} Item */
@@ -93,7 +94,7 @@ export class Sidebar {
 
   /** @param {unknown} error */
   #showFailure(error) {
-    failure.textContent = error instanceof Error ? error.message : String(error)
+    failure.textContent = messageOf(error)
     failure.hidden = false
   }
 

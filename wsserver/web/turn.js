@@ -2,6 +2,7 @@
 
 import { ReplyError } from './client.js'
 import { copy, cloneTemplate, find } from './dom.js'
+import { meaningOf, showReference } from './errors.js'
 import { Markdown } from './markdown.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
@@ -20,11 +21,9 @@ const STOPPED_BY = /** @type {Record<string, string>} */ ({
 const PARTIAL = /** @type {Record<string, string>} */ ({
   ...STOPPED_BY,
   cut: 'Shortened, because it is too long to load again.',
-  interrupted: 'Incomplete, because the server crashed.',
-  refusal: 'The model declined to continue.',
 })
 const RETRYABLE = [ // codes of errors, and causes of a stop, after which a retry can succeed
-  'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted', 'timeout', 'disconnect', 'shutdown',
+  'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted', 'internal', 'timeout', 'disconnect', 'shutdown',
 ]
 const UNSENT_BY = /** @type {Record<string, string>} */ ({ // why a prompt was not sent to the model
   client: 'Not sent.',
@@ -47,6 +46,7 @@ export class Turn {
   #thinking = find(this.element, 'details p', HTMLElement)
   #text = find(this.element, '.text', HTMLElement)
   #note = find(this.element, '.note', HTMLElement)
+  #reference = find(this.element, '.reference', HTMLButtonElement)
   #usage = find(this.element, '.usage', HTMLElement)
   #copy = find(this.element, '.copy', HTMLButtonElement)
   #retry = find(this.element, '.retry', HTMLButtonElement)
@@ -142,8 +142,10 @@ export class Turn {
     this.#markdown.write(text)
     this.#wholeText = text
     this.#usage.textContent = describeUsage(model, usage)
-    const note = partial ? (PARTIAL[partial] ?? `Incomplete after an error (${partial.replaceAll('_', ' ')}).`) : text ? '' : 'There is no reply.'
-    this.#finish(note, partial !== undefined && !(partial in STOPPED_BY) && partial !== 'cut')
+    const note = partial ? (PARTIAL[partial] ?? meaningOf(partial)) : text ? '' : 'There is no reply.'
+    const failed = partial !== undefined && !(partial in PARTIAL)
+    this.#finish(note, failed)
+    showReference(this.#reference, failed ? this.id : undefined) // the log has the id of the reply, too
     if (partial !== undefined && RETRYABLE.includes(partial)) this.#offerRetry(0)
   }
 
@@ -237,7 +239,8 @@ export class Turn {
     this.#summary.textContent = 'Thought'
     if (error) {
       this.#finish(error.message, true)
-      if (error.retryable) this.#offerRetry(error.retryAfter ?? 0)
+      showReference(this.#reference, error.ref)
+      if (error.retryable || RETRYABLE.includes(error.code)) this.#offerRetry(error.retryAfter ?? 0)
     } else this.#finish(result ? describeEnd(result) : '', result?.saved === false)
     if (RETRYABLE.includes(result?.by ?? '')) this.#offerRetry(0)
     this.#showQueue()
