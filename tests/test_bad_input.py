@@ -89,12 +89,12 @@ BAD = {
     "prompt too long": (
         json.dumps({"prompt": "é" * 20_000}, ensure_ascii=False),
         "too_long",
-        "40000 bytes",
+        "40,000 bytes",
     ),
     "system too long": (
         json.dumps({"prompt": "x", "system": "y" * 40_000}),
         "too_long",
-        "40001 bytes",
+        "40,001 bytes",
     ),
     "model not on the list": ('{"prompt": "x", "model": "gpt"}', "model_not_allowed", ""),
 }

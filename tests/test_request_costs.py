@@ -163,7 +163,7 @@ async def test_request_without_memory_is_refused(
             store.gate.set()
             error = await chat.next("error", request="r3")
             assert (error["code"], error["retryable"]) == ("limit", True)
-            assert "bytes" in error["message"]
+            assert "too large" in error["message"]
 
 
 @pytest.mark.parametrize(
