@@ -231,6 +231,8 @@ class Chats:
     ) -> Stream:
         """Accept the newest message of a chat; see :func:`wsserver.dialects.chat.prompt_keys`."""
         owner, conversations = _owner(visitor), self._hub.conversations
+        if "id" not in chat.keys:  # else the reply may be known, and is given again
+            self._hub.scheduler.check_limits(visitor.account)
         async with conversations.pin(chat.conversation, owner, load=True) as conversation:
             turns = [turn.id for turn in conversation.turns]
             turns += [generation.id for generation in conversation.live]

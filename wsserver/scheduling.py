@@ -91,7 +91,7 @@ class Scheduler:
             found = await self._retention.find(owner, prompt.id, account)
             if found is not None:
                 return _of_prompt(found, prompt)
-        self._check_limits(account)
+        self.check_limits(account)
         async with contextlib.AsyncExitStack() as stack:
             conversation = None
             if prompt.messages is None:
@@ -146,7 +146,12 @@ class Scheduler:
         if prompt.model not in {None, self.runner.model_name, *settings.models}:
             raise Refused(Code.MODEL_NOT_ALLOWED)
 
-    def _check_limits(self, account: Account) -> None:
+    def check_limits(self, account: Account) -> None:
+        """Check that an account may send a prompt now. This check does not use the store.
+
+        Raises:
+            Refused: the server is shutting down, or it or the account is at a limit.
+        """
         if self.draining:
             raise Refused(Code.SHUTTING_DOWN)
         self._accounts.check(account, len(self.live))
@@ -168,7 +173,7 @@ class Scheduler:
         known = None if prompt.id is None else self._retention.known(owner, prompt.id)
         if known is not None:
             return _of_prompt(known, prompt)
-        self._check_limits(account)
+        self.check_limits(account)
         if conversation is not None:
             conversation.check(prompt, self._settings.queue_size)
         model = prompt.model or self.runner.model_name

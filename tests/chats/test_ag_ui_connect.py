@@ -9,7 +9,7 @@ import wsserver
 from tests.chats.events import Chat
 from tests.chats.runs import THREAD, connect, events_of, run, run_input
 from tests.support.pieces import Thinking
-from tests.support.puppet import Puppet, until
+from tests.support.puppet import BOUND, Puppet, until
 from wsserver.content import ToolUse
 
 
@@ -82,6 +82,16 @@ async def test_run_with_an_id_outlives_its_client(server: wsserver.Server, puppe
     texts = [event for event in events if event["type"] == "TEXT_MESSAGE_CONTENT"]
     assert "".join(event["delta"] for event in texts) == "one two"
     assert {event["messageId"] for event in texts} == {name}
+
+
+async def test_run_whose_id_is_null_is_stopped_by_its_client(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Chat.open(server) as chat:
+        chat.send("POST", "/agui", run_input(("user", "?"), forwardedProps={"id": None}))
+        reply = await puppet.reply()
+    async with asyncio.timeout(BOUND):  # less than the grace time
+        await reply.closed.wait()
 
 
 async def test_snapshot_leaves_out_the_turn_that_is_replaced(

@@ -135,6 +135,30 @@ async def test_requests_over_the_rate_are_refused(puppet: Puppet) -> None:
                 assert (got, "retry-after" in headers) == (status, status == 429)
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/agui"])
+async def test_prompt_over_the_limit_does_not_read_its_chat_from_the_store(
+    puppet: Puppet, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    loaded: list[str] = []
+
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, prompts_per_minute=1) as server:
+        load = server.app.store.load
+
+        async def note(name: str, *args: Any, **given: Any) -> Any:
+            loaded.append(name)
+            return await load(name, *args, **given)
+
+        monkeypatch.setattr(server.app.store, "load", note)
+        async with Chat.open(server) as chat:
+            await chat.prompt(ONE)
+        message = {"role": "user", "content": "x", "parts": [{"type": "text", "text": "x"}]}
+        body = {"id": "chat", "threadId": "chat", "runId": "run", "messages": [message]}
+        async with Chat.open(server) as chat:
+            status, error = await chat.ask("POST", path, body)
+            assert (status, error["code"]) == (429, "limit")
+    assert not loaded
+
+
 async def test_busy_conversation_refuses_a_second_prompt(
     server: wsserver.Server, puppet: Puppet
 ) -> None:

@@ -42,7 +42,7 @@ def parse_chat(body: Mapping[str, Any]) -> Chat:
     messages, keys = separate_system(given)
     props = body.get("forwardedProps")
     if isinstance(props, dict):
-        keys |= {key: props[key] for key in _SETTINGS if key in props}
+        keys |= {key: props[key] for key in _SETTINGS if props.get(key) is not None}
     return Chat(conversation_of(body["threadId"]), messages, keys)
 
 
@@ -215,7 +215,7 @@ def _messages(message: Message, name: str) -> list[dict[str, Any]]:
         if isinstance(block, Thinking):
             key = f"{name}-{number}"
             found[key] = {"id": key, "role": "reasoning", "content": block.thinking}
-        elif isinstance(block, Text):
+        elif isinstance(block, Text) and name not in found:
             found[name] = {"id": name, "role": "assistant", "content": message.text}
     return list(found.values())
 
