@@ -168,3 +168,14 @@ async def test_page_keeps_up_with_fast_model(blank: Page) -> None:
             assert len(long) <= 3, long  # on a busy machine
         shown = await text(blank).inner_text()
         assert shown.count("fast") == 9_000 // len(words) + 1
+
+
+async def test_page_is_small_before_it_shows_formulas(page: Page) -> None:
+    sizes: dict[str, int] = await page.evaluate(
+        """() => Object.fromEntries(['navigation', 'resource'].flatMap((kind) =>
+            performance.getEntriesByType(kind).map((each) =>
+                [new URL(each.name).pathname, each.encodedBodySize])))"""
+    )
+    assert {"/", "/page.js", "/page.css", "/libraries/markdown.js"} <= sizes.keys()
+    assert all(sizes.values()), sizes
+    assert sum(sizes.values()) < 150_000, sizes
