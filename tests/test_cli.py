@@ -150,7 +150,7 @@ def test_missing_uvloop_is_refused_if_required(
     assert "uvloop is not installed" in fails(capsys, "serve", "--event-loop", "uvloop")
 
 
-async def test_error_of_second_server_names_other_stores(
+async def test_error_of_second_server_names_other_port_and_stores(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     async with run(*SERVE) as process:
@@ -158,6 +158,7 @@ async def test_error_of_second_server_names_other_stores(
         # As if the same command is given twice: the port is in use too.
         line = await asyncio.to_thread(fails, capsys, "serve", "--port", first.split(":")[-1][:-1])
         assert "conversations.sqlite" in line
+        assert "--port" in line
         assert "--store sqlite:///PATH" in line
         assert "--store memory:" in line
         async with run(*SERVE, "--store", "memory:") as second:

@@ -167,7 +167,8 @@ class SqliteStore:
             lock.close()
             raise ConfigError(
                 f"store: another server uses {self._path}; stop that server, or start this one "
-                "with another file (--store sqlite:///PATH) or none (--store memory:)"
+                "with another --port and another file (--store sqlite:///PATH) or none "
+                "(--store memory:)"
             ) from None
         return lock
 
