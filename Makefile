@@ -143,7 +143,12 @@ nginx-light haproxy caddy redis-server:
 		! command -v systemctl >/dev/null \
 		|| $$SUDO systemctl disable --now --quiet $(@:-light=) 2>/dev/null || true
 
-# The packages to publish: see CONTRIBUTING.md. TypeScript makes the types from the comments.
+# The packages to publish: see CONTRIBUTING.md.
+.PHONY: wheel
+wheel: $(VENV)/test.stamp ## make the wheel and the source distribution, in dist/
+	$(BIN)/python -m build --no-isolation --outdir $(DIST)
+
+# TypeScript makes the types from the comments.
 NPM_FILES := $(addprefix wsserver/web/,client.js ai-sdk.js react.js package.json README.md) LICENSE
 
 .PHONY: npm-package

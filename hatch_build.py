@@ -1,7 +1,8 @@
-"""Bundles the page's libraries from npm when a wheel or an editable installation is built.
+"""Bundles the page's libraries from npm when a package or an editable installation is built.
 
 The lock file pins the versions and the hashes of the packages. Without npm, or without a network,
-the installation has a page without Markdown.
+the installation has a page without Markdown. A source distribution has the bundles: to build a
+wheel of it, npm is not needed.
 """
 
 import hashlib

@@ -47,7 +47,11 @@ class Process:
 
 @asynccontextmanager
 async def run(
-    *arguments: str, cwd: Path | None = None, descriptors: str = "", **env: str
+    *arguments: str,
+    python: Path | str = sys.executable,
+    cwd: Path | None = None,
+    descriptors: str = "",
+    **env: str,
 ) -> AsyncIterator[Process]:
     """Run ``python arguments``; kill it if it still runs in the end.
 
@@ -57,7 +61,7 @@ async def run(
     if descriptors:
         limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, 2 * (int(descriptors),))
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
+        python,
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
