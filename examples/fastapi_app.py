@@ -1,7 +1,7 @@
 """A FastAPI program with a chat at /chat, whose users are those of the program.
 
-    pip install wsserver fastapi uvicorn
-    uvicorn fastapi_app:app
+    pip install . fastapi uvicorn
+    uvicorn --app-dir examples fastapi_app:app
 
 Open http://127.0.0.1:8000/login/ada, and then http://127.0.0.1:8000/chat/.
 """

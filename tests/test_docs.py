@@ -380,3 +380,11 @@ def test_links_within_project_exist(document: str) -> None:
             headings = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
             assert anchor in anchors, f"{target}#{anchor}"
+
+
+def test_no_document_installs_unpublished_package() -> None:
+    patterns = ("*.md", "examples/**/*.*", "wsserver/**/*.md", "wsserver/**/*.py")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    assert ROOT / "README.md" in files
+    install = re.compile(rb"(?:pip|npm) install (?:-\S+ )*['\"]?wsserver")
+    assert [path.name for path in files if install.search(path.read_bytes())] == []

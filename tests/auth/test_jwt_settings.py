@@ -122,5 +122,5 @@ async def test_reload_reads_secret_file(tmp_path: Path, caplog: pytest.LogCaptur
 def test_missing_pyjwt_error_names_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jwt", None)
     monkeypatch.delitem(sys.modules, "wsserver.auth.jwt")
-    with pytest.raises(ConfigError, match=r"pip install wsserver\[jwt\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'PyJWT\[crypto\]'"):
         importlib.import_module("wsserver.auth.jwt")

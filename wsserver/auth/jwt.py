@@ -21,7 +21,7 @@ try:
     import jwt
     from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
 except ImportError as missing:
-    raise ConfigError("JSON Web Tokens need PyJWT: pip install wsserver[jwt]") from missing
+    raise ConfigError("JSON Web Tokens need PyJWT: pip install 'PyJWT[crypto]'") from missing
 
 MAX_TOKEN = 8192  # characters; most proxies refuse a longer header
 MAX_NAME = 256  # characters

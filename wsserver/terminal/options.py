@@ -94,5 +94,5 @@ def _require_libraries() -> None:
         import rich  # noqa: F401, PLC0415
     except ImportError as error:
         raise ConfigError(
-            f"a dialogue needs {error.name}: pip install 'wsserver[chat]'; --once works without"
+            f"a dialogue needs {error.name}: pip install prompt_toolkit rich; --once works without"
         ) from None
