@@ -287,6 +287,7 @@ class Conversations:
             StoreError: the title cannot be saved.
         """
         async with self.pin(name, owner) as conversation:
+            conversation.renamed = True
             await self._journal.flush()
             if not await self._store.rename(name, owner, title):
                 raise Refused(Code.NOT_FOUND)
@@ -294,3 +295,29 @@ class Conversations:
             for watcher in others:
                 watcher.renamed(conversation, title)
             return len(others)
+
+    async def entitle(self, name: str, owner: str, title: str, replaced: str) -> None:
+        """Replace a title that the server made, and notify all watchers.
+
+        A title that a client gave stays, even if the client gives it during this call.
+
+        Args:
+            name: the id of the conversation.
+            owner: the owner of the conversation.
+            title: the new title.
+            replaced: the title that the server made.
+
+        Raises:
+            Refused: the conversation was deleted.
+            StoreError: the title cannot be saved.
+        """
+        async with self.pin(name, owner) as conversation:
+            await self._journal.flush()
+            stored = await self._store.load(name, owner, limit=1, size=1)
+            if stored is None or stored.title != replaced:
+                return
+            if conversation.renamed or conversation.deleted:
+                return
+            if await self._store.rename(name, owner, title) and not conversation.renamed:
+                for watcher in tuple(conversation.watchers):
+                    watcher.renamed(conversation, title)

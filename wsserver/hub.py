@@ -19,6 +19,7 @@ from wsserver.scheduling import Scheduler
 from wsserver.settings import Settings
 from wsserver.stores.base import Store
 from wsserver.telemetry import Metrics
+from wsserver.titles import Titles
 from wsserver.upkeep import Upkeep
 
 UNAWARE = 15.0  # seconds for a client to notice that its connection is dead, and to reconnect
@@ -70,7 +71,9 @@ class Hub:
             retention=self.retention,
             report=self.reporter,
             memory=memory,
+            on_turn=self._turn_ended,
         )
+        self._titles = Titles(model, settings, self.scheduler, self.conversations)
         self._runner = self.scheduler.runner
         self.model_name = self._runner.model_name  # the model's name for clients
         self.upkeep = Upkeep(  # deletes what has expired from the store
@@ -80,6 +83,9 @@ class Hub:
             retention=settings.retention_days * SECONDS_PER_DAY,
         )
         self._detached: set[asyncio.Task[None]] = set()  # requests of disconnected clients
+
+    def _turn_ended(self, generation: Generation) -> None:
+        self._titles.turn_ended(generation)
 
     @property
     def live(self) -> int:
@@ -240,6 +246,7 @@ class Hub:
             within: seconds for models to close their requests.
         """
         self.scheduler.draining = True
+        await self._titles.close()
         self._stop_all()
         if tasks := {*self._runner.tasks, *self._detached}:
             await asyncio.wait(tasks, timeout=within)

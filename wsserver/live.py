@@ -67,6 +67,7 @@ class Conversation:
     exists: bool = False  # the conversation has a turn, or a generation was accepted in it
     loaded: bool = False  # `exists` and `turns` are known
     deleted: bool = False  # the conversation was deleted, or is being deleted
+    renamed: bool = False  # a client gave it a title, or is about to
     # The number of requests that use this object. While there is one, the object stays in memory,
     # and the conversation has no second object.
     pins: int = 0

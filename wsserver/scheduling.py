@@ -6,6 +6,7 @@ The scheduler first reads from the store. Then it checks and starts a prompt wit
 import asyncio
 import contextlib
 import secrets
+from collections.abc import Callable
 
 from wsserver.accounts import Accounts
 from wsserver.context import tokens_of
@@ -35,6 +36,7 @@ class Scheduler:
         retention: finds the generation of a prompt that is sent again.
         report: reports each start and end.
         memory: counts the bytes of the generations.
+        on_turn: called with each generation of a conversation that has ended.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Scheduler:
         retention: Retention,
         report: Reporter,
         memory: Memory,
+        on_turn: Callable[[Generation], None],
     ) -> None:
         self._settings = settings
         self._journal = journal
@@ -55,6 +58,7 @@ class Scheduler:
         self._conversations = conversations
         self._retention = retention
         self._memory = memory
+        self._on_turn = on_turn
         self._loop = asyncio.get_running_loop()
         self.runner = Runner(  # runs the generations
             model,
@@ -102,6 +106,22 @@ class Scheduler:
             new = conversation is not None and not conversation.exists
             await self._accounts.check_store(owner, new=new)
             return self._accept(prompt, owner, account, conversation, sender)
+
+    async def accept_own(self, prompt: Prompt, owner: str, account: Account) -> Generation:
+        """Accept a prompt of the server's own, outside of conversations, for any model.
+
+        Args:
+            prompt: the prompt.
+            owner: the owner whose budget pays.
+            account: the account whose limits apply.
+
+        Raises:
+            Refused: the prompt is not accepted, and nothing has changed.
+            StoreError: the spending of the owner cannot be read.
+        """
+        self.check_limits(account)
+        await self._accounts.check_store(owner, new=False)
+        return self._accept(prompt, owner, account, None, None)
 
     def accept_now(
         self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher | None
@@ -246,6 +266,7 @@ class Scheduler:
             self._retention.retain(generation)
         if conversation is not None:
             self._start_next(conversation, generation)
+            self._on_turn(generation)
 
     def _start_next(self, conversation: Conversation, ended: Generation) -> None:
         conversation.version += 1

@@ -115,6 +115,10 @@ class Settings(BaseSettings):
     models: Names = ()
     """Other models that a prompt may choose. Separated by commas. Empty by default, because each
     model has its own price."""
+    titles: str = ""
+    """Model that writes the titles of conversations. One short request after the first reply; it
+    counts for the principal. A name of a model, `on` for the model that replied, or `off` for the
+    first words of the prompt. Empty: `on` for `anthropic:` and `openai:`, else `off`."""
     system: str = ""
     """System prompt for prompts that have none."""
     max_tokens: Tokens = 8192

@@ -68,10 +68,11 @@ class Model(Protocol):
     To stop a reply, the server cancels the task that iterates, and closes the iterator. The
     iterator has to close its connections at that moment, with ``async with`` or ``finally``.
 
-    A model may have a ``name`` for clients and a ``provider`` for traces. It may have three
-    methods, each an ``async def`` without arguments. The server calls ``prepare`` when it listens,
-    ``warm`` when a client connects or sends its first frame, and ``aclose`` at its own close, if it
-    made the model.
+    A model may have a ``name`` for clients and a ``provider`` for traces. A model whose
+    ``writes_titles`` is true also writes the titles of conversations, unless the setting ``titles``
+    says otherwise. A model may have three methods, each an ``async def`` without arguments. The
+    server calls ``prepare`` when it listens, ``warm`` when a client connects or sends its first
+    frame, and ``aclose`` at its own close, if it made the model.
 
     Raises:
         ModelError: the reply failed, and the client gets the code and the message. Of any other

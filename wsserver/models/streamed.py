@@ -70,6 +70,8 @@ class StreamedModel:
         source: the URL and the headers.
     """
 
+    writes_titles = True
+
     def __init__(self, name: str, settings: Settings, source: Source) -> None:
         self.name = name
         self.settings = settings

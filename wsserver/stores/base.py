@@ -315,7 +315,12 @@ def turn_of(
 
 def title_of(prompt: Prompt) -> str:
     """Make a title from the first prompt: one line, cut at the end of a word."""
-    text = "" if prompt.prompt is None else " ".join(prompt.new_messages[0].text.split())
+    return "" if prompt.prompt is None else shorten(prompt.new_messages[0].text)
+
+
+def shorten(text: str) -> str:
+    """Make a title from a text: one line, cut at the end of a word."""
+    text = " ".join(text.split())
     if len(text) <= TITLE_LENGTH:
         return text
     space = text.rfind(" ", TITLE_LENGTH // 2, TITLE_LENGTH)

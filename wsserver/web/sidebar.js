@@ -31,7 +31,7 @@ export class Sidebar {
     this.chat = chat
     this.listener = listener
     more.addEventListener('click', () => this.#loadMore())
-    chat.on('renamed', () => this.refresh()) // by another browser
+    chat.on('renamed', () => this.announce()) // by the server, or by another browser
     chat.on('deleted', ({ conversation }) => this.#forget(conversation)) // by another browser
     otherTabs.addEventListener('message', ({ data }) => {
       if (typeof data === 'string') this.#forget(data)
