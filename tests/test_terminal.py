@@ -153,7 +153,7 @@ async def test_alt_r_repeats_prompt_and_replaces_turn(
         await person.sees("[there is no prompt to repeat]")
         person.types("Tell me a story\r")
         (await puppet.reply()).say("Half").fail(ModelError(Code.OVERLOADED))
-        await person.sees("(overloaded); try again; /retry repeats it]")
+        await person.sees("(overloaded); /retry repeats it]")
         person.types("\x1br")
         await person.sees("> Tell me a story", times=2)
         (await puppet.reply(1)).say("Whole").end()
@@ -179,7 +179,7 @@ async def test_killed_server_is_told_and_text_is_kept(tmp_path: Path) -> None:
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(run(*serve_))
         await first.line("listening")
-        person = await stack.enter_async_context(terminal(f"ws://127.0.0.1:{port}"))
+        person = await stack.enter_async_context(terminal(f"ws://127.0.0.1:{port}", size="200x30"))
         await person.ready()
         person.types("Tell me a story\r")
         await person.sees("This is the demo model")
@@ -189,7 +189,7 @@ async def test_killed_server_is_told_and_text_is_kept(tmp_path: Path) -> None:
             "[connection lost, trying again… The text so far stays; Ctrl-C twice gives up.]"
         )
         await stack.enter_async_context(run(*serve_))
-        await person.sees("(interrupted); the text that arrived is kept; try again;")
+        await person.sees("(interrupted); the text that arrived is kept; /retry")
         await person.ready()
         assert "This is the demo model" in person.text
 
@@ -257,7 +257,8 @@ async def test_end_of_each_reply_is_marked(server: wsserver.Server, puppet: Pupp
         person.child.kill(signal.SIGINT)
         await person.sees("[stopped]")
     async with terminal(server.url, "--conversation", CONVERSATION) as person:
-        await person.sees("[incomplete: client]")
+        await person.sees("> Two\ny\n[incomplete: refusal]\n")
+        await person.sees("> Three\nz\n[stopped]\n")
 
 
 async def test_continued_conversation_shows_last_messages(
@@ -292,6 +293,44 @@ async def test_running_reply_of_continued_conversation_is_followed(
         said.say("theless").end()
         await second.sees("nevertheless")
         await first.sees("nevertheless")
+
+
+async def test_prompt_waits_for_reply_of_other_client(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    arguments = (server.url, "--conversation", CONVERSATION)
+    async with terminal(*arguments) as first, terminal(*arguments) as second:
+        await first.ready()
+        await second.ready()
+        first.types("One\r")
+        said = (await puppet.reply()).say("1")
+        await first.sees("> One\n1\n")
+        second.types("Two\r")
+        await second.sees("[waiting, place 1 in the queue…]")
+        said.end()
+        (await puppet.reply(1)).say("2").end()
+        await second.sees("> Two\n2\n")
+
+
+async def test_only_last_messages_of_long_conversation_are_shown(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with connect(server.url, conversation=CONVERSATION) as chat:
+        for number in range(4):
+            reply = chat.prompt(f"Prompt {number}")
+            (await puppet.reply(number)).say(f"Answer {number}").end()
+            await reply.done()
+    async with terminal(server.url, "--conversation", CONVERSATION) as person:
+        shown = await person.sees("[2 earlier messages]\n> Prompt 1\nAnswer 1\n")
+        assert "Prompt 0" not in shown.partition("[2 earlier")[2]
+
+
+async def test_text_that_is_no_unicode_is_refused(server: wsserver.Server) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.child.send(b"a\xffb\r")
+        await person.sees("[this cannot be sent as text]")
+        await person.ready()
 
 
 async def test_history_shows_thinking_model_and_usage() -> None:

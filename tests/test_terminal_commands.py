@@ -105,7 +105,7 @@ async def test_model_and_system_are_sent_with_next_prompts(puppet: Puppet) -> No
         person.types("/model wrong\r")
         await person.sees("[model: wrong]")
         person.types("Two\r")
-        await person.sees("(model_not_allowed); choose another model, or none]")
+        await person.sees("(model_not_allowed)]")
         person.types("/model -\r/system -\r")
         await person.sees("[model: the default of the server]")
         await person.sees("[system prompt: none]")
@@ -220,6 +220,13 @@ async def test_failed_editor_keeps_text(server: wsserver.Server) -> None:
         person.types("/edit some text\r")
         await person.sees("No such file or directory")
         await person.sees("> some text")
+
+
+async def test_missing_editor_is_told(server: wsserver.Server) -> None:
+    async with terminal(server.url, VISUAL="", EDITOR="", PATH="/nowhere") as person:
+        await person.ready()
+        person.types("/edit\r")
+        await person.sees("[there is no editor: set VISUAL or EDITOR]\n>")
 
 
 def test_editor_is_visual_then_editor_then_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Markdown that streams to a terminal: parts are printed once, and nothing is lost."""
 
 import re
+from time import time
 from typing import ClassVar
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from wsserver.terminal.blocks import LONGEST_BLOCK, LONGEST_PARAGRAPH
 from wsserver.terminal.rendering import MarkdownRenderer, Painter, PlainRenderer, Renderer
-from wsserver.terminal.wording import escape
+from wsserver.terminal.wording import age, escape, quoted
 
 ANSWER = """\
 # A title
@@ -156,7 +157,42 @@ def test_endless_line_is_cut() -> None:
     assert printed
     printed += renderer.take(100, final=True)
     assert "".join(printed).count("|") == 300_000
-    assert LONGEST_BLOCK < 300_000
+    assert LONGEST_BLOCK < 100_000
+
+
+def test_long_code_span_is_not_cut() -> None:
+    text = "`" + " ".join(f"word{number}" for number in range(200)) + "`"
+    renderer = MarkdownRenderer(Painter())
+    renderer.feed(text)
+    assert renderer.take(40) == []
+    renderer.feed(" and more")
+    printed = renderer.take(40, final=True)
+    assert "`" not in "".join(printed)
+    assert plain(printed).split() == [*text.strip("`").split(), "and", "more"]
+
+
+def test_long_table_shows_its_source_until_it_is_complete() -> None:
+    renderer = MarkdownRenderer(Painter())
+    renderer.feed("| a | b |\n|---|---|\n" + "".join(f"| x{n} | y |\n" for n in range(400)))
+    assert renderer.take(40) == []
+    assert renderer.live(40)[-2] == "| x399 | y |"
+    renderer.feed("\nEnd\n")
+    printed = plain(renderer.take(40, final=True)).split("\n")
+    assert [line.split() for line in printed[2:4]] == [["x0", "y"], ["x1", "y"]]
+    assert printed[-3].split() == ["x399", "y"]
+    assert printed[-1] == "End"
+
+
+def test_endless_list_item_is_cut_at_a_line() -> None:
+    renderer = MarkdownRenderer(Painter())
+    printed: list[str] = []
+    for number in range(9000):
+        renderer.feed(f"- {number}\n" if not number else f"  line {number}\n")
+        if not number % 500:
+            printed += renderer.take(100)
+    assert printed
+    words = plain(printed + renderer.take(100, final=True)).split()
+    assert [word for word in words if word.isdecimal()] == [str(n) for n in range(9000)]
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:
@@ -187,6 +223,7 @@ def test_no_color_keeps_only_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_text_is_unchanged() -> None:
     assert streamed(PlainRenderer(), cut(ANSWER, [7])) + "\n" == ANSWER
+    assert streamed(PlainRenderer(), cut(ANSWER + "no end", [7])) == ANSWER + "no end"
 
 
 def test_plain_text_shows_end_of_line_that_grows() -> None:
@@ -207,3 +244,16 @@ def test_plain_text_shows_end_of_line_that_grows() -> None:
 )
 def test_escape_keeps_line_ends_and_tabs(text: str, shown: str) -> None:
     assert escape(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(-5, "now"), (59, "now"), (3599, "59 min ago"), (90000, "1 d ago")]
+)
+def test_age_has_one_unit(seconds: float, shown: str) -> None:
+    assert age(time() - seconds) == shown
+
+
+def test_long_prompt_is_shown_in_part() -> None:
+    assert quoted("one\ntwo\x1b") == "> one\n  two\\x1b"
+    assert quoted("\n".join(map(str, range(25)))).endswith("\n  19\n  [15 more characters]")
+    assert quoted(2500 * "x") == f"> {2000 * 'x'}\n  [500 more characters]"

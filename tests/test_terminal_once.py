@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 import wsserver
-from tests.support.puppet import BOUND, Puppet
-from tests.support.terminal import once, outcome
-from wsserver import Code, ModelError
+from tests.support.line import Line
+from tests.support.puppet import BOUND, Puppet, until
+from tests.support.terminal import once, outcome, terminal
+from wsserver import Code, End, ModelError
 from wsserver.cli import main
 from wsserver.client import connect
+from wsserver.terminal import Options, Terminal
 
 CONVERSATION = "a-conversation-of-mine"
 
@@ -44,6 +46,71 @@ async def test_once_reads_prompt_from_pipe(server: wsserver.Server, puppet: Pupp
         async with asyncio.timeout(BOUND):
             assert await process.stdout.read() == b"x"
             assert await process.wait() == 0
+
+
+async def test_piped_text_comes_before_prompt(server: wsserver.Server, puppet: Puppet) -> None:
+    async with once(server.url, "--once", "Summarise", given="one\ntwo\n\n") as process:
+        reply = await puppet.reply()
+        assert reply.request.prompt == "one\ntwo\n\nSummarise"
+        reply.say("x").end()
+        assert await outcome(process) == (0, "x", "")
+
+
+async def test_file_comes_before_prompt_and_device_does_not(
+    server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    (tmp_path / "notes").write_text("a note\n")
+    for number, (name, prompt) in enumerate(
+        [(str(tmp_path / "notes"), "a note\n\nSummarise"), ("/dev/null", "Summarise")]
+    ):
+        process = await asyncio.create_subprocess_exec(
+            "/bin/sh",
+            "-c",
+            'exec "$0" -m wsserver chat "$1" --once Summarise <"$2"',
+            *(sys.executable, server.url, name),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        reply = await puppet.reply(number)
+        assert reply.request.prompt == prompt
+        reply.say("x").end()
+        assert await outcome(process) == (0, "x", "")
+
+
+async def test_piped_text_over_size_limit_is_refused_with_its_size(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with once(server.url, "--once", "Summarise", given=5_000_000 * "x") as process:
+        code, out, err = await outcome(process)
+    assert (code, out) == (1, "")
+    assert "The prompt has 5,000,011 bytes; 32,768 are allowed." in err
+
+
+async def test_once_continues_last_conversation(server: wsserver.Server, puppet: Puppet) -> None:
+    for number, arguments in enumerate([(), ("-c",)]):
+        async with once(server.url, "--once", f"Prompt {number}", *arguments) as process:
+            (await puppet.reply(number)).say("x").end()
+            assert await outcome(process) == (0, "x", "")
+    assert [m.content for m in puppet.replies[1].request.messages] == ["Prompt 0", "x", "Prompt 1"]
+
+
+async def test_once_tells_lost_connection_and_continues(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Line(server.port) as line, once(line.url, "--once", "Hi") as process:
+        said = (await puppet.reply()).say("Once ")
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read(5) == b"Once "
+        line.cut()
+        said.say("upon").end()
+        line.mend()
+        code, out, err = await outcome(process)
+    assert (code, out) == (0, "upon")
+    assert err == (
+        "wsserver: connection lost, trying again… The text so far stays.\n"
+        "wsserver: connected again\n"
+    )
 
 
 async def test_once_without_url_starts_private_server() -> None:
@@ -148,8 +215,8 @@ async def test_private_server_refuses_other_clients(tmp_path: Path) -> None:
         (["--once", "\udcff"], "UTF-8"),
         (["--once", "Hi", "--system", "\udcff"], "--system"),
         (["--once", "Hi", "--conversation", "short"], "--conversation"),
-        (["http://localhost", "--once", "Hi"], "not an address"),
         (["--once", "Hi", "--model", "gpt"], "model"),
+        (["--once", "Hi", "-c", "--conversation", CONVERSATION], "exclude each other"),
         (["--colour", "red"], "--colour"),
         ([], "not a terminal"),
     ],
@@ -216,3 +283,60 @@ def test_server_does_not_import_terminal() -> None:
         [sys.executable, "-c", program], capture_output=True, check=True, timeout=BOUND
     )
     assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("end", ["end_turn", "max_tokens", "stopped", "failed", "ctrl-c"])
+async def test_exit_code_of_once_tells_end_of_reply(
+    server: wsserver.Server, puppet: Puppet, capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    asking = asyncio.ensure_future(Terminal(Options(server.url, once="Hi")).run("Hi"))
+    reply = (await puppet.reply()).say("x")
+    if end == "stopped":
+        async with connect(server.url) as chat:
+            (conversation,) = await chat.conversations()
+            (running,) = (await chat.history(conversation.id)).running
+            followed = chat.resume(running)
+            await followed.stop()
+            await followed.done()
+    elif end == "failed":
+        reply.fail(ModelError(Code.TIMEOUT))
+    elif end == "ctrl-c":
+        await until(reply.heard_out)
+        os.kill(os.getpid(), signal.SIGINT)
+    else:
+        reply.say(End(end)).end()
+    async with asyncio.timeout(BOUND):
+        code = await asking
+    assert code == {"end_turn": 0, "max_tokens": 0, "ctrl-c": 130}.get(end, 1)
+    said = capsys.readouterr().err
+    assert {"end_turn": "", "max_tokens": "maximum length", "stopped": "stopped by client"}.get(
+        end, ""
+    ) in said
+
+
+async def test_second_ctrl_c_of_once_does_not_wait_for_end(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with Line(server.port) as line, once(line.url, "--once", "Hi") as process:
+        (await puppet.reply()).say("Half")
+        assert process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            assert await process.stdout.read(4) == b"Half"
+            assert process.stderr is not None
+            line.cut()
+            assert b"connection lost" in await process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        await asyncio.sleep(0.1)  # two signals at once would be one
+        process.send_signal(signal.SIGINT)
+        assert (await outcome(process))[:2] == (130, "")
+
+
+@pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")
+async def test_once_on_terminal_escapes_control_characters(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    async with terminal(server.url, "--once", "Hi") as person:
+        (await puppet.reply()).say("a\x1b]0;owned\x07b").end()
+        assert await person.leaves() == 0
+        assert person.text == "a\\x1b]0;owned\\x07b"
+    assert person.output.endswith(b"\r\n")

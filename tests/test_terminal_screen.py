@@ -1,6 +1,7 @@
 """What a user of ``wsserver chat`` sees while a reply streams."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -180,3 +181,46 @@ async def test_dumb_terminal_gets_plain_lines(
         person.types("/exit\n")
         assert await person.leaves() == 0
     assert b"\x1b" not in person.output
+
+
+async def test_dumb_terminal_has_commands_and_keys(
+    server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    (tmp_path / "editor").write_text('#!/bin/sh\nprintf Edited >"$1"\n')
+    (tmp_path / "editor").chmod(0o700)
+    env = {"TERM": "dumb", "VISUAL": str(tmp_path / "editor")}
+    async with terminal(server.url, **env) as person:
+        await person.ready()
+        person.types("/edit\n")
+        reply = await puppet.reply()
+        assert reply.request.prompt == "Edited"
+        reply.say("Half")
+        await person.sees("Half")
+        person.types("\x03")
+        await person.sees("[stopped]")
+        await person.ready()
+        person.types("\x03")
+        await person.sees("[Ctrl-C again or Ctrl-D leaves]")
+        person.types("\x04")
+        assert await person.leaves() == 0
+    async with terminal(server.url, "-c", **env) as person:
+        await person.sees("> Edited\nHalf\n[stopped]")
+        await person.sees("\n>")
+        person.types("\x03")
+        await person.sees("[Ctrl-C again or Ctrl-D leaves]")
+        person.types("\x03")
+        assert await person.leaves() == 0
+
+
+async def test_huge_paste_is_refused_with_its_size(server: wsserver.Server, puppet: Puppet) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        paste = asyncio.create_task(
+            asyncio.to_thread(person.types, f"\x1b[200~{1_000_000 * 'x'}\x1b[201~\r")
+        )
+        await person.sees("The prompt has 1,000,000 bytes; 32,768 are allowed. (too_long)]")
+        await paste
+        await person.ready()
+        person.types("Still there?\r")
+        (await puppet.reply()).say("Yes").end()
+        await person.sees("Yes")

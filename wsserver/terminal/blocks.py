@@ -12,7 +12,8 @@ from typing import Literal
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-LONGEST_BLOCK = 16384  # characters of a block that are kept back; a longer block is cut
+LONGEST_BLOCK = 65536  # characters of a block that are kept back; a longer block is cut
+LONGEST_TEXT = 8192  # the same for a paragraph, which takes longer to parse
 LONGEST_PARAGRAPH = 12  # lines of a paragraph that are kept back
 GROWTH = 200  # characters between two attempts to cut a paragraph
 
@@ -96,7 +97,7 @@ class Blocks:
             return self._take_lines(source, line, spaced=spaced)
         if final and self._rest.strip():
             return self._take_until(len(self._rest))
-        return self._cut_paragraph() or self._cut()
+        return self._cut()
 
     def _take_lines(self, source: str, count: int, *, spaced: bool = True) -> Part:
         return self._take_until(len(_first_lines(source, count)), spaced=spaced)
@@ -127,6 +128,17 @@ class Blocks:
 
     # Long blocks.
 
+    def _cut(self) -> Part | None:
+        """Take a part of a block that is too long to be kept back."""
+        kinds = [token.type for token in PARSER.parse(self._rest) if _is_block(token)]
+        text = kinds == ["paragraph_open"]
+        if text and (part := self._cut_paragraph()) is not None:
+            return part
+        if len(self._rest) <= (LONGEST_TEXT if text else LONGEST_BLOCK):
+            return None
+        end = self._rest.rfind("\n") + 1 or self._rest.rfind(" ") + 1 or len(self._rest)
+        return self._take_until(end, spaced=False)
+
     def _cut_paragraph(self) -> Part | None:
         """Take all lines but the last two, if both parts then look as before."""
         whole = self._rest
@@ -146,13 +158,6 @@ class Blocks:
                 return self._take_until(cut, spaced=False)
         self._next_cut = len(whole) + GROWTH
         return None
-
-    def _cut(self) -> Part | None:
-        """Take a block that is too long to be kept back, up to a line end or a space."""
-        if len(self._rest) <= LONGEST_BLOCK:
-            return None
-        end = self._rest.rfind("\n") + 1 or self._rest.rfind(" ") + 1 or len(self._rest)
-        return self._take_until(end, spaced=False)
 
 
 def _is_block(token: Token) -> bool:

@@ -5,6 +5,7 @@ import stat
 import sys
 from dataclasses import dataclass
 from os import fstat
+from urllib.parse import urlsplit
 
 from wsserver.errors import ConfigError
 from wsserver.protocol import Prompt
@@ -51,14 +52,24 @@ def read_prompt(options: Options) -> str | None:
 
 
 def _check_url(url: str | None) -> None:
-    if url is None or url.startswith(("ws://", "wss://")):
+    if url is None:
         return
-    shown = ascii(url)[1:-1]
-    scheme, _, rest = url.partition("://")
-    hint = "such as ws://localhost:3001"
-    if rest and scheme in {"http", "https"}:
-        hint = f"write {'wss' if scheme == 'https' else 'ws'}://{ascii(rest)[1:-1]}"
-    raise ConfigError(f"{shown!r} is not an address of a WebSocket server; {hint}")
+    scheme, separator, rest = url.partition("://")
+    try:
+        parts = urlsplit(url)
+        usable = bool(parts.hostname) and parts.port != 0 and scheme in {"ws", "wss"}
+    except ValueError:  # the port is no number, or a bracket is open
+        usable = False
+    if usable:
+        return
+    if scheme in {"http", "https"}:
+        hint = f"write {scheme.replace('http', 'ws')}://{rest}"
+    elif separator or not url:
+        hint = "such as ws://localhost:3001"
+    else:
+        hint = f"write ws://{url}"
+    shown = f"{url!r} is not the address of a WebSocket server: {hint}"
+    raise ConfigError(shown.encode("ascii", "backslashreplace").decode())
 
 
 def _read_once(once: str) -> str:

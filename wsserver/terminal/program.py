@@ -12,18 +12,20 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from wsserver.auth import Handshake, Principal
-from wsserver.client import Chat, ChatError, ConnectionFailed, State, connect
+from wsserver.client import Chat, ConnectionFailed, ServerError, State, connect
+from wsserver.client.dial import without_credentials
 from wsserver.errors import ConfigError
 from wsserver.server import serve
 from wsserver.settings import CHAT_TOKEN, Settings
 from wsserver.terminal import files
 from wsserver.terminal.once import INTERRUPTED, Once, note
 from wsserver.terminal.options import Options, read_prompt
-from wsserver.terminal.wording import describe_failure
+from wsserver.terminal.wording import describe_error, describe_failure
 
 FAILED = 1
 SIGNAL_BASE = 128  # exit code after a signal: this and the signal's number, as in shells
 OPEN_TIMEOUT = 5.0  # seconds to connect; short, since a wrong address is likely
+NOTICE_AFTER = 1.0  # seconds to connect before the user is told what the program waits for
 
 
 def run(options: Options) -> int:
@@ -87,11 +89,19 @@ class Terminal:
         except ConnectionFailed as failure:
             note(describe_failure(failure, address.url, has_token=bool(address.token)))
             return FAILED
+        except ServerError as error:
+            note(describe_error(error))
+            return FAILED
         except asyncio.CancelledError:
             return SIGNAL_BASE + ended_by
 
     async def _chat(self, address: "_Address", prompt: str | None) -> int:
         options = self._options
+        slow = asyncio.get_running_loop().call_later(
+            NOTICE_AFTER, note, f"connecting to {without_credentials(address.url)}…"
+        )
+        if prompt is not None:  # a script's log has the outcome only
+            slow.cancel()
         async with connect(
             address.url,
             token=address.token,
@@ -99,6 +109,7 @@ class Terminal:
             open_timeout=OPEN_TIMEOUT,
             on_state=self._show_state,
         ) as chat:
+            slow.cancel()
             continues = options.conversation is not None
             if options.last:
                 continues = await self._choose_last(chat)
@@ -117,13 +128,13 @@ class Terminal:
         self._on_state(state)
 
     async def _choose_last(self, chat: Chat) -> bool:
-        """Continue the last conversation; return whether there is one."""
-        try:
-            last = await chat.conversations(limit=1)
-        except ConnectionFailed:
-            raise
-        except ChatError as error:
-            raise ConnectionFailed(f"cannot find the last conversation: {error}") from None
+        """Continue the last conversation; return whether there is one.
+
+        Raises:
+            ServerError: the server refuses to list the conversations.
+            ConnectionFailed: there is no connection.
+        """
+        last = await chat.conversations(limit=1)
         if not last:
             note("there is no conversation to continue; this is a new one")
             return False

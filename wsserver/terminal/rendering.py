@@ -15,7 +15,11 @@ from rich.theme import Theme
 from wsserver.terminal.blocks import PARSER, Blocks, Part
 from wsserver.terminal.wording import escape
 
-CONTEXT = 100  # lines of code before a line that decide its colours
+LONGEST_DRAWN = (
+    3000  # characters of Markdown that are rendered again and again; of more, the source
+)
+LINES_DRAWN = 12  # of a source that is shown as it is
+CONTEXT = 50  # lines of code before a line that decide its colours
 CODE_THEME = "ansi_dark"  # the colours of the terminal, on any background
 THEME = Theme(
     {
@@ -104,9 +108,7 @@ class PlainRenderer:
 
     def live(self, width: int) -> list[str]:
         """Return the end of the line that has not ended."""
-        if not self._rest:
-            return []
-        return chop_cells(self._rest[-20 * width :].expandtabs(), width)
+        return _end_of_line(self._rest, width) if self._rest else []
 
 
 class MarkdownRenderer:
@@ -147,7 +149,9 @@ class MarkdownRenderer:
         if not rest.text.strip("\n"):
             return []
         if rest.kind == "code":
-            return self._paint_code([rest.text], rest.language)
+            return _end_of_line(rest.text, width)
+        if len(rest.text) > LONGEST_DRAWN:
+            return [escape(line)[:width] for line in rest.text.split("\n")[-LINES_DRAWN:]]
         return self._render(rest)
 
     def _take_code(self, code: list[str], language: str) -> list[str]:
@@ -180,6 +184,11 @@ class MarkdownRenderer:
         lines = lines[len(self._code) :]
         width = 1 + max(cell_len(line.plain) for line in lines)
         return [painted for line in lines for painted in self._painter.paint(line, width)]
+
+
+def _end_of_line(line: str, width: int) -> list[str]:
+    """Return the end of a line, broken at the width."""
+    return chop_cells(line[-LINES_DRAWN * width :].expandtabs(4), width)
 
 
 def _syntax(source: str, language: str) -> Syntax:

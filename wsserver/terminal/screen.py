@@ -25,6 +25,7 @@ from wsserver.terminal.wording import escape, quoted
 
 QUEUED_SHOWN = 3  # prompts that wait
 PROMPT = "> "
+BEGIN_UPDATE, END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"  # other terminals ignore them
 
 
 class Keys:
@@ -54,7 +55,7 @@ class Screen:
         self._plain = plain
         self._painter = Painter()
         self._held: list[str] = []  # lines printed while an editor has the terminal
-        self._running = self._lent = False
+        self._running = self._lent = self._updating = False
         past: History = InMemoryHistory() if history is None else _ForgivingHistory(history)
         self._session: PromptSession[str] = PromptSession(
             self._above_prompt,
@@ -68,6 +69,7 @@ class Screen:
             enable_suspend=True,
             erase_when_done=True,
         )
+        self._session.app.after_render += self._end_update
 
     @property
     def width(self) -> int:
@@ -96,10 +98,19 @@ class Screen:
         text = "".join(line + "\r\n" for line in lines)
         output = self._session.app.output
         if self._running:
+            # Otherwise the prompt flickers: terminals show all of an update at once.
+            output.write_raw(BEGIN_UPDATE)
+            self._updating = True
             self._session.app.renderer.erase()
         output.write_raw(text)
         output.flush()
         self.redraw()
+
+    def _end_update(self, _: object) -> None:
+        if self._updating:
+            self._updating = False
+            self._session.app.output.write_raw(END_UPDATE)
+            self._session.app.output.flush()
 
     def note(self, line: str) -> None:
         """Print a line of the program."""

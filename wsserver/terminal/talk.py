@@ -60,7 +60,11 @@ class Talk:
         self._screen.sent(prompt)
         try:
             reply = self.chat.prompt(
-                prompt, retry_of=retry_of, model=self.model, system=self.system
+                prompt,
+                on_busy="queue",  # behind the prompts of other clients
+                retry_of=retry_of,
+                model=self.model,
+                system=self.system,
             )
         except ValueError:
             self._screen.note("[this cannot be sent as text]")
@@ -130,7 +134,8 @@ class Talk:
             self._screen.note(describe_thought(message.thinking))
         self._screen.show(message.text)
         if message.partial:
-            self._screen.note(f"[incomplete: {message.partial}]")
+            stopped = message.partial == "client"
+            self._screen.note("[stopped]" if stopped else f"[incomplete: {message.partial}]")
         if message.model or message.usage:
             self._screen.note(describe_cost(message.model, message.usage))
 

@@ -14,20 +14,15 @@ from urllib.parse import urlsplit
 
 from wsserver.client import ConnectionFailed, ServerError, Usage
 from wsserver.client.dial import without_credentials
-from wsserver.errors import Code
+from wsserver.errors import TELL, Code
 from wsserver.protocol import Close
 from wsserver.settings import CHAT_TOKEN
 
 THOUGHT_SHOWN = 300  # characters of the model's thinking
+PROMPT_SHOWN, PROMPT_LINES = 2000, 20  # characters and lines of a prompt
 
 # Characters that change the writing direction: with them a text can look like another one.
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-_ADVICE: dict[str, str] = {
-    Code.INTERRUPTED: "the text that arrived is kept",
-    Code.MODEL_NOT_ALLOWED: "choose another model, or none",
-    Code.UNAUTHENTICATED: f"set {CHAT_TOKEN} to a valid token",
-}
 
 
 def escape(text: str) -> str:
@@ -69,13 +64,16 @@ def describe_error(error: Exception) -> str:
     text = escape(str(error))
     if not isinstance(error, ServerError):
         return text
-    if advice := _ADVICE.get(error.code):
-        text += f"; {advice}"
-    if error.retryable:
-        after = error.retry_after
-        text += "; try again" + ("" if after is None else f" in {max(1, round(after))} s")
-    if error.code == Code.INTERNAL and error.ref:
-        text += f" [ref {escape(error.ref)}]"
+    if error.code == Code.UNAUTHENTICATED:
+        return f"the server needs a valid token: set {CHAT_TOKEN} to one ({error.code})"
+    if error.code == Code.INTERRUPTED:
+        text += "; the text that arrived is kept"
+    if error.retry_after is not None:
+        text += f"; try again in {max(1, round(error.retry_after))} s"
+    elif error.retryable and "ry again" not in text:
+        text += "; try again"
+    if error.ref and TELL in error.message:
+        text += f" Reference: {escape(error.ref)}"
     return text
 
 
@@ -100,7 +98,14 @@ def describe_failure(failure: ConnectionFailed, url: str, *, has_token: bool) ->
         return f"{address} refuses this client ({told}): ask the operator of the server"
     if failure.status is not None or "not a WebSocket server" in told:
         return f"{address} does not answer as wsserver does ({told}): correct host, port and path"
-    return told
+    return f"{told}{_advise(told)}"
+
+
+def _advise(told: str) -> str:
+    """Return what to do about a connection that failed without an error of the system."""
+    if told.startswith("cannot connect to ws://") and "during the handshake" in told:
+        return ": try wss:// instead, or correct the port"
+    return ": check the address and the network" if told.startswith("cannot connect") else ""
 
 
 def _describe_cause(cause: OSError, address: str, host: str) -> str:
@@ -125,7 +130,11 @@ def _describe_cause(cause: OSError, address: str, host: str) -> str:
 
 def quoted(text: str) -> str:
     """Return a person's prompt as the terminal shows it, with ``>`` before its first line."""
-    return "> " + escape(text).replace("\n", "\n  ")
+    lines = text.split("\n")
+    shown = "\n".join(lines[:PROMPT_LINES])[:PROMPT_SHOWN]
+    left_out = len(text) - len(shown)
+    rest = f"\n[{left_out:,} more characters]" if left_out else ""
+    return "> " + (escape(shown) + rest).replace("\n", "\n  ")
 
 
 def age(when: float) -> str:
