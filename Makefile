@@ -112,8 +112,9 @@ PAGE := $(wildcard hatch_build.py wsserver/web/libraries/*.json wsserver/web/lib
 npm:
 	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
 
+# Python compiles the modules that it imports: to compile all of them takes a third of the time.
 $(VENV)/run.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[chat]'
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[chat]'
 	@touch $@
 
 $(VENV)/test.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
