@@ -15,6 +15,7 @@ from tests.browser.page import (
     cut,
     idle,
     note,
+    queue,
     rows,
     state,
     stop_clock,
@@ -48,8 +49,14 @@ async def test_axe_reports_no_violation(
     await ask(page, "Count")
     (await puppet.reply(1)).say("line\n" * 100)
     await expect(text(page)).to_contain_text("line")
-    await page.keyboard.press("Escape")
+    await ask(page, "Next")
+    await expect(queue(page)).to_have_count(1)
+    await box(page).fill("Draft")
+    assert await violations(page) == [], "with a prompt that waits"
+    await queue(page).get_by_role("button", name="Remove").click()
+    await page.get_by_role("button", name="Stop", exact=True).click()
     await expect(note(page)).to_have_text("Stopped.")
+    await box(page).fill("")
     await page.evaluate("scrollTo(0, 0)")
     await expect(page.get_by_role("button", name="Jump to the end")).to_be_visible()
     assert await violations(page) == [], "with an error"

@@ -18,6 +18,7 @@ from tests.browser.page import (
     dismiss,
     idle,
     note,
+    queue,
     rename,
     reply,
     rows,
@@ -30,7 +31,7 @@ from tests.browser.page import (
 )
 from tests.support.client import client
 from tests.support.puppet import Puppet
-from wsserver import Thinking, Usage
+from wsserver import Code, ModelError, Thinking, Usage
 from wsserver.errors import StoreError
 from wsserver.stores import MemoryStore
 
@@ -227,6 +228,57 @@ async def test_rename_edits_title_in_list(page: Page, puppet: Puppet) -> None:
     await expect(rows(page).get_by_role("link")).to_be_focused()
     await page.reload()
     await expect(title(page)).to_have_text("A title of mine")
+
+
+async def test_title_of_model_appears_in_list_and_heading(blank: Page, puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, titles="on") as server:
+        await visit(blank, server)
+        await ask(blank, "How do I bake a sourdough bread?")
+        (await puppet.reply()).say("With flour.").end()
+        await expect(rows(blank)).to_have_text(["How do I bake a sourdough bread?"])
+        tab = await second_tab(blank)
+        elsewhere = await second_tab(blank, server.page)
+        (await puppet.reply(1)).say("Sourdough at home").end()
+        for each in (blank, tab, elsewhere):
+            await expect(rows(each)).to_have_text(["Sourdough at home"])
+        for each in (blank, tab):
+            await expect(title(each)).to_have_text("Sourdough at home")
+
+
+async def test_right_to_left_text_has_its_direction_everywhere(page: Page, puppet: Puppet) -> None:
+    arabic = "خبز العجين المخمر"
+
+    async def directions(*selectors: str) -> set[str]:
+        return {
+            await page.locator(selector).first.evaluate("it => getComputedStyle(it).direction")
+            for selector in selectors
+        }
+
+    await ask(page, arabic)
+    (await puppet.reply()).say(Thinking(arabic), f"{arabic} `code`\n\n```\ncode\n```\n").fail(
+        ModelError(Code.OVERLOADED, arabic)
+    )
+    await expect(rows(page)).to_have_text([arabic])
+    await box(page).fill(arabic)
+    written = "#title", "#list a", ".you p", ".thinking p", ".text > p", ".note", "#prompt"
+    assert await directions(*written) == {"rtl"}
+    assert await directions(".text code", ".text pre") == {"ltr"}
+    await page.get_by_role("button", name=re.compile("^Rename")).click()
+    assert await directions("#list input") == {"rtl"}
+    await page.keyboard.press("Escape")
+    await page.get_by_role("button", name=re.compile("^Delete")).click()
+    await page.keyboard.press("Escape")
+    await page.reload()
+    await expect(rows(page)).to_have_text([arabic])
+    await expect(box(page)).to_have_value(arabic)
+    assert await directions("#title", "#list a", ".you p", ".text > p", "#prompt") == {"rtl"}
+    await box(page).press("Enter")
+    await puppet.reply(1)
+    await ask(page, f"{arabic}\nEnglish")
+    await expect(queue(page)).to_have_count(1)
+    assert await page.locator(".you p").last.evaluate("it => getComputedStyle(it).direction") == (
+        "rtl"
+    )
 
 
 async def test_hidden_idle_page_does_not_reconnect_for_other_tabs(

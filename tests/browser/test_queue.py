@@ -68,11 +68,13 @@ async def test_button_sends_text_during_reply_and_stops_without_text(
     await button(page).click()
     await expect(queue(page)).to_have_count(1)
     await expect(button(page)).to_have_accessible_name("Stop")
-    await button(page).click()
+    await box(page).fill("A draft")
+    await page.get_by_role("button", name="Stop", exact=True).click()
     await closed(puppet.replies[0].closed)
     (await puppet.reply(1)).say("Second").end()
     await expect(text(page)).to_have_text("Second")
     await idle(page)
+    await expect(box(page)).to_have_value("A draft")
 
 
 @pytest.mark.parametrize("key", ["Control+Enter", "Meta+Enter"])
@@ -85,7 +87,7 @@ async def test_second_key_interrupts_reply_and_sends(page: Page, puppet: Puppet,
     await closed(model.closed)
     (await puppet.reply(1)).say("Fine").end()
     await expect(page.locator(".text")).to_have_text(["one ", "Fine"])
-    await expect(page.locator(".note").first).to_have_text("Stopped by another prompt.")
+    await expect(page.locator(".note").first).to_have_text("Stopped by a later message.")
     await idle(page)
 
 

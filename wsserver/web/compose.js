@@ -7,6 +7,7 @@ import { find } from './dom.js'
 const form = find(document, '#compose', HTMLFormElement)
 const box = find(document, '#prompt', HTMLTextAreaElement)
 const send = find(document, '#send', HTMLButtonElement)
+const stop = find(document, '#stop', HTMLButtonElement) // while text is typed during a reply
 const keys = find(document, '#keys', HTMLElement)
 const hovers = matchMedia('(hover: hover)') // on other devices the focus opens the keyboard
 const KEYS = keys.textContent ?? ''
@@ -32,6 +33,10 @@ export class Composer {
       if (event.detail > 1) return // the second click of a double click must not stop the reply
       if (this.#stops) listener.onStop()
       else this.#submit(false)
+      this.focus()
+    })
+    stop.addEventListener('click', () => {
+      listener.onStop()
       this.focus()
     })
     box.addEventListener('input', () => this.#changed())
@@ -111,6 +116,7 @@ export class Composer {
   #label() {
     send.classList.toggle('stop', this.#stops)
     send.setAttribute('aria-label', this.#stops ? 'Stop' : this.#busy ? 'Send after this reply' : 'Send')
+    stop.hidden = !this.#busy || this.isEmpty
     const shown = this.#busy ? BUSY_KEYS : KEYS
     if (keys.textContent !== shown) keys.textContent = shown
   }

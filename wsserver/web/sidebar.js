@@ -152,7 +152,7 @@ export class Sidebar {
   /** Replace the title with a text field. @param {string} id @param {HTMLElement} row */
   #rename(id, row) {
     const field = document.createElement('input')
-    Object.assign(field, { value: this.title(id) ?? '', maxLength: 200, ariaLabel: 'Title' })
+    Object.assign(field, { value: this.title(id) ?? '', maxLength: 200, ariaLabel: 'Title', dir: 'auto' })
     let closed = false
     const close = (/** @type {boolean} */ save, refocus = true) => {
       if (closed) return

@@ -14,7 +14,7 @@ const FRAME_TEXT = 6_000 // characters added per animation frame, so that no fra
 const STOPPED_BY = /** @type {Record<string, string>} */ ({
   client: 'Stopped.',
   disconnect: 'Stopped, because the connection was lost.',
-  replaced: 'Stopped by another prompt.',
+  replaced: 'Stopped by a later message.',
   timeout: 'Stopped, because it took too long.',
   shutdown: 'Stopped, because the server shut down.',
 })
