@@ -4,6 +4,7 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx2
 
@@ -117,7 +118,18 @@ class Deployment:
         )
 
 
+async def fetch(client: httpx2.AsyncClient, method: str, path: str, **given: Any) -> Response:
+    """Send a request, and return the response with the begin of its body."""
+    async with client.stream(method, path, **given) as response:
+        return await read(response)
+
+
 async def read(response: httpx2.Response) -> Response:
-    """Return a response with the begin of its body."""
-    body = (await response.aread())[:BODY_KEPT].decode(errors="replace")
-    return Response(response.status_code, dict(response.headers), body)
+    """Return a response with the begin of its body, which may have no end."""
+    body = b""
+    async for part in response.aiter_bytes():
+        body += part
+        if len(body) >= BODY_KEPT:
+            break
+    found = body[:BODY_KEPT].decode(errors="replace")
+    return Response(response.status_code, dict(response.headers), found)

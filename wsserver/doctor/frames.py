@@ -10,6 +10,7 @@ from wsserver.doctor.line import Line, Lost
 from wsserver.protocol import Close
 
 MESSAGE_SIZE = 65_536  # bytes, if `hello` does not tell
+LARGEST = 67_108_864  # bytes of a message that a check sends at most
 EXPECTED_PING = 45.0  # seconds; the server pings after 20 s by default
 NO_INSPECTION = "exclude this host from gateways and virus scanners that inspect WebSockets"
 
@@ -44,8 +45,16 @@ async def large_frame(deployment: Deployment, report: Report) -> None:
 
 
 def _message_size(line: Line) -> int:
+    """Return the size of the largest message, in bytes.
+
+    Raises:
+        ValueError: the `hello` has no usable size.
+    """
     limits = line.hello.get("limits", {})
-    return int(limits.get("message_size", MESSAGE_SIZE))
+    size = limits.get("message_size", MESSAGE_SIZE) if isinstance(limits, dict) else None
+    if not (isinstance(size, int) and 0 < size <= LARGEST):
+        raise ValueError("a `hello` without a usable `message_size`")
+    return size
 
 
 async def close_code(deployment: Deployment, report: Report) -> None:

@@ -12,7 +12,7 @@ from websockets.exceptions import InvalidHandshake
 
 from wsserver.addresses import is_local
 from wsserver.doctor import advice
-from wsserver.doctor.deployment import Deployment, read
+from wsserver.doctor.deployment import Deployment, fetch
 from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
 from wsserver.doctor.line import OPEN_TIMEOUT, Line, Lost, Refused, Response, describe
 from wsserver.protocol import SUBPROTOCOL
@@ -204,7 +204,7 @@ def redirected(check: str, deployment: Deployment, response: Response) -> Findin
 async def _is_alive(deployment: Deployment) -> bool:
     with contextlib.suppress(httpx2.HTTPError):
         async with deployment.client() as client:
-            found = await read(await client.get("/healthz"))
+            found = await fetch(client, "GET", "/healthz")
             deployment.notice(found)
             return found.status == HTTPStatus.OK and found.body == "ok\n"
     return False

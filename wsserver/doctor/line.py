@@ -208,12 +208,10 @@ class Line:
             ValueError: the message is no frame.
         """
         try:
-            frame = json.loads(await self._socket.recv())
+            message = await self._socket.recv()
         except ConnectionClosed as closed:
             raise _lost(closed) from None
-        if not isinstance(frame, dict) or not isinstance(frame.get("type"), str):
-            raise ValueError("a message that is no frame")  # noqa: TRY004 - of the protocol
-        return frame
+        return parse_frame(message)
 
     async def next(self, *types: str) -> Frame:
         """Skip frames until one of these types, and return it."""
@@ -225,6 +223,21 @@ class Line:
     def cut(self) -> None:
         """Cut the TCP connection, as a network does."""
         self._socket.transport.abort()
+
+
+def parse_frame(message: str | bytes) -> Frame:
+    """Return the frame that is a message.
+
+    Raises:
+        ValueError: the message is no frame.
+    """
+    try:
+        frame = json.loads(message)
+    except RecursionError:
+        frame = None
+    if not isinstance(frame, dict) or not isinstance(frame.get("type"), str):
+        raise ValueError("a message that is no frame")  # noqa: TRY004 - of the protocol
+    return frame
 
 
 def _lost(closed: ConnectionClosed) -> Lost:

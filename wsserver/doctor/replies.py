@@ -5,7 +5,6 @@ The prompts have ``messages``, so that they are in no conversation of the user.
 
 import asyncio
 import contextlib
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -16,11 +15,20 @@ from typing import Any
 import httpx2
 
 from wsserver.doctor import advice
-from wsserver.doctor.deployment import Deployment, read
+from wsserver.doctor.deployment import Deployment, fetch, read
 from wsserver.doctor.findings import Finding, Report, failed, ok, skipped, warning
 from wsserver.doctor.frames import NO_INSPECTION
 from wsserver.doctor.handshakes import NOT_FOUND, redirected
-from wsserver.doctor.line import FAILURES, OPEN_TIMEOUT, Declined, Frame, Response, describe
+from wsserver.doctor.line import (
+    FAILURES,
+    FRAME_SIZE,
+    OPEN_TIMEOUT,
+    Declined,
+    Frame,
+    Response,
+    describe,
+    parse_frame,
+)
 from wsserver.doctor.trace import LEAST_PIECES, Trace, bursts, delay, follow, pace
 
 PROMPT = "Count from one to two hundred in English words, one number per line. Write nothing else."
@@ -55,7 +63,7 @@ async def http(deployment: Deployment, report: Report) -> None:
 
 async def _post(client: httpx2.AsyncClient, size: int) -> Response:
     body = b'{"type":"ping"}'.ljust(size)
-    return await read(await client.post(CHATS, content=body, headers=JSON))
+    return await fetch(client, "POST", CHATS, content=body, headers=JSON)
 
 
 def _arrived(found: Response) -> bool:
@@ -70,7 +78,7 @@ def _refusal(deployment: Deployment, found: Response) -> Finding:
     seen = f"POST {CHATS} gets status {found.status}"
     if found.headers.get("content-type") == "application/json" and '"ref"' in found.body:
         with contextlib.suppress(ValueError):
-            return failed("http", f"{seen}: {Declined(json.loads(found.body))}")
+            return failed("http", f"{seen}: {Declined(parse_frame(found.body))}")
     if found.status in NO_SERVER:
         return failed("http", seen, *deployment.advise(advice.UPSTREAM))
     if found.status in REFUSALS:
@@ -110,7 +118,7 @@ async def stream(deployment: Deployment, report: Report) -> None:
             if deployment.upgrades and not tasks["tokens"].done():
                 await line.send({"type": "stop", "id": prompt["id"]})
             elif deployment.chats:
-                await client.post(f"{CHATS}/{prompt['id']}/stop")
+                await fetch(client, "POST", f"{CHATS}/{prompt['id']}/stop")
         await asyncio.wait(tasks.values(), timeout=STOP_TIMEOUT)
         cut = _cuts(tasks)
         if "tokens" in cut:
@@ -184,10 +192,19 @@ async def _read_reply(client: httpx2.AsyncClient, prompt: Mapping[str, Any], tra
 
 
 async def _frames(response: httpx2.Response) -> AsyncIterator[Frame]:
-    """Yield the data of server-sent events."""
-    async for line in response.aiter_lines():
-        if line.startswith("data:"):
-            yield json.loads(line.removeprefix("data:"))
+    """Yield the data of server-sent events.
+
+    Raises:
+        ValueError: the data is no frame.
+    """
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        if len(rest) > FRAME_SIZE:
+            raise ValueError("an event without an end")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield parse_frame(line.removeprefix(b"data:"))
 
 
 def _judge_stop(frames: Trace, stopped: float, *, ended: bool) -> Finding:

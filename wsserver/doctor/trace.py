@@ -67,6 +67,7 @@ class Trace:
 
         Raises:
             Declined: the reply failed.
+            ValueError: the frame has content without its place.
         """
         now, kind = time.monotonic(), frame["type"]
         if kind == "start":
@@ -74,8 +75,10 @@ class Trace:
         elif kind in CONTENT:
             keys = ("text", "partial_json", "citation", "signature")
             content = "".join(str(frame.get(key, "")) for key in keys)
-            block = kind, frame.get("block", 0)
-            self.pieces.append(Piece(now, frame["seq"], block, content))
+            seq, block = frame.get("seq"), frame.get("block", 0)
+            if not (isinstance(seq, int) and isinstance(block, int)):
+                raise ValueError("a piece without a place")
+            self.pieces.append(Piece(now, seq, (kind, block), content))
         elif kind in TERMINALS:
             self.terminal, self.ended = frame, now
         self.progress.set()
