@@ -72,7 +72,9 @@ async def test_failed_reply_says_what_to_do_and_has_reference(
         assert (await other.next("error"))["code"] == code
 
 
-async def test_retry_replaces_failed_turn_in_every_tab(page: Page, puppet: Puppet) -> None:
+async def test_retry_replaces_failed_turn_in_every_tab(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
     await converse(page, puppet, "First")
     await ask(page, "Second")
     (await puppet.reply(1)).say("Half").fail(ModelError(Code.OVERLOADED))
@@ -93,6 +95,11 @@ async def test_retry_replaces_failed_turn_in_every_tab(page: Page, puppet: Puppe
         await expect(shown.locator(".you p")).to_have_text(["First", "Second"])
     await page.reload()
     await expect(page.locator(".text")).to_have_text(["Reply", "More and all"])
+    async with client(server) as other:
+        await other.send({"type": "open", "conversation": page.url.partition("#")[2]})
+        history = await other.next("history")
+    said = [message["content"] for message in history["messages"]]
+    assert said == ["First", "Reply", "Second", "More and all"]
     assert [m.content for m in model.request.messages] == ["First", "Reply", "Second"]
 
 

@@ -21,6 +21,7 @@ from tests.browser.page import (
     visit,
 )
 from tests.support.puppet import Puppet, Reply
+from wsserver import Code, ModelError
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -187,6 +188,33 @@ async def test_interrupted_queue_is_kept(page: Page, puppet: Puppet) -> None:
     await expect(box(page)).to_have_value("Next")
     await expect(queue(page)).to_have_count(0)
     assert asked(puppet) == ["Count", "This first"]
+
+
+async def test_failed_reply_with_prompt_after_it_has_no_retry(page: Page, puppet: Puppet) -> None:
+    model = await start(page, puppet)
+    model.fail(ModelError(Code.OVERLOADED))
+    (await puppet.reply(1)).say("Second").end()
+    await expect(text(page)).to_have_text("Second")
+    await idle(page)
+    await expect(page.locator(".note").first).to_have_text(Code.OVERLOADED.meaning)
+    await expect(page.get_by_role("button", name="Retry")).to_have_count(0)
+
+
+async def test_prompt_over_limit_of_queue_can_be_repeated(blank: Page, puppet: Puppet) -> None:
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, generations_per_socket=2) as server:
+        await visit(blank, server)
+        model = await start(blank, puppet)
+        await ask(blank, "Too many")
+        again = blank.get_by_role("button", name="Retry")
+        await expect(blank.locator(".note").last).to_contain_text("Wait for the end of one.")
+        model.end()
+        second = await puppet.reply(1)
+        await again.click()
+        await expect(queue(blank)).to_have_count(1)
+        second.end()
+        (await puppet.reply(2)).say("Third").end()
+        await expect(text(blank)).to_have_text("Third")
+        assert asked(puppet) == ["Count", "Next", "Too many"]
 
 
 async def test_prompts_of_two_tabs_wait_for_each_other(page: Page, puppet: Puppet) -> None:

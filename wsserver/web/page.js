@@ -312,6 +312,7 @@ function showEnd(turn, note) {
     composer.insert(turn.prompt)
     if (current !== undefined) drafts.dropUnsent(current, turn.id)
   }
+  if (turn.element.nextElementSibling && !turn.refused) turn.hideRetry() // only the last turn can be replaced
   if (turn.isTakenBack) remove(turn) // by another tab
   else if (current !== undefined && !turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
   if (error && REPLY_GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})

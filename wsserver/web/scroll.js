@@ -29,6 +29,7 @@ export function keepInPlace(element, change) {
 
 function scrollToEnd() {
   scrollTo({ top: root.scrollHeight, behavior: 'instant' })
+  lastY = scrollY // a reader may scroll up before the event
 }
 
 const belowView = () => root.scrollHeight - innerHeight - scrollY

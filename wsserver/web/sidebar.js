@@ -1,7 +1,7 @@
 /** The list of conversations: open, rename, delete, load more. */
 
 import { cloneTemplate, find } from './dom.js'
-import { messageOf } from './errors.js'
+import { messageOf, referenceOf, showReference } from './errors.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
 /** @typedef {import('./client.js').Item} Item */
@@ -94,7 +94,8 @@ export class Sidebar {
 
   /** @param {unknown} error */
   #showFailure(error) {
-    failure.textContent = messageOf(error)
+    find(failure, 'span', HTMLElement).textContent = messageOf(error)
+    showReference(find(failure, 'button', HTMLButtonElement), referenceOf(error))
     failure.hidden = false
   }
 
