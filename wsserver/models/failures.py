@@ -11,7 +11,7 @@ from wsserver.models.dial import CannotConnect, ConnectTimeout, ProxyRefused, Un
 from wsserver.models.http import Redirected
 from wsserver.models.response import ClosedEarly, HttpError, NoResponse
 
-_BY_STATUS = {
+BY_STATUS = {  # the code of each status of an API
     400: Code.BAD_REQUEST,
     401: Code.CREDENTIALS,
     402: Code.SPEND_LIMIT,
@@ -78,7 +78,7 @@ class ApiError(WsserverError):
 
     def code(self) -> Code:
         """Return the code of the error."""
-        code = _BY_STATUS.get(self.status)
+        code = BY_STATUS.get(self.status)
         if code is None:
             code = Code.UPSTREAM_ERROR if self.status >= _SERVER_ERROR else Code.BAD_REQUEST
         return code

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from wsserver.errors import Code, ModelError
-from wsserver.models.failures import ApiError, TransientError, get, mid_stream
+from wsserver.models.failures import BY_STATUS, ApiError, TransientError, get, mid_stream
 
 # Names of errors, in `error.code` or `error.type`. The status has a name for the others.
 _BY_NAME = {
@@ -23,19 +23,6 @@ _BY_NAME = {
     "overloaded_error": Code.OVERLOADED,
     "rate_limit_exceeded": Code.RATE_LIMITED,
     "string_above_max_length": Code.PROMPT_TOO_LONG,
-}
-_BY_STATUS = {  # `error.code` in a stream, whose own status is 200
-    400: Code.BAD_REQUEST,
-    401: Code.CREDENTIALS,
-    402: Code.SPEND_LIMIT,
-    403: Code.CREDENTIALS,
-    404: Code.MODEL_NOT_FOUND,
-    408: Code.TIMEOUT,
-    413: Code.REQUEST_TOO_LARGE,
-    429: Code.RATE_LIMITED,
-    503: Code.OVERLOADED,
-    504: Code.TIMEOUT,
-    529: Code.OVERLOADED,
 }
 # Messages about a prompt that is too long. llama.cpp may send them with the status 500.
 _TOO_LONG = re.compile(
@@ -91,7 +78,7 @@ def of_event(error: object) -> ModelError | TransientError:
     cause = _cause({"error": error})
     code, name = _named(cause), get(cause, "code")
     if code is None and isinstance(name, int):
-        code = _BY_STATUS.get(name)
+        code = BY_STATUS.get(name)  # the status of the response is 200
     kind = name if isinstance(name, str) else get(cause, "type")
     return mid_stream(code or Code.UPSTREAM_ERROR, kind)
 
