@@ -27,9 +27,9 @@ FLOORS: list[dict[str, str]] = [
         "clients": "client",
     },
     {
-        "application": "accounts app chats connection context conversations cursor dialects "
-        "endings following histories hub intake journal live page quota replies reporting requests "
-        "retention routes running scheduling session stopping titles upkeep",
+        "application": "accounts app chat_http chats connection context conversations cursor "
+        "dialects endings following histories hub intake journal live page quota replies reporting "
+        "requests retention routes running scheduling session stopping titles upkeep",
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },

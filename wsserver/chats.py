@@ -9,10 +9,21 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import parse_qs, unquote
+from urllib.parse import unquote
 from weakref import WeakValueDictionary
 
 from wsserver.admission import Visitor
+from wsserver.chat_http import (
+    CODES,
+    EVENTS,
+    JSON,
+    PREFLIGHT,
+    STATUS,
+    cors,
+    decode_body,
+    parse_prompt,
+    seq_after,
+)
 from wsserver.content import Message
 from wsserver.denials import Denied, unauthenticated
 from wsserver.dialects import StreamDialect, ag_ui, ai_sdk
@@ -25,62 +36,24 @@ from wsserver.histories import history, room_of
 from wsserver.hub import Hub
 from wsserver.limits import Account, Rates
 from wsserver.live import Generation
-from wsserver.parsing import decode, parse_object
 from wsserver.protocol import Prompt, Stop, Stopped
 from wsserver.replies import ReplyStream
 from wsserver.responses import BadRequest, Request, Response, Stream, respond
 from wsserver.session import error_frame, refusal_of
 from wsserver.settings import Settings
 from wsserver.stopping import Stopping
-from wsserver.telemetry import Refusal
 from wsserver.wire import ID_PATTERN
 
 PATH = "/api/chat"
-JSON = "application/json"
 HISTORIES = 16  # messages of the largest size that a body may have: `useChat` sends all of a chat
 RELOAD = 3.0  # seconds for a page of `useChat` to load again; a stop looks the same
 RESUMING = 10_000  # chats whose pages resume that are remembered, the newest
-EVENTS = {
-    "Content-Type": "text/event-stream",
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",  # nginx passes each event on at once
-    "X-Content-Type-Options": "nosniff",
-}
-STATUS = {
-    Code.INVALID_JSON: HTTPStatus.BAD_REQUEST,
-    Code.INVALID_FRAME: HTTPStatus.BAD_REQUEST,
-    Code.UNKNOWN_TYPE: HTTPStatus.BAD_REQUEST,
-    Code.TOO_LONG: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    Code.ID_CONFLICT: HTTPStatus.CONFLICT,
-    Code.MODEL_NOT_ALLOWED: HTTPStatus.FORBIDDEN,
-    Code.NOT_FOUND: HTTPStatus.NOT_FOUND,
-    Code.FORGOTTEN: HTTPStatus.GONE,
-    Code.NOT_LAST: HTTPStatus.CONFLICT,
-    Code.GAP: HTTPStatus.CONFLICT,
-    Code.NOT_RUNNING: HTTPStatus.CONFLICT,
-    Code.UNAUTHENTICATED: HTTPStatus.UNAUTHORIZED,
-    Code.BUSY: HTTPStatus.CONFLICT,
-    Code.LIMIT: HTTPStatus.TOO_MANY_REQUESTS,
-    Code.QUOTA: HTTPStatus.TOO_MANY_REQUESTS,
-    Code.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
-}
-"""The status of each code; 503 for the others."""
-
-CODES: dict[Refusal, Code] = {"limit": Code.LIMIT, "unavailable": Code.AUTH_UNAVAILABLE}
-"""The code of each reason to deny a client; ``unauthenticated`` for the others."""
-
-PREFLIGHT = {
-    "Access-Control-Allow-Methods": "POST, GET, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
-    "Access-Control-Max-Age": "86400",
-}
 
 Route = Callable[..., Awaitable[Response | Stream]]
 """Answers a request of a visitor; further arguments are the variable parts of the path."""
 
 _SSE = SSE()  # of all clients: followers at the same place share one encoded event
 _ID = ID_PATTERN.strip("^$")
-_EVENT_ID = re.compile(r"(?P<id>.+)\.(?P<seq>[0-9]{1,18}|end)")
 
 
 class Chats:
@@ -102,9 +75,9 @@ class Chats:
         self._hub = hub
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        # The last reply to each chat that the store does not know, by owner and conversation.
         # The chats whose pages asked for a running reply: they ask again after a reload.
         self._resuming: OrderedDict[tuple[str, str], None] = OrderedDict()
+        # The last reply to each chat that the store does not know, by owner and conversation.
         self._unstored: WeakValueDictionary[tuple[str, str], Generation] = WeakValueDictionary()
         self._streams: dict[ReplyStream, None] = {}
         self._idle = asyncio.Event()
@@ -153,7 +126,7 @@ class Chats:
         """Answer a client that may not chat here. Its page may read why, if its origin may chat."""
         code = CODES.get(denied.why, Code.UNAUTHENTICATED)
         answer = self._refuse(Refused(code, denied.message), denied.status)
-        allowed = {} if denied.why in {"host", "origin"} else _cors(headers)
+        allowed = {} if denied.why in {"host", "origin"} else cors(headers)
         return replace(answer, headers={**answer.headers, **denied.headers, **allowed})
 
     async def _answer(self, request: Request, visitor: Visitor) -> Response | Stream:
@@ -271,7 +244,7 @@ class Chats:
 
     async def _resume(self, request: Request, visitor: Visitor, name: str) -> Response | Stream:
         self._check_rate(visitor.account)
-        after = place(request, name)
+        after = seq_after(request, name)
         if after is None:  # an EventSource that has all connects again, unless told not to
             return Response(HTTPStatus.NO_CONTENT)
         generation, limit = await self._hub.resume(_owner(visitor), name, after, visitor.account)
@@ -314,12 +287,12 @@ class Chats:
             grace=grace,
             request=request,
             silence=self._settings.ping_interval,
-            on_closed=self._closed,
+            on_closed=self._forget,
         )
         self._streams[stream] = None
         return Stream(HTTPStatus.OK, {**EVENTS, **dialect.headers}, stream)
 
-    def _closed(self, stream: ReplyStream) -> None:
+    def _forget(self, stream: ReplyStream) -> None:
         del self._streams[stream]
         if not self._streams:
             self._idle.set()
@@ -358,19 +331,8 @@ class Chats:
         return respond(status, encode(frame), JSON, headers)
 
 
-def _cors(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the headers with which a page of an allowed origin may read the response."""
-    if "origin" not in headers:
-        return {}
-    return {
-        "Access-Control-Allow-Origin": headers["origin"],
-        "Access-Control-Expose-Headers": "Retry-After",
-        "Vary": "Origin",
-    }
-
-
 def _allow(answer: Response | Stream, headers: Mapping[str, str]) -> Response | Stream:
-    return replace(answer, headers={**answer.headers, **_cors(headers)})
+    return replace(answer, headers={**answer.headers, **cors(headers)})
 
 
 def _owner(visitor: Visitor) -> str:
@@ -391,58 +353,3 @@ def _messages_of(generation: Generation) -> list[Message]:
 def _settle(ended: "asyncio.Future[list[str]]", ids: list[str]) -> None:
     if not ended.done():  # the server has not closed meanwhile
         ended.set_result(ids)
-
-
-def decode_body(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body.
-
-    Raises:
-        BadRequest: the body is of another type, or compressed.
-        Refused: the body is not a JSON object.
-    """
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != JSON:
-        raise _unsupported(f"Content-Type: must be {JSON}.")
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        raise _unsupported("Content-Encoding: the body must not be compressed.")
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        raise Refused(Code.INVALID_JSON, "The body is not UTF-8.") from None
-    return decode(text)
-
-
-def _unsupported(message: str) -> BadRequest:
-    return BadRequest(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
-
-
-def parse_prompt(value: dict[str, Any]) -> Prompt:
-    """Parse the keys of a ``prompt`` frame.
-
-    Raises:
-        Refused: the object is not a ``prompt`` frame.
-    """
-    frame = parse_object(value)
-    if not isinstance(frame, Prompt):
-        raise Refused(Code.UNKNOWN_TYPE, 'type: must be "prompt".')
-    return frame
-
-
-def place(request: Request, name: str) -> int | None:
-    """Return the seq after which a client goes on; None where it has the end.
-
-    Raises:
-        Refused: the place is malformed, or one of another generation.
-    """
-    (given,) = parse_qs(request.query, keep_blank_values=True).get("after", [""])[-1:]
-    event = request.headers.get("last-event-id", "")
-    if event:  # the newer place: an EventSource repeats its address
-        match = _EVENT_ID.fullmatch(event)
-        if match is None or match["id"] != name:
-            raise Refused(Code.INVALID_FRAME, "Last-Event-ID: is of another reply.")
-        given = match["seq"]
-    if given == "end":
-        return None
-    if not re.fullmatch(r"[0-9]{0,18}", given, re.ASCII):
-        raise Refused(Code.INVALID_FRAME, "after: must be a number.")
-    return int(given or 0)
