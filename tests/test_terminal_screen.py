@@ -9,6 +9,7 @@ import wsserver
 from tests.support.puppet import Puppet
 from tests.support.terminal import terminal
 from wsserver import Thinking
+from wsserver.client import connect
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning"),
@@ -170,6 +171,7 @@ async def test_dumb_terminal_gets_plain_lines(
         said = (await puppet.reply()).say(Thinking("Hm."), "Some **bo")
         await person.sees("[thought: Hm.]\nSome **bo")
         person.types("Two\n")
+        await person.sees("Some **boTwo")
         said.say("ld**\x1b[1m").end()
         await person.sees("Some **boTwo\nld**\\x1b[1m\n[puppet")
         assert (await puppet.reply(1)).request.prompt == "Two"
@@ -210,6 +212,19 @@ async def test_dumb_terminal_has_commands_and_keys(
         await person.sees("[Ctrl-C again or Ctrl-D leaves]")
         person.types("\x03")
         assert await person.leaves() == 0
+
+
+async def test_history_does_not_scroll_screen(server: wsserver.Server, puppet: Puppet) -> None:
+    async with connect(server.url) as chat:
+        reply = chat.prompt("Hi")
+        (await puppet.reply()).say("Hello").end()
+        await reply.done()
+    async with terminal(server.url, "-c") as person:
+        await person.sees("out]\n>")
+        assert person.screen[0].startswith("/help")
+        assert person.screen[1:4] == ["[Hi]", "> Hi", "Hello"]
+    # An answer about the cursor would be old after the first printed line.
+    assert b"\x1b[6n" not in person.output
 
 
 async def test_huge_paste_is_refused_with_its_size(server: wsserver.Server, puppet: Puppet) -> None:

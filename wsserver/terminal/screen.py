@@ -5,6 +5,8 @@ place. The terminal's own scrollback has the whole dialogue.
 """
 
 import contextlib
+import os
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
+from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 
 from wsserver.client import Reply
@@ -57,8 +61,17 @@ class Screen:
         self._held: list[str] = []  # lines printed while an editor has the terminal
         self._running = self._lent = self._updating = False
         past: History = InMemoryHistory() if history is None else _ForgivingHistory(history)
+        # Without requests for the position of the cursor: lines that are printed before the answer
+        # would make it wrong, and the prompt would scroll the screen.
+        output = Vt100_Output.from_pty(
+            sys.stdout,
+            term=os.environ.get("TERM"),
+            default_color_depth=ColorDepth.from_env(),
+        )
+        output.enable_cpr = False
         self._session: PromptSession[str] = PromptSession(
             self._above_prompt,
+            output=output,
             history=past,
             key_bindings=self._bindings(),
             multiline=True,
