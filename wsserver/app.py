@@ -9,7 +9,7 @@ import contextlib
 import random
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import UUID
 
 from wsserver import auth, models, stores
@@ -322,3 +322,28 @@ async def _recheck(clients: Iterator[Connection | ReplyStream]) -> None:
 def _failed(error: Exception) -> Response:
     log.error("request failed", failure=error)
     return respond(HTTPStatus.INTERNAL_SERVER_ERROR, "A fault of the server's own")
+
+
+def configure(
+    model: Model | PushModel | str | None, settings: Settings | None, given: Mapping[str, Any]
+) -> tuple[Model | PushModel | None, Settings]:
+    """Return the model object, if there is one, and all settings.
+
+    Args:
+        model: the model object, or the setting ``model``.
+        settings: all settings. None: they are read from the environment.
+        given: single settings by name. They win over the environment.
+
+    Raises:
+        ConfigError: a setting is invalid, or the object cannot be a model.
+        TypeError: both ``settings`` and single settings are given.
+    """
+    if isinstance(model, str):
+        model, given = None, {**given, "model": model}
+    if settings is None:
+        settings = Settings.load(**given)
+    elif given:
+        raise TypeError("give either settings or single settings")
+    if model is not None:
+        models.check(model)
+    return model, settings

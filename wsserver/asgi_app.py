@@ -11,8 +11,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote
 
-from wsserver import models
-from wsserver.app import App
+from wsserver.app import App, configure
 from wsserver.asgi_transports import (
     Body,
     Call,
@@ -62,21 +61,14 @@ def asgi(
         authenticate: as for :func:`wsserver.serve`; ``handshake.scope`` is the scope, in which
             parents keep their user.
         settings: as for :func:`wsserver.serve`. Those of sockets and TLS have no effect.
-        given: single settings, by name.
+        given: single settings by name. They win over the environment.
 
     Raises:
-        ConfigError: a setting does not fit, the model is none, or strangers could use the
-            application.
+        ConfigError: a setting is invalid, or the object cannot be a model.
+        TypeError: both ``settings`` and single settings are given.
     """
-    if isinstance(model, str):
-        model, given = None, {**given, "model": model}
-    if settings is None:
-        settings = Settings.load(**given)
-    elif given:
-        raise TypeError("give either settings or single ones")
-    if model is not None:
-        models.check(model)
-    return Asgi(model, authenticate, settings)
+    chosen, settings = configure(model, settings, given)
+    return Asgi(chosen, authenticate, settings)
 
 
 class Asgi:

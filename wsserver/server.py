@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-from wsserver import descriptors, listening, models
+from wsserver import descriptors, listening
 from wsserver.admission import Visitor
-from wsserver.app import App
+from wsserver.app import App, configure
 from wsserver.auth import Authenticator
 from wsserver.certificates import Certificate
 from wsserver.errors import ConfigError
@@ -55,15 +55,8 @@ def serve(
         ConfigError: a setting is invalid, or the object cannot be a model.
         TypeError: both ``settings`` and single settings are given.
     """
-    if isinstance(model, str):
-        model, given = None, {**given, "model": model}
-    if settings is None:
-        settings = Settings.load(**given)
-    elif given:
-        raise TypeError("give either settings or single settings")
-    if model is not None:
-        models.check(model)
-    return Server(model, authenticate, settings, sockets)
+    chosen, settings = configure(model, settings, given)
+    return Server(chosen, authenticate, settings, sockets)
 
 
 class Server:
