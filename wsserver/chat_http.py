@@ -19,6 +19,7 @@ EVENTS = {
     "X-Accel-Buffering": "no",  # nginx passes each event on at once
     "X-Content-Type-Options": "nosniff",
 }
+NOT_STORED = {"Cache-Control": "no-store"}  # else a cache may keep a 204 (RFC 9110 15.3.5)
 STATUS = {
     Code.INVALID_JSON: HTTPStatus.BAD_REQUEST,
     Code.INVALID_FRAME: HTTPStatus.BAD_REQUEST,

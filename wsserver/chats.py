@@ -17,6 +17,7 @@ from wsserver.chat_http import (
     CODES,
     EVENTS,
     JSON,
+    NOT_STORED,
     PREFLIGHT,
     STATUS,
     cors,
@@ -239,14 +240,14 @@ class Chats:
             self._resuming.popitem(last=False)
         generation = self._reply_of(owner, name)
         if generation is None:
-            return Response(HTTPStatus.NO_CONTENT)
+            return Response(HTTPStatus.NO_CONTENT, NOT_STORED)
         return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)
 
     async def _resume(self, request: Request, visitor: Visitor, name: str) -> Response | Stream:
         self._check_rate(visitor.account)
         after = seq_after(request, name)
         if after is None:  # an EventSource that has all connects again, unless told not to
-            return Response(HTTPStatus.NO_CONTENT)
+            return Response(HTTPStatus.NO_CONTENT, NOT_STORED)
         generation, limit = await self._hub.resume(_owner(visitor), name, after, visitor.account)
         return self._stream(generation, visitor, _SSE, after=after, limit=limit)
 

@@ -125,6 +125,13 @@ async def resume(server: wsserver.Server) -> int:
         return (await chat.browser.head())[0]
 
 
+async def test_answer_that_nothing_runs_is_not_stored_by_caches(server: wsserver.Server) -> None:
+    async with Chat.open(server) as chat:
+        chat.send("GET", "/api/chat/no-chat/stream")
+        status, headers = await chat.browser.head()
+        assert (status, headers["cache-control"]) == (204, "no-store")
+
+
 async def test_page_that_does_not_come_back_stops_its_reply(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
