@@ -38,6 +38,7 @@ class Page:
         "sidebar.js",
         "turn.js",
         "markdown.js",
+        "code.js",
         "markdown-syntax.js",
         "patch.js",
         "dom.js",

@@ -43,6 +43,7 @@ SAMPLES = {
         "<ol><li><p>a</p>[js|b\n  c]</li><li><p>d</p></li></ol>"
     ),
     "~~~\na\n~~~": "[code|a]",
+    "```\nab```\nc\n```\nd": "[code|ab```\nc]<p>d</p>",
     '[a](https://b.example/c "d") https://e.example': (
         '<p><a href="https://b.example/c">a</a> '
         '<a href="https://e.example">https://e.example</a></p>'
@@ -336,9 +337,9 @@ async def test_code_can_be_copied_wrapped_and_folded(page: Page, puppet: Puppet)
 @pytest.mark.parametrize(
     ("unit", "blocks"),
     [
-        ("word **bold** and `code` words. ", 13),
-        ("x" * 31, 13),
-        ("😀", 13),
+        ("word **bold** and `code` words. ", 3),
+        ("x" * 31, 3),
+        ("😀", 3),
         ("- an item with **bold** text\n", 1),
         ("1. item\n   - nested\n", 1),
     ],
@@ -363,6 +364,41 @@ async def test_long_block_keeps_its_text(page: Page, unit: str, blocks: int) -> 
     marks = str.maketrans("", "", "*`- \n." if unit.startswith(("-", "1")) else "*` ")
     assert shown[1].translate(marks) == written.replace("1.", "").translate(marks)
     assert shown[0] == 1 if blocks == 1 else shown[0] >= blocks
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        *(" " * 12_000 + "x", "|" * 12_000 + "x", "*" * 12_000, "`" * 12_000, "$" * 12_000),
+        *("- " * 6_000, "[^" * 6_000, "\\[" * 6_000, "|-" * 6_000 + "\n", "_a" * 6_000),
+        "> " * 3_000 + "x",
+    ],
+)
+async def test_hostile_text_costs_no_more_than_other_text(page: Page, hostile: str) -> None:
+    """A pattern that backtracks would take minutes."""
+    took = await page.evaluate(
+        """async (pieces) => {
+            const { Markdown } = await import('/markdown.js')
+            const began = performance.now()
+            const markdown = new Markdown(document.createElement('div'))
+            for (const piece of pieces) {
+                markdown.write(piece)
+                await new Promise((resolve) => setTimeout(resolve, 10))
+            }
+            await markdown.end()
+            return performance.now() - began
+        }""",
+        chopped(hostile, 1000),
+    )
+    assert took < 10_000
+
+
+async def test_block_nested_too_deeply_is_plain_text(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Go")
+    (await puppet.reply()).say("Before.\n\n" + "> " * 5_000 + "x\n\nAfter **all**.").end()
+    await expect(text(page).locator("p").first).to_have_text("Before.")
+    await expect(text(page)).to_contain_text("> > x")
+    await expect(text(page)).to_contain_text("After")
 
 
 async def test_long_table_stays_one_table(page: Page) -> None:

@@ -8,7 +8,7 @@
  */
 
 import * as libraries from './libraries/markdown.js'
-import { cloneTemplate, find } from './dom.js'
+import { codeBlock, OpenCode } from './code.js'
 import { extensions } from './markdown-syntax.js'
 import { patch } from './patch.js'
 
@@ -16,22 +16,18 @@ const LARGE = 3_000 // characters of a last paragraph; a longer one is split
 const MANY = 800 // characters of a last list or table; the first items or rows of a longer one become final
 const WINDOW = 12_000 // characters that are parsed together
 const TRIES = 5 // places where a long paragraph may be split
-const SLICE = 5_000 // characters of code that are coloured together
-const LONG_CODE = 40 // lines; longer code of an earlier reply is folded
 const SHARE = 4 // the page renders for at most one part of this many of its time
 const TASK = 8 // milliseconds; then the page does other things before it renders more
 const AT_ONCE = 20_000 // characters of a whole reply that are rendered without a pause
 
-// The end of the text, while the text after it decides what it is: a line that begins with the mark of
-// a block, or is an underline of a heading or the delimiters of a table; and marks at the end.
-const UNDECIDED = new RegExp([
-  /(?:^|\n)[ \t>]*(?:[-+*]|\d{1,9}[.)]?)? *(?:\[[ xX]?\]?)? *$/,
-  /(?:^|\n)[ \t>]*(?:#{1,6} *|=+|[-*_ ]{2,}|~{1,2}|(?:`{3,}|~{3,})[^\n]*|[|:\- \t]+|\[\^?[^\]\n]*)$/,
-  /[*_~`\\\]]+$/,
-].map(({ source }) => source).join('|'))
-// The head of a table whose delimiters are not complete.
-const TABLE_HEAD = /(?:^|\n)[ \t]*\|[^\n]*\n?[ \t|:-]*$/
-const TABLE = /(?:^|\n)[ \t]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t:-]*)*\n/
+// A short last line that the text after it may turn into the mark of a block, with a box to tick, or into
+// an underline of a heading.
+const BEGUN = /^[ \t>]*(?:(?:[-+*]|\d{1,9}[.)]?)? *(?:\[[ xX]?\]?)?|#{1,6} *|=+|[-*_ ]{2,}|~{1,2}|\[\^?[^\]]*) *$/
+const SHORT = 80 // characters
+const DELIMITERS = /^[ \t]*[|:\- \t]+$/
+const ROW = /^[ \t]*\|/
+const HALF_FENCE = /^[ \t>]*(?:`{3,}|~{3,})/
+const MARKS = /[*_~`\\\]]+$/
 const FENCE = /^( {0,3})(`{3,}|~{3,})([^\n]*)\n/
 const SCHEMES = /^(?:https?|mailto|tel):/i
 const INCOMPLETE = 'streamdown:incomplete-link' // the address that remend gives to half a link
@@ -40,7 +36,7 @@ const LEAVES = 'p, li, h3, h4, h5, h6, summary'
 const CONTAINERS = 'ul, ol, blockquote, table'
 const RIGHT_TO_LEFT = /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/u // the first letter is
 
-const { DOMPurify, Lexer, Marked, highlighter, remend } = libraries
+const { DOMPurify, Lexer, Marked, remend } = libraries
 /** Whether the libraries are there. Without them the text is shown as it is. */
 export const available = Marked !== undefined
 
@@ -54,7 +50,7 @@ const PURIFY = {
     ...['hr', 'i', 'img', 'input', 'ins', 'kbd', 'li', 'mark', 'ol', 'p', 'pre', 's', 'span', 'strong', 'sub'],
     ...['summary', 'sup', 'table', 'tbody', 'td', 'th', 'thead', 'tr', 'u', 'ul', 'var'],
   ],
-  // Addresses of some schemes, and all that is no address. `#finish` narrows this.
+  // Addresses of some schemes, and all that is no address. `#complement` narrows this.
   ALLOWED_URI_REGEXP: /^(?:(?:https?|mailto|tel|streamdown|data):|[^a-z]|[a-z+.-]+(?:[^a-z+.\-:]|$))/i,
   ALLOWED_ATTR: ['href', 'src', 'alt', 'title', 'start', 'align', 'colspan', 'rowspan', 'checked', 'type', 'open', 'data-language', 'data-math', 'data-note', 'data-ref'],
   ALLOW_DATA_ATTR: false,
@@ -69,7 +65,7 @@ export class Markdown {
   #carry = '' // a carriage return, whose line feed may follow
   /** @type {ChildNode[]} The nodes of the last block. */ #shown = []
   /** @type {ChildNode[]} The items or rows of the last block that continue a list or a table. */ #items = []
-  /** @type {Code | undefined} The code block that is open. */ #code
+  /** @type {OpenCode | undefined} The code block that is open. */ #code
   /** @type {{home?: Element, head: string} | undefined} What the last block continues: a list, or the body of a table and the source of its head, or a paragraph. */ #continued
   /** @type {Record<string, any>} Definitions of links, by name. */ #links = {}
   /** @type {Map<string, number>} The numbers of footnotes, by name. */ #notes = new Map()
@@ -120,7 +116,7 @@ export class Markdown {
     this.#timer = undefined
     let more = this.#source !== ''
     while (more && (performance.now() < began + TASK || (this.#ends && this.#source.length < AT_ONCE))) {
-      more = this.#step() && this.#source !== ''
+      more = this.#tryStep() && this.#source !== ''
     }
     const now = performance.now()
     this.#due = now + (now - began) * (SHARE - 1)
@@ -137,6 +133,23 @@ export class Markdown {
     // An earlier block may use a definition that came after it.
     this.#shown = [...this.#root.childNodes]
     this.#show(this.#lex(this.#whole))
+  }
+
+  /** Do a step. A block that is nested too deeply for the parser is shown as plain text. @returns {boolean} Whether text became final. */
+  #tryStep() {
+    try {
+      return this.#step()
+    } catch (error) {
+      if (!(error instanceof RangeError)) throw error
+      const end = this.#source.indexOf('\n\n') + 2
+      const length = end > 1 ? end : this.#source.length
+      const block = document.createElement('p')
+      block.className = 'plain'
+      block.append(this.#source.slice(0, length).trimEnd())
+      this.#shown = patch(this.#root, this.#shown, [block])
+      this.#settle(length)
+      return true
+    }
   }
 
   /** Make text final, or show the last block. @returns {boolean} Whether text became final. */
@@ -158,7 +171,7 @@ export class Markdown {
     if (tokens[last].type === 'code' && mark !== undefined) {
       this.#show([])
       this.#settle(mark.length)
-      this.#code = new Code(this.#root, indent.length, fence, info.trim(), this.#folds)
+      this.#code = new OpenCode(this.#root, { indent: indent.length, fence, info: info.trim() }, this.#folds)
       return true
     }
     const cut = cutOf(tokens[last], source)
@@ -170,15 +183,22 @@ export class Markdown {
       this.#continued = { home, head: tokens[last].type === 'table' ? head || headOf(source) : '' }
       return true
     }
-    this.#show(this.#lex(head + this.#complete()))
+    this.#show(this.#lex(head + this.#complete(tokens[last].type === 'table' && (head !== '' || this.#source.split('\n', 3).length > 2))))
     return false
   }
 
-  /** Return the last block without the text whose meaning is not clear, and with its open marks closed. */
-  #complete() {
-    let source = this.#source.replace(UNDECIDED, '')
-    if (!this.#continued?.head && !TABLE.test(source)) source = source.replace(TABLE_HEAD, '')
-    return remend(source.trimEnd(), { katex: false })
+  /** Return the last block without the text whose meaning is not clear, and with its open marks closed. @param {boolean} isTable Whether it has the whole head of a table. */
+  #complete(isTable) {
+    let source = this.#source
+    const place = source.lastIndexOf('\n') + 1
+    const line = source.slice(place)
+    if (HALF_FENCE.test(line) || DELIMITERS.test(line) || (line.length <= SHORT && BEGUN.test(line))) source = source.slice(0, place)
+    if (!isTable) { // without its delimiters the head of a table is a paragraph
+      const before = source.trimEnd().lastIndexOf('\n') + 1
+      if (ROW.test(source.slice(before))) source = source.slice(0, before)
+    }
+    const marks = MARKS.exec(source.slice(-SHORT))?.[0].length ?? 0
+    return remend(source.slice(0, source.length - marks).trimEnd(), { katex: false })
   }
 
   /** @param {string} source @returns {any[]} */
@@ -212,7 +232,7 @@ export class Markdown {
     this.#continued = undefined
   }
 
-  /** Write text to the open code block. @param {Code} code @returns {boolean} Whether text was written. */
+  /** Write text to the open code block. @param {OpenCode} code @returns {boolean} Whether text was written. */
   #writeCode(code) {
     const { length, ended } = code.write(this.#source)
     this.#source = this.#source.slice(length)
@@ -248,11 +268,7 @@ export class Markdown {
       frame.append(table)
     }
     for (const element of fragment.querySelectorAll('pre')) {
-      const { language = '' } = element.dataset
-      const figure = makeFigure(language)
-      showCode(find(figure, 'code', HTMLElement), (element.textContent ?? '').replace(/\n+$/, ''), language)
-      closeFigure(figure, this.#folds)
-      element.replaceWith(figure)
+      element.replaceWith(codeBlock(element.textContent ?? '', element.dataset.language ?? '', this.#folds))
     }
     for (const element of fragment.querySelectorAll('[data-math]')) {
       if (element instanceof HTMLElement) showMath(element)
@@ -272,95 +288,6 @@ export class Markdown {
   #numberOf(name) {
     if (!this.#notes.has(name)) this.#notes.set(name, this.#notes.size + 1)
     return this.#notes.get(name)
-  }
-}
-
-/** A fenced code block whose end has not arrived. */
-class Code {
-  #figure
-  #slice = document.createElement('span')
-  #text = '' // of the slice
-  #line = '' // the last line, as far as it may be the closing fence
-  #due = 0 // when the slice may be coloured again
-
-  /**
-   * @param {HTMLElement} root
-   * @param {number} indent @param {string} fence @param {string} language
-   * @param {boolean} folds
-   */
-  constructor(root, indent, fence, language, folds) {
-    this.language = language
-    this.folds = folds
-    this.indent = new RegExp(`^ {0,${indent}}`)
-    this.closing = new RegExp(`^ {0,3}${fence[0]}{${fence.length},}[ \\t]*$`)
-    this.maybe = new RegExp(`^ {0,3}${fence[0]}*[ \\t]*$`)
-    this.#figure = makeFigure(language)
-    root.append(this.#figure)
-    find(this.#figure, 'code', HTMLElement).append(this.#slice)
-  }
-
-  /** @param {string} source @returns {{length: number, ended: boolean}} How much of the source was written. */
-  write(source) {
-    let place = 0
-    for (;;) {
-      const end = source.indexOf('\n', place)
-      const line = source.slice(place, end < 0 ? undefined : end)
-      if (end >= 0 && this.closing.test(line)) {
-        this.end()
-        return { length: end + 1, ended: true }
-      }
-      if (end < 0) {
-        if (!this.maybe.test(line) && this.#line === '') {
-          this.#append(line.replace(this.indent, ''))
-          this.#line = line
-          place += line.length
-        } else if (this.#line !== '') {
-          this.#append(line)
-          place += line.length
-        }
-        break
-      }
-      this.#append((this.#line === '' ? line.replace(this.indent, '') : line) + '\n')
-      this.#line = ''
-      place = end + 1
-      if (this.#text.length > SLICE) {
-        this.#next()
-        return { length: place, ended: false }
-      }
-    }
-    this.#colour(false)
-    return { length: place, ended: false }
-  }
-
-  end() {
-    this.#text = this.#text.replace(/\n+$/, '')
-    this.#colour(true)
-    closeFigure(this.#figure, this.folds)
-  }
-
-  /** @param {string} text */
-  #append(text) {
-    this.#text += text
-    const { lastChild } = this.#slice
-    if (lastChild instanceof Text) lastChild.appendData(text)
-    else this.#slice.append(text)
-  }
-
-  /** Begin another slice. */
-  #next() {
-    this.#colour(true)
-    this.#slice = document.createElement('span')
-    this.#text = ''
-    find(this.#figure, 'code', HTMLElement).append(this.#slice)
-  }
-
-  /** @param {boolean} now */
-  #colour(now) {
-    const began = performance.now()
-    if (!now && began < this.#due) return
-    patch(this.#slice, [...this.#slice.childNodes], [...highlight(this.#text, this.language).childNodes])
-    const end = performance.now()
-    this.#due = end + (end - began) * (SHARE - 1)
   }
 }
 
@@ -392,60 +319,6 @@ function headOf(source) {
 /** @param {string} html @returns {DocumentFragment} */
 function purify(html) {
   return /** @type {any} */ (DOMPurify.sanitize(html, PURIFY))
-}
-
-/** Return coloured code; code of an unknown language has no colours. @param {string} text @param {string} language @returns {DocumentFragment} */
-function highlight(text, language) {
-  const name = nameOf(language).toLowerCase()
-  if (!highlighter.getLanguage(name)) {
-    const fragment = new DocumentFragment()
-    fragment.append(text)
-    return fragment
-  }
-  const { value } = highlighter.highlight(text, { language: name, ignoreIllegals: true })
-  return /** @type {any} */ (DOMPurify.sanitize(value, { RETURN_DOM_FRAGMENT: true, ALLOWED_TAGS: ['span'], ALLOWED_ATTR: ['class'] }))
-}
-
-/** Show code in slices, which are coloured one by one. @param {HTMLElement} element @param {string} text @param {string} language */
-function showCode(element, text, language) {
-  while (text) {
-    let end = text.length > SLICE ? text.lastIndexOf('\n', SLICE) + 1 : text.length
-    if (end === 0) end = text.length
-    const slice = document.createElement('span')
-    slice.append(highlight(text.slice(0, end), language))
-    element.append(slice)
-    text = text.slice(end)
-  }
-}
-
-/** Return the first word of what follows a fence. @param {string} info */
-function nameOf(info) {
-  return info.split(/[\s,{]/, 1)[0]
-}
-
-/** @param {string} language */
-function makeFigure(language) {
-  const figure = cloneTemplate('code')
-  find(figure, '.language', HTMLElement).textContent = nameOf(language) || 'code'
-  return figure
-}
-
-/** Let long code be folded. @param {HTMLElement} figure @param {boolean} folded */
-function closeFigure(figure, folded) {
-  const lines = (find(figure, 'code', HTMLElement).textContent ?? '').split('\n').length
-  if (lines <= LONG_CODE) return
-  const fold = find(figure, '.fold', HTMLButtonElement)
-  fold.hidden = false
-  fold.dataset.lines = String(lines)
-  foldCode(figure, folded)
-}
-
-/** @param {HTMLElement} figure @param {boolean} folded */
-export function foldCode(figure, folded) {
-  const fold = find(figure, '.fold', HTMLButtonElement)
-  figure.classList.toggle('folded', folded)
-  fold.setAttribute('aria-expanded', String(!folded))
-  fold.textContent = folded ? `Show all ${fold.dataset.lines} lines` : 'Show fewer lines'
 }
 
 /** Show a link in the place of an image: a page that loads it would tell a stranger who reads it when. @param {HTMLImageElement} image */

@@ -1,12 +1,12 @@
 /** The page at `/`: one conversation, and the list of all conversations. */
 
 import { connect, newId } from './client.js'
+import { onCodeButton } from './code.js'
 import { Composer, isComposing } from './compose.js'
-import { copy, find } from './dom.js'
+import { find } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
-import { foldCode } from './markdown.js'
 import { followEnd, keepInPlace, stayHere } from './scroll.js'
 import { Sidebar } from './sidebar.js'
 import { REPLY_GONE, Turn } from './turn.js'
@@ -381,28 +381,13 @@ log.addEventListener('click', (event) => {
   const { target } = event
   if (!(target instanceof Element)) return
   if (target.closest('summary')) stayHere()
-  const figure = target.closest('figure')
-  if (figure instanceof HTMLElement) onCodeButton(figure, target)
+  onCodeButton(target)
   const link = target.closest('a[href^="#"]')
   if (link) { // of a footnote; the address keeps the hash of the conversation
     event.preventDefault()
     document.getElementById(link.getAttribute('href')?.slice(1) ?? '')?.scrollIntoView({ block: 'center' })
   }
 })
-/** @param {HTMLElement} figure @param {Element} target */
-function onCodeButton(figure, target) {
-  const wrap = target.closest('.wrap')
-  const button = target.closest('.copy-code')
-  if (target.closest('.fold')) foldCode(figure, !figure.classList.contains('folded'))
-  if (wrap) wrap.setAttribute('aria-pressed', String(figure.classList.toggle('wrapped')))
-  if (button) {
-    copy(figure.querySelector('code')?.textContent ?? '')
-    const label = find(button, 'span', HTMLElement)
-    label.textContent = 'Copied'
-    setTimeout(() => { label.textContent = 'Copy' }, 2000)
-  }
-}
-
 login.addEventListener('submit', (event) => {
   event.preventDefault()
   const given = token.value.trim()
