@@ -5,6 +5,7 @@ import re
 import pytest
 from playwright.async_api import Page, expect
 
+import wsserver
 from tests.browser.page import (
     MARKUP,
     ask,
@@ -21,7 +22,8 @@ from tests.browser.page import (
     title,
 )
 from tests.support.puppet import Puppet, Thinking
-from wsserver import Code, ModelError, Usage
+from wsserver import Code, Message, ModelError, Request, Usage
+from wsserver.models.demo import Demo
 
 SHOWN = "bold <img src=x onerror=alert(1)> <script>alert(2)</script> & a"  # of MARKUP
 
@@ -41,6 +43,29 @@ async def test_reply_appears_while_it_streams(page: Page, puppet: Puppet) -> Non
     await expect(note(page)).to_be_empty()
     await expect(reply(page).locator(".usage")).to_have_text("puppet · 1,234 tokens in, 5 out")
     assert model.request.prompt == "Count"
+
+
+async def test_empty_page_offers_prompts_that_demo_model_answers(
+    page: Page, puppet: Puppet
+) -> None:
+    ideas = page.get_by_role("list", name="Things to try").get_by_role("button")
+    prompts = await ideas.all_text_contents()
+    assert len(prompts) == 3
+    kinds = []
+    for prompt in prompts:
+        request = Request((Message("user", prompt),), "demo", 1000)
+        kinds.append([type(piece) async for piece in Demo(rate=0)(request)])
+    table, tea, count = kinds
+    assert wsserver.Thinking not in table
+    assert wsserver.Thinking in tea
+    assert count.count(str) == 1000
+    await box(page).fill("Draft")
+    await ideas.last.click()
+    await expect(ideas).to_have_count(0)
+    await expect(box(page)).to_have_value("Draft")
+    (await puppet.reply()).say("1, 2").end()
+    await expect(text(page)).to_have_text("1, 2")
+    assert puppet.replies[0].request.prompt == prompts[-1]
 
 
 async def test_next_prompt_continues_conversation(page: Page, puppet: Puppet) -> None:

@@ -372,6 +372,11 @@ function showFailure(error, retry) {
 
 // Input.
 
+find(document, '#ideas', HTMLElement).addEventListener('click', ({ target }) => {
+  if (!(target instanceof HTMLButtonElement)) return
+  ask(target.textContent ?? '')
+  composer.focus()
+})
 addEventListener('keydown', (event) => {
   if (event.key !== 'Escape' || isComposing(event) || event.defaultPrevented || document.querySelector('dialog[open]')) return
   if (isDrawerOpen()) setDrawer(false)
