@@ -382,11 +382,8 @@ async def test_history_loads_earlier_messages(blank: Page, puppet: Puppet) -> No
         earlier = blank.get_by_role("button", name="Show earlier messages")
         await expect(earlier).to_be_visible()
         shown = await blank.locator("article").count()
-        # The page notices with the next frame, and follows the newest message until then.
-        await blank.evaluate(
-            "new Promise((resolve) => { addEventListener('scroll', resolve, {once: true}); "
-            "scrollTo(0, 0) })"
-        )
+        # Until the page notices, it follows the newest message: also when Markdown changes a size.
+        await blank.wait_for_function("scrollTo(0, 0), !document.querySelector('#jump').hidden")
         top = "document.querySelector('article:last-of-type').getBoundingClientRect().top"
         before = await blank.evaluate(top)
         await earlier.click()
