@@ -383,7 +383,11 @@ async def test_history_loads_earlier_messages(blank: Page, puppet: Puppet) -> No
         await expect(earlier).to_be_visible()
         shown = await blank.locator("article").count()
         # Until the page notices, it follows the newest message: also when Markdown changes a size.
-        await blank.wait_for_function("scrollTo(0, 0), !document.querySelector('#jump').hidden")
+        await blank.evaluate(
+            "new Promise((resolve) => { const scroll = () => { "
+            "if (!document.querySelector('#jump').hidden) return resolve(); "
+            "scrollTo(0, 0); requestAnimationFrame(scroll) }; scroll() })"
+        )
         top = "document.querySelector('article:last-of-type').getBoundingClientRect().top"
         before = await blank.evaluate(top)
         await earlier.click()
