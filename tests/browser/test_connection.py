@@ -229,7 +229,9 @@ async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_p
         await blank.reload()
         await expect(text(blank)).to_contain_text("You said: “Hello”")
         first = blank.locator(".reply").first
-        await expect(first.locator(".note")).to_have_text("Incomplete, because the server crashed.")
+        await expect(first.locator(".note")).to_have_text(
+            "The server crashed during the reply. Try again."
+        )
 
 
 async def test_text_after_gap_is_replaced_by_text_of_server(

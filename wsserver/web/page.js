@@ -7,8 +7,10 @@ import { find } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
+import { Login } from './login.js'
 import { followEnd, keepInPlace, stayHere } from './scroll.js'
 import { Sidebar } from './sidebar.js'
+import { local, session } from './storage.js'
 import { REPLY_GONE, Turn } from './turn.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
@@ -23,11 +25,8 @@ const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
 const notice = find(document, '#notice', HTMLElement)
 const announcement = find(document, '#announcement', HTMLElement)
-const login = find(document, '#login', HTMLFormElement)
-const token = find(document, '#token', HTMLInputElement)
 const form = find(document, '#compose', HTMLFormElement)
-const storage = openStorage(() => localStorage)
-const drafts = new Drafts(storage, openStorage(() => sessionStorage))
+const drafts = new Drafts(local, session)
 const composer = new Composer(drafts, { onSend: (text, interrupts) => ask(text, { interrupts }), onStop: stop })
 
 /** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
@@ -35,9 +34,12 @@ const composer = new Composer(drafts, { onSend: (text, interrupts) => ask(text, 
 /** @type {string | undefined} The conversation whose changes the server sends. */ let followed
 /** @type {number | undefined} The `before` of the earlier messages, if there are any. */ let before
 let fallbackTitle = '' // for a conversation that is not in the list
-let usedToken = storage?.token // the token that this tab has used
 
-const chat = connect(new URL('ws', location.href), { token: usedToken })
+const login = new Login((token) => {
+  chat.setToken(token)
+  composer.focus(true)
+})
+const chat = connect(new URL('ws', location.href), { token: login.token })
 const sidebar = new Sidebar(chat, {
   onChange: showTitle,
   onDelete(id) {
@@ -51,13 +53,8 @@ const sidebar = new Sidebar(chat, {
 // The connection.
 
 chat.on('state', ({ state: now, reason }) => {
-  const hadToken = usedToken !== undefined
-  if (now === 'unauthenticated') {
-    const other = storage?.token // entered in another tab
-    if (other !== undefined && other !== usedToken) return useToken(other)
-    usedToken = undefined
-    delete storage?.token
-  }
+  const hadToken = login.token !== undefined
+  if (now === 'unauthenticated' && login.refuse()) return
   document.body.dataset.state = now
   state.textContent = {
     connecting: 'Connecting…',
@@ -67,10 +64,9 @@ chat.on('state', ({ state: now, reason }) => {
     unauthenticated: hadToken ? 'Not connected: your token is invalid or has expired.' : 'Not connected',
     closed: `The server closed the connection${reason && `: ${reason}`}. Reload the page to connect again.`,
   }[now]
-  login.hidden = now !== 'unauthenticated'
-  form.hidden = !login.hidden
+  form.hidden = now === 'unauthenticated'
   composer.disabled = now === 'closed'
-  if (!login.hidden) token.focus()
+  login.show(now === 'unauthenticated')
   for (const turn of turns.values()) showWaiting(turn)
   if (now === 'open') sidebar.refresh()
 })
@@ -97,21 +93,6 @@ function showWaiting(turn) {
   const started = turn.reply?.started
   const note = started ? 'The connection was lost. The rest of the reply follows after a reconnect.' : 'Not sent yet.'
   turn.setWaiting(chat.state === 'open' ? '' : note)
-}
-
-/** Return a storage, or undefined where the browser forbids it. @param {() => Storage} get @returns {Storage | undefined} */
-function openStorage(get) {
-  try {
-    return get()
-  } catch {
-    return undefined
-  }
-}
-
-/** @param {string | undefined} token */
-function useToken(token) {
-  usedToken = token
-  chat.setToken(token)
 }
 
 // The conversation.
@@ -392,17 +373,6 @@ log.addEventListener('click', (event) => {
     event.preventDefault()
     document.getElementById(link.getAttribute('href')?.slice(1) ?? '')?.scrollIntoView({ block: 'center' })
   }
-})
-login.addEventListener('submit', (event) => {
-  event.preventDefault()
-  const given = token.value.trim()
-  if (storage) storage.token = given
-  token.value = ''
-  useToken(given)
-  composer.focus(true)
-})
-addEventListener('storage', ({ key, newValue }) => {
-  if (key === 'token' && newValue && chat.state === 'unauthenticated') useToken(newValue)
 })
 find(document, '#skip', HTMLElement).addEventListener('click', (event) => {
   event.preventDefault() // the address keeps the hash of the conversation
