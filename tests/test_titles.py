@@ -187,13 +187,16 @@ async def test_model_of_titles_is_not_for_clients(puppet: Puppet) -> None:
         assert (await puppet.reply(1)).request.model == "small-model"
 
 
-async def test_server_closes_while_title_is_written(puppet: Puppet) -> None:
-    async with (
-        wsserver.serve(puppet, port=0, drain_timeout=0, titles="on") as server,
-        client(server) as chat,
-    ):
-        await converse(chat, puppet)
-        asked = (await puppet.reply(1)).say("Sour")
+async def test_shutdown_does_not_wait_for_title(puppet: Puppet) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            wsserver.serve(puppet, port=0, drain_timeout=2 * BOUND, titles="on")
+        )
+        async with client(server) as chat:
+            await converse(chat, puppet)
+            asked = (await puppet.reply(1)).say("Sour")
+        async with asyncio.timeout(BOUND):
+            await stack.aclose()
     assert asked.closed.is_set()
 
 

@@ -223,6 +223,7 @@ class Hub:
     async def drain(self) -> None:
         """Refuse new prompts, stop waiting ones, and let the rest finish within the drain time."""
         self.scheduler.draining = True
+        await self._titles.close()
         for generation in tuple(self.scheduler.live):
             if generation.state is State.QUEUED:
                 self.stop(generation, "shutdown")

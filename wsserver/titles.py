@@ -68,7 +68,7 @@ class Titles:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Stop to wait for titles. Idempotent."""
+        """Stop the requests for titles. Idempotent."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -83,7 +83,10 @@ class Titles:
             asked = await self._scheduler.accept_own(
                 self._prompt(generation), generation.owner, generation.account
             )
-            title = title_in(await _text_of(asked.log))
+            try:
+                title = title_in(await _text_of(asked.log))
+            finally:  # at a shutdown
+                self._scheduler.runner.stop(asked, "shutdown")
             if title and title != replaced:
                 await self._conversations.entitle(
                     conversation.id, conversation.owner, title, replaced
