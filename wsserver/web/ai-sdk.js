@@ -30,6 +30,7 @@ import { connect, ReplyError } from './client.js'
 const ID = /^[\w-]{16,64}$/
 const DATA_URL = /^data:([^;,]*);base64,(.*)$/s
 const FINISH_REASONS = /** @type {Record<string, any>} */ ({
+  __proto__: null, // a reason may be any word, such as `constructor`
   end_turn: 'stop', stop_sequence: 'stop', max_tokens: 'length', model_context_window_exceeded: 'length',
   tool_use: 'tool-calls', refusal: 'content-filter',
 })
