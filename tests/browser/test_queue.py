@@ -1,7 +1,9 @@
 """Prompts that are sent while a reply runs: they wait, interrupt, or are taken back."""
 
+import re
+
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, WebSocketRoute, expect
 
 import wsserver
 from tests.browser.page import (
@@ -12,6 +14,7 @@ from tests.browser.page import (
     closed,
     cut,
     idle,
+    note,
     prompts,
     queue,
     second_tab,
@@ -123,6 +126,41 @@ async def test_waiting_prompt_can_be_removed_and_edited(page: Page, puppet: Pupp
     await page.reload()
     await expect(prompts(page)).to_have_text(["Count"])
     await expect(box(page)).to_have_value("Other")
+
+
+async def test_prompt_removed_after_its_reply_began_stays(
+    blank: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    held: list[str | bytes] | None = None  # frames of the server
+
+    def route(client: WebSocketRoute) -> None:
+        upstream = client.connect_to_server()
+
+        def on_message(message: str | bytes) -> None:
+            if held is None:
+                client.send(message)
+            else:
+                held.append(message)
+
+        upstream.on_message(on_message)
+        routes.append(client)
+
+    routes: list[WebSocketRoute] = []
+    await blank.route_web_socket(re.compile("/ws$"), route)
+    await visit(blank, server)
+    model = await start(blank, puppet)
+    held = []
+    model.end()
+    second = await puppet.reply(1)
+    await queue(blank).get_by_role("button", name="Remove").click()
+    await closed(second.closed)
+    await expect(prompts(blank)).to_have_text(["Count"])
+    frames, held = held, None
+    for frame in frames:
+        routes[-1].send(frame)
+    await expect(prompts(blank)).to_have_text(["Count", "Next"])
+    await expect(note(blank)).to_have_text("Stopped.")
+    await idle(blank)
 
 
 async def test_waiting_prompt_survives_reload(page: Page, puppet: Puppet) -> None:

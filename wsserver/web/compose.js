@@ -11,7 +11,8 @@ const stop = find(document, '#stop', HTMLButtonElement) // while text is typed d
 const keys = find(document, '#keys', HTMLElement)
 const hovers = matchMedia('(hover: hover)') // on other devices the focus opens the keyboard
 const KEYS = keys.textContent ?? ''
-const BUSY_KEYS = 'Enter sends after this reply · Ctrl+Enter interrupts and sends · Esc stops'
+const INTERRUPT = /^(Mac|iP)/.test(navigator.platform) ? '⌘+Enter' : 'Ctrl+Enter'
+const BUSY_KEYS = `Enter sends after this reply · ${INTERRUPT} interrupts and sends · Esc stops`
 
 /** Whether a key belongs to an input method. In Safari the key that ends a composition comes after its end, with this code. @param {KeyboardEvent} event */
 export const isComposing = (event) => event.isComposing || event.keyCode === 229

@@ -254,7 +254,7 @@ function ask(text, { retryOf, interrupts = false } = {}) {
   }
   showNotice('')
   for (const turn of turns.values()) turn.hideRetry()
-  announcement.textContent = isRunning() && !interrupts ? 'Sent after this reply.' : 'Sent.'
+  announcement.textContent = isRunning() && !interrupts ? 'The message waits for this reply.' : 'Sent.'
   const reply = chat.prompt(text, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
   if (retryOf === undefined) drafts.keepUnsent(current, reply.id, text)
   follow(reply)
@@ -272,7 +272,11 @@ function retry(turn) {
 
 /** Take a prompt back that has no reply. @param {Turn} turn */
 function takeBack(turn) {
-  turn.reply?.stop()
+  const { reply } = turn
+  reply?.stop().then(({ usage }) => {
+    // The reply had just begun, so the history has the prompt.
+    if (usage?.input_tokens && current !== undefined && reply.conversation === current) chat.open(current).catch(() => {})
+  }, () => {})
   remove(turn)
   update()
   composer.focus()
