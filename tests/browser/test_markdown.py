@@ -347,20 +347,8 @@ async def test_code_can_be_copied_wrapped_and_folded(page: Page, puppet: Puppet)
 )
 async def test_long_block_keeps_its_text(page: Page, unit: str, blocks: int) -> None:
     written = unit * (40_000 // len(unit))
-    shown = await page.evaluate(
-        """async (pieces) => {
-            const { Markdown } = await import('/markdown.js')
-            const root = document.createElement('div')
-            const markdown = new Markdown(root)
-            for (const piece of pieces) {
-                markdown.write(piece)
-                await new Promise((resolve) => setTimeout(resolve, 10))
-            }
-            await markdown.end()
-            return [root.children.length, root.textContent.replaceAll(/\\s/g, '')]
-        }""",
-        chopped(written, 1000),
-    )
+    look = "[root.children.length, root.textContent.replaceAll(/\\s/g, '')]"
+    *_, shown = await stream(page, chopped(written, 1000), look)
     marks = str.maketrans("", "", "*`- \n." if unit.startswith(("-", "1")) else "*` ")
     assert shown[1].translate(marks) == written.replace("1.", "").translate(marks)
     assert shown[0] == 1 if blocks == 1 else shown[0] >= blocks
@@ -403,43 +391,21 @@ async def test_block_nested_too_deeply_is_plain_text(page: Page, puppet: Puppet)
 
 async def test_long_table_stays_one_table(page: Page) -> None:
     rows = "".join(f"| {number} | **b** |\n" for number in range(2000))
-    shown = await page.evaluate(
-        """async (pieces) => {
-            const { Markdown } = await import('/markdown.js')
-            const root = document.createElement('div')
-            const markdown = new Markdown(root)
-            for (const piece of pieces) {
-                markdown.write(piece)
-                await new Promise((resolve) => setTimeout(resolve, 20))
-            }
-            await markdown.end()
-            const rows = [...root.querySelectorAll('tbody tr')]
-            const cells = rows.map((row) => row.cells[0].textContent)
-            return [root.querySelectorAll('table').length, cells, root.lastChild.textContent]
-        }""",
-        chopped(f"| a | b |\n|---|---|\n{rows}\nThe end", 500),
-    )
+    look = """[
+        root.querySelectorAll('table').length,
+        [...root.querySelectorAll('tbody tr')].map((row) => row.cells[0].textContent),
+        root.lastChild?.textContent,
+    ]"""
+    *_, shown = await stream(page, chopped(f"| a | b |\n|---|---|\n{rows}\nThe end", 500), look)
     assert shown == [1, [str(number) for number in range(2000)], "The end"]
 
 
 async def test_long_code_keeps_its_text_and_colours(page: Page) -> None:
     code = "".join(f"def f{number}(x):\n    return x\n" for number in range(2000))
-    shown = await page.evaluate(
-        """async (pieces) => {
-            const { Markdown } = await import('/markdown.js')
-            const root = document.createElement('div')
-            const markdown = new Markdown(root)
-            for (const piece of pieces) {
-                markdown.write(piece)
-                await new Promise((resolve) => setTimeout(resolve, 20))
-            }
-            await markdown.end()
-            const code = root.querySelector('code')
-            return [code.textContent, code.querySelectorAll('.hljs-keyword').length]
-        }""",
-        chopped(f"```python\n{code}```\n", 500),
-    )
-    assert shown == [code.rstrip("\n"), 4000]
+    look = "[root.textContent, root.querySelectorAll('.hljs-keyword').length]"
+    *_, shown = await stream(page, chopped(f"```python\n{code}```\n", 500), look)
+    assert code.rstrip("\n") in shown[0]
+    assert shown[1] == 4000
 
 
 async def test_page_without_libraries_shows_plain_text(
