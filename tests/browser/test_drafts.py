@@ -19,6 +19,7 @@ from tests.browser.page import (
     text,
     visit,
 )
+from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -104,6 +105,22 @@ async def test_deleted_conversation_leaves_no_draft(page: Page, puppet: Puppet) 
     assert await page.evaluate(STORED) == []
 
 
+async def test_conversation_deleted_elsewhere_leaves_no_draft(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await converse(page, puppet, "First")
+    await box(page).fill("Secret")
+    conversation = page.url.partition("#")[2]
+    await page.get_by_role("link", name="New conversation").click()
+    async with client(server) as other:
+        await other.send({"type": "delete", "conversation": conversation})
+        await other.next("deleted")
+    await page.go_back()
+    await expect(alert(page)).to_have_text("There is no such conversation.")
+    await expect(box(page)).to_have_value("")
+    assert await page.evaluate(STORED) == []
+
+
 async def test_oldest_drafts_are_dropped(page: Page, puppet: Puppet) -> None:
     await page.evaluate("""() => {
         for (let number = 0; number < 60; number++) {
@@ -131,9 +148,11 @@ async def test_prompt_that_never_arrived_is_a_draft_after_reload(
     }""")
     await ask(page, "Lost")
     await expect(prompts(page)).to_have_text(["Lost"])
+    await box(page).fill("And more")
     await page.reload()
     await expect(alert(page)).to_have_text("Your message did not reach the server. Send it again.")
-    await expect(box(page)).to_have_value("Lost")
+    await expect(box(page)).to_have_value("Lost\n\nAnd more")
+    assert await page.evaluate(STORED) == []
     await expect(state(page)).to_have_text("Connected")
     await box(page).press("Enter")
     (await puppet.reply()).say("Found").end()

@@ -51,7 +51,9 @@ export class Drafts {
   restoreUnsent(conversation, target, isKnown) {
     const lost = Object.entries(read(this.own, UNSENT + conversation)).filter(([id, text]) => !isKnown(id) && typeof text === 'string')
     write(this.own, UNSENT + conversation, undefined)
-    if (lost.length) this.set(target, [...lost.map(([, text]) => text), this.get(target)].filter(Boolean).join('\n\n'))
+    const drafts = new Set([conversation, target]) // a conversation that the server never had passes its draft on
+    const texts = [...lost.map(([, text]) => text), ...[...drafts].map((each) => this.get(each))]
+    if (lost.length) this.set(target, texts.filter(Boolean).join('\n\n'))
     return lost.length > 0
   }
 

@@ -139,6 +139,7 @@ async function open(id) {
     const { code, retryable } = /** @type {import('./client.js').ReplyError} */ (error)
     if (code !== 'not_found') return showFailure(error, retryable ? () => open(id) : undefined)
     const restored = drafts.restoreUnsent(id, undefined, () => false)
+    drafts.delete(id)
     startNew()
     showNotice(restored ? 'Your message did not reach the server. Send it again.' : 'There is no such conversation.')
   } finally {
