@@ -33,6 +33,7 @@ class Page:
         "compose.js",
         "drafts.js",
         "drawer.js",
+        "editing.js",
         "errors.js",
         "login.js",
         "scroll.js",

@@ -67,6 +67,12 @@ export class Composer {
     this.drafts.set(this.#conversation, box.value)
   }
 
+  /** Put text in place of the text of the box. @param {string} text */
+  replace(text) {
+    this.#show(text)
+    this.drafts.set(this.#conversation, text)
+  }
+
   get isEmpty() {
     return !box.value.trim()
   }

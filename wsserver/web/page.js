@@ -6,6 +6,7 @@ import { Composer, isComposing } from './compose.js'
 import { find } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
+import { Editing } from './editing.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
 import { Login } from './login.js'
 import { followEnd, keepInPlace, stayHere } from './scroll.js'
@@ -27,7 +28,14 @@ const notice = find(document, '#notice', HTMLElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
 const drafts = new Drafts(local, session)
-const composer = new Composer(drafts, { onSend: (text, interrupts) => ask(text, { interrupts }), onStop: stop })
+const composer = new Composer(drafts, {
+  onSend: (text, interrupts) => ask(text, { interrupts, retryOf: editing.end() }),
+  onStop: stop,
+})
+const editing = new Editing(composer, () => {
+  const last = [...turns.values()].find(({ element }) => element === log.lastElementChild)
+  return last?.isReplaceable ? last : undefined
+})
 
 /** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
 /** @type {string | undefined} The conversation on the page; undefined before the first prompt of a new one. */ let current
@@ -115,6 +123,7 @@ function clear(id) {
   older.hidden = true
   followEnd()
   showNotice('')
+  editing.end()
   composer.open(id)
   sidebar.select(id)
   update()
@@ -207,7 +216,7 @@ older.addEventListener('click', async () => {
 
 /** @param {string} id */
 function addTurn(id) {
-  const turn = new Turn(id, { onRetry: retry, onEnd: showEnd, onEdit: edit, onRemove: takeBack })
+  const turn = new Turn(id, { onRetry: retry, onEnd: showEnd, onEdit: edit, onRemove: takeBack, onRewrite: (each) => editing.begin(each) })
   turns.set(id, turn)
   return turn
 }
@@ -257,7 +266,7 @@ function ask(text, { retryOf, interrupts = false } = {}) {
   for (const turn of turns.values()) turn.hideRetry()
   announcement.textContent = isRunning() && !interrupts ? 'The message waits for this reply.' : 'Sent.'
   const reply = chat.prompt(text, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
-  if (retryOf === undefined) drafts.keepUnsent(current, reply.id, text)
+  if (retryOf === undefined || turns.get(retryOf)?.prompt !== text) drafts.keepUnsent(current, reply.id, text)
   follow(reply)
   followEnd()
 }

@@ -50,6 +50,8 @@ export class Turn {
   #usage = find(this.element, '.usage', HTMLElement)
   #copy = find(this.element, '.copy', HTMLButtonElement)
   #retry = find(this.element, '.retry', HTMLButtonElement)
+  #regenerate = find(this.element, '.regenerate', HTMLButtonElement)
+  #rewrite = find(this.element, '.rewrite', HTMLButtonElement)
   #markdown = new Markdown(this.#text)
   /** Number of characters that are on the page. */ #drawn = { text: 0, thinking: 0 }
   /** @type {{result?: Result, error?: ReplyError} | undefined} How the reply ended. */ #end
@@ -63,8 +65,9 @@ export class Turn {
 
   /**
    * @param {string} id
-   * @param {{onRetry: (turn: Turn) => void, onEnd: (turn: Turn, note: string) => void, onEdit: (turn: Turn) => void, onRemove: (turn: Turn) => void}} listener
-   *   `onEdit`, `onRemove`: the user takes back a prompt that has no reply.
+   * @param {{onRetry: (turn: Turn) => void, onEnd: (turn: Turn, note: string) => void, onEdit: (turn: Turn) => void, onRemove: (turn: Turn) => void, onRewrite: (turn: Turn) => void}} listener
+   *   `onEdit`, `onRemove`: the user takes back a prompt that has no reply. `onRewrite`: the user edits a
+   *   prompt that has one.
    */
   constructor(id, listener) {
     this.id = id
@@ -80,6 +83,8 @@ export class Turn {
     })
     find(this.element, '.edit', HTMLElement).addEventListener('click', () => listener.onEdit(this))
     find(this.element, '.remove', HTMLElement).addEventListener('click', () => listener.onRemove(this))
+    this.#rewrite.addEventListener('click', () => listener.onRewrite(this))
+    this.#regenerate.addEventListener('click', () => listener.onRetry(this))
     this.#retry.addEventListener('click', () => {
       if (this.#retry.getAttribute('aria-disabled') !== 'true') listener.onRetry(this)
     })
@@ -111,6 +116,11 @@ export class Turn {
   get isTakenBack() {
     const { by, usage } = this.#end?.result ?? {}
     return this.isUnsent && by === 'client' && usage !== undefined
+  }
+
+  /** Whether the conversation has the turn, so that another prompt can replace it. */
+  get isReplaceable() {
+    return this.#ended && this.prompt !== '' && !this.refused && !this.isUnsent && this.#end?.result?.saved !== false
   }
 
   /** Whether the prompt waits for the reply above. @param {boolean} waits */
@@ -147,6 +157,7 @@ export class Turn {
     this.#finish(note, failed)
     showReference(this.#reference, failed ? this.id : undefined) // the log has the id of the reply, too
     if (partial !== undefined && RETRYABLE.includes(partial)) this.#offerRetry(0)
+    this.#offerReplacement()
   }
 
   /** Show a running reply. @param {Reply} reply */
@@ -244,6 +255,7 @@ export class Turn {
     } else this.#finish(result ? describeEnd(result) : '', result?.saved === false)
     if (RETRYABLE.includes(result?.by ?? '')) this.#offerRetry(0)
     this.#showQueue()
+    this.#offerReplacement()
     this.#usage.textContent = describeUsage(reply.model, result?.usage ?? error?.usage)
     this.listener.onEnd(this, this.#note.textContent ?? '')
   }
@@ -262,6 +274,12 @@ export class Turn {
     if (this.#note.textContent !== note) this.#note.textContent = note
     this.#note.classList.toggle('wrong', isError)
     this.#text.classList.toggle('writing', this.reply !== undefined && !note)
+  }
+
+  /** Show the buttons that replace the turn. The style sheet hides them in all turns but the last. */
+  #offerReplacement() {
+    this.#rewrite.hidden = !this.isReplaceable
+    this.#regenerate.hidden = !this.isReplaceable || !this.#retry.hidden
   }
 
   /** Show the retry button. @param {number} after Seconds until it can be used. */
