@@ -35,6 +35,7 @@ class Page:
         "drawer.js",
         "editing.js",
         "errors.js",
+        "groups.js",
         "login.js",
         "scroll.js",
         "sidebar.js",

@@ -1,6 +1,8 @@
-/** The list of conversations: open, rename, delete, load more. */
+/** The list of conversations: search, open, rename, delete, load more. */
 
+import { isComposing } from './compose.js'
 import { cloneTemplate, find } from './dom.js'
+import { groupOf } from './groups.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
@@ -8,6 +10,8 @@ import { messageOf, referenceOf, showReference } from './errors.js'
 
 const PAGE_SIZE = 30
 const list = find(document, '#list', HTMLElement)
+const search = find(document, '#search', HTMLInputElement)
+const matches = find(document, '#matches', HTMLElement)
 const more = find(document, '#more', HTMLButtonElement)
 const failure = find(document, '#list-error', HTMLElement)
 const dialog = find(document, '#confirm', HTMLDialogElement)
@@ -17,6 +21,7 @@ const dateFormat = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', tim
 export class Sidebar {
   /** @type {Map<string, Item>} The one used last first. */ #items = new Map()
   /** @type {Map<string, HTMLElement>} */ #rows = new Map()
+  /** @type {Map<string, HTMLElement>} */ #groups = new Map()
   /** @type {string | undefined} The `before` of the next page. */ #next
   /** @type {Promise<void> | undefined} */ #loading
   #loadAgain = false
@@ -31,6 +36,13 @@ export class Sidebar {
     this.chat = chat
     this.listener = listener
     more.addEventListener('click', () => this.#loadMore())
+    search.addEventListener('input', () => this.#arrange())
+    search.addEventListener('keydown', (event) => {
+      if (event.key !== 'Escape' || isComposing(event) || !search.value) return
+      event.preventDefault()
+      search.value = ''
+      this.#arrange()
+    })
     chat.on('renamed', () => this.announce()) // by the server, or by another browser
     chat.on('deleted', ({ conversation }) => this.#forget(conversation)) // by another browser
     otherTabs.addEventListener('message', ({ data }) => {
@@ -86,7 +98,8 @@ export class Sidebar {
       this.#next = next
       const first = items.find(({ id }) => !this.#items.has(id))
       this.#show([...new Map([...this.#items.values(), ...items].map((item) => [item.id, item])).values()])
-      if (first) this.#rows.get(first.id)?.querySelector('a')?.focus()
+      if (!search.value && first) this.#rows.get(first.id)?.querySelector('a')?.focus()
+      else if (more.hidden) search.focus()
     } catch (error) {
       this.#showFailure(error)
     }
@@ -108,17 +121,47 @@ export class Sidebar {
   /** @param {Item[]} items */
   #show(items) {
     this.#items = new Map(items.map((item) => [item.id, item]))
-    const rows = items.map((item) => this.#row(item))
+    for (const item of items) this.#row(item)
     for (const id of this.#rows.keys()) if (!this.#items.has(id)) this.#rows.delete(id)
-    const renaming = list.querySelector('.renamed') // moving the row would end the editing
-    if (!renaming && (rows.length !== list.children.length || rows.some((row, place) => row !== list.children[place]))) {
-      const focused = document.activeElement
-      list.replaceChildren(...rows)
-      if (focused instanceof HTMLElement && list.contains(focused)) focused.focus({ preventScroll: true })
-    }
+    this.#arrange()
     failure.hidden = true
-    more.hidden = this.#next === undefined
     this.listener.onChange()
+  }
+
+  /** Put the rows whose titles have the words of the search into groups. */
+  #arrange() {
+    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean)
+    const found = [...this.#items.values()].filter(({ title }) => words.every((word) => title.toLowerCase().includes(word)))
+    const hasMore = this.#next !== undefined
+    search.hidden = !this.#items.size && !words.length
+    const number = `${found.length || 'No'} ${found.length === 1 ? 'title' : 'titles'}`
+    matches.textContent = words.length ? `${number} found${hasMore ? ` in the newest ${this.#items.size}` : ''}.` : ''
+    more.textContent = words.length ? 'Search older conversations' : 'Show older conversations'
+    more.hidden = !hasMore
+    if (list.querySelector('.renamed')) return // moving the row would end the editing
+    const focused = document.activeElement
+    /** @type {Map<string, HTMLElement[]>} */
+    const groups = new Map()
+    for (const { id, updated } of found) {
+      const name = groupOf(updated)
+      const row = this.#rows.get(id)
+      if (row) groups.set(name, [...(groups.get(name) ?? []), row])
+    }
+    for (const [name, rows] of groups) replaceChildren(find(this.#group(name), 'ul', HTMLElement), rows)
+    replaceChildren(list, [...groups.keys()].map((name) => this.#group(name)))
+    if (!(focused instanceof HTMLElement) || focused === document.activeElement) return
+    if (list.contains(focused)) focused.focus({ preventScroll: true })
+    else search.focus({ preventScroll: true }) // the search no longer finds the row
+  }
+
+  /** @param {string} name */
+  #group(name) {
+    let group = this.#groups.get(name)
+    if (group) return group
+    group = cloneTemplate('group')
+    find(group, 'h2', HTMLElement).textContent = name
+    this.#groups.set(name, group)
+    return group
   }
 
   /** @param {Item} item */
@@ -197,7 +240,9 @@ export class Sidebar {
     dialog.addEventListener('close', async () => {
       if (dialog.returnValue !== 'delete') return
       const row = this.#rows.get(id)
-      const neighbour = row?.nextElementSibling ?? row?.previousElementSibling
+      const rows = [...list.querySelectorAll('li')]
+      const place = rows.findIndex((other) => other === row)
+      const neighbour = rows[place + 1] ?? rows[place - 1]
       try {
         await this.chat.delete(id)
         this.#forget(id)
@@ -214,4 +259,10 @@ export class Sidebar {
     this.#show([...this.#items.values()].filter((item) => item.id !== id))
     this.listener.onDelete(id)
   }
+}
+
+/** Replace the children of an element, if they are others. @param {HTMLElement} element @param {HTMLElement[]} children */
+function replaceChildren(element, children) {
+  const { children: present } = element
+  if (children.length !== present.length || children.some((child, place) => child !== present[place])) element.replaceChildren(...children)
 }
