@@ -56,6 +56,7 @@ def test_frames_cut_anywhere_are_parsed_alike(sizes: Sequence[int]) -> None:
         frame(b"one", final=False) + frame(b"another"),
         frame(b"one", final=False) + frame(b"another", final=False),
     ],
+    ids=["masked", "compressed", "no beginning", "two messages", "two beginnings"],
 )
 def test_frame_that_violates_the_protocol_is_a_failure(data: bytes) -> None:
     with pytest.raises(Failure):

@@ -509,7 +509,11 @@ async def test_client_answering_pings_stays_connected(puppet: Puppet) -> None:
         assert (Opcode.TEXT, b'{"type":"pong"}') in [await one.frame() for _ in range(2)]
 
 
-@pytest.mark.parametrize("answer", [b"", masked(b"other", Opcode.PONG), masked(PING.decode())])
+@pytest.mark.parametrize(
+    "answer",
+    [b"", masked(b"other", Opcode.PONG), masked(PING.decode())],
+    ids=["nothing", "another pong", "a frame"],
+)
 @pytest.mark.parametrize("within", [0.05, 0.01])
 async def test_client_without_pong_is_closed_with_1011(
     puppet: Puppet, answer: bytes, within: float
