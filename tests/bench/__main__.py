@@ -276,7 +276,8 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"write the results to {RESULTS.name}, and if all cases ran also to {README.name}",
+        help=f"write the results of all cases, or of the transports, to {RESULTS.name} and "
+        f"{README.name}",
     )
     chosen = parser.parse_args()
     cases = QUICK if chosen.quick else tuple(PROMISES) if chosen.promises else ALL
@@ -336,10 +337,11 @@ def main() -> int:
     text = table(results, [name for name in names if name != DEMO])
     print(text)
     if chosen.write:
-        write(text, chosen.rounds)
         if not {*CASES, *PROMISES} - {*chosen.cases}:
+            write(text, chosen.rounds)
             between_marks(README, short_table(results, [name for name in names if name != DEMO]))
         if "transports" in chosen.cases:
+            write(transports_table(results, goals=True), chosen.rounds, "transports")
             between_marks(README, transports_table(results), "transports")
     return bool(results.failures)
 

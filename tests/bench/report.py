@@ -254,11 +254,11 @@ def between_marks(path: Path, text: str, name: str = "results") -> None:
         path.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def write(text: str, rounds: int) -> None:
-    """Write the tables to RESULTS.md, between the marks."""
+def write(text: str, rounds: int, name: str = "results") -> None:
+    """Write a text to RESULTS.md, between the marks of a name."""
     command = " ".join(["python -m tests.bench", *sys.argv[1:]])
     about = f"{datetime.now(UTC):%Y-%m-%d}, {machine()}. {versions()} `{command}`: {rounds} rounds."
-    between_marks(RESULTS, f"{about}\n\n{text}")
+    between_marks(RESULTS, f"{about}\n\n{text}", name)
 
 
 def short_table(results: Results, names: Sequence[str]) -> str:
