@@ -8,10 +8,12 @@ import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
 import { Editing } from './editing.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
+import { exportConversation } from './export.js'
 import { Login } from './login.js'
 import { followEnd, keepInPlace, stayHere } from './scroll.js'
 import { Sidebar } from './sidebar.js'
 import { local, session } from './storage.js'
+import { setTabTitle, tellOfEnd } from './tab.js'
 import { REPLY_GONE, Turn } from './turn.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
@@ -24,6 +26,8 @@ const state = find(document, '#state', HTMLElement)
 const hint = find(document, '#hint', HTMLElement)
 const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
+const exporter = find(document, '#export', HTMLButtonElement)
+const exportDialog = find(document, '#export-dialog', HTMLDialogElement)
 const notice = find(document, '#notice', HTMLElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
@@ -303,6 +307,7 @@ function edit(turn) {
 function showEnd(turn, note) {
   const { error, text } = turn
   announcement.textContent = `${text.length > 1500 ? `The reply is complete: ${text.length} characters.` : text} ${note}`
+  tellOfEnd()
   if (turn.refused && !error?.retryable && error?.code !== 'closed' && composer.isEmpty) {
     composer.insert(turn.prompt)
     if (current !== undefined) drafts.dropUnsent(current, turn.id)
@@ -339,6 +344,7 @@ function update() {
     busy ||= turn.reply !== undefined && !turn.reply.ended
   }
   composer.busy = busy
+  exporter.hidden = turns.size === 0
   hint.hidden = turns.size > 0 || log.ariaBusy === 'true'
   showTitle()
 }
@@ -346,7 +352,7 @@ function update() {
 function showTitle() {
   const title = current === undefined ? NEW_TITLE : (sidebar.title(current) ?? fallbackTitle) || NEW_TITLE
   if (heading.textContent !== title) heading.textContent = title
-  document.title = current === undefined ? 'wsserver' : `${title} · wsserver`
+  setTabTitle(current === undefined ? 'wsserver' : `${title} · wsserver`)
 }
 
 /** @param {string} text @param {() => void} [retry] What the button of the notice does. */
@@ -404,6 +410,16 @@ find(document, '#side', HTMLElement).addEventListener('click', (event) => {
   }
   setDrawer(false)
   composer.focus(link.id === 'new' || undefined)
+})
+
+exporter.addEventListener('click', () => {
+  exportDialog.returnValue = ''
+  exportDialog.showModal()
+})
+exportDialog.addEventListener('close', () => {
+  const format = exportDialog.returnValue
+  if (current === undefined || (format !== 'md' && format !== 'json')) return
+  exportConversation(chat, current, heading.textContent ?? '', format).catch((error) => showFailure(error))
 })
 
 addEventListener('hashchange', showAddress)

@@ -1,0 +1,110 @@
+"""Theme, hidden list, export, print, and the tab's title on the page."""
+
+import json
+from pathlib import Path
+
+import pytest
+from playwright.async_api import Page, expect
+
+import wsserver
+from tests.browser.page import ask, box, converse, idle, text, violations, visit
+from tests.support.puppet import Puppet
+
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
+
+PAPER = "getComputedStyle(document.documentElement).backgroundColor"
+LIGHT, DARK = "rgb(251, 250, 248)", "rgb(26, 26, 28)"
+
+
+async def test_theme_is_kept_and_overrides_system(page: Page) -> None:
+    picker = page.get_by_label("Theme")
+    for scheme, theme, paper in (
+        ("dark", "System", DARK),
+        ("dark", "Light", LIGHT),
+        ("light", "Dark", DARK),
+        ("light", "System", LIGHT),
+    ):
+        await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        await picker.select_option(theme)
+        assert await page.evaluate(PAPER) == paper
+        assert await violations(page) == []
+        await page.reload()
+        await expect(picker).to_have_value(theme.lower())
+        assert await page.evaluate(PAPER) == paper
+
+
+async def test_hidden_list_stays_hidden_after_reload(page: Page) -> None:
+    side = page.get_by_role("navigation", name="Conversations")
+    button = page.get_by_role("button", name="List of conversations")
+    await expect(side).to_be_visible()
+    await button.click()
+    for _ in range(2):
+        await expect(side).to_be_hidden()
+        await expect(button).to_have_attribute("aria-expanded", "false")
+        await page.reload()
+    await button.click()
+    await expect(side).to_be_visible()
+
+
+async def test_export_has_all_messages(blank: Page, puppet: Puppet, tmp_path: Path) -> None:
+    page = blank
+    export = page.get_by_role("button", name="Export the conversation")
+    texts = {}
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, history_messages=4) as server:
+        await visit(page, server)
+        await expect(export).to_be_hidden()
+        for number in range(5):
+            await converse(page, puppet, f"Prompt {number}", f"Reply {number}")
+        await page.reload()
+        await expect(page.get_by_role("button", name="Show earlier messages")).to_be_visible()
+        for name in ("Markdown", "JSON"):
+            await export.click()
+            assert await violations(page) == []
+            async with page.expect_download() as waiting:
+                await page.get_by_role("button", name=name).click()
+            download = await waiting.value
+            await download.save_as(tmp_path / name)
+            texts[download.suggested_filename] = (tmp_path / name).read_text()
+    said = [text for number in range(5) for text in (f"Prompt {number}", f"Reply {number}")]
+    turns = [f"## {('You', 'Reply')[place % 2]}\n\n{text}" for place, text in enumerate(said)]
+    assert texts["Prompt 0.md"] == "\n\n".join(["# Prompt 0", *turns]) + "\n"
+    exported = json.loads(texts["Prompt 0.json"])
+    assert [message["content"] for message in exported["messages"]] == said
+
+
+async def test_print_shows_whole_code_and_addresses_without_controls(
+    page: Page, puppet: Puppet
+) -> None:
+    code = "\n".join(f"line {number}" for number in range(200))
+    await ask(page, "Print")
+    (await puppet.reply()).say(f"[A link](https://example.com/)\n\n```\n{code}\n```\n").end()
+    await idle(page)
+    await page.emulate_media(media="print", color_scheme="dark")
+    for hidden in ("#side", "#prompt", "#state", ".copy"):
+        await expect(page.locator(hidden)).to_be_hidden()
+    height = "pre => pre.scrollHeight - pre.clientHeight"
+    assert await page.locator("pre").evaluate(height) <= 0
+    address = "a => getComputedStyle(a, '::after').content"
+    assert "https://example.com/" in await text(page).locator("a").evaluate(address)
+    assert await page.evaluate(PAPER) == LIGHT
+
+
+async def test_title_marks_reply_that_ended_in_hidden_tab(page: Page, puppet: Puppet) -> None:
+    show = """state => {
+        Object.defineProperty(document, 'visibilityState', { value: state, configurable: true })
+        document.dispatchEvent(new Event('visibilitychange', { bubbles: true }))
+    }"""
+    await converse(page, puppet, "First")
+    await expect(page).to_have_title("First · wsserver")
+    await ask(page, "Second")
+    model = await puppet.reply(1)
+    await page.evaluate(show, "hidden")
+    icon = page.locator("link[rel=icon]")
+    plain = await icon.get_attribute("href")
+    model.say("Done").end()
+    await expect(page).to_have_title("● First · wsserver")
+    assert await icon.get_attribute("href") != plain
+    await page.evaluate(show, "visible")
+    await expect(page).to_have_title("First · wsserver")
+    await expect(icon).to_have_attribute("href", str(plain))
+    await expect(box(page)).to_be_visible()
