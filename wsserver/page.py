@@ -39,6 +39,7 @@ class Page:
         "groups.js",
         "login.js",
         "scroll.js",
+        "shortcuts.js",
         "sidebar.js",
         "storage.js",
         "tab.js",
