@@ -55,11 +55,16 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
     assert loaded - {"libraries/markdown.js"} == set(Page.FILES)
     of_npm = {"README.md", "package.json"}
     assert {file.name for file in folder.glob("*.*")} - of_npm == set(Page.FILES)
-    types = {"css": "text/css", "js": "text/javascript", "html": "text/html"}
+    types = {
+        "css": "text/css; charset=utf-8",
+        "js": "text/javascript; charset=utf-8",
+        "html": "text/html; charset=utf-8",
+        "webmanifest": "application/manifest+json",
+    }
     for name in Page.FILES:
         status, headers, body = await get(server, name.replace("index.html", ""))
         assert (status, body) == (200, (folder / name).read_bytes())
-        assert headers["content-type"] == f"{types[name.rpartition('.')[2]]}; charset=utf-8"
+        assert headers["content-type"] == types[name.rpartition(".")[2]]
 
 
 async def test_files_are_compressed_for_clients_that_take_gzip(server: wsserver.Server) -> None:

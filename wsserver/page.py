@@ -28,6 +28,7 @@ class Page:
 
     FILES: ClassVar = (
         "index.html",
+        "manifest.webmanifest",
         "page.css",
         "page.js",
         "compose.js",
@@ -56,7 +57,7 @@ class Page:
     )
     POLICY = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src data:; font-src 'self'; base-uri 'none'; form-action 'none'; "
+        "img-src data:; font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
     )
     _LIBRARY = "/libraries/markdown.js"
@@ -64,6 +65,7 @@ class Page:
         "html": "text/html; charset=utf-8",
         "css": "text/css; charset=utf-8",
         "js": "text/javascript; charset=utf-8",
+        "webmanifest": "application/manifest+json",
         "txt": "text/plain; charset=utf-8",
         "woff2": "font/woff2",
     }

@@ -98,6 +98,7 @@ async def test_page_scrolls_with_text_unless_reader_scrolled_up(page: Page, pupp
     model.say("more\n" * 100)
     await expect(text(page)).to_contain_text("more")
     assert await page.evaluate("scrollY") == 100
+    await expect(jump).to_have_accessible_name("New text: jump to the end")
     await jump.click()
     await expect(jump).to_be_hidden()
     await expect(box(page)).to_be_focused()
@@ -179,3 +180,13 @@ async def test_page_is_small_before_it_shows_formulas(page: Page) -> None:
     assert {"/", "/page.js", "/page.css", "/libraries/markdown.js"} <= sizes.keys()
     assert all(sizes.values()), sizes
     assert sum(sizes.values()) < 150_000, sizes
+
+
+async def test_page_can_be_installed_as_app(page: Page) -> None:
+    devtools = await page.context.new_cdp_session(page)
+    manifest = await devtools.send("Page.getAppManifest")
+    assert manifest["url"] == f"{page.url}manifest.webmanifest"
+    assert manifest["errors"] == []
+    found = await devtools.send("Page.getInstallabilityErrors")
+    faults = {fault["errorId"] for fault in found["installabilityErrors"]}
+    assert faults <= {"in-incognito"}  # the browser of the tests
