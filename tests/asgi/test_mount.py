@@ -50,6 +50,7 @@ async def test_socket_and_page_are_below_the_mount(puppet: Puppet, server: str) 
             page = await http.get("/chat/")
             assert (page.status_code, "wsserver" in page.text) == (200, True)
             assert (await http.get("/chat/client.js")).status_code == 200
+            assert (await http.get("/chat/manifest.webmanifest")).status_code == 200
             assert (await http.get("/chat/healthz")).text == "ok\n"
             assert (await http.get("/healthz")).status_code == 404
         protocols = [Subprotocol("wsserver.v1")]
