@@ -377,6 +377,12 @@ async def test_block_nested_too_deeply_is_plain_text(page: Page, puppet: Puppet)
     await expect(text(page)).to_contain_text("After")
 
 
+async def test_long_quote_keeps_its_last_mark(page: Page) -> None:
+    quote = "> word\n" * 4000
+    *_, shown = await stream(page, [f"{quote}> 2 *"], "root.textContent.trimEnd().slice(-8)")
+    assert shown == "word\n2 *"
+
+
 async def test_long_table_stays_one_table(page: Page) -> None:
     rows = "".join(f"| {number} | **b** |\n" for number in range(2000))
     look = """[

@@ -183,7 +183,8 @@ export class Markdown {
       this.#continued = { home, head: tokens[last].type === 'table' ? head || headOf(source) : '' }
       return true
     }
-    this.#show(this.#lex(head + this.#complete(tokens[last].type === 'table' && (head !== '' || this.#source.split('\n', 3).length > 2))))
+    const isTable = tokens[last].type === 'table' && (head !== '' || this.#source.split('\n', 3).length > 2)
+    this.#show(this.#lex(head + (this.#ends ? this.#source : this.#complete(isTable))))
     return false
   }
 
