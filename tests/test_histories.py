@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsserver import Settings
-from wsserver.content import Message, Text, Thinking, Usage
+from wsserver.content import Image, Message, Text, Thinking, Usage
 from wsserver.encoding import encode
 from wsserver.errors import ConfigError
 from wsserver.histories import conversations, history, room_of
@@ -51,6 +51,16 @@ def test_history_page_fits_frame_and_leads_to_all_turns(said: list[Turn], older:
         assert page.before == said[len(said) - len(told)].number
     whole = [m.partial != "cut" for m in page.messages if m.role == "assistant"]
     assert all(whole) or len(told) == 1, "a turn is cut only where it is alone"
+
+
+def test_cut_turn_keeps_blocks_of_prompt() -> None:
+    image = Image({"type": "url", "url": "https://example.com/duck.png"})
+    prompt = Message("user", (image, Text("What is this?")), id=ID)
+    reply = Message("assistant", "word " * 10_000, id=ID)
+    stored = StoredConversation(ID, "owner", "T", [Turn(1, prompt, reply)], older=False)
+    page = history(stored, [], room_of(SETTINGS), None)
+    assert page.messages[0] == prompt
+    assert page.messages[1].partial == "cut"
 
 
 @given(st.lists(texts.map(lambda text: text[:200]), max_size=101), st.integers(1, 100))

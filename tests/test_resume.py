@@ -77,6 +77,32 @@ async def test_second_tab_gets_retry_of(
         assert (start["id"], start["retry_of"], start["prompt"]) == (OTHER, ID, "Hello")
 
 
+async def test_second_tab_gets_types_of_blocks_of_prompt(
+    server: wsserver.Server, chat: Client, puppet: Puppet
+) -> None:
+    await chat.prompt(id=ID, conversation=ONE)
+    (await puppet.reply()).end()
+    await chat.next("done")
+    image = {"type": "image", "source": {"type": "url", "url": "https://example.com/duck.png"}}
+    said = {"type": "text", "text": "What is this?"}
+    async with client(server) as tab:
+        await opened(tab)
+        for number, (content, text, types) in enumerate(
+            (
+                ([image, said], "What is this?", ["image", "text"]),
+                ([image], "", ["image"]),
+                ([said], "What is this?", None),
+                ("Text", "Text", None),
+            ),
+            start=1,
+        ):
+            await chat.send({"prompt": content, "conversation": ONE})
+            start = await tab.next("start")
+            (await puppet.reply(number)).end()
+            await tab.next("done")
+            assert (start["prompt"], start.get("blocks")) == (text, types)
+
+
 async def test_resume_gets_missed_text_then_live_text(
     server: wsserver.Server, chat: Client, puppet: Puppet
 ) -> None:

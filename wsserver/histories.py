@@ -89,9 +89,12 @@ def _messages(turn: Turn) -> list[Message]:
 
 
 def _cut(messages: list[Message], room: int) -> list[Message]:
-    """Cut a turn: keep only the texts of its messages, each at most half of ``room`` bytes."""
+    """Cut a turn. A message over half of ``room`` bytes keeps only a part of its text."""
     found = []
     for message in messages:
+        if message.role == "user" and _size([message]) <= room // 2:
+            found.append(message)
+            continue
         text = message.text
         left = room // 2 - _size([replace(message, blocks=(), partial="cut")])
         if len(encode_basestring(text).encode()) > left:

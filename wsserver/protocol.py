@@ -242,7 +242,8 @@ class Start(_Answer):
     """The prompt was accepted, or found again. ``queued`` is the place of a prompt that waits.
 
     The next frames begin with the piece after ``after``, 0 if left out. If another socket sent the
-    prompt, ``prompt`` is its text and ``retry_of`` the turn that it replaces.
+    prompt, ``prompt`` is its text, and ``retry_of`` the turn that it replaces. ``blocks`` has the
+    types of the prompt's blocks, unless it is a single text block.
     """
 
     type: Literal["start"] = "start"
@@ -252,6 +253,7 @@ class Start(_Answer):
     queued: int | None = None
     after: int | None = None
     prompt: str | None = None
+    blocks: list[str] | None = None
     retry_of: str | None = None
 
 

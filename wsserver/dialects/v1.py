@@ -1,5 +1,6 @@
 """The frames of ``wsserver.v1``; see ``PROTOCOL.md``."""
 
+from wsserver.content import Message
 from wsserver.encoding import encode, encode_run
 from wsserver.live import Generation
 from wsserver.pieces import Run
@@ -14,6 +15,7 @@ class V1:
         """Encode a ``start`` frame."""
         # An interrupting prompt waits only until a request is closed, and has no `queued`.
         queued = generation.queued if generation.prompt.on_busy == "queue" else None
+        message = generation.prompt.new_messages[-1] if shown else None
         return encode(
             Start(
                 id=generation.id,
@@ -21,7 +23,8 @@ class V1:
                 model=generation.model,
                 queued=queued,
                 after=after or None,
-                prompt=generation.prompt.new_messages[-1].text if shown else None,
+                prompt=message.text if message else None,
+                blocks=_types(message) if message else None,
                 retry_of=generation.prompt.retry_of if shown else None,
                 request=request,
             )
@@ -36,3 +39,9 @@ class V1:
     def terminal(terminal: Terminal) -> bytes:
         """Encode a ``done`` or ``error`` frame."""
         return encode(terminal)
+
+
+def _types(message: Message) -> list[str] | None:
+    """Return the types of the blocks of a message; None for a single text block."""
+    types = [block.type for block in message.blocks]
+    return None if types == ["text"] else types
