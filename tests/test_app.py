@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.puppet import BOUND, Puppet
 from tests.support.stand import Port
-from wsserver import Settings
+from wsserver import Model, Settings
 from wsserver.admission import Visitor
 from wsserver.app import App
 from wsserver.connection import Connection
@@ -54,9 +54,9 @@ class Line(Port):
 
 
 @asynccontextmanager
-async def running(puppet: Puppet, **given: object) -> AsyncIterator[App]:
+async def running(model: Model, **given: object) -> AsyncIterator[App]:
     settings = Settings.load(**given)
-    app = App(settings, puppet, None, Metrics(), Memory(settings.memory))
+    app = App(settings, model, None, Metrics(), Memory(settings.memory))
     try:
         await app.start()
         app.admission.loopback = True

@@ -37,6 +37,9 @@ async def test_reply_yields_text_thinking_and_end(server: wsserver.Server, puppe
         assert end.usage == reply.usage
         assert end.usage.estimated
         assert (reply.model, reply.conversation) == ("puppet", chat.conversation)
+        assert chat.models == ("puppet",)
+        history = await chat.history()
+        assert end.thought == reply.thought == history.messages[-1].thought is not None
         again = chat.prompt("Go on")
         (await puppet.reply(1)).say("And so").end()
         assert await read(again) == "And so"

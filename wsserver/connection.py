@@ -102,10 +102,11 @@ class Connection:
             generations_per_socket=settings.generations_per_socket,
             queue_size=settings.queue_size,
         )
-        name = None if principal is None else well_formed(principal.name)
-        self._session.write(
-            Hello(auth=True if principal is None else None, principal=name, limits=limits)
-        )
+        if principal is None:
+            self._session.write(Hello(auth=True, limits=limits))
+        else:
+            name, models = well_formed(principal.name), self._session.hub.scheduler.models
+            self._session.write(Hello(principal=name, models=models, limits=limits))
 
     def wake(self) -> None:
         """Continue with the answers and the generations: the client reads again."""

@@ -213,6 +213,7 @@ class Message:
         usage: the tokens spent on a reply.
         began: when the message was accepted, in seconds since 1970.
         ended: when the reply ended, in seconds since 1970.
+        thought: seconds that the model thought; None without thinking.
     """
 
     role: Role
@@ -223,6 +224,7 @@ class Message:
     usage: Usage | None
     began: float | None
     ended: float | None
+    thought: float | None
 
     def __init__(
         self,
@@ -235,6 +237,7 @@ class Message:
         usage: Usage | None = None,
         began: float | None = None,
         ended: float | None = None,
+        thought: float | None = None,
     ) -> None:
         if isinstance(blocks, str):
             blocks = (Text(blocks),) if blocks else ()
@@ -247,6 +250,7 @@ class Message:
         put(self, "usage", usage)
         put(self, "began", began)
         put(self, "ended", ended)
+        put(self, "thought", thought)
 
     @property
     def text(self) -> str:

@@ -1,6 +1,7 @@
 """The end of a reply: its terminal, and an estimate of its usage if the model reported none."""
 
 import secrets
+from typing import Any
 
 from wsserver.content import Usage
 from wsserver.errors import UNBILLED, Code, ModelError
@@ -14,25 +15,23 @@ from wsserver.text import tokens_in, well_formed
 
 def terminal_of(generation: Generation, how: Outcome) -> Terminal:
     """Make the terminal of a generation."""
+    thought = None if generation.thought is None else round(generation.thought, 3)
+    facts: dict[str, Any] = {"id": generation.id, "seq": generation.log.seq, "thought": thought}
     if isinstance(how, End):
         usage = how.usage or usage_of(generation)
-        reason = well_formed(how.reason)
-        return Done(id=generation.id, seq=generation.log.seq, reason=reason, usage=usage)
+        return Done(**facts, reason=well_formed(how.reason), usage=usage)
     if isinstance(how, str):
-        usage = usage_of(generation)
-        return Done(id=generation.id, seq=generation.log.seq, reason="stopped", by=how, usage=usage)
+        return Done(**facts, reason="stopped", by=how, usage=usage_of(generation))
     error = how if isinstance(how, ModelError) else ModelError(Code.INTERNAL)
     unanswered = generation.usage is None and not generation.log.seq
     free = unanswered and error.code in UNBILLED
-    usage = Usage() if free else usage_of(generation)
     return Error(
+        **facts,
         code=error.code,
         message=well_formed(error.message),
-        id=generation.id,
-        seq=generation.log.seq,
         retryable=error.retryable,
         retry_after=error.retry_after,
-        usage=usage,
+        usage=Usage() if free else usage_of(generation),
         ref=_new_ref(),
     )
 

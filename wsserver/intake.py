@@ -157,6 +157,8 @@ class Intake:
         if self._family is None:
             self._block += 1
             self._family = family
+            generation = self._generation
+            generation.note_block(generation.last_output, thinks=family == "thinking")
         if kind != family or kind == "block":
             self._flush()
             self._append(kind, well_formed(data))

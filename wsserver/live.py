@@ -158,6 +158,8 @@ class Generation:
     began: float | None = None
     last_output: float = 0.0  # when the model last sent anything
     first_piece: float | None = None  # when the first piece arrived
+    thinking_since: float | None = None  # while the model thinks, when its thinking began
+    thought: float | None = None  # seconds that the model thought; None if it did not
     task: "asyncio.Task[End] | None" = None  # the task that runs the model
     span: Span | None = None
     # Facts of STOPPING.
@@ -196,7 +198,14 @@ class Generation:
             self.grace.cancel()
             self.grace = None
         self.failure = how if isinstance(how, BaseException) else None
+        self.note_block(self.stopped or now)
         self.ended = now
+
+    def note_block(self, now: float, *, thinks: bool = False) -> None:
+        """Note that a block began, of thinking or of another type, or that the reply ended."""
+        if self.thinking_since is not None:
+            self.thought = (self.thought or 0.0) + now - self.thinking_since
+        self.thinking_since = now if thinks else None
 
     def end(self, terminal: Terminal) -> None:
         """Append the terminal, and drop the task, which refers to the traceback of a failure."""

@@ -229,12 +229,14 @@ class Hello(_Frame):
     """The first frame of a socket whose client offered the subprotocol.
 
     ``auth``: the client has to send ``auth`` first. ``principal``: the client's, if known.
+    ``models``: the models that a prompt can choose, the default first; left out with ``auth``.
     """
 
     type: Literal["hello"] = "hello"
     protocol: Literal["wsserver.v1"] = "wsserver.v1"
     auth: Literal[True] | None = None
     principal: str | None = None
+    models: tuple[str, ...] | None = None
     limits: Limits
 
 
@@ -308,7 +310,10 @@ class BlockFrame(_Content):
 
 
 class Done(_Frame):
-    """Terminal: the reply has ended. ``seq`` is that of the last piece, 0 if there is none."""
+    """Terminal: the reply has ended. ``seq`` is that of the last piece, 0 if there is none.
+
+    ``thought``: seconds that the model thought; left out without thinking.
+    """
 
     type: Literal["done"] = "done"
     id: str
@@ -316,6 +321,7 @@ class Done(_Frame):
     reason: str
     by: StoppedBy | None = None
     usage: FrameUsage
+    thought: float | None = None
     saved: Literal[False] | None = None
 
 
@@ -334,6 +340,7 @@ class Error(_Answer):
     retryable: bool
     retry_after: float | None = None
     usage: FrameUsage | None = None
+    thought: float | None = None
     saved: Literal[False] | None = None
     ref: str
 
@@ -342,11 +349,12 @@ class Authenticated(_Answer):
     """The answer to ``auth``: the principal, and when the token expires.
 
     ``expires`` is in seconds since 1970, ``expires_in`` in seconds from now, for a client whose
-    clock may be wrong.
+    clock may be wrong. ``models``: the models that a prompt can choose, the default first.
     """
 
     type: Literal["authenticated"] = "authenticated"
     principal: str
+    models: tuple[str, ...]
     expires: float | None = None
     expires_in: float | None = None
 

@@ -239,6 +239,7 @@ class Requests:
         self._session.write(
             Authenticated(
                 principal=well_formed(principal.name),
+                models=self._session.hub.scheduler.models,
                 expires=expires,
                 expires_in=left,
                 request=auth.request,

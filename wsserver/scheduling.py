@@ -69,6 +69,8 @@ class Scheduler:
             report=report,
             on_ended=self._ended,
         )
+        # The models that a prompt can choose, the default first.
+        self.models = tuple(dict.fromkeys((self.runner.model_name, *settings.models)))
         self.live: set[Generation] = set()  # the generations that have not ended
         self.idle = asyncio.Event()  # set while there are none
         self.idle.set()
@@ -163,7 +165,7 @@ class Scheduler:
                 Code.TOO_LONG,
                 f"The prompt has {size:,} bytes; {settings.prompt_size:,} are allowed. Shorten it.",
             )
-        if prompt.model not in {None, self.runner.model_name, *settings.models}:
+        if prompt.model is not None and prompt.model not in self.models:
             raise Refused(Code.MODEL_NOT_ALLOWED)
 
     def check_limits(self, account: Account) -> None:

@@ -52,7 +52,7 @@ HISTORY_MESSAGE = {
         "A message of a conversation; `id` is the generation to which the message belongs. "
         "`partial` is the reason why a reply is incomplete; `cut` if it does not fit into a frame. "
         "`content` is the text. `blocks` has all content; left out if it is a single text block. "
-        "Times are in seconds since 1970."
+        "Times are in seconds since 1970. `thought`: seconds that the model thought."
     ),
     "properties": {
         "role": {"anyOf": [{"enum": ["user", "assistant"]}, {"type": "string"}]},
@@ -64,6 +64,7 @@ HISTORY_MESSAGE = {
         "usage": USAGE,
         "began": {"type": "number"},
         "ended": {"type": "number"},
+        "thought": {"type": "number"},
     },
     "required": ["role", "content", "id"],
 }
@@ -136,6 +137,7 @@ def parse_message(value: Mapping[str, Any]) -> Message:
         usage=optional(parse_usage, value.get("usage")),
         began=optional(float, value.get("began")),
         ended=optional(float, value.get("ended")),
+        thought=optional(float, value.get("thought")),
     )
 
 
@@ -190,6 +192,7 @@ def _dump_history_message(message: Message) -> dict[str, Any]:
             "usage": None if message.usage is None else dump_usage(message.usage),
             "began": message.began,
             "ended": message.ended,
+            "thought": message.thought,
         }
     )
 

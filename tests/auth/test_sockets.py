@@ -32,7 +32,11 @@ async def test_token_in_handshake_authenticates(puppet: Puppet) -> None:
 async def test_token_in_first_frame_authenticates(puppet: Puppet) -> None:
     async with serving(puppet) as server, client(server) as chat:
         await chat.send({"type": "auth", "token": "ada-token"})
-        assert await chat.receive() == {"type": "authenticated", "principal": "ada"}
+        assert await chat.receive() == {
+            "type": "authenticated",
+            "principal": "ada",
+            "models": ["puppet"],
+        }
         assert (await chat.prompt())["type"] == "start"
 
 
@@ -163,7 +167,26 @@ async def test_server_without_authenticator_accepts_any_auth_frame(
     server: wsserver.Server, chat: Client
 ) -> None:
     await chat.send({"type": "auth", "token": "whatever"})
-    assert await chat.receive() == {"type": "authenticated", "principal": "anonymous"}
+    answer = await chat.receive()
+    assert (answer["type"], answer["principal"]) == ("authenticated", "anonymous")
+
+
+async def test_client_learns_models_with_its_principal(puppet: Puppet) -> None:
+    """A stranger does not learn them."""
+    names = ["puppet", "claude-a", "claude-b"]  # the default first, each once
+    async with serving(puppet, models="claude-a, puppet, claude-b") as server:
+        async with client(server, subprotocols=["wsserver.v1"]) as chat:
+            hello = await chat.receive()
+            assert (hello["auth"], "models" in hello) == (True, False)
+            await chat.send({"type": "auth", "token": "ada-token"})
+            assert (await chat.next("authenticated"))["models"] == names
+        header = {"Authorization": "Bearer ada-token"}
+        async with client(server, subprotocols=["wsserver.v1"], additional_headers=header) as chat:
+            assert (await chat.receive())["models"] == names
+            for name in names:
+                await chat.prompt(model=name)
+                reply = await puppet.reply(len(puppet.replies) - 1)
+                reply.end()
 
 
 async def test_principal_named_anonymous_is_refused(puppet: Puppet) -> None:

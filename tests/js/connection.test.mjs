@@ -22,6 +22,12 @@ test('the token is the first frame, and an invalid one is not sent again', async
   assert.deepEqual([reply.text, sockets.length], ['hello', 2])
 })
 
+test('the models arrive with the authentication', async (t) => {
+  const { chat } = await stage.serve(t, { tokens: { good: ['ada', null] }, token: 'good' })
+  const told = await event(chat, 'models')
+  assert.deepEqual([told.models, chat.models], [['troupe'], ['troupe']])
+})
+
 test('a token function is called for each connection, and before the expiry', async (t) => {
   let asked = 0
   const token = async () => `t${++asked}`

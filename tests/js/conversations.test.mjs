@@ -181,6 +181,7 @@ test('each answer has the `request` of its frame', async (t) => {
   assert.ok(frames.filter(({ type }) => ['start', 'stopped'].includes(type)).every(({ request }) => request))
   assert.equal(frames[0].type, 'hello')
   assert.equal(chat.limits.message_size, frames[0].limits.message_size)
+  assert.deepEqual(chat.models, frames[0].models)
 })
 
 test('a retry replaces the failed turn', async (t) => {

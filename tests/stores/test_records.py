@@ -104,8 +104,8 @@ def test_prompt_is_read_back(prompt: Prompt) -> None:
 TOKENS = Usage(input_tokens=1, output_tokens=2, cache_read_input_tokens=3, estimated=True)
 TERMINALS = [
     Done(id="g", seq=0, reason="end_turn", usage=TOKENS),
-    Done(id="g", seq=3, reason="stopped", by="timeout", usage=TOKENS),
-    Error(code=Code.TIMEOUT, message="m", id="g", seq=1, retryable=True, ref="r"),
+    Done(id="g", seq=3, reason="stopped", by="timeout", usage=TOKENS, thought=12.5),
+    Error(code=Code.TIMEOUT, message="m", id="g", seq=1, retryable=True, ref="r", thought=0.0),
     Error(
         code=Code.RATE_LIMITED,
         message="m",

@@ -94,6 +94,11 @@ class Chat:
         return self._connection.limits
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """The models that a prompt can choose, the default first; empty if not yet known."""
+        return self._connection.models
+
+    @property
     def failure(self) -> ConnectionFailed | None:
         """The reason why there is no connection; None while there is one."""
         return self._connection.failure

@@ -64,6 +64,7 @@ class Connection:
         # The reason why there is no connection; None while there is one.
         self.failure: ConnectionFailed | None = None
         self.limits: Limits | None = None  # the server's limits; None before its first `hello`
+        self.models: tuple[str, ...] = ()  # the server's models; empty before its first `hello`
         self._url = url
         self._credentials = Credentials(token, self._note_error)
         self._timeouts = timeouts
@@ -237,7 +238,7 @@ class Connection:
     def _receive(self, frame: Mapping[str, Any]) -> None:
         if frame.get("type") == "hello":
             assert self.link is not None
-            self.limits = self.link.limits
+            self.limits, self.models = self.link.limits, self.link.models
             self._credentials.principal = frame.get("principal", self.principal)
         elif is_refusal(frame):
             self._note_error(ServerError.of(frame))

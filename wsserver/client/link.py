@@ -27,6 +27,7 @@ from wsserver.protocol import (
     Resume,
     Stop,
 )
+from wsserver.wire import text_of
 
 MAX_UNANSWERED = 8  # requests; fewer than the `bad_frames` after which a server closes
 CLOCK_MARGIN = 1.05  # factor on `retry_after`, since the server's clock may run faster
@@ -76,6 +77,7 @@ class Link:
     ) -> None:
         self.socket = socket
         self.limits: Limits | None = None  # the server's limits; None before `hello`
+        self.models: tuple[str, ...] = ()  # the server's models; empty before `hello`
         self.answered = False  # whether the server sent anything but `hello` and refusals
         self.failure = ""  # why the client aborted the connection; empty if it did not
         self._silence = silence
@@ -282,6 +284,7 @@ class Link:
         kind, refused = frame.get("type"), is_refusal(frame)
         if kind == "hello":
             self.limits = Limits.of(frame.get("limits", {}))
+            self.models = tuple(map(text_of, frame.get("models", ())))
             self._names_requests = True
             self._greeted.set()
         elif not refused:

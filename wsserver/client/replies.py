@@ -15,7 +15,6 @@ from wsserver.client.failures import ConnectionFailed, ReplyError
 from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
 from wsserver.client.queries import SHORTEST_WAIT
 from wsserver.client.reply import Reply
-from wsserver.content import Usage
 from wsserver.errors import Code
 from wsserver.protocol import Prompt, Resume, Stop
 
@@ -111,7 +110,7 @@ class Replies:
         reply.stopping = True
         if active.prompt is not None and not active.request.times_sent:
             self._remove(active)
-            reply.finish("stopped", "client", Usage())
+            reply.finish("stopped", "client")
         elif link is not None and not link.is_queued(active.request):
             self._send_stop(reply)
         # Else `receive` sends the stop after the `start` on this connection.
@@ -192,7 +191,7 @@ class Replies:
             return  # the server closes, and the next connection sends the prompt again
         if error.code == Code.NOT_FOUND and reply.stopping and not active.accepted:
             self._remove(active)
-            reply.finish("stopped", "client", Usage())
+            reply.finish("stopped", "client")
             return
         if error.code == Code.NOT_FOUND and reply.started:  # the server died and saved nothing
             self._remove(active)

@@ -9,7 +9,7 @@ from wsserver.client.failures import ChatError, ReplyError
 from wsserver.content import Block, Usage, compact
 from wsserver.errors import Code
 from wsserver.pieces import Kind, Pieces
-from wsserver.wire import parse_usage, text_of
+from wsserver.wire import optional, parse_usage, text_of
 
 CONTENT = frozenset({"token", "thinking", "block"})  # types of frames
 
@@ -25,6 +25,7 @@ class Done:
         usage: tokens of the reply.
         text: the whole text.
         saved: whether the conversation has the reply.
+        thought: seconds that the model thought; None without thinking.
     """
 
     reason: str
@@ -32,6 +33,7 @@ class Done:
     usage: Usage
     text: str
     saved: bool = True
+    thought: float | None = None
 
 
 class Reply:
@@ -66,6 +68,7 @@ class Reply:
         seq: number of the last piece that arrived.
         first: number of the piece after which the text begins; 0 unless resumed after a piece.
         usage: tokens of the reply; None before the end.
+        thought: seconds that the model thought; None before the end, and without thinking.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Reply:
         self.stopping = False
         self.seq = self.first = after
         self.usage: Usage | None = None
+        self.thought: float | None = None
         self._stop = stop
         self._content = Pieces()
         self._done: Done | None = None
@@ -181,17 +185,14 @@ class Reply:
                 return
             self.seq = seq
             self._receive_content(frame)
-        elif kind == "done":
-            self.finish(
-                frame["reason"],
-                frame.get("by"),
-                parse_usage(frame["usage"]),
-                saved=frame.get("saved", True),
-            )
-        elif kind == "error":
-            if "usage" in frame:
-                self.usage = parse_usage(frame["usage"])
-            self.fail(ReplyError.of(frame))
+        elif kind in {"done", "error"}:
+            done = kind == "done"
+            self.usage = parse_usage(frame["usage"]) if done or "usage" in frame else None
+            self.thought = optional(float, frame.get("thought"))
+            if done:
+                self.finish(frame["reason"], frame.get("by"), saved=frame.get("saved", True))
+            else:
+                self.fail(ReplyError.of(frame))
         self._wake()
 
     def _receive_content(self, frame: Mapping[str, Any]) -> None:
@@ -213,10 +214,10 @@ class Reply:
         self.seq = self.first
         self._content = Pieces()
 
-    def finish(self, reason: str, by: str | None, usage: Usage, *, saved: bool = True) -> None:
+    def finish(self, reason: str, by: str | None, *, saved: bool = True) -> None:
         """End the reply."""
-        self.usage = usage
-        self._done = Done(reason, by, usage, self.text, saved)
+        usage = self.usage = self.usage or Usage()
+        self._done = Done(reason, by, usage, self.text, saved, self.thought)
         self.over = True
         self._wake()
 

@@ -208,6 +208,11 @@ class SyncChat:
         """The server's limits; None if the server has not sent them."""
         return self._chat.limits
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that a prompt can choose, the default first; empty if not yet known."""
+        return self._chat.models
+
     def prompt(self, text: str | None = None, **keys: Any) -> SyncReply:
         """Send a prompt; see :meth:`wsserver.client.Chat.prompt`."""
         return self._reply(lambda: self._chat.prompt(text, **keys))

@@ -309,6 +309,7 @@ def turn_of(
             usage=None if terminal is None else terminal.usage,
             began=began,
             ended=ended,
+            thought=None if terminal is None else terminal.thought,
         ),
     )
 

@@ -33,8 +33,8 @@ _PROMPT_KEYS = (
     "max_tokens",
     "temperature",
 )
-_DONE_KEYS = ("seq", "reason", "by")
-_ERROR_KEYS = ("code", "message", "seq", "retryable", "retry_after", "ref")
+_DONE_KEYS = ("seq", "reason", "by", "thought")
+_ERROR_KEYS = ("code", "message", "seq", "retryable", "retry_after", "ref", "thought")
 
 
 class _Batch(BaseModel):

@@ -4,7 +4,7 @@ import asyncio
 import re
 import shlex
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any
 
 from wsserver.client import ChatError, ConnectionFailed, Conversation, ServerError
@@ -13,7 +13,7 @@ from wsserver.terminal.commands import CommandError, help_lines, parse
 from wsserver.terminal.plain_screen import PlainScreen
 from wsserver.terminal.screen import Screen
 from wsserver.terminal.talk import Talk, is_new
-from wsserver.terminal.wording import age, describe_error
+from wsserver.terminal.wording import age, describe_error, escape
 from wsserver.wire import ID_PATTERN
 
 CONVERSATIONS_SHOWN = 20
@@ -27,13 +27,11 @@ class Dialogue:
     Args:
         talk: the conversation.
         screen: where the user types.
-        models: names of models that the server is known to accept.
     """
 
-    def __init__(self, talk: Talk, screen: Screen | PlainScreen, models: Sequence[str]) -> None:
+    def __init__(self, talk: Talk, screen: Screen | PlainScreen) -> None:
         self._talk = talk
         self._screen = screen
-        self._models = models
         self._waiting: deque[str] = deque()
         self._typed = asyncio.Event()
         self._step: asyncio.Task[None] | None = None  # the prompt or command that runs
@@ -213,8 +211,8 @@ class Dialogue:
         if name:
             self._talk.model = None if name == OWN else name
         self._screen.note(f"[model: {self._talk.model or 'the default of the server'}]")
-        if self._models:
-            self._screen.note(f"[the server has: {', '.join(self._models)}]")
+        if known := self._talk.chat.models:
+            self._screen.note(f"[the server has: {escape(', '.join(known))}]")
 
     async def _list(self) -> None:
         self._listed = await self._talk.chat.conversations(CONVERSATIONS_SHOWN)

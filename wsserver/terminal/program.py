@@ -8,7 +8,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from wsserver.auth import Handshake, Principal
@@ -151,7 +151,7 @@ class Terminal:
         screen = make_screen(plain=options.plain, warn=note)
         model = options.model if options.url is not None else None
         talk = Talk(chat, screen, model, options.system)
-        dialogue = Dialogue(talk, screen, address.models)
+        dialogue = Dialogue(talk, screen)
         self._on_ctrl_c, self._on_state = dialogue.interrupt, talk.show_state
         try:
             return await dialogue.run(continues=continues)
@@ -167,13 +167,11 @@ class _Address:
     Attributes:
         url: its address.
         token: the bearer token.
-        models: names of models that it is known to accept.
         lasting: whether its conversations can be continued by another program.
     """
 
     url: str
     token: str | None
-    models: Sequence[str] = ()
     lasting: bool = True
 
 
@@ -218,5 +216,4 @@ async def _server(options: Options) -> AsyncIterator[_Address]:
                 break
         if started.model_name == "demo":
             note("this is the demo model; set ANTHROPIC_API_KEY to talk to Claude")
-        models = (started.model_name, *settings.models)
-        yield _Address(started.url, secret, models, lasting=store != "memory:")
+        yield _Address(started.url, secret, lasting=store != "memory:")

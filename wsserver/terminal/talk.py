@@ -131,7 +131,7 @@ class Talk:
             self._screen.note(quoted(message.text))
             return
         if message.thinking:
-            self._screen.note(describe_thought(message.thinking))
+            self._screen.note(describe_thought(message.thinking, message.thought or 0.0))
         self._screen.show(message.text)
         if message.partial:
             stopped = message.partial == "client"
