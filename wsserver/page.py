@@ -31,6 +31,7 @@ class Page:
         "manifest.webmanifest",
         "page.css",
         "page.js",
+        "attachments.js",
         "compose.js",
         "drafts.js",
         "drawer.js",

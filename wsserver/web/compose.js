@@ -73,6 +73,10 @@ export class Composer {
     this.drafts.set(this.#conversation, text)
   }
 
+  get text() {
+    return box.value
+  }
+
   get isEmpty() {
     return !box.value.trim()
   }

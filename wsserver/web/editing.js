@@ -1,5 +1,6 @@
 /** Editing of the last prompt: the box has its text, and the next prompt replaces its turn. */
 
+import { attachmentsOf } from './attachments.js'
 import { isComposing } from './compose.js'
 import { find } from './dom.js'
 
@@ -7,22 +8,24 @@ import { find } from './dom.js'
 /** @typedef {import('./turn.js').Turn} Turn */
 
 const bar = find(document, '#editing', HTMLElement)
+const hint = find(bar, 'span', HTMLElement)
 const box = find(document, '#prompt', HTMLTextAreaElement)
 
 export class Editing {
-  /** @type {string | undefined} The id of the turn that the next prompt replaces. */ #id
+  /** @type {Turn | undefined} The turn that the next prompt replaces. */ #turn
   #draft = '' // what the box had before
 
   /**
    * @param {Composer} composer
-   * @param {() => Turn | undefined} last Returns the last turn, if a prompt can replace it.
+   * @param {() => Turn | undefined} last Returns the last turn, if its prompt can be edited.
    */
   constructor(composer, last) {
     this.composer = composer
+    this.last = last
     find(bar, 'button', HTMLElement).addEventListener('click', () => this.cancel())
     box.addEventListener('keydown', (event) => {
       if (isComposing(event)) return
-      if (event.key === 'Escape' && this.#id !== undefined) {
+      if (event.key === 'Escape' && this.#turn) {
         event.preventDefault() // stops no reply
         this.cancel()
       } else if (event.key === 'ArrowUp' && !box.value && !event.shiftKey && !event.altKey && !event.ctrlKey && !event.metaKey) {
@@ -34,29 +37,46 @@ export class Editing {
     })
   }
 
-  /** @param {Turn} turn */
-  begin(turn) {
-    if (this.#id === undefined) this.#draft = box.value
-    this.#id = turn.id
+  /** @param {Turn} turn @param {string} [text] */
+  begin(turn, text = turn.prompt) {
+    if (!this.#turn) this.#draft = box.value
+    this.#turn = turn
+    const keeps = attachmentsOf(turn.content ?? '').length ? ' It keeps the attachments.' : ''
+    hint.textContent = `Your message replaces the last one and its reply.${keeps}`
     bar.hidden = false
-    this.composer.replace(turn.prompt)
+    this.composer.replace(text)
     this.composer.focus(true)
   }
 
   /** Put the earlier draft back into the box. */
   cancel() {
-    if (this.#id === undefined) return
+    if (!this.#turn) return
     this.end()
     this.composer.focus()
   }
 
-  /** End the editing, and return the id of the turn that the prompt replaces. */
+  /** End the editing, and return the turn that the prompt replaces. */
   end() {
-    const id = this.#id
-    if (id !== undefined) this.composer.replace(this.#draft)
-    this.#id = undefined
+    const turn = this.#turn
+    if (turn) this.composer.replace(this.#draft)
+    this.#turn = undefined
     this.#draft = ''
     bar.hidden = true
-    return id
+    return turn
+  }
+
+  /**
+   * End the editing if the turn can no longer be replaced. A text that the user has changed stays in the box.
+   * @param {boolean} [always]
+   * @returns {boolean} Whether a text stays.
+   */
+  leave(always = false) {
+    const turn = this.#turn
+    if (!turn || (!always && this.last() === turn)) return false
+    const text = box.value
+    this.end()
+    if (!text.trim() || text === turn.prompt) return false
+    this.composer.insert(text)
+    return true
   }
 }

@@ -1,5 +1,6 @@
 /** The page at `/`: one conversation, and the list of all conversations. */
 
+import { textOf, withText } from './attachments.js'
 import { connect, newId } from './client.js'
 import { onCodeButton } from './code.js'
 import { Composer, isComposing } from './compose.js'
@@ -19,7 +20,9 @@ import { REPLY_GONE, Turn } from './turn.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').History} History */
+/** @typedef {import('./attachments.js').Content} Content */
 
+const OVERTAKEN = 'The conversation went on, so the last message was not replaced.'
 const NEW_TITLE = 'New conversation'
 const ID = /^[A-Za-z0-9_-]{16,64}$/
 const heading = find(document, '#title', HTMLElement)
@@ -34,12 +37,15 @@ const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
 const drafts = new Drafts(local, session)
 const composer = new Composer(drafts, {
-  onSend: (text, interrupts) => ask(text, { interrupts, retryOf: editing.end() }),
+  onSend(text, interrupts) {
+    const edited = editing.end()
+    ask(withText(edited?.content ?? '', text), { interrupts, retryOf: edited?.id })
+  },
   onStop: stop,
 })
 const editing = new Editing(composer, () => {
   const last = [...turns.values()].find(({ element }) => element === log.lastElementChild)
-  return last?.isReplaceable ? last : undefined
+  return last?.isEditable ? last : undefined
 })
 
 /** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
@@ -55,10 +61,12 @@ const login = new Login((token) => {
 const chat = connect(new URL('ws', location.href), { token: login.token })
 const sidebar = new Sidebar(chat, {
   onChange: showTitle,
-  onDelete(id) {
+  onDelete(id, isOwn) {
+    const text = id === current && !isOwn ? composer.text : ''
     drafts.delete(id)
     if (id !== current) return
     startNew()
+    if (text) composer.insert(text)
     showNotice('This conversation was deleted.')
   },
 })
@@ -97,6 +105,7 @@ chat.on('error', (error) => {
   if (code !== 'not_found') showFailure(error)
   else if (current !== undefined && chat.conversation !== current) {
     followed = undefined
+    editing.leave(true)
     showNotice('The server no longer has this conversation. Your next message starts a new one.')
   }
 })
@@ -163,9 +172,10 @@ async function open(id) {
 }
 
 /** Show a history: all messages, or after a reconnect the new ones. @param {History} history */
-function showHistory({ conversation, title, messages, before: earlier }) {
+function showHistory({ conversation, title, messages, replies, before: earlier }) {
   const isFirst = followed === undefined
-  if (isFirst) {
+  if (!isFirst) removeReplaced(messages, replies)
+  if (isFirst || !messages.some(({ id = '' }) => turns.has(id))) { // it does not continue the messages on the page
     before = earlier
     older.hidden = before === undefined
   }
@@ -175,6 +185,20 @@ function showHistory({ conversation, title, messages, before: earlier }) {
   for (const reply of chat.replies.values()) if (reply.conversation === conversation) follow(reply)
   if (isFirst && drafts.restoreUnsent(conversation, conversation, (id) => turns.has(id))) composer.open(conversation)
   update()
+}
+
+/**
+ * Remove the turns that another client has replaced, and all that a long history does not reach.
+ * @param {History['messages']} messages
+ * @param {Reply[]} replies
+ */
+function removeReplaced(messages, replies) {
+  const known = new Set([...messages, ...replies].map(({ id }) => id))
+  const first = messages.map(({ id = '' }) => turns.get(id)?.element).find((element) => element !== undefined)
+  for (const turn of turns.values()) {
+    const isEarlier = first && turn.element.compareDocumentPosition(first) & Node.DOCUMENT_POSITION_FOLLOWING
+    if (messages.length && turn.isReplaceable && !isEarlier && !known.has(turn.id)) remove(turn)
+  }
 }
 
 /**
@@ -188,7 +212,7 @@ function insertTurns(messages, place) {
   for (const message of messages) {
     const { role, content, id = newId() } = message
     const turn = saved.get(id) ?? {}
-    if (role === 'user') turn.prompt = content
+    if (role === 'user') turn.prompt = message.blocks ?? content
     else turn.reply = message
     saved.set(id, turn)
   }
@@ -197,6 +221,7 @@ function insertTurns(messages, place) {
     if (turn) place = turn.element.nextElementSibling
     else log.insertBefore((turn = addTurn(id)).element, place)
     if (!turn.shows(each)) turn.showSaved(each)
+    else if (each.prompt !== undefined) turn.setPrompt(each.prompt)
   }
   for (const turn of turns.values()) if (saved.has(turn.id) && turn.element.nextElementSibling) turn.hideRetry()
 }
@@ -226,10 +251,11 @@ function addTurn(id) {
   return turn
 }
 
-/** Show a running reply. @param {Reply} reply */
-function follow(reply) {
+/** Show a running reply. @param {Reply} reply @param {Content} [content] The prompt, if this page sent it. */
+function follow(reply, content) {
   if (turns.has(reply.id)) return
   const turn = addTurn(reply.id)
+  if (content !== undefined) turn.setPrompt(content)
   turn.follow(reply)
   showWaiting(turn)
   log.append(turn.element)
@@ -255,11 +281,12 @@ function follow(reply) {
 
 /**
  * Send a prompt. While a reply runs, the prompt waits for its end.
- * @param {string} text
+ * @param {Content} content
  * @param {{retryOf?: string, interrupts?: boolean}} [options] `retryOf`: the id of the turn that the new one
  *   replaces. `interrupts`: stop the running reply, and wait for nothing.
  */
-function ask(text, { retryOf, interrupts = false } = {}) {
+function ask(content, { retryOf, interrupts = false } = {}) {
+  const text = textOf(content)
   if (current === undefined) {
     current = chat.conversation
     composer.moveTo(current)
@@ -270,18 +297,19 @@ function ask(text, { retryOf, interrupts = false } = {}) {
   showNotice('')
   for (const turn of turns.values()) turn.hideRetry()
   announcement.textContent = isRunning() && !interrupts ? 'The message waits for this reply.' : 'Sent.'
-  const reply = chat.prompt(text, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
+  const reply = chat.prompt(content, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
   if (retryOf === undefined || turns.get(retryOf)?.prompt !== text) drafts.keepUnsent(current, reply.id, text)
-  follow(reply)
+  follow(reply, content)
   followEnd()
 }
 
 /** @param {Turn} turn */
-function retry(turn) {
-  const { prompt, refused } = turn
-  if (isRunning() && !refused) return
+async function retry(turn) {
+  if (turn.content === undefined && current !== undefined) await chat.open(current).catch(showFailure)
+  const { content, refused } = turn
+  if (content === undefined || (isRunning() && !refused)) return
   if (refused) remove(turn) // the server has no such turn to replace
-  ask(prompt, { retryOf: refused ? turn.retryOf : turn.id })
+  ask(content, { retryOf: refused ? turn.retryOf : turn.id })
   composer.focus(true)
 }
 
@@ -307,18 +335,42 @@ function edit(turn) {
 /** @param {Turn} turn @param {string} note */
 function showEnd(turn, note) {
   const { error, text } = turn
-  announcement.textContent = `${text.length > 1500 ? `The reply is complete: ${text.length} characters.` : text} ${note}`
-  tellOfEnd()
-  if (turn.refused && !error?.retryable && error?.code !== 'closed' && composer.isEmpty) {
-    composer.insert(turn.prompt)
-    if (current !== undefined) drafts.dropUnsent(current, turn.id)
+  const isFinal = turn.refused && !error?.retryable && error?.code !== 'closed'
+  if (!isFinal || !giveBack(turn)) {
+    announcement.textContent = `${text.length > 1500 ? `The reply is complete: ${text.length} characters.` : text} ${note}`
   }
+  tellOfEnd()
   if (turn.element.nextElementSibling && !turn.refused) turn.hideRetry() // only the last turn can be replaced
+  if (turn.reply === undefined && turn.content === undefined && !turn.isUnsent && current) chat.open(current).catch(() => {}) // for the blocks
   if (turn.isTakenBack) remove(turn) // by another tab
   else if (current !== undefined && !turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
   if (error && REPLY_GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})
   update()
   sidebar.announce()
+}
+
+/** Give a prompt back that the server will never accept. @param {Turn} turn @returns {boolean} Whether a notice tells of it. */
+function giveBack(turn) {
+  const { error, prompt, content, retryOf } = turn
+  const replaced = retryOf === undefined ? undefined : turns.get(retryOf)
+  const isEdit = replaced?.prompt !== prompt
+  if (retryOf === undefined || (error?.code !== 'not_last' && !replaced?.isReplaceable)) {
+    if (!composer.isEmpty) return false
+    composer.insert(prompt)
+    if (current !== undefined) drafts.dropUnsent(current, turn.id)
+    return false
+  }
+  remove(turn)
+  if (error?.code === 'not_last') {
+    if (isEdit) composer.insert(prompt)
+    showNotice(OVERTAKEN + (isEdit ? ` Your text is in the box${typeof content === 'string' ? '' : ', without the attachments'}.` : ''))
+    if (current !== undefined) chat.open(current).catch(() => {})
+    return true
+  }
+  if (isEdit && replaced && composer.isEmpty) editing.begin(replaced, prompt)
+  else if (isEdit) composer.insert(prompt)
+  showFailure(error)
+  return true
 }
 
 /** @param {Turn} turn */
@@ -345,6 +397,7 @@ function update() {
     busy ||= turn.reply !== undefined && !turn.reply.ended
   }
   composer.busy = busy
+  if (editing.leave()) showNotice(`${OVERTAKEN} Your text is in the box.`)
   exporter.hidden = turns.size === 0
   hint.hidden = turns.size > 0 || log.ariaBusy === 'true'
   showTitle()

@@ -29,8 +29,8 @@ export class Sidebar {
 
   /**
    * @param {Chat} chat
-   * @param {{onChange: () => void, onDelete: (id: string) => void}} listener `onChange`: the titles may
-   *   have changed. `onDelete`: this or another client deleted the conversation.
+   * @param {{onChange: () => void, onDelete: (id: string, isOwn: boolean) => void}} listener `onChange`: the titles may
+   *   have changed. `onDelete`: this page, or another client, deleted the conversation.
    */
   constructor(chat, listener) {
     this.chat = chat
@@ -245,7 +245,7 @@ export class Sidebar {
       const neighbour = rows[place + 1] ?? rows[place - 1]
       try {
         await this.chat.delete(id)
-        this.#forget(id)
+        this.#forget(id, true)
         this.announce(id)
         find(neighbour ?? document, neighbour ? 'a' : '#new', HTMLElement).focus()
       } catch (error) {
@@ -254,10 +254,10 @@ export class Sidebar {
     }, { once: true })
   }
 
-  /** @param {string} id */
-  #forget(id) {
+  /** @param {string} id @param {boolean} [isOwn] Whether this page deleted it. */
+  #forget(id, isOwn = false) {
     this.#show([...this.#items.values()].filter((item) => item.id !== id))
-    this.listener.onDelete(id)
+    this.listener.onDelete(id, isOwn)
   }
 }
 

@@ -1,5 +1,6 @@
 /** One turn on the page: a prompt and its reply. */
 
+import { attachmentsOf, isEditable, showAttachments, textOf } from './attachments.js'
 import { ReplyError } from './client.js'
 import { copy, cloneTemplate, find } from './dom.js'
 import { meaningOf, showReference } from './errors.js'
@@ -8,7 +9,8 @@ import { Markdown } from './markdown.js'
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').Result} Result */
 /** @typedef {import('./client.js').Message} Message */
-/** @typedef {{prompt?: string, reply?: Message}} SavedTurn A turn of a history. */
+/** @typedef {import('./attachments.js').Content} Content */
+/** @typedef {{prompt?: Content, reply?: Message}} SavedTurn A turn of a history. */
 
 const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
 const STOPPED_BY = /** @type {Record<string, string>} */ ({
@@ -38,7 +40,9 @@ export class Turn {
   /** @type {Reply | undefined} The reply, until it has ended. */ reply
   /** @type {string | undefined} The id of the turn that this one replaces. */ retryOf
   element = cloneTemplate('turn')
+  /** @type {Content | undefined} What a retry sends; undefined if another client sent blocks that the page does not have. */ content
   #prompt = find(this.element, '.you p', HTMLElement)
+  #attachments = find(this.element, '.attachments', HTMLElement)
   #queue = find(this.element, '.queue', HTMLElement)
   #reply = find(this.element, '.reply', HTMLElement)
   #details = find(this.element, 'details', HTMLDetailsElement)
@@ -120,7 +124,12 @@ export class Turn {
 
   /** Whether the conversation has the turn, so that another prompt can replace it. */
   get isReplaceable() {
-    return this.#ended && this.prompt !== '' && !this.refused && !this.isUnsent && this.#end?.result?.saved !== false
+    return this.#ended && this.content !== undefined && !this.refused && !this.isUnsent && this.#end?.result?.saved !== false
+  }
+
+  /** Whether the user can write another text for the prompt. */
+  get isEditable() {
+    return this.isReplaceable && isEditable(this.content ?? '')
   }
 
   /** Whether the prompt waits for the reply above. @param {boolean} waits */
@@ -130,8 +139,18 @@ export class Turn {
     this.#showQueue()
   }
 
+  /** The text of the prompt. */
   get prompt() {
     return this.#prompt.textContent ?? ''
+  }
+
+  /** @param {Content} content */
+  setPrompt(content) {
+    if (typeof content === 'string' && content === this.content) return
+    this.content = content
+    this.#prompt.textContent = textOf(content)
+    showAttachments(this.#attachments, attachmentsOf(content))
+    this.#offerReplacement()
   }
 
   /** Whether the page shows all text of a turn in a history. @param {SavedTurn} saved */
@@ -143,7 +162,7 @@ export class Turn {
   /** Show a turn of a history. @param {SavedTurn} saved */
   showSaved({ prompt, reply }) {
     const { content: text = '', thinking = '', partial, model, usage } = reply ?? {}
-    if (prompt !== undefined) this.#prompt.textContent = prompt
+    if (prompt !== undefined) this.setPrompt(prompt)
     this.#end = undefined
     this.#clear()
     this.#markdown = new Markdown(this.#text, true)
@@ -164,7 +183,7 @@ export class Turn {
   follow(reply) {
     this.reply = reply
     this.retryOf = reply.retryOf
-    if (reply.prompt !== undefined) this.#prompt.textContent = reply.prompt
+    this.#showPrompt(reply)
     const drawSoon = () => { this.#frame ??= requestAnimationFrame(() => this.#draw()) }
     reply.addEventListener('change', () => {
       if (this.reply === reply) drawSoon()
@@ -192,6 +211,7 @@ export class Turn {
   hideRetry() {
     clearInterval(this.#countdown)
     this.#retry.hidden = true
+    this.#offerReplacement()
   }
 
   #draw() {
@@ -201,7 +221,7 @@ export class Turn {
     // After a crash the server may have less text than the page shows.
     if (reply.text.length < this.#drawn.text || reply.thinking.length < this.#drawn.thinking) this.#clear()
     const drawn = this.#drawn
-    if (reply.prompt !== undefined && !this.prompt) this.#prompt.textContent = reply.prompt
+    this.#showPrompt(reply)
     const thinking = reply.thinking.slice(drawn.thinking, drawn.thinking + FRAME_TEXT)
     this.#showThinking(thinking)
     drawn.thinking += thinking.length
@@ -217,12 +237,22 @@ export class Turn {
     else this.#setNote(this.#waitingNote)
   }
 
+  /** Show the prompt of a running reply that another client asked for. @param {Reply} reply */
+  #showPrompt({ prompt, promptBlocks }) {
+    if (prompt === undefined || this.content !== undefined) return
+    if (!promptBlocks) return this.setPrompt(prompt)
+    if (!this.#attachments.hidden) return
+    this.#prompt.textContent = prompt
+    showAttachments(this.#attachments, attachmentsOf(promptBlocks.map((type) => ({ type }))))
+  }
+
   /** Show why the prompt has no reply, or the reply. */
   #showQueue() {
     const { isUnsent } = this
     const waits = this.#waits && this.reply !== undefined
     const why = waits ? (this.#waitingNote ? 'Waits for the connection.' : 'Waits for the reply above.') : ''
     find(this.#queue, 'span', HTMLElement).textContent = isUnsent ? UNSENT_BY[this.#end?.result?.by ?? ''] ?? '' : why
+    find(this.#queue, '.edit', HTMLElement).hidden = typeof this.content !== 'string' // the box has no attachments
     this.#queue.hidden = !waits && !isUnsent
     this.#reply.hidden = !this.#queue.hidden
   }
@@ -278,7 +308,7 @@ export class Turn {
 
   /** Show the buttons that replace the turn. The style sheet hides them in all turns but the last. */
   #offerReplacement() {
-    this.#rewrite.hidden = !this.isReplaceable
+    this.#rewrite.hidden = !this.isEditable
     this.#regenerate.hidden = !this.isReplaceable || !this.#retry.hidden
   }
 
