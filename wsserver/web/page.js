@@ -8,19 +8,21 @@ import { find } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
 import { Editing } from './editing.js'
-import { messageOf, referenceOf, showReference } from './errors.js'
 import { exportConversation } from './export.js'
 import { Login } from './login.js'
-import { followEnd, keepInPlace, stayHere } from './scroll.js'
+import { showFailure, showNotice } from './notice.js'
+import { followEnd, stayHere } from './scroll.js'
 import './shortcuts.js'
 import { Sidebar } from './sidebar.js'
 import { local, session } from './storage.js'
 import { setTabTitle, tellOfEnd } from './tab.js'
-import { REPLY_GONE, Turn } from './turn.js'
+import { REPLY_GONE } from './turn.js'
+import { Turns } from './turns.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').History} History */
 /** @typedef {import('./attachments.js').Content} Content */
+/** @typedef {import('./turn.js').Turn} Turn */
 
 const OVERTAKEN = 'The conversation went on, so the last message was not replaced.'
 const NEW_TITLE = 'New conversation'
@@ -32,7 +34,6 @@ const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
 const exporter = find(document, '#export', HTMLButtonElement)
 const exportDialog = find(document, '#export-dialog', HTMLDialogElement)
-const notice = find(document, '#notice', HTMLElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
 const drafts = new Drafts(local, session)
@@ -43,15 +44,11 @@ const composer = new Composer(drafts, {
   },
   onStop: stop,
 })
-const editing = new Editing(composer, () => {
-  const last = [...turns.values()].find(({ element }) => element === log.lastElementChild)
-  return last?.isEditable ? last : undefined
-})
+const editing = new Editing(composer, () => (turns.last?.isEditable ? turns.last : undefined))
+const turns = new Turns({ onRetry: retry, onEnd: showEnd, onEdit: edit, onRemove: takeBack, onRewrite: (turn) => editing.begin(turn) })
 
-/** @type {Map<string, Turn>} The turns on the page, in order. */ let turns = new Map()
 /** @type {string | undefined} The conversation on the page; undefined before the first prompt of a new one. */ let current
 /** @type {string | undefined} The conversation whose changes the server sends. */ let followed
-/** @type {number | undefined} The `before` of the earlier messages, if there are any. */ let before
 let fallbackTitle = '' // for a conversation that is not in the list
 
 const login = new Login((token) => {
@@ -88,7 +85,7 @@ chat.on('state', ({ state: now, reason }) => {
   form.hidden = now === 'unauthenticated'
   composer.disabled = now === 'closed'
   login.show(now === 'unauthenticated')
-  for (const turn of turns.values()) showWaiting(turn)
+  for (const turn of turns) showWaiting(turn)
   if (now === 'open') sidebar.refresh()
 })
 
@@ -129,12 +126,10 @@ function showAddress() {
 
 /** Remove all turns from the page. @param {string | undefined} id The conversation that comes next. */
 function clear(id) {
-  for (const turn of turns.values()) turn.remove()
-  turns = new Map()
+  turns.clear()
   current = id
-  followed = before = undefined
+  followed = undefined
   fallbackTitle = ''
-  older.hidden = true
   followEnd()
   showNotice('')
   editing.end()
@@ -172,93 +167,38 @@ async function open(id) {
 }
 
 /** Show a history: all messages, or after a reconnect the new ones. @param {History} history */
-function showHistory({ conversation, title, messages, replies, before: earlier }) {
+function showHistory({ conversation, title, messages, replies, before }) {
   const isFirst = followed === undefined
-  if (!isFirst) removeReplaced(messages, replies)
-  if (isFirst || !messages.some(({ id = '' }) => turns.has(id))) { // it does not continue the messages on the page
-    before = earlier
-    older.hidden = before === undefined
-  }
+  if (!isFirst) for (const turn of turns.replacedBy(messages, replies)) remove(turn)
+  if (isFirst || !messages.some(({ id = '' }) => turns.get(id))) turns.before = before // it does not continue the messages on the page
   followed = conversation
   fallbackTitle = title
-  insertTurns(messages, /** @type {HTMLElement | null} */ (log.firstElementChild))
+  turns.show(messages)
   for (const reply of chat.replies.values()) if (reply.conversation === conversation) follow(reply)
-  if (isFirst && drafts.restoreUnsent(conversation, conversation, (id) => turns.has(id))) composer.open(conversation)
+  if (isFirst && drafts.restoreUnsent(conversation, conversation, (id) => turns.get(id) !== undefined)) composer.open(conversation)
   update()
 }
 
-/**
- * Remove the turns that another client has replaced, and all that a long history does not reach.
- * @param {History['messages']} messages
- * @param {Reply[]} replies
- */
-function removeReplaced(messages, replies) {
-  const known = new Set([...messages, ...replies].map(({ id }) => id))
-  const first = messages.map(({ id = '' }) => turns.get(id)?.element).find((element) => element !== undefined)
-  for (const turn of turns.values()) {
-    const isEarlier = first && turn.element.compareDocumentPosition(first) & Node.DOCUMENT_POSITION_FOLLOWING
-    if (messages.length && turn.isReplaceable && !isEarlier && !known.has(turn.id)) remove(turn)
-  }
-}
-
-/**
- * Show the turns of a history. A turn that the page shows as a whole stays.
- * @param {History['messages']} messages
- * @param {Element | null} place The element before which the first new turn goes.
- */
-function insertTurns(messages, place) {
-  /** @type {Map<string, import('./turn.js').SavedTurn>} */
-  const saved = new Map()
-  for (const message of messages) {
-    const { role, content, id = newId() } = message
-    const turn = saved.get(id) ?? {}
-    if (role === 'user') turn.prompt = message.blocks ?? content
-    else turn.reply = message
-    saved.set(id, turn)
-  }
-  for (const [id, each] of saved) {
-    let turn = turns.get(id)
-    if (turn) place = turn.element.nextElementSibling
-    else log.insertBefore((turn = addTurn(id)).element, place)
-    if (!turn.shows(each)) turn.showSaved(each)
-    else if (each.prompt !== undefined) turn.setPrompt(each.prompt)
-  }
-  for (const turn of turns.values()) if (saved.has(turn.id) && turn.element.nextElementSibling) turn.hideRetry()
-}
-
 older.addEventListener('click', async () => {
-  if (current === undefined || before === undefined) return
+  if (current === undefined) return
   const id = current
   try {
-    const page = await chat.open(id, { before })
+    const earlier = await chat.open(id, { before: turns.before })
     if (id !== current) return
-    const first = log.firstElementChild
-    keepInPlace(first, () => {
-      before = page.before
-      older.hidden = before === undefined
-      insertTurns(page.messages, first)
-    })
+    turns.showEarlier(earlier)
     if (older.hidden) composer.focus(true)
   } catch (error) {
     showFailure(error)
   }
 })
 
-/** @param {string} id */
-function addTurn(id) {
-  const turn = new Turn(id, { onRetry: retry, onEnd: showEnd, onEdit: edit, onRemove: takeBack, onRewrite: (each) => editing.begin(each) })
-  turns.set(id, turn)
-  return turn
-}
-
 /** Show a running reply. @param {Reply} reply @param {Content} [content] The prompt, if this page sent it. */
 function follow(reply, content) {
-  if (turns.has(reply.id)) return
-  const turn = addTurn(reply.id)
+  if (turns.get(reply.id)) return
+  const turn = turns.append(reply.id)
   if (content !== undefined) turn.setPrompt(content)
   turn.follow(reply)
   showWaiting(turn)
-  log.append(turn.element)
   const onChange = () => {
     if (!reply.started && !reply.ended) return
     reply.removeEventListener('change', onChange)
@@ -295,8 +235,8 @@ function ask(content, { retryOf, interrupts = false } = {}) {
     sidebar.select(current)
   }
   showNotice('')
-  for (const turn of turns.values()) turn.hideRetry()
-  announcement.textContent = isRunning() && !interrupts ? 'The message waits for this reply.' : 'Sent.'
+  turns.hideRetries()
+  announcement.textContent = turns.running && !interrupts ? 'The message waits for this reply.' : 'Sent.'
   const reply = chat.prompt(content, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
   if (retryOf === undefined || turns.get(retryOf)?.prompt !== text) drafts.keepUnsent(current, reply.id, text)
   follow(reply, content)
@@ -307,7 +247,7 @@ function ask(content, { retryOf, interrupts = false } = {}) {
 async function retry(turn) {
   if (turn.content === undefined && current !== undefined) await chat.open(current).catch(showFailure)
   const { content, refused } = turn
-  if (content === undefined || (isRunning() && !refused)) return
+  if (content === undefined || (turns.running && !refused)) return
   if (refused) remove(turn) // the server has no such turn to replace
   ask(content, { retryOf: refused ? turn.retryOf : turn.id })
   composer.focus(true)
@@ -376,27 +316,19 @@ function giveBack(turn) {
 /** @param {Turn} turn */
 function remove(turn) {
   if (current !== undefined) drafts.dropUnsent(current, turn.id)
-  turn.remove()
-  turns.delete(turn.id)
+  turns.remove(turn)
 }
-
-/** Whether a reply runs or waits. */
-const isRunning = () => [...turns.values()].some(({ reply }) => reply && !reply.ended)
 
 /** Stop the running reply. The next prompt that waits follows. */
 function stop() {
-  for (const { reply } of turns.values()) if (reply && !reply.ended) return reply.stop()
+  turns.running?.stop()
 }
 
-// Title, notice, buttons.
+// Title, buttons.
 
 function update() {
-  let busy = false
-  for (const turn of turns.values()) {
-    turn.waits = busy
-    busy ||= turn.reply !== undefined && !turn.reply.ended
-  }
-  composer.busy = busy
+  turns.showQueue()
+  composer.busy = turns.running !== undefined
   if (editing.leave()) showNotice(`${OVERTAKEN} Your text is in the box.`)
   exporter.hidden = turns.size === 0
   hint.hidden = turns.size > 0 || log.ariaBusy === 'true'
@@ -407,22 +339,6 @@ function showTitle() {
   const title = current === undefined ? NEW_TITLE : (sidebar.title(current) ?? fallbackTitle) || NEW_TITLE
   if (heading.textContent !== title) heading.textContent = title
   setTabTitle(current === undefined ? 'wsserver' : `${title} · wsserver`)
-}
-
-/** @param {string} text @param {() => void} [retry] What the button of the notice does. */
-function showNotice(text, retry) {
-  const button = find(notice, '.again', HTMLButtonElement)
-  showReference(find(notice, '.reference', HTMLButtonElement), undefined)
-  find(notice, 'span', HTMLElement).textContent = text
-  notice.hidden = !text
-  button.hidden = !retry
-  button.onclick = retry ?? null
-}
-
-/** @param {unknown} error @param {() => void} [retry] */
-function showFailure(error, retry) {
-  showNotice(messageOf(error), retry)
-  showReference(find(notice, '.reference', HTMLButtonElement), referenceOf(error))
 }
 
 // Input.

@@ -1,0 +1,24 @@
+/** The notice above the message box. */
+
+import { find } from './dom.js'
+import { messageOf, referenceOf, showReference } from './errors.js'
+
+const notice = find(document, '#notice', HTMLElement)
+const words = find(notice, 'span', HTMLElement)
+const again = find(notice, '.again', HTMLButtonElement)
+const reference = find(notice, '.reference', HTMLButtonElement)
+
+/** @param {string} text An empty text hides the notice. @param {() => void} [retry] What its button does. */
+export function showNotice(text, retry) {
+  showReference(reference, undefined)
+  words.textContent = text
+  notice.hidden = !text
+  again.hidden = !retry
+  again.onclick = retry ?? null
+}
+
+/** @param {unknown} error @param {() => void} [retry] */
+export function showFailure(error, retry) {
+  showNotice(messageOf(error), retry)
+  showReference(reference, referenceOf(error))
+}
