@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from websockets.typing import Subprotocol
 
 import wsserver
 from tests.support.puppet import BOUND, Puppet
-from tests.support.tools import require_libraries
-from wsserver.page import Page
+from tests.support.tools import require_libraries, require_npm_package
+from wsserver.page import Page, without_comments
 
 
 async def ask(
@@ -63,8 +64,29 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
     }
     for name in Page.FILES:
         status, headers, body = await get(server, name.replace("index.html", ""))
-        assert (status, body) == (200, (folder / name).read_bytes())
+        whole = (folder / name).read_bytes()
+        assert (status, body) == (200, without_comments(whole) if name.endswith("js") else whole)
         assert headers["content-type"] == types[name.rpartition(".")[2]]
+
+
+def test_scripts_without_comments_are_the_same_programs(tmp_path: Path) -> None:
+    """Compare the scripts as a minifier prints them."""
+    esbuild = require_npm_package("esbuild") / "bin/esbuild"
+    scripts = sorted((Path(wsserver.__file__).parent / "web").glob("*.js"))
+    for script in scripts:
+        whole = script.read_bytes()
+        short = without_comments(whole)
+        assert short.startswith(whole[: whole.index(b"*/")])
+        assert short.count(b"\n") == whole.count(b"\n")
+        (tmp_path / script.name).write_bytes(short)
+    options = ("--minify-whitespace", "--format=esm", "--legal-comments=none")
+    for source, made in ((scripts[0].parent, "whole"), (tmp_path, "short")):
+        files = [source / script.name for script in scripts]
+        command: list[str | Path] = [esbuild, *files, *options, f"--outdir={tmp_path / made}"]
+        subprocess.run(command, check=True, capture_output=True)
+    for script in scripts:
+        whole, short = ((tmp_path / made / script.name).read_bytes() for made in ("whole", "short"))
+        assert whole == short, script
 
 
 async def test_files_are_compressed_for_clients_that_take_gzip(server: wsserver.Server) -> None:

@@ -15,6 +15,14 @@ from wsserver.responses import Response, respond
 
 BUILT = "built"  # the folder that hatch_build.py writes
 
+# A comment that begins a line, and a type before a declaration.
+_COMMENT = re.compile(
+    rb"^[ \t]*/\*\*(?:(?!\*/).)*\*/[ \t]*(?=\n)"
+    rb"|^[ \t]*//[^\n]*"
+    rb"|^[ \t]*/\*\* @(?:(?!\*/)[^\n])*\*/ ",
+    re.MULTILINE | re.DOTALL,
+)
+
 
 class Page:
     """The page at ``/``, the files that it loads, and ``ai-sdk.js`` and ``react.js`` for apps.
@@ -75,17 +83,21 @@ class Page:
 
     def __init__(self) -> None:
         web = importlib.resources.files("wsserver").joinpath("web")
-        found = {f"/{name}": web.joinpath(name) for name in self.FILES}
-        found["/"] = found.pop("/index.html")
+        files: dict[str, _File] = {}
+        for name in self.FILES:
+            body = web.joinpath(name).read_bytes()
+            short = without_comments(body) if name.endswith(".js") else body
+            files["/" if name == "index.html" else f"/{name}"] = _File(short, name)
         built = web.joinpath("libraries", BUILT)
         if built.is_dir():
             for folder, prefix in ((built, ""), (built.joinpath("fonts"), "fonts/")):
                 for file in folder.iterdir():
                     if file.name.rpartition(".")[2] in self._TYPES:
-                        found[f"/libraries/{prefix}{file.name}"] = file
-        self._files = {path: _File(file.read_bytes(), file.name) for path, file in found.items()}
-        self._complete = self._LIBRARY in self._files
-        self._files.setdefault(self._LIBRARY, _File(b"export {}\n", "markdown.js"))
+                        path = f"/libraries/{prefix}{file.name}"
+                        files[path] = _File(file.read_bytes(), file.name)
+        self._complete = self._LIBRARY in files
+        files.setdefault(self._LIBRARY, _File(b"export {}\n", "markdown.js"))
+        self._files = files
 
     def __contains__(self, path: str) -> bool:
         """Whether a path is one of a file."""
@@ -119,6 +131,16 @@ class Page:
         return replace(response, status=HTTPStatus.NOT_MODIFIED, body=b"") if fresh else response
 
 
+def without_comments(script: bytes) -> bytes:
+    """Return a script without the comments that begin a line, but for its first one.
+
+    All lines keep their numbers. A script must not have a template literal with such a line.
+    """
+    start = script.find(b"*/") if script.startswith(b"/**") else 0
+    rest = _COMMENT.sub(lambda comment: b"\n" * comment[0].count(b"\n"), script[start:])
+    return script[:start] + rest
+
+
 class _File:
     """A file of the page."""
 
@@ -130,7 +152,7 @@ class _File:
     @functools.cached_property
     def compressed(self) -> bytes:
         """The body with the content coding gzip; empty for a font, which is compressed already."""
-        return b"" if self.kind == "woff2" else gzip.compress(self.body, 6, mtime=0)
+        return b"" if self.kind == "woff2" else gzip.compress(self.body, mtime=0)
 
 
 def _takes_gzip(headers: Mapping[str, str]) -> bool:

@@ -179,6 +179,7 @@ async def test_page_is_small_before_it_shows_formulas(page: Page) -> None:
     )
     assert {"/", "/page.js", "/page.css", "/libraries/markdown.js"} <= sizes.keys()
     assert all(sizes.values()), sizes
+    print(f"{sum(sizes.values()):,} bytes")
     assert sum(sizes.values()) < 150_000, sizes
 
 
