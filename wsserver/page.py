@@ -50,6 +50,7 @@ class Page:
         "login.js",
         "notice.js",
         "scroll.js",
+        "settings.js",
         "shortcuts.js",
         "sidebar.js",
         "storage.js",

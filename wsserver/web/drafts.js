@@ -1,5 +1,7 @@
 /** Texts that are typed and not answered yet. They survive a reload and a crash of the tab. */
 
+import { dropOldest, read, write } from './storage.js'
+
 const DRAFT = 'draft ' // + the conversation: the keys of drafts
 const UNSENT = 'unsent ' // + the conversation: the keys of prompts without a reply
 const MOST = 50 // drafts of conversations; the oldest is dropped first
@@ -27,7 +29,7 @@ export class Drafts {
   set(conversation, text) {
     const kept = text.trim() && text.length <= LONGEST ? { text, at: Date.now() } : undefined
     write(this.#place(conversation), DRAFT + (conversation ?? ''), kept)
-    if (kept && conversation !== undefined) this.#dropOldest()
+    if (kept && conversation !== undefined) dropOldest(this.shared, DRAFT, MOST)
   }
 
   /** Keep a prompt that was sent until it has a reply. @param {string} conversation @param {string} id @param {string} text */
@@ -66,33 +68,5 @@ export class Drafts {
   /** @param {string | undefined} conversation */
   #place(conversation) {
     return conversation === undefined ? this.own : this.shared
-  }
-
-  #dropOldest() {
-    const { shared } = this
-    const keys = Object.keys(shared ?? {}).filter((key) => key.startsWith(DRAFT))
-    if (keys.length <= MOST) return
-    const ages = keys.map((key) => /** @type {const} */ ([key, Number(read(shared, key).at) || 0]))
-    for (const [key] of ages.sort(([, a], [, b]) => a - b).slice(0, keys.length - MOST)) shared?.removeItem(key)
-  }
-}
-
-/** @param {Storage | undefined} storage @param {string} key @returns {Record<string, any>} */
-function read(storage, key) {
-  try {
-    const value = JSON.parse(storage?.getItem(key) ?? '{}')
-    return typeof value === 'object' && value !== null ? value : {}
-  } catch {
-    return {}
-  }
-}
-
-/** @param {Storage | undefined} storage @param {string} key @param {object | undefined} value Undefined deletes the key. */
-function write(storage, key, value) {
-  try {
-    if (value === undefined) storage?.removeItem(key)
-    else storage?.setItem(key, JSON.stringify(value))
-  } catch {
-    // The storage is full: the text stays in the page.
   }
 }

@@ -12,6 +12,7 @@ import { exportConversation } from './export.js'
 import { Login } from './login.js'
 import { showFailure, showNotice } from './notice.js'
 import { followEnd, stayHere } from './scroll.js'
+import { Settings } from './settings.js'
 import './shortcuts.js'
 import { Sidebar } from './sidebar.js'
 import { local, session } from './storage.js'
@@ -37,6 +38,7 @@ const exportDialog = find(document, '#export-dialog', HTMLDialogElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
 const drafts = new Drafts(local, session)
+const settings = new Settings()
 const composer = new Composer(drafts, {
   onSend(text, interrupts) {
     const edited = editing.end()
@@ -61,6 +63,7 @@ const sidebar = new Sidebar(chat, {
   onDelete(id, isOwn) {
     const text = id === current && !isOwn ? composer.text : ''
     drafts.delete(id)
+    settings.delete(id)
     if (id !== current) return
     startNew()
     if (text) composer.insert(text)
@@ -88,6 +91,8 @@ chat.on('state', ({ state: now, reason }) => {
   for (const turn of turns) showWaiting(turn)
   if (now === 'open') sidebar.refresh()
 })
+
+chat.on('models', ({ models }) => { settings.models = models })
 
 chat.on('history', (history) => {
   if (history.conversation === current) showHistory(history)
@@ -134,6 +139,7 @@ function clear(id) {
   showNotice('')
   editing.end()
   composer.open(id)
+  settings.open(id)
   sidebar.select(id)
   update()
 }
@@ -158,6 +164,7 @@ async function open(id) {
     if (code !== 'not_found') return showFailure(error, retryable ? () => open(id) : undefined)
     const restored = drafts.restoreUnsent(id, undefined, () => false)
     drafts.delete(id)
+    if (restored) settings.giveToNew(id)
     startNew()
     showNotice(restored ? 'Your message did not reach the server. Send it again.' : 'There is no such conversation.')
   } finally {
@@ -230,6 +237,7 @@ function ask(content, { retryOf, interrupts = false } = {}) {
   if (current === undefined) {
     current = chat.conversation
     composer.moveTo(current)
+    settings.moveTo(current)
     history.replaceState(null, '', `#${current}`)
     fallbackTitle = text.trim().replace(/\s+/g, ' ').slice(0, 60)
     sidebar.select(current)
@@ -237,7 +245,7 @@ function ask(content, { retryOf, interrupts = false } = {}) {
   showNotice('')
   turns.hideRetries()
   announcement.textContent = turns.running && !interrupts ? 'The message waits for this reply.' : 'Sent.'
-  const reply = chat.prompt(content, { conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
+  const reply = chat.prompt(content, { ...settings.values, conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
   if (retryOf === undefined || turns.get(retryOf)?.prompt !== text) drafts.keepUnsent(current, reply.id, text)
   follow(reply, content)
   followEnd()
