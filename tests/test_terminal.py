@@ -368,7 +368,8 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
         async with once("--once", "And?", "-c", **env) as process:
             code, out, err = await outcome(process)
             assert (code, "You wrote: “And?”" in out) == (0, True)
-            assert "will not be saved: another server uses" in err
+            assert "will not be saved: another wsserver chat is open and uses" in err
+            assert "--store" not in err  # `chat` has no such flag
         person.types("\x04")
         assert await person.leaves() == 0
     async with once("--once", "What did I say?", "-c", **env) as process:

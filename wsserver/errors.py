@@ -197,6 +197,10 @@ class ConfigError(WsserverError):
     """The configuration is invalid. The message is one line for the operator."""
 
 
+class StoreInUse(ConfigError):
+    """Another server uses the store."""
+
+
 class StoreError(WsserverError):
     """The store could not read or save conversations. The message is for the log."""
 

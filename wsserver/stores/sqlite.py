@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from wsserver.errors import ConfigError, StoreError
+from wsserver.errors import ConfigError, StoreError, StoreInUse
 from wsserver.logs import log
 from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.stores.base import (
@@ -165,7 +165,7 @@ class SqliteStore:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise ConfigError(
+            raise StoreInUse(
                 f"store: another server uses {self._path}; stop that server, or start this one "
                 "with another --port and another file (--store sqlite:///PATH) or none "
                 "(--store memory:)"

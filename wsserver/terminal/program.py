@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from wsserver.auth import Handshake, Principal
 from wsserver.client import Chat, ConnectionFailed, ServerError, State, connect
 from wsserver.client.dial import without_credentials
-from wsserver.errors import ConfigError
+from wsserver.errors import ConfigError, StoreInUse
 from wsserver.server import serve
 from wsserver.settings import CHAT_TOKEN, Settings
 from wsserver.terminal import files
@@ -211,7 +211,10 @@ async def _server(options: Options) -> AsyncIterator[_Address]:
             except ConfigError as error:
                 if store == "memory:" or not str(error).startswith("store:"):
                     raise
-                note(f"this conversation will not be saved: {str(error).removeprefix('store: ')}")
+                reason = str(error).removeprefix("store: ")
+                if isinstance(error, StoreInUse):
+                    reason = f"another wsserver chat is open and uses {file}"
+                note(f"this conversation will not be saved: {reason}")
             else:
                 break
         if started.model_name == "demo":
