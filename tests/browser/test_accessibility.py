@@ -1,80 +1,19 @@
-"""Accessibility of the page: axe, keyboard, screen reader, motion."""
-
-import re
-from typing import Any
+"""Accessibility of the page: keyboard, screen reader, motion. For axe see test_states.py."""
 
 import pytest
 from playwright.async_api import Locator, Page, expect
 
-import wsserver
 from tests.browser.page import (
     ask,
     box,
     button,
     closed,
-    cut,
     idle,
-    note,
-    queue,
-    rows,
-    state,
-    stop_clock,
     text,
-    violations,
 )
-from tests.support.puppet import Puppet, Thinking
-from wsserver import Code, ModelError
+from tests.support.puppet import Puppet
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1200, 360])
-async def test_axe_reports_no_violation(
-    timed: Page, server: wsserver.Server, puppet: Puppet, width: int, scheme: Any
-) -> None:
-    page = timed
-    await page.clock.resume()
-    await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-    await page.set_viewport_size({"width": width, "height": 700})
-    assert await violations(page) == []
-    await ask(page, "Think")
-    written = f"# A\n\n- **b** `c`\n\n```js\n{'d' * 300}\n```\nOn"
-    model = (await puppet.reply()).say(Thinking("Hm."), written)
-    await expect(text(page)).to_contain_text("On")
-    await page.get_by_text("Thought").click()
-    assert await violations(page) == [], "mid-stream"
-    model.fail(ModelError(Code.OVERLOADED, "It is busy.", retry_after=60))
-    await expect(page.get_by_role("button", name="Retry in")).to_be_visible()
-    await ask(page, "Count")
-    (await puppet.reply(1)).say("line\n" * 100)
-    await expect(text(page)).to_contain_text("line")
-    await ask(page, "Next")
-    await expect(queue(page)).to_have_count(1)
-    await box(page).fill("Draft")
-    assert await violations(page) == [], "with a prompt that waits"
-    await queue(page).get_by_role("button", name="Remove").click()
-    await page.get_by_role("button", name="Stop", exact=True).click()
-    await expect(note(page)).to_have_text("Stopped.")
-    await box(page).fill("")
-    await page.evaluate("scrollTo(0, 0)")
-    await expect(page.get_by_role("button", name="Jump to the end")).to_be_visible()
-    assert await violations(page) == [], "with an error"
-    if width < 400:
-        await page.get_by_role("button", name="Conversations").click()
-        await expect(rows(page)).to_have_count(1)
-        assert await violations(page) == [], "with the list"
-    await page.get_by_role("button", name=re.compile("^Rename")).click()
-    assert await violations(page) == [], "while renaming"
-    await page.keyboard.press("Escape")
-    await page.get_by_role("button", name=re.compile("^Delete")).click()
-    assert await violations(page) == [], "with a dialog"
-    await page.keyboard.press("Escape")
-    await stop_clock(page)
-    cut(server)
-    await expect(state(page)).to_have_text("Not connected, trying again…")
-    await page.clock.resume()
-    assert await violations(page) == [], "offline"
 
 
 async def test_keyboard_reaches_everything(page: Page, puppet: Puppet) -> None:

@@ -1,8 +1,5 @@
 """Prompts with images, documents and other blocks, which other clients send."""
 
-import base64
-import struct
-import zlib
 from typing import Any
 
 import pytest
@@ -11,6 +8,7 @@ from playwright.async_api import Page, expect
 import wsserver
 from tests.browser.page import ask, box, idle, prompts, queue, text, violations
 from tests.support.client import client
+from tests.support.images import png
 from tests.support.puppet import Puppet
 from wsserver import Code, ModelError
 from wsserver.content import dump_content
@@ -18,20 +16,6 @@ from wsserver.content import dump_content
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
 CONVERSATION = "0123456789abcdef"
-
-
-def png(width: int = 60, height: int = 40) -> str:
-    """Return a blue image in base64."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    lines = (b"\0" + b"\x37\x63\xd9" * width) * height
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + body).decode()
 
 
 IMAGE = {

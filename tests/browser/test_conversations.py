@@ -192,6 +192,8 @@ async def test_address_of_unknown_conversation_shows_message(
 ) -> None:
     await page.goto(f"{server.page}#{'x' * 32}")
     await expect(alert(page)).to_have_text("There is no such conversation.")
+    await expect(page.get_by_role("list", name="Things to try")).to_be_visible()
+    await expect(page.locator("[aria-busy=true]")).to_have_count(0)
     await expect(title(page)).to_have_text("New conversation")
     assert "#" not in page.url
 

@@ -16,7 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 # Each sample, and the HTML of its blocks without attributes of layout.
 SAMPLES = {
     "a\nb\n\nc": "<p>a<br>b</p><p>c</p>",
-    "## A `b`\nc": "<h4>A <code>b</code></h4><p>c</p>",
+    "## A `b`\nc": '<h4 aria-level="3">A <code>b</code></h4><p>c</p>',
+    "## A\n# B\n### C\n## D\n# E": (
+        '<h4 aria-level="3">A</h4><h3>B</h3><h5 aria-level="4">C</h5><h4>D</h4><h3>E</h3>'
+    ),
     "#no\n-no\n1.no": "<p>#no<br>-no<br>1.no</p>",
     "**a b** *c* ``d`e`` _f_ ~~g~~": (
         "<p><strong>a b</strong> <em>c</em> <code>d`e</code> <em>f</em> <del>g</del></p>"
@@ -28,7 +31,7 @@ SAMPLES = {
     "3. a\n   - b\n4. c": '<ol start="3"><li>a<ul><li>b</li></ul></li><li>c</li></ol>',
     "- a\n\n  b\n- c": "<ul><li><p>a</p><p>b</p></li><li><p>c</p></li></ul>",
     "- [x] a\n- [ ] b": "<ul><li>[done] a</li><li>[to do] b</li></ul>",
-    "Title\n---\nb": "<h4>Title</h4><p>b</p>",
+    "Title\n---\nb": '<h4 aria-level="3">Title</h4><p>b</p>',
     "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
     "> a\n> b\n\nc": "<blockquote><p>a<br>b</p></blockquote><p>c</p>",
     "| a | b |\n|:--|--:|\n| 1 | `x` |\n| 2<br>3 | |\n\nc": (

@@ -49,7 +49,7 @@ async def test_empty_page_offers_prompts_that_demo_model_answers(
     page: Page, puppet: Puppet
 ) -> None:
     ideas = page.get_by_role("list", name="Things to try").get_by_role("button")
-    prompts = await ideas.all_text_contents()
+    prompts = await ideas.locator("span").all_text_contents()
     assert len(prompts) == 3
     kinds = []
     for prompt in prompts:

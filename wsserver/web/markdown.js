@@ -129,10 +129,12 @@ export class Markdown {
   #finish() {
     this.#code?.end()
     this.#code = undefined
-    if (!Object.keys(this.#links).length) return
-    // An earlier block may use a definition that came after it.
-    this.#shown = [...this.#root.childNodes]
-    this.#show(this.#lex(this.#whole))
+    if (Object.keys(this.#links).length) {
+      // An earlier block may use a definition that came after it.
+      this.#shown = [...this.#root.childNodes]
+      this.#show(this.#lex(this.#whole))
+    }
+    setLevels(this.#root)
   }
 
   /** Do a step. A block that is nested too deeply for the parser is shown as plain text. @returns {boolean} Whether text became final. */
@@ -331,6 +333,18 @@ function replaceImage(image) {
   if (/^https?:/i.test(address)) Object.assign(link, { href: address, ...OUTSIDE })
   link.textContent = image.alt || 'Image'
   image.replaceWith(link)
+}
+
+/** Tell screen readers levels of headings without gaps, whichever level the text begins with. @param {Element} root */
+function setLevels(root) {
+  /** @type {string[]} */
+  const open = []
+  for (const heading of root.querySelectorAll('h3, h4, h5, h6')) {
+    while ((open.at(-1) ?? '') >= heading.tagName) open.pop()
+    open.push(heading.tagName)
+    const level = String(open.length + 2)
+    if (!heading.tagName.endsWith(level)) heading.ariaLevel = level
+  }
 }
 
 /** @type {Promise<typeof import('./libraries/math.js')> | undefined} */

@@ -134,6 +134,7 @@ function clear(id) {
   turns.clear()
   current = id
   followed = undefined
+  log.ariaBusy = null
   fallbackTitle = ''
   followEnd()
   showNotice('')
@@ -351,11 +352,12 @@ function showTitle() {
 
 // Input.
 
-find(document, '#ideas', HTMLElement).addEventListener('click', ({ target }) => {
-  if (!(target instanceof HTMLButtonElement)) return
-  ask(target.textContent ?? '')
-  composer.focus()
-})
+for (const idea of document.querySelectorAll('#ideas button')) {
+  idea.addEventListener('click', () => {
+    ask(find(idea, 'span', HTMLElement).textContent ?? '')
+    composer.focus()
+  })
+}
 addEventListener('keydown', (event) => {
   if (event.key !== 'Escape' || isComposing(event) || event.defaultPrevented || document.querySelector('dialog[open]')) return
   if (isDrawerOpen()) setDrawer(false)
