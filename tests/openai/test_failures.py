@@ -1,5 +1,7 @@
 """Failures before and during a reply, their retries, and parameters that a model refuses."""
 
+import json
+
 import pytest
 
 import wsserver
@@ -84,6 +86,7 @@ async def test_refused_request_is_one_error_with_stable_code(
         (404, {"error": "model 'x' not found"}, "model_not_found"),
         (400, {"object": "error", "message": CONTEXT, "code": 400}, "prompt_too_long"),
         (500, {"error": {"message": "Context size has been exceeded."}}, "prompt_too_long"),
+        (400, [{"error": {"code": 400, "message": "The input is too long"}}], "prompt_too_long"),
         (400, {"error": None}, "bad_request"),
         (400, [], "bad_request"),
         (400, {"error": {"message": {}, "code": [], "type": 5}}, "bad_request"),
@@ -135,6 +138,10 @@ async def test_truncated_body_without_text_is_retried(
         (failure_event(code="rate_limit_exceeded"), "rate_limited"),
         (failure_event(type="server_error"), "upstream_error"),
         (failure_event(type="exceed_context_size_error", code=500), "prompt_too_long"),
+        (failure_event(type="None", param="None", code="429"), "rate_limited"),
+        (data({"object": "error", "message": "No luck", "code": 429}), "rate_limited"),
+        (b'error: {"code":503,"message":"No luck"}\n\n' + DONE, "overloaded"),
+        (b'event: error\ndata: {"error": {"message": "No luck"}}\n\n', "upstream_error"),
         (data({"error": "No luck"}), "upstream_error"),
         (delta("error"), "incomplete"),
         (Cut(), "incomplete"),
@@ -191,6 +198,31 @@ async def test_refused_connection_is_unreachable(monkeypatch: pytest.MonkeyPatch
         ):
             await chat.prompt()
             assert (await chat.next("error"))["code"] == "unreachable"
+
+
+async def test_empty_reason_is_no_end(chat: Client, upstream: Upstream) -> None:
+    upstream.play(stream(delta("", content="half an answer"), END))
+    text, failed = await chat.text((await chat.prompt())["id"])
+    assert (text, failed["code"]) == ("half an answer", "incomplete")
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "attempts"),
+    [
+        ({"error": {"code": 402, "message": "No luck"}}, "spend_limit", 1),
+        ({"error": {"code": 429, "message": "No luck"}}, "rate_limited", 3),
+        ({"error": {"message": "This model's maximum context length is 8"}}, "prompt_too_long", 1),
+        ({"choices": [{"message": {"content": "Yes"}}]}, "malformed", 1),
+        ({"error": None}, "malformed", 1),
+    ],
+)
+async def test_error_with_status_200_has_its_own_code(
+    chat: Client, upstream: Upstream, body: object, code: str, attempts: int
+) -> None:
+    upstream.default = Script((Answer(200, "application/json", json.dumps(body)),))
+    await chat.prompt()
+    assert (await chat.next("error"))["code"] == code
+    assert len(upstream.requests) == attempts
 
 
 @pytest.mark.parametrize("kind", ["text/html", "application/json"])

@@ -12,6 +12,7 @@ from tests.support.claude import goes_on
 from tests.support.client import Client, client
 from tests.support.completions import DONE, LAST, chunk, completion, data, delta, usage
 from tests.support.upstream import Gate, Upstream, stream
+from wsserver.content import ToolUse
 from wsserver.errors import ModelError
 from wsserver.models.openai.reply import ChatReply
 
@@ -113,8 +114,22 @@ async def test_cached_and_reasoning_tokens_count_once(chat: Client, upstream: Up
         stream(delta("stop", content="Yes"), DONE),
         stream(b": PROCESSING\n\n", delta(content="Yes"), LAST, chunk(), DONE),
         stream(data({"choices": [{"delta": {"content": "Yes"}, "finish_reason": "stop"}]}), DONE),
+        stream(delta("", content="Yes"), LAST, delta(""), LAST, DONE),
+        stream(delta(content=[{"type": "text", "text": "Yes"}]), LAST, DONE),
+        stream(delta(content="Yes"), LAST, b"data: [DONE] \n\n"),
+        stream(b":\n\nevent: ping\ndata: {}\n\n", delta(content="Yes"), LAST, b"data: [DONE]\n"),
     ],
-    ids=["no usage", "no [DONE]", "reason beside text", "comments", "few keys"],
+    ids=[
+        "no usage",
+        "no [DONE]",
+        "reason beside text",
+        "comments",
+        "few keys",
+        "empty reasons",
+        "parts",
+        "space after [DONE]",
+        "pings",
+    ],
 )
 async def test_other_servers_end_in_other_ways(
     chat: Client, upstream: Upstream, script: Any
@@ -123,6 +138,15 @@ async def test_other_servers_end_in_other_ways(
     text, done = await chat.text((await chat.prompt())["id"])
     assert (text, done["type"], done["usage"]["estimated"]) == ("Yes", "done", True)
     await goes_on(chat)
+
+
+async def test_thinking_among_parts_is_thinking(chat: Client, upstream: Upstream) -> None:
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
+    parts = [thought, {"type": "text", "text": "Yes"}, {"type": "reference", "reference_ids": [1]}]
+    upstream.play(completion(delta(content=parts), " indeed"))
+    text, _ = await chat.text((await chat.prompt())["id"])
+    assert [f["text"] for f in chat.frames if f["type"] == "thinking"] == ["Hm."]
+    assert text == "Yes indeed"
 
 
 async def test_usage_in_each_chunk_is_a_total(chat: Client, upstream: Upstream) -> None:
@@ -157,10 +181,31 @@ async def test_call_of_a_tool_is_one_block(chat: Client, upstream: Upstream) -> 
     assert json.loads(block) == used
 
 
+def _call(**keys: object) -> bytes:
+    return delta(tool_calls=[keys])
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"index": None}, {"index": 0}], ids=["missing", "null", "zero"]
+)
+def test_id_separates_calls_of_tools_without_an_index(index: dict[str, object]) -> None:
+    found: list[object] = []
+    reply = ChatReply(found.append, 100, None)
+    for name in ("one", "two"):
+        reply.feed(_call(**index, id=name, function={"name": name, "arguments": '{"n": '}))
+        reply.feed(_call(**index, id="", function={"arguments": "1}"}))
+        reply.feed(_call(**index, id=name, function={"name": "", "arguments": ""}))
+    reply.feed(delta("stop") + DONE)
+    calls = [(block.id, block.name, block.input) for block in found if isinstance(block, ToolUse)]
+    assert calls == [("one", "one", {"n": 1}), ("two", "two", {"n": 1})]
+    assert reply.finish().reason == "tool_use"
+
+
 @pytest.mark.parametrize(
     "call",
     [
         lambda number: {"index": number},
+        lambda number: {"id": str(number)},
         lambda number: {"index": number, "function": {"arguments": ""}},
         lambda _: {"index": 0, "function": {"arguments": "x" * 1000}},
         lambda number: {"index": number % 2, "function": {"arguments": "x" * 1000}},

@@ -46,7 +46,8 @@ class Events:
         """Return the data of an event; empty if it has none.
 
         The standard ignores unknown fields. Here they are an error: APIs send none, so a line with
-        an unknown field is damaged, and its text would be lost without notice.
+        an unknown field is damaged, and its text would be lost without notice. Older versions of
+        llama.cpp send an error in a field ``error``; it is returned as newer versions send it.
 
         Raises:
             ModelError: a line has an unknown field.
@@ -56,6 +57,8 @@ class Events:
             field, _, value = line.partition(b":")
             if field == b"data":
                 data.append(value.removeprefix(b" "))
+            elif field == b"error":
+                return b'{"error":' + value + b"}"
             elif field not in _FIELDS:
                 raise ModelError(Code.MALFORMED)
         return b"\n".join(data)

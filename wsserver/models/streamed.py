@@ -185,6 +185,9 @@ class StreamedModel:
             if response.status != _OK:
                 raise await self._error(response)
             if not _is_stream(response):
+                # Some servers answer with the status 200 and an error as JSON.
+                with contextlib.suppress(LookupError, ValueError, TypeError, AttributeError):
+                    reply.receive(await self._read_json(response))
                 raise ModelError(Code.MALFORMED)
             response.headers.clear()
             try:
@@ -198,21 +201,25 @@ class StreamedModel:
         reply.take(end)
 
     async def _error(self, response: Response) -> ApiError:
-        """Return the error of a response. Its body may be anything."""
+        """Return the error of a response."""
+        body = await self._read_json(response)
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers
+        }
+        return self.make_error(response.status, headers, body)
+
+    async def _read_json(self, response: Response) -> object:
+        """Return the body of a response; None if it is not JSON or too long."""
         body = bytearray()
 
         def take(data: bytes) -> bool:
             body.extend(data)
             return len(body) > MAX_ERROR
 
-        parsed = None
         with contextlib.suppress(HttpError, ValueError):
             await response.read_body(take)
-            parsed = parse(bytes(body))
-        headers = {
-            name.decode("latin-1"): value.decode("latin-1") for name, value in response.headers
-        }
-        return self.make_error(response.status, headers, parsed)
+            return parse(bytes(body))
+        return None
 
 
 def _is_stream(response: Response) -> bool:

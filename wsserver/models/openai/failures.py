@@ -77,6 +77,8 @@ def of_event(error: object) -> ModelError | TransientError:
     """Return the exception to raise for an error in a stream."""
     cause = _cause({"error": error})
     code, name = _named(cause), get(cause, "code")
+    if isinstance(name, str) and re.fullmatch(r"[0-9]{3}", name):  # LiteLLM
+        name = int(name)
     if code is None and isinstance(name, int):
         code = BY_STATUS.get(name)  # the status of the response is 200
     kind = name if isinstance(name, str) else get(cause, "type")
@@ -85,6 +87,8 @@ def of_event(error: object) -> ModelError | TransientError:
 
 def _cause(body: object) -> dict[str, Any]:
     """Return the error of a body: an object under ``error``, a text there, or the whole body."""
+    if isinstance(body, list):  # Gemini
+        body = body[0] if body else None
     error = get(body, "error")
     if isinstance(error, str):
         return {"message": error}

@@ -43,12 +43,13 @@ class ChatReply(Reply):
     def __init__(self, take: Take, limit: int, spent: Usage | None) -> None:
         super().__init__(take, limit, spent)
         self._reason: str | None = None
-        self._tools: dict[int, _Tool] = {}
+        self._tools: list[_Tool] = []
+        self._latest: dict[object, _Tool] = {}  # the last call of each index
         self._room = MAX_INPUT  # characters of all calls of tools
 
     def receive_data(self, data: bytes) -> None:
         """Parse the data of an event; see :meth:`Reply.receive`."""
-        if data == DONE:
+        if data.strip() == DONE:
             self._stop()
         else:
             super().receive_data(data)
@@ -57,9 +58,12 @@ class ChatReply(Reply):
         """Parse a chunk; see :meth:`Reply.receive`."""
         if (error := event.get("error")) is not None:
             raise of_event(error)
+        if event.get("object") == "error":  # older versions of vLLM
+            raise of_event(event)
         for choice in event.get("choices") or ():
             self._delta(choice.get("delta") or {})
-            if (reason := choice.get("finish_reason")) is not None:
+            # Some servers send an empty reason in each chunk before the last.
+            if reason := choice.get("finish_reason"):
                 self._reason = text_of(reason)
         if (counts := event.get("usage")) is not None:
             self._count(counts)
@@ -80,7 +84,11 @@ class ChatReply(Reply):
         if thought is not None:
             self.found.append(Thinking(text_of(thought)))
         # A refusal is the text of the model that declines.
-        self.found.append(text_of(delta.get("content") or delta.get("refusal") or ""))
+        content = delta.get("content") or delta.get("refusal") or ""
+        if isinstance(content, list):  # Mistral
+            self.found += map(_part, content)
+        else:
+            self.found.append(text_of(content))
         for call in delta.get("tool_calls") or ():
             self._call(call)
 
@@ -90,11 +98,16 @@ class ChatReply(Reply):
         Raises:
             ValueError: all calls together are too long.
         """
-        index = int(call.get("index", 0))
-        if index not in self._tools:
-            self._tools[index] = _Tool()
+        index, name = call.get("index"), text_of(call.get("id") or "")
+        tool = self._latest.get(index)
+        if index is None and not name and self._tools:
+            tool = self._tools[-1]
+        # Gemini sends no index; some servers send 0 for each call.
+        if tool is None or not tool.accepts(name):
+            tool = self._latest[index] = _Tool()
+            self._tools.append(tool)
             self._room -= CALL
-        self._room -= self._tools[index].add(call)
+        self._room -= tool.add(call)
         if self._room < 0:
             raise ValueError("the calls of tools are too long")
 
@@ -116,9 +129,18 @@ class ChatReply(Reply):
             raise ModelError(Code.REFUSAL)
         if reason == "error":  # OpenRouter, if the chunk has no `error`
             raise TransientError(ModelError(Code.UPSTREAM_ERROR))
-        for _, tool in sorted(self._tools.items()):
+        for tool in self._tools:
             self.take(tool.block())
+        if self._tools and reason == "stop":  # Gemini
+            reason = "tool_calls"
         self.end = End(_REASONS.get(str(reason), str(reason)), self.spent)
+
+
+def _part(part: dict[str, Any]) -> Thinking | str:
+    """Return the thinking or the text of a part of a content; no text of any other part."""
+    if part.get("type") == "thinking":
+        return Thinking("".join(text_of(text.get("text") or "") for text in part["thinking"]))
+    return text_of(part.get("text") or "")
 
 
 class _Tool:
@@ -128,6 +150,10 @@ class _Tool:
         self._id = ""
         self._name = ""
         self._input = ToolInput()
+
+    def accepts(self, name: str) -> bool:
+        """Return whether a part with this id belongs to the call. Later parts have none."""
+        return not name or not self._id or name == self._id
 
     def add(self, call: dict[str, Any]) -> int:
         """Add a part of the call, and return its characters."""
