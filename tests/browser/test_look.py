@@ -1,13 +1,9 @@
 """Theme, hidden list, export, print, and the tab's title on the page."""
 
-import json
-from pathlib import Path
-
 import pytest
 from playwright.async_api import Page, expect
 
-import wsserver
-from tests.browser.page import ask, box, converse, idle, text, violations, visit
+from tests.browser.page import ask, box, converse, idle, text, violations
 from tests.support.puppet import Puppet
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -44,32 +40,6 @@ async def test_hidden_list_stays_hidden_after_reload(page: Page) -> None:
         await page.reload()
     await button.click()
     await expect(side).to_be_visible()
-
-
-async def test_export_has_all_messages(blank: Page, puppet: Puppet, tmp_path: Path) -> None:
-    page = blank
-    export = page.get_by_role("button", name="Export the conversation")
-    texts = {}
-    async with wsserver.serve(puppet, port=0, drain_timeout=0, history_messages=4) as server:
-        await visit(page, server)
-        await expect(export).to_be_hidden()
-        for number in range(5):
-            await converse(page, puppet, f"Prompt {number}", f"Reply {number}")
-        await page.reload()
-        await expect(page.get_by_role("button", name="Show earlier messages")).to_be_visible()
-        for name in ("Markdown", "JSON"):
-            await export.click()
-            assert await violations(page) == []
-            async with page.expect_download() as waiting:
-                await page.get_by_role("button", name=name).click()
-            download = await waiting.value
-            await download.save_as(tmp_path / name)
-            texts[download.suggested_filename] = (tmp_path / name).read_text()
-    said = [text for number in range(5) for text in (f"Prompt {number}", f"Reply {number}")]
-    turns = [f"## {('You', 'Reply')[place % 2]}\n\n{text}" for place, text in enumerate(said)]
-    assert texts["Prompt 0.md"] == "\n\n".join(["# Prompt 0", *turns]) + "\n"
-    exported = json.loads(texts["Prompt 0.json"])
-    assert [message["content"] for message in exported["messages"]] == said
 
 
 async def test_print_shows_whole_code_and_addresses_without_controls(

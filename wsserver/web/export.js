@@ -1,25 +1,88 @@
 /** Export of a conversation to a file, as Markdown or JSON. */
 
-/** @typedef {import('./client.js').Chat} Chat */
-/** @typedef {import('./client.js').Message} Message */
+import { find } from './dom.js'
+import { meaningOf, messageOf, referenceOf } from './errors.js'
+import { showNotice } from './notice.js'
+import { PARTIAL } from './turn.js'
 
-/**
- * Load all messages of a conversation, and save them to a file.
- * @param {Chat} chat
- * @param {string} id
- * @param {string} title
- * @param {'md' | 'json'} format
- */
-export async function exportConversation(chat, id, title, format) {
-  /** @type {Message[]} */
-  const messages = []
+/** @typedef {import('./client.js').Chat} Chat */
+/** @typedef {import('./client.js').Block} Block */
+/** @typedef {import('./client.js').Message} Message */
+/** @typedef {import('./client.js').ReplyError} ReplyError */
+/** @typedef {{id: string, title: string}} Conversation */
+
+const ATTEMPTS = 3 // to load a page of the history
+const SLOW = 1000 // milliseconds after which the page says that it loads
+const NAMES = /** @type {Record<string, string>} */ ({ image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' })
+const button = find(document, '#export', HTMLButtonElement)
+const dialog = find(document, '#export-dialog', HTMLDialogElement)
+let isRunning = false
+
+/** Let the button export the conversation on the page. @param {Chat} chat @param {() => Conversation | undefined} shown */
+export function offerExport(chat, shown) {
+  button.addEventListener('click', () => {
+    dialog.returnValue = ''
+    dialog.showModal()
+  })
+  dialog.addEventListener('close', () => {
+    const conversation = shown()
+    const format = dialog.returnValue
+    if (conversation && (format === 'md' || format === 'json')) start(chat, conversation, format)
+  })
+}
+
+/** @param {Chat} chat @param {Conversation} conversation @param {'md' | 'json'} format */
+async function start(chat, conversation, format) {
+  if (isRunning) return
+  isRunning = true
+  const isLost = chat.state !== 'open' && chat.state !== 'idle'
+  const telling = setTimeout(() => {
+    showNotice(isLost ? 'The export begins when the connection is back.' : 'The export loads all messages…')
+  }, isLost ? 0 : SLOW)
+  try {
+    const messages = await loadAll(chat, conversation.id)
+    showNotice('')
+    save(conversation, messages, format)
+  } catch (error) {
+    showNotice(`There is no file, because a part of the conversation could not be loaded. ${messageOf(error)}`, () => {
+      showNotice('')
+      start(chat, conversation, format)
+    }, referenceOf(error))
+  } finally {
+    clearTimeout(telling)
+    isRunning = false
+  }
+}
+
+/** @param {Chat} chat @param {string} id */
+async function loadAll(chat, id) {
+  /** @type {Message[][]} */
+  const pages = []
   /** @type {number | undefined} */
-  let before
-  do {
-    const page = await chat.open(id, { before: before ?? Number.MAX_SAFE_INTEGER })
-    messages.unshift(...page.messages)
+  let before = Number.MAX_SAFE_INTEGER
+  while (before !== undefined) {
+    const page = await load(chat, id, before)
+    pages.unshift(page.messages)
     before = page.before
-  } while (before !== undefined)
+  }
+  return pages.flat()
+}
+
+/** Load a page, again if the server is at a limit. @param {Chat} chat @param {string} id @param {number} before */
+async function load(chat, id, before) {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await chat.open(id, { before })
+    } catch (error) {
+      const { code, retryAfter } = /** @type {Partial<ReplyError>} */ (error)
+      if (code !== 'limit' || retryAfter === undefined || attempt === ATTEMPTS) throw error
+      await new Promise((resolve) => { setTimeout(resolve, retryAfter * 1000) })
+    }
+  }
+}
+
+/** @param {Conversation} conversation @param {Message[]} messages @param {'md' | 'json'} format */
+function save({ id, title }, messages, format) {
   const text = format === 'md' ? toMarkdown(title, messages) : `${JSON.stringify({ conversation: id, title, messages }, undefined, 2)}\n`
   const link = document.createElement('a')
   link.href = URL.createObjectURL(new Blob([text], { type: format === 'md' ? 'text/markdown' : 'application/json' }))
@@ -29,9 +92,53 @@ export async function exportConversation(chat, id, title, format) {
 }
 
 /** @param {string} title @param {Message[]} messages */
-function toMarkdown(title, messages) {
-  const parts = messages.map(({ role, content, partial }) => `## ${role === 'user' ? 'You' : 'Reply'}\n\n${content}${partial ? `\n\n*Incomplete: ${partial}*` : ''}`)
-  return `${[`# ${title}`, ...parts].join('\n\n')}\n`
+export function toMarkdown(title, messages) {
+  /** @type {string[]} */
+  const sources = []
+  const parts = messages.map(({ role, content, blocks = [{ type: 'text', text: content }], partial }) => {
+    const said = toParts(blocks, sources)
+    if (partial) said.push(`*${PARTIAL[partial] ?? meaningOf(partial)}*`)
+    return `## ${role === 'user' ? 'You' : 'Reply'}\n\n${said.join('\n\n')}`
+  })
+  const notes = sources.map((source, place) => `[^${place + 1}]: ${source}`)
+  return `${[`# ${title}`, ...parts, ...notes].join('\n\n')}\n`
+}
+
+/** @param {Block[]} blocks @param {string[]} sources The sources that citations name; new ones are added. */
+function toParts(blocks, sources) {
+  /** @type {string[]} */
+  const parts = []
+  let continues = false // a text with citations is several blocks
+  for (const block of blocks) {
+    const isText = block.type === 'text'
+    const part = isText ? block.text + (block.citations ?? []).map((/** @type {any} */ each) => toNote(each, sources)).join('') : toPart(block)
+    if (isText && continues) parts.push(parts.pop() + part)
+    else if (part) parts.push(part)
+    continues = isText
+  }
+  return parts
+}
+
+/** Return the mark of a footnote. @param {any} citation @param {string[]} sources */
+function toNote({ url, title, document_title: document, cited_text: quote = '' }, sources) {
+  const name = title ?? document ?? url ?? quote
+  const source = url ? `[${name.replace(/[[\]]/g, '\\$&')}](<${url}>)` : name
+  const place = sources.indexOf(source)
+  return `[^${place < 0 ? sources.push(source) : place + 1}]`
+}
+
+/** @param {Block} block */
+function toPart({ type, ...rest }) {
+  if (type === 'thinking' || type === 'redacted_thinking') return ''
+  const name = NAMES[type] ?? type.replaceAll('_', ' ')
+  const { source, title } = rest
+  if (type === 'image' || type === 'document') {
+    const label = title ? `${name}: ${title}` : name
+    return source?.url ? `${type === 'image' ? '!' : ''}[${label}](<${source.url}>)` : `*${label}*`
+  }
+  const json = JSON.stringify(rest.input ?? rest.content ?? rest, undefined, 2)
+  const fence = '`'.repeat(Math.max(3, ...[...json.matchAll(/`+/g)].map(([{ length }]) => length + 1)))
+  return `*${rest.name ? `${name}: ${rest.name}` : name}*\n\n${fence}json\n${json}\n${fence}`
 }
 
 /** @param {string} title */

@@ -8,9 +8,13 @@ const words = find(notice, 'span', HTMLElement)
 const again = find(notice, '.again', HTMLButtonElement)
 const reference = find(notice, '.reference', HTMLButtonElement)
 
-/** @param {string} text An empty text hides the notice. @param {() => void} [retry] What its button does. */
-export function showNotice(text, retry) {
-  showReference(reference, undefined)
+/**
+ * @param {string} text An empty text hides the notice.
+ * @param {() => void} [retry] What its button does.
+ * @param {string} [ref] The reference of an error.
+ */
+export function showNotice(text, retry, ref) {
+  showReference(reference, ref)
   words.textContent = text
   notice.hidden = !text
   again.hidden = !retry
@@ -19,6 +23,5 @@ export function showNotice(text, retry) {
 
 /** @param {unknown} error @param {() => void} [retry] */
 export function showFailure(error, retry) {
-  showNotice(messageOf(error), retry)
-  showReference(reference, referenceOf(error))
+  showNotice(messageOf(error), retry, referenceOf(error))
 }

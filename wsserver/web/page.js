@@ -8,7 +8,7 @@ import { find } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
 import { Editing } from './editing.js'
-import { exportConversation } from './export.js'
+import { offerExport } from './export.js'
 import { Login } from './login.js'
 import { showFailure, showNotice } from './notice.js'
 import { followEnd, stayHere } from './scroll.js'
@@ -34,7 +34,6 @@ const hint = find(document, '#hint', HTMLElement)
 const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
 const exporter = find(document, '#export', HTMLButtonElement)
-const exportDialog = find(document, '#export-dialog', HTMLDialogElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
 const drafts = new Drafts(local, session)
@@ -392,15 +391,7 @@ find(document, '#side', HTMLElement).addEventListener('click', (event) => {
   composer.focus(link.id === 'new' || undefined)
 })
 
-exporter.addEventListener('click', () => {
-  exportDialog.returnValue = ''
-  exportDialog.showModal()
-})
-exportDialog.addEventListener('close', () => {
-  const format = exportDialog.returnValue
-  if (current === undefined || (format !== 'md' && format !== 'json')) return
-  exportConversation(chat, current, heading.textContent ?? '', format).catch((error) => showFailure(error))
-})
+offerExport(chat, () => current === undefined ? undefined : { id: current, title: heading.textContent ?? '' })
 
 addEventListener('hashchange', showAddress)
 addEventListener('popstate', showAddress)

@@ -20,7 +20,8 @@ const STOPPED_BY = /** @type {Record<string, string>} */ ({
   timeout: 'Stopped, because it took too long.',
   shutdown: 'Stopped, because the server shut down.',
 })
-const PARTIAL = /** @type {Record<string, string>} */ ({
+/** Why a reply is incomplete, by `partial` of a history. */
+export const PARTIAL = /** @type {Record<string, string>} */ ({
   ...STOPPED_BY,
   cut: 'Shortened, because it is too long to load again.',
 })
