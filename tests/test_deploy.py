@@ -261,7 +261,7 @@ class Nginx:
             async with asyncio.timeout(BOUND):
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {NAME}\r\n".encode())
                 writer.write(b"Connection: close\r\n\r\n")
-                answer = (await reader.read()).decode()
+                answer = (await reader.read()).decode(errors="replace")
                 return int(answer.split()[1]), answer
         finally:
             writer.close()

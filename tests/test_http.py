@@ -51,8 +51,9 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
     folder = Path(wsserver.__file__).parent / "web"
     loaded = {"index.html", "ai-sdk.js", "react.js"}
     for file in folder.glob("*.*"):
-        text = file.read_text()
-        loaded |= set(re.findall(r"""(?:href=|src=|from )["'](?:\./)?([\w./-]+\.\w+)["']""", text))
+        text = file.read_text(errors="replace")
+        address = r"""["'](?:\./)?([\w./-]+\.\w+)["']"""
+        loaded |= set(re.findall(rf"""(?:href=|src=|"src": |from ){address}""", text))
     assert loaded - {"libraries/markdown.js"} == set(Page.FILES)
     of_npm = {"README.md", "package.json"}
     assert {file.name for file in folder.glob("*.*")} - of_npm == set(Page.FILES)
@@ -61,6 +62,7 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
         "js": "text/javascript; charset=utf-8",
         "html": "text/html; charset=utf-8",
         "webmanifest": "application/manifest+json",
+        "png": "image/png",
     }
     for name in Page.FILES:
         status, headers, body = await get(server, name.replace("index.html", ""))

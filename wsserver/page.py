@@ -37,6 +37,9 @@ class Page:
     FILES: ClassVar = (
         "index.html",
         "manifest.webmanifest",
+        "icon-180.png",
+        "icon-192.png",
+        "icon-512.png",
         "page.css",
         "page.js",
         "attachments.js",
@@ -69,8 +72,9 @@ class Page:
     )
     POLICY = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src data:; font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
+        "img-src 'self' data:; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types dompurify"
     )
     _LIBRARY = "/libraries/markdown.js"
     _TYPES: ClassVar[Mapping[str, str]] = {
@@ -78,6 +82,7 @@ class Page:
         "css": "text/css; charset=utf-8",
         "js": "text/javascript; charset=utf-8",
         "webmanifest": "application/manifest+json",
+        "png": "image/png",
         "txt": "text/plain; charset=utf-8",
         "woff2": "font/woff2",
     }
@@ -152,8 +157,8 @@ class _File:
 
     @functools.cached_property
     def compressed(self) -> bytes:
-        """The body with the content coding gzip; empty for a font, which is compressed already."""
-        return b"" if self.kind == "woff2" else gzip.compress(self.body, mtime=0)
+        """The body with the content coding gzip; empty for a file that is compressed already."""
+        return b"" if self.kind in {"png", "woff2"} else gzip.compress(self.body, mtime=0)
 
 
 def _takes_gzip(headers: Mapping[str, str]) -> bool:

@@ -181,13 +181,3 @@ async def test_page_is_small_before_it_shows_formulas(page: Page) -> None:
     assert all(sizes.values()), sizes
     print(f"{sum(sizes.values()):,} bytes")
     assert sum(sizes.values()) < 150_000, sizes
-
-
-async def test_page_can_be_installed_as_app(page: Page) -> None:
-    devtools = await page.context.new_cdp_session(page)
-    manifest = await devtools.send("Page.getAppManifest")
-    assert manifest["url"] == f"{page.url}manifest.webmanifest"
-    assert manifest["errors"] == []
-    found = await devtools.send("Page.getInstallabilityErrors")
-    faults = {fault["errorId"] for fault in found["installabilityErrors"]}
-    assert faults <= {"in-incognito"}  # the browser of the tests
