@@ -59,6 +59,8 @@ class Page:
         "storage.js",
         "tab.js",
         "theme.js",
+        "thinking.js",
+        "times.js",
         "turn.js",
         "turns.js",
         "markdown.js",

@@ -62,7 +62,7 @@ async def test_page_reload_keeps_thinking_model_and_usage(page: Page, puppet: Pu
     await expect(text(page)).to_have_text("Hi!")
     for _ in range(2):
         thinking = reply(page).locator("details")
-        await expect(thinking.locator("summary")).to_have_text("Thought")
+        await expect(thinking.locator("summary")).to_have_text("Thought for less than a second")
         await thinking.locator("summary").click()
         await expect(thinking.locator("p")).to_have_text("A greeting. I greet back.")
         await expect(reply(page).locator(".usage")).to_have_text("puppet · 1,234 tokens in, 56 out")

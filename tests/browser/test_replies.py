@@ -158,7 +158,7 @@ async def test_thinking_is_collapsed(page: Page, puppet: Puppet) -> None:
     await expect(thinking).to_be_visible()
     model.say("Seen.").end()
     await expect(text(page)).to_have_text("Seen.")
-    await expect(reply(page).locator("summary")).to_have_text("Thought")
+    await expect(reply(page).locator("summary")).to_have_text("Thought for less than a second")
     await converse(page, puppet, "Do not think", "Done.")
     await expect(reply(page).locator("details")).not_to_be_visible()
 

@@ -98,7 +98,7 @@ chat.on('history', (history) => {
 })
 
 chat.on('reply', (reply) => {
-  if (reply.conversation === current) follow(reply)
+  if (reply.conversation === current) follow(reply)?.showTimes(Date.now() / 1000)
 })
 
 chat.on('error', (error) => {
@@ -199,9 +199,9 @@ older.addEventListener('click', async () => {
   }
 })
 
-/** Show a running reply. @param {Reply} reply @param {Content} [content] The prompt, if this page sent it. */
+/** Show a running reply. @param {Reply} reply @param {Content} [content] The prompt, if this page sent it. @returns {Turn | undefined} Its turn, if it is new. */
 function follow(reply, content) {
-  if (turns.get(reply.id)) return
+  if (turns.get(reply.id)) return undefined
   const turn = turns.append(reply.id)
   if (content !== undefined) turn.setPrompt(content)
   turn.follow(reply)
@@ -222,6 +222,7 @@ function follow(reply, content) {
   reply.done.catch(() => {}).then(update)
   onChange()
   update()
+  return turn
 }
 
 // Turns.
@@ -247,7 +248,7 @@ function ask(content, { retryOf, interrupts = false } = {}) {
   announcement.textContent = turns.running && !interrupts ? 'The message waits for this reply.' : 'Sent.'
   const reply = chat.prompt(content, { ...settings.values, conversation: current, retryOf, onBusy: interrupts ? 'interrupt' : 'queue' })
   if (retryOf === undefined || turns.get(retryOf)?.prompt !== text) drafts.keepUnsent(current, reply.id, text)
-  follow(reply, content)
+  follow(reply, content)?.showTimes(Date.now() / 1000)
   followEnd()
 }
 

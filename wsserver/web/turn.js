@@ -5,12 +5,14 @@ import { ReplyError } from './client.js'
 import { copy, cloneTemplate, find } from './dom.js'
 import { meaningOf, showReference } from './errors.js'
 import { Markdown } from './markdown.js'
+import { Thinking } from './thinking.js'
+import { showTime } from './times.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
 /** @typedef {import('./client.js').Result} Result */
 /** @typedef {import('./client.js').Message} Message */
 /** @typedef {import('./attachments.js').Content} Content */
-/** @typedef {{prompt?: Content, reply?: Message}} SavedTurn A turn of a history. */
+/** @typedef {{prompt?: Content, reply?: Message, began?: number}} SavedTurn A turn of a history. `began`: when its prompt was sent, in seconds since 1970. */
 
 const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
 const STOPPED_BY = /** @type {Record<string, string>} */ ({
@@ -46,13 +48,13 @@ export class Turn {
   #attachments = find(this.element, '.attachments', HTMLElement)
   #queue = find(this.element, '.queue', HTMLElement)
   #reply = find(this.element, '.reply', HTMLElement)
-  #details = find(this.element, 'details', HTMLDetailsElement)
-  #summary = find(this.element, 'summary', HTMLElement)
-  #thinking = find(this.element, 'details p', HTMLElement)
+  #thinking = new Thinking(find(this.element, 'details', HTMLDetailsElement))
   #text = find(this.element, '.text', HTMLElement)
   #note = find(this.element, '.note', HTMLElement)
   #reference = find(this.element, '.reference', HTMLButtonElement)
   #usage = find(this.element, '.usage', HTMLElement)
+  #sent = find(this.element, '.sent', HTMLElement)
+  #endedAt = find(this.element, '.ended', HTMLElement)
   #copy = find(this.element, '.copy', HTMLButtonElement)
   #retry = find(this.element, '.retry', HTMLButtonElement)
   #regenerate = find(this.element, '.regenerate', HTMLButtonElement)
@@ -154,6 +156,12 @@ export class Turn {
     this.#offerReplacement()
   }
 
+  /** @param {number | undefined} sent @param {number} [ended] In seconds since 1970; undefined changes nothing. */
+  showTimes(sent, ended) {
+    showTime(this.#sent, sent)
+    showTime(this.#endedAt, ended)
+  }
+
   /** Whether the page shows all text of a turn in a history. @param {SavedTurn} saved */
   shows({ reply }) {
     if (!this.#ended) return this.reply !== undefined
@@ -161,17 +169,18 @@ export class Turn {
   }
 
   /** Show a turn of a history. @param {SavedTurn} saved */
-  showSaved({ prompt, reply }) {
-    const { content: text = '', thinking = '', partial, model, usage } = reply ?? {}
+  showSaved({ prompt, reply, began }) {
+    const { content: text = '', thinking = '', partial, model, usage, thought, ended } = reply ?? {}
     if (prompt !== undefined) this.setPrompt(prompt)
     this.#end = undefined
     this.#clear()
     this.#markdown = new Markdown(this.#text, true)
-    this.#showThinking(thinking)
-    this.#summary.textContent = 'Thought'
+    this.#thinking.write(thinking)
+    this.#thinking.end(thought)
     this.#markdown.write(text)
     this.#wholeText = text
     this.#usage.textContent = describeUsage(model, usage)
+    this.showTimes(began, ended)
     const note = partial ? (PARTIAL[partial] ?? meaningOf(partial)) : text ? '' : 'There is no reply.'
     const failed = partial !== undefined && !(partial in PARTIAL)
     this.#finish(note, failed)
@@ -198,6 +207,7 @@ export class Turn {
     this.reply = undefined
     if (this.#frame !== undefined) cancelAnimationFrame(this.#frame)
     clearInterval(this.#countdown)
+    this.#thinking.end()
     this.element.remove()
   }
 
@@ -224,11 +234,14 @@ export class Turn {
     const drawn = this.#drawn
     this.#showPrompt(reply)
     const thinking = reply.thinking.slice(drawn.thinking, drawn.thinking + FRAME_TEXT)
-    this.#showThinking(thinking)
-    drawn.thinking += thinking.length
+    if (thinking) {
+      this.#thinking.write(thinking)
+      this.#thinking.count()
+      drawn.thinking += thinking.length
+    }
     const text = reply.text.slice(drawn.text, drawn.text + FRAME_TEXT)
     if (text) {
-      this.#summary.textContent = 'Thought'
+      this.#thinking.end()
       this.#markdown.write(text)
       drawn.text += text.length
     }
@@ -258,18 +271,11 @@ export class Turn {
     this.#reply.hidden = !this.#queue.hidden
   }
 
-  /** @param {string} thinking */
-  #showThinking(thinking) {
-    if (!thinking) return
-    this.#details.hidden = false
-    this.#thinking.append(thinking)
-  }
-
   /** Remove all text and thinking. */
   #clear() {
-    this.#text.textContent = this.#thinking.textContent = ''
+    this.#text.textContent = ''
     this.#markdown = new Markdown(this.#text)
-    this.#details.hidden = true
+    this.#thinking.clear()
     this.#drawn = { text: 0, thinking: 0 }
   }
 
@@ -278,7 +284,8 @@ export class Turn {
     this.reply = undefined
     this.#wholeText = reply.text
     this.#started = reply.started
-    this.#summary.textContent = 'Thought'
+    this.#thinking.end((result ?? error)?.thought)
+    this.showTimes(undefined, Date.now() / 1000)
     if (error) {
       this.#finish(error.message, true)
       showReference(this.#reference, error.ref)

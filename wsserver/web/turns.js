@@ -127,10 +127,11 @@ export class Turns {
     /** @type {Map<string, import('./turn.js').SavedTurn>} */
     const saved = new Map()
     for (const message of messages) {
-      const { role, content, id = newId() } = message
+      const { role, content, id = newId(), began } = message
       const turn = saved.get(id) ?? {}
       if (role === 'user') turn.prompt = message.blocks ?? content
       else turn.reply = message
+      turn.began ??= began
       saved.set(id, turn)
     }
     for (const [id, each] of saved) {
@@ -138,7 +139,10 @@ export class Turns {
       if (turn) place = turn.element.nextElementSibling
       else log.insertBefore((turn = this.#add(id)).element, place)
       if (!turn.shows(each)) turn.showSaved(each)
-      else if (each.prompt !== undefined) turn.setPrompt(each.prompt)
+      else {
+        if (each.prompt !== undefined) turn.setPrompt(each.prompt)
+        turn.showTimes(each.began, each.reply?.ended)
+      }
     }
     for (const turn of this) if (saved.has(turn.id) && turn.element.nextElementSibling) turn.hideRetry()
   }
