@@ -142,6 +142,15 @@ async def test_first_lines_of_readme_stream_reply(
         await closed(model.closed)
 
 
+async def test_ten_line_page_opened_as_file_says_that_it_is_not_connected(
+    blank: Page, server: wsserver.Server, tmp_path: Path
+) -> None:
+    page = tmp_path / "ten_lines.html"
+    page.write_text(TEN_LINES.read_text().replace("ws://localhost:3001", server.url))
+    await blank.goto(page.as_uri())
+    await expect(blank.locator("pre")).to_have_text("[The connection is closed.]")
+
+
 async def test_ten_line_client_has_ten_lines() -> None:
     script = re.findall("<script>\n(.*?)</script>", TEN_LINES.read_text(), re.DOTALL)
     assert [len(found.splitlines()) for found in script] == [10]
