@@ -178,7 +178,8 @@ async def test_host_name_is_bound_at_each_address(puppet: Puppet) -> None:
         sock.close()
     assert len(bound) >= 1
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(OSError, match="in use"):
-            await listening.bound("127.0.0.1", taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"in use: 127\.0\.0\.1 port {port}$"):
+            await listening.bound("127.0.0.1", port)
     with pytest.raises(OSError, match="assign"):
         await listening.bound("192.0.2.1", 0)

@@ -137,10 +137,10 @@ async def bound(host: str, port: int) -> list[socket.socket]:
                 if error.errno not in NO_ADDRESS or len(sockets) == 1 == len(found):
                     raise
                 sockets.pop().close()
-    except OSError:
+    except OSError as error:
         for sock in sockets:
             sock.close()
-        raise
+        raise OSError(error.errno, f"{error.strerror}: {host} port {port}") from error
     return sockets
 
 
