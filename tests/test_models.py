@@ -254,3 +254,17 @@ def test_custom_model_is_imported_from_current_folder(
         with pytest.raises(ConfigError, match=says) as raised:
             make(Settings(model=spec))
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("model", ["openai:large", "anthropic:large", "claude-large"])
+@pytest.mark.parametrize("setting", ["models", "titles"])
+def test_other_models_with_the_prefix_of_a_provider_are_refused(
+    monkeypatch: pytest.MonkeyPatch, model: str, setting: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "key")
+    monkeypatch.setenv(f"WSSERVER_{setting.upper()}", "openai:small:8b")
+    with pytest.raises(ConfigError, match=f"{setting}: write 'small:8b' instead of 'openai:small"):
+        make(Settings.load(model=model))
+    monkeypatch.setenv(f"WSSERVER_{setting.upper()}", "small:8b")
+    make(Settings.load(model=model))

@@ -113,8 +113,8 @@ class Settings(BaseSettings):
     speaks Chat Completions, or `package.module:attribute` for a model of your own. Empty:
     claude-sonnet-4-6 if the environment has Anthropic credentials, else demo."""
     models: Names = ()
-    """Other models that a prompt may choose. Separated by commas. Empty by default, because each
-    model has its own price."""
+    """Other models that a prompt may choose. Separated by commas, with the names that the API of
+    `model` knows. Empty by default, because each model has its own price."""
     titles: str = ""
     """Model that writes the titles of conversations. One short request after the first reply; it
     counts for the principal. A name of a model, `on` for the model that replied, or `off` for the

@@ -163,14 +163,31 @@ def make(settings: Settings) -> Model | PushModel:
 
         return Demo(rate=settings.demo_rate)
     if spec.startswith(("anthropic:", "claude-")):
+        _check_names(settings)
         from wsserver.models.anthropic import Anthropic  # noqa: PLC0415
 
         return Anthropic(spec.removeprefix("anthropic:"), settings)
     if spec.startswith("openai:"):
+        _check_names(settings)
         from wsserver.models.openai import OpenAI  # noqa: PLC0415
 
         return OpenAI(spec.removeprefix("openai:"), settings)
     return _import(spec)
+
+
+def _check_names(settings: Settings) -> None:
+    """Check that the other models have the names that the API knows.
+
+    Raises:
+        ConfigError: a name has the prefix of a provider. The API would refuse the name.
+    """
+    for setting, names in (("models", settings.models), ("titles", (settings.titles,))):
+        for name in names:
+            if name.startswith(("anthropic:", "openai:")):
+                raise ConfigError(
+                    f"{setting}: write {name.partition(':')[2]!r} instead of {name!r}; all models "
+                    "of a server are of the API of --model"
+                )
 
 
 def _import(spec: str) -> Model | PushModel:
