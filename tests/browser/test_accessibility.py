@@ -4,14 +4,18 @@ import pytest
 from playwright.async_api import Locator, Page, expect
 
 from tests.browser.page import (
+    alert,
     ask,
     box,
     button,
     closed,
+    converse,
     idle,
     text,
 )
 from tests.support.puppet import Puppet
+from wsserver.errors import StoreError
+from wsserver.stores.memory import MemoryStore
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -63,7 +67,8 @@ async def test_keyboard_reaches_everything(page: Page, puppet: Puppet) -> None:
     await closed(model.closed)
 
 
-async def test_screen_reader_announces_whole_reply_once(page: Page, puppet: Puppet) -> None:
+async def listen(page: Page) -> None:
+    """Collect what a screen reader announces."""
     await page.evaluate("""() => {
         globalThis.said = []
         const regions = '[role=status], [role=alert], [aria-live]'
@@ -72,6 +77,14 @@ async def test_screen_reader_announces_whole_reply_once(page: Page, puppet: Pupp
                 .observe(region, { childList: true, characterData: true, subtree: true })
         }
     }""")
+
+
+async def announced(page: Page) -> list[str]:
+    return [words.strip() for words in await page.evaluate("said")]
+
+
+async def test_screen_reader_announces_whole_reply_once(page: Page, puppet: Puppet) -> None:
+    await listen(page)
     await ask(page, "Count")
     model = await puppet.reply()
     for number in ("one ", "two ", "three"):
@@ -80,7 +93,7 @@ async def test_screen_reader_announces_whole_reply_once(page: Page, puppet: Pupp
     model.end()
     await idle(page)
     await expect(page.locator("#announcement")).to_have_text("one two three")
-    assert [words.strip() for words in await page.evaluate("said")] == ["Sent.", "one two three"]
+    assert await announced(page) == ["Sent.", "one two three"]
     live = page.locator("#log[aria-live], #log [aria-live], #log [role=log]")
     await expect(live).to_have_count(0)
 
@@ -93,3 +106,44 @@ async def test_reduced_motion_stops_animations(page: Page, puppet: Puppet) -> No
     assert await page.evaluate("document.getAnimations().length") == 0
     await page.emulate_media(reduced_motion="no-preference")
     assert await page.evaluate("document.getAnimations().length") > 0
+
+
+async def test_refused_edit_is_announced_once_and_keeps_focus(page: Page, puppet: Puppet) -> None:
+    await converse(page, puppet, "First")
+    await listen(page)
+    await page.get_by_role("button", name="Edit the message").press("Enter")
+    await expect(box(page)).to_be_focused()
+    await ask(page, "x" * 40_000)
+    await expect(alert(page)).to_contain_text("40,000 bytes")
+    await expect(box(page)).to_be_focused()
+    said = await announced(page)
+    assert len([words for words in said if "40,000 bytes" in words]) == 1, said
+    await page.locator("#editing").get_by_role("button", name="Cancel").press("Enter")
+    await expect(box(page)).to_be_focused()
+
+
+async def test_focus_goes_to_box_when_focused_button_disappears(
+    page: Page, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> object:
+        raise StoreError("disk")
+
+    await converse(page, puppet, "First")
+    await page.get_by_role("button", name="Regenerate").press("Enter")
+    await expect(box(page)).to_be_focused()
+    (await puppet.reply(1)).end()
+    await idle(page)
+    monkeypatch.setattr(MemoryStore, "load", broken)
+    export = page.get_by_role("button", name="Export the conversation")
+    await export.press("Enter")
+    await page.keyboard.press("Escape")
+    await expect(export).to_be_focused()
+    await export.press("Enter")
+    await page.get_by_role("button", name="JSON").press("Enter")
+    again = page.get_by_role("button", name="Try again")
+    await expect(again).to_be_visible()
+    monkeypatch.undo()
+    async with page.expect_download():
+        await again.press("Enter")
+    await expect(again).to_be_hidden()
+    await expect(box(page)).to_be_focused()

@@ -1,10 +1,12 @@
 """Theme, hidden list, export, print, and the tab's title on the page."""
 
+import re
+
 import pytest
 from playwright.async_api import Page, expect
 
 from tests.browser.page import ask, box, converse, idle, text, violations
-from tests.support.puppet import Puppet
+from tests.support.puppet import Puppet, Thinking
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -49,13 +51,27 @@ async def test_print_shows_whole_code_and_addresses_without_controls(
     await ask(page, "Print")
     (await puppet.reply()).say(f"[A link](https://example.com/)\n\n```\n{code}\n```\n").end()
     await idle(page)
-    await page.emulate_media(media="print", color_scheme="dark")
-    for hidden in ("#side", "#prompt", "#state", ".copy"):
-        await expect(page.locator(hidden)).to_be_hidden()
+    await ask(page, "A wide table")
+    row = "|" + " word |" * 16
+    model = (await puppet.reply(1)).say(
+        Thinking("Hm."), "\n".join([row, "|" + "-|" * 16, row, row])
+    )
+    model.end()
+    await expect(text(page).locator("tr")).to_have_count(3)
+    await page.get_by_label("Theme").select_option("Dark")
+    await page.set_viewport_size({"width": 680, "height": 900})  # of A4, in points
+    await page.emulate_media(media="print")
+    for hidden in ("#side", "#prompt", "#state", ".copy", ".regenerate", "summary"):
+        await expect(page.locator(hidden).last).to_be_hidden()
+    fits = "({ scrollWidth, clientWidth }) => scrollWidth <= clientWidth"
+    assert await page.locator("html").evaluate(fits)
+    assert await text(page).locator(".table").evaluate(fits)
+    pages = len(re.findall(rb"/Type /Page\b", await page.pdf(format="A4")))
+    assert pages >= 4, "the code is on several sheets"
     height = "pre => pre.scrollHeight - pre.clientHeight"
     assert await page.locator("pre").evaluate(height) <= 0
     address = "a => getComputedStyle(a, '::after').content"
-    assert "https://example.com/" in await text(page).locator("a").evaluate(address)
+    assert "https://example.com/" in await page.locator(".text a").evaluate(address)
     assert await page.evaluate(PAPER) == LIGHT
 
 

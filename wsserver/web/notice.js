@@ -16,6 +16,7 @@ const reference = find(notice, '.reference', HTMLButtonElement)
 export function showNotice(text, retry, ref) {
   showReference(reference, ref)
   words.textContent = text
+  if (!text && notice.contains(document.activeElement)) find(document, '#prompt', HTMLElement).focus()
   notice.hidden = !text
   again.hidden = !retry
   again.onclick = retry ?? null
