@@ -1,6 +1,7 @@
 """Export of a conversation to a file."""
 
 import json
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,10 @@ async def test_export_has_all_messages(blank: Page, puppet: Puppet, tmp_path: Pa
         texts = dict([await export(page, name, tmp_path) for name in ("Markdown", "JSON")])
     said = [text for number in range(5) for text in (f"Prompt {number}", f"Reply {number}")]
     turns = [f"## {('You', 'Reply')[place % 2]}\n\n{text}" for place, text in enumerate(said)]
-    assert texts["Prompt 0.md"] == "\n\n".join(["# Prompt 0", *turns]) + "\n"
+    whole, times = re.subn(r"\n\*.* [AP]M\*\n", "", texts["Prompt 0.md"])
+    assert (whole, times) == ("\n\n".join(["# Prompt 0", *turns]) + "\n", 10)
     exported = json.loads(texts["Prompt 0.json"])
+    assert all("began" in message for message in exported["messages"])
     assert [message["content"] for message in exported["messages"]] == said
 
 
@@ -165,21 +168,33 @@ async def test_markdown_has_blocks_citations_and_words_for_partial_replies(page:
         {"type": "tool_use", "id": "t", "name": "weather", "input": {"place": "```"}},
     ]
     result = [{"type": "tool_result", "tool_use_id": "t", "content": "12 °C"}]
+    formatted = """(times) => times.map((seconds) => new Intl.DateTimeFormat(
+        undefined, { dateStyle: 'medium', timeStyle: 'short' }).format(seconds * 1000))"""
+    began, ended = await page.evaluate(formatted, [1.5e9, 1.6e9])
     text = await page.evaluate(
         TO_MARKDOWN,
         [
-            {"role": "user", "content": "What is this?", "blocks": asked},
-            {"role": "assistant", "content": "It is small.", "blocks": said, "partial": "client"},
+            {"role": "user", "content": "What is this?", "blocks": asked, "began": 1.5e9},
+            {
+                "role": "assistant",
+                "content": "It is small.",
+                "blocks": said,
+                "partial": "client",
+                "began": 1.5e9,
+                "ended": 1.6e9,
+            },
             {"role": "user", "content": "", "blocks": result},
             {"role": "assistant", "content": "Co", "partial": "overloaded"},
         ],
     )
     assert (
         text
-        == """\
+        == f"""\
 # T
 
 ## You
+
+*{began}*
 
 ![Image](<https://a.example/b.png>)
 
@@ -191,14 +206,16 @@ What is this?
 
 ## Reply
 
+*{ended}*
+
 It is [^1]small[^2][^1].
 
 *Tool call: weather*
 
 ````json
-{
+{{
   "place": "```"
-}
+}}
 ````
 
 *Stopped.*

@@ -3,6 +3,7 @@
 import { find } from './dom.js'
 import { meaningOf, messageOf, referenceOf } from './errors.js'
 import { showNotice } from './notice.js'
+import { dateOf } from './times.js'
 import { PARTIAL } from './turn.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
@@ -95,9 +96,11 @@ function save({ id, title }, messages, format) {
 export function toMarkdown(title, messages) {
   /** @type {string[]} */
   const sources = []
-  const parts = messages.map(({ role, content, blocks = [{ type: 'text', text: content }], partial }) => {
+  const parts = messages.map(({ role, content, blocks = [{ type: 'text', text: content }], partial, began, ended }) => {
     const said = toParts(blocks, sources)
     if (partial) said.push(`*${PARTIAL[partial] ?? meaningOf(partial)}*`)
+    const time = role === 'user' ? began : ended
+    if (time !== undefined) said.unshift(`*${dateOf(time)}*`)
     return `## ${role === 'user' ? 'You' : 'Reply'}\n\n${said.join('\n\n')}`
   })
   const notes = sources.map((source, place) => `[^${place + 1}]: ${source}`)

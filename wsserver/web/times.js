@@ -22,6 +22,9 @@ export function showTime(frame, seconds) {
   frame.hidden = false
 }
 
+/** Return a time with its date. @param {number} seconds Unix time. */
+export const dateOf = (seconds) => dateFormat.format(seconds * 1000)
+
 /** Return a duration in words. @param {number} seconds */
 export function durationOf(seconds) {
   if (seconds < 1) return 'less than a second'
