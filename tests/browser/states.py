@@ -200,6 +200,12 @@ async def export_dialog(page: Page, _server: wsserver.Server, puppet: Puppet) ->
     await expect(page.get_by_role("dialog")).to_be_visible()
 
 
+async def settings_dialog(page: Page, _server: wsserver.Server, _puppet: Puppet) -> None:
+    await page.get_by_role("button", name="Settings").click()
+    await page.get_by_role("textbox", name="System prompt").fill("Answer in one sentence.")
+    await expect(page.get_by_role("dialog")).to_be_visible()
+
+
 async def shortcuts_dialog(page: Page, _server: wsserver.Server, _puppet: Puppet) -> None:
     await box(page).evaluate("box => box.blur()")
     await page.keyboard.press("?")
@@ -226,6 +232,6 @@ STATES: dict[str, State] = {
     for function in (
         *(empty, thinking, streaming, formatted, long_thread, error, stopped, waiting, editing),
         *(attachments, groups, search, search_without_result, renaming, delete_dialog),
-        *(export_dialog, shortcuts_dialog, lost_connection, notice),
+        *(export_dialog, settings_dialog, shortcuts_dialog, lost_connection, notice),
     )
 }
