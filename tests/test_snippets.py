@@ -36,7 +36,12 @@ RUN_BY = {
         "import { connect }": "browser/test_client.py::test_readme_lines_run",
     },
     "examples/http.md": {
-        "curl -N": "test_snippets.py::test_curl_gets_a_reply",
+        "curl -N localhost:3001/api/chat -H 'Content-Type: application/json' \\\n  -d '{\"m": (
+            "test_snippets.py::test_curl_gets_a_reply"
+        ),
+        "curl -N localhost:3001/api/chat -H 'Content-Type: application/json' \\\n  -d '{\"p": (
+            "test_snippets.py::test_curl_leaves_resumes_and_stops_a_reply"
+        ),
         "import { HttpAgent }": (
             "chats/test_one_reply.py::test_agent_of_the_readme_runs_and_connects"
         ),
@@ -48,7 +53,7 @@ RUN_BY = {
             "chats/test_one_reply.py::test_commands_of_the_readme_follow_continue_and_stop_a_reply"
         ),
         "import { ChatTransport }": "browser/test_ai_sdk.py::test_lines_of_the_document_chat",
-        "chat = wsserver.asgi": "test_docs.py::test_readme_mount_runs",
+        "import wsserver": "test_docs.py::test_readme_mount_runs",
     },
     "examples/login.md": {
         "wsserver token": "test_docs.py::test_readme_token_commands_work",
@@ -104,16 +109,47 @@ def test_commands_choose_models(monkeypatch: pytest.MonkeyPatch) -> None:
             assert name_of(make(Settings(model=name))) == name.partition(":")[2]
 
 
+async def start_curl(command: str, server: wsserver.Server) -> asyncio.subprocess.Process:
+    words = shlex.split(
+        command.replace("\\\n", "").replace("localhost:3001", f"127.0.0.1:{server.port}")
+    )
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*words, stdout=pipe, stderr=pipe)
+
+
+def events(stream: bytes) -> list[dict[str, object]]:
+    return [json.loads(data) for data in re.findall(r"^data: (.*)$", stream.decode(), re.MULTILINE)]
+
+
 async def test_curl_gets_a_reply(server: wsserver.Server, puppet: Puppet) -> None:
     command = next(s for s in snippets("examples/http.md") if s.startswith("curl"))
-    command = command.replace("localhost:3001", f"127.0.0.1:{server.port}")
-    pipe = asyncio.subprocess.PIPE
-    curl = await asyncio.create_subprocess_shell(command, stdout=pipe, stderr=pipe)
+    curl = await start_curl(command, server)
     (await puppet.reply()).say("Once").end()
     async with asyncio.timeout(BOUND):
         output, _ = await curl.communicate()
-    events = re.findall(r"^data: (.*)$", output.decode(), re.MULTILINE)
-    assert [json.loads(event)["type"] for event in events] == ["start", "token", "done"]
+    assert [event["type"] for event in events(output)] == ["start", "token", "done"]
+
+
+async def test_curl_leaves_resumes_and_stops_a_reply(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    commands = [s for s in snippets("examples/http.md") if s.startswith("curl")][1]
+    ask, resume, stop = commands.replace("\\\n", "").strip().splitlines()
+    asking = await start_curl(ask, server)
+    reply = (await puppet.reply()).say(*"1234567")
+    assert asking.stdout is not None
+    async with asyncio.timeout(BOUND):
+        await asking.stdout.readuntil(b'"text":"7"')
+        asking.terminate()
+        await asking.wait()
+        resuming = await start_curl(resume, server)
+        assert resuming.stdout is not None
+        before = await resuming.stdout.readuntil(b'"text":"67"')
+        told, _ = await (await start_curl(stop, server)).communicate()
+        assert reply.closed.is_set()
+        rest, _ = await resuming.communicate()
+    assert [event["type"] for event in events(before + rest)] == ["start", "token", "done"]
+    assert json.loads(told) == {"type": "stopped", "ids": [json.loads(ask.split("'")[3])["id"]]}
 
 
 def test_commands_of_the_deployment_name_files_that_exist() -> None:

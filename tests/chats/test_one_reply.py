@@ -86,7 +86,7 @@ async def test_reply_of_use_chat_is_followed_resumed_and_stopped_by_other_protoc
 async def test_commands_of_the_readme_follow_continue_and_stop_a_reply(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    section = HTTP.partition("**One reply, several protocols.**")[2]
+    section = HTTP.partition("## One reply, several protocols")[2]
     commands = section.split("```")[3].replace("localhost:3001", f"127.0.0.1:{server.port}")
     following, continuing, stopping = map(shlex.split, commands.strip().splitlines())
     name = following[-1]
@@ -121,7 +121,7 @@ async def test_commands_of_the_readme_follow_continue_and_stop_a_reply(
 async def test_agent_of_the_readme_runs_and_connects(
     server: wsserver.Server, puppet: Puppet
 ) -> None:
-    section = HTTP.partition("**AG-UI.**")[2]
+    section = HTTP.partition("## With AG-UI")[2]
     program = section.partition("```js\n")[2].partition("```")[0]
     (connecting,) = re.findall(r"`(new HttpAgent\(.*)`", section)
     package = require_npm_package("@ag-ui/client") / "dist/index.mjs"
