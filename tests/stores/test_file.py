@@ -53,6 +53,20 @@ async def test_close_leaves_database_and_lock_file_only(path: Path) -> None:
     assert {found.name for found in path.parent.iterdir()} == {"chat.db", "chat.db.lock"}
 
 
+async def test_backup_of_open_file_has_all_conversations(
+    file: SqliteStore, path: Path, tmp_path: Path
+) -> None:
+    await file.commit([whole(header())])
+    with sqlite3.connect(path) as source, sqlite3.connect(tmp_path / "copy.db") as target:
+        source.backup(target)
+    source.close()
+    target.close()
+    copy = SqliteStore(tmp_path / "copy.db")
+    await copy.open()
+    assert await listed(copy) == await listed(file) != []
+    await copy.close()
+
+
 async def test_missing_folders_are_created(tmp_path: Path) -> None:
     path = tmp_path / "some" / "where" / "chat.db"
     store = SqliteStore(path)
