@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import stat
 import sys
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import wsserver
 from tests.support.puppet import Puppet
 from tests.support.terminal import Person, terminal
 from wsserver import Code, ModelError, Thinking
-from wsserver.client import connect
+from wsserver.client import History, connect
 from wsserver.terminal.commands import COMMANDS, CommandError, parse
-from wsserver.terminal.files import find_editor
+from wsserver.terminal.files import find_editor, save
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning"),
@@ -172,7 +173,7 @@ async def test_save_writes_markdown_or_json_once(
         person.types(f"/save! {markdown}\r")
         await person.sees(f"[saved 2 messages in {markdown}]", times=2)
         person.types(f"/save {tmp_path}/no/file\r")
-        await person.sees(f"[cannot write {tmp_path}/no/file")
+        await person.sees(f"[cannot write {tmp_path}/no/file (No such file or directory): choose")
     saved = json.loads(as_json.read_text())
     async with connect(server.url) as chat:
         (known,) = await chat.conversations()
@@ -218,8 +219,12 @@ async def test_failed_editor_keeps_text(server: wsserver.Server) -> None:
     async with terminal(server.url, VISUAL="/no/editor") as person:
         await person.ready()
         person.types("/edit some text\r")
-        await person.sees("No such file or directory")
+        await person.sees("[cannot start /no/editor (No such file or directory): set VISUAL")
         await person.sees("> some text")
+    async with terminal(server.url, VISUAL="'vi") as person:
+        await person.ready()
+        person.types("/edit some text\r")
+        await person.sees("[VISUAL or EDITOR is not a command (No closing quotation)]\n> some text")
 
 
 async def test_missing_editor_is_told(server: wsserver.Server) -> None:
@@ -227,6 +232,22 @@ async def test_missing_editor_is_told(server: wsserver.Server) -> None:
         await person.ready()
         person.types("/edit\r")
         await person.sees("[there is no editor: set VISUAL or EDITOR]\n>")
+
+
+def test_failed_save_keeps_old_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    history = History("an-id", "A title", (), ())
+    file, link = tmp_path / "file.md", tmp_path / "link.md"
+    file.write_text("mine")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            save(history, str(link), overwrite=True)
+    assert (file.read_text(), sorted(tmp_path.iterdir())) == ("mine", [file, link])
+    save(history, str(link), overwrite=True)
+    assert (file.read_text(), link.is_symlink()) == ("# A title\n", True)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
 
 
 def test_editor_is_visual_then_editor_then_installed_one(monkeypatch: pytest.MonkeyPatch) -> None:

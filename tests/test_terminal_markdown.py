@@ -183,6 +183,52 @@ def test_long_table_shows_its_source_until_it_is_complete() -> None:
     assert printed[-1] == "End"
 
 
+def test_endless_table_stays_a_table() -> None:
+    renderer = MarkdownRenderer(Painter())
+    printed: list[str] = []
+    renderer.feed("Before\n\n| a | b |\n|---|---|\n")
+    for number in range(9000):
+        renderer.feed(f"| {number} | some text |\n")
+        if not number % 500:
+            printed += renderer.take(100)
+    assert printed
+    renderer.feed("\nAfter\n")
+    printed += renderer.take(100, final=True)
+    lines = plain(printed).split("\n")
+    rows = [line.split()[0] for line in lines if "some text" in line]
+    assert rows == [str(number) for number in range(9000)]
+    assert "|" not in "".join(lines)
+    assert 2 <= [line.split() for line in lines].count(["a", "b"]) < 10
+
+
+@pytest.mark.parametrize("line", ["|" + 70_000 * "a|", "| " + 70_000 * "a" + " |"])
+def test_endless_row_of_a_table_is_cut(line: str) -> None:
+    renderer = MarkdownRenderer(Painter())
+    renderer.feed(f"| a |\n|---|\n{line}")
+    printed = renderer.take(100)
+    renderer.feed("\n| b |\n| c |\n")
+    printed += renderer.take(100)
+    printed += renderer.take(100, final=True)
+    assert plain(printed).count("c") == 1
+
+
+def test_narrow_table_shows_all_text() -> None:
+    table = "| one | two |\n|---|---|\n| a long cell | incomprehensibilities |\n"
+    shown = streamed(MarkdownRenderer(Painter()), [table], width=16)
+    assert "…" not in shown
+    cells = [line.split() for line in shown.split("\n")]
+    assert "".join(cell[-1] for cell in cells[2:] if cell) == "incomprehensibilities"
+
+
+@pytest.mark.parametrize("width", [1, 20, 60])
+def test_table_of_many_columns_shows_all_text(width: int) -> None:
+    names = [f"x{number}y" for number in range(20)]
+    row = f"| {' | '.join(names)} |\n"
+    shown = streamed(MarkdownRenderer(Painter()), [row, "|" + 20 * "---|" + "\n", row], width)
+    together = "".join(shown.split())
+    assert [together.count(name) for name in names] == [2] * 20
+
+
 def test_endless_list_item_is_cut_at_a_line() -> None:
     renderer = MarkdownRenderer(Painter())
     printed: list[str] = []

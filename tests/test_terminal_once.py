@@ -56,6 +56,23 @@ async def test_piped_text_comes_before_prompt(server: wsserver.Server, puppet: P
         assert await outcome(process) == (0, "x", "")
 
 
+@pytest.mark.parametrize("prompt", ["-", "Summarise"])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+async def test_binary_stdin_is_refused(prompt: str, locale: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        "/bin/sh",
+        "-c",
+        'printf "\\211PNG\\377" | "$0" -m wsserver chat --once "$1"',
+        *(sys.executable, prompt),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "LC_ALL": locale},
+    )
+    code, out, err = await outcome(process)
+    assert (code, out) == (2, "")
+    assert err.startswith("wsserver: stdin is not UTF-8 text: convert it")
+
+
 async def test_file_comes_before_prompt_and_device_does_not(
     server: wsserver.Server, puppet: Puppet, tmp_path: Path
 ) -> None:

@@ -205,6 +205,7 @@ async def test_dumb_terminal_has_commands_and_keys(
         await person.sees("[Ctrl-C again or Ctrl-D leaves]")
         person.types("\x04")
         assert await person.leaves() == 0
+        assert "> \nTo continue" in person.output.decode().replace("\r", "")
     async with terminal(server.url, "-c", **env) as person:
         await person.sees("> Edited\nHalf\n[stopped]")
         await person.sees("\n>")

@@ -130,14 +130,28 @@ class Blocks:
 
     def _cut(self) -> Part | None:
         """Take a part of a block that is too long to be kept back."""
-        kinds = [token.type for token in PARSER.parse(self._rest) if _is_block(token)]
+        blocks = [token for token in PARSER.parse(self._rest) if _is_block(token)]
+        kinds = [token.type for token in blocks]
         text = kinds == ["paragraph_open"]
         if text and (part := self._cut_paragraph()) is not None:
             return part
         if len(self._rest) <= (LONGEST_TEXT if text else LONGEST_BLOCK):
             return None
+        if kinds == ["table_open"] and blocks[0].map is not None:
+            return self._cut_table(blocks[0].map[0])
         end = self._rest.rfind("\n") + 1 or self._rest.rfind(" ") + 1 or len(self._rest)
         return self._take_until(end, spaced=False)
+
+    def _cut_table(self, line: int) -> Part | None:
+        """Take all rows of a table but the last. The next part begins with the header again."""
+        lines = self._rest.split("\n")
+        header = "".join(text + "\n" for text in lines[line : line + 2])
+        end = self._rest.rfind("\n", 0, -1) + 1
+        if len(lines) < line + 4:  # the header, a row, and what follows it
+            return self._take_until(len(self._rest), spaced=False)
+        part = self._take_until(end, spaced=False)
+        self._rest = header + self._rest
+        return part
 
     def _cut_paragraph(self) -> Part | None:
         """Take all lines but the last two, if both parts then look as before."""

@@ -115,11 +115,10 @@ class Dialogue:
             self._editing = asyncio.ensure_future(self._run_editor(text))
 
     async def _run_editor(self, text: str) -> None:
-        command = files.find_editor()
-        if command is None:
-            self._screen.note("[there is no editor: set VISUAL or EDITOR]")
-            return
         try:
+            command = files.find_editor()
+            if command is None:
+                raise ValueError("there is no editor: set VISUAL or EDITOR")
             async with self._screen.lent():
                 text = await files.edit(command, text)
         except (OSError, ValueError) as error:
@@ -245,7 +244,8 @@ class Dialogue:
         except FileExistsError:
             raise CommandError(f"{name} exists; /save! {name} overwrites it") from None
         except (OSError, RuntimeError, ValueError) as error:
-            raise CommandError(f"cannot write {name}: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise CommandError(f"cannot write {name} ({reason}): choose another file") from None
         self._screen.note(f"[saved {len(history.messages)} messages in {path}]")
 
 

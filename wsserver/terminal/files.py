@@ -39,10 +39,17 @@ def open_history() -> Path:
 
 
 def find_editor() -> list[str] | None:
-    """Return the command of the user's editor; None if there is none."""
+    """Return the command of the user's editor; None if there is none.
+
+    Raises:
+        ValueError: VISUAL or EDITOR is not a command.
+    """
     command = os.environ.get("VISUAL") or os.environ.get("EDITOR")
     if command:
-        return shlex.split(command)
+        try:
+            return shlex.split(command)
+        except ValueError as error:
+            raise ValueError(f"VISUAL or EDITOR is not a command ({error})") from None
     found = next(filter(None, map(shutil.which, EDITORS)), None)
     return None if found is None else [found]
 
@@ -51,15 +58,20 @@ async def edit(command: list[str], text: str) -> str:
     """Return the text after the user has changed it in an editor.
 
     Raises:
-        OSError: the editor cannot start, or the file cannot be read.
-        ValueError: the editor failed, or the text is not UTF-8.
+        OSError: the file cannot be written or read.
+        ValueError: the editor cannot start, or failed, or the text is not UTF-8.
     """
     with tempfile.NamedTemporaryFile(
         "w+", encoding="utf-8", prefix="wsserver-", suffix=".md"
     ) as file:
         file.write(text)
         file.flush()
-        process = await asyncio.create_subprocess_exec(*command, file.name)
+        try:
+            process = await asyncio.create_subprocess_exec(*command, file.name)
+        except OSError as error:
+            raise ValueError(
+                f"cannot start {command[0]} ({error.strerror}): set VISUAL or EDITOR to an editor"
+            ) from None
         if code := await process.wait():
             raise ValueError(f"{command[0]} ended with code {code}")
         return _read(file.name).rstrip("\n")
@@ -80,9 +92,27 @@ def save(history: History, name: str, *, overwrite: bool) -> Path:
     """
     path = Path(name).expanduser()
     text = _json(history) if path.suffix == ".json" else _markdown(history)
+    if path.is_file() and overwrite:
+        _replace(path.resolve(), text)
+        return path
     with path.open("w" if overwrite else "x", encoding="utf-8") as file:
         file.write(text)
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace the text of a file. If the new text cannot be written, the file keeps the old one."""
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False
+    ) as file:
+        try:
+            file.write(text)
+            file.flush()
+            shutil.copymode(path, file.name)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
 
 
 def _json(history: History) -> str:

@@ -35,7 +35,10 @@ def read_prompt(options: Options) -> str | None:
     if options.conversation is not None and options.last:
         raise ConfigError("--continue and --conversation exclude each other")
     if options.conversation is not None and not re.fullmatch(ID_PATTERN, options.conversation):
-        raise ConfigError("--conversation: 16 to 64 of A-Z, a-z, 0-9, _ and -")
+        raise ConfigError(
+            "--conversation: an id has 16 to 64 of A-Z, a-z, 0-9, _ and -; -c continues the last "
+            "conversation"
+        )
     _check_url(options.url)
     prompt = None if options.once is None else _read_once(options.once)
     if prompt is None:
@@ -76,16 +79,22 @@ def _read_once(once: str) -> str:
     """Return the prompt of ``--once``. Text from a pipe or a file comes before it."""
     try:
         once.encode()
+    except UnicodeError:
+        raise ConfigError("--once: the prompt is not UTF-8") from None
+    try:
         if once == "-":
             prompt = sys.stdin.read()
         elif piped := _read_piped():
             prompt = f"{piped.rstrip()}\n\n{once}"
         else:
             prompt = once
+        prompt.encode()  # stdin may have replaced bytes by surrogates
     except UnicodeError:
-        raise ConfigError("the prompt is not UTF-8") from None
+        raise ConfigError(
+            "stdin is not UTF-8 text: convert it, for example with iconv -t UTF-8"
+        ) from None
     if not prompt.strip():
-        raise ConfigError("the prompt is empty")
+        raise ConfigError("the prompt is empty: write it after --once, or to stdin with --once -")
     return prompt
 
 

@@ -96,4 +96,6 @@ class PlainScreen:
         for line in lines:
             self.keys.on_text(line)
         if not data:
+            if self._asked:
+                self.note("")  # ends the line of the prompt
             self.leave()

@@ -6,9 +6,10 @@ from typing import ClassVar, Protocol
 from markdown_it.token import Token
 from rich.cells import cell_len, chop_cells
 from rich.console import COLOR_SYSTEMS, Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
+from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement, TableElement
 from rich.segment import Segment
 from rich.syntax import Syntax
+from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
@@ -19,6 +20,7 @@ LONGEST_DRAWN = (
     3000  # characters of Markdown that are rendered again and again; of more, the source
 )
 LINES_DRAWN = 12  # of a source that is shown as it is
+NARROWEST_COLUMN = 4  # columns of the terminal for one of a table, with the space around it
 CONTEXT = 50  # lines of code before a line that decide its colours
 CODE_THEME = "ansi_dark"  # the colours of the terminal, on any background
 THEME = Theme(
@@ -209,12 +211,30 @@ class _Heading(Heading):
         yield self.text
 
 
+class _Table(TableElement):
+    """A table that loses no text: it breaks long words, and is no grid if it has many columns."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        rows = [*([self.header.row] if self.header else []), *(self.body.rows if self.body else [])]
+        cells = [[cell.content for cell in row.cells] for row in rows if row is not None]
+        if any(len(row) * NARROWEST_COLUMN > options.max_width for row in cells):
+            for row in cells:
+                yield Text(" | ", overflow="fold").join(row)
+            return
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            for column in table.columns:
+                column.overflow = "fold"
+            yield table
+
+
 class _Markdown(Markdown):
     elements: ClassVar[dict[str, type[MarkdownElement]]] = {
         **Markdown.elements,
         "fence": _CodeBlock,
         "code_block": _CodeBlock,
         "heading_open": _Heading,
+        "table_open": _Table,
     }
 
     def __init__(self, source: str) -> None:
