@@ -14,7 +14,7 @@ from tests.support.completions import completion
 from tests.support.puppet import BOUND, Puppet, Reply
 from tests.support.script import reply
 from tests.support.upstream import Upstream
-from wsserver import Code, ModelError, Usage
+from wsserver import Code, End, ModelError, Usage
 from wsserver.titles import SYSTEM, title_in
 
 CONVERSATION = "conversation-one"
@@ -161,6 +161,43 @@ async def test_title_counts_for_budget_of_principal(puppet: Puppet) -> None:
         assert error["code"] in {Code.QUOTA, Code.LIMIT}
 
 
+async def test_retried_first_turn_asks_for_no_other_title(chat: Client, puppet: Puppet) -> None:
+    start = await chat.prompt(WORDS, conversation=CONVERSATION)
+    (await puppet.reply()).say("With flour.").end()
+    await chat.text(start["id"])
+    (await puppet.reply(1)).say("Sourdough").end()
+    await settled(chat, puppet.replies[1])
+    for number, prompt in ((2, WORDS), (3, "And rye?")):
+        start = await chat.prompt(prompt, conversation=CONVERSATION, retry_of=start["id"])
+        (await puppet.reply(number)).say("With water.").end()
+        await chat.text(start["id"])
+        await settled(chat, puppet.replies[number])
+    assert len(puppet.replies) == 4
+    assert await title(chat) == "Sourdough"
+
+
+@pytest.mark.parametrize(
+    "limit", [{"generations": 1}, {"generations_per_principal": 1}, {"prompts_per_minute": 2}]
+)
+async def test_title_leaves_room_for_next_prompt(puppet: Puppet, limit: dict[str, Any]) -> None:
+    async with (
+        wsserver.serve(puppet, port=0, drain_timeout=0, titles="on", **limit) as server,
+        client(server) as chat,
+    ):
+        await converse(chat, puppet)
+        await settled(chat, puppet.replies[0])
+        await converse(chat, puppet, "And rye?")
+        assert [reply.request.prompt for reply in puppet.replies] == [WORDS, "And rye?"]
+
+
+async def test_answer_that_is_cut_is_no_title(chat: Client, puppet: Puppet) -> None:
+    await converse(chat, puppet)
+    asked = await puppet.reply(1)
+    asked.say("I have to think about", End("max_tokens")).end()
+    await settled(chat, asked)
+    assert await title(chat) == WORDS
+
+
 async def test_no_title_without_budget(puppet: Puppet) -> None:
     async with (
         wsserver.serve(
@@ -263,6 +300,11 @@ async def test_models_behind_an_api_write_titles(
         ("خبز العجين المخمر", "خبز العجين المخمر"),
         ("Is it C#?", "Is it C#?"),
         ("word " * 30, "word " * 11 + "word…"),
+        ("<think>\nThey ask: bread\n</think>\n\nSourdough", "Sourdough"),
+        ("<think>They ask about bread", ""),
+        ("Here is a title:\n\n**Sourdough**", "Sourdough"),
+        ("**Title:**", ""),
+        ("Sour\x00dough\x1b[2J \u202ehcaer", "Sour dough [2J hcaer"),
         (" \n", ""),
         ("", ""),
     ],

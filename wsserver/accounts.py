@@ -66,27 +66,28 @@ class Accounts:
 
     # Prompts.
 
-    def check(self, account: Account, live: int) -> None:
+    def check(self, account: Account, live: int, spare: int = 0) -> None:
         """Check that an account may send a prompt now. This check does not use the store.
 
         Args:
             account: the account of the prompt.
             live: number of generations of the server that have not ended.
+            spare: number of prompts that the limits have to leave for later.
 
         Raises:
             Refused: the server or the account is at a limit.
         """
-        if live >= self._settings.generations:
+        if live + spare >= self._settings.generations:
             raise Refused(
                 Code.LIMIT,
                 "The server is writing its maximum number of replies. Try again in a moment.",
             )
-        if self._generations.full(account):
+        if self._generations.full(account, spare):
             raise Refused(
                 Code.LIMIT,
                 "You already have your maximum number of replies at once. Wait for the end of one.",
             )
-        if wait := self._prompts.wait(account, self._loop.time()):
+        if wait := self._prompts.wait(account, self._loop.time(), 1 + spare):
             raise Refused(
                 Code.LIMIT,
                 "You have sent too many messages in a minute. Wait a little, and try again.",

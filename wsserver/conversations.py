@@ -296,6 +296,28 @@ class Conversations:
                 watcher.renamed(conversation, title)
             return len(others)
 
+    async def lacks_title(self, name: str, owner: str, made: str) -> bool:
+        """Return whether a conversation still has the title that the server made.
+
+        Args:
+            name: the id of the conversation.
+            owner: the owner of the conversation.
+            made: the title that the server made.
+
+        Raises:
+            Refused: the conversation was deleted.
+            StoreError: the title cannot be read.
+        """
+        async with self.pin(name, owner) as conversation:
+            return await self._has_title(conversation, made)
+
+    async def _has_title(self, conversation: Conversation, title: str) -> bool:
+        await self._journal.flush()
+        stored = await self._store.load(conversation.id, conversation.owner, limit=1, size=1)
+        if stored is None or stored.title != title:
+            return False
+        return not (conversation.renamed or conversation.deleted)
+
     async def entitle(self, name: str, owner: str, title: str, replaced: str) -> None:
         """Replace a title that the server made, and notify all watchers.
 
@@ -312,11 +334,7 @@ class Conversations:
             StoreError: the title cannot be saved.
         """
         async with self.pin(name, owner) as conversation:
-            await self._journal.flush()
-            stored = await self._store.load(name, owner, limit=1, size=1)
-            if stored is None or stored.title != replaced:
-                return
-            if conversation.renamed or conversation.deleted:
+            if not await self._has_title(conversation, replaced):
                 return
             if await self._store.rename(name, owner, title) and not conversation.renamed:
                 for watcher in tuple(conversation.watchers):

@@ -32,11 +32,11 @@ class Bucket:
         self._left = burst
         self._at = now
 
-    def wait(self, now: float) -> float:
-        """Return the seconds until the bucket has a token; 0 if it has one."""
+    def wait(self, now: float, tokens: int = 1) -> float:
+        """Return the seconds until the bucket has some tokens; 0 if it has them."""
         self._left = min(self.burst, self._left + (now - self._at) * self.rate)
         self._at = now
-        return 0.0 if self._left >= 1 else (1 - self._left) / self.rate
+        return 0.0 if self._left >= tokens else (tokens - self._left) / self.rate
 
     def consume(self, now: float) -> float:
         """Take a token and return 0; if there is none, return the seconds until there is one."""
@@ -71,10 +71,11 @@ class Rates:
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def wait(self, account: Account, now: float) -> float:
-        """Return the seconds until each key has a token; 0 if each has one."""
+    def wait(self, account: Account, now: float, tokens: int = 1) -> float:
+        """Return the seconds until each key has some tokens; 0 if each has them."""
         buckets = map(self._buckets.get, account)
-        return max((bucket.wait(now) for bucket in buckets if bucket is not None), default=0.0)
+        waits = (bucket.wait(now, tokens) for bucket in buckets if bucket is not None)
+        return max(waits, default=0.0)
 
     def consume(self, account: Account, now: float) -> float:
         """Take a token from each key's bucket, or none from any; see :meth:`Bucket.consume`."""
@@ -122,10 +123,10 @@ class Shares:
     def __len__(self) -> int:
         return len(self._held)
 
-    def full(self, account: Account) -> bool:
-        """Whether a key of the account is at its limit."""
+    def full(self, account: Account, spare: int = 0) -> bool:
+        """Whether a key of the account is at its limit, or would be with ``spare`` more."""
         return any(
-            self._held.get(key, 0) >= self.limit * GROWTH**level
+            self._held.get(key, 0) + spare >= self.limit * GROWTH**level
             for level, key in enumerate(account)
         )
 

@@ -112,6 +112,8 @@ class Scheduler:
     async def accept_own(self, prompt: Prompt, owner: str, account: Account) -> Generation:
         """Accept a prompt of the server's own, outside of conversations, for any model.
 
+        The limits have to leave room for a prompt of the client.
+
         Args:
             prompt: the prompt.
             owner: the owner whose budget pays.
@@ -121,8 +123,8 @@ class Scheduler:
             Refused: the prompt is not accepted, and nothing has changed.
             StoreError: the spending of the owner cannot be read.
         """
-        self.check_limits(account)
         await self._accounts.check_store(owner, new=False)
+        self.check_limits(account, spare=1)
         return self._accept(prompt, owner, account, None, None)
 
     def accept_now(
@@ -168,15 +170,19 @@ class Scheduler:
         if prompt.model is not None and prompt.model not in self.models:
             raise Refused(Code.MODEL_NOT_ALLOWED)
 
-    def check_limits(self, account: Account) -> None:
+    def check_limits(self, account: Account, spare: int = 0) -> None:
         """Check that an account may send a prompt now. This check does not use the store.
+
+        Args:
+            account: the account of the prompt.
+            spare: number of prompts that the limits have to leave for later.
 
         Raises:
             Refused: the server is shutting down, or it or the account is at a limit.
         """
         if self.draining:
             raise Refused(Code.SHUTTING_DOWN)
-        self._accounts.check(account, len(self.live))
+        self._accounts.check(account, len(self.live), spare)
 
     def _accept(
         self,

@@ -23,6 +23,8 @@ SYSTEM = (
 QUESTION = 1500  # characters of the prompt that the model gets
 REPLY = 1000  # characters of the reply that the model gets
 MAX_TOKENS = 300  # a title has about ten; some models think before they write
+HIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters, and characters that change the writing direction."""
 ON, OFF = "on", "off"
 
 
@@ -30,8 +32,9 @@ class Titles:
     """Asks a model for the title of each new conversation, with one short request.
 
     The request is a generation outside of conversations. So it counts for the principal's limits
-    and budgets, and it does not delay a reply. Until it has ended, and if it fails, the title is
-    the first words of the prompt. A title that a client gave stays.
+    and budgets, and it does not delay a reply. No request is sent if the limits would then refuse
+    the next prompt, or if the conversation already has another title. Until the request has ended,
+    and if it fails, the title is the first words of the prompt. A title that a client gave stays.
 
     Args:
         model: the model of the server.
@@ -80,6 +83,10 @@ class Titles:
         assert conversation is not None
         replaced = shorten(conversation.turns[0].prompt.text)
         try:
+            if not await self._conversations.lacks_title(
+                conversation.id, conversation.owner, replaced
+            ):
+                return
             asked = await self._scheduler.accept_own(
                 self._prompt(generation), generation.owner, generation.account
             )
@@ -109,14 +116,20 @@ class Titles:
 
 
 def title_in(text: str) -> str:
-    """Return the title in the answer of a model: its first line, without quotes and Markdown."""
-    line = next((line for line in text.splitlines() if line.strip()), "")
+    """Return the title in the answer of a model: its first line, without quotes and Markdown.
+
+    A thought in the text is no title, and a line such as "Here is a title:" is none.
+    """
+    text = re.sub(r"^\s*<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if line.strip()]
+    line = next((line for line in lines if not line.rstrip(" *_").endswith(":")), "")
+    line = HIDDEN.sub(" ", line)
     line = re.sub(r"^[\s#>*_`-]*(title:)?", "", line, flags=re.IGNORECASE)
     return shorten(line.strip(" \t*_`\"'“”„«».:"))
 
 
 async def _text_of(asked: Log[Terminal]) -> str:
-    """Return the text of a reply after its end; no text if the reply failed."""
+    """Return the text of a reply after its end; no text if the reply failed or was cut."""
     ended = _Ended(asked)
     asked.followers.append(ended)
     ended.wake()
@@ -124,7 +137,8 @@ async def _text_of(asked: Log[Terminal]) -> str:
         await ended.future
     finally:
         asked.followers.remove(ended)
-    return asked.text if isinstance(asked.terminal, Done) else ""
+    whole = isinstance(asked.terminal, Done) and asked.terminal.reason != "max_tokens"
+    return asked.text if whole else ""
 
 
 class _Ended:
