@@ -51,7 +51,13 @@ def signature(name: str, value: Any) -> str:
         return ""
     if inspect.isclass(value) and getattr(value, "_is_protocol", False):
         return ""
-    shown = [str(parameter) for parameter in given.parameters.values()]
+    shown = []
+    named = False  # whether all further parameters are given by name only
+    for parameter in given.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not named:
+            shown.append("*")
+        named |= parameter.kind in {parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL}
+        shown.append(str(parameter))
     text = f"{name}({', '.join(shown)})"
     if len(text) > WIDTH:
         text = f"{name}(\n    " + ",\n    ".join(shown) + ",\n)"
