@@ -53,6 +53,18 @@ async def test_content_security_policy_blocks_foreign_content(
     await page.close()
 
 
+async def test_empty_page_begins_at_its_top_on_small_screen(
+    browser: Browser, server: wsserver.Server
+) -> None:
+    page = await browser.new_page(viewport={"width": 320, "height": 480})
+    await visit(page, server)
+    await expect(page.get_by_text("What is on your mind?")).to_be_in_viewport(ratio=1)
+    await page.set_viewport_size({"width": 320, "height": 440})
+    await expect(page.get_by_text("What is on your mind?")).to_be_in_viewport(ratio=1)
+    assert await page.evaluate("scrollY") == 0
+    await page.close()
+
+
 @pytest.mark.parametrize("width", [320, 360, 390])
 async def test_page_fits_phone_screen(page: Page, puppet: Puppet, width: int) -> None:
     await page.set_viewport_size({"width": width, "height": 844})

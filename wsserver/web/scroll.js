@@ -41,7 +41,8 @@ function showNews(news) {
 }
 
 function scrollToEnd() {
-  scrollTo({ top: root.scrollHeight, behavior: 'instant' })
+  const isEmpty = log.childElementCount === 0 // the page shows what to try, which may be longer than a small screen
+  scrollTo({ top: isEmpty ? 0 : root.scrollHeight, behavior: 'instant' })
   lastY = scrollY // a reader may scroll up before the event
 }
 
