@@ -18,6 +18,7 @@ from tests.browser.page import (
     state,
     stop_clock,
     text,
+    visit,
 )
 from tests.support.client import client
 from tests.support.puppet import Puppet
@@ -169,6 +170,30 @@ async def test_turn_replaced_while_page_was_away_disappears(
     await regain_connection(timed)
     await expect(prompts(timed)).to_have_text(["First", "Second"])
     await expect(timed.locator(".text")).to_have_text(["One", "Three"])
+
+
+async def test_long_absence_shows_newest_turns_and_offers_earlier_ones(
+    blank: Page, puppet: Puppet
+) -> None:
+    await blank.clock.install()
+    async with wsserver.serve(puppet, port=0, drain_timeout=0, history_messages=2) as server:
+        await visit(blank, server)
+        await converse(blank, puppet, "Prompt 0")
+        conversation = blank.url.partition("#")[2]
+        await lose_connection(blank, server)
+        async with client(server) as other:
+            for number in range(1, 5):
+                start = await other.prompt(f"Prompt {number}", conversation=conversation)
+                (await puppet.reply(number)).say("Reply").end()
+                await other.text(start["id"])
+        await regain_connection(blank)
+        await expect(prompts(blank)).to_have_text(["Prompt 3", "Prompt 4"])
+        earlier = blank.get_by_role("button", name="Show earlier messages")
+        await earlier.click()
+        await expect(prompts(blank)).to_have_count(4)
+        await earlier.click()
+        await expect(prompts(blank)).to_have_text([f"Prompt {number}" for number in range(5)])
+        await expect(earlier).to_be_hidden()
 
 
 @pytest.mark.parametrize("how", ["edit", "prompt"])
