@@ -44,6 +44,13 @@ async def test_hidden_list_stays_hidden_after_reload(page: Page) -> None:
     await expect(side).to_be_visible()
 
 
+async def test_icon_under_pointer_shows_its_name(page: Page, puppet: Puppet) -> None:
+    await converse(page, puppet, "First")
+    copy = page.get_by_role("button", name="Copy the reply")
+    await copy.hover()
+    await expect(copy).to_have_attribute("title", "Copy the reply")
+
+
 async def test_print_shows_whole_code_and_addresses_without_controls(
     page: Page, puppet: Puppet
 ) -> None:

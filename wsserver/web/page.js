@@ -363,6 +363,10 @@ addEventListener('keydown', (event) => {
   if (isDrawerOpen()) setDrawer(false)
   else stop()
 })
+addEventListener('pointerover', ({ target }) => { // people who see the icon get its name, too
+  const icon = target instanceof Element ? target.closest('.icon, #send') : null
+  if (icon instanceof HTMLElement) icon.title = icon.ariaLabel ?? ''
+})
 log.addEventListener('click', (event) => {
   const { target } = event
   if (!(target instanceof Element)) return
