@@ -88,6 +88,45 @@ async def test_cancelled_edit_restores_draft_and_replaces_nothing(
     await expect(prompts(page)).to_have_text(["First", "A draft"])
 
 
+@pytest.mark.parametrize("way", ["reload", "navigation"])
+async def test_edit_continues_after_page_was_left(page: Page, puppet: Puppet, way: str) -> None:
+    await converse(page, puppet, "First", "One")
+    await box(page).fill("A draft")
+    await rewrite(page).click()
+    await box(page).fill("My edit")
+    if way == "reload":
+        await page.reload()
+    else:
+        await page.get_by_role("link", name="New conversation").click()
+        await expect(box(page)).to_have_value("")
+        await expect(page.locator("#editing")).to_be_hidden()
+        await page.go_back()
+    await expect(page.locator("#editing")).to_be_visible()
+    await ask(page, "My edit, changed")
+    (await puppet.reply(1)).say("Two").end()
+    await expect(prompts(page)).to_have_text(["My edit, changed"])
+    await expect(box(page)).to_have_value("A draft")
+
+
+async def test_edit_that_was_overtaken_while_page_was_closed_is_a_draft(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await converse(page, puppet, "First", "One")
+    url = page.url
+    await box(page).fill("A draft")
+    await rewrite(page).click()
+    await box(page).fill("My edit")
+    await page.goto("about:blank")
+    async with client(server) as other:
+        start = await other.prompt("Meanwhile", conversation=url.partition("#")[2])
+        (await puppet.reply(1)).say("Two").end()
+        await other.text(start["id"])
+    await page.goto(url)
+    await expect(prompts(page)).to_have_text(["First", "Meanwhile"])
+    await expect(box(page)).to_have_value("My edit\n\nA draft")
+    await expect(page.locator("#editing")).to_be_hidden()
+
+
 async def test_last_turn_cannot_be_replaced_while_reply_runs(page: Page, puppet: Puppet) -> None:
     await converse(page, puppet, "First", "One")
     await ask(page, "Second")

@@ -18,6 +18,7 @@ const BUSY_KEYS = `Enter sends after this reply · ${INTERRUPT} interrupts and s
 export const isComposing = (event) => event.isComposing || event.keyCode === 229
 
 export class Composer {
+  /** @type {import('./drafts.js').Edit | undefined} The turn that the text will replace. */ edit
   #busy = false
   /** @type {string | undefined} The conversation of the draft; undefined for a new one. */ #conversation
 
@@ -58,19 +59,19 @@ export class Composer {
   moveTo(conversation) {
     this.drafts.set(this.#conversation, '')
     this.#conversation = conversation
-    this.drafts.set(conversation, box.value)
+    this.#keep()
   }
 
   /** Put text before the text of the box. @param {string} text */
   insert(text) {
     this.#show([text, box.value].filter(Boolean).join('\n\n'))
-    this.drafts.set(this.#conversation, box.value)
+    this.#keep()
   }
 
   /** Put text in place of the text of the box. @param {string} text */
   replace(text) {
     this.#show(text)
-    this.drafts.set(this.#conversation, text)
+    this.#keep()
   }
 
   get text() {
@@ -111,6 +112,10 @@ export class Composer {
     this.listener.onSend(text, interrupts)
   }
 
+  #keep() {
+    this.drafts.set(this.#conversation, box.value, this.edit)
+  }
+
   /** @param {string} text */
   #show(text) {
     box.value = text
@@ -119,7 +124,7 @@ export class Composer {
   }
 
   #changed() {
-    this.drafts.set(this.#conversation, box.value)
+    this.#keep()
     this.#grow()
     this.#label()
   }

@@ -7,6 +7,8 @@ const UNSENT = 'unsent ' // + the conversation: the keys of prompts without a re
 const MOST = 50 // drafts of conversations; the oldest is dropped first
 const LONGEST = 100_000 // characters of a draft; no server accepts longer prompts
 
+/** @typedef {{id: string, draft: string}} Edit The turn that a draft replaces, and the draft before it. */
+
 /**
  * One draft for each conversation, and one for a new conversation. All tabs share the drafts of
  * conversations. The draft of a new conversation belongs to its tab, and so do the prompts that were sent
@@ -25,9 +27,15 @@ export class Drafts {
     return typeof text === 'string' ? text : ''
   }
 
-  /** @param {string | undefined} conversation @param {string} text */
-  set(conversation, text) {
-    const kept = text.trim() && text.length <= LONGEST ? { text, at: Date.now() } : undefined
+  /** Return what the draft replaces. @param {string | undefined} conversation @returns {Edit | undefined} */
+  getEdit(conversation) {
+    const { edit } = read(this.#place(conversation), DRAFT + (conversation ?? ''))
+    return typeof edit?.id === 'string' && typeof edit.draft === 'string' ? edit : undefined
+  }
+
+  /** @param {string | undefined} conversation @param {string} text @param {Edit} [edit] */
+  set(conversation, text, edit) {
+    const kept = text.trim() && text.length <= LONGEST ? { text, edit, at: Date.now() } : undefined
     write(this.#place(conversation), DRAFT + (conversation ?? ''), kept)
     if (kept && conversation !== undefined) dropOldest(this.shared, DRAFT, MOST)
   }

@@ -13,7 +13,6 @@ const box = find(document, '#prompt', HTMLTextAreaElement)
 
 export class Editing {
   /** @type {Turn | undefined} The turn that the next prompt replaces. */ #turn
-  #draft = '' // what the box had before
 
   /**
    * @param {Composer} composer
@@ -39,13 +38,26 @@ export class Editing {
 
   /** @param {Turn} turn @param {string} [text] */
   begin(turn, text = turn.prompt) {
-    if (!this.#turn) this.#draft = box.value
+    this.#begin(turn, text, this.composer.edit?.draft ?? box.value)
+    this.composer.focus(true)
+  }
+
+  /** Continue the editing of a draft that was left. @param {import('./drafts.js').Edit | undefined} edit */
+  resume(edit) {
+    if (!edit || this.#turn) return
+    const turn = this.last()
+    if (turn?.id === edit.id) this.#begin(turn, box.value, edit.draft)
+    else this.composer.replace([box.value, edit.draft].filter(Boolean).join('\n\n')) // it was overtaken
+  }
+
+  /** @param {Turn} turn @param {string} text @param {string} draft What the box had before. */
+  #begin(turn, text, draft) {
     this.#turn = turn
     const keeps = attachmentsOf(turn.content ?? '').length ? ' It keeps the attachments.' : ''
     hint.textContent = `Your message replaces the last one and its reply.${keeps}`
     bar.hidden = false
+    this.composer.edit = { id: turn.id, draft }
     this.composer.replace(text)
-    this.composer.focus(true)
   }
 
   /** Put the earlier draft back into the box. */
@@ -58,11 +70,16 @@ export class Editing {
   /** End the editing, and return the turn that the prompt replaces. */
   end() {
     const turn = this.#turn
-    if (turn) this.composer.replace(this.#draft)
-    this.#turn = undefined
-    this.#draft = ''
-    bar.hidden = true
+    const { draft = '' } = this.composer.edit ?? {}
+    this.suspend()
+    if (turn) this.composer.replace(draft)
     return turn
+  }
+
+  /** Hide the editing of a conversation that is left. Its draft stays. */
+  suspend() {
+    this.#turn = this.composer.edit = undefined
+    bar.hidden = true
   }
 
   /**

@@ -137,7 +137,7 @@ function clear(id) {
   fallbackTitle = ''
   followEnd()
   showNotice('')
-  editing.end()
+  editing.suspend()
   composer.open(id)
   settings.open(id)
   sidebar.select(id)
@@ -183,6 +183,7 @@ function showHistory({ conversation, title, messages, replies, before }) {
   turns.show(messages)
   for (const reply of chat.replies.values()) if (reply.conversation === conversation) follow(reply)
   if (isFirst && drafts.restoreUnsent(conversation, conversation, (id) => turns.get(id) !== undefined)) composer.open(conversation)
+  if (isFirst) editing.resume(drafts.getEdit(conversation))
   update()
 }
 
