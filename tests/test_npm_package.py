@@ -67,6 +67,7 @@ def project(tarball: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compile_program(project: Path, module: str, resolution: str) -> Path:
     options = {
         "strict": True,
+        "exactOptionalPropertyTypes": resolution == "bundler",  # not of the types of the AI SDK
         "noUncheckedIndexedAccess": True,
         "noPropertyAccessFromIndexSignature": True,
         "verbatimModuleSyntax": True,

@@ -30,9 +30,12 @@ const stopped = await endless.done
 const refused: unknown = await chat.open('unknown-conversation').catch((error: unknown) => error)
 const code = refused instanceof ReplyError && !refused.retryable ? refused.code : 'none'
 const history: History = await chat.open(conversation)
+const before: number | undefined = history.before
+await chat.open(conversation, { before })
 const messages: Message[] = history.messages
 await chat.rename(conversation, 'A name')
-const items: Item[] = (await chat.list({ limit: 1 })).items
+const { items, next }: { items: Item[], next?: string | undefined } = await chat.list({ limit: 1 })
+await chat.list({ before: next })
 await chat.delete(conversation)
 chat.close()
 
