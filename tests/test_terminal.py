@@ -369,6 +369,7 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
             code, out, err = await outcome(process)
             assert (code, "You wrote: “And?”" in out) == (0, True)
             assert "will not be saved: another wsserver chat is open and uses" in err
+            assert "to save it, leave that chat, and start again" in err
             assert "--store" not in err  # `chat` has no such flag
         person.types("\x04")
         assert await person.leaves() == 0
@@ -378,6 +379,11 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
             "You said: “Hello”",
             "wsserver: this is the demo model; set ANTHROPIC_API_KEY to talk to Claude\n",
         )
+    (tmp_path / "wsserver/chat.sqlite").write_bytes(1000 * b"no database")
+    async with once("--once", "Hi", "-c", **env) as process:
+        code, _, err = await outcome(process)
+        assert code == 0
+        assert "file is not a database; to save it, set XDG_DATA_HOME to another folder" in err
 
 
 async def test_continue_opens_last_conversation(server: wsserver.Server, puppet: Puppet) -> None:

@@ -207,11 +207,15 @@ class Dialogue:
                 await self._save(argument, overwrite=name == "save!")
 
     def _choose_model(self, name: str) -> None:
+        known = self._talk.chat.models
+        offer = f"the server has: {escape(', '.join(known))}"
+        if name not in {"", OWN} and known and name not in known:
+            raise CommandError(f"there is no model {name}; {offer}")
         if name:
             self._talk.model = None if name == OWN else name
         self._screen.note(f"[model: {self._talk.model or 'the default of the server'}]")
-        if known := self._talk.chat.models:
-            self._screen.note(f"[the server has: {escape(', '.join(known))}]")
+        if known:
+            self._screen.note(f"[{offer}]")
 
     async def _list(self) -> None:
         self._listed = await self._talk.chat.conversations(CONVERSATIONS_SHOWN)

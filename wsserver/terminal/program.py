@@ -212,9 +212,11 @@ async def _server(options: Options) -> AsyncIterator[_Address]:
                 if store == "memory:" or not str(error).startswith("store:"):
                     raise
                 reason = str(error).removeprefix("store: ")
+                advice = "set XDG_DATA_HOME to another folder, and start again"
                 if isinstance(error, StoreInUse):
                     reason = f"another wsserver chat is open and uses {file}"
-                note(f"this conversation will not be saved: {reason}")
+                    advice = "leave that chat, and start again"
+                note(f"this conversation will not be saved: {reason}; to save it, {advice}")
             else:
                 break
         if started.model_name == "demo":
