@@ -56,6 +56,7 @@ class Page:
         "settings.js",
         "shortcuts.js",
         "sidebar.js",
+        "slices.js",
         "storage.js",
         "tab.js",
         "theme.js",

@@ -60,6 +60,13 @@ SAMPLES = {
     "": "",
 }
 
+LONG = {
+    "prose": "Some **bold** words, and a [link](https://e.example/) that goes on.\n\n" * 2_500,
+    "code": "```python\n" + "def f(x: int) -> str: return str(x)\n" * 4_000 + "```\n",
+    "table": "| a | b |\n|---|---|\n" + "| **c** | `d` and more |\n" * 5_000,
+    "formulas": "A formula $x^2$ in a sentence that is longer.\n\n" * 2_500,
+}
+
 RENDER = """async (pieces) => {
     const { Markdown } = await import('/markdown.js')
     const root = document.createElement('div')
@@ -159,6 +166,35 @@ async def test_text_only_grows_while_it_streams(page: Page) -> None:
     shown = await stream(page, chopped(written, 1), "root.textContent.replaceAll('\\n', '')")
     for before, after in itertools.pairwise(shown):
         assert after.startswith(before)
+
+
+@pytest.mark.parametrize("written", ["prose", "code", "table", "formulas"])
+async def test_long_reply_is_rendered_in_slices(page: Page, written: str) -> None:
+    """Count what is shown from frame to frame; each look at the clock takes a millisecond."""
+    shown: list[int] = await page.evaluate(
+        """async (text) => {
+            let now = 0
+            performance.now = () => ++now
+            const { Markdown } = await import('/markdown.js')
+            const root = document.body.appendChild(document.createElement('div'))
+            const shown = []
+            const look = () => {
+                shown.push(root.textContent.length)
+                frame = requestAnimationFrame(look)
+            }
+            let frame = requestAnimationFrame(look)
+            const markdown = new Markdown(root, true)
+            markdown.write(text)
+            await markdown.end()
+            cancelAnimationFrame(frame)
+            shown.push(root.textContent.length)
+            root.remove()
+            return shown
+        }""",
+        LONG[written],
+    )
+    assert shown[-1] > 60_000
+    assert max(after - before for before, after in itertools.pairwise([0, *shown])) < 25_000
 
 
 async def test_complete_blocks_are_not_rendered_again(page: Page) -> None:

@@ -11,14 +11,13 @@ import * as libraries from './libraries/markdown.js'
 import { codeBlock, OpenCode } from './code.js'
 import { extensions } from './markdown-syntax.js'
 import { patch } from './patch.js'
+import { cancel, doLater, hasTime } from './slices.js'
 
 const LARGE = 3_000 // characters of a last paragraph; a longer one is split
 const MANY = 800 // characters of a last list or table; the first items or rows of a longer one become final
-const WINDOW = 12_000 // characters that are parsed together
+const WINDOW = 3_000 // characters that are parsed together, if blocks are not longer
 const TRIES = 5 // places where a long paragraph may be split
 const SHARE = 4 // the page renders for at most one part of this many of its time
-const TASK = 8 // milliseconds; then the page does other things before it renders more
-const AT_ONCE = 20_000 // characters of a whole reply that are rendered without a pause
 
 // A short last line that the text after it may turn into the mark of a block, with a box to tick, or into
 // an underline of a heading.
@@ -73,6 +72,7 @@ export class Markdown {
   #ends = false // whether no more text follows
   #due = 0 // when the last block may be rendered again
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer
+  #unfinished = false // whether a later slice renders more
   /** @type {(() => void) | undefined} Called after each rendering. */ #wake
 
   /** @param {HTMLElement} root @param {boolean} [folds] Whether long code is folded. */
@@ -100,7 +100,7 @@ export class Markdown {
     this.#carry = ''
     this.#ends = true
     this.#render()
-    while (this.#timer !== undefined) await /** @type {Promise<void>} */ (new Promise((resolve) => { this.#wake = resolve }))
+    while (this.#unfinished) await /** @type {Promise<void>} */ (new Promise((resolve) => { this.#wake = resolve }))
   }
 
   /** @param {string} text */
@@ -110,17 +110,17 @@ export class Markdown {
   }
 
   /** Render the text that waits, or some of it. */
-  #render() {
+  #render = () => {
     const began = performance.now()
+    cancel(this.#render)
     clearTimeout(this.#timer)
     this.#timer = undefined
     let more = this.#source !== ''
-    while (more && (performance.now() < began + TASK || (this.#ends && this.#source.length < AT_ONCE))) {
-      more = this.#tryStep() && this.#source !== ''
-    }
+    while (more && hasTime()) more = this.#tryStep() && this.#source !== ''
     const now = performance.now()
     this.#due = now + (now - began) * (SHARE - 1)
-    if (more) this.#timer = setTimeout(() => this.#render())
+    this.#unfinished = more
+    if (more) doLater(this.#render)
     else if (this.#ends) this.#finish()
     this.#wake?.()
   }
@@ -158,9 +158,8 @@ export class Markdown {
   #step() {
     if (this.#code) return this.#writeCode(this.#code)
     const head = this.#continued?.head ?? ''
-    const source = this.#source.length > WINDOW * 1.5 ? this.#source.slice(0, WINDOW) : this.#source
+    const [source, tokens] = this.#lexWindow(head)
     const ends = this.#ends && source === this.#source
-    const tokens = this.#lex(head + source)
     let last = tokens.length - 1
     while (last > 0 && tokens[last].type === 'space') last--
     const final = ends ? tokens : tokens.slice(0, last)
@@ -202,6 +201,15 @@ export class Markdown {
     }
     const marks = MARKS.exec(source.slice(-SHORT))?.[0].length ?? 0
     return remend(source.slice(0, source.length - marks).trimEnd(), { katex: false })
+  }
+
+  /** Parse the beginning of the text, with the end of its first block. @param {string} head @returns {[string, any[]]} The source without the head, and its tokens. */
+  #lexWindow(head) {
+    for (let size = WINDOW; ; size *= 2) {
+      const source = this.#source.length > size * 1.5 ? this.#source.slice(0, size) : this.#source
+      const tokens = this.#lex(head + source)
+      if (source === this.#source || tokens.length > 2 || cutOf(tokens[0], source) > 0 || FENCE.test(source)) return [source, tokens]
+    }
   }
 
   /** @param {string} source @returns {any[]} */
@@ -347,25 +355,44 @@ function setLevels(root) {
   }
 }
 
-/** @type {Promise<typeof import('./libraries/math.js')> | undefined} */
-let math
+/** @type {((source: string, element: HTMLElement, options: object) => void) | undefined} KaTeX, once it is loaded. */
+let renderMath
+/** @type {HTMLElement[] | undefined} The formulas that wait for KaTeX; undefined before the first one. */
+let formulas
 
 /** Show a formula once KaTeX is loaded. @param {HTMLElement} element */
 function showMath(element) {
-  const source = element.textContent ?? ''
-  const display = element.dataset.math === 'block'
-  element.className = display ? 'math block' : 'math'
+  element.className = element.dataset.math === 'block' ? 'math block' : 'math'
   element.dir = 'ltr'
-  if (math === undefined) {
-    math = import('./libraries/math.js')
-    const style = document.createElement('link')
-    style.rel = 'stylesheet'
-    style.href = new URL('libraries/math.css', import.meta.url).href
-    document.head.append(style)
+  Object.assign(element, { source: element.textContent ?? '' })
+  if (renderMath) return typeset(element)
+  if (!formulas) loadMath(formulas = [])
+  formulas.push(element)
+}
+
+/** @param {HTMLElement[]} waiting */
+async function loadMath(waiting) {
+  const style = document.createElement('link')
+  style.rel = 'stylesheet'
+  style.href = new URL('libraries/math.css', import.meta.url).href
+  document.head.append(style)
+  const typesetNext = () => {
+    while (waiting.length && hasTime()) typeset(/** @type {HTMLElement} */ (waiting.shift()))
+    if (waiting.length) doLater(typesetNext)
   }
-  Object.assign(element, { source })
-  math.then(({ render }) => {
-    if (/** @type {any} */ (element).source !== source) return
-    render(source, element, { displayMode: display, maxSize: 20, maxExpand: 200, strict: 'ignore' })
-  }).catch(() => { element.textContent = source }) // no formula, or no KaTeX
+  try {
+    renderMath = (await import('./libraries/math.js')).render
+    doLater(typesetNext)
+  } catch { // the formulas stay as they are written
+  }
+}
+
+/** @param {HTMLElement} element */
+function typeset(element) {
+  const { source } = /** @type {any} */ (element)
+  try {
+    renderMath?.(source, element, { displayMode: element.dataset.math === 'block', maxSize: 20, maxExpand: 200, strict: 'ignore' })
+  } catch {
+    element.textContent = source // no formula
+  }
 }
