@@ -179,6 +179,14 @@ async def test_secret_in_flag_logs_warning_without_secret(name: str) -> None:
     assert "hunter2" not in process.output
 
 
+@pytest.mark.slow
+async def test_start_tells_where_conversations_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "chats.sqlite"
+    for store, shown in [(f"sqlite:///{file}", str(file)), ("memory:", "memory, until")]:
+        async with run("-m", "wsserver", "serve", "--port", "0", "--store", store) as process:
+            await process.line(rf"^  store +{shown}")
+
+
 def test_port_in_use_is_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

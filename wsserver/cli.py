@@ -447,11 +447,17 @@ def _cannot_listen(settings: Settings, error: OSError) -> str:
 def _announce(server: Server) -> None:
     note = ""
     if server.model_name == "demo":
-        note = " (offline, no language model; set ANTHROPIC_API_KEY to talk to Claude)"
+        note = (
+            " (offline, no language model; set ANTHROPIC_API_KEY to talk to Claude, or --model "
+            "openai:NAME)"
+        )
     lines = [f"wsserver {wsserver.__version__}, model {server.model_name}{note}"]
     if server.port:
         lines += [f"  page       {server.page}", f"  websocket  {server.url}"]
     lines += [f"  socket     {name}" for name in server.bound if name.startswith(("/", "@"))]
+    store = server.settings.store
+    kept = "memory, until the server ends" if store == "memory:" else store
+    lines.append(f"  store      {kept.removeprefix('sqlite:///')}")
     if server.operations_port is not None:
         lines.append(
             f"  operations http://{server.settings.operations_host}:{server.operations_port}/"
