@@ -15,11 +15,12 @@ from wsserver.responses import Response, respond
 
 BUILT = "built"  # the folder that hatch_build.py writes
 
-# A comment that begins a line, and a type before a declaration.
+# Comments that are lines, types, and comments without quotes at the end of a line.
 _COMMENT = re.compile(
     rb"^[ \t]*/\*\*(?:(?!\*/).)*\*/[ \t]*(?=\n)"
     rb"|^[ \t]*//[^\n]*"
-    rb"|^[ \t]*/\*\* @(?:(?!\*/)[^\n])*\*/ ",
+    rb"|/\*\* @(?:(?!\*/)[^\n])*\*/ "
+    rb"|(?<=\S) // [^\n'\"`]*(?=\n)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -141,9 +142,9 @@ class Page:
 
 
 def without_comments(script: bytes) -> bytes:
-    """Return a script without the comments that begin a line, but for its first one.
+    """Return a script without most comments, but with its first one.
 
-    All lines keep their numbers. A script must not have a template literal with such a line.
+    All lines keep their numbers. A script must not have a template literal with such a text.
     """
     start = script.find(b"*/") if script.startswith(b"/**") else 0
     rest = _COMMENT.sub(lambda comment: b"\n" * comment[0].count(b"\n"), script[start:])
