@@ -24,9 +24,23 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The parts of the suite run side by side, the longest ones first. Make prints the output of each
+# when the part has ended.
+PARTS := folders files browser fast
+TESTS_folders := -m slow $(filter-out tests/browser/ tests/__pycache__/,$(wildcard tests/*/))
+TESTS_files := -m slow $(wildcard tests/test_*.py)
+TESTS_browser := -m slow tests/browser
+TESTS_fast := -m "not slow"
+
 whole: $(VENV)/test.stamp system
-	$(BIN)/pytest --cov --cov-report= --cov-fail-under=0 -m "not slow"
-	$(BIN)/pytest --cov --cov-append --cov-report=term -m slow
+	@rm -f .coverage .coverage.*
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(PARTS:%=part-%)
+	@$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+part-%: $(VENV)/test.stamp
+	@echo "The part $* of the tests:"
+	@COVERAGE_FILE=$(CURDIR)/.coverage.$* $(BIN)/pytest --cov --cov-report= --cov-fail-under=0 $(TESTS_$*)
 
 fast: $(VENV)/test.stamp ## the fast tests, without coverage
 	$(BIN)/pytest -q -m "not slow"
@@ -169,4 +183,4 @@ apt:
 		|| { echo "please install: $(PACKAGES)"; exit 1; }
 
 clean:
-	rm -rf $(VENV) $(TOOLS) dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TOOLS) dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
