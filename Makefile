@@ -136,7 +136,7 @@ $(VENV)/test.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
 	@touch $@ $(VENV)/run.stamp
 
 # Programs that the tests use: a browser, packages of npm (wscat, and the tools for the JavaScript
-# client), nginx, HAProxy, Caddy, and the tools of systemd. A test is skipped if its program cannot be
+# client), nginx, HAProxy, Caddy, PostgreSQL, Redis, and the tools of systemd. A test is skipped if its program cannot be
 # installed; with CI=true the test fails.
 system: $(TOOLS)/npm.stamp
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
@@ -144,6 +144,8 @@ system: $(TOOLS)/npm.stamp
 	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(MAKE) --no-print-directory nginx-light || true
 	@command -v haproxy >/dev/null || test -x /usr/sbin/haproxy || $(MAKE) --no-print-directory haproxy || true
 	@command -v caddy >/dev/null || $(MAKE) --no-print-directory caddy || true
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || $(MAKE) --no-print-directory postgresql || true
+	@command -v redis-server >/dev/null || $(MAKE) --no-print-directory redis-server || true
 	@command -v systemd-analyze >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=systemd || true
 
 $(TOOLS)/npm.stamp: Makefile
@@ -151,8 +153,8 @@ $(TOOLS)/npm.stamp: Makefile
 	@command -v npm >/dev/null && npm install --silent --no-fund --no-audit --prefix $(TOOLS) $(NPM_PACKAGES) && touch $@ || true
 
 # The packages start a service, now and at each boot. The tests need only the programs.
-.PHONY: nginx-light haproxy caddy redis-server
-nginx-light haproxy caddy redis-server:
+.PHONY: nginx-light haproxy caddy redis-server postgresql
+nginx-light haproxy caddy redis-server postgresql:
 	@$(MAKE) --no-print-directory apt PACKAGES=$@
 	@if [ "$$(id -u)" = 0 ]; then SUDO=; else SUDO="sudo -n"; fi; \
 		! command -v systemctl >/dev/null \

@@ -13,6 +13,7 @@ import wsserver
 from tests.support.client import Client, client
 from tests.support.crowd import CROWD
 from tests.support.line import Line
+from tests.support.postgres import Postgres
 from tests.support.puppet import Puppet
 from wsserver import logs
 from wsserver.client import dial
@@ -78,3 +79,16 @@ def fast_reconnect(monkeypatch: pytest.MonkeyPatch) -> None:
 async def chat(server: wsserver.Server) -> AsyncIterator[Client]:
     async with client(server) as connected:
         yield connected
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres.create()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def url(postgres: Postgres) -> str:
+    """The address of empty tables in PostgreSQL."""
+    return postgres.url()

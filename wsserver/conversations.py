@@ -102,6 +102,31 @@ class Conversations:
         else:  # its watchers may leave without another use
             self._used(conversation)
 
+    async def load(self, conversation: Conversation) -> None:
+        """Read the turns of a pinned conversation from the store, if they are not in memory.
+
+        Raises:
+            Refused: the conversation was deleted, or there is no memory for it.
+            StoreError: the store cannot read the conversation.
+        """
+        await self._load_once(conversation)
+        if conversation.deleted:
+            raise Refused(Code.NOT_FOUND)
+
+    def outdate(self, conversation: Conversation) -> None:
+        """Read the turns of a conversation again at its next use: another node may have more."""
+        if not conversation.live:
+            self._unload(conversation)
+            self._known.setdefault((conversation.owner, conversation.id), conversation)
+
+    def dropped(self, conversation: Conversation, sender: Watcher | None = None) -> None:
+        """Notify the watchers of a deleted conversation, except the sender."""
+        for watcher in tuple(conversation.watchers):
+            if watcher is not sender:
+                watcher.drop(conversation)
+        conversation.watchers.clear()
+        self.forget(conversation)
+
     async def _load_once(self, conversation: Conversation) -> None:
         """Read the turns, unless they are in memory. One request reads, others wait for it."""
         while not conversation.loaded:
@@ -229,6 +254,7 @@ class Conversations:
                 raise Refused(Code.NOT_FOUND)
             name, owner, version = conversation.id, conversation.owner, conversation.version
             await self._journal.flush()
+            await self._save_late(conversation)
             stored = await self._store.load(
                 name, owner, limit=self._settings.history_messages, size=size, before=before
             )

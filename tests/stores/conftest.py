@@ -17,6 +17,7 @@ from tests.stores.support import (
 )
 from wsserver.stores import MemoryStore, Store
 from wsserver.stores.database import Connection
+from wsserver.stores.postgres.store import PostgresStore
 from wsserver.stores.sqlite import SqliteStore
 
 
@@ -52,18 +53,26 @@ async def _nothing_is_left_open(monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         assert not thread.is_alive(), thread
 
 
-@pytest.fixture(params=["memory", "sqlite", "sqlite, reopened"])
+@pytest.fixture(
+    params=[
+        "memory",
+        "sqlite",
+        "sqlite, reopened",
+        pytest.param("postgres", marks=pytest.mark.slow),
+    ]
+)
 async def store(request: pytest.FixtureRequest, path: Path) -> AsyncIterator[Store]:
     kinds: dict[str, Callable[[], Store]] = {
         "memory": MemoryStore,
         "sqlite": lambda: SqliteStore(path),
         "sqlite, reopened": lambda: Reopened(path),
+        "postgres": lambda: PostgresStore(request.getfixturevalue("postgres").url()),
     }
     store = kinds[request.param]()
     await store.open()
     yield store
     await store.close()
-    if request.param != "memory":
+    if request.param.startswith("sqlite"):
         check(path)
 
 

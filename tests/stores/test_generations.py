@@ -297,6 +297,7 @@ async def test_oldest_traces_of_owner_are_dropped_over_limit(
 ) -> None:
     monkeypatch.setattr("wsserver.stores.memory.TRACES", 3)
     monkeypatch.setattr("wsserver.stores.sqlite.TRACES", 3)
+    monkeypatch.setattr("wsserver.stores.postgres.store.TRACES", 3)
     await store.commit([whole(header(f"y{n}", "c", owner="you")) for n in range(2)])
     await store.delete("c", "you")
     for number in range(4):

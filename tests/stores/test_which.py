@@ -45,7 +45,7 @@ async def test_store_setting_chooses_store(tmp_path: Path, monkeypatch: pytest.M
         "sqlite://host/file.db",
         "sqlite:///~nobody-of-this-name/chat.db",
         "sqlite:///a\0b",
-        "postgres://host/db",
+        "mysql://host/db",
     ],
 )
 def test_unknown_store_is_one_line_error(url: str) -> None:

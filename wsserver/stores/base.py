@@ -50,6 +50,10 @@ class Entry:
     withdrawn: bool = False
 
 
+class Fenced(StoreError):
+    """The cluster holds this node for dead: it did not renew its leases in time."""
+
+
 class Unsavable(StoreError):
     """An entry can never be saved. The rest of its batch was not saved."""
 
@@ -60,11 +64,15 @@ class Unsavable(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class StoredGeneration:
-    """A saved generation. It has no ``terminal`` while it runs, or if its process died."""
+    """A saved generation. It has no ``terminal`` while it runs, or if its process died.
+
+    ``node``: the node of the cluster that runs it; None if none does.
+    """
 
     header: Header
     pieces: Pieces
     terminal: Terminal | None
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,19 @@ MOST_WAITING = 128  # requests of one owner; each socket has one at a time
 
 
 class FairLock:
-    """Serves one request at a time: the owners in turn, and the requests of one owner in order.
+    """Serves some requests at a time: the owners in turn, and the requests of one owner in order.
 
     ::
 
         async with lock.of(owner):
             ...
+
+    Args:
+        places: the number of requests that are served at a time.
     """
 
-    def __init__(self) -> None:
-        self._held = False
+    def __init__(self, places: int = 1) -> None:
+        self._free = places
         # Queues by owner, the next owner first. No queue is empty.
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
 
@@ -39,8 +42,8 @@ class FairLock:
         Raises:
             Refused: the queue of the owner is full.
         """
-        if not self._held:
-            self._held = True
+        if self._free:
+            self._free -= 1
             return
         mine = self._waiting.get(owner)
         if mine is not None and len(mine) >= MOST_WAITING:
@@ -69,7 +72,7 @@ class FairLock:
             if not turn.cancelled():
                 turn.set_result(None)
                 return
-        self._held = False
+        self._free += 1
 
     def _leave(self, owner: str, turn: "asyncio.Future[None]") -> None:
         mine = self._waiting.get(owner)
