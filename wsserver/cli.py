@@ -1,4 +1,4 @@
-"""The command line: ``wsserver serve``, ``chat``, ``check``, ``token`` and ``schema``."""
+"""The command line: ``wsserver serve``, ``chat``, ``check``, ``token``, ``store``, ``schema``."""
 
 import argparse
 import asyncio
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import wsserver
 from wsserver import descriptors, service_manager
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(_check(**arguments))
         elif command == "token":
             _make_token(**arguments)
+        elif command == "store":
+            sys.exit(_copy_store(**arguments))
         else:
             if not os.environ.get("WSSERVER_STORE"):
                 arguments.setdefault("store", f"sqlite:///{_data_file()}")
@@ -73,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     file=f"{flag}-file",
                     variable=f"WSSERVER_{name.upper()}",
                 )
+            if _has_password(arguments.get("store", "")):
+                log.warning(
+                    "every user of this machine can see a password in a flag; use the environment",
+                    flag="--store",
+                    variable="WSSERVER_STORE",
+                )
             descriptors.raise_limit(settings)
             gc.disable()  # until _start_gc
             with asyncio.Runner(loop_factory=_loop_factory(settings)) as runner:
@@ -84,6 +93,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
+
+
+def _place_of(store: str) -> str:
+    """Return where conversations are kept, without a password."""
+    if store == "memory:":
+        return "memory, until the server ends"
+    parts = urlsplit(store)
+    if parts.scheme == "sqlite":
+        return store.removeprefix("sqlite:///")
+    return f"PostgreSQL at {parts.hostname or 'the default host'}{parts.path}"
+
+
+def _has_password(address: str) -> bool:
+    with contextlib.suppress(ValueError):  # not an address
+        return bool(urlsplit(address).password)
+    return False
 
 
 def _loop_factory(settings: Settings) -> Callable[[], asyncio.AbstractEventLoop]:
@@ -119,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_check(commands)
     _add_token(commands)
+    _add_store(commands)
     schema = commands.add_parser("schema", help="print the JSON Schema of all frames")
     schema.add_argument(
         "--asyncapi", action="store_true", help="print the protocol as AsyncAPI instead"
@@ -139,6 +165,25 @@ def _add_token(commands: Any) -> None:
     making.add_argument("--file", type=Path, help="append the digest to this file")
     making.add_argument(
         "--days", type=_days, help="days that the token is valid; default: for ever"
+    )
+
+
+def _add_store(commands: Any) -> None:
+    store = commands.add_parser("store", help="copy conversations to another store")
+    copying = store.add_subparsers(required=True, metavar="copy").add_parser(
+        "copy",
+        help="copy everything from a SQLite file to PostgreSQL",
+        description="Copy all conversations, replies and costs from a SQLite file to an empty "
+        "PostgreSQL database. No server may use either of them. The file does not change. After an "
+        "interruption the same command goes on where it stopped.",
+        epilog="The exit code is 0, or 1 if replies could not be copied: they are listed.",
+        allow_abbrev=False,
+    )
+    copying.add_argument("source", metavar="FROM", help="sqlite:///PATH")
+    copying.add_argument(
+        "target",
+        metavar="TO",
+        help="postgresql://USER@HOST/DATABASE; the variable PGPASSWORD hides a password",
     )
 
 
@@ -305,6 +350,12 @@ def _days(text: str) -> int:
     return int(text)
 
 
+def _copy_store(source: str, target: str) -> int:
+    from wsserver.stores import copying  # noqa: PLC0415 - it needs asyncpg
+
+    return copying.run(source, target)
+
+
 def _make_token(name: str, file: Path | None, days: int | None) -> None:
     token, line = tokens.new(name, days)
     if file is None:
@@ -455,9 +506,7 @@ def _announce(server: Server) -> None:
     if server.port:
         lines += [f"  page       {server.page}", f"  websocket  {server.url}"]
     lines += [f"  socket     {name}" for name in server.bound if name.startswith(("/", "@"))]
-    store = server.settings.store
-    kept = "memory, until the server ends" if store == "memory:" else store
-    lines.append(f"  store      {kept.removeprefix('sqlite:///')}")
+    lines.append(f"  store      {_place_of(server.settings.store)}")
     if server.operations_port is not None:
         lines.append(
             f"  operations http://{server.settings.operations_host}:{server.operations_port}/"
