@@ -27,9 +27,10 @@ FLOORS: list[dict[str, str]] = [
         "clients": "client",
     },
     {
-        "application": "accounts app chat_http chats connection context conversations cursor "
-        "dialects endings following histories hub intake journal live page quota replies reporting "
-        "requests retention routes running scheduling session stopping titles upkeep",
+        "application": "accounts app chat_http chats cluster connection context conversations "
+        "cursor dialects elsewhere endings following histories hub intake "
+        "journal live page quota replies reporting requests retention routes "
+        "running scheduling session stopping titles upkeep",
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },
@@ -40,13 +41,15 @@ LIBRARIES = {
     "aiohappyeyeballs": {"models"},
     "anthropic": {"models"},
     "argparse": {"cli"},
+    "asyncpg": {"stores"},
     "httptools": {"http", "models"},
     "httpx2": {"auth", "doctor", "models"},
     "jwt": {"auth"},
     "markdown_it": {"terminal"},
     "opentelemetry": {"telemetry"},
-    "prometheus_client": {"telemetry"},
+    "prometheus_client": {"cluster", "telemetry"},
     "prompt_toolkit": {"terminal"},
+    "redis": {"cluster"},
     "rich": {"terminal"},
     "sqlite3": {"stores"},
     "uvloop": {"cli"},

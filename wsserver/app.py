@@ -7,9 +7,10 @@ gets responses and connections.
 import asyncio
 import contextlib
 import random
+import secrets
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from wsserver import auth, models, stores
@@ -31,6 +32,9 @@ from wsserver.session import Transport
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from wsserver.cluster.cluster import Cluster
 
 CLOSE_BATCH = 100  # clients closed at once, so that they do not all come back at once
 CLOSE_PAUSE = 0.1  # seconds between two batches, on average
@@ -106,6 +110,7 @@ class App:
         self._given_model = model
         self._own_model: Model | PushModel | None = None  # the application made it, and closes it
         self._authenticate = authenticate
+        self.cluster: Cluster | None = None  # the other nodes
         self._operations: Operations
         self._routes: Routes
         self._sweep: asyncio.TimerHandle | None = None
@@ -120,17 +125,46 @@ class App:
         if model is None:
             model = self._own_model = models.make(settings)
         self.model_name = models.name_of(model)
-        self.store = stores.make(settings, self.memory)
+        node = secrets.token_hex(8) if settings.cluster else None
+        self.store = stores.make(settings, self.memory, node)
         if self._authenticate is None:
             self._authenticate = auth.make(settings)
         self.admission = Admission(settings, self._authenticate)
         await self.store.open()
         self.hub = Hub(model, self.store, settings, self.metrics, self.memory)
+        if node is not None:
+            await self._join(node)
         self._operations = Operations(
             self.metrics, self._readiness, settings.secret("metrics_token")
         )
         self._chats = Chats(self.hub, settings)
         self._routes = Routes(settings, self.admission, self._operations, self._chats)
+
+    async def _join(self, node: str) -> None:
+        """Become a node of a cluster.
+
+        Raises:
+            ConfigError: Redis cannot be used.
+        """
+        from wsserver.cluster.cluster import Cluster  # noqa: PLC0415
+        from wsserver.cluster.figures import Figures  # noqa: PLC0415
+        from wsserver.stores.postgres.store import PostgresStore  # noqa: PLC0415
+
+        settings, hub = self.settings, self.hub
+        assert isinstance(self.store, PostgresStore)
+        cluster = Cluster(
+            settings.cluster,
+            self.store,
+            node,
+            hub,
+            lease=settings.lease,
+            timeout=settings.stop_timeout + settings.store_timeout,
+        )
+        await cluster.open()
+        for part in (hub, hub.scheduler, hub.retention, hub.conversations):
+            part.elsewhere = cluster
+        self.cluster = cluster
+        self.metrics.add(Figures(cluster))
 
     def ready(self) -> None:
         """Prepare the model, and start to check for idle clients."""
@@ -234,6 +268,7 @@ class App:
             store = False
         return {
             "store": store,
+            **({} if self.cluster is None else self.cluster.health),
             "serving": not self.stopping,
             "upstream": not self.hub.reporter.upstream_failing,
         }
@@ -292,8 +327,10 @@ class App:
             await transport.wait_closed()
 
     async def close(self, within: float) -> None:
-        """Stop all replies, and save them within some seconds."""
+        """Stop all replies, save them within some seconds, and leave the cluster."""
         await self.hub.close(within)
+        if self.cluster is not None:
+            await self.cluster.close()
 
     async def release(self, within: float) -> None:
         """Close the store, the authenticator and the model, each within some seconds."""

@@ -167,15 +167,16 @@ class Chats:
         ag_ui.check_run(body)
         owner, name = _owner(visitor), conversation_of(body["threadId"])
         messages = await self._history(name, visitor)
-        generation = self._reply_of(owner, name)
+        generation = await self._reply_of(owner, name)
         if generation is None:
             whole = ag_ui.AgUi(body, messages).without_reply()
             return respond(HTTPStatus.OK, whole, headers=EVENTS)
         if messages is None or generation.conversation_id is None:
             messages = []  # the prompt has all
         else:
-            live = self._live(owner, name)
-            ending = map(_messages_of, live[: live.index(generation)])
+            live = await self._live(owner, name)
+            before = live[: live.index(generation)] if generation in live else []
+            ending = map(_messages_of, before)
             messages += itertools.chain.from_iterable(ending)
         return self._stream(generation, visitor, ag_ui.AgUi(body, messages))
 
@@ -216,18 +217,17 @@ class Chats:
             self._unstored[owner, chat.conversation] = generation
         return self._stream(generation, visitor, dialect, grace=grace)
 
-    def _live(self, owner: str, name: str) -> list[Generation]:
+    async def _live(self, owner: str, name: str) -> list[Generation]:
         """Return the generations of a conversation that have not ended, in order."""
-        conversation = self._hub.conversations.known(owner, name)
-        live = [] if conversation is None else conversation.live
+        live = await self._hub.live_in(owner, name)
         unstored = self._unstored.get((owner, name))
         if unstored is not None and unstored.log.terminal is None:
             live = [*live, unstored]
         return live
 
-    def _reply_of(self, owner: str, name: str) -> Generation | None:
+    async def _reply_of(self, owner: str, name: str) -> Generation | None:
         """Return the generation of a conversation that runs, or will; else one that ends."""
-        live = self._live(owner, name)
+        live = await self._live(owner, name)
         lasting = [g for g in live if g.state in {State.QUEUED, State.RUNNING}]
         return next(iter(lasting or live), None)
 
@@ -238,7 +238,7 @@ class Chats:
         self._resuming.move_to_end((owner, name))
         if len(self._resuming) > RESUMING:
             self._resuming.popitem(last=False)
-        generation = self._reply_of(owner, name)
+        generation = await self._reply_of(owner, name)
         if generation is None:
             return Response(HTTPStatus.NO_CONTENT, NOT_STORED)
         return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)
@@ -254,14 +254,14 @@ class Chats:
     async def _stop(self, request: Request, visitor: Visitor, name: str) -> Response:
         """Stop a generation, or all of a chat."""
         owner, name = _owner(visitor), unquote(name)
-        known = self._hub.known(owner, name)
-        found = self._live(owner, conversation_of(name)) if known is None else [known]
+        known = await self._hub.find_live(owner, name, visitor.account)
+        found = await self._live(owner, conversation_of(name)) if known is None else [known]
         running = [generation for generation in found if generation.state is not State.ENDED]
         if not running:
             raise Refused(Code.NOT_RUNNING)
         request.extend(self._settings.stop_timeout + self._settings.store_timeout)
         ended: asyncio.Future[list[str]] = self._loop.create_future()
-        stopping = Stopping(self._hub, Stop(), lambda _, ids: _settle(ended, ids))
+        stopping = Stopping(self._hub, Stop(), lambda stopping: _settle(ended, stopping))
         for generation in running:
             stopping.stop(generation)
         stopping.complete_one()
@@ -351,6 +351,10 @@ def _messages_of(generation: Generation) -> list[Message]:
     ]
 
 
-def _settle(ended: "asyncio.Future[list[str]]", ids: list[str]) -> None:
-    if not ended.done():  # the server has not closed meanwhile
-        ended.set_result(ids)
+def _settle(ended: "asyncio.Future[list[str]]", stopping: Stopping) -> None:
+    if ended.done():  # the server has closed meanwhile
+        return
+    if stopping.ids:
+        ended.set_result(stopping.ids)
+    else:
+        ended.set_exception(stopping.refused)

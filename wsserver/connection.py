@@ -6,11 +6,12 @@ call that receives it. Requests that need the store wait in a queue.
 """
 
 import asyncio
+import contextlib
 import time
 
 from wsserver.admission import Visitor
 from wsserver.dialects.v1 import V1
-from wsserver.errors import Code, Refused
+from wsserver.errors import Code, Refused, StoreError
 from wsserver.following import Following
 from wsserver.generation import State
 from wsserver.hub import Hub
@@ -229,7 +230,14 @@ class Connection:
         if flood:
             prompts = [waiting for waiting in prompts if not waiting.stops]
         if not (prompts or running):
-            raise Refused(Code.NOT_RUNNING)
+            if stop.id is None or owner is None or self._session.hub.elsewhere is None or flood:
+                raise Refused(Code.NOT_RUNNING)
+            self._stops += 1
+            work = self._stop_elsewhere(
+                stop.id, owner, Stopping(self._session.hub, stop, self._stopped)
+            )
+            self._session.hub.wait_at_close(asyncio.get_running_loop().create_task(work))
+            return
         self._stops += 1
         stopping = Stopping(self._session.hub, stop, self._stopped)
         for waiting in prompts:
@@ -239,13 +247,22 @@ class Connection:
             stopping.stop(generation)
         stopping.complete_one()
 
-    def _stopped(self, stop: Stop, ids: list[str]) -> None:
+    async def _stop_elsewhere(self, name: str, owner: str, stopping: Stopping) -> None:
+        """Stop a generation that another node may run."""
+        with contextlib.suppress(Refused, StoreError):
+            found = await self._session.hub.find_live(owner, name, self._session.account)
+            if found is not None:
+                stopping.stop(found)
+        stopping.complete_one()
+
+    def _stopped(self, stopping: Stopping) -> None:
         """Answer a ``stop``: its generations have ended, or its prompts were refused."""
         self._stops -= 1
+        stop, ids = stopping.frame, stopping.ids
         if self._session.ended:
             return
         if not ids:
-            self._session.fail(Refused(Code.NOT_RUNNING), stop)
+            self._session.fail(stopping.refused, stop)
         elif stop.request is not None:
             self._session.write(Stopped(ids=ids, request=stop.request))
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 
 from wsserver.context import newest
+from wsserver.elsewhere import Elsewhere
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.journal import Journal
 from wsserver.limits import CACHE, Memory, account_of
@@ -37,6 +38,7 @@ class Conversations:
         self._settings = settings
         self._memory = memory
         memory.shed_by(self.shed)
+        self.elsewhere: Elsewhere | None = None  # the other nodes
         self._known: OrderedDict[tuple[str, str], Conversation] = OrderedDict()
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -320,6 +322,8 @@ class Conversations:
             others = [watcher for watcher in conversation.watchers if watcher is not sender]
             for watcher in others:
                 watcher.renamed(conversation, title)
+            if self.elsewhere is not None:
+                self.elsewhere.renamed(owner, name, title)
             return len(others)
 
     async def lacks_title(self, name: str, owner: str, made: str) -> bool:
@@ -365,3 +369,5 @@ class Conversations:
             if await self._store.rename(name, owner, title) and not conversation.renamed:
                 for watcher in tuple(conversation.watchers):
                     watcher.renamed(conversation, title)
+                if self.elsewhere is not None:
+                    self.elsewhere.renamed(owner, name, title)

@@ -93,6 +93,11 @@ class Code(StrEnum):
         True,
         "The server cannot read or save conversations now. Try again in a minute.",
     )
+    UNAVAILABLE = (
+        "unavailable",
+        True,
+        "Another part of the server does not answer. Try again in a moment.",
+    )
     SHUTTING_DOWN = "shutting_down", True, "The server is about to restart. Try again in a moment."
     # Failures of a generation.
     BAD_REQUEST = (

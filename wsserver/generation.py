@@ -122,6 +122,19 @@ class Log(Generic[T]):
             for follower in tuple(self.followers):  # a copy: a woken follower may remove itself
                 follower.wake()
 
+    def extend(self, pieces: Pieces) -> None:
+        """Add pieces that another log has, and wake the followers once.
+
+        Raises:
+            RuntimeError: the log has its terminal.
+        """
+        if self.terminal is not None:
+            raise RuntimeError("extend a log that has its terminal")
+        for kind, block, data in pieces.runs():
+            self.pieces.extend(kind, block, data)
+        for follower in tuple(self.followers):
+            follower.wake()
+
     def end(self, terminal: T) -> None:
         """Add the terminal and wake each follower for the last time, even if another one fails.
 

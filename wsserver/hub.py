@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 
 from wsserver.accounts import Accounts
 from wsserver.conversations import Conversations
+from wsserver.elsewhere import Elsewhere
 from wsserver.errors import Code, ModelError, Refused
 from wsserver.generation import Follower, State
 from wsserver.journal import Journal
 from wsserver.limits import SECONDS_PER_DAY, Account, Memory
 from wsserver.live import Conversation, Generation, Watcher
+from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.models.readiness import Readiness
 from wsserver.protocol import StoppedBy
@@ -83,6 +86,7 @@ class Hub:
             retention=settings.retention_days * SECONDS_PER_DAY,
         )
         self._detached: set[asyncio.Task[None]] = set()  # requests of disconnected clients
+        self.elsewhere: Elsewhere | None = None  # the other nodes
 
     def _turn_ended(self, generation: Generation) -> None:
         self._titles.turn_ended(generation)
@@ -117,15 +121,64 @@ class Hub:
         generation = await self.retention.find(owner, generation_id, account)
         if generation is None:
             raise Refused(Code.NOT_FOUND)
-        if after > generation.log.seq:
+        if after > max(generation.log.seq, generation.reached):
             raise Refused(Code.GAP)
         return generation, generation.resume(after, self._settings.frame_size)
 
+    async def find_live(self, owner: str, name: str, account: Account) -> Generation | None:
+        """Return a generation that has not ended, on this node or on another one; else None.
+
+        Raises:
+            Refused: the account is over its limit of reads.
+            StoreError: the store failed.
+        """
+        generation = self.known(owner, name)
+        if generation is None and self.elsewhere is not None:
+            with contextlib.suppress(Refused):
+                generation = await self.retention.find(owner, name, account)
+        ended = generation is None or generation.state is State.ENDED
+        return None if ended else generation
+
+    async def live_in(self, owner: str, name: str) -> list[Generation]:
+        """Return the generations of a conversation that have not ended, in order.
+
+        Raises:
+            Refused: the node that has the conversation does not answer.
+            StoreError: the store failed.
+        """
+        if self.elsewhere is None:
+            conversation = self.conversations.known(owner, name)
+            return [] if conversation is None else conversation.live
+        async with self.conversations.pin(name, owner) as conversation:
+            await self.elsewhere.learn(conversation)
+            return conversation.live
+
     # Stopping and following.
 
-    def stop(self, generation: Generation, why: StoppedBy | ModelError) -> None:
-        """Stop a generation; see :meth:`wsserver.running.Runner.stop`."""
-        self._runner.stop(generation, why)
+    def stop(
+        self,
+        generation: Generation,
+        why: StoppedBy | ModelError,
+        on_refused: Callable[[Refused], None] = lambda _: None,
+    ) -> None:
+        """Stop a generation; see :meth:`wsserver.running.Runner.stop`.
+
+        If another node runs it, that node is asked. ``on_refused`` is called if it does not answer.
+        """
+        if generation.node is None:
+            self._runner.stop(generation, why)
+        elif self.elsewhere is not None and generation.state is not State.ENDED:
+            self.wait_at_close(self._loop.create_task(self._stop_elsewhere(generation, on_refused)))
+
+    async def _stop_elsewhere(
+        self, generation: Generation, on_refused: Callable[[Refused], None]
+    ) -> None:
+        assert self.elsewhere is not None
+        try:
+            await self.elsewhere.stop(generation)
+        except Refused as refused:
+            log.warning("stop not acknowledged", id=generation.id, node=generation.node)
+            on_refused(refused)
 
     def follow(self, generation: Generation, follower: Follower) -> None:
         """Add a follower. A generation with a follower outlives the grace time."""
@@ -156,6 +209,11 @@ class Hub:
         """
         generation.log.followers.remove(follower)
         generation.readers -= 1
+        if generation.node is not None:
+            if not generation.readers and generation.state is not State.ENDED:
+                assert self.elsewhere is not None
+                self.elsewhere.left(generation, lost=lost)
+            return
         now, wait = self._loop.time(), self._settings.grace
         wait = wait if grace is None else min(grace, wait)
         generation.kept_until = max(generation.kept_until, now + wait)
@@ -191,16 +249,21 @@ class Hub:
         async with self.conversations.pin(conversation_id, owner) as conversation:
             if before is not None and (conversation.live or conversation.pins > 1):
                 raise Refused(Code.BUSY)
+            if self.elsewhere is not None:
+                node = await self.elsewhere.claim(conversation)
+                if node is not None:
+                    await self.elsewhere.delete(node, conversation)
+                    self.conversations.dropped(conversation, sender)
+                    return
             conversation.deleted = True
             try:
                 await self._delete(conversation, before)
             except BaseException:
                 conversation.deleted = False
                 raise
-        for watcher in tuple(conversation.watchers):
-            if watcher is not sender:
-                watcher.drop(conversation)
-        conversation.watchers.clear()
+        self.conversations.dropped(conversation, sender)
+        if self.elsewhere is not None:
+            self.elsewhere.deleted(conversation)
 
     async def _delete(self, conversation: Conversation, before: float | None) -> None:
         """Stop the generations of a conversation, wait for the models, and delete it."""

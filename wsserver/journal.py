@@ -15,7 +15,7 @@ from wsserver.errors import StoreError
 from wsserver.generation import Log
 from wsserver.logs import log
 from wsserver.protocol import Terminal
-from wsserver.stores.base import Entry, Header, Store, StoredGeneration, Unsavable
+from wsserver.stores.base import Entry, Fenced, Header, Store, StoredGeneration, Unsavable
 from wsserver.telemetry import Metrics
 
 LONGEST_PAUSE = 5.0  # seconds between two attempts to save a failed batch
@@ -285,8 +285,11 @@ class Journal:
             self._urgent.set()
             return
         self._report(error)
+        if isinstance(error, Fenced):  # another node has ended these replies
+            for record in records:
+                record.lost = True
         self._notify(records, saved=False)
-        self._requeue(records)
+        self._requeue([record for record in records if not record.lost])
 
     def _requeue(self, records: list[Record]) -> None:
         """Put a batch back in front. The oldest ended records over the bounds are dropped."""

@@ -59,6 +59,8 @@ class Conversation:
     running: "Generation | None" = None
     # The generations that wait for `running`, in order.
     queue: "list[Generation]" = field(default_factory=list)
+    # Mirrors of the generations that another node runs or queues, in order.
+    mirrors: "list[Generation]" = field(default_factory=list)
     # The clients that have the conversation open.
     watchers: dict[Watcher, None] = field(default_factory=dict)
     version: int = 0  # grows by one with each reply that ends
@@ -109,7 +111,7 @@ class Conversation:
     @property
     def live(self) -> "list[Generation]":
         """The running generation and the queued generations, in order."""
-        return ([] if self.running is None else [self.running]) + self.queue
+        return ([] if self.running is None else [self.running]) + self.queue + self.mirrors
 
     @property
     def idle(self) -> bool:
@@ -143,6 +145,11 @@ class Generation:
     conversation: Conversation | None = None
     log: Log[Terminal] = field(default_factory=Log)
     state: State = State.QUEUED
+    # The node that runs it, if this is a mirror. A mirror is QUEUED until it has ended.
+    node: str | None = None
+    # Of a mirror: its place in the queue and its last seq when the mirror was made.
+    place: int | None = None
+    reached: int = 0
     # Limits and costs.
     allowance: int = 0  # output tokens that the reply may have
     input_tokens: int = 0  # estimate of the input tokens of the request
@@ -258,6 +265,8 @@ class Generation:
     @property
     def queued(self) -> int | None:
         """The place in the conversation's queue, from 1; None once the reply runs."""
+        if self.node is not None:
+            return self.place
         if self.state is not State.QUEUED or self.conversation is None:
             return None
         return self.conversation.queue.index(self) + 1

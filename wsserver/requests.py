@@ -303,6 +303,8 @@ class Requests:
             room = room_of(session.settings)
             if request.size is not None:
                 room = min(room, request.size)
+            if hub.elsewhere is not None and request.before is None:
+                await hub.elsewhere.watch(conversation)
             stored = await hub.conversations.history(conversation, request.before, room)
             live = [generation.id for generation in conversation.live]
             self._write_read(history(stored, live, room, request.request))

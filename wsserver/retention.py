@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 
 from wsserver.accounts import Accounts
+from wsserver.elsewhere import Elsewhere
 from wsserver.endings import restored
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
@@ -50,6 +51,7 @@ class Retention:
         self._conversations: dict[tuple[str, str], set[Generation]] = {}  # the ended ones of each
         self._reads: dict[str, set[object]] = {}  # by owner: reads of the store under way
         self._timer: asyncio.TimerHandle | None = None
+        self.elsewhere: Elsewhere | None = None  # the other nodes
         memory.shed_by(self._shed)
 
     def __iter__(self) -> Iterator[Generation]:
@@ -83,6 +85,17 @@ class Retention:
             return known
         if isinstance(stored, Forgotten):
             raise Refused(Code.FORGOTTEN)
+        if stored.node is not None and self.elsewhere is not None:
+            running = await self.elsewhere.find(owner, generation_id, stored.node)
+            if running is not None:
+                return running
+            again = await self._read(owner, generation_id)  # it may have ended meanwhile
+            known = self.known(owner, generation_id)
+            if known is not None or not isinstance(again, StoredGeneration):
+                return known
+            if again.node is not None:  # the others have not ended the replies of a dead node yet
+                raise Refused(Code.UNAVAILABLE)
+            stored = again
         generation = restored(stored)
         self.retain(generation)
         self._accounts.charge_reads(account, generation.size)

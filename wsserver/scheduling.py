@@ -11,6 +11,7 @@ from collections.abc import Callable
 from wsserver.accounts import Accounts
 from wsserver.context import tokens_of
 from wsserver.conversations import Conversations
+from wsserver.elsewhere import Elsewhere, Moved
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
 from wsserver.limits import Account, Memory
@@ -22,6 +23,8 @@ from wsserver.retention import Retention
 from wsserver.running import Runner
 from wsserver.settings import Settings
 from wsserver.stores.base import Header
+
+ATTEMPTS = 5  # to forward a prompt whose conversation changes its node
 
 
 class Scheduler:
@@ -75,9 +78,17 @@ class Scheduler:
         self.idle = asyncio.Event()  # set while there are none
         self.idle.set()
         self.draining = False  # no more prompts are accepted
+        self.elsewhere: Elsewhere | None = None  # the other nodes
 
     async def accept(
-        self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher | None
+        self,
+        prompt: Prompt,
+        owner: str,
+        account: Account,
+        own: str | None,
+        sender: Watcher | None,
+        *,
+        forwarded: bool = False,
     ) -> Generation:
         """Accept a prompt: start or queue a generation, or return the known one with this id.
 
@@ -87,10 +98,12 @@ class Scheduler:
             account: the account whose limits apply.
             own: the id of the conversation for a prompt that names none; None starts a new one.
             sender: the watcher that is not notified.
+            forwarded: another node has sent the prompt, because this one has the conversation.
 
         Raises:
             Refused: the prompt is not accepted, and nothing has changed.
             StoreError: the conversation cannot be read.
+            Moved: a forwarded prompt has to go to another node.
         """
         self._check(prompt)
         if prompt.id is not None:
@@ -103,11 +116,40 @@ class Scheduler:
             if prompt.messages is None:
                 name = prompt.conversation or own
                 conversation = await stack.enter_async_context(
-                    self._conversations.pin(name or _new_id(), owner, load=name is not None)
+                    self._conversations.pin(name or _new_id(), owner)
                 )
+                if self.elsewhere is not None:
+                    mirror = await self._forward(
+                        self.elsewhere, prompt, conversation, account, sender, forwarded=forwarded
+                    )
+                    if mirror is not None:
+                        return mirror
+                if name is not None:
+                    await self._conversations.load(conversation)
             new = conversation is not None and not conversation.exists
             await self._accounts.check_store(owner, new=new)
             return self._accept(prompt, owner, account, conversation, sender)
+
+    async def _forward(
+        self,
+        elsewhere: Elsewhere,
+        prompt: Prompt,
+        conversation: Conversation,
+        account: Account,
+        sender: Watcher | None,
+        *,
+        forwarded: bool,
+    ) -> Generation | None:
+        """Send a prompt to the node that has the conversation; return None if this one has it."""
+        for _ in range(ATTEMPTS):
+            node = await elsewhere.claim(conversation)
+            if node is None:
+                return None
+            if forwarded:
+                raise Moved
+            with contextlib.suppress(Moved):
+                return await elsewhere.prompt(node, prompt, conversation, account, sender)
+        raise Refused(Code.UNAVAILABLE)
 
     async def accept_own(self, prompt: Prompt, owner: str, account: Account) -> Generation:
         """Accept a prompt of the server's own, outside of conversations, for any model.
@@ -144,6 +186,10 @@ class Scheduler:
         self._check(prompt)
         if prompt.messages is not None:
             return self._accept(prompt, owner, account, None, sender)
+        if self.elsewhere is not None:
+            known = None if name is None else self._conversations.known(owner, name)
+            if known is None or not self.elsewhere.holds(known):
+                return None
         conversation = self._conversations.pin_now(name or _new_id(), owner)
         try:
             return self._accept(prompt, owner, account, conversation, sender)
@@ -203,7 +249,7 @@ class Scheduler:
             return _of_prompt(known, prompt)
         self.check_limits(account)
         if conversation is not None:
-            conversation.check(prompt, self._settings.queue_size)
+            self._check_conversation(conversation, prompt)
         model = prompt.model or self.runner.model_name
         generation = Generation(
             id=prompt.id or _new_id(),
@@ -250,7 +296,14 @@ class Scheduler:
             for watcher in tuple(conversation.watchers):
                 if watcher is not sender:
                     watcher.attach(generation)
+            if self.elsewhere is not None:
+                self.elsewhere.started(generation)
         return generation
+
+    def _check_conversation(self, conversation: Conversation, prompt: Prompt) -> None:
+        if self.elsewhere is not None and not self.elsewhere.holds(conversation):
+            raise Refused(Code.UNAVAILABLE)  # this node has lost its lease meanwhile
+        conversation.check(prompt, self._settings.queue_size)
 
     def _start(self, generation: Generation, request: Request | None = None) -> None:
         conversation, retried = generation.conversation, generation.prompt.retry_of

@@ -158,8 +158,11 @@ class Settings(BaseSettings):
     # Storage.
     store: str = "memory:"
     """Where conversations are stored. `memory:` until the process ends, or `sqlite:///PATH` for a
-    file (four slashes for an absolute path). `wsserver serve` without this setting uses a file in
-    the user's data folder."""
+    file (four slashes for an absolute path), or `postgresql://USER@HOST/DATABASE`. `wsserver serve`
+    without this setting uses a file in the user's data folder."""
+    cluster: str = ""
+    """Redis that connects the nodes of a cluster. Its address, as `redis://HOST:PORT/0`. All nodes
+    have the same `store`, in PostgreSQL. Empty: this server is alone."""
     retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("days")] = 0.0
     """Days until an unused conversation is deleted. 0 keeps all conversations."""
 
@@ -255,6 +258,9 @@ class Settings(BaseSettings):
     save_interval: PositiveSeconds = 0.1
     """Time between two writes of the text of running replies. A crash loses at most the text of
     this time and of one write."""
+    lease: PositiveSeconds = 10.0
+    """Time after which the other nodes of a cluster hold a node for dead that does not renew. Its
+    replies then end as `interrupted`."""
     store_timeout: PositiveSeconds = 5.0
     """Time for the store to save the end of a reply. After this time the client gets the end of the
     reply as not saved."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from wsserver.errors import Code, Refused
 from wsserver.generation import Log, State
 from wsserver.hub import Hub
 from wsserver.live import Generation
@@ -15,9 +16,10 @@ class Stopping:
 
     _hub: Hub
     frame: Stop
-    # Called once all have ended, with the ids of the generations that were stopped.
-    _answer: Callable[[Stop, list[str]], None]
-    _ids: list[str] = field(default_factory=list)
+    _answer: Callable[["Stopping"], None]  # called once all have ended
+    ids: list[str] = field(default_factory=list)  # the generations that were stopped
+    # Why none was stopped: a generation that another node runs may be out of reach.
+    refused: Refused = field(default_factory=lambda: Refused(Code.NOT_RUNNING))
     _logs: list[Log[Terminal]] = field(default_factory=list)
     _pending: int = 1  # until `complete_one` is called for the frame itself
 
@@ -29,10 +31,19 @@ class Stopping:
         """Stop a generation, and wait for its end."""
         if generation.state is not State.ENDED:
             self._pending += 1
-            self._ids.append(generation.id)
+            self.ids.append(generation.id)
             self._logs.append(generation.log)
             generation.log.followers.append(self)
-            self._hub.stop(generation, "client")
+            self._hub.stop(generation, "client", lambda refused: self._fail(generation, refused))
+
+    def _fail(self, generation: Generation, refused: Refused) -> None:
+        """Count a generation out: the node that runs it does not answer."""
+        if generation.log in self._logs:
+            self._logs.remove(generation.log)
+            generation.log.followers.remove(self)
+            self.ids.remove(generation.id)
+            self.refused = refused
+            self.complete_one()
 
     def wake(self) -> None:
         """Count the generations whose logs have a terminal as ended."""
@@ -45,4 +56,4 @@ class Stopping:
         """Count an end, or the end of the frame's own work. Answer the frame after the last one."""
         self._pending -= 1
         if not self._pending:
-            self._answer(self.frame, self._ids)
+            self._answer(self)

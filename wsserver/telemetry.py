@@ -24,6 +24,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.registry import Collector
 
 from wsserver.errors import UPSTREAM, Code, WsserverError
 from wsserver.limits import Memory
@@ -168,6 +169,10 @@ class Metrics:
             self._upstream.labels(code)
         for why in get_args(Aborted):
             self._aborted.labels(why)
+
+    def add(self, collector: Collector) -> None:
+        """Add the metrics of another part of the server."""
+        self._registry.register(collector)
 
     def exposition(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""

@@ -21,6 +21,7 @@ export const MEANINGS = /** @type {Record<string, string>} */ ({
   quota: "Today's budget is used up. Try again tomorrow.",
   auth_unavailable: 'The server cannot check tokens now. Try again in a minute.',
   store: 'The server cannot read or save conversations now. Try again in a minute.',
+  unavailable: 'Another part of the server does not answer. Try again in a moment.',
   shutting_down: 'The server is about to restart. Try again in a moment.',
   bad_request: "The model's provider refused the message. Change it, or begin a new conversation.",
   credentials: "The model's provider refused the server's key. Tell the operator of the server, with the reference of this error.",

@@ -1,0 +1,1 @@
+"""Several nodes: servers that share a PostgreSQL store and a Redis."""

@@ -1,0 +1,339 @@
+"""Messages between nodes, over the pub/sub of Redis.
+
+The bus delivers a message at most once, and in order while nothing fails. It may lose messages:
+Redis keeps none, and drops a subscriber that reads too slowly. The users of the bus notice a loss
+by themselves: a request has a time-out, and content has a `seq`. After each outage the bus calls
+``on_reset``, because everything that was sent meanwhile is lost.
+
+https://redis.io/docs/latest/develop/pubsub/
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from wsserver.errors import ConfigError
+from wsserver.logs import log
+
+try:
+    from redis import exceptions
+    from redis.asyncio import Redis
+    from redis.asyncio.connection import AbstractConnection
+    from redis.asyncio.retry import Retry
+    from redis.backoff import NoBackoff
+except ImportError:
+    raise ConfigError("cluster: the package redis is missing; install wsserver[cluster]") from None
+
+MERGE = 0.005  # seconds: messages within this time after another one go together
+LONGEST = 262_144  # bytes of one message of Redis
+MOST_WAITING = 4_194_304  # bytes of messages that wait for Redis; later ones are lost
+PING_EVERY = 1.0  # seconds without a message before a ping of the subscription
+TIMEOUT = 2.0  # seconds for an answer of Redis
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to connect again
+
+_FAILURES = (exceptions.RedisError, OSError, TimeoutError, EOFError)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the bus has done, for the metrics.
+
+    Attributes:
+        sent: messages that Redis has accepted.
+        batches: messages of Redis that carried them.
+        lost: messages that Redis did not get.
+        received: messages of other nodes.
+        resets: times that the subscription was lost.
+        delay: seconds that the last message took to Redis and back to this program.
+    """
+
+    sent: int = 0
+    batches: int = 0
+    lost: int = 0
+    received: int = 0
+    resets: int = 0
+    delay: float = 0.0
+
+
+class Bus:
+    """Sends messages to topics, and receives the messages of subscribed topics.
+
+    A message is bytes without a line end, such as JSON.
+
+    Args:
+        url: the address of Redis, as redis-py reads it.
+        node: the id of this node; the receivers get it with each message.
+        on_messages: called with the topic, the id of the sending node, and its messages. Must not
+            raise.
+        on_reset: called after the subscriptions were lost and made again. Must not raise.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        node: str,
+        on_messages: Callable[[str, str, list[bytes]], None],
+        on_reset: Callable[[], None],
+    ) -> None:
+        self.node = node
+        self.counts = Counts()
+        self._on_messages = on_messages
+        self._on_reset = on_reset
+        try:
+            self._redis = Redis.from_url(
+                url,
+                socket_timeout=TIMEOUT,
+                socket_connect_timeout=TIMEOUT,
+                protocol=2,
+                # A repeated PUBLISH would double the messages. The bus connects again itself.
+                retry=Retry(NoBackoff(), 0),
+                client_name=f"wsserver-{node}",
+            )
+        except ValueError as error:
+            raise ConfigError(f"cluster: {error}") from None
+        self._topics: set[str] = set()  # the topics that this node wants to receive
+        self._asked: set[str] = set()  # the topics that Redis was told of on this connection
+        # Done once Redis has confirmed the subscription of a topic.
+        self._confirmed: dict[str, asyncio.Future[None]] = {}
+        self._changed = asyncio.Event()
+        self._listener: asyncio.Task[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
+        self._subscribed = False
+        self._heard = self._pinged = 0.0  # when Redis last said something, and was last asked to
+        self._reachable = True  # the last publication succeeded
+        self._outbox: dict[str, list[bytes]] = {}
+        self._waiting = 0  # bytes in the outbox
+        self._filled = asyncio.Event()
+        self.on_flush: Callable[[], None] = lambda: None  # called before the bus sends; may send
+        self.on_lost: Callable[[], None] = lambda: None  # called when messages were not sent
+
+    @property
+    def healthy(self) -> bool:
+        """Whether messages are received, and the last ones were sent."""
+        return self._subscribed and self._reachable
+
+    async def open(self, topics: Iterable[str]) -> None:
+        """Connect to Redis and subscribe to topics.
+
+        Raises:
+            ConfigError: Redis cannot be used.
+        """
+        self._topics.update(topics)
+        opened = asyncio.get_running_loop().create_future()
+        self._listener = asyncio.create_task(self._listen(opened))
+        self._sender = asyncio.create_task(self._send_all())
+        try:
+            await opened
+        except _FAILURES as error:
+            await self.close()
+            raise ConfigError(f"cluster: cannot use Redis: {_reason(error)}") from error
+
+    async def close(self) -> None:
+        """Send what waits, and disconnect. Idempotent."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT):
+                while self._outbox and self.healthy:  # noqa: ASYNC110 - a few milliseconds
+                    await asyncio.sleep(MERGE)
+        tasks = {task for task in (self._listener, self._sender) if task is not None}
+        self._listener = self._sender = None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        with contextlib.suppress(*_FAILURES):
+            await self._redis.aclose()
+
+    # Topics.
+
+    async def subscribe(self, topic: str) -> None:
+        """Receive the messages of a topic from now on.
+
+        Raises:
+            TimeoutError: Redis does not confirm the subscription. It is made later.
+        """
+        self._topics.add(topic)
+        self._changed.set()
+        if topic not in self._confirmed:
+            self._confirmed[topic] = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(TIMEOUT):
+            await asyncio.shield(self._confirmed[topic])
+
+    def unsubscribe(self, topic: str) -> None:
+        """Receive the messages of a topic no longer."""
+        self._topics.discard(topic)
+        self._confirmed.pop(topic, None)
+        self._changed.set()
+
+    # Sending.
+
+    def send(self, topic: str, message: bytes) -> None:
+        """Send a message to a topic: at once, or with others after a few milliseconds."""
+        self._waiting += len(message)
+        if self._waiting > MOST_WAITING:
+            self._waiting -= len(message)
+            self.counts.lost += 1
+            return
+        self._outbox.setdefault(topic, []).append(message)
+        self._filled.set()
+
+    def request_flush(self) -> None:
+        """Call :attr:`on_flush`: at once, or after a few milliseconds."""
+        self._filled.set()
+
+    async def _send_all(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            await self._filled.wait()
+            began = time.monotonic()
+            self._filled.clear()
+            self.on_flush()
+            if not self._outbox:
+                continue
+            outbox, self._outbox, self._waiting = self._outbox, {}, 0
+            number = sum(map(len, outbox.values()))
+            try:
+                await self._publish(outbox)
+            except _FAILURES as error:
+                self.counts.lost += number
+                if self._reachable:  # once per outage
+                    log.error("bus cannot send", reason=_reason(error))
+                self._reachable = False
+                self.on_lost()
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+                continue
+            if not self._reachable:
+                log.warning("bus sends again")
+            self._reachable, pause = True, FIRST_PAUSE
+            self.counts.sent += number
+            await asyncio.sleep(max(0.0, began + MERGE - time.monotonic()))
+
+    async def _publish(self, outbox: dict[str, list[bytes]]) -> None:
+        head = self.node.encode()
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for topic, messages in outbox.items():
+                parts, size = [head], 0
+                for message in messages:
+                    if size + len(message) > LONGEST and len(parts) > 1:
+                        pipeline.publish(topic, b"\n".join(parts))
+                        parts, size = [head], 0
+                    parts.append(message)
+                    size += len(message)
+                pipeline.publish(topic, b"\n".join(parts))
+            self.counts.batches += len(pipeline.command_stack)
+            await pipeline.execute()
+
+    # Receiving.
+
+    async def _listen(self, opened: "asyncio.Future[None]") -> None:
+        """Receive for ever; subscribe again after each failure.
+
+        The bus reads from a connection of its own. The `PubSub` of redis-py would connect and
+        subscribe again by itself, and nobody would learn that messages were lost.
+        """
+        pause = FIRST_PAUSE
+        while True:
+            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            try:
+                await connection.connect()
+                await self._subscribe(connection)
+                if self.counts.resets:
+                    log.warning("bus receives again")
+                pause = FIRST_PAUSE
+                if not opened.done():
+                    opened.set_result(None)
+                else:
+                    self._on_reset()
+                await self._receive(connection)
+            except _FAILURES as error:
+                if not opened.done():
+                    opened.set_exception(error)
+                    return
+                if self._subscribed:  # once per outage
+                    log.error("bus cannot receive", reason=_reason(error))
+                    self.counts.resets += 1
+                self._subscribed = False
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, LONGEST_PAUSE)
+            finally:
+                with contextlib.suppress(*_FAILURES):
+                    await connection.disconnect(nowait=True)
+
+    async def _subscribe(self, connection: AbstractConnection) -> None:
+        """Subscribe to all topics, and wait for the confirmations."""
+        self._asked = set(self._topics)
+        missing = set(self._asked)
+        await connection.send_command("SUBSCRIBE", *missing)
+        while missing:
+            kind, channel, *_ = await connection.read_response(timeout=TIMEOUT)
+            if kind == b"subscribe":
+                missing.discard(self._confirm(channel))
+        self._subscribed = True
+
+    def _confirm(self, channel: bytes) -> str:
+        topic = channel.decode()
+        confirmed = self._confirmed.get(topic)
+        if confirmed is not None and not confirmed.done():
+            confirmed.set_result(None)
+        return topic
+
+    async def _receive(self, connection: AbstractConnection) -> None:
+        """Receive until the connection fails."""
+        self._heard, self._pinged = time.monotonic(), 0.0
+        tasks = [
+            asyncio.create_task(self._read(connection)),
+            asyncio.create_task(self._keep(connection)),
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            failures = await asyncio.gather(*tasks, return_exceptions=True)
+        raise next(failure for failure in failures if isinstance(failure, _FAILURES)) from None
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        while True:
+            kind, channel, *rest = await connection.read_response(timeout=math.inf)
+            now = self._heard = time.monotonic()
+            if kind == b"message":
+                sender, *messages = rest[0].split(b"\n")
+                self.counts.received += len(messages)
+                self._on_messages(channel.decode(), sender.decode(), messages)
+            elif kind == b"subscribe":
+                self._confirm(channel)
+            elif kind == b"pong":
+                self.counts.delay = now - self._pinged
+
+    async def _keep(self, connection: AbstractConnection) -> None:
+        """Tell Redis of changed topics, and check that it answers.
+
+        Raises:
+            TimeoutError: Redis does not answer.
+        """
+        while True:
+            try:
+                async with asyncio.timeout(PING_EVERY):
+                    await self._changed.wait()
+            except TimeoutError:
+                now = time.monotonic()
+                if now - self._heard > PING_EVERY + TIMEOUT:
+                    raise
+                if now - self._heard >= PING_EVERY:
+                    self._pinged = now
+                    await connection.send_command("PING")
+                continue
+            self._changed.clear()
+            new, old = self._topics - self._asked, self._asked - self._topics
+            self._asked = set(self._topics)
+            if new:
+                await connection.send_command("SUBSCRIBE", *new)
+            if old:
+                await connection.send_command("UNSUBSCRIBE", *old)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

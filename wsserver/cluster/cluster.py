@@ -1,0 +1,508 @@
+"""This server as one node of a cluster: whose conversations it runs, and whose it follows.
+
+The node that leases a conversation decides on it, alone and as a single server would. Another node
+forwards what its clients want, and follows the replies through mirrors.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from wsserver.cluster.membership import Membership
+from wsserver.cluster.mirrors import Mirrors, facts_of
+from wsserver.cluster.peers import ALL, Body, Peers, topic_about
+from wsserver.cluster.readers import Readers
+from wsserver.elsewhere import Moved
+from wsserver.errors import Code, ConfigError, ModelError, Refused, StoreError
+from wsserver.generation import State
+from wsserver.hub import Hub
+from wsserver.limits import Account
+from wsserver.live import Conversation, Generation, Watcher
+from wsserver.logs import log
+from wsserver.protocol import Prompt
+from wsserver.stores.postgres.store import PostgresStore
+from wsserver.stores.records import dump_prompt, parse_prompt
+
+REJOIN = 1.0  # seconds between two attempts to join again
+SWEEP = 0.5  # seconds between two looks at the leased conversations
+LINGER = 5.0  # seconds for which an unused conversation stays leased
+Key = tuple[str, str]
+
+
+@dataclass(eq=False, slots=True)
+class _End:
+    """Waits for the end of a generation."""
+
+    generation: Generation
+    ended: "asyncio.Future[None]"
+
+    def wake(self) -> None:
+        if self.generation.log.terminal is not None and not self.ended.done():
+            self.ended.set_result(None)
+
+
+class Cluster:
+    """One node of a cluster.
+
+    Args:
+        url: the address of Redis.
+        store: the store that all nodes share.
+        node: the id of this node, which the store knows.
+        hub: the generations of this node.
+        lease: seconds after which a node that does not renew is held for dead.
+        timeout: seconds to wait for the answer of another node.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        store: PostgresStore,
+        node: str,
+        hub: Hub,
+        *,
+        lease: float,
+        timeout: float,
+    ) -> None:
+        self.node = node
+        self._store = store
+        self._lease = lease
+        self._hub = hub
+        self._loop = asyncio.get_running_loop()
+        self.peers = Peers(url, node, timeout, self._resynchronise)
+        self.membership = self._new_membership()
+        self.readers = Readers(self.peers, hub)
+        self.mirrors = Mirrors(self.peers, self._mirror_ended)
+        # The conversations that this node leases, and since when nothing runs in them.
+        self._held: dict[Key, float] = {}
+        self._releasing: dict[Key, asyncio.Future[None]] = {}
+        # The prompts that were forwarded, and who sent them.
+        self._asking: dict[Key, Watcher | None] = {}
+        self.forwarded = 0  # prompts that were sent to other nodes
+        self.fenced = 0  # times that the others have buried this node
+        self._watched: dict[str, Key] = {}  # topics, and the conversation of each
+        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        handlers = self.peers.handlers
+        handlers["prompt"], handlers["stop"] = self._on_prompt, self._on_stop
+        handlers["live"], handlers["delete"] = self._on_live, self._on_delete
+        listeners = self.peers.listeners
+        listeners["follow"], listeners["started"] = self._on_follow, self._on_started
+        listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
+
+    def _new_membership(self) -> Membership:
+        return Membership(
+            self._store,
+            self.node,
+            self._lease,
+            on_lost=self._lost,
+            on_fenced=lambda: self._spawn(self._rejoin()),
+            on_buried=self._buried,
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def open(self) -> None:
+        """Join the cluster.
+
+        Raises:
+            ConfigError: Redis or the database cannot be used.
+        """
+        await self.peers.open()
+        try:
+            await self.membership.open()
+        except StoreError as error:
+            await self.peers.close()
+            raise ConfigError(f"cluster: {error}") from error
+        self._sweeper = self._loop.create_task(self._release_unused())
+
+    async def close(self) -> None:
+        """Leave the cluster: all replies have ended. Idempotent."""
+        tasks = {*self._tasks, *([self._sweeper] if self._sweeper else [])}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self._sweeper = None
+        self.mirrors.close()
+        await self.membership.close()
+        await self.peers.close()
+
+    @property
+    def leased(self) -> int:
+        """The number of conversations that this node leases."""
+        return len(self._held)
+
+    @property
+    def health(self) -> dict[str, bool]:
+        """The parts that the nodes share, and whether each works, for `/readyz`."""
+        return {"redis": self.peers.bus.healthy, "lease": self.membership.alive}
+
+    # Leases.
+
+    def holds(self, conversation: Conversation) -> bool:
+        """Whether this node leases a conversation now."""
+        key = conversation.owner, conversation.id
+        return key in self._held and key not in self._releasing and self.membership.alive
+
+    async def claim(self, conversation: Conversation) -> str | None:
+        """Lease a conversation; return the id of the node that has it, None if it is this one.
+
+        A conversation that was not leased until now is read again from the store: another node may
+        have changed it.
+
+        Raises:
+            Refused: this node is cut off from the others.
+            StoreError: the database cannot be used.
+        """
+        key = conversation.owner, conversation.id
+        while (releasing := self._releasing.get(key)) is not None:
+            await asyncio.shield(releasing)
+        if not self.membership.alive:
+            raise Refused(Code.UNAVAILABLE)
+        if key in self._held:
+            self._held[key] = self._loop.time()
+            return None
+        holder = await self.membership.nodes.claim(key)
+        if holder != self.node:
+            return holder
+        if key not in self._held:
+            self._held[key] = self._loop.time()
+            self._hub.conversations.outdate(conversation)
+        return None
+
+    async def _release_unused(self) -> None:
+        """Release the conversations in which nothing has happened for a while.
+
+        A node that drains releases them at once, so that they go on elsewhere.
+        """
+        while True:
+            await asyncio.sleep(SWEEP)
+            self._unwatch()
+            due = self._loop.time() - (0 if self._hub.scheduler.draining else LINGER)
+            keys = []
+            for key, used in tuple(self._held.items()):
+                conversation = self._hub.conversations.known(*key)
+                busy = conversation is not None and (conversation.live or conversation.pins)
+                if busy or self._hub.journal.has_late(*key):
+                    self._held[key] = self._loop.time()
+                elif used < due:
+                    keys.append(key)
+            if keys:
+                await self._release(keys)
+
+    def _unwatch(self) -> None:
+        """Receive nothing more about conversations that no client here has open."""
+        for topic, key in tuple(self._watched.items()):
+            conversation = self._hub.conversations.known(*key)
+            if conversation is None or not (conversation.watchers or conversation.pins):
+                del self._watched[topic]
+                self.peers.bus.unsubscribe(topic)
+
+    async def _release(self, keys: list[Key]) -> None:
+        released = self._loop.create_future()
+        self._releasing.update(dict.fromkeys(keys, released))
+        try:
+            await self._hub.journal.flush()
+            await self.membership.nodes.release(keys)
+        except StoreError as error:
+            log.warning("conversations not released", reason=str(error))
+        else:
+            for key in keys:
+                self._held.pop(key, None)
+        finally:
+            for key in keys:
+                del self._releasing[key]
+            released.set_result(None)
+
+    # Forwarding.
+
+    async def prompt(
+        self,
+        node: str,
+        prompt: Prompt,
+        conversation: Conversation,
+        account: Account,
+        sender: Watcher | None,
+    ) -> Generation:
+        """Send a prompt to the node that has its conversation, and follow the reply.
+
+        Raises:
+            Refused: the node refuses the prompt, or does not answer.
+            Moved: the node no longer has the conversation.
+        """
+        if prompt.id is None:
+            prompt = prompt.model_copy(update={"id": secrets.token_urlsafe(16)})
+        assert prompt.id is not None
+        key = conversation.owner, prompt.id
+        self._asking[key] = sender
+        self.forwarded += 1
+        try:
+            answer = await self.peers.ask(
+                node,
+                "prompt",
+                {
+                    "owner": conversation.owner,
+                    "conversation": conversation.id,
+                    "account": list(account),
+                    "prompt": dump_prompt(prompt),
+                },
+            )
+            if "moved" in answer:
+                raise Moved
+            return self._attach(node, answer, conversation)
+        finally:
+            self._asking.pop(key, None)
+
+    async def _on_prompt(self, _: str, body: Body) -> Body:
+        scheduler = self._hub.scheduler
+        try:
+            generation = await scheduler.accept(
+                parse_prompt(body["prompt"]),
+                body["owner"],
+                tuple(body["account"]),
+                body["conversation"],
+                None,
+                forwarded=True,
+            )
+        except Moved:
+            return {"moved": True}
+        except Refused as refused:
+            if refused.code is Code.SHUTTING_DOWN:  # this node does, and not that of the client
+                raise Refused(Code.UNAVAILABLE, retry_after=SWEEP) from None
+            raise
+        return facts_of(generation)
+
+    def _attach(self, node: str, facts: Body, conversation: Conversation | None) -> Generation:
+        """Return the mirror of a generation, and let the watchers of its conversation follow it."""
+        owner, name = facts["owner"], facts["id"]
+        generation = self._hub.known(owner, name)
+        if generation is None:
+            generation = self.mirrors.add(node, facts)
+            self._hub.retention.add(generation)
+        mirror = generation.node is not None and generation.state is not State.ENDED
+        if mirror and conversation is not None and generation.conversation is None:
+            generation.conversation = conversation
+            conversation.mirrors.append(generation)
+            conversation.exists = True
+            sender = self._asking.get((owner, name))
+            for watcher in tuple(conversation.watchers):
+                if watcher is not sender:
+                    watcher.attach(generation)
+        return generation
+
+    def _mirror_ended(self, generation: Generation) -> None:
+        conversation = generation.conversation
+        if conversation is not None:
+            conversation.version += 1
+            if generation in conversation.mirrors:
+                conversation.mirrors.remove(generation)
+        self._hub.retention.retain(generation)
+
+    def left(self, generation: Generation, *, lost: bool) -> None:
+        """Forget a mirror that no client follows any more."""
+        self.mirrors.leave(generation, lost=lost)
+        self._hub.retention.forget(generation)
+        conversation = generation.conversation
+        if conversation is not None and generation in conversation.mirrors:
+            conversation.mirrors.remove(generation)
+
+    # Following.
+
+    async def find(self, owner: str, name: str, node: str) -> Generation | None:
+        """Follow a generation that the store knows as running on another node.
+
+        Raises:
+            Refused: the node does not answer.
+        """
+        if node == self.node:  # it has ended just now
+            return None
+        answer = await self.peers.ask(node, "live", {"owner": owner, "id": name})
+        for facts in answer["live"]:
+            conversation = None
+            if facts["conversation"] is not None:
+                conversation = self._hub.conversations.known(owner, facts["conversation"])
+            return self._attach(node, facts, conversation)
+        return None  # it has ended just now
+
+    def _on_follow(self, node: str, body: Body) -> None:
+        generation = self._hub.known(body["owner"], body["id"])
+        if generation is not None and generation.node is None:
+            self.readers.add(node, body["h"], generation, body["after"])
+            return
+        self._spawn(self._follow_stored(node, body))
+
+    async def _follow_stored(self, node: str, body: Body) -> None:
+        """Send a reply that has ended, and is only in the store by now."""
+        with contextlib.suppress(Refused, StoreError):
+            generation = await self._hub.retention.find(body["owner"], body["id"], ())
+            if generation is not None and generation.node is None:
+                self.readers.add(node, body["h"], generation, body["after"])
+
+    async def stop(self, generation: Generation) -> None:
+        """Stop a generation of another node, and wait until its request is closed.
+
+        Raises:
+            Refused: the node does not answer.
+        """
+        assert generation.node is not None
+        body = {"owner": generation.owner, "id": generation.id}
+        await self.peers.ask(generation.node, "stop", body)
+
+    async def _on_stop(self, _: str, body: Body) -> Body:
+        generation = self._hub.known(body["owner"], body["id"])
+        if generation is None or generation.node is not None:
+            return {}
+        self._hub.stop(generation, "client")
+        if generation.state is not State.ENDED:
+            end = _End(generation, self._loop.create_future())
+            generation.log.followers.append(end)
+            try:
+                await end.ended
+            finally:
+                generation.log.followers.remove(end)
+        return {}
+
+    # Conversations.
+
+    async def watch(self, conversation: Conversation) -> None:
+        """Follow what another node runs in a conversation, now and later.
+
+        Raises:
+            Refused: the node does not answer.
+            StoreError: the database cannot be used.
+        """
+        topic = topic_about(conversation.owner, conversation.id)
+        if topic not in self._watched:
+            self._watched[topic] = conversation.owner, conversation.id
+            try:
+                await self.peers.bus.subscribe(topic)
+            except TimeoutError:
+                self._watched.pop(topic, None)
+                raise Refused(Code.UNAVAILABLE) from None
+        await self.learn(conversation)
+
+    async def learn(self, conversation: Conversation) -> None:
+        """Follow what another node runs in a conversation now.
+
+        Raises:
+            Refused: the node does not answer.
+            StoreError: the database cannot be used.
+        """
+        key = conversation.owner, conversation.id
+        if key in self._held:
+            return
+        node = await self.membership.nodes.holder(key)
+        if node is None or node == self.node:
+            return
+        body = {"owner": conversation.owner, "conversation": conversation.id}
+        answer = await self.peers.ask(node, "live", body)
+        for facts in answer["live"]:
+            self._attach(node, facts, conversation)
+
+    async def _on_live(self, _: str, body: Body) -> Body:
+        if "id" in body:
+            generation = self._hub.known(body["owner"], body["id"])
+            found = [] if generation is None else [generation]
+        else:
+            conversation = self._hub.conversations.known(body["owner"], body["conversation"])
+            found = [] if conversation is None else conversation.live
+        own = (generation for generation in found if generation.node is None)
+        return {"live": [facts_of(generation) for generation in own]}
+
+    def started(self, generation: Generation) -> None:
+        """Tell the other nodes of a generation that this node has accepted."""
+        if generation.conversation_id is not None:
+            topic = topic_about(generation.owner, generation.conversation_id)
+            self.peers.publish(topic, "started", facts_of(generation))
+
+    def _on_started(self, node: str, facts: Body) -> None:
+        conversation = self._hub.conversations.known(facts["owner"], facts["conversation"])
+        if conversation is not None and conversation.watchers:
+            self._attach(node, facts, conversation)
+
+    def renamed(self, owner: str, name: str, title: str) -> None:
+        """Tell the other nodes of the new title of a conversation."""
+        body = {"owner": owner, "conversation": name, "title": title}
+        self.peers.publish(topic_about(owner, name), "renamed", body)
+
+    def _on_renamed(self, _: str, body: Body) -> None:
+        conversation = self._hub.conversations.known(body["owner"], body["conversation"])
+        if conversation is not None:
+            conversation.renamed = True
+            for watcher in tuple(conversation.watchers):
+                watcher.renamed(conversation, body["title"])
+
+    async def delete(self, node: str, conversation: Conversation) -> None:
+        """Let the node that has a conversation delete it.
+
+        Raises:
+            Refused: the node refuses, or does not answer.
+        """
+        body = {"owner": conversation.owner, "conversation": conversation.id}
+        await self.peers.ask(node, "delete", body)
+
+    async def _on_delete(self, _: str, body: Body) -> Body:
+        await self._hub.delete(body["conversation"], body["owner"])
+        return {}
+
+    def deleted(self, conversation: Conversation) -> None:
+        """Tell the other nodes that a conversation was deleted."""
+        body = {"owner": conversation.owner, "conversation": conversation.id}
+        self.peers.publish(ALL, "deleted", body)
+
+    def _on_deleted(self, _: str, body: Body) -> None:
+        conversation = self._hub.conversations.known(body["owner"], body["conversation"])
+        if conversation is not None:
+            self._hub.conversations.dropped(conversation)
+        self._hub.retention.deleted(body["owner"], body["conversation"])
+
+    # Faults.
+
+    def _resynchronise(self) -> None:
+        """Ask for everything that may have been lost while the bus was away."""
+        self.mirrors.follow_again()
+        self._spawn(self._learn_again())
+
+    async def _learn_again(self) -> None:
+        for conversation in self._hub.conversations:
+            if conversation.watchers:
+                with contextlib.suppress(Refused, StoreError):
+                    await self.learn(conversation)
+
+    def _buried(self, node: str) -> None:
+        """A node has died: end its mirrors, and drop its readers."""
+        self.peers.died(node)
+        self.readers.died(node)
+        for generation in self.mirrors.died(node):
+            self._hub.retention.forget(generation)  # the store has what was saved
+
+    def _lost(self) -> None:
+        """This node may be buried now: end all its replies."""
+        if self._hub.scheduler.live:
+            log.error("node cut off", node=self.node, replies=len(self._hub.scheduler.live))
+        self._held.clear()
+        for generation in tuple(self._hub.scheduler.live):
+            self._hub.stop(generation, ModelError(Code.INTERRUPTED))
+
+    async def _rejoin(self) -> None:
+        """Join the cluster again as another node, once the replies of this one have ended."""
+        self.fenced += 1
+        await self._hub.scheduler.idle.wait()
+        self.node = self._store.node = secrets.token_hex(8)
+        await self.peers.rename(self.node)
+        self.membership = self._new_membership()
+        while True:
+            try:
+                await self.membership.open()
+                break
+            except StoreError as error:
+                log.warning("node not joined", node=self.node, reason=str(error))
+                await asyncio.sleep(REJOIN)
+        log.warning("node joined again", node=self.node)
+        self._resynchronise()

@@ -1,0 +1,130 @@
+"""Keeps this node alive in the cluster, and buries nodes that died."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from wsserver.errors import StoreError
+from wsserver.logs import log
+from wsserver.stores.base import Fenced
+from wsserver.stores.postgres.nodes import Nodes, Others
+from wsserver.stores.postgres.store import PostgresStore
+
+MARGIN = 0.1  # part of a life: this node stops its replies so long before the others may bury it
+SOONEST = 0.05  # seconds between two renewals at least
+
+
+class Membership:
+    """Renews the life of a node.
+
+    A node that cannot renew in time must assume that the others have buried it, and that they run
+    its conversations. It therefore ends its replies a little earlier, by its own monotonic clock,
+    which also goes on while the process is stopped.
+
+    Args:
+        store: the store of the node.
+        node: the id of the node.
+        life: seconds for which a renewal holds.
+        on_lost: called when the node has to end all its replies. Must not raise.
+        on_fenced: called when the others have buried the node. Must not raise.
+        on_buried: called with the id of a node whose replies have ended. Must not raise.
+    """
+
+    def __init__(
+        self,
+        store: PostgresStore,
+        node: str,
+        life: float,
+        *,
+        on_lost: Callable[[], None],
+        on_fenced: Callable[[], None],
+        on_buried: Callable[[str], None],
+    ) -> None:
+        self.nodes = Nodes(store, node, life)
+        self.others: frozenset[str] = frozenset()
+        self._life = life
+        self._on_lost = on_lost
+        self._on_fenced = on_fenced
+        self._on_buried = on_buried
+        self._loop = asyncio.get_running_loop()
+        self._deadline = 0.0  # until when this node is alive for certain, by the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.fenced = False  # the others have buried this node
+
+    @property
+    def alive(self) -> bool:
+        """Whether no other node can have buried this one. It is checked before each write."""
+        return self._loop.time() < self._deadline
+
+    async def open(self) -> None:
+        """Join the cluster.
+
+        Raises:
+            StoreError: the database cannot be used.
+        """
+        self._extend(self._loop.time())
+        await self.nodes.join()
+        self._learn(await self.nodes.renew())
+        self._task = self._loop.create_task(self._run())
+
+    async def close(self) -> None:
+        """Leave the cluster: all replies have ended. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.wait({task})
+        if not self.fenced:
+            with contextlib.suppress(StoreError):
+                await self.nodes.leave()
+
+    async def _run(self) -> None:
+        wait = self._life / 3
+        while not self.fenced:
+            await asyncio.sleep(wait)
+            began = self._loop.time()
+            try:
+                others = await self.nodes.renew()
+            except Fenced:
+                self.fenced = True
+                log.error("node buried", node=self.nodes.node)
+                self._lose()
+                self._on_fenced()
+                return
+            except StoreError as error:
+                log.warning("lease not renewed", node=self.nodes.node, reason=str(error))
+                wait = min(1.0, self._life / 10)
+                continue
+            self._extend(began)
+            self._learn(others)
+            await self._bury(others)
+            wait = self._life / 3
+            if others.next is not None:  # look again when the next node may have died
+                wait = min(wait, max(SOONEST, others.next))
+
+    async def _bury(self, others: Others) -> None:
+        for node in others.late:
+            try:
+                if await self.nodes.bury(node):
+                    log.warning("node died", node=node)
+                    self._on_buried(node)
+            except StoreError as error:
+                log.warning("node not buried", node=node, reason=str(error))
+
+    def _learn(self, others: Others) -> None:
+        self.others = others.alive
+
+    def _extend(self, began: float) -> None:
+        """The node is alive for a life from the time at which the renewal began."""
+        self._deadline = began + self._life * (1 - MARGIN)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._deadline, self._lose)
+
+    def _lose(self) -> None:
+        """The node may be buried now: end all its replies."""
+        self._deadline = 0.0
+        self._on_lost()

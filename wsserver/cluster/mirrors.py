@@ -1,0 +1,185 @@
+"""Copies of generations that other nodes run. The clients of this node follow the copies.
+
+A mirror has a log of its own, which receives what the owner's log has. A message that was lost
+shows as a gap in `seq`, or in the answer to a probe; the owner then sends the rest again. A message
+that comes twice changes nothing.
+"""
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from wsserver.cluster.peers import Body, Peers
+from wsserver.errors import Code
+from wsserver.live import Generation
+from wsserver.pieces import Pieces
+from wsserver.protocol import Error, Terminal
+from wsserver.stores.records import dump_prompt, parse_prompt, parse_terminal
+
+ACKNOWLEDGE = 65_536  # characters after which the owner is told
+PROBE = 1.0  # seconds of silence after which a mirror asks whether it has lost something
+
+
+def facts_of(generation: Generation) -> Body:
+    """Return what another node has to know of a generation, besides its log."""
+    return {
+        "owner": generation.owner,
+        "id": generation.id,
+        "prompt": dump_prompt(generation.prompt),
+        "model": generation.model,
+        "conversation": generation.conversation_id,
+        "queued": generation.queued,
+        "seq": generation.log.seq,
+    }
+
+
+@dataclass(eq=False, slots=True)
+class Mirror:
+    """The copy of one generation."""
+
+    generation: Generation
+    node: str
+    handle: int
+    unacknowledged: int = 0  # characters
+    silent: bool = False  # nothing has come since the last probe
+
+
+class Mirrors:
+    """The mirrors of this node.
+
+    Args:
+        peers: sends to the owners.
+        on_ended: called with a generation whose mirror has its terminal.
+    """
+
+    def __init__(self, peers: Peers, on_ended: Callable[[Generation], None]) -> None:
+        self._peers = peers
+        self._on_ended = on_ended
+        self._handles = itertools.count(1)
+        self._by_handle: dict[int, Mirror] = {}
+        self._by_key: dict[tuple[str, str], Mirror] = {}
+        peers.listeners["run"] = self._receive
+        self._probe = asyncio.get_running_loop().call_later(PROBE, self._probe_silent)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def find(self, owner: str, name: str) -> Generation | None:
+        """Return the mirror of a generation, if there is one."""
+        mirror = self._by_key.get((owner, name))
+        return None if mirror is None else mirror.generation
+
+    def add(self, node: str, facts: Body) -> Generation:
+        """Follow a generation of another node."""
+        known = self.find(facts["owner"], facts["id"])
+        if known is not None:
+            return known
+        generation = Generation(
+            facts["id"],
+            facts["owner"],
+            parse_prompt(facts["prompt"]),
+            facts["model"],
+            facts["conversation"],
+            node=node,
+            place=facts["queued"],
+            reached=facts["seq"],
+        )
+        mirror = Mirror(generation, node, next(self._handles))
+        self._by_key[generation.owner, generation.id] = mirror
+        self._follow(mirror)
+        return generation
+
+    def close(self) -> None:
+        """Probe no more."""
+        self._probe.cancel()
+
+    def _probe_silent(self) -> None:
+        """Tell the owners of silent mirrors what the mirrors have: a message may be lost."""
+        for mirror in self._by_key.values():
+            if mirror.silent:
+                self._ask(mirror)
+            mirror.silent = True
+        self._probe = asyncio.get_running_loop().call_later(PROBE, self._probe_silent)
+
+    def leave(self, generation: Generation, *, lost: bool) -> None:
+        """Follow a generation no longer: it has no clients here."""
+        mirror = self._by_key.get((generation.owner, generation.id))
+        if mirror is not None and mirror.generation is generation:
+            self._forget(mirror)
+            self._peers.tell(mirror.node, "unfollow", {"h": mirror.handle, "lost": lost})
+
+    def follow_again(self) -> None:
+        """Ask for what was lost: the bus was away."""
+        for mirror in tuple(self._by_key.values()):
+            self._follow(mirror)
+
+    def died(self, node: str) -> list[Generation]:
+        """End the mirrors of a node that died, and return their generations."""
+        ended = []
+        for mirror in [mirror for mirror in self._by_key.values() if mirror.node == node]:
+            generation = mirror.generation
+            terminal = Error(
+                code=Code.INTERRUPTED,
+                message=Code.INTERRUPTED.meaning,
+                id=generation.id,
+                seq=generation.log.seq,
+                retryable=True,
+                ref=secrets.token_hex(4),
+            )
+            self._end(mirror, terminal)
+            ended.append(generation)
+        return ended
+
+    def _follow(self, mirror: Mirror) -> None:
+        """Ask the owner for everything after what the mirror has, under a new handle."""
+        self._by_handle.pop(mirror.handle, None)
+        mirror.handle, mirror.unacknowledged = next(self._handles), 0
+        self._by_handle[mirror.handle] = mirror
+        self._ask(mirror)
+
+    def _ask(self, mirror: Mirror) -> None:
+        generation = mirror.generation
+        body = {
+            "h": mirror.handle,
+            "owner": generation.owner,
+            "id": generation.id,
+            "after": generation.log.seq,
+        }
+        self._peers.tell(mirror.node, "follow", body)
+
+    def _forget(self, mirror: Mirror) -> None:
+        self._by_handle.pop(mirror.handle, None)
+        self._by_key.pop((mirror.generation.owner, mirror.generation.id), None)
+
+    def _receive(self, node: str, body: dict[str, Any]) -> None:
+        mirror = self._by_handle.get(body["h"])
+        if mirror is None or mirror.node != node:
+            return
+        mirror.silent = False
+        log, after = mirror.generation.log, body["a"]
+        if after > log.seq:  # a message was lost
+            self._follow(mirror)
+            return
+        pieces = Pieces()
+        for kind, block, data in body["r"]:
+            pieces.extend(kind, block, data)
+        new = pieces.after(log.seq - after)
+        if len(new):
+            log.extend(new)
+            mirror.unacknowledged += sum(map(len, new.data))
+        if mirror.unacknowledged >= ACKNOWLEDGE:
+            mirror.unacknowledged = 0
+            self._peers.tell(node, "ack", {"h": mirror.handle, "s": log.seq})
+        if "e" in body:
+            terminal = parse_terminal(body["e"], mirror.generation.id)
+            if body.get("saved") is False:
+                terminal = terminal.model_copy(update={"saved": False})
+            self._end(mirror, terminal)
+
+    def _end(self, mirror: Mirror, terminal: Terminal) -> None:
+        self._forget(mirror)
+        mirror.generation.restore(terminal)
+        self._on_ended(mirror.generation)

@@ -1,0 +1,70 @@
+"""The other nodes of a cluster, as the parts of this server see them."""
+
+from typing import Protocol
+
+from wsserver.limits import Account
+from wsserver.live import Conversation, Generation, Watcher
+from wsserver.protocol import Prompt
+
+
+class Moved(Exception):
+    """Another node has the conversation by now."""
+
+
+class Elsewhere(Protocol):
+    """The other nodes; see :class:`wsserver.cluster.cluster.Cluster`."""
+
+    async def claim(self, conversation: Conversation) -> str | None:
+        """Lease a conversation; return the id of the node that has it, None if it is this one."""
+        ...
+
+    def holds(self, conversation: Conversation) -> bool:
+        """Whether this node leases a conversation now."""
+        ...
+
+    async def prompt(
+        self,
+        node: str,
+        prompt: Prompt,
+        conversation: Conversation,
+        account: Account,
+        sender: Watcher | None,
+    ) -> Generation:
+        """Send a prompt to the node that has its conversation, and follow the reply."""
+        ...
+
+    async def find(self, owner: str, name: str, node: str) -> Generation | None:
+        """Follow a generation that runs on another node; return None if it does not run there."""
+        ...
+
+    async def stop(self, generation: Generation) -> None:
+        """Stop a generation of another node, and wait until its request is closed."""
+        ...
+
+    def left(self, generation: Generation, *, lost: bool) -> None:
+        """Forget a mirror that no client follows any more."""
+        ...
+
+    async def learn(self, conversation: Conversation) -> None:
+        """Follow what another node runs in a conversation now."""
+        ...
+
+    async def watch(self, conversation: Conversation) -> None:
+        """Follow what another node runs in a conversation, now and later."""
+        ...
+
+    def started(self, generation: Generation) -> None:
+        """Tell the other nodes of a generation that this node has accepted."""
+        ...
+
+    def renamed(self, owner: str, name: str, title: str) -> None:
+        """Tell the other nodes of the new title of a conversation."""
+        ...
+
+    async def delete(self, node: str, conversation: Conversation) -> None:
+        """Let the node that has a conversation delete it."""
+        ...
+
+    def deleted(self, conversation: Conversation) -> None:
+        """Tell the other nodes that a conversation was deleted."""
+        ...
