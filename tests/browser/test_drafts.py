@@ -47,6 +47,25 @@ async def test_each_conversation_has_its_own_draft(page: Page, puppet: Puppet) -
     await expect(box(page)).to_have_value("For the second")
 
 
+async def test_drafts_are_kept_while_the_storage_is_full(page: Page, puppet: Puppet) -> None:
+    new = page.get_by_role("link", name="New conversation")
+    await converse(page, puppet, "First one")
+    await box(page).fill("An older draft")
+    await page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full') } }"
+    )
+    await box(page).fill("For the first")
+    await new.click()
+    await box(page).fill("For a new one")
+    await page.get_by_role("link", name="First one").click()
+    await expect(box(page)).to_have_value("For the first")
+    await box(page).fill("")
+    await new.click()
+    await expect(box(page)).to_have_value("For a new one")
+    await page.get_by_role("link", name="First one").click()
+    await expect(box(page)).to_have_value("")
+
+
 @pytest.mark.parametrize("conversation", ["new", "known"])
 async def test_draft_survives_reload(page: Page, puppet: Puppet, conversation: str) -> None:
     if conversation == "known":

@@ -61,7 +61,7 @@ export class Settings {
     this.#values = {
       model: typeof (model ?? name) === 'string' ? (model ?? name) : undefined,
       system: typeof system === 'string' ? system : undefined,
-      temperature: typeof temperature === 'number' ? temperature : undefined,
+      temperature: temperature >= 0 && temperature <= 2 ? temperature : undefined,
     }
     this.#show()
   }

@@ -14,8 +14,15 @@ export const local = open(() => localStorage)
 /** Of this tab. It survives a reload. */
 export const session = open(() => sessionStorage)
 
+/** @type {Map<string, object>} What a full or forbidden storage did not take; it lasts as long as the page. */
+const untaken = new Map()
+/** @param {Storage | undefined} storage @param {string} key */
+const nameOf = (storage, key) => `${storage === session ? 'session' : 'local'} ${key}`
+
 /** Return an object that `write` stored; an empty one if there is none. @param {Storage | undefined} storage @param {string} key @returns {Record<string, any>} */
 export function read(storage, key) {
+  const kept = untaken.get(nameOf(storage, key))
+  if (kept) return kept
   try {
     const value = JSON.parse(storage?.getItem(key) ?? '{}')
     return typeof value === 'object' && value !== null ? value : {}
@@ -26,11 +33,13 @@ export function read(storage, key) {
 
 /** @param {Storage | undefined} storage @param {string} key @param {object | undefined} value Undefined deletes the key. */
 export function write(storage, key, value) {
+  untaken.delete(nameOf(storage, key))
   try {
-    if (value === undefined) storage?.removeItem(key)
-    else storage?.setItem(key, JSON.stringify(value))
+    storage?.removeItem(key) // an older value must not come back if the storage is full
+    if (value !== undefined && !storage) throw new TypeError('no storage')
+    if (value !== undefined) storage?.setItem(key, JSON.stringify(value))
   } catch {
-    // The storage is full: the value stays in the page.
+    if (value !== undefined) untaken.set(nameOf(storage, key), value)
   }
 }
 
