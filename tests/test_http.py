@@ -14,7 +14,7 @@ from websockets.typing import Subprotocol
 import wsserver
 from tests.support.puppet import BOUND, Puppet
 from tests.support.tools import require_libraries, require_npm_package
-from wsserver.page import Page, without_comments
+from wsserver.page import without_comments
 
 
 async def ask(
@@ -54,9 +54,10 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
         text = file.read_text(errors="replace")
         address = r"""["'](?:\./)?([\w./-]+\.\w+)["']"""
         loaded |= set(re.findall(rf"""(?:href=|src=|"src": |from ){address}""", text))
-    assert loaded - {"libraries/markdown.js"} == set(Page.FILES)
     of_npm = {"README.md", "package.json"}
-    assert {file.name for file in folder.glob("*.*")} - of_npm == set(Page.FILES)
+    assert loaded - {"libraries/markdown.js"} == {f.name for f in folder.glob("*.*")} - of_npm
+    for name in (*of_npm, "index.html", "libraries", "libraries/markdown.d.ts"):
+        assert (await get(server, name))[0] == 404, name
     types = {
         "css": "text/css; charset=utf-8",
         "js": "text/javascript; charset=utf-8",
@@ -64,7 +65,7 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
         "webmanifest": "application/manifest+json",
         "png": "image/png",
     }
-    for name in Page.FILES:
+    for name in loaded - {"libraries/markdown.js"}:
         status, headers, body = await get(server, name.replace("index.html", ""))
         whole = (folder / name).read_bytes()
         assert (status, body) == (200, without_comments(whole) if name.endswith("js") else whole)

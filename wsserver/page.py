@@ -15,14 +15,9 @@ from wsserver.responses import Response, respond
 
 BUILT = "built"  # the folder that hatch_build.py writes
 
-# Comments that are lines, types, and comments without quotes at the end of a line.
-_COMMENT = re.compile(
-    rb"^[ \t]*/\*\*(?:(?!\*/).)*\*/[ \t]*(?=\n)"
-    rb"|^[ \t]*//[^\n]*"
-    rb"|/\*\* @(?:(?!\*/)[^\n])*\*/ "
-    rb"|(?<=\S) // [^\n'\"`]*(?=\n)",
-    re.MULTILINE | re.DOTALL,
-)
+# Comments that begin and end lines. esbuild shows in a test that no other text matches. The comment
+# at the beginning of a script says what the script is, and stays.
+_COMMENT = re.compile(rb"(?!\A)^[ \t]*/\*\*(?:(?!\*/).)*\*/[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 class Page:
@@ -35,45 +30,6 @@ class Page:
     page shows replies as plain text.
     """
 
-    FILES: ClassVar = (
-        "index.html",
-        "manifest.webmanifest",
-        "icon-180.png",
-        "icon-192.png",
-        "icon-512.png",
-        "page.css",
-        "page.js",
-        "attachments.js",
-        "compose.js",
-        "drafts.js",
-        "drawer.js",
-        "editing.js",
-        "errors.js",
-        "export.js",
-        "groups.js",
-        "login.js",
-        "notice.js",
-        "scroll.js",
-        "settings.js",
-        "shortcuts.js",
-        "sidebar.js",
-        "slices.js",
-        "storage.js",
-        "tab.js",
-        "theme.js",
-        "thinking.js",
-        "times.js",
-        "turn.js",
-        "turns.js",
-        "markdown.js",
-        "code.js",
-        "markdown-syntax.js",
-        "patch.js",
-        "dom.js",
-        "client.js",
-        "ai-sdk.js",
-        "react.js",
-    )
     POLICY = (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
         "img-src 'self' data:; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
@@ -93,20 +49,20 @@ class Page:
 
     def __init__(self) -> None:
         web = importlib.resources.files("wsserver").joinpath("web")
-        files: dict[str, _File] = {}
-        for name in self.FILES:
-            body = web.joinpath(name).read_bytes()
-            short = without_comments(body) if name.endswith(".js") else body
-            files["/" if name == "index.html" else f"/{name}"] = _File(short, name)
         built = web.joinpath("libraries", BUILT)
-        if built.is_dir():
-            for folder, prefix in ((built, ""), (built.joinpath("fonts"), "fonts/")):
-                for file in folder.iterdir():
-                    if file.name.rpartition(".")[2] in self._TYPES:
-                        path = f"/libraries/{prefix}{file.name}"
-                        files[path] = _File(file.read_bytes(), file.name)
+        folders = {"": web, "libraries/": built, "libraries/fonts/": built.joinpath("fonts")}
+        files: dict[str, _File] = {}
+        for prefix, folder in folders.items():
+            for file in folder.iterdir() if folder.is_dir() else ():
+                kind = file.name.rpartition(".")[2]
+                if kind in self._TYPES:
+                    body = file.read_bytes()
+                    if folder is web and kind == "js":
+                        body = without_comments(body)
+                    files[f"/{prefix}{file.name}"] = _File(body, kind)
+        files["/"] = files.pop("/index.html")
         self._complete = self._LIBRARY in files
-        files.setdefault(self._LIBRARY, _File(b"export {}\n", "markdown.js"))
+        files.setdefault(self._LIBRARY, _File(b"export {}\n", "js"))
         self._files = files
 
     def __contains__(self, path: str) -> bool:
@@ -142,21 +98,16 @@ class Page:
 
 
 def without_comments(script: bytes) -> bytes:
-    """Return a script without most comments, but with its first one.
-
-    All lines keep their numbers. A script must not have a template literal with such a text.
-    """
-    start = script.find(b"*/") if script.startswith(b"/**") else 0
-    rest = _COMMENT.sub(lambda comment: b"\n" * comment[0].count(b"\n"), script[start:])
-    return script[:start] + rest
+    """Return a script without most of its comments. All lines keep their numbers."""
+    return _COMMENT.sub(lambda comment: b"\n" * comment[0].count(b"\n"), script)
 
 
 class _File:
     """A file of the page."""
 
-    def __init__(self, body: bytes, name: str) -> None:
+    def __init__(self, body: bytes, kind: str) -> None:
         self.body = body
-        self.kind = name.rpartition(".")[2]
+        self.kind = kind
         self.tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
 
     @functools.cached_property
