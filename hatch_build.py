@@ -58,20 +58,10 @@ def build(folder: Path) -> None:
         for name in INPUTS:
             shutil.copy(folder / name, work)
         run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=work)
-        entries = ("markdown=markdown.entry.js", "math=math.entry.js")
-        options = (
-            "--bundle",
-            "--minify",
-            "--format=esm",
-            "--target=es2022",
-            "--legal-comments=none",
-        )
         run(
             "node_modules/.bin/esbuild",
-            *entries,
-            *options,
-            "--legal-comments=none",
-            f"--outdir={made}",
+            *("markdown=markdown.entry.js", "math=math.entry.js", f"--outdir={made}"),
+            *("--bundle", "--minify", "--format=esm", "--target=es2022", "--legal-comments=none"),
             cwd=work,
         )
         katex = work / "node_modules" / "katex" / "dist"
