@@ -154,7 +154,7 @@ async def test_clock_set_back_over_midnight_restores_no_budget(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
     now = 10.0 * SECONDS_PER_DAY
-    monkeypatch.setattr("wsserver.accounts.time.time", lambda: now)
+    monkeypatch.setattr("wsserver.stores.memory.time.time", lambda: now)
     limits = {"tokens_per_day": 1000, "dollars_per_day": 0.001, "prices": "puppet=1/1"}
     async with serve(puppet, **limits) as server, ada(server) as chat:
         for number in range(2):

@@ -30,7 +30,7 @@ FLOORS: list[dict[str, str]] = [
         "application": "accounts app chat_http chats cluster connection context conversations "
         "cursor dialects elsewhere endings following histories hub intake "
         "journal live page quota replies reporting requests retention routes "
-        "running scheduling session stopping titles upkeep",
+        "running scheduling session stopping tally titles upkeep",
         "sockets": "certificates exchange http listener listening peers service_manager "
         "streaming tcp tls websocket",
     },

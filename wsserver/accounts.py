@@ -1,20 +1,21 @@
 """Limits of accounts and owners: prompts, generations, reads, storage, tokens and dollars."""
 
 import asyncio
-import time
+import contextlib
+from collections.abc import AsyncIterator
 
+from wsserver.elsewhere import Elsewhere
 from wsserver.errors import Code, Refused
-from wsserver.limits import SECONDS_PER_DAY, Account, Budget, Rates, Shares
+from wsserver.limits import Account, Rates
 from wsserver.live import Generation
 from wsserver.prices import Price, Prices, Spent
-from wsserver.protocol import Prompt
 from wsserver.quota import Quota
 from wsserver.settings import Settings
 from wsserver.stores.base import Store, day_of
+from wsserver.tally import Tally
 
 READ_RATE = 2**20  # bytes/s of histories and lists for one account over time
 READ_BURST = 2**24  # bytes of histories and lists at once; a browser with many tabs reads less
-LEAST_REPLY = 64  # output tokens that the rest of the budget must allow before a reply starts
 
 
 class Accounts:
@@ -23,24 +24,21 @@ class Accounts:
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._generations = Shares(settings.generations_per_principal)
-        self._prompts = Rates(settings.prompts_per_minute / 60, settings.prompts_per_minute)
         self._reads = Rates(READ_RATE, READ_BURST)
         self._quota = Quota(store, settings)
         self._store = store
         self._prices = Prices(settings.prices)
-        self._budgets = {
-            "tokens": Budget(settings.tokens_per_day),
-            "dollars": Budget(round(settings.dollars_per_day * 1e6)),
-        }
+        # What this server has counted by itself. The nodes of a cluster count in the store.
+        self._tally = Tally(settings, self.price, self._loop.time, store.now)
+        self.elsewhere: Elsewhere | None = None  # the other nodes
 
     def __len__(self) -> int:
         """Return the number of account keys with a running or waiting generation."""
-        return len(self._generations)
+        return len(self._tally.generations)
 
     def reserved(self, owner: str) -> Spent:
         """Return the reserved cost of an owner's generations that have not ended."""
-        return Spent(*(budget.reserved(owner) for budget in self._budgets.values()))
+        return self._tally.reserved(owner)
 
     def price(self, model: str) -> Price:
         """Return the price of a model."""
@@ -66,95 +64,63 @@ class Accounts:
 
     # Prompts.
 
-    def check(self, account: Account, live: int, spare: int = 0) -> None:
-        """Check that an account may send a prompt now. This check does not use the store.
-
-        Args:
-            account: the account of the prompt.
-            live: number of generations of the server that have not ended.
-            spare: number of prompts that the limits have to leave for later.
+    def check(self, account: Account) -> None:
+        """Check that an account may send a prompt now, as far as this server knows by itself.
 
         Raises:
-            Refused: the server or the account is at a limit.
+            Refused: the account is at a limit.
         """
-        if live + spare >= self._settings.generations:
-            raise Refused(
-                Code.LIMIT,
-                "The server is writing its maximum number of replies. Try again in a moment.",
-            )
-        if self._generations.full(account, spare):
-            raise Refused(
-                Code.LIMIT,
-                "You already have your maximum number of replies at once. Wait for the end of one.",
-            )
-        if wait := self._prompts.wait(account, self._loop.time(), 1 + spare):
-            raise Refused(
-                Code.LIMIT,
-                "You have sent too many messages in a minute. Wait a little, and try again.",
-                retry_after=wait,
-            )
+        self._tally.check(account)
 
-    def knows_store(self, owner: str, *, new: bool) -> bool:
-        """Whether :meth:`check_store` would pass without a call of the store."""
-        return self._knows_spent(owner, day_of(time.time())) and self._quota.knows(owner, new=new)
+    def tally_now(self, owner: str, *, new: bool) -> Tally | None:
+        """Return what :meth:`tally` would, if the store need not be read; else None."""
+        at_hand = self.elsewhere is None and self._tally.knows(owner)
+        return self._tally if at_hand and self._quota.knows(owner, new=new) else None
 
-    def _knows_spent(self, owner: str, day: int) -> bool:
-        known = [budget.knows(owner, day) for budget in self._budgets.values()]  # calls all of them
-        return all(known)
+    @contextlib.asynccontextmanager
+    async def tally(
+        self, owner: str, account: Account, generation: str, *, new: bool
+    ) -> AsyncIterator[Tally]:
+        """Check the owner's room in the store, and return what the owner and the account use.
 
-    async def check_store(self, owner: str, *, new: bool) -> None:
-        """Check the owner's room in the store, and read the owner's spending of today.
+        A generation has to be accepted without an ``await`` in between.
+
+        Args:
+            owner: the owner of the generation.
+            account: the account whose limits apply.
+            generation: the id of the generation.
+            new: the generation is in a new conversation.
 
         Raises:
             Refused: the owner has to delete something first.
+            Running: another node runs the generation.
             StoreError: the store failed.
         """
         await self._quota.check(owner, new=new)
-        while not self._knows_spent(owner, day := day_of(time.time())):
-            spent = await self._store.spent(owner, day)
-            for budget, amount in zip(self._budgets.values(), spent, strict=True):
-                budget.learn(owner, day, amount)
+        if self.elsewhere is not None:
+            async with self.elsewhere.use(owner, account, generation) as use:
 
-    def allow(self, prompt: Prompt, owner: str, model: str) -> int:
-        """Return the number of output tokens that the reply to a prompt may have.
+                def reserve(booked: Generation) -> None:
+                    use.reserve(booked, tally.prompts.left(account))
 
-        Raises:
-            Refused: too little of the owner's daily budget is left.
-        """
-        settings = self._settings
-        wanted = min(prompt.max_tokens or settings.max_tokens, settings.max_tokens_limit)
-        prices = 1, self.price(model).output
-        for (name, budget), price in zip(self._budgets.items(), prices, strict=True):
-            left = budget.left(owner)
-            if left is None or not price:
-                continue
-            affordable = int(left / price)
-            wanted = min(wanted, affordable)
-            if affordable >= LEAST_REPLY:
-                continue
-            if budget.reserved(owner):
-                message = (
-                    f"The rest of today's {name} is reserved for running replies. Wait for them."
+                tally = Tally.of(
+                    use.used,
+                    owner,
+                    account,
+                    settings=self._settings,
+                    price=self.price,
+                    on_booked=reserve,
                 )
-                raise Refused(Code.LIMIT, message)
-            tomorrow = SECONDS_PER_DAY - time.time() % SECONDS_PER_DAY
-            message = f"Too few of today's {name} are left for a reply. Try again tomorrow."
-            raise Refused(Code.QUOTA, message, retry_after=tomorrow)
-        return wanted
-
-    def book(self, generation: Generation) -> None:
-        """Count an accepted generation, and reserve its highest cost."""
-        generation.reserved = self.price(generation.model).highest(
-            generation.input_tokens, generation.allowance
-        )
-        self._prompts.consume(generation.account, self._loop.time())
-        self._generations.acquire(generation.account)
-        for budget, amount in zip(self._budgets.values(), generation.reserved, strict=True):
-            budget.reserve(generation.owner, amount)
+                yield tally
+            return
+        while not self._tally.knows(owner):
+            day = day_of(self._store.now())
+            self._tally.learn(owner, day, await self._store.spent(owner, day))
+        yield self._tally
 
     def settle(self, generation: Generation) -> None:
         """Release the reservation for a generation, and count its cost."""
-        self._generations.release(generation.account)
-        amounts = zip(generation.reserved, generation.spent, strict=True)
-        for budget, (reserved, spent) in zip(self._budgets.values(), amounts, strict=True):
-            budget.settle(generation.owner, reserved, spent)
+        if self.elsewhere is None:
+            self._tally.settle(generation)
+        elif generation.record is not None and generation.record.lost:  # else the store does it
+            self.elsewhere.unreserve(generation)

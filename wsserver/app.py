@@ -161,7 +161,7 @@ class App:
             timeout=settings.stop_timeout + settings.store_timeout,
         )
         await cluster.open()
-        for part in (hub, hub.scheduler, hub.retention, hub.conversations):
+        for part in (hub, hub.accounts, hub.scheduler, hub.retention, hub.conversations):
             part.elsewhere = cluster
         self.cluster = cluster
         self.metrics.add(Figures(cluster))

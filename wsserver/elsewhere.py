@@ -1,14 +1,43 @@
 """The other nodes of a cluster, as the parts of this server see them."""
 
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from wsserver.limits import Account
 from wsserver.live import Conversation, Generation, Watcher
 from wsserver.protocol import Prompt
+from wsserver.stores.base import Used
 
 
 class Moved(Exception):
     """Another node has the conversation by now."""
+
+
+class Running(Exception):
+    """Another node runs the generation already.
+
+    Args:
+        node: the id of the node.
+    """
+
+    def __init__(self, node: str) -> None:
+        super().__init__(node)
+        self.node = node
+
+
+class Use(Protocol):
+    """What an owner and an account use on all nodes, while no other node can change it."""
+
+    used: Used
+
+    def reserve(self, generation: Generation, prompts: list[float]) -> None:
+        """Count a generation that was accepted.
+
+        Args:
+            generation: the generation, with its highest cost.
+            prompts: the prompts that each key of the account has left.
+        """
+        ...
 
 
 class Elsewhere(Protocol):
@@ -51,6 +80,20 @@ class Elsewhere(Protocol):
 
     async def watch(self, conversation: Conversation) -> None:
         """Follow what another node runs in a conversation, now and later."""
+        ...
+
+    def use(self, owner: str, account: Account, name: str) -> AbstractAsyncContextManager[Use]:
+        """Return what an owner and an account use, for the decision on a prompt.
+
+        Args:
+            owner: the owner of the prompt.
+            account: the account whose limits apply.
+            name: the id of the generation.
+        """
+        ...
+
+    def unreserve(self, generation: Generation) -> None:
+        """Count a generation no longer: its end cannot be saved."""
         ...
 
     def started(self, generation: Generation) -> None:

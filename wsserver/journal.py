@@ -150,6 +150,10 @@ class Journal:
         if self._writer is None and not self._closed:
             self._writer = asyncio.get_running_loop().create_task(self._write())
 
+    def now(self) -> float:
+        """Return the time of the store, in seconds since the epoch."""
+        return self._store.now()
+
     @property
     def unsaved(self) -> int:
         """The number of generations with something to save, those of a batch under way included."""

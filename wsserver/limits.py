@@ -5,7 +5,7 @@ is deleted, so that clients cannot fill the memory with keys.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 SECONDS_PER_DAY = 86_400
 SWEEP = 1024  # buckets after which full ones are deleted
@@ -24,39 +24,39 @@ CACHE: Account = ()
 class Bucket:
     """A token bucket of ``burst`` tokens that fills by ``rate`` tokens per second."""
 
-    __slots__ = ("_at", "_left", "burst", "rate")
+    __slots__ = ("_at", "burst", "left", "rate")
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self.rate = rate
         self.burst = burst
-        self._left = burst
+        self.left = burst
         self._at = now
 
     def wait(self, now: float, tokens: int = 1) -> float:
         """Return the seconds until the bucket has some tokens; 0 if it has them."""
-        self._left = min(self.burst, self._left + (now - self._at) * self.rate)
+        self.left = min(self.burst, self.left + (now - self._at) * self.rate)
         self._at = now
-        return 0.0 if self._left >= tokens else (tokens - self._left) / self.rate
+        return 0.0 if self.left >= tokens else (tokens - self.left) / self.rate
 
     def consume(self, now: float) -> float:
         """Take a token and return 0; if there is none, return the seconds until there is one."""
         wait = self.wait(now)
         if not wait:
-            self._left -= 1
+            self.left -= 1
         return wait
 
     def charge(self, amount: float, now: float) -> None:
         """Take an amount that is known only afterwards. The bucket may owe tokens after that."""
-        self._left = min(self.burst, self._left + (now - self._at) * self.rate) - amount
+        self.left = min(self.burst, self.left + (now - self._at) * self.rate) - amount
         self._at = now
 
     def owed(self, now: float) -> float:
         """Return the seconds until the bucket owes no tokens."""
-        return max(0.0, -(self._left + (now - self._at) * self.rate) / self.rate)
+        return max(0.0, -(self.left + (now - self._at) * self.rate) / self.rate)
 
     def full(self, now: float) -> bool:
         """Whether the bucket has all its tokens."""
-        return self._left + (now - self._at) * self.rate >= self.burst
+        return self.left + (now - self._at) * self.rate >= self.burst
 
 
 class Rates:
@@ -96,6 +96,17 @@ class Rates:
         buckets = map(self._buckets.get, account)
         return max((bucket.owed(now) for bucket in buckets if bucket is not None), default=0.0)
 
+    def left(self, account: Account) -> list[float]:
+        """Return the tokens in each key's bucket, as of its last use."""
+        return [self._buckets[key].left for key in account]
+
+    def restore(self, account: Account, kept: Mapping[str, tuple[float, float]]) -> None:
+        """Set the tokens of an account's buckets, by key, and the times that they are from."""
+        for level, key in enumerate(account):
+            if key in kept:
+                left, at = kept[key]
+                self._bucket(key, level, at).left = left
+
     def _of(self, account: Account, now: float) -> list[Bucket]:
         return [self._bucket(key, level, now) for level, key in enumerate(account)]
 
@@ -122,6 +133,10 @@ class Shares:
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def restore(self, held: Mapping[str, int]) -> None:
+        """Set the number that each key holds."""
+        self._held.update(held)
 
     def full(self, account: Account, spare: int = 0) -> bool:
         """Whether a key of the account is at its limit, or would be with ``spare`` more."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from wsserver.accounts import Accounts
 from wsserver.context import tokens_of
 from wsserver.conversations import Conversations
-from wsserver.elsewhere import Elsewhere, Moved
+from wsserver.elsewhere import Elsewhere, Moved, Running
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
 from wsserver.limits import Account, Memory
@@ -23,6 +23,7 @@ from wsserver.retention import Retention
 from wsserver.running import Runner
 from wsserver.settings import Settings
 from wsserver.stores.base import Header
+from wsserver.tally import Tally
 
 ATTEMPTS = 5  # to forward a prompt whose conversation changes its node
 
@@ -110,6 +111,7 @@ class Scheduler:
             found = await self._retention.find(owner, prompt.id, account)
             if found is not None:
                 return _of_prompt(found, prompt)
+        generation = prompt.id or _new_id()
         self.check_limits(account)
         async with contextlib.AsyncExitStack() as stack:
             conversation = None
@@ -127,8 +129,27 @@ class Scheduler:
                 if name is not None:
                     await self._conversations.load(conversation)
             new = conversation is not None and not conversation.exists
-            await self._accounts.check_store(owner, new=new)
-            return self._accept(prompt, owner, account, conversation, sender)
+            try:
+                async with self._accounts.tally(owner, account, generation, new=new) as tally:
+                    return self._accept(
+                        prompt,
+                        owner,
+                        account,
+                        name=generation,
+                        tally=tally,
+                        conversation=conversation,
+                        sender=sender,
+                    )
+            except Running as running:
+                return await self._running(generation, prompt, owner, running.node)
+
+    async def _running(self, name: str, prompt: Prompt, owner: str, node: str) -> Generation:
+        """Return the generation of a prompt that another node has just accepted."""
+        assert self.elsewhere is not None
+        found = await self.elsewhere.find(owner, name, node)
+        if found is None:
+            raise Refused(Code.UNAVAILABLE)
+        return _of_prompt(found, prompt)
 
     async def _forward(
         self,
@@ -165,9 +186,11 @@ class Scheduler:
             Refused: the prompt is not accepted, and nothing has changed.
             StoreError: the spending of the owner cannot be read.
         """
-        await self._accounts.check_store(owner, new=False)
-        self.check_limits(account, spare=1)
-        return self._accept(prompt, owner, account, None, None)
+        name = _new_id()
+        async with self._accounts.tally(owner, account, name, new=False) as tally:
+            self._check_server(spare=1)
+            tally.check(account, spare=1)
+            return self._accept(prompt, owner, account, name=name, tally=tally)
 
     def accept_now(
         self, prompt: Prompt, owner: str, account: Account, own: str | None, sender: Watcher | None
@@ -180,31 +203,33 @@ class Scheduler:
         Raises:
             Refused: the prompt is not accepted, and nothing has changed.
         """
-        name = prompt.conversation or own
-        if prompt.id is not None or not self._at_hand(prompt, owner, name):
+        if prompt.id is not None:
+            return None
+        name, new = prompt.conversation or own, False
+        if prompt.messages is None:
+            known = None if name is None else self._conversations.known(owner, name)
+            if name is not None and (known is None or not known.loaded):
+                return None
+            new = known is None or not known.exists
+        tally = self._accounts.tally_now(owner, new=new)
+        if tally is None:
             return None
         self._check(prompt)
         if prompt.messages is not None:
-            return self._accept(prompt, owner, account, None, sender)
-        if self.elsewhere is not None:
-            known = None if name is None else self._conversations.known(owner, name)
-            if known is None or not self.elsewhere.holds(known):
-                return None
+            return self._accept(prompt, owner, account, name=_new_id(), tally=tally)
         conversation = self._conversations.pin_now(name or _new_id(), owner)
         try:
-            return self._accept(prompt, owner, account, conversation, sender)
+            return self._accept(
+                prompt,
+                owner,
+                account,
+                name=_new_id(),
+                tally=tally,
+                conversation=conversation,
+                sender=sender,
+            )
         finally:
             self._conversations.unpin(conversation)
-
-    def _at_hand(self, prompt: Prompt, owner: str, name: str | None) -> bool:
-        """Whether the conversation of a prompt and the quotas of its owner are in memory."""
-        new = prompt.messages is None and name is None
-        if prompt.messages is None and name is not None:
-            conversation = self._conversations.known(owner, name)
-            if conversation is None or not conversation.loaded:
-                return False
-            new = not conversation.exists
-        return self._accounts.knows_store(owner, new=new)
 
     def _check(self, prompt: Prompt) -> None:
         settings = self._settings
@@ -216,27 +241,34 @@ class Scheduler:
         if prompt.model is not None and prompt.model not in self.models:
             raise Refused(Code.MODEL_NOT_ALLOWED)
 
-    def check_limits(self, account: Account, spare: int = 0) -> None:
+    def check_limits(self, account: Account) -> None:
         """Check that an account may send a prompt now. This check does not use the store.
-
-        Args:
-            account: the account of the prompt.
-            spare: number of prompts that the limits have to leave for later.
 
         Raises:
             Refused: the server is shutting down, or it or the account is at a limit.
         """
+        self._check_server()
+        self._accounts.check(account)
+
+    def _check_server(self, spare: int = 0) -> None:
         if self.draining:
             raise Refused(Code.SHUTTING_DOWN)
-        self._accounts.check(account, len(self.live), spare)
+        if len(self.live) + spare >= self._settings.generations:
+            raise Refused(
+                Code.LIMIT,
+                "The server is writing its maximum number of replies. Try again in a moment.",
+            )
 
     def _accept(
         self,
         prompt: Prompt,
         owner: str,
         account: Account,
-        conversation: Conversation | None,
-        sender: Watcher | None,
+        *,
+        name: str,
+        tally: Tally,
+        conversation: Conversation | None = None,
+        sender: Watcher | None = None,
     ) -> Generation:
         """Accept a prompt whose conversation is pinned, without an ``await``.
 
@@ -244,19 +276,20 @@ class Scheduler:
         request may have sent the same prompt, deleted the conversation, drained the server or used
         up a limit.
         """
-        known = None if prompt.id is None else self._retention.known(owner, prompt.id)
+        known = None if prompt.id is None else self._retention.known(owner, name)
         if known is not None:
             return _of_prompt(known, prompt)
-        self.check_limits(account)
+        self._check_server()
+        tally.check(account)
         if conversation is not None:
             self._check_conversation(conversation, prompt)
         model = prompt.model or self.runner.model_name
         generation = Generation(
-            id=prompt.id or _new_id(),
+            id=name,
             owner=owner,
             account=account,
             prompt=prompt,
-            allowance=self._accounts.allow(prompt, owner, model),
+            allowance=tally.allow(prompt, owner, model),
             model=model,
             conversation_id=None if conversation is None else conversation.id,
             conversation=conversation,
@@ -267,7 +300,7 @@ class Scheduler:
         generation.memory = generation.prompt_size
         if not self._memory.acquire(account, generation.memory):
             raise Refused(Code.LIMIT, "The server's memory is full. Try again later.")
-        self._accounts.book(generation)
+        tally.book(generation)
         self._retention.add(generation)
         self.live.add(generation)
         self.idle.clear()
@@ -278,7 +311,8 @@ class Scheduler:
             generation.conversation_id,
             prompt,
             model,
-            retry_of=prompt.retry_of,
+            self._journal.now(),
+            prompt.retry_of,
         )
         generation.record = self._journal.begin(header, generation.log, waits=running is not None)
         if conversation is not None:

@@ -1,7 +1,6 @@
 """Regular work on the store: purge expired generations, delete old conversations."""
 
 import asyncio
-import time
 from typing import Protocol
 
 from wsserver.errors import Refused, StoreError
@@ -70,7 +69,7 @@ class Upkeep:
         """
         more = True
         while more:
-            more = await self._store.purge(time.time() - self._replay)
+            more = await self._store.purge(self._store.now() - self._replay)
             await asyncio.sleep(PAUSE)
         if self._retention:
             await self._delete_old()
@@ -79,7 +78,7 @@ class Upkeep:
         """Delete old conversations. The next round tries the failed ones again."""
         skipped: set[tuple[str, str]] = set()  # by owner and id
         while len(skipped) < MOST_SKIPPED:
-            before = time.time() - self._retention
+            before = self._store.now() - self._retention
             found = await self._store.idle(before, STEP + len(skipped))
             old = [key for key in found if key not in skipped]
             if not old:

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -36,13 +37,34 @@ class Pair:
     reader: Client  # of the other
 
 
+COMMAND = ("-m", "wsserver")
+# A node whose clock is an hour ahead.
+AHEAD = (
+    "-c",
+    (
+        "import time; real = time.time; time.time = lambda: real() + 3600; "
+        "from wsserver.cli import main; main()"
+    ),
+)
+
+
 @asynccontextmanager
 async def pair(
-    url: str, redis: RedisServer, puppet: Puppet, rate: int = 200, lease: float = LEASE
+    url: str,
+    redis: RedisServer,
+    puppet: Puppet,
+    rate: int = 200,
+    *,
+    command: tuple[str, ...] = COMMAND,
+    **more: Any,
 ) -> AsyncIterator[Pair]:
-    settings: dict[str, Any] = {"cluster": redis.url, "store": url, "lease": lease}
-    flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    arguments = ("-m", "wsserver", "serve", "--model", "demo", "--demo-rate", str(rate), *flags)
+    settings: dict[str, Any] = {"cluster": redis.url, "store": url, "lease": LEASE, **more}
+    flags = [
+        part
+        for key, value in settings.items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    arguments = (*command, "serve", "--model", "demo", "--demo-rate", str(rate), *flags)
     async with run(*arguments, "--port", "0", "--drain-timeout", "0") as owner:
         address = (await owner.line(r"websocket +(\S+)"))[1]
         host = cast("Host", SimpleNamespace(url=address))
@@ -116,6 +138,36 @@ async def test_node_that_was_stopped_beyond_its_lease_says_and_saves_nothing_mor
                 await asyncio.sleep(0.2)
         await two.chat.next("done")
         assert len(await turns(two.reader, THIRD)) == 2
+
+
+async def test_replies_of_a_killed_node_count_until_it_is_buried(
+    url: str, redis: RedisServer, puppet: Puppet
+) -> None:
+    async with pair(url, redis, puppet, generations_per_principal=1) as two:
+        await two.chat.prompt(COUNT, conversation=ONE, id=ID)
+        await counted(two.reader, 10)
+        two.owner.signal(signal.SIGKILL)
+        assert (await two.reader.prompt("Hi", conversation=THIRD))["code"] == "limit"
+        await two.reader.text(ID)
+        await exchange(two.reader, puppet, "Hi", "Hello", conversation=THIRD)
+
+
+async def test_node_whose_clock_is_an_hour_ahead_is_one_of_them(
+    url: str, redis: RedisServer, puppet: Puppet
+) -> None:
+    async with pair(url, redis, puppet, command=AHEAD) as two:
+        await two.chat.prompt(COUNT, conversation=ONE, id=ID)
+        await counted(two.reader, 100)
+        text, done = await two.reader.text(ID)  # takes longer than two leases
+        assert (text, done["reason"]) == (WHOLE, "end_turn")
+        await exchange(two.reader, puppet, "Go on", "Here", conversation=THIRD)
+        for chat in (two.chat, two.reader):
+            history = await opened(chat, THIRD)
+            assert history["messages"][-1]["content"] == "Here"
+        before, now = await opened(two.reader), time.time()
+        for message in before["messages"]:
+            assert abs(message["began"] - now) < 60
+            assert abs(message.get("ended", now) - now) < 60
 
 
 @pytest.mark.parametrize("fault", ["kill", "pause", "cut", "cuts"])

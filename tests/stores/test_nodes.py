@@ -1,6 +1,7 @@
 """The nodes of a cluster and their leases, in a real PostgreSQL."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -8,9 +9,11 @@ import pytest
 
 from tests.stores.support import SECONDS, done, entry, found, header, loaded, names, whole
 from tests.support.postgres import Postgres
-from wsserver.errors import StoreInUse
-from wsserver.stores.base import Fenced
+from wsserver.errors import StoreError, StoreInUse
+from wsserver.prices import Spent
+from wsserver.stores.base import Fenced, day_of
 from wsserver.stores.postgres.nodes import Nodes
+from wsserver.stores.postgres.reservations import Reservations
 from wsserver.stores.postgres.store import PostgresStore
 
 pytestmark = pytest.mark.slow
@@ -138,6 +141,78 @@ async def test_half_done_burial_is_completed_by_another_node(
         assert "b" in (await second.renew()).late
         assert await second.bury("b")
         assert (await loaded(c)).turns[0].partial == "interrupted"
+
+
+async def test_node_goes_by_the_clock_of_the_database(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.time
+    async with cluster(url, "a", "b") as ((a, _), (b, nodes)):
+        await a.commit([whole(header("outside", None))])
+        monkeypatch.setattr(time, "time", lambda: real() + 3600)
+        await nodes.renew()  # compares the clocks
+        assert abs(b.now() - real()) < SECONDS
+        await b.purge(b.now() - 60)
+        assert await found(a, "outside") == ["Hi."]
+
+
+async def test_use_of_an_owner_is_that_of_all_nodes_and_ends_with_them(url: str) -> None:
+    account = ("narrow", "wide")
+    async with cluster(url, "a", "b", "c", life=0.2) as ((a, alive), (b, _), _):
+        own, others = Reservations(a), Reservations(b)
+        for name, cost in (("one", Spent(10, 1)), ("two", Spent(5, 2))):
+            async with others.lock("me", account, name) as locked:
+                await locked.reserve(name, "b", cost, [3.0, 7.5])
+        async with own.lock("me", ("other", "wide"), "one") as locked:
+            assert locked.node == "b"
+            assert locked.used.held == {"other": 0, "wide": 2}
+            ((key, (left, at)),) = locked.used.prompts.items()
+            assert (key, left) == ("wide", 7.5)
+            assert 0 <= locked.used.now - at < SECONDS
+            assert (locked.used.spent, locked.used.reserved) == (Spent(0, 0), Spent(15, 3))
+        await b.commit([whole(header("one", began=time.time()))])  # its end: a cost, and no share
+        async with own.lock("me", account, "one") as locked:
+            assert (locked.node, locked.used.held["narrow"]) == (None, 1)
+            assert locked.used.spent == await a.spent("me", day_of(time.time())) != Spent(0, 0)
+            assert locked.used.reserved == Spent(5, 2)
+        await is_late(alive, "b")
+        await alive.bury("b")
+        async with own.lock("me", account, "two") as locked:
+            assert (locked.node, locked.used.held) == (None, {"narrow": 0, "wide": 0})
+            assert locked.used.reserved == Spent(0, 0)
+
+
+async def test_decisions_about_one_account_wait_for_each_other(url: str) -> None:
+    async with cluster(url, "a", "b") as ((a, _), (b, _)):
+        held = []
+
+        async def decide(store: PostgresStore, name: str) -> None:
+            async with Reservations(store).lock("me", ("key",), name) as locked:
+                held.append(locked.used.held["key"])
+                await asyncio.sleep(0)
+                await locked.reserve(name, "a" if store is a else "b", Spent(), [1.0])
+
+        async with asyncio.timeout(SECONDS):
+            await asyncio.gather(*(decide((a, b)[n % 2], f"reply-{n}") for n in range(20)))
+        assert held == list(range(20))
+        await Reservations(b).remove("me", "reply-3")
+        async with Reservations(a).lock("me", ("key",), "next") as locked:
+            assert locked.used.held["key"] == 19
+
+
+async def test_node_that_is_paused_with_a_lock_delays_others_for_a_bounded_time(url: str) -> None:
+    async with cluster(url, "a") as ((a, _),):
+        paused = PostgresStore(url, 0.5, node="b")
+        await paused.open()
+        try:
+            async with asyncio.timeout(SECONDS):
+                with pytest.raises(StoreError):
+                    async with Reservations(paused).lock("me", ("key",), "one") as locked:
+                        async with Reservations(a).lock("me", ("key",), "two") as others:
+                            assert others.used.held == {"key": 0}
+                        await locked.reserve("one", "b", Spent(), [1.0])
+        finally:
+            await paused.close()
 
 
 async def test_no_node_is_late_just_after_a_start_of_the_database() -> None:

@@ -15,6 +15,7 @@ from wsserver.cluster.membership import Membership
 from wsserver.cluster.mirrors import Mirrors, facts_of
 from wsserver.cluster.peers import ALL, Body, Peers, topic_about
 from wsserver.cluster.readers import Readers
+from wsserver.cluster.uses import Use, Uses
 from wsserver.elsewhere import Moved
 from wsserver.errors import Code, ConfigError, ModelError, Refused, StoreError
 from wsserver.generation import State
@@ -75,6 +76,7 @@ class Cluster:
         self.membership = self._new_membership()
         self.readers = Readers(self.peers, hub)
         self.mirrors = Mirrors(self.peers, self._mirror_ended)
+        self._uses = Uses(store, self._spawn)
         # The conversations that this node leases, and since when nothing runs in them.
         self._held: dict[Key, float] = {}
         self._releasing: dict[Key, asyncio.Future[None]] = {}
@@ -311,6 +313,16 @@ class Cluster:
         conversation = generation.conversation
         if conversation is not None and generation in conversation.mirrors:
             conversation.mirrors.remove(generation)
+
+    def use(
+        self, owner: str, account: Account, name: str
+    ) -> contextlib.AbstractAsyncContextManager[Use]:
+        """Return what an owner and an account use, for the decision on a prompt."""
+        return self._uses.of(owner, account, name, self.membership)
+
+    def unreserve(self, generation: Generation) -> None:
+        """Count a generation no longer: its end cannot be saved."""
+        self._uses.remove(generation)
 
     # Following.
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from wsserver.content import Block, Message, RedactedThinking, Text, Thinking, memory_of
 from wsserver.errors import StoreError
 from wsserver.pieces import Pieces
-from wsserver.prices import Spent
+from wsserver.prices import NOTHING, Spent
 from wsserver.protocol import Error, Prompt, Terminal
 
 TITLE_LENGTH = 60  # characters of a title made from a prompt
@@ -164,6 +164,25 @@ class Amounts:
     conversations: int
 
 
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What an owner and an account use on all nodes of a cluster.
+
+    Attributes:
+        now: the time of the database, in seconds since the epoch.
+        held: by key of the account, its replies that run or wait.
+        prompts: by key of the account, the prompts that are left and when they were.
+        spent: the cost of the owner's replies that ended today.
+        reserved: the highest cost of the owner's replies that have not ended.
+    """
+
+    now: float
+    held: dict[str, int] = field(default_factory=dict)
+    prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
+    spent: Spent = NOTHING
+    reserved: Spent = NOTHING
+
+
 class Store(Protocol):
     """Keeps conversations and generations.
 
@@ -184,6 +203,10 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Close the store. Idempotent."""
+        ...
+
+    def now(self) -> float:
+        """Return the time in seconds since the epoch, by the clock that all users share."""
         ...
 
     async def commit(self, entries: Sequence[Entry]) -> None:

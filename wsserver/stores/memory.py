@@ -177,6 +177,10 @@ class MemoryStore:
     async def open(self) -> None:
         """Nothing to do."""
 
+    def now(self) -> float:
+        """Return the time of this machine, in seconds since the epoch."""
+        return time.time()
+
     async def close(self) -> None:
         """Nothing to do."""
 
@@ -185,7 +189,7 @@ class MemoryStore:
 
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all entries."""
-        now = time.time()
+        now = self.now()
         for entry in entries:
             header, terminal = entry.header, entry.terminal
             generation = self._generations.get((header.owner, header.id), {}).get(header.began)
@@ -341,7 +345,7 @@ class MemoryStore:
         self._grow(owner, -generation.size)
         self._drop_trace(key)
         counted = generation.terminal is not None
-        self._traces[key] = _Trace(time.time(), generation.began, counted)
+        self._traces[key] = _Trace(self.now(), generation.began, counted)
         mine = self._traced.setdefault(owner, OrderedDict())
         mine[name] = None
         if len(mine) > TRACES:
@@ -421,7 +425,7 @@ class MemoryStore:
 
     async def purge(self, until: float) -> bool:
         """Delete some expired generations and traces. Spending is kept for two days."""
-        now = time.time()
+        now = self.now()
         yesterday = day_of(now) - 1
         self._spent = {day: spent for day, spent in self._spent.items() if day >= yesterday}
         ended = takewhile(lambda g: g.ended is not None and g.ended < until, self._outside)

@@ -220,7 +220,7 @@ class SqliteStore:
 
     def _mark_interrupted(self, database: sqlite3.Connection) -> None:
         """End the generations that the last process left running, and count their cost."""
-        now = time.time()
+        now = self.now()
         for number, owner, name, began, model in database.execute(_DEAD).fetchall():
             text = ""
             # A damaged generation must not prevent the start.
@@ -235,6 +235,10 @@ class SqliteStore:
             while _delete_some(database, owner, name):
                 pass
 
+    def now(self) -> float:
+        """Return the time of this machine, in seconds since the epoch."""
+        return time.time()
+
     async def close(self) -> None:
         """Close the file after all running calls. Idempotent."""
         async with self._writing.of(""), self._reading.of(""):
@@ -247,7 +251,7 @@ class SqliteStore:
 
     async def commit(self, entries: Sequence[Entry]) -> None:
         """Save all entries or none, in one transaction."""
-        now = time.time()
+        now = self.now()
 
         def commit(database: sqlite3.Connection) -> None:
             for entry in entries:
@@ -287,7 +291,7 @@ class SqliteStore:
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations."""
-        now = time.time()
+        now = self.now()
         key = owner, conversation
 
         def start(database: sqlite3.Connection) -> bool | None:
@@ -369,7 +373,7 @@ class SqliteStore:
 
         The spending of a day is kept for 90 days, and the list of its replies for two.
         """
-        now = time.time()
+        now = self.now()
         today = day_of(now)
 
         def purge(database: sqlite3.Connection) -> tuple[bool, bool]:

@@ -81,6 +81,7 @@ class Nodes:
             )
             if not renewed:
                 raise Fenced("the other nodes of the cluster have buried this node")
+            await self._store.set_clock(connection)
             rows = await connection.fetch(
                 f"SELECT id, dead OR {_LATE} AS late, "
                 "extract(epoch FROM expires - clock_timestamp())::float8 AS left "

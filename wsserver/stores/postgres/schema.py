@@ -238,6 +238,86 @@ MIGRATIONS = [
         END IF;
     END $$;
     """,
+    """
+    CREATE TABLE reserved ( -- the replies of nodes that have not ended, with their highest cost
+        owner text COLLATE "C" NOT NULL,
+        id text COLLATE "C" NOT NULL,
+        node text COLLATE "C" NOT NULL REFERENCES node (id) ON DELETE CASCADE,
+        tokens bigint NOT NULL,
+        microdollars bigint NOT NULL,
+        PRIMARY KEY (owner, id)
+    );
+    CREATE INDEX reserved_by_node ON reserved (node);
+    CREATE TABLE share ( -- the keys of the accounts that have them
+        key text COLLATE "C" NOT NULL,
+        owner text COLLATE "C" NOT NULL,
+        id text COLLATE "C" NOT NULL,
+        PRIMARY KEY (key, owner, id),
+        FOREIGN KEY (owner, id) REFERENCES reserved ON DELETE CASCADE
+    );
+    CREATE INDEX share_by_reply ON share (owner, id);
+    CREATE TABLE allowed ( -- the prompts that a key has left, and when it had them
+        key text COLLATE "C" PRIMARY KEY,
+        prompts float8 NOT NULL,
+        at float8 NOT NULL
+    );
+    CREATE INDEX allowed_by_time ON allowed (at);
+
+    -- Returns what an owner and an account use. Until the end of the transaction no other node can
+    -- decide on a prompt of theirs.
+    CREATE FUNCTION used(
+        _owner text, _id text, _keys text[],
+        OUT now float8, OUT node text, OUT held bigint[], OUT prompts float8[], OUT times float8[],
+        OUT tokens bigint, OUT microdollars bigint,
+        OUT reserved_tokens bigint, OUT reserved_microdollars bigint
+    ) LANGUAGE plpgsql AS $$
+    DECLARE
+        lock text;
+    BEGIN
+        FOR lock IN -- in order, so that two transactions cannot wait for each other
+            SELECT each FROM unnest(_keys || ('owner ' || _owner)) AS each ORDER BY each COLLATE "C"
+        LOOP
+            PERFORM pg_advisory_xact_lock(
+                hashtext('wsserver use ' || current_schema()), hashtext(lock)
+            );
+        END LOOP;
+        now := extract(epoch FROM clock_timestamp());
+        SELECT r.node INTO node FROM reserved AS r WHERE r.owner = _owner AND r.id = _id;
+        SELECT array_agg((SELECT count(*) FROM share WHERE share.key = each.key) ORDER BY number),
+            array_agg(a.prompts ORDER BY number), array_agg(a.at ORDER BY number)
+        INTO held, prompts, times
+        FROM unnest(_keys) WITH ORDINALITY AS each(key, number)
+        LEFT JOIN allowed AS a ON a.key = each.key;
+        SELECT s.tokens, s.microdollars INTO tokens, microdollars
+        FROM spent AS s WHERE s.owner = _owner AND s.day = floor(now / 86400);
+        SELECT coalesce(sum(r.tokens), 0), coalesce(sum(r.microdollars), 0)
+        INTO reserved_tokens, reserved_microdollars FROM reserved AS r WHERE r.owner = _owner;
+    END $$;
+
+    CREATE FUNCTION reserve(
+        _owner text, _id text, _node text, _tokens bigint, _microdollars bigint,
+        _keys text[], _prompts float8[], _now float8
+    ) RETURNS void LANGUAGE sql AS $$
+        INSERT INTO reserved VALUES (_owner, _id, _node, _tokens, _microdollars);
+        INSERT INTO share SELECT key, _owner, _id FROM unnest(_keys) AS key;
+        INSERT INTO allowed SELECT key, prompts, _now FROM unnest(_keys, _prompts)
+            AS each(key, prompts)
+        ON CONFLICT (key) DO UPDATE SET prompts = excluded.prompts, at = excluded.at;
+    $$;
+
+    CREATE OR REPLACE FUNCTION spend( -- counts the cost of a reply once
+        _owner text, _id text, _began float8, _day int, _tokens bigint, _microdollars bigint
+    ) RETURNS void LANGUAGE plpgsql AS $$
+    BEGIN
+        DELETE FROM reserved WHERE owner = _owner AND id = _id;
+        INSERT INTO counted VALUES (_owner, _id, _began, _day) ON CONFLICT DO NOTHING;
+        IF FOUND THEN
+            INSERT INTO spent VALUES (_owner, _day, _tokens, _microdollars)
+            ON CONFLICT (owner, day) DO UPDATE SET tokens = spent.tokens + excluded.tokens,
+                microdollars = spent.microdollars + excluded.microdollars;
+        END IF;
+    END $$;
+    """,
 ]
 
 

@@ -61,6 +61,7 @@ SCHEMA = "wsserver"
 ADDRESS = ("postgresql://", "postgres://")  # beginnings of an address
 PURGED_AT_ONCE = 200  # rows of each kind per step, so that its locks are short
 DAYS_KEPT = 90  # days for which spending is kept
+MINUTE = 60.0  # seconds in which every key has all its prompts of a minute again
 MAX_NUMBER = 2**63 - 1  # PostgreSQL's largest integer
 ATTEMPTS = 3  # of a transaction that lost against another one
 
@@ -92,6 +93,7 @@ _EXPIRED = [  # statements that delete some expired rows, each with the time or 
     "DELETE FROM forgotten WHERE ctid IN (SELECT ctid FROM forgotten WHERE at < $1 LIMIT $2)",
     "DELETE FROM counted WHERE ctid IN (SELECT ctid FROM counted WHERE day < $1 LIMIT $2)",
     "DELETE FROM spent WHERE ctid IN (SELECT ctid FROM spent WHERE day < $1 LIMIT $2)",
+    "DELETE FROM allowed WHERE ctid IN (SELECT ctid FROM allowed WHERE at < $1 LIMIT $2)",
 ]
 
 
@@ -130,13 +132,19 @@ class PostgresStore:
         self._timeout = timeout
         self._copying = copying
         self.node = node
-        self._settings = {"search_path": schema, "application_name": "wsserver"}
+        self._settings = {
+            "search_path": schema,
+            "application_name": "wsserver",
+            # The locks of a node that was paused within a transaction must not stop the others.
+            "idle_in_transaction_session_timeout": str(int(timeout * 1000)),
+        }
         self._prices = prices or Prices()
         self._pool: Any = None
         self._guard = Guard(
             self._connect, shared=node is not None, place=self._place, failures=_FAILURES
         )
         self._places = FairLock(CONNECTIONS)
+        self._ahead = 0.0  # seconds by which the clock of the database is ahead of this machine's
 
     # Opening and closing.
 
@@ -151,6 +159,8 @@ class PostgresStore:
             first = await self._connect()
             try:
                 await migrate(first)
+                if self.node is not None:
+                    await self.set_clock(first)
                 unfinished = await first.fetchval("SELECT to_regclass('copying') IS NOT NULL")
             except BaseException:
                 await first.close()
@@ -201,13 +211,27 @@ class PostgresStore:
             server_settings=self._settings,
         )
 
+    def now(self) -> float:
+        """Return the time in seconds since the epoch: of the database, if nodes share it.
+
+        The clocks of the nodes may differ. A clock that is ahead must not make its node delete what
+        has not expired.
+        """
+        return time.time() + self._ahead
+
+    async def set_clock(self, connection: Any) -> None:
+        """Compare the clock of this machine with the clock of the database."""
+        asked = time.time()
+        now = await connection.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+        self._ahead = now - (asked + time.time()) / 2
+
     async def end_replies(self, node: str | None) -> None:
         """End the generations that a dead node left running, and count their cost.
 
         Args:
             node: the id of the node; None for all generations.
         """
-        now = time.time()
+        now = self.now()
         async with self._pool.acquire() as connection, connection.transaction():
             dead = await connection.fetch(
                 "SELECT number, owner, id, began, model FROM generation "
@@ -233,7 +257,7 @@ class PostgresStore:
         """Save all entries or none, in one statement unless a reply lacks its first pieces."""
         if not entries:
             return
-        now = time.time()
+        now = self.now()
         try:
             async with self.connection() as connection:
                 await self._commit(connection, entries, now)
@@ -284,15 +308,15 @@ class PostgresStore:
     async def rename(self, conversation: str, owner: str, title: str) -> bool:
         """Change the title of a conversation."""
         statement = "UPDATE conversation SET title = $3 WHERE owner = $1 AND id = $2"
-        async with self._request(owner) as connection:
+        async with self.request(owner) as connection:
             return (
                 _rows(await connection.execute(statement, owner, conversation, title.encode())) > 0
             )
 
     async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations."""
-        key, now = (owner, conversation), time.time()
-        async with self._request(owner) as connection, connection.transaction():
+        key, now = (owner, conversation), self.now()
+        async with self.request(owner) as connection, connection.transaction():
             known = await connection.fetchrow(
                 "SELECT FROM conversation WHERE owner = $1 AND id = $2 "
                 "AND ($3::float8 IS NULL OR updated < $3) FOR UPDATE",
@@ -315,9 +339,9 @@ class PostgresStore:
 
         The spending of a day is kept for 90 days, and the list of its replies for two.
         """
-        now = time.time()
-        bounds = now - TRACE_KEPT, day_of(now) - 1, day_of(now) - DAYS_KEPT
-        async with self._request("") as connection, connection.transaction():
+        now = self.now()
+        bounds = now - TRACE_KEPT, day_of(now) - 1, day_of(now) - DAYS_KEPT, now - MINUTE
+        async with self.request("") as connection, connection.transaction():
             gone = await connection.fetch(
                 "DELETE FROM generation WHERE number IN (SELECT number FROM generation WHERE "
                 "conversation IS NULL AND ended < $1 LIMIT $2) RETURNING owner, id",
@@ -336,14 +360,14 @@ class PostgresStore:
 
     async def probe(self) -> None:
         """Write the version that the tables already have."""
-        async with self._request("") as connection:
+        async with self.request("") as connection:
             await connection.execute("UPDATE version SET number = number")
 
     # Reading.
 
     async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
-        async with self._request(owner) as connection:
+        async with self.request(owner) as connection:
             row = await connection.fetchrow(FIND, owner, generation)
             if row is not None:
                 return found(row, owner)
@@ -356,7 +380,7 @@ class PostgresStore:
         self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
-        async with self._request(owner) as connection:
+        async with self.request(owner) as connection:
             rows = await connection.fetch(
                 LOAD, owner, conversation, _end(before), limit, min(size, MAX_NUMBER)
             )
@@ -396,12 +420,12 @@ class PostgresStore:
     # Connections.
 
     async def _fetch(self, owner: str, statement: str, *values: object) -> Sequence[Any]:
-        async with self._request(owner) as connection:
+        async with self.request(owner) as connection:
             rows: Sequence[Any] = await connection.fetch(statement, *values)
             return rows
 
     @contextlib.asynccontextmanager
-    async def _request(self, owner: str) -> AsyncIterator[Any]:
+    async def request(self, owner: str) -> AsyncIterator[Any]:
         """Use a connection for a request of an owner. The owners get connections in turn."""
         async with self._places.of(owner), self.connection() as connection:
             yield connection
