@@ -39,10 +39,19 @@ async def test_page_asks_for_token_if_server_requires_tokens(puppet: Puppet, bla
         await expect(field).to_be_hidden()
 
 
-async def test_page_works_without_local_storage(puppet: Puppet, blank: Page) -> None:
-    await blank.add_init_script(
-        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no'); } })"
-    )
+FORBIDDEN = (
+    "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no'); } })"
+)
+FULL = """for (let size = 2 ** 23; size >= 1; size /= 2) {
+    try { localStorage.setItem(`full ${size}`, 'x'.repeat(size)) } catch { }
+}"""
+
+
+@pytest.mark.parametrize("storage", [FORBIDDEN, FULL], ids=["forbidden", "full"])
+async def test_page_works_without_room_in_local_storage(
+    puppet: Puppet, blank: Page, storage: str
+) -> None:
+    await blank.add_init_script(storage)
 
     async def named(token: str | None, _: object) -> wsserver.Principal | None:
         return wsserver.Principal("ada") if token == "sesame" else None

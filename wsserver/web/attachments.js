@@ -3,7 +3,7 @@
 /** @typedef {import('./client.js').Block} Block */
 /** @typedef {string | Block[]} Content */
 
-const NAMES = /** @type {Record<string, string>} */ ({ image: 'Image', document: 'Document', tool_result: 'Tool result' })
+const NAMES = /** @type {Record<string, string>} */ ({ image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' })
 const IMAGE_TYPE = /^image\/(png|jpeg|gif|webp)$/
 
 /** @param {Content} content */
@@ -23,6 +23,12 @@ export function withText(content, text) {
   return place < 0 ? [...content, { type: 'text', text }] : [...others(content.slice(0, place)), { type: 'text', text }, ...others(content.slice(place))]
 }
 
+/** Return what a block is, such as “Document: Minutes”. @param {Block} block */
+export function labelOf({ type, title, name = title }) {
+  const kind = NAMES[type] ?? type.replaceAll('_', ' ')
+  return typeof name === 'string' && name ? `${kind}: ${name}` : kind
+}
+
 /** Show the attachments of a prompt as the items of a list. @param {HTMLElement} list @param {Block[]} blocks */
 export function showAttachments(list, blocks) {
   list.replaceChildren(...blocks.map((block) => {
@@ -34,12 +40,12 @@ export function showAttachments(list, blocks) {
 }
 
 /** @param {Block} block @returns {HTMLElement | string} */
-function toElement({ type, title, source = {} }) {
-  const name = NAMES[type] ?? type.replaceAll('_', ' ')
+function toElement(block) {
+  const { type, source = {} } = block
+  const label = labelOf(block)
   if (type === 'image' && IMAGE_TYPE.test(source.media_type) && isBase64(source.data)) {
-    return Object.assign(document.createElement('img'), { src: `data:${source.media_type};base64,${source.data}`, alt: name })
+    return Object.assign(document.createElement('img'), { src: `data:${source.media_type};base64,${source.data}`, alt: label })
   }
-  const label = typeof title === 'string' && title ? `${name}: ${title}` : name
   if (typeof source.url !== 'string' || !/^https?:\/\//i.test(source.url)) return label
   return Object.assign(document.createElement('a'), { href: source.url, target: '_blank', rel: 'noopener noreferrer', textContent: label, title: source.url })
 }

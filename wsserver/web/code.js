@@ -8,7 +8,6 @@ const { DOMPurify, highlighter } = libraries
 const SLICE = 5_000 // characters that are coloured together
 const LONG = 40 // lines; longer code of an earlier reply is folded
 const PAUSE = 3 // times the time that colouring took, until the last slice is coloured again
-const COPIED = 2_000 // milliseconds for which a button tells that it has copied
 
 /** Return a whole block. @param {string} text @param {string} info What follows the fence. @param {boolean} folds Whether it is folded if it is long. */
 export function codeBlock(text, info, folds) {
@@ -159,8 +158,6 @@ export function onCodeButton(target) {
   if (button.matches('.fold')) fold(figure, !figure.classList.contains('folded'))
   if (button.matches('.wrap')) button.setAttribute('aria-pressed', String(figure.classList.toggle('wrapped')))
   if (!button.matches('.copy-code')) return
-  copy(find(figure, 'code', HTMLElement).textContent ?? '')
   const label = find(button, 'span', HTMLElement)
-  label.textContent = 'Copied'
-  setTimeout(() => { label.textContent = 'Copy' }, COPIED)
+  copy(find(figure, 'code', HTMLElement).textContent ?? '', (copied) => { label.textContent = copied ? 'Copied' : 'Copy' })
 }

@@ -1,6 +1,6 @@
 /** The message box: its text, its draft, its keys and its buttons. */
 
-import { find } from './dom.js'
+import { find, isComposing } from './dom.js'
 
 /** @typedef {import('./drafts.js').Drafts} Drafts */
 
@@ -13,9 +13,6 @@ const hovers = matchMedia('(hover: hover)') // on other devices the focus opens 
 const KEYS = keys.textContent ?? ''
 const INTERRUPT = /^(Mac|iP)/.test(navigator.platform) ? '⌘+Enter' : 'Ctrl+Enter'
 const BUSY_KEYS = `Enter sends after this reply · ${INTERRUPT} interrupts and sends · Esc stops`
-
-/** Whether a key belongs to an input method. In Safari the key that ends a composition comes after its end, with this code. @param {KeyboardEvent} event */
-export const isComposing = (event) => event.isComposing || event.keyCode === 229
 
 export class Composer {
   /** @type {import('./drafts.js').Edit | undefined} The turn that the text will replace. */ edit

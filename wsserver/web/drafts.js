@@ -1,10 +1,8 @@
 /** Texts that are typed and not answered yet. They survive a reload and a crash of the tab. */
 
-import { dropOldest, read, write } from './storage.js'
+import { PerConversation, read, session, write } from './storage.js'
 
-const DRAFT = 'draft ' // + the conversation: the keys of drafts
 const UNSENT = 'unsent ' // + the conversation: the keys of prompts without a reply
-const MOST = 50 // drafts of conversations; the oldest is dropped first
 const LONGEST = 100_000 // characters of a draft; no server accepts longer prompts
 
 /** @typedef {{id: string, draft: string}} Edit The turn that a draft replaces, and the draft before it. */
@@ -15,40 +13,34 @@ const LONGEST = 100_000 // characters of a draft; no server accepts longer promp
  * and have no reply: they wait, or never reached the server.
  */
 export class Drafts {
-  /** @param {Storage | undefined} shared @param {Storage | undefined} own Undefined where the browser forbids it. */
-  constructor(shared, own) {
-    this.shared = shared
-    this.own = own
-  }
+  #drafts = new PerConversation('draft')
 
   /** @param {string | undefined} conversation @returns {string} */
   get(conversation) {
-    const { text = '' } = read(this.#place(conversation), DRAFT + (conversation ?? ''))
+    const { text = '' } = this.#drafts.get(conversation)
     return typeof text === 'string' ? text : ''
   }
 
   /** Return what the draft replaces. @param {string | undefined} conversation @returns {Edit | undefined} */
   getEdit(conversation) {
-    const { edit } = read(this.#place(conversation), DRAFT + (conversation ?? ''))
+    const { edit } = this.#drafts.get(conversation)
     return typeof edit?.id === 'string' && typeof edit.draft === 'string' ? edit : undefined
   }
 
   /** @param {string | undefined} conversation @param {string} text @param {Edit} [edit] */
   set(conversation, text, edit) {
-    const kept = text.trim() && text.length <= LONGEST ? { text, edit, at: Date.now() } : undefined
-    write(this.#place(conversation), DRAFT + (conversation ?? ''), kept)
-    if (kept && conversation !== undefined) dropOldest(this.shared, DRAFT, MOST)
+    this.#drafts.set(conversation, text.trim() && text.length <= LONGEST ? { text, edit } : undefined)
   }
 
   /** Keep a prompt that was sent until it has a reply. @param {string} conversation @param {string} id @param {string} text */
   keepUnsent(conversation, id, text) {
-    if (text.length <= LONGEST) write(this.own, UNSENT + conversation, { ...read(this.own, UNSENT + conversation), [id]: text })
+    if (text.length <= LONGEST) write(session, UNSENT + conversation, { ...read(session, UNSENT + conversation), [id]: text })
   }
 
-  /** @param {string} conversation @param {string} id */
+  /** @param {string | undefined} conversation A new one has no prompts. @param {string} id */
   dropUnsent(conversation, id) {
-    const { [id]: dropped, ...others } = read(this.own, UNSENT + conversation)
-    if (dropped !== undefined) write(this.own, UNSENT + conversation, Object.keys(others).length ? others : undefined)
+    const { [id]: dropped, ...others } = read(session, UNSENT + conversation)
+    if (dropped !== undefined) write(session, UNSENT + conversation, Object.keys(others).length ? others : undefined)
   }
 
   /**
@@ -59,8 +51,8 @@ export class Drafts {
    * @returns {boolean} Whether there were any.
    */
   restoreUnsent(conversation, target, isKnown) {
-    const lost = Object.entries(read(this.own, UNSENT + conversation)).filter(([id, text]) => !isKnown(id) && typeof text === 'string')
-    write(this.own, UNSENT + conversation, undefined)
+    const lost = Object.entries(read(session, UNSENT + conversation)).filter(([id, text]) => !isKnown(id) && typeof text === 'string')
+    write(session, UNSENT + conversation, undefined)
     const drafts = new Set([conversation, target]) // a conversation that the server never had passes its draft on
     const texts = [...lost.map(([, text]) => text), ...[...drafts].map((each) => this.get(each))]
     if (lost.length) this.set(target, texts.filter(Boolean).join('\n\n'))
@@ -70,11 +62,6 @@ export class Drafts {
   /** Delete everything of a conversation that was deleted. @param {string} conversation */
   delete(conversation) {
     this.set(conversation, '')
-    write(this.own, UNSENT + conversation, undefined)
-  }
-
-  /** @param {string | undefined} conversation */
-  #place(conversation) {
-    return conversation === undefined ? this.own : this.shared
+    write(session, UNSENT + conversation, undefined)
   }
 }

@@ -1,8 +1,7 @@
 /** Editing of the last prompt: the box has its text, and the next prompt replaces its turn. */
 
 import { attachmentsOf } from './attachments.js'
-import { isComposing } from './compose.js'
-import { find } from './dom.js'
+import { find, isComposing } from './dom.js'
 
 /** @typedef {import('./compose.js').Composer} Composer */
 /** @typedef {import('./turn.js').Turn} Turn */

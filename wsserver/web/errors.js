@@ -60,12 +60,9 @@ export const referenceOf = (error) => /** @type {Partial<import('./client.js').R
 export function showReference(button, reference) {
   button.hidden = !reference
   if (!reference) return
-  const label = `Reference ${reference.slice(0, 8)}`
-  button.textContent = label
   button.title = 'Copy the reference for the operator of the server'
-  button.onclick = () => {
-    copy(reference)
-    button.textContent = 'Reference copied'
-    setTimeout(() => { button.textContent = label }, 2000)
-  }
+  button.value = reference // another error may use the button before it says its reference again
+  const tell = (/** @type {boolean} */ copied) => { button.textContent = copied ? 'Reference copied' : `Reference ${button.value.slice(0, 8)}` }
+  button.onclick = () => copy(reference, tell)
+  tell(false)
 }

@@ -1,5 +1,6 @@
 /** Export of a conversation to a file, as Markdown or JSON. */
 
+import { labelOf } from './attachments.js'
 import { find } from './dom.js'
 import { meaningOf, messageOf, referenceOf } from './errors.js'
 import { showNotice } from './notice.js'
@@ -14,7 +15,6 @@ import { PARTIAL } from './turn.js'
 
 const ATTEMPTS = 3 // to load a page of the history
 const SLOW = 1000 // milliseconds after which the page says that it loads
-const NAMES = /** @type {Record<string, string>} */ ({ image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' })
 const button = find(document, '#export', HTMLButtonElement)
 const dialog = find(document, '#export-dialog', HTMLDialogElement)
 let isRunning = false
@@ -131,17 +131,17 @@ function toNote({ url, title, document_title: document, cited_text: quote = '' }
 }
 
 /** @param {Block} block */
-function toPart({ type, ...rest }) {
+function toPart(block) {
+  const { type, ...rest } = block
   if (type === 'thinking' || type === 'redacted_thinking') return ''
-  const name = NAMES[type] ?? type.replaceAll('_', ' ')
-  const { source, title } = rest
+  const label = labelOf(block)
   if (type === 'image' || type === 'document') {
-    const label = title ? `${name}: ${title}` : name
-    return source?.url ? `${type === 'image' ? '!' : ''}[${label}](<${source.url}>)` : `*${label}*`
+    const { url } = rest.source ?? {}
+    return url ? `${type === 'image' ? '!' : ''}[${label}](<${url}>)` : `*${label}*`
   }
   const json = JSON.stringify(rest.input ?? rest.content ?? rest, undefined, 2)
   const fence = '`'.repeat(Math.max(3, ...[...json.matchAll(/`+/g)].map(([{ length }]) => length + 1)))
-  return `*${rest.name ? `${name}: ${rest.name}` : name}*\n\n${fence}json\n${json}\n${fence}`
+  return `*${label}*\n\n${fence}json\n${json}\n${fence}`
 }
 
 /** @param {string} title */

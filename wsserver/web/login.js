@@ -1,7 +1,7 @@
 /** The token of the user: the page asks for it, keeps it, and shares it with the other tabs. */
 
 import { find } from './dom.js'
-import { local } from './storage.js'
+import { local, writeText } from './storage.js'
 
 const form = find(document, '#login', HTMLFormElement)
 const field = find(document, '#token', HTMLInputElement)
@@ -15,7 +15,7 @@ export class Login {
     form.addEventListener('submit', (event) => {
       event.preventDefault()
       const token = field.value.trim()
-      if (local) local.token = token
+      writeText('token', token)
       field.value = ''
       this.#use(token)
     })

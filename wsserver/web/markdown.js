@@ -9,6 +9,7 @@
 
 import * as libraries from './libraries/markdown.js'
 import { codeBlock, OpenCode } from './code.js'
+import { showFormula } from './formulas.js'
 import { extensions } from './markdown-syntax.js'
 import { patch } from './patch.js'
 import { cancel, doLater, hasTime } from './slices.js'
@@ -282,7 +283,7 @@ export class Markdown {
       element.replaceWith(codeBlock(element.textContent ?? '', element.dataset.language ?? '', this.#folds))
     }
     for (const element of fragment.querySelectorAll('[data-math]')) {
-      if (element instanceof HTMLElement) showMath(element)
+      if (element instanceof HTMLElement) showFormula(element)
     }
     for (const mark of fragment.querySelectorAll('[data-ref]')) {
       if (!(mark instanceof HTMLAnchorElement)) continue
@@ -352,47 +353,5 @@ function setLevels(root) {
     open.push(heading.tagName)
     const level = String(open.length + 2)
     if (!heading.tagName.endsWith(level)) heading.ariaLevel = level
-  }
-}
-
-/** @type {((source: string, element: HTMLElement, options: object) => void) | undefined} KaTeX, once it is loaded. */
-let renderMath
-/** @type {HTMLElement[] | undefined} The formulas that wait for KaTeX; undefined before the first one. */
-let formulas
-
-/** Show a formula once KaTeX is loaded. @param {HTMLElement} element */
-function showMath(element) {
-  element.className = element.dataset.math === 'block' ? 'math block' : 'math'
-  element.dir = 'ltr'
-  Object.assign(element, { source: element.textContent ?? '' })
-  if (renderMath) return typeset(element)
-  if (!formulas) loadMath(formulas = [])
-  formulas.push(element)
-}
-
-/** @param {HTMLElement[]} waiting */
-async function loadMath(waiting) {
-  const style = document.createElement('link')
-  style.rel = 'stylesheet'
-  style.href = new URL('libraries/math.css', import.meta.url).href
-  document.head.append(style)
-  const typesetNext = () => {
-    while (waiting.length && hasTime()) typeset(/** @type {HTMLElement} */ (waiting.shift()))
-    if (waiting.length) doLater(typesetNext)
-  }
-  try {
-    renderMath = (await import('./libraries/math.js')).render
-    doLater(typesetNext)
-  } catch { // the formulas stay as they are written
-  }
-}
-
-/** @param {HTMLElement} element */
-function typeset(element) {
-  const { source } = /** @type {any} */ (element)
-  try {
-    renderMath?.(source, element, { displayMode: element.dataset.math === 'block', maxSize: 20, maxExpand: 200, strict: 'ignore' })
-  } catch {
-    element.textContent = source // no formula
   }
 }

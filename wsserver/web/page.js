@@ -3,8 +3,8 @@
 import { textOf, withText } from './attachments.js'
 import { connect, newId } from './client.js'
 import { onCodeButton } from './code.js'
-import { Composer, isComposing } from './compose.js'
-import { find } from './dom.js'
+import { Composer } from './compose.js'
+import { find, isComposing } from './dom.js'
 import { Drafts } from './drafts.js'
 import { isDrawerOpen, setDrawer } from './drawer.js'
 import { Editing } from './editing.js'
@@ -15,7 +15,6 @@ import { followEnd, stayHere } from './scroll.js'
 import { Settings } from './settings.js'
 import './shortcuts.js'
 import { Sidebar } from './sidebar.js'
-import { local, session } from './storage.js'
 import { setTabTitle, tellOfEnd } from './tab.js'
 import { REPLY_GONE } from './turn.js'
 import { Turns } from './turns.js'
@@ -36,7 +35,7 @@ const older = find(document, '#older', HTMLButtonElement)
 const exporter = find(document, '#export', HTMLButtonElement)
 const announcement = find(document, '#announcement', HTMLElement)
 const form = find(document, '#compose', HTMLFormElement)
-const drafts = new Drafts(local, session)
+const drafts = new Drafts()
 const settings = new Settings()
 const composer = new Composer(drafts, {
   onSend(text, interrupts) {
@@ -173,6 +172,11 @@ async function open(id) {
   }
 }
 
+/** Load the messages again. If this fails, a reconnect loads them. */
+function reload() {
+  if (current !== undefined) chat.open(current).catch(() => {})
+}
+
 /** Show a history: all messages, or after a reconnect the new ones. @param {History} history */
 function showHistory({ conversation, title, messages, replies, before }) {
   const isFirst = followed === undefined
@@ -215,7 +219,7 @@ function follow(reply, content) {
     // The conversation exists now, so the page can follow the prompts of other tabs.
     if (current !== undefined && reply.started && reply.conversation === current && followed !== current) {
       followed = current
-      chat.open(current).catch(() => {})
+      reload()
       sidebar.announce()
     }
   }
@@ -268,7 +272,7 @@ function takeBack(turn) {
   const { reply } = turn
   reply?.stop().then(({ usage }) => {
     // The reply had just begun, so the history has the prompt.
-    if (usage?.input_tokens && current !== undefined && reply.conversation === current) chat.open(current).catch(() => {})
+    if (usage?.input_tokens && reply.conversation === current) reload()
   }, () => {})
   remove(turn)
   update()
@@ -291,10 +295,10 @@ function showEnd(turn, note) {
   }
   tellOfEnd()
   if (turn.element.nextElementSibling && !turn.refused) turn.hideRetry() // only the last turn can be replaced
-  if (turn.reply === undefined && turn.content === undefined && !turn.isUnsent && current) chat.open(current).catch(() => {}) // for the blocks
+  if (turn.reply === undefined && turn.content === undefined && !turn.isUnsent) reload() // for the blocks
   if (turn.isTakenBack) remove(turn) // by another tab
-  else if (current !== undefined && !turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
-  if (error && REPLY_GONE.includes(error.code) && !turn.refused && current) chat.open(current).catch(() => {})
+  else if (!turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
+  if (error && REPLY_GONE.includes(error.code) && !turn.refused) reload()
   update()
   sidebar.announce()
 }
@@ -307,14 +311,14 @@ function giveBack(turn) {
   if (retryOf === undefined || (error?.code !== 'not_last' && !replaced?.isReplaceable)) {
     if (!composer.isEmpty) return false
     composer.insert(prompt)
-    if (current !== undefined) drafts.dropUnsent(current, turn.id)
+    drafts.dropUnsent(current, turn.id)
     return false
   }
   remove(turn)
   if (error?.code === 'not_last') {
     if (isEdit) composer.insert(prompt)
     showNotice(OVERTAKEN + (isEdit ? ` Your text is in the box${typeof content === 'string' ? '' : ', without the attachments'}.` : ''))
-    if (current !== undefined) chat.open(current).catch(() => {})
+    reload()
     return true
   }
   if (isEdit && replaced && composer.isEmpty) editing.begin(replaced, prompt)
@@ -325,7 +329,7 @@ function giveBack(turn) {
 
 /** @param {Turn} turn */
 function remove(turn) {
-  if (current !== undefined) drafts.dropUnsent(current, turn.id)
+  drafts.dropUnsent(current, turn.id)
   turns.remove(turn)
 }
 

@@ -1,13 +1,11 @@
 /** The settings of a conversation: model, system prompt and temperature; and their dialog. */
 
 import { find } from './dom.js'
-import { dropOldest, local, read, session, write } from './storage.js'
+import { local, PerConversation, read, write } from './storage.js'
 
 /** @typedef {{model?: string, system?: string, temperature?: number}} Values Undefined where the server's default holds. */
 
-const SETTINGS = 'settings ' // + the conversation: the keys of settings
 const MODEL = 'model' // the key of the model that was chosen last
-const MOST = 50 // settings of conversations; the oldest are dropped first
 const LONGEST = 100_000 // characters of a system prompt; no server accepts longer prompts
 const DEFAULT = 'the default'
 
@@ -27,6 +25,7 @@ const MIDDLE = slider.value
  * of conversations. A change is kept at once.
  */
 export class Settings {
+  #kept = new PerConversation('settings')
   /** @type {string | undefined} The conversation; undefined for a new one. */ #conversation
   /** @type {Values} */ #values = {}
   /** @type {string[]} The models that the server offers, the default first. */ #models = []
@@ -49,14 +48,14 @@ export class Settings {
       system.focus()
     })
     addEventListener('storage', ({ key }) => { // another tab changed it
-      if (key === SETTINGS + this.#conversation && !dialog.open) this.open(this.#conversation)
+      if (key === this.#kept.prefix + this.#conversation && !dialog.open) this.open(this.#conversation)
     })
   }
 
   /** Show the settings of a conversation. @param {string | undefined} conversation Undefined for a new one. */
   open(conversation) {
     this.#conversation = conversation
-    const { model, system, temperature } = read(conversation === undefined ? session : local, SETTINGS + (conversation ?? ''))
+    const { model, system, temperature } = this.#kept.get(conversation)
     const { name } = conversation === undefined ? read(local, MODEL) : {}
     this.#values = {
       model: typeof (model ?? name) === 'string' ? (model ?? name) : undefined,
@@ -68,19 +67,19 @@ export class Settings {
 
   /** Keep the settings of a new conversation, which begins. @param {string} conversation */
   moveTo(conversation) {
-    write(session, SETTINGS, undefined)
+    this.#kept.set(undefined, undefined)
     this.#conversation = conversation
     this.#set({})
   }
 
   /** Delete the settings of a conversation that was deleted. @param {string} conversation */
   delete(conversation) {
-    write(local, SETTINGS + conversation, undefined)
+    this.#kept.set(conversation, undefined)
   }
 
   /** Keep the settings of a conversation that the server does not have, for a new one. @param {string} conversation */
   giveToNew(conversation) {
-    write(session, SETTINGS, read(local, SETTINGS + conversation))
+    this.#kept.set(undefined, this.#kept.get(conversation))
     this.delete(conversation)
   }
 
@@ -109,9 +108,7 @@ export class Settings {
     this.#values = values
     const isDefault = Object.values(values).every((value) => value === undefined)
     const fits = (values.system ?? '').length <= LONGEST
-    const kept = isDefault ? undefined : { ...values, system: fits ? values.system : undefined, at: Date.now() }
-    write(this.#conversation === undefined ? session : local, SETTINGS + (this.#conversation ?? ''), kept)
-    if (this.#conversation !== undefined) dropOldest(local, SETTINGS, MOST)
+    this.#kept.set(this.#conversation, isDefault ? undefined : { ...values, system: fits ? values.system : undefined })
     this.#show()
   }
 

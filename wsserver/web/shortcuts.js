@@ -1,7 +1,6 @@
 /** Keyboard shortcuts, and the dialog that lists them. */
 
-import { isComposing } from './compose.js'
-import { find } from './dom.js'
+import { find, isComposing } from './dom.js'
 
 const dialog = find(document, '#shortcuts', HTMLDialogElement)
 

@@ -1,7 +1,6 @@
 /** The list of conversations: search, open, rename, delete, load more. */
 
-import { isComposing } from './compose.js'
-import { cloneTemplate, find } from './dom.js'
+import { cloneTemplate, find, isComposing } from './dom.js'
 import { groupOf } from './groups.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
 
@@ -209,7 +208,7 @@ export class Sidebar {
       else this.refresh()
     }
     field.addEventListener('keydown', (event) => {
-      if (event.isComposing || event.keyCode === 229 || (event.key !== 'Enter' && event.key !== 'Escape')) return
+      if (isComposing(event) || (event.key !== 'Enter' && event.key !== 'Escape')) return
       event.preventDefault()
       event.stopPropagation()
       close(event.key === 'Enter')

@@ -1,6 +1,8 @@
-/** The storages of the browser; undefined where the browser forbids them. */
+/** What the page keeps in the browser. Where the browser forbids storage, it lasts as long as the page. */
 
-/** @param {() => Storage} get @returns {Storage | undefined} */
+const MOST = 50 // conversations of which an object of one kind is kept; the oldest are dropped first
+
+/** @param {() => Storage} get @returns {Storage | undefined} Undefined where the browser forbids it. */
 function open(get) {
   try {
     return get()
@@ -43,10 +45,41 @@ export function write(storage, key, value) {
   }
 }
 
-/** Delete the oldest objects, by their `at`, until at most `most` are left. @param {Storage | undefined} storage @param {string} prefix Of their keys. @param {number} most */
-export function dropOldest(storage, prefix, most) {
-  const keys = Object.keys(storage ?? {}).filter((key) => key.startsWith(prefix))
-  if (keys.length <= most) return
-  const ages = keys.map((key) => /** @type {const} */ ([key, Number(read(storage, key).at) || 0]))
-  for (const [key] of ages.sort(([, a], [, b]) => a - b).slice(0, keys.length - most)) storage?.removeItem(key)
+/** Store a text for all tabs. A full storage keeps the old one. @param {string} key @param {string} text */
+export function writeText(key, text) {
+  try {
+    local?.setItem(key, text)
+  } catch { // the storage is full
+  }
+}
+
+/** An object of each conversation, which all tabs share, and one of a new conversation, which belongs to its tab. */
+export class PerConversation {
+  /** @param {string} kind */
+  constructor(kind) {
+    this.prefix = `${kind} `
+  }
+
+  /** @param {string | undefined} conversation Undefined for a new one. */
+  get(conversation) {
+    return read(this.#place(conversation), this.prefix + (conversation ?? ''))
+  }
+
+  /** @param {string | undefined} conversation @param {object | undefined} value Undefined deletes the object. */
+  set(conversation, value) {
+    write(this.#place(conversation), this.prefix + (conversation ?? ''), value && { ...value, at: Date.now() })
+    if (value && conversation !== undefined) this.#dropOldest()
+  }
+
+  #dropOldest() {
+    const keys = Object.keys(local ?? {}).filter((key) => key.startsWith(this.prefix))
+    if (keys.length <= MOST) return
+    const ages = keys.map((key) => /** @type {const} */ ([key, Number(read(local, key).at) || 0]))
+    for (const [key] of ages.sort(([, a], [, b]) => a - b).slice(0, keys.length - MOST)) local?.removeItem(key)
+  }
+
+  /** @param {string | undefined} conversation */
+  #place(conversation) {
+    return conversation === undefined ? session : local
+  }
 }

@@ -2,7 +2,7 @@
 
 import { attachmentsOf, isEditable, showAttachments, textOf } from './attachments.js'
 import { ReplyError } from './client.js'
-import { copy, cloneTemplate, find } from './dom.js'
+import { cloneTemplate, copy, find } from './dom.js'
 import { meaningOf, showReference } from './errors.js'
 import { Markdown } from './markdown.js'
 import { Thinking } from './thinking.js'
@@ -79,15 +79,10 @@ export class Turn {
   constructor(id, listener) {
     this.id = id
     this.listener = listener
-    this.#copy.addEventListener('click', () => {
-      copy(this.#wholeText)
-      this.#copy.classList.add('done')
-      this.#copy.setAttribute('aria-label', 'Copied')
-      setTimeout(() => {
-        this.#copy.classList.remove('done')
-        this.#copy.setAttribute('aria-label', 'Copy the reply')
-      }, 2000)
-    })
+    this.#copy.addEventListener('click', () => copy(this.#wholeText, (copied) => {
+      this.#copy.classList.toggle('done', copied)
+      this.#copy.ariaLabel = copied ? 'Copied' : 'Copy the reply'
+    }))
     find(this.element, '.edit', HTMLElement).addEventListener('click', () => listener.onEdit(this))
     find(this.element, '.remove', HTMLElement).addEventListener('click', () => listener.onRemove(this))
     this.#rewrite.addEventListener('click', () => listener.onRewrite(this))

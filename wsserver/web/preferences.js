@@ -1,21 +1,13 @@
-/** The theme of the page: of the system, light or dark; and whether a wide page shows the list. Both are kept. */
+/** What a reader prefers in all conversations: the theme, and whether a wide page shows the list. */
 
 import { find } from './dom.js'
-import { local } from './storage.js'
+import { local, writeText } from './storage.js'
 
 const THEMES = ['system', 'light', 'dark']
 const picker = find(document, '#theme', HTMLSelectElement)
 const collapse = find(document, '#collapse', HTMLButtonElement)
 const root = document.documentElement
 const colors = [...document.querySelectorAll('meta[name=theme-color]')].map((meta) => ({ meta, color: meta.getAttribute('content') ?? '' }))
-
-/** @param {string} key @param {string} value */
-function keep(key, value) {
-  try {
-    local?.setItem(key, value)
-  } catch { // the storage is full
-  }
-}
 
 /** @param {string} theme */
 function setTheme(theme) {
@@ -32,12 +24,12 @@ function hideList(hidden) {
 
 picker.addEventListener('change', () => {
   setTheme(picker.value)
-  keep('theme', picker.value)
+  writeText('theme', picker.value)
 })
 collapse.addEventListener('click', () => {
   const hidden = !root.classList.contains('collapsed')
   hideList(hidden)
-  keep('list', hidden ? 'hidden' : 'shown')
+  writeText('list', hidden ? 'hidden' : 'shown')
 })
 addEventListener('storage', ({ key, newValue }) => { // another tab changed it
   if (key === 'theme') setTheme(newValue ?? '')
