@@ -182,6 +182,16 @@ async def test_page_keeps_up_with_fast_model(blank: Page) -> None:
         assert shown.count("fast") == 9_000 // len(words) + 1
 
 
+async def test_reply_stays_in_its_place_when_it_ends(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Count")
+    said = (await puppet.reply()).say("1, 2")
+    await expect(text(page)).to_have_text("1, 2")
+    before = await text(page).bounding_box()
+    said.end()
+    await expect(page.get_by_role("button", name="Edit the message")).to_be_visible()
+    assert await text(page).bounding_box() == before
+
+
 async def test_page_is_small_before_it_shows_formulas(page: Page) -> None:
     sizes: dict[str, int] = await page.evaluate(
         """() => Object.fromEntries(['navigation', 'resource'].flatMap((kind) =>
