@@ -257,7 +257,9 @@ async def test_end_of_each_reply_is_marked(server: wsserver.Server, puppet: Pupp
         person.child.kill(signal.SIGINT)
         await person.sees("[stopped]")
     async with terminal(server.url, "--conversation", CONVERSATION) as person:
-        await person.sees("> Two\ny\n[incomplete: refusal]\n")
+        await person.sees(
+            "> Two\ny\n[incomplete: The model declined to answer. Ask in another way.]\n"
+        )
         await person.sees("> Three\nz\n[stopped]\n")
 
 

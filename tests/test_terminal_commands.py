@@ -161,7 +161,8 @@ async def test_save_writes_markdown_or_json_once(
         await person.sees(f"[saved 2 messages in {markdown}]")
         assert markdown.read_text() == (
             "# Tell me\n\n## You\n\nTell me\n\n"
-            "## puppet\n\n# Once\n\n\n*(incomplete: overloaded)*\n"
+            "## puppet\n\n# Once\n\n\n"
+            "*(incomplete: The model is overloaded. Wait a little, and try again.)*\n"
         )
         person.types(f"/save {as_json}\r")
         await person.sees(f"[saved 2 messages in {as_json}]")

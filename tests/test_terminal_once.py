@@ -326,7 +326,7 @@ async def test_exit_code_of_once_tells_end_of_reply(
         code = await asking
     assert code == {"end_turn": 0, "max_tokens": 0, "ctrl-c": 130}.get(end, 1)
     said = capsys.readouterr().err
-    assert {"end_turn": "", "max_tokens": "maximum length", "stopped": "stopped by client"}.get(
+    assert {"end_turn": "", "max_tokens": "maximum length", "stopped": "wsserver: stopped\n"}.get(
         end, ""
     ) in said
 

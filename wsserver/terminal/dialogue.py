@@ -10,6 +10,7 @@ from typing import Any
 from wsserver.client import ChatError, ConnectionFailed, Conversation, ServerError
 from wsserver.terminal import files
 from wsserver.terminal.commands import CommandError, help_lines, parse
+from wsserver.terminal.exits import DONE, INTERRUPTED
 from wsserver.terminal.plain_screen import PlainScreen
 from wsserver.terminal.screen import Screen
 from wsserver.terminal.talk import Talk, is_new
@@ -18,7 +19,6 @@ from wsserver.wire import ID_PATTERN
 
 CONVERSATIONS_SHOWN = 20
 OWN = "-"  # the argument that goes back to the default
-DONE, INTERRUPTED = 0, 130  # exit codes
 
 
 class Dialogue:

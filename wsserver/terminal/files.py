@@ -12,6 +12,7 @@ from pathlib import Path
 
 from wsserver.client import History
 from wsserver.content import dump_content
+from wsserver.terminal.wording import describe_partial
 
 EDITORS = ("editor", "nano", "vi")  # where neither VISUAL nor EDITOR is set
 
@@ -136,6 +137,6 @@ def _markdown(history: History) -> str:
     parts = [f"# {history.title}"]
     for message in history.messages:
         name = "You" if message.role == "user" else message.model or "Model"
-        broken = f"\n\n*(incomplete: {message.partial})*" if message.partial else ""
+        broken = f"\n\n*({describe_partial(message.partial)})*" if message.partial else ""
         parts.append(f"## {name}\n\n{message.text}{broken}")
     return "\n\n".join(parts) + "\n"

@@ -5,9 +5,8 @@ import contextlib
 import sys
 
 from wsserver.client import Chat, ChatError, ConnectionFailed, Reply, ServerError, State
-from wsserver.terminal.wording import describe_error, escape
-
-DONE, FAILED, INTERRUPTED = 0, 1, 130  # exit codes
+from wsserver.terminal.exits import DONE, FAILED, INTERRUPTED
+from wsserver.terminal.wording import describe_error, describe_partial, escape
 
 
 class Once:
@@ -74,7 +73,7 @@ class Once:
             note(describe_error(error))
             return FAILED
         if done.reason == "stopped":
-            note(f"stopped by {done.by}")
+            note(describe_partial(done.by or "client"))
             return FAILED
         if done.reason == "max_tokens":
             note("the reply reached its maximum length")

@@ -25,6 +25,11 @@ class Options:
     last: bool = False  # continue the last conversation
     plain: bool = False  # show Markdown as it is
 
+    @property
+    def prompt_model(self) -> str | None:
+        """The model of prompts. A private server starts with ``model``, and takes no other name."""
+        return None if self.url is None else self.model
+
 
 def read_prompt(options: Options) -> str | None:
     """Check the options; return the only prompt, or None for a dialogue.

@@ -18,12 +18,11 @@ from wsserver.errors import ConfigError, StoreInUse
 from wsserver.server import serve
 from wsserver.settings import CHAT_TOKEN, Settings
 from wsserver.terminal import files
-from wsserver.terminal.once import INTERRUPTED, Once, note
+from wsserver.terminal.exits import FAILED, INTERRUPTED, SIGNAL_BASE
+from wsserver.terminal.once import Once, note
 from wsserver.terminal.options import Options, read_prompt
 from wsserver.terminal.wording import describe_error, describe_failure
 
-FAILED = 1
-SIGNAL_BASE = 128  # exit code after a signal: this and the signal's number, as in shells
 OPEN_TIMEOUT = 5.0  # seconds to connect; short, since a wrong address is likely
 NOTICE_AFTER = 1.0  # seconds to connect before the user is told what the program waits for
 
@@ -115,9 +114,7 @@ class Terminal:
                 continues = await self._choose_last(chat)
             if prompt is None:
                 return await self._talk(chat, address, continues=continues)
-            # A private server was started with --model, and accepts no other name.
-            model = options.model if options.url is not None else None
-            once = Once(chat, model, options.system)
+            once = Once(chat, options.prompt_model, options.system)
             self._on_ctrl_c, self._on_state = once.interrupt, once.show_state
             return await once.run(prompt)
 
@@ -149,8 +146,7 @@ class Terminal:
 
         options = self._options
         screen = make_screen(plain=options.plain, warn=note)
-        model = options.model if options.url is not None else None
-        talk = Talk(chat, screen, model, options.system)
+        talk = Talk(chat, screen, options.prompt_model, options.system)
         dialogue = Dialogue(talk, screen)
         self._on_ctrl_c, self._on_state = dialogue.interrupt, talk.show_state
         try:

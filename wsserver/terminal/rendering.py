@@ -16,10 +16,8 @@ from rich.theme import Theme
 from wsserver.terminal.blocks import PARSER, Blocks, Part
 from wsserver.terminal.wording import escape
 
-LONGEST_DRAWN = (
-    3000  # characters of Markdown that are rendered again and again; of more, the source
-)
-LINES_DRAWN = 12  # of a source that is shown as it is
+LONGEST_DRAWN = 3000  # characters of Markdown that are rendered again and again
+LINES_DRAWN = 12  # of longer Markdown, whose source is shown
 NARROWEST_COLUMN = 4  # columns of the terminal for one of a table, with the space around it
 CONTEXT = 50  # lines of code before a line that decide its colours
 CODE_THEME = "ansi_dark"  # the colours of the terminal, on any background

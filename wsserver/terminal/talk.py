@@ -18,7 +18,13 @@ from wsserver.errors import Code
 from wsserver.terminal.plain_screen import PlainScreen
 from wsserver.terminal.screen import Screen
 from wsserver.terminal.views import View
-from wsserver.terminal.wording import describe_cost, describe_error, describe_thought, quoted
+from wsserver.terminal.wording import (
+    describe_cost,
+    describe_error,
+    describe_partial,
+    describe_thought,
+    quoted,
+)
 
 MESSAGES_SHOWN = 6  # of a conversation that continues
 
@@ -134,8 +140,7 @@ class Talk:
             self._screen.note(describe_thought(message.thinking, message.thought or 0.0))
         self._screen.show(message.text)
         if message.partial:
-            stopped = message.partial == "client"
-            self._screen.note("[stopped]" if stopped else f"[incomplete: {message.partial}]")
+            self._screen.note(f"[{describe_partial(message.partial)}]")
         if message.model or message.usage:
             self._screen.note(describe_cost(message.model, message.usage))
 
@@ -199,7 +204,7 @@ async def _describe_end(reply: Reply) -> str:
         return f"[{describe_error(failure)}; the text so far is kept]"
     mark = ""
     if done.reason == "stopped":
-        mark = "[stopped]" if done.by == "client" else f"[stopped: {done.by}]"
+        mark = f"[{describe_partial(done.by or 'client')}]"
     elif done.reason == "max_tokens":
         mark = "[the reply reached its maximum length]"
     return mark if done.saved else mark + "[not saved]"

@@ -21,6 +21,16 @@ from wsserver.settings import CHAT_TOKEN
 THOUGHT_SHOWN = 300  # characters of the model's thinking
 PROMPT_SHOWN, PROMPT_LINES = 2000, 20  # characters and lines of a prompt
 
+# Why a reply is incomplete, by ``partial`` of a history or ``by`` of a stop. turn.js has the same.
+STOPPED_BY = {
+    "client": "stopped",
+    "disconnect": "stopped, because the connection was lost",
+    "replaced": "stopped by a later message",
+    "timeout": "stopped, because it took too long",
+    "shutdown": "stopped, because the server shut down",
+    "cut": "shortened, because it is too long to load again",
+}
+
 # Characters that change the writing direction: with them a text can look like another one.
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
@@ -46,6 +56,14 @@ def describe_thought(thinking: str, seconds: float = 0.0) -> str:
         shown = shown[:THOUGHT_SHOWN] + "…"
     duration = f" for {seconds:.0f} s" if seconds >= 1 else ""
     return f"[thought{duration}: {shown}]"
+
+
+def describe_partial(cause: str) -> str:
+    """Return why a reply is incomplete. ``cause``: of a stop, or the code of an error."""
+    if cause in STOPPED_BY:
+        return STOPPED_BY[cause]
+    meaning = next((code.meaning for code in Code if code == cause), escape(cause))
+    return f"incomplete: {meaning}"
 
 
 def describe_cost(model: str | None, usage: Usage | None) -> str:
