@@ -6,10 +6,12 @@ wheel of it, npm is not needed.
 """
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "wsserver/web/libraries"
 INPUTS = ("package.json", "package-lock.json", "markdown.entry.js", "math.entry.js")
-SHIPPED = ("dompurify", "highlight.js", "katex", "marked", "remend")
 LIMIT = 300  # seconds for npm
 
 # KaTeX offers each font in three formats. Every browser that can show the page knows woff2.
@@ -70,7 +71,8 @@ def build(folder: Path) -> None:
         (made / "fonts").mkdir()
         for font in katex.glob("fonts/*.woff2"):
             shutil.copy(font, made / "fonts")
-        (made / "LICENSES.txt").write_text(licences(work / "node_modules"))
+        shipped = json.loads((work / "package.json").read_text())["dependencies"]
+        (made / "LICENSES.txt").write_text(licences(work / "node_modules", shipped))
         shutil.rmtree(folder / "built", ignore_errors=True)
         shutil.copytree(made, folder / "built")
 
@@ -84,10 +86,10 @@ def run(*command: str, cwd: Path) -> None:
     subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=LIMIT)  # noqa: S603
 
 
-def licences(modules: Path) -> str:
-    """Return the licences of all packages that are in the bundles."""
+def licences(modules: Path, packages: Iterable[str]) -> str:
+    """Return the licences of packages."""
     return "\n\n".join(
         f"{name}\n{'=' * len(name)}\n\n{path.read_text().strip()}\n"
-        for name in SHIPPED
+        for name in packages
         for path in sorted((modules / name).glob("LICEN*"))
     )

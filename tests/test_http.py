@@ -72,6 +72,18 @@ async def test_files_of_page_and_of_apps_are_served(server: wsserver.Server) -> 
         assert headers["content-type"] == types[name.rpartition(".")[2]]
 
 
+def test_page_preloads_each_script_that_its_scripts_import() -> None:
+    folder = Path(wsserver.__file__).parent / "web"
+    preloaded = re.findall(r'"modulepreload" href="(.+)"', (folder / "index.html").read_text())
+    loaded = {"page.js", "preferences.js"}
+    imported: set[str] = set()
+    while loaded - {"libraries/markdown.js"}:
+        text = "".join((folder / name).read_text() for name in loaded if "/" not in name)
+        loaded = set(re.findall(r"^(?:import|.* from) '\./(.+)'", text, re.MULTILINE)) - imported
+        imported |= loaded
+    assert sorted(preloaded) == sorted(imported)
+
+
 def test_scripts_without_comments_are_the_same_programs(tmp_path: Path) -> None:
     """Compare the scripts as a minifier prints them."""
     esbuild = require_npm_package("esbuild") / "bin/esbuild"

@@ -2,7 +2,6 @@
 
 import { textOf, withText } from './attachments.js'
 import { connect, newId } from './client.js'
-import { onCodeButton } from './code.js'
 import { Composer } from './compose.js'
 import { find, isComposing } from './dom.js'
 import { Drafts } from './drafts.js'
@@ -11,7 +10,7 @@ import { Editing } from './editing.js'
 import { offerExport } from './export.js'
 import { Login } from './login.js'
 import { showFailure, showNotice } from './notice.js'
-import { followEnd, stayHere } from './scroll.js'
+import { followEnd } from './scroll.js'
 import { Settings } from './settings.js'
 import './shortcuts.js'
 import { Sidebar } from './sidebar.js'
@@ -371,17 +370,6 @@ addEventListener('keydown', (event) => {
 addEventListener('pointerover', ({ target }) => { // people who see the icon get its name, too
   const icon = target instanceof Element ? target.closest('.icon, #send') : null
   if (icon instanceof HTMLElement) icon.title = icon.ariaLabel ?? ''
-})
-log.addEventListener('click', (event) => {
-  const { target } = event
-  if (!(target instanceof Element)) return
-  if (target.closest('summary')) stayHere()
-  onCodeButton(target)
-  const link = target.closest('a[href^="#"]')
-  if (link) { // of a footnote; the address keeps the hash of the conversation
-    event.preventDefault()
-    document.getElementById(link.getAttribute('href')?.slice(1) ?? '')?.scrollIntoView({ block: 'center' })
-  }
 })
 find(document, '#skip', HTMLElement).addEventListener('click', (event) => {
   event.preventDefault() // the address keeps the hash of the conversation

@@ -1,8 +1,9 @@
 /** The turns on the page: of a history, and of replies that run. */
 
 import { newId } from './client.js'
+import { onCodeButton } from './code.js'
 import { find } from './dom.js'
-import { keepInPlace } from './scroll.js'
+import { keepInPlace, stayHere } from './scroll.js'
 import { Turn } from './turn.js'
 
 /** @typedef {import('./client.js').History} History */
@@ -10,6 +11,18 @@ import { Turn } from './turn.js'
 
 const log = find(document, '#log', HTMLElement)
 const older = find(document, '#older', HTMLButtonElement)
+
+log.addEventListener('click', (event) => {
+  const { target } = event
+  if (!(target instanceof Element)) return
+  if (target.closest('summary')) stayHere()
+  onCodeButton(target)
+  const link = target.closest('a[href^="#"]')
+  if (link) { // of a footnote; the address keeps the hash of the conversation
+    event.preventDefault()
+    document.getElementById(link.getAttribute('href')?.slice(1) ?? '')?.scrollIntoView({ block: 'center' })
+  }
+})
 
 /** The turns of one conversation. An iteration yields each {@link Turn}. */
 export class Turns {
