@@ -12,12 +12,11 @@ from tests.browser.page import (
     button,
     converse,
     cut,
+    dismiss,
     idle,
     note,
     queue,
-    rows,
     state,
-    stop_clock,
     text,
 )
 from tests.support.client import client
@@ -158,14 +157,15 @@ async def _list(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
 
 async def groups(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
     await _list(page, server, puppet)
-    await _open_list(page)
+    await open_list(page)
 
 
-async def _open_list(page: Page) -> None:
-    menu = page.get_by_role("button", name="Conversations", exact=True)
+async def open_list(page: Page) -> None:
+    """Show the list, also where it is a drawer."""
+    menu = page.locator("#menu[aria-expanded=false]")
     if await menu.is_visible():
         await menu.click()
-    await expect(rows(page).first).to_be_visible()
+    await expect(page.get_by_role("searchbox")).to_be_visible()
 
 
 async def search(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
@@ -182,9 +182,16 @@ async def search_without_result(page: Page, server: wsserver.Server, puppet: Pup
 
 async def renaming(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
     await groups(page, server, puppet)
-    row = page.locator("li:has([aria-current])")
-    await row.get_by_role("button", name=re.compile("^Rename")).click()
-    await expect(page.get_by_role("textbox", name="Title")).to_be_focused()
+    await open_title(page)
+
+
+async def open_title(page: Page) -> None:
+    """Let the title of the open conversation be edited. A drawer that closes ends the editing."""
+    title = page.get_by_role("textbox", name="Title")
+    if not await title.is_visible():
+        row = page.locator("li:has([aria-current])")
+        await row.get_by_role("button", name=re.compile("^Rename")).click()
+    await expect(title).to_be_focused()
 
 
 async def delete_dialog(page: Page, server: wsserver.Server, puppet: Puppet) -> None:
@@ -216,10 +223,14 @@ async def lost_connection(page: Page, server: wsserver.Server, puppet: Puppet) -
     await ask(page, "Count to a thousand")
     (await puppet.reply()).say("1, 2, 3, 4, 5")
     await expect(text(page)).to_contain_text("5")
-    await stop_clock(page)
+    await page.context.set_offline(True)
     cut(server)
     await expect(state(page)).to_have_text("Not connected, trying again…")
-    await page.clock.resume()
+
+
+async def closed_connection(page: Page, server: wsserver.Server, _puppet: Puppet) -> None:
+    dismiss(server, 1008, "too many unusable frames")
+    await expect(box(page)).to_be_disabled()
 
 
 async def notice(page: Page, server: wsserver.Server, _puppet: Puppet) -> None:
@@ -232,6 +243,7 @@ STATES: dict[str, State] = {
     for function in (
         *(empty, thinking, streaming, formatted, long_thread, error, stopped, waiting, editing),
         *(attachments, groups, search, search_without_result, renaming, delete_dialog),
-        *(export_dialog, settings_dialog, shortcuts_dialog, lost_connection, notice),
+        *(export_dialog, settings_dialog, shortcuts_dialog, lost_connection, closed_connection),
+        notice,
     )
 }

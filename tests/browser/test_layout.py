@@ -9,7 +9,21 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 
 import wsserver
-from tests.browser.page import ask, box, button, idle, reply, rows, text, visit
+from tests.browser.page import (
+    ask,
+    box,
+    button,
+    converse,
+    cut,
+    idle,
+    prompts,
+    reply,
+    rows,
+    state,
+    text,
+    title,
+    visit,
+)
 from tests.support.puppet import BOUND, Puppet, Thinking
 from wsserver import Request
 
@@ -190,6 +204,20 @@ async def test_reply_stays_in_its_place_when_it_ends(page: Page, puppet: Puppet)
     said.end()
     await expect(page.get_by_role("button", name="Edit the message")).to_be_visible()
     assert await text(page).bounding_box() == before
+
+
+async def test_title_is_readable_without_connection_on_small_screen(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await page.set_viewport_size({"width": 320, "height": 640})
+    await converse(page, puppet, "Count")
+    shown = "heading => heading.clientWidth"
+    connected = await title(page).evaluate(shown)
+    await page.context.set_offline(True)
+    cut(server)
+    await expect(state(page)).to_have_text("Not connected, trying again…")
+    assert await title(page).evaluate(shown) >= connected
+    await expect(prompts(page)).to_be_in_viewport(ratio=1)
 
 
 async def test_page_is_small_before_it_shows_formulas(page: Page) -> None:

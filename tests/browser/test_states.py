@@ -11,7 +11,7 @@ from playwright.async_api import Page, expect
 
 import wsserver
 from tests.browser.page import violations
-from tests.browser.states import STATES, State
+from tests.browser.states import STATES, State, open_list, open_title
 from tests.support.puppet import Puppet
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -24,7 +24,7 @@ LOOKS = [
 GALLERY = os.environ.get("GALLERY")
 if GALLERY:
     LOOKS[:0] = [("light", 768, 1024), ("light", 320, 640), ("dark", 1280, 800)]
-DRAWER = {"groups", "search", "search_without_result"}
+DRAWER = {"groups", "search", "search_without_result", "renaming"}
 
 # What a pointer can hit and is too small or cut off; a link in a text has the height of its line.
 TARGETS = """(smallest) => {
@@ -55,9 +55,10 @@ async def look(page: Page, name: str) -> None:
         if kind == "touch":
             await devtools.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
         await page.set_viewport_size({"width": width, "height": height})
-        menu = page.locator("#menu[aria-expanded=false]")
-        if name in DRAWER and await menu.is_visible():
-            await menu.click()
+        if name in DRAWER:
+            await open_list(page)
+        if name == "renaming":
+            await open_title(page)
         # The system chooses forced colours; axe takes those of the page for them.
         found = [
             fault
