@@ -156,6 +156,16 @@ test('frames of unknown types reach only the message event', async (t) => {
 for (const said of [
   'no JSON', '[]', 'null', '1', '{"type":"token","id":"ID","text":"x"}', '{"type":"token","id":"ID","seq":1}',
   '{"type":"history","conversation":"ID","messages":[]}', '{"type":"conversations"}',
+  '{"type":"conversations","items":[null]}', '{"type":"conversations","items":[{"id":"a","title":"b","updated":1e300}]}',
+  '{"type":"history","messages":[null],"running":[]}', '{"type":"history","messages":[{"role":"user"}],"running":[]}',
+  '{"type":"history","messages":[{"role":"user","content":"a","blocks":[null]}],"running":[]}',
+  '{"type":"history","messages":[{"role":"user","content":"a","blocks":5}],"running":[]}',
+  '{"type":"history","messages":[{"role":"user","content":"a","began":1e300}],"running":[]}',
+  '{"type":"start","id":"ID","prompt":[]}', '{"type":"start","id":"ID","blocks":5}', '{"type":"start","id":"ID","blocks":[5]}',
+  '{"type":"done","id":"ID","seq":0,"reason":5}', '{"type":"done","id":"ID","seq":0,"reason":"stopped","by":[]}',
+  '{"type":"error","id":"ID"}', '{"type":"error","id":"ID","code":"internal","ref":5}',
+  '{"type":"hello","models":5}', '{"type":"hello","models":[null]}', '{"type":"hello","limits":null}', '{"type":"authenticated","models":{}}',
+  '{"type":"renamed","conversation":"a","title":5}', '{"type":"deleted","conversation":null}',
 ]) {
   test(`a frame that violates the protocol closes the chat: ${said}`, async (t) => {
     class Broken extends EventTarget {

@@ -3,7 +3,7 @@
 /** @typedef {import('./client.js').Block} Block */
 /** @typedef {string | Block[]} Content */
 
-const NAMES = /** @type {Record<string, string>} */ ({ image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' })
+const NAMES = /** @type {Record<string, string | null>} */ ({ __proto__: null, image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' })
 const IMAGE_TYPE = /^image\/(png|jpeg|gif|webp)$/
 
 /** @param {Content} content */
@@ -41,12 +41,12 @@ export function showAttachments(list, blocks) {
 
 /** @param {Block} block @returns {HTMLElement | string} */
 function toElement(block) {
-  const { type, source = {} } = block
+  const { type, source } = block
   const label = labelOf(block)
-  if (type === 'image' && IMAGE_TYPE.test(source.media_type) && isBase64(source.data)) {
+  if (type === 'image' && IMAGE_TYPE.test(source?.media_type) && isBase64(source.data)) {
     return Object.assign(document.createElement('img'), { src: `data:${source.media_type};base64,${source.data}`, alt: label })
   }
-  if (typeof source.url !== 'string' || !/^https?:\/\//i.test(source.url)) return label
+  if (typeof source?.url !== 'string' || !/^https?:\/\//i.test(source.url)) return label
   return Object.assign(document.createElement('a'), { href: source.url, target: '_blank', rel: 'noopener noreferrer', textContent: label, title: source.url })
 }
 

@@ -3,7 +3,8 @@
 import { copy } from './dom.js'
 
 /** The message of each error code: what happened, and what to do. The same as `Code.meaning` in errors.py. */
-export const MEANINGS = /** @type {Record<string, string>} */ ({
+export const MEANINGS = /** @type {Record<string, string | null>} */ ({
+  __proto__: null,
   invalid_json: 'The frame is not JSON.',
   invalid_frame: 'The frame is JSON, but not a frame of the protocol.',
   unknown_type: 'The protocol has no frame of this type.',

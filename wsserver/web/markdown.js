@@ -67,7 +67,7 @@ export class Markdown {
   /** @type {ChildNode[]} The items or rows of the last block that continue a list or a table. */ #items = []
   /** @type {OpenCode | undefined} The code block that is open. */ #code
   /** @type {{home?: Element, head: string} | undefined} What the last block continues: a list, or the body of a table and the source of its head, or a paragraph. */ #continued
-  /** @type {Record<string, any>} Definitions of links, by name. */ #links = {}
+  /** @type {Record<string, any>} Definitions of links, by name. */ #links = Object.create(null)
   /** @type {Map<string, number>} The numbers of footnotes, by name. */ #notes = new Map()
   #prefix = `note-${++instances}-`
   #ends = false // whether no more text follows

@@ -15,7 +15,8 @@ import { showTime } from './times.js'
 /** @typedef {{prompt?: Content, reply?: Message, began?: number}} SavedTurn A turn of a history. `began`: when its prompt was sent, in seconds since 1970. */
 
 const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
-const STOPPED_BY = /** @type {Record<string, string>} */ ({
+const STOPPED_BY = /** @type {Record<string, string | null>} */ ({
+  __proto__: null,
   client: 'Stopped.',
   disconnect: 'Stopped, because the connection was lost.',
   replaced: 'Stopped by a later message.',
@@ -23,14 +24,16 @@ const STOPPED_BY = /** @type {Record<string, string>} */ ({
   shutdown: 'Stopped, because the server shut down.',
 })
 /** Why a reply is incomplete, by `partial` of a history. */
-export const PARTIAL = /** @type {Record<string, string>} */ ({
+export const PARTIAL = /** @type {Record<string, string | null>} */ ({
+  __proto__: null,
   ...STOPPED_BY,
   cut: 'Shortened, because it is too long to load again.',
 })
 const RETRYABLE = [ // codes of errors, and causes of a stop, after which a retry can succeed
   'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted', 'internal', 'timeout', 'disconnect', 'shutdown',
 ]
-const UNSENT_BY = /** @type {Record<string, string>} */ ({ // why a prompt was not sent to the model
+const UNSENT_BY = /** @type {Record<string, string | null>} */ ({ // why a prompt was not sent to the model
+  __proto__: null,
   client: 'Not sent.',
   disconnect: 'Not sent, because the connection was lost for too long.',
   replaced: 'Not sent, because a later message interrupted.',
