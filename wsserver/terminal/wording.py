@@ -21,7 +21,7 @@ from wsserver.settings import CHAT_TOKEN
 THOUGHT_SHOWN = 300  # characters of the model's thinking
 PROMPT_SHOWN, PROMPT_LINES = 2000, 20  # characters and lines of a prompt
 
-# Why a reply is incomplete, by ``partial`` of a history or ``by`` of a stop. turn.js has the same.
+# Why a reply is incomplete: the cause of a stop, or ``cut``. wording.js has the same.
 STOPPED_BY = {
     "client": "stopped",
     "disconnect": "stopped, because the connection was lost",

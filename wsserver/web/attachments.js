@@ -3,7 +3,7 @@
 /** @typedef {import('./client.js').Block} Block */
 /** @typedef {string | Block[]} Content */
 
-const NAMES = /** @type {Record<string, string | null>} */ ({ __proto__: null, image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' })
+const NAMES = new Map(Object.entries({ image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' }))
 const IMAGE_TYPE = /^image\/(png|jpeg|gif|webp)$/
 
 /** @param {Content} content */
@@ -25,7 +25,7 @@ export function withText(content, text) {
 
 /** Return what a block is, such as “Document: Minutes”. @param {Block} block */
 export function labelOf({ type, title, name = title }) {
-  const kind = NAMES[type] ?? type.replaceAll('_', ' ')
+  const kind = NAMES.get(type) ?? type.replaceAll('_', ' ')
   return typeof name === 'string' && name ? `${kind}: ${name}` : kind
 }
 

@@ -2,10 +2,10 @@
 
 import { labelOf } from './attachments.js'
 import { find } from './dom.js'
-import { meaningOf, messageOf, referenceOf } from './errors.js'
+import { messageOf, referenceOf } from './errors.js'
 import { showNotice } from './notice.js'
 import { dateOf } from './times.js'
-import { PARTIAL } from './turn.js'
+import { describePartial } from './wording.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
 /** @typedef {import('./client.js').Block} Block */
@@ -98,7 +98,7 @@ export function toMarkdown(title, messages) {
   const sources = []
   const parts = messages.map(({ role, content, blocks = [{ type: 'text', text: content }], partial, began, ended }) => {
     const said = toParts(blocks, sources)
-    if (partial) said.push(`*${PARTIAL[partial] ?? meaningOf(partial)}*`)
+    if (partial) said.push(`*${describePartial(partial)}*`)
     const time = role === 'user' ? began : ended
     if (time !== undefined) said.unshift(`*${dateOf(time)}*`)
     return `## ${role === 'user' ? 'You' : 'Reply'}\n\n${said.join('\n\n')}`

@@ -37,8 +37,7 @@ const CONTAINERS = 'ul, ol, blockquote, table'
 const RIGHT_TO_LEFT = /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/u // the first letter is
 
 const { DOMPurify, Lexer, Marked, remend } = libraries
-/** Whether the libraries are there. Without them the text is shown as it is. */
-export const available = Marked !== undefined
+const available = Marked !== undefined // whether the libraries are there; without them the text is shown as it is
 
 const marked = available ? new Marked({ gfm: true, breaks: true }, extensions) : undefined
 let instances = 0

@@ -15,7 +15,6 @@ import { Settings } from './settings.js'
 import './shortcuts.js'
 import { Sidebar } from './sidebar.js'
 import { setTabTitle, tellOfEnd } from './tab.js'
-import { REPLY_GONE } from './turn.js'
 import { Turns } from './turns.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
@@ -297,7 +296,7 @@ function showEnd(turn, note) {
   if (turn.reply === undefined && turn.content === undefined && !turn.isUnsent) reload() // for the blocks
   if (turn.isTakenBack) remove(turn) // by another tab
   else if (!turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
-  if (error && REPLY_GONE.includes(error.code) && !turn.refused) reload()
+  if (turn.isGone && !turn.refused) reload()
   update()
   sidebar.announce()
 }

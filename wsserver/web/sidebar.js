@@ -1,8 +1,9 @@
 /** The list of conversations: search, open, rename, delete, load more. */
 
 import { cloneTemplate, find, isComposing } from './dom.js'
-import { groupOf } from './groups.js'
 import { messageOf, referenceOf, showReference } from './errors.js'
+import { groupOf } from './groups.js'
+import { dateOf } from './times.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
 /** @typedef {import('./client.js').Item} Item */
@@ -15,7 +16,6 @@ const more = find(document, '#more', HTMLButtonElement)
 const failure = find(document, '#list-error', HTMLElement)
 const dialog = find(document, '#confirm', HTMLDialogElement)
 const otherTabs = new BroadcastChannel('wsserver') // of this browser
-const dateFormat = new Intl.DateTimeFormat(undefined, { dateStyle: 'medium', timeStyle: 'short' })
 
 export class Sidebar {
   /** @type {Map<string, Item>} The one used last first. */ #items = new Map()
@@ -168,7 +168,7 @@ export class Sidebar {
     const row = this.#rows.get(id) ?? this.#newRow(id)
     const link = find(row, 'a', HTMLAnchorElement)
     link.textContent = title
-    link.title = `${title}\n${dateFormat.format(updated * 1000)}`
+    link.title = `${title}\n${dateOf(updated)}`
     find(row, '.rename', HTMLElement).setAttribute('aria-label', `Rename “${title}”`)
     find(row, '.delete', HTMLElement).setAttribute('aria-label', `Delete “${title}”`)
     return row

@@ -1,46 +1,25 @@
 /** One turn on the page: a prompt and its reply. */
 
 import { attachmentsOf, isEditable, showAttachments, textOf } from './attachments.js'
-import { ReplyError } from './client.js'
 import { cloneTemplate, copy, find } from './dom.js'
-import { meaningOf, showReference } from './errors.js'
+import { showReference } from './errors.js'
 import { Markdown } from './markdown.js'
 import { Thinking } from './thinking.js'
 import { showTime } from './times.js'
+import { describeEnd, describePartial, describeUsage, isFailure, UNSENT_BY } from './wording.js'
 
 /** @typedef {import('./client.js').Reply} Reply */
+/** @typedef {import('./client.js').ReplyError} ReplyError */
 /** @typedef {import('./client.js').Result} Result */
 /** @typedef {import('./client.js').Message} Message */
 /** @typedef {import('./attachments.js').Content} Content */
 /** @typedef {{prompt?: Content, reply?: Message, began?: number}} SavedTurn A turn of a history. `began`: when its prompt was sent, in seconds since 1970. */
 
 const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
-const STOPPED_BY = /** @type {Record<string, string | null>} */ ({
-  __proto__: null,
-  client: 'Stopped.',
-  disconnect: 'Stopped, because the connection was lost.',
-  replaced: 'Stopped by a later message.',
-  timeout: 'Stopped, because it took too long.',
-  shutdown: 'Stopped, because the server shut down.',
-})
-/** Why a reply is incomplete, by `partial` of a history. */
-export const PARTIAL = /** @type {Record<string, string | null>} */ ({
-  __proto__: null,
-  ...STOPPED_BY,
-  cut: 'Shortened, because it is too long to load again.',
-})
 const RETRYABLE = [ // codes of errors, and causes of a stop, after which a retry can succeed
   'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted', 'internal', 'timeout', 'disconnect', 'shutdown',
 ]
-const UNSENT_BY = /** @type {Record<string, string | null>} */ ({ // why a prompt was not sent to the model
-  __proto__: null,
-  client: 'Not sent.',
-  disconnect: 'Not sent, because the connection was lost for too long.',
-  replaced: 'Not sent, because a later message interrupted.',
-})
-/** Codes of errors after which only the history may have the reply. */
-export const REPLY_GONE = ['not_found', 'forgotten']
-const numbers = new Intl.NumberFormat('en')
+const REPLY_GONE = ['not_found', 'forgotten'] // codes of errors after which only the history may have the reply
 
 export class Turn {
   /** @type {Reply | undefined} The reply, until it has ended. */ reply
@@ -110,10 +89,15 @@ export class Turn {
     return this.error !== undefined && !this.#started
   }
 
+  /** Whether only the history may have the reply. */
+  get isGone() {
+    return REPLY_GONE.includes(this.error?.code ?? '')
+  }
+
   /** Whether the model never got the prompt, so that the conversation has no such turn. */
   get isUnsent() {
     const result = this.#end?.result
-    if (result?.reason !== 'stopped' || this.#wholeText || !((result.by ?? '') in UNSENT_BY)) return false
+    if (result?.reason !== 'stopped' || this.#wholeText || !UNSENT_BY.has(result.by ?? '')) return false
     return result.usage ? !result.usage.input_tokens : !this.#started
   }
 
@@ -163,7 +147,7 @@ export class Turn {
   /** Whether the page shows all text of a turn in a history. @param {SavedTurn} saved */
   shows({ reply }) {
     if (!this.#ended) return this.reply !== undefined
-    return reply?.partial === 'cut' || (this.#wholeText === (reply?.content ?? '') && !REPLY_GONE.includes(this.error?.code ?? ''))
+    return reply?.partial === 'cut' || (this.#wholeText === (reply?.content ?? '') && !this.isGone)
   }
 
   /** Show a turn of a history. @param {SavedTurn} saved */
@@ -179,8 +163,8 @@ export class Turn {
     this.#wholeText = text
     this.#usage.textContent = describeUsage(model, usage)
     this.showTimes(began, ended)
-    const note = partial ? (PARTIAL[partial] ?? meaningOf(partial)) : text ? '' : 'There is no reply.'
-    const failed = partial !== undefined && !(partial in PARTIAL)
+    const note = partial ? describePartial(partial) : text ? '' : 'There is no reply.'
+    const failed = partial !== undefined && isFailure(partial)
     this.#finish(note, failed)
     showReference(this.#reference, failed ? this.id : undefined) // the log has the id of the reply, too
     if (partial !== undefined && RETRYABLE.includes(partial)) this.#offerRetry(0)
@@ -263,7 +247,7 @@ export class Turn {
     const { isUnsent } = this
     const waits = this.#waits && this.reply !== undefined
     const why = waits ? (this.#waitingNote ? 'Waits for the connection.' : 'Waits for the reply above.') : ''
-    find(this.#queue, 'span', HTMLElement).textContent = isUnsent ? UNSENT_BY[this.#end?.result?.by ?? ''] ?? '' : why
+    find(this.#queue, 'span', HTMLElement).textContent = isUnsent ? UNSENT_BY.get(this.#end?.result?.by ?? '') ?? '' : why
     find(this.#queue, '.edit', HTMLElement).hidden = typeof this.content !== 'string' // the box has no attachments
     this.#queue.hidden = !waits && !isUnsent
     this.#reply.hidden = !this.#queue.hidden
@@ -331,24 +315,4 @@ export class Turn {
     this.#countdown = setInterval(update, 1000)
     update()
   }
-}
-
-/** @param {Result} result */
-function describeEnd({ reason, by = '', saved }) {
-  const unsaved = saved === false ? ' It could not be saved.' : ''
-  if (reason === 'stopped') return (STOPPED_BY[by] ?? 'Stopped.') + unsaved
-  if (reason === 'max_tokens') return `Ended at the maximum length.${unsaved}`
-  const whole = ['end_turn', 'stop_sequence'].includes(reason)
-  return ((whole ? '' : `Ended early: ${reason.replaceAll('_', ' ')}.`) + unsaved).trim()
-}
-
-/** @param {string | undefined} model @param {Record<string, any> | undefined} usage */
-function describeUsage(model, usage) {
-  const parts = model === undefined ? [] : [model]
-  if (usage) {
-    const { input_tokens: uncached = 0, output_tokens: output = 0, estimated } = usage
-    const input = uncached + (usage.cache_creation_input_tokens ?? 0) + (usage.cache_read_input_tokens ?? 0)
-    parts.push(`${numbers.format(input)} tokens in, ${estimated ? 'about ' : ''}${numbers.format(output)} out`)
-  }
-  return parts.join(' · ')
 }
