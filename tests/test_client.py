@@ -210,13 +210,14 @@ async def test_prompt_over_limit_fails_if_retry_after_exceeds_patience(puppet: P
         assert 50 < raised.value.retry_after <= 60
 
 
-async def test_prompt_over_limit_is_resent_after_retry_after() -> None:
+@pytest.mark.parametrize("code", ["limit", "unavailable"])
+async def test_refused_prompt_is_resent_after_retry_after(code: str) -> None:
     prompts: list[Frame] = []
 
     async def answer(frame: Frame, send: Send) -> None:
         prompts.append(frame)
         if len(prompts) == 1:
-            error = {"type": "error", "code": "limit", "message": "Later.", "about": frame["id"]}
+            error = {"type": "error", "code": code, "message": "Later.", "about": frame["id"]}
             await send(error, retryable=True, retry_after=0.1, request=frame["request"])
             return
         await send({"type": "start", "id": frame["id"], "model": "m"}, request=frame["request"])
@@ -225,6 +226,32 @@ async def test_prompt_over_limit_is_resent_after_retry_after() -> None:
     async with scripted(answer) as url, connect(url) as chat:
         assert (await end_of(chat.prompt("Hi"))).reason == "end"
     assert [prompt["id"] for prompt in prompts] == [prompts[0]["id"]] * 2
+
+
+async def test_stop_is_resent_while_the_node_of_the_reply_does_not_answer() -> None:
+    stops: list[Frame] = []
+
+    async def answer(frame: Frame, send: Send) -> None:
+        if frame.get("type") != "stop":
+            await send({"type": "start", "id": frame["id"], "model": "m"}, request=frame["request"])
+            return
+        stops.append(frame)
+        about = {"about": frame["id"], "request": frame["request"]}
+        if len(stops) < 3:
+            error = {"type": "error", "code": "unavailable", "message": "Later.", **about}
+            await send(error, retryable=True, retry_after=0.1)
+            return
+        usage = {"input_tokens": 1, "output_tokens": 1}
+        await send(
+            {"type": "done", "id": frame["id"], "seq": 0, "reason": "stopped", "usage": usage}
+        )
+
+    async with scripted(answer) as url, connect(url) as chat:
+        reply = chat.prompt("Hi")
+        await reply.accepted()
+        await reply.stop()
+        assert (await end_of(reply)).reason == "stopped"
+    assert len(stops) == 3
 
 
 async def test_prompt_after_idle_close_connects_again(puppet: Puppet) -> None:

@@ -308,21 +308,33 @@ class App:
             self._sweep.cancel()
 
     async def drain(self) -> None:
-        """Refuse prompts, wait for replies, and close each client with 1012."""
+        """Refuse prompts, wait for replies, and close each client with 1012.
+
+        The sockets of a node of a cluster are closed first: their clients follow the replies from
+        other nodes.
+        """
+        self.hub.refuse_prompts()
+        if self.cluster is not None:
+            await self._close_clients(delivered=False)
         await self.hub.drain()
         await self._chats.delivered()
+        await self._close_clients()
+
+    async def _close_clients(self, *, delivered: bool = True) -> None:
+        """Close each client with 1012, if so wished after it has the replies that it follows."""
         transports = [transport for transport in self.connections if transport.open]
         random.shuffle(transports)
         async with asyncio.TaskGroup() as group:
             for number, transport in enumerate(transports, start=1):
-                group.create_task(self._close_client(transport))
+                group.create_task(self._close_client(transport, delivered=delivered))
                 if number % CLOSE_BATCH == 0:
                     await asyncio.sleep(random.uniform(0, 2 * CLOSE_PAUSE))  # noqa: S311
 
-    async def _close_client(self, transport: ClientTransport) -> None:
+    async def _close_client(self, transport: ClientTransport, *, delivered: bool) -> None:
         connection = self.connections.get(transport)
         if connection is not None:
-            await connection.delivered()
+            if delivered:
+                await connection.delivered()
             transport.end(Close.SERVICE_RESTART, "the server restarts")
             await transport.wait_closed()
 

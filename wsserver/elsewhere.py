@@ -13,6 +13,10 @@ class Moved(Exception):
     """Another node has the conversation by now."""
 
 
+class Leaving(Exception):
+    """The node that has the conversation takes no more prompts. It leaves soon."""
+
+
 class Running(Exception):
     """Another node runs the generation already.
 
@@ -62,8 +66,14 @@ class Elsewhere(Protocol):
         """Send a prompt to the node that has its conversation, and follow the reply."""
         ...
 
-    async def find(self, owner: str, name: str, node: str) -> Generation | None:
-        """Follow a generation that runs on another node; return None if it does not run there."""
+    async def find(self, owner: str, name: str, node: str | None) -> Generation | None:
+        """Follow a generation that runs on another node; return None if it does not run there.
+
+        Args:
+            owner: the owner of the generation.
+            name: its id.
+            node: the id of the node; None to find out which one runs it.
+        """
         ...
 
     async def stop(self, generation: Generation) -> None:

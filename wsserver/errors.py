@@ -182,6 +182,9 @@ UPSTREAM = frozenset(
 )
 """Failures that the model's API caused."""
 
+WAIT = {Code.UNAVAILABLE: 1.0}
+"""Seconds after which to try again, by code, where the server knows no better time."""
+
 OUTAGE = UPSTREAM - {Code.MODEL_NOT_FOUND, Code.RATE_LIMITED}
 """Error codes that mean the API is down for every request."""
 
@@ -229,7 +232,7 @@ class _Coded(WsserverError):
         self.code = known
         self.message = str(message or known.meaning)
         self.retryable = known.retryable if retryable is None else bool(retryable)
-        seconds = None if retry_after is None else float(retry_after)
+        seconds = WAIT.get(known) if retry_after is None else float(retry_after)
         self.retry_after = seconds if seconds is not None and math.isfinite(seconds) else None
 
 

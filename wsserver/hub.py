@@ -25,6 +25,7 @@ from wsserver.telemetry import Metrics
 from wsserver.titles import Titles
 from wsserver.upkeep import Upkeep
 
+ANOTHER_LOOK = 0.05  # seconds in which another node saves that it has accepted a prompt
 UNAWARE = 15.0  # seconds for a client to notice that its connection is dead, and to reconnect
 
 
@@ -118,12 +119,19 @@ class Hub:
                 over its limit of reads.
             StoreError: the store failed.
         """
-        generation = await self.retention.find(owner, generation_id, account)
+        generation = await self._find(owner, generation_id, account)
         if generation is None:
             raise Refused(Code.NOT_FOUND)
         if after > max(generation.log.seq, generation.reached):
             raise Refused(Code.GAP)
         return generation, generation.resume(after, self._settings.frame_size)
+
+    async def _find(self, owner: str, name: str, account: Account) -> Generation | None:
+        found = await self.retention.find(owner, name, account)
+        if found is None and self.elsewhere is not None:
+            await asyncio.sleep(ANOTHER_LOOK)
+            found = await self.retention.find(owner, name, account)
+        return found
 
     async def find_live(self, owner: str, name: str, account: Account) -> Generation | None:
         """Return a generation that has not ended, on this node or on another one; else None.
@@ -135,7 +143,7 @@ class Hub:
         generation = self.known(owner, name)
         if generation is None and self.elsewhere is not None:
             with contextlib.suppress(Refused):
-                generation = await self.retention.find(owner, name, account)
+                generation = await self._find(owner, name, account)
         ended = generation is None or generation.state is State.ENDED
         return None if ended else generation
 
@@ -278,17 +286,24 @@ class Hub:
 
     # Shutdown.
 
+    def refuse_prompts(self) -> None:
+        """Refuse new prompts from now on."""
+        self.scheduler.draining = True
+
     def wait_at_close(self, task: "asyncio.Task[None]") -> None:
         """Wait at the close for a task whose client has disconnected: it still needs the store."""
         self._detached.add(task)
         task.add_done_callback(self._detached.discard)
 
     async def drain(self) -> None:
-        """Refuse new prompts, stop waiting ones, and let the rest finish within the drain time."""
-        self.scheduler.draining = True
+        """Refuse new prompts, stop waiting ones, and let the rest finish within the drain time.
+
+        In a cluster waiting ones run too: their clients follow them from other nodes.
+        """
+        self.refuse_prompts()
         await self._titles.close()
         for generation in tuple(self.scheduler.live):
-            if generation.state is State.QUEUED:
+            if generation.state is State.QUEUED and self.elsewhere is None:
                 self.stop(generation, "shutdown")
         await self._until_idle(self._settings.drain_timeout)
         self._stop_all()
@@ -309,7 +324,7 @@ class Hub:
         Args:
             within: seconds for models to close their requests.
         """
-        self.scheduler.draining = True
+        self.refuse_prompts()
         await self._titles.close()
         self._stop_all()
         if tasks := {*self._runner.tasks, *self._detached}:

@@ -80,6 +80,8 @@ class Retention:
         if stored is None:
             stored = await self._read(owner, generation_id)
             stored = self._journal.find(owner, generation_id) or stored
+        if stored is None and self.elsewhere is not None:  # it may have begun just now
+            return await self.elsewhere.find(owner, generation_id, None)
         known = self.known(owner, generation_id)  # another request may have been quicker
         if known is not None or stored is None:
             return known

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from wsserver.accounts import Accounts
 from wsserver.context import tokens_of
 from wsserver.conversations import Conversations
-from wsserver.elsewhere import Elsewhere, Moved, Running
+from wsserver.elsewhere import Elsewhere, Leaving, Moved, Running
 from wsserver.errors import Code, Refused
 from wsserver.journal import Journal
 from wsserver.limits import Account, Memory
@@ -26,6 +26,7 @@ from wsserver.stores.base import Header
 from wsserver.tally import Tally
 
 ATTEMPTS = 5  # to forward a prompt whose conversation changes its node
+HAND_OVER = 0.1  # seconds between two looks at a conversation that its node is about to release
 
 
 class Scheduler:
@@ -112,6 +113,8 @@ class Scheduler:
             if found is not None:
                 return _of_prompt(found, prompt)
         generation = prompt.id or _new_id()
+        if self.elsewhere is not None:  # nodes know the prompt by its id
+            prompt = prompt.model_copy(update={"id": generation})
         self.check_limits(account)
         async with contextlib.AsyncExitStack() as stack:
             conversation = None
@@ -161,15 +164,28 @@ class Scheduler:
         *,
         forwarded: bool,
     ) -> Generation | None:
-        """Send a prompt to the node that has the conversation; return None if this one has it."""
-        for _ in range(ATTEMPTS):
+        """Send a prompt to the node that has the conversation; return None if this one has it.
+
+        If that node takes no more prompts, this waits until the conversation is free.
+        """
+        assert prompt.id is not None
+        settings, attempts = self._settings, 0
+        until = self._loop.time() + settings.drain_timeout + settings.stop_timeout
+        while attempts < ATTEMPTS and self._loop.time() < until:
             node = await elsewhere.claim(conversation)
             if node is None:
-                return None
+                if not attempts:
+                    return None
+                # The node that had the conversation may have accepted the prompt.
+                return await self._retention.find(conversation.owner, prompt.id, account)
             if forwarded:
                 raise Moved
-            with contextlib.suppress(Moved):
+            try:
                 return await elsewhere.prompt(node, prompt, conversation, account, sender)
+            except Moved:
+                attempts += 1
+            except Leaving:
+                await asyncio.sleep(HAND_OVER)
         raise Refused(Code.UNAVAILABLE)
 
     async def accept_own(self, prompt: Prompt, owner: str, account: Account) -> Generation:

@@ -138,6 +138,10 @@ for (const [how, answer] of Object.entries({
   'by limits without end': (socket, { type, request }) => {
     if (type !== 'ping') socket.say({ type: 'error', code: 'limit', message: 'Later.', retryable: true, retry_after: 1, request })
   },
+  'by a cluster without Redis': (socket, { type, request }) => {
+    if (type === 'ping') socket.say({ type: 'pong' })
+    else socket.say({ type: 'error', code: 'unavailable', message: 'Later.', retryable: true, retry_after: 1, request })
+  },
   'by a shutdown that does not come': (socket, { type, request }) => {
     if (type === 'ping') socket.say({ type: 'pong' })
     else socket.say({ type: 'error', code: 'shutting_down', message: 'Later.', retryable: true, request })
@@ -306,6 +310,25 @@ test('connections that end before any answer do not reset the back-off', async (
   chat.list().catch(() => {})
   await advance(t, () => false, 60_000)
   assert.ok(sockets.length > 3 && sockets.length <= 10, `${sockets.length} attempts in a minute`)
+})
+
+test('a prompt waits while another node of the server does not answer', async (t) => {
+  let refused = 0
+  const { chat, sockets } = connectFake(t, (socket, frame) => {
+    const { type, id, request } = frame
+    pong(socket, frame)
+    if (type !== 'prompt') return
+    if (++refused < 4) socket.say({ type: 'error', code: 'unavailable', message: 'Later.', retryable: true, retry_after: 1, about: id, request })
+    else {
+      socket.say({ type: 'start', id, model: 'm', request })
+      socket.say({ type: 'done', id, seq: 0, reason: 'end_turn', usage: {} })
+    }
+  })
+  await turn()
+  const reply = chat.prompt('Hi')
+  await advance(t, () => reply.ended)
+  assert.equal((await reply.done).reason, 'end_turn')
+  assert.deepEqual(new Set(sockets[0].sent.filter(({ type }) => type === 'prompt').map(({ id }) => id)), new Set([reply.id]))
 })
 
 test('a resume that begins at another piece closes the chat', async (t) => {

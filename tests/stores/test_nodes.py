@@ -77,7 +77,7 @@ async def test_late_node_is_buried_once_and_its_writes_are_refused(url: str) -> 
         await late.claim(KEY)
         await is_late(alive, "b")
         outcomes = await asyncio.gather(alive.bury("b"), third.bury("b"))
-        assert sorted(outcomes) != [False, False]
+        assert all(outcomes)
         assert (await loaded(a)).turns[0].partial == "interrupted"
         assert await found(a, "running") == ["Half "]
         for write in (
@@ -100,7 +100,7 @@ async def test_node_that_renews_is_not_buried(url: str) -> None:
         await other.renew()
         assert not await alive.bury("b")
         await b.commit([whole(header())])
-        assert not await alive.bury("nobody")
+        assert await alive.bury("nobody")
 
 
 async def test_burial_waits_for_a_write_and_no_write_follows(url: str) -> None:

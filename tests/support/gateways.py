@@ -40,7 +40,9 @@ async def _running(
 
 
 @contextlib.asynccontextmanager
-async def nginx(folder: Path, site: str, http: str = "") -> AsyncIterator[str]:
+async def nginx(
+    folder: Path, site: str, http: str = "", connections: int = 64
+) -> AsyncIterator[str]:
     """Run nginx with the directives of one `server` and of `http`; yield its address."""
     program = require_nginx()
     user = ""
@@ -52,7 +54,7 @@ async def nginx(folder: Path, site: str, http: str = "") -> AsyncIterator[str]:
         name = "{}:{}".format(*listener.getsockname())
         (folder / "nginx.conf").write_text(
             f"{user} daemon off; pid {folder}/pid; error_log stderr error; worker_processes 1;\n"
-            "events { worker_connections 64; }\n"
+            f"events {{ worker_connections {connections}; }}\n"
             f"http {{ access_log off;\n{paths} {http} server {{ listen {name};\n{site}\n }} }}\n"
         )
         # nginx inherits the listening socket, as in an upgrade of its program.

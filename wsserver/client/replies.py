@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsserver.client.connection import Connection
-from wsserver.client.failures import ConnectionFailed, ReplyError
+from wsserver.client.failures import ConnectionFailed, ReplyError, parse_seconds
 from wsserver.client.link import CLOCK_MARGIN, Link, Request, is_refusal
 from wsserver.client.queries import SHORTEST_WAIT
 from wsserver.client.reply import Reply
@@ -116,9 +116,23 @@ class Replies:
         # Else `receive` sends the stop after the `start` on this connection.
 
     def _send_stop(self, reply: Reply) -> None:
-        if self._connection.link is not None and reply.id not in self._stops_sent:
+        link = self._connection.link
+        if link is not None and reply.id not in self._stops_sent:
             self._stops_sent.add(reply.id)
-            self._connection.link.send(Request(lambda: Stop(id=reply.id), lambda _: None))
+            on_answer = functools.partial(self._on_stop_answer, reply, link)
+            link.send(Request(lambda: Stop(id=reply.id), on_answer))
+
+    def _on_stop_answer(self, reply: Reply, link: Link, answer: Mapping[str, Any]) -> None:
+        """Stop again later, if the server cannot reach the node that runs the reply."""
+        if is_refusal(answer) and answer["code"] == Code.UNAVAILABLE:
+            wait = max(SHORTEST_WAIT, parse_seconds(answer.get("retry_after")) or DEFAULT_WAIT)
+            asyncio.get_running_loop().call_later(wait, self._stop_again, reply, link)
+
+    def _stop_again(self, reply: Reply, link: Link) -> None:
+        # `receive` sends the stop if there is another connection.
+        if link is self._connection.link and not reply.over:
+            self._stops_sent.discard(reply.id)
+            self._send_stop(reply)
 
     def _remove(self, active: _Active) -> None:
         del self._active[active.reply.id]

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from wsserver.errors import ConfigError
@@ -139,10 +139,7 @@ class Bus:
                     await asyncio.sleep(MERGE)
         tasks = {task for task in (self._listener, self._sender) if task is not None}
         self._listener = self._sender = None
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await _cancel(tasks)
         with contextlib.suppress(*_FAILURES):
             await self._redis.aclose()
 
@@ -290,8 +287,7 @@ class Bus:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in tasks:
-                task.cancel()
+            await _cancel(tasks)
             failures = await asyncio.gather(*tasks, return_exceptions=True)
         raise next(failure for failure in failures if isinstance(failure, _FAILURES)) from None
 
@@ -333,6 +329,18 @@ class Bus:
                 await connection.send_command("SUBSCRIBE", *new)
             if old:
                 await connection.send_command("UNSUBSCRIBE", *old)
+
+
+async def _cancel(tasks: Collection["asyncio.Task[None]"]) -> None:
+    """Cancel tasks, and wait for their ends.
+
+    redis-py sends within `asyncio.wait_for`, which may lose a cancellation before Python 3.12.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=MERGE)
 
 
 def _reason(error: BaseException) -> str:

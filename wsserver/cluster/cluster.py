@@ -13,22 +13,27 @@ from typing import Any
 
 from wsserver.cluster.membership import Membership
 from wsserver.cluster.mirrors import Mirrors, facts_of
-from wsserver.cluster.peers import ALL, Body, Peers, topic_about
+from wsserver.cluster.peers import ALL, Body, Gone, Peers, topic_about
 from wsserver.cluster.readers import Readers
 from wsserver.cluster.uses import Use, Uses
-from wsserver.elsewhere import Moved
+from wsserver.content import Usage
+from wsserver.elsewhere import Leaving, Moved
+from wsserver.endings import restored
 from wsserver.errors import Code, ConfigError, ModelError, Refused, StoreError
 from wsserver.generation import State
 from wsserver.hub import Hub
 from wsserver.limits import Account
 from wsserver.live import Conversation, Generation, Watcher
 from wsserver.logs import log
-from wsserver.protocol import Prompt
+from wsserver.pieces import Pieces
+from wsserver.protocol import Done, Prompt
+from wsserver.stores.base import Forgotten, Header, StoredGeneration
 from wsserver.stores.postgres.store import PostgresStore
 from wsserver.stores.records import dump_prompt, parse_prompt
 
 REJOIN = 1.0  # seconds between two attempts to join again
 SWEEP = 0.5  # seconds between two looks at the leased conversations
+SWEEP_DRAINING = 0.05  # the same, while other nodes wait for the conversations
 LINGER = 5.0  # seconds for which an unused conversation stays leased
 Key = tuple[str, str]
 
@@ -93,6 +98,7 @@ class Cluster:
         listeners = self.peers.listeners
         listeners["follow"], listeners["started"] = self._on_follow, self._on_started
         listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
+        listeners["left"] = lambda *_: self.membership.look()
 
     def _new_membership(self) -> Membership:
         return Membership(
@@ -101,7 +107,7 @@ class Cluster:
             self._lease,
             on_lost=self._lost,
             on_fenced=lambda: self._spawn(self._rejoin()),
-            on_buried=self._buried,
+            on_others=self._check_others,
         )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -133,6 +139,7 @@ class Cluster:
         self._sweeper = None
         self.mirrors.close()
         await self.membership.close()
+        self.peers.publish(ALL, "left", {})
         await self.peers.close()
 
     @property
@@ -184,9 +191,10 @@ class Cluster:
         A node that drains releases them at once, so that they go on elsewhere.
         """
         while True:
-            await asyncio.sleep(SWEEP)
+            draining = self._hub.scheduler.draining
+            await asyncio.sleep(SWEEP_DRAINING if draining else SWEEP)
             self._unwatch()
-            due = self._loop.time() - (0 if self._hub.scheduler.draining else LINGER)
+            due = self._loop.time() - (0 if draining else LINGER)
             keys = []
             for key, used in tuple(self._held.items()):
                 conversation = self._hub.conversations.known(*key)
@@ -237,6 +245,7 @@ class Cluster:
         Raises:
             Refused: the node refuses the prompt, or does not answer.
             Moved: the node no longer has the conversation.
+            Leaving: the node takes no more prompts.
         """
         if prompt.id is None:
             prompt = prompt.model_copy(update={"id": secrets.token_urlsafe(16)})
@@ -257,28 +266,42 @@ class Cluster:
             )
             if "moved" in answer:
                 raise Moved
+            if "leaving" in answer:
+                raise Leaving
             return self._attach(node, answer, conversation)
+        except Gone:  # it may have accepted the prompt
+            raise Moved from None
         finally:
             self._asking.pop(key, None)
 
     async def _on_prompt(self, _: str, body: Body) -> Body:
-        scheduler = self._hub.scheduler
+        prompt, owner = parse_prompt(body["prompt"]), body["owner"]
         try:
-            generation = await scheduler.accept(
-                parse_prompt(body["prompt"]),
-                body["owner"],
-                tuple(body["account"]),
-                body["conversation"],
-                None,
-                forwarded=True,
+            generation = await self._hub.scheduler.accept(
+                prompt, owner, tuple(body["account"]), body["conversation"], None, forwarded=True
             )
         except Moved:
             return {"moved": True}
         except Refused as refused:
-            if refused.code is Code.SHUTTING_DOWN:  # this node does, and not that of the client
-                raise Refused(Code.UNAVAILABLE, retry_after=SWEEP) from None
-            raise
+            if refused.code is not Code.SHUTTING_DOWN:
+                raise
+            self._check_leaving(prompt, self._hub.conversations.known(owner, body["conversation"]))
+            return {"leaving": True}
         return facts_of(generation)
+
+    def _check_leaving(self, prompt: Prompt, conversation: Conversation | None) -> None:
+        """This node takes no more prompts: the next node of the conversation gets this one.
+
+        Raises:
+            Refused: the conversation is busy, and the prompt does not wait.
+        """
+        if conversation is None or not conversation.busy:
+            return
+        if prompt.on_busy == "reject":
+            raise Refused(Code.BUSY)
+        if prompt.on_busy == "interrupt":
+            for generation in reversed(conversation.live):
+                self._hub.stop(generation, "replaced")
 
     def _attach(self, node: str, facts: Body, conversation: Conversation | None) -> Generation:
         """Return the mirror of a generation, and let the watchers of its conversation follow it."""
@@ -326,15 +349,22 @@ class Cluster:
 
     # Following.
 
-    async def find(self, owner: str, name: str, node: str) -> Generation | None:
-        """Follow a generation that the store knows as running on another node.
+    async def find(self, owner: str, name: str, node: str | None) -> Generation | None:
+        """Follow a generation that runs on another node; return None if it does not run there.
 
         Raises:
             Refused: the node does not answer.
+            StoreError: the database cannot be used.
         """
-        if node == self.node:  # it has ended just now
+        if node is None:
+            node = await self._uses.node_of(owner, name)
+        if node in {None, self.node}:  # it has ended just now
             return None
-        answer = await self.peers.ask(node, "live", {"owner": owner, "id": name})
+        assert node is not None
+        try:
+            answer = await self.peers.ask(node, "live", {"owner": owner, "id": name})
+        except Gone:
+            return None
         for facts in answer["live"]:
             conversation = None
             if facts["conversation"] is not None:
@@ -364,7 +394,8 @@ class Cluster:
         """
         assert generation.node is not None
         body = {"owner": generation.owner, "id": generation.id}
-        await self.peers.ask(generation.node, "stop", body)
+        with contextlib.suppress(Gone):  # and the reply has ended
+            await self.peers.ask(generation.node, "stop", body)
 
     async def _on_stop(self, _: str, body: Body) -> Body:
         generation = self._hub.known(body["owner"], body["id"])
@@ -413,9 +444,10 @@ class Cluster:
         if node is None or node == self.node:
             return
         body = {"owner": conversation.owner, "conversation": conversation.id}
-        answer = await self.peers.ask(node, "live", body)
-        for facts in answer["live"]:
-            self._attach(node, facts, conversation)
+        with contextlib.suppress(Gone):  # and its replies have ended
+            answer = await self.peers.ask(node, "live", body)
+            for facts in answer["live"]:
+                self._attach(node, facts, conversation)
 
     async def _on_live(self, _: str, body: Body) -> Body:
         if "id" in body:
@@ -457,7 +489,10 @@ class Cluster:
             Refused: the node refuses, or does not answer.
         """
         body = {"owner": conversation.owner, "conversation": conversation.id}
-        await self.peers.ask(node, "delete", body)
+        try:
+            await self.peers.ask(node, "delete", body)
+        except Gone:
+            raise Refused(Code.UNAVAILABLE) from None
 
     async def _on_delete(self, _: str, body: Body) -> Body:
         await self._hub.delete(body["conversation"], body["owner"])
@@ -487,12 +522,36 @@ class Cluster:
                 with contextlib.suppress(Refused, StoreError):
                     await self.learn(conversation)
 
-    def _buried(self, node: str) -> None:
-        """A node has died: end its mirrors, and drop its readers."""
-        self.peers.died(node)
-        self.readers.died(node)
-        for generation in self.mirrors.died(node):
-            self._hub.retention.forget(generation)  # the store has what was saved
+    def _check_others(self, nodes: frozenset[str], since: float) -> None:
+        """End what depends on nodes that had left the cluster at a time."""
+        self.peers.check(nodes, since)
+        self.readers.check(nodes, since)
+        for generation in self.mirrors.orphans(nodes, since):
+            self._spawn(self._settle(generation))
+
+    async def _settle(self, generation: Generation) -> None:
+        """End a mirror whose node has left, as the store has its end."""
+        try:
+            stored = await self._store.find(generation.id, generation.owner)
+        except StoreError:
+            return  # the next renewal tries again
+        if isinstance(stored, Forgotten):
+            end = Done(id=generation.id, seq=0, reason="stopped", by="deleted", usage=Usage())
+            self.mirrors.end(generation, Pieces(), end)
+        else:
+            if stored is None:  # nothing of it was saved
+                header = Header(
+                    generation.id,
+                    generation.owner,
+                    generation.conversation_id,
+                    generation.prompt,
+                    generation.model,
+                )
+                stored = StoredGeneration(header, Pieces(), None)
+            log = restored(stored).log
+            assert log.terminal is not None
+            self.mirrors.end(generation, log.pieces, log.terminal)
+        self._hub.retention.forget(generation)  # the store has what was saved
 
     def _lost(self) -> None:
         """This node may be buried now: end all its replies."""

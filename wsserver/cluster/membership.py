@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from wsserver.errors import StoreError
 from wsserver.logs import log
 from wsserver.stores.base import Fenced
-from wsserver.stores.postgres.nodes import Nodes, Others
+from wsserver.stores.postgres.nodes import Nodes
 from wsserver.stores.postgres.store import PostgresStore
 
 MARGIN = 0.1  # part of a life: this node stops its replies so long before the others may bury it
@@ -27,7 +27,9 @@ class Membership:
         life: seconds for which a renewal holds.
         on_lost: called when the node has to end all its replies. Must not raise.
         on_fenced: called when the others have buried the node. Must not raise.
-        on_buried: called with the id of a node whose replies have ended. Must not raise.
+        on_others: called with the ids of the other nodes, and with the time of the event loop's
+            clock from before they were read. The replies of nodes that are missing have ended.
+            Must not raise.
     """
 
     def __init__(
@@ -38,18 +40,19 @@ class Membership:
         *,
         on_lost: Callable[[], None],
         on_fenced: Callable[[], None],
-        on_buried: Callable[[str], None],
+        on_others: Callable[[frozenset[str], float], None],
     ) -> None:
         self.nodes = Nodes(store, node, life)
         self.others: frozenset[str] = frozenset()
         self._life = life
         self._on_lost = on_lost
         self._on_fenced = on_fenced
-        self._on_buried = on_buried
+        self._on_others = on_others
         self._loop = asyncio.get_running_loop()
         self._deadline = 0.0  # until when this node is alive for certain, by the loop's clock
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
+        self._soon = asyncio.Event()
         self.fenced = False  # the others have buried this node
 
     @property
@@ -65,7 +68,7 @@ class Membership:
         """
         self._extend(self._loop.time())
         await self.nodes.join()
-        self._learn(await self.nodes.renew())
+        self.others = (await self.nodes.renew()).alive
         self._task = self._loop.create_task(self._run())
 
     async def close(self) -> None:
@@ -81,10 +84,17 @@ class Membership:
             with contextlib.suppress(StoreError):
                 await self.nodes.leave()
 
+    def look(self) -> None:
+        """Look at the other nodes now: one of them has left."""
+        self._soon.set()
+
     async def _run(self) -> None:
         wait = self._life / 3
         while not self.fenced:
-            await asyncio.sleep(wait)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._soon.wait()
+            self._soon.clear()
             began = self._loop.time()
             try:
                 others = await self.nodes.renew()
@@ -99,23 +109,23 @@ class Membership:
                 wait = min(1.0, self._life / 10)
                 continue
             self._extend(began)
-            self._learn(others)
-            await self._bury(others)
+            self.others = others.alive
+            self._on_others(others.alive | await self._bury(others.late), began)
             wait = self._life / 3
             if others.next is not None:  # look again when the next node may have died
                 wait = min(wait, max(SOONEST, others.next))
 
-    async def _bury(self, others: Others) -> None:
-        for node in others.late:
+    async def _bury(self, late: Sequence[str]) -> frozenset[str]:
+        """Bury nodes that did not renew; return those that are not buried after all."""
+        left = set(late)
+        for node in late:
             try:
                 if await self.nodes.bury(node):
                     log.warning("node died", node=node)
-                    self._on_buried(node)
+                    left.discard(node)
             except StoreError as error:
                 log.warning("node not buried", node=node, reason=str(error))
-
-    def _learn(self, others: Others) -> None:
-        self.others = others.alive
+        return frozenset(left)
 
     def _extend(self, began: float) -> None:
         """The node is alive for a life from the time at which the renewal began."""

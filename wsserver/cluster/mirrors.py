@@ -7,16 +7,14 @@ that comes twice changes nothing.
 
 import asyncio
 import itertools
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from wsserver.cluster.peers import Body, Peers
-from wsserver.errors import Code
 from wsserver.live import Generation
 from wsserver.pieces import Pieces
-from wsserver.protocol import Error, Terminal
+from wsserver.protocol import Terminal
 from wsserver.stores.records import dump_prompt, parse_prompt, parse_terminal
 
 ACKNOWLEDGE = 65_536  # characters after which the owner is told
@@ -43,6 +41,7 @@ class Mirror:
     generation: Generation
     node: str
     handle: int
+    since: float  # when it was made, by the event loop's clock
     unacknowledged: int = 0  # characters
     silent: bool = False  # nothing has come since the last probe
 
@@ -87,7 +86,7 @@ class Mirrors:
             place=facts["queued"],
             reached=facts["seq"],
         )
-        mirror = Mirror(generation, node, next(self._handles))
+        mirror = Mirror(generation, node, next(self._handles), asyncio.get_running_loop().time())
         self._by_key[generation.owner, generation.id] = mirror
         self._follow(mirror)
         return generation
@@ -116,22 +115,29 @@ class Mirrors:
         for mirror in tuple(self._by_key.values()):
             self._follow(mirror)
 
-    def died(self, node: str) -> list[Generation]:
-        """End the mirrors of a node that died, and return their generations."""
-        ended = []
-        for mirror in [mirror for mirror in self._by_key.values() if mirror.node == node]:
-            generation = mirror.generation
-            terminal = Error(
-                code=Code.INTERRUPTED,
-                message=Code.INTERRUPTED.meaning,
-                id=generation.id,
-                seq=generation.log.seq,
-                retryable=True,
-                ref=secrets.token_hex(4),
-            )
-            self._end(mirror, terminal)
-            ended.append(generation)
-        return ended
+    def orphans(self, nodes: frozenset[str], since: float) -> list[Generation]:
+        """Return the generations of nodes that had left the cluster at a time."""
+        return [
+            mirror.generation
+            for mirror in self._by_key.values()
+            if mirror.since < since and mirror.node not in nodes
+        ]
+
+    def end(self, generation: Generation, pieces: Pieces, terminal: Terminal) -> None:
+        """End a mirror whose node has left the cluster.
+
+        Args:
+            generation: the mirror's generation.
+            pieces: the pieces that the store has. If the node has died, they may be fewer than
+                those of the mirror.
+            terminal: the end that the store has.
+        """
+        mirror = self._by_key.get((generation.owner, generation.id))
+        if mirror is None or mirror.generation is not generation:
+            return
+        log = generation.log
+        log.extend(pieces.after(log.seq))
+        self._end(mirror, terminal.model_copy(update={"seq": log.seq}))
 
     def _follow(self, mirror: Mirror) -> None:
         """Ask the owner for everything after what the mirror has, under a new handle."""

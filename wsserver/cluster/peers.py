@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from wsserver.cluster.bus import Bus
@@ -25,6 +26,21 @@ Listener = Callable[[str, Body], None]
 """Receives a message: gets the id of the sending node and the body."""
 
 ANSWER = "answer"
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request without an answer; ``at`` is its time by the event loop's clock."""
+
+    node: str
+    at: float
+    answer: "asyncio.Future[Body]"
+
+
+class Gone(Exception):
+    """The node that was asked is no longer in the cluster. It may have done what was asked."""
+
+
 ALL = "wsserver:all"  # the topic of messages to all nodes
 
 
@@ -47,8 +63,7 @@ class Peers:
         self.listeners: dict[str, Listener] = {}
         self._timeout = timeout
         self._numbers = itertools.count(1)
-        # The requests without an answer: the node that was asked, and the answer.
-        self._open: dict[int, tuple[str, asyncio.Future[Body]]] = {}
+        self._open: dict[int, _Asked] = {}  # the requests without an answer
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -88,12 +103,13 @@ class Peers:
 
         Raises:
             Refused: the node refuses, or does not answer in time.
+            Gone: the node has left the cluster.
         """
         if not self.bus.healthy:
             raise Refused(Code.UNAVAILABLE)
-        number = next(self._numbers)
-        answer = asyncio.get_running_loop().create_future()
-        self._open[number] = node, answer
+        number, loop = next(self._numbers), asyncio.get_running_loop()
+        answer = loop.create_future()
+        self._open[number] = _Asked(node, loop.time(), answer)
         self.tell(node, kind, {"n": number, **body})
         try:
             async with asyncio.timeout(self._timeout):
@@ -104,23 +120,21 @@ class Peers:
         finally:
             del self._open[number]
 
-    def died(self, node: str) -> None:
-        """Give up waiting for the answers of a node."""
-        self._give_up([answer for asked, answer in self._open.values() if asked == node])
+    def check(self, nodes: frozenset[str], since: float) -> None:
+        """Give up waiting for nodes that had left the cluster at a time."""
+        for asked in tuple(self._open.values()):
+            if asked.at < since and asked.node not in nodes and not asked.answer.done():
+                asked.answer.set_exception(Gone)
 
     def _lost(self) -> None:
         """Give up waiting for all answers: requests were not sent, or answers are lost."""
-        self._give_up([answer for _, answer in self._open.values()])
+        for asked in tuple(self._open.values()):
+            if not asked.answer.done():
+                asked.answer.set_exception(Refused(Code.UNAVAILABLE))
 
     def _reset(self) -> None:
         self._lost()
         self._on_reset()
-
-    @staticmethod
-    def _give_up(answers: "list[asyncio.Future[Body]]") -> None:
-        for answer in answers:
-            if not answer.done():
-                answer.set_exception(Refused(Code.UNAVAILABLE))
 
     def _receive(self, _: str, sender: str, messages: list[bytes]) -> None:
         for message in messages:
@@ -141,9 +155,10 @@ class Peers:
             self.listeners[kind](sender, body)
 
     def _take_answer(self, sender: str, body: Body) -> None:
-        asked, answer = self._open.get(body["n"], (None, None))
-        if answer is None or asked != sender or answer.done():
+        asked = self._open.get(body["n"])
+        if asked is None or asked.node != sender or asked.answer.done():
             return
+        answer = asked.answer
         if (refusal := body.get("refused")) is None:
             answer.set_result(body["ok"])
         else:

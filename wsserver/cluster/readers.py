@@ -5,6 +5,7 @@ other node has not acknowledged. Nothing is encoded when a piece arrives: when t
 send, each reader with new pieces adds one message with all of them.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +27,14 @@ class Reader:
         node: the id of the node.
         handle: the number by which the node knows the generation.
         sent: the seq of the last piece that was sent.
+        since: when the node asked, by the event loop's clock.
     """
 
     node: str
     handle: int
     generation: Generation
     sent: int
+    since: float
     _dirty: dict["Reader", None]
     _request_flush: Callable[[], None]
     unacknowledged: int = 0
@@ -76,15 +79,17 @@ class Readers:
         for old in [r for r in self._readers.values() if r.node == node]:
             if old.generation is generation:  # the node follows again, after a loss
                 self._remove(old)
-        reader = Reader(node, handle, generation, after, self._dirty, self._peers.bus.request_flush)
+        now, flush = asyncio.get_running_loop().time(), self._peers.bus.request_flush
+        reader = Reader(node, handle, generation, after, now, self._dirty, flush)
         self._readers[node, handle] = reader
         self._hub.follow(generation, reader)
         reader.wake()
 
-    def died(self, node: str) -> None:
-        """Remove the readers of a node."""
-        for reader in [reader for reader in self._readers.values() if reader.node == node]:
-            self._remove(reader, lost=True)
+    def check(self, nodes: frozenset[str], since: float) -> None:
+        """Remove the readers of nodes that had left the cluster at a time."""
+        for reader in tuple(self._readers.values()):
+            if reader.since < since and reader.node not in nodes:
+                self._remove(reader, lost=True)
 
     def _remove(self, reader: Reader, *, lost: bool = False) -> None:
         if self._readers.pop((reader.node, reader.handle), None) is not None:

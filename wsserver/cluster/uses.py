@@ -70,6 +70,10 @@ class Uses:
             if use.booked is not None:  # the client does not wait for this
                 self._spawn(self._save(use, *use.booked, membership.nodes.node, stack.pop_all()))
 
+    async def node_of(self, owner: str, name: str) -> str | None:
+        """Return the node that runs a generation, even one that the store does not have yet."""
+        return await self._reservations.node_of(owner, name)
+
     async def _save(
         self,
         use: Use,

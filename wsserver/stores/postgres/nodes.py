@@ -61,7 +61,11 @@ class Nodes:
             )
 
     async def leave(self) -> None:
-        """Stop to be alive, and release all conversations. No reply runs any more."""
+        """Stop to be alive, and release all conversations. No reply runs any more.
+
+        Replies whose end could not be saved end as interrupted.
+        """
+        await self._store.end_replies(self.node)
         async with self._store.connection() as connection:
             await connection.execute("DELETE FROM node WHERE id = $1", self.node)
 
@@ -100,13 +104,15 @@ class Nodes:
         """End the replies of a node that did not renew, and release its conversations.
 
         Returns:
-            False if the node has renewed after all, or another node has buried it.
+            False if the node has renewed after all.
         """
         async with self._store.connection() as connection, connection.transaction():
             # Waits for writes of the node, and no write follows.
             late = await connection.fetchval(
                 f"SELECT dead OR {_LATE} FROM node WHERE id = $2 FOR UPDATE", self.life, node
             )
+            if late is None:  # another node has buried it
+                return True
             if not late:
                 return False
             await connection.execute("UPDATE node SET dead = true WHERE id = $1", node)

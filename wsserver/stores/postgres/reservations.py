@@ -79,6 +79,17 @@ class Reservations:
             row = await connection.fetchrow("SELECT * FROM used($1, $2, $3)", owner, name, account)
             yield Locked(connection, owner, account, row)
 
+    async def node_of(self, owner: str, name: str) -> str | None:
+        """Return the node that runs a generation; None if none does.
+
+        Raises:
+            StoreError: the database cannot be used now.
+        """
+        statement = "SELECT node FROM reserved WHERE owner = $1 AND id = $2"
+        async with self._store.request(owner) as connection:
+            node = await connection.fetchval(statement, owner, name)
+        return None if node is None else str(node)
+
     async def remove(self, owner: str, name: str) -> None:
         """Remove the reservation for a generation whose end the store does not get.
 
