@@ -293,10 +293,10 @@ function showEnd(turn, note) {
   }
   tellOfEnd()
   if (turn.element.nextElementSibling && !turn.refused) turn.hideRetry() // only the last turn can be replaced
-  if (turn.reply === undefined && turn.content === undefined && !turn.isUnsent) reload() // for the blocks
   if (turn.isTakenBack) remove(turn) // by another tab
   else if (!turn.refused && !turn.isUnsent) drafts.dropUnsent(current, turn.id)
-  if (turn.isGone && !turn.refused) reload()
+  const lacksPrompt = turn.content === undefined && !turn.isUnsent
+  if (lacksPrompt || (turn.isGone && !turn.refused)) reload() // the history has the prompt's blocks, or the reply
   update()
   sidebar.announce()
 }
