@@ -179,3 +179,9 @@ async def test_prompt_that_never_arrived_is_a_draft_after_reload(
     await page.reload()
     await expect(text(page)).to_have_text("Found")
     await expect(box(page)).to_have_value("")
+
+
+async def test_long_draft_survives_reload(page: Page) -> None:
+    await box(page).fill("word " * 30_000)
+    await page.reload()
+    await expect(box(page)).to_have_value("word " * 30_000)

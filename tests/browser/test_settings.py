@@ -1,6 +1,7 @@
 """Model, system prompt and temperature of a conversation on the page."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -169,8 +170,50 @@ async def test_model_that_server_no_longer_offers_is_not_sent(choice: Page, pupp
     await page.evaluate("sessionStorage.clear()")
     await page.reload()
     await expect(opener(page)).to_have_text("puppet")
+    told = "The server no longer offers the model “gone”. Your next message goes to “puppet”."
+    await expect(alert(page)).to_have_text(told)
     await converse(page, puppet, "First")
     assert puppet.replies[0].request.model == "puppet"
+    await page.get_by_role("link", name="New conversation").click()
+    await page.reload()
+    await expect(opener(page)).to_have_text("puppet")
+    await expect(alert(page)).to_be_hidden()
+
+
+async def test_person_is_told_of_model_that_disappears_while_page_is_open(
+    blank: Page, puppet: Puppet
+) -> None:
+    serve = partial(wsserver.serve, puppet, drain_timeout=0, store="memory:")
+    async with serve(port=0, models=("small", "large")) as server:
+        port = server.port
+        await visit(blank, server)
+        await choose(blank, model="large", system="Be brief.")
+    async with serve(port=port, models=("small",)):
+        await blank.evaluate("dispatchEvent(new Event('online'))")
+        await expect(alert(blank)).to_contain_text("no longer offers the model “large”")
+        await expect(opener(blank)).to_have_accessible_name("Settings: model puppet, system prompt")
+
+
+async def test_long_system_prompt_survives_reload(page: Page) -> None:
+    await choose(page, system="word " * 30_000)
+    await page.reload()
+    await expect(opener(page)).to_have_accessible_name("Settings: system prompt")
+    await opener(page).click()
+    await expect(system(page)).to_have_value("word " * 30_000)
+
+
+async def test_storage_cleared_in_other_tab_restores_defaults(page: Page, puppet: Puppet) -> None:
+    await choose(page, system="Be brief.")
+    await page.locator("#theme").select_option("dark")
+    await converse(page, puppet, "First")
+    tab = await second_tab(page)
+    await box(page).fill("Draft")
+    await tab.evaluate("localStorage.clear()")
+    await expect(opener(page)).to_have_accessible_name("Settings")
+    await expect(page.locator("html")).to_have_attribute("data-theme", "system")
+    await expect(box(page)).to_have_value("Draft")
+    await converse(page, puppet, "Second")
+    assert sent(puppet.replies[1].request) == (None, None)
 
 
 async def test_refused_model_leaves_text_in_box(choice: Page, puppet: Puppet) -> None:

@@ -3,7 +3,6 @@
 import { PerConversation, read, session, write } from './storage.js'
 
 const UNSENT = 'unsent ' // + the conversation: the keys of prompts without a reply
-const LONGEST = 100_000 // characters of a draft; no server accepts longer prompts
 
 /** @typedef {{id: string, draft: string}} Edit The turn that a draft replaces, and the draft before it. */
 
@@ -29,12 +28,12 @@ export class Drafts {
 
   /** @param {string | undefined} conversation @param {string} text @param {Edit} [edit] */
   set(conversation, text, edit) {
-    this.#drafts.set(conversation, text.trim() && text.length <= LONGEST ? { text, edit } : undefined)
+    this.#drafts.set(conversation, text.trim() ? { text, edit } : undefined)
   }
 
   /** Keep a prompt that was sent until it has a reply. @param {string} conversation @param {string} id @param {string} text */
   keepUnsent(conversation, id, text) {
-    if (text.length <= LONGEST) write(session, UNSENT + conversation, { ...read(session, UNSENT + conversation), [id]: text })
+    write(session, UNSENT + conversation, { ...read(session, UNSENT + conversation), [id]: text })
   }
 
   /** @param {string | undefined} conversation A new one has no prompts. @param {string} id */

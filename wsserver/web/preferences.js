@@ -31,8 +31,8 @@ collapse.addEventListener('click', () => {
   hideList(hidden)
   writeText('list', hidden ? 'hidden' : 'shown')
 })
-addEventListener('storage', ({ key, newValue }) => { // another tab changed it
-  if (key === 'theme') setTheme(newValue ?? '')
+addEventListener('storage', ({ key, newValue }) => { // another tab changed it, or cleared the storage
+  if (key === null || key === 'theme') setTheme(newValue ?? '')
 })
 setTheme(local?.getItem('theme') ?? '')
 hideList(local?.getItem('list') === 'hidden')

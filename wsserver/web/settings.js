@@ -1,12 +1,12 @@
 /** The settings of a conversation: model, system prompt and temperature; and their dialog. */
 
 import { find } from './dom.js'
+import { showNotice } from './notice.js'
 import { local, PerConversation, read, write } from './storage.js'
 
 /** @typedef {{model?: string, system?: string, temperature?: number}} Values Undefined where the server's default holds. */
 
 const MODEL = 'model' // the key of the model that was chosen last
-const LONGEST = 100_000 // characters of a system prompt; no server accepts longer prompts
 const DEFAULT = 'the default'
 
 const button = find(document, '#settings', HTMLButtonElement)
@@ -47,8 +47,8 @@ export class Settings {
       this.#fill()
       system.focus()
     })
-    addEventListener('storage', ({ key }) => { // another tab changed it
-      if (key === this.#kept.prefix + this.#conversation && !dialog.open) this.open(this.#conversation)
+    addEventListener('storage', ({ key }) => { // another tab changed it, or cleared the storage
+      if ((key === null || key === this.#kept.prefix + this.#conversation) && !dialog.open) this.open(this.#conversation)
     })
   }
 
@@ -62,6 +62,7 @@ export class Settings {
       system: typeof system === 'string' ? system : undefined,
       temperature: temperature >= 0 && temperature <= 2 ? temperature : undefined,
     }
+    this.#dropModel()
     this.#show()
   }
 
@@ -87,6 +88,7 @@ export class Settings {
   set models(models) {
     this.#models = models
     picker.replaceChildren(...models.map((name) => new Option(name)))
+    this.#dropModel()
     if (dialog.open) this.#fill()
     this.#show()
   }
@@ -102,13 +104,21 @@ export class Settings {
     return !this.#models.length || (this.#models.length > 1 && this.#models.includes(model ?? ''))
   }
 
+  /** Tell once that the server no longer offers the model that was chosen. */
+  #dropModel() {
+    const { model } = this.#values
+    if (model === undefined || !this.#models.length || this.#models.includes(model)) return
+    if (this.#conversation === undefined) write(local, MODEL, undefined)
+    this.#set({ model: undefined })
+    showNotice(`The server no longer offers the model “${model}”. Your next message goes to “${this.#models[0]}”.`)
+  }
+
   /** @param {Values} changed */
   #set(changed) {
     const values = { ...this.#values, ...changed }
     this.#values = values
     const isDefault = Object.values(values).every((value) => value === undefined)
-    const fits = (values.system ?? '').length <= LONGEST
-    this.#kept.set(this.#conversation, isDefault ? undefined : { ...values, system: fits ? values.system : undefined })
+    this.#kept.set(this.#conversation, isDefault ? undefined : values)
     this.#show()
   }
 
