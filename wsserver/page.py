@@ -23,7 +23,7 @@ _COMMENT = re.compile(rb"(?!\A)^[ \t]*/\*\*(?:(?!\*/).)*\*/[ \t]*$", re.MULTILIN
 class Page:
     """The page at ``/``, the files that it loads, and ``ai-sdk.js`` and ``react.js`` for apps.
 
-    The content security policy allows only these files. It also makes browsers refuse to parse text
+    The content security policy allows nothing else. It also makes browsers refuse to parse text
     as HTML (Trusted Types), unless DOMPurify has cleaned it.
 
     The libraries that format Markdown come from npm when the package is built. Without them the
@@ -61,7 +61,7 @@ class Page:
                         body = without_comments(body)
                     files[f"/{prefix}{file.name}"] = _File(body, kind)
         files["/"] = files.pop("/index.html")
-        self._complete = self._LIBRARY in files
+        self._warns = self._LIBRARY not in files  # at the first request for the library
         files.setdefault(self._LIBRARY, _File(b"export {}\n", "js"))
         self._files = files
 
@@ -76,8 +76,8 @@ class Page:
             path: the path of a file.
             headers: headers of the request, names in lower case.
         """
-        if path == self._LIBRARY and not self._complete:
-            self._complete = True  # once is enough
+        if self._warns and path == self._LIBRARY:
+            self._warns = False
             log.warning("page without Markdown", reason="the package was built without npm")
         file = self._files[path]
         known = re.findall(r'\*|"[^"]*"', headers.get("if-none-match", ""))
