@@ -86,6 +86,7 @@ class Page:
             "Content-Security-Policy": self.POLICY,
             "ETag": f"W/{file.tag}",  # weak: the compressed body has other bytes
             "Referrer-Policy": "no-referrer",
+            "X-DNS-Prefetch-Control": "off",  # a link of a model may have a secret in its host
         }
         body = file.body
         if file.compressed:

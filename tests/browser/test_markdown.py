@@ -252,6 +252,7 @@ async def test_selection_survives_in_the_last_block(page: Page, puppet: Puppet) 
         "$\\htmlId{prompt}{x}$ $\\htmlStyle{position:fixed}{x}$",
         "![a](https://tracker.example/p.png) ![b](javascript:alert(1))",
         "![c](data:image/svg+xml,<svg/>)",
+        "![a](/api/chat/x) ![b](logout) [![c](/logout)](/logout) ![d][e]\n\n[e]: /logout",
         "```<img src=x onerror=alert(1)>\n</code></pre><script>alert(1)</script>\n```",
         "| <script>alert(1)</script> |\n|--|\n| <img src=x onerror=alert(1)> |",
         '[a](https://e.example "\\" onmouseover=alert(1)")',
@@ -279,8 +280,17 @@ async def test_hostile_markdown_is_harmless(page: Page, puppet: Puppet, written:
         }).map((element) => element.outerHTML)"""
     )
     assert unsafe == []
-    assert [url for url in requests if "example" in url] == []
+    assert [url for url in requests if "/libraries/" not in url] == []
     await expect(box(page)).to_be_visible()
+
+
+async def test_browser_asks_no_name_server_for_hosts_of_links(
+    page: Page, server: wsserver.Server
+) -> None:
+    """A link of a model can have a secret in its host, which a lookup would tell."""
+    response = await page.goto(server.page)
+    assert response is not None
+    assert response.headers["x-dns-prefetch-control"] == "off"
 
 
 async def test_links_open_in_a_tab_that_knows_nothing(page: Page, puppet: Puppet) -> None:
@@ -399,6 +409,7 @@ async def test_long_block_keeps_its_text(page: Page, unit: str, blocks: int) -> 
         *(" " * 12_000 + "x", "|" * 12_000 + "x", "*" * 12_000, "`" * 12_000, "$" * 12_000),
         *("- " * 6_000, "[^" * 6_000, "\\[" * 6_000, "|-" * 6_000 + "\n", "_a" * 6_000),
         "> " * 3_000 + "x",
+        " " * 250_000 + "x",
     ],
 )
 @pytest.mark.timeout(20)

@@ -24,7 +24,7 @@ const SHARE = 4 // the page renders for at most one part of this many of its tim
 // an underline of a heading.
 const BEGUN = /^[ \t>]*(?:(?:[-+*]|\d{1,9}[.)]?)? *(?:\[[ xX]?\]?)?|#{1,6} *|=+|[-*_ ]{2,}|~{1,2}|\[\^?[^\]]*) *$/
 const SHORT = 80 // characters
-const DELIMITERS = /^[ \t]*[|:\- \t]+$/
+const DELIMITERS = /^[|:\- \t]+$/
 const ROW = /^[ \t]*\|/
 const HALF_FENCE = /^[ \t>]*(?:`{3,}|~{3,})/
 const MARKS = /[*_~`\\\]]+$/
