@@ -39,6 +39,21 @@ async def test_page_asks_for_token_if_server_requires_tokens(puppet: Puppet, bla
         await expect(field).to_be_hidden()
 
 
+async def test_token_over_the_limit_of_frames_is_invalid(puppet: Puppet, blank: Page) -> None:
+    async def named(token: str | None, _: object) -> wsserver.Principal | None:
+        return wsserver.Principal("ada") if token == "sesame" else None
+
+    async with wsserver.serve(puppet, authenticate=named, port=0, drain_timeout=0) as server:
+        await blank.goto(server.page)
+        field = blank.get_by_label("Your token")
+        await field.fill("x" * 70_000)  # over the message_size
+        await field.press("Enter")
+        await expect(state(blank)).to_contain_text("your token is invalid")
+        await field.fill("sesame")
+        await field.press("Enter")
+        await expect(state(blank)).to_have_text("Connected")
+
+
 FORBIDDEN = (
     "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no'); } })"
 )
