@@ -7,7 +7,7 @@ import pytest
 from playwright.async_api import Page, WebSocketRoute, expect
 
 import wsserver
-from tests.browser.page import note, state
+from tests.browser.page import alert, note, state
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -92,3 +92,22 @@ async def test_frame_that_violates_protocol_ends_connection_in_words(
     await lie(blank, server, history(), frame)
     await expect(state(blank)).to_contain_text("the server violates the protocol")
     await expect(state(blank)).to_contain_text("Reload the page to connect again.")
+
+
+async def test_long_words_of_server_fit_small_screen(blank: Page, server: wsserver.Server) -> None:
+    word = "m" * 250
+    document = {"type": "document", "title": word, "source": {"type": "url", "url": "https://a.b"}}
+    thinking = {"type": "thinking", "thinking": word}
+    saved = history(
+        {**PROMPT, "content": word, "blocks": [{"type": "text", "text": word}, document]},
+        {**REPLY, "content": word, "blocks": [thinking], "model": word, "partial": word},
+    )
+    refusal = {"type": "error", "code": "internal", "message": word, "ref": word}
+    await blank.set_viewport_size({"width": 320, "height": 640})
+    await lie(blank, server, {**saved, "title": word}, refusal, hello={**HELLO, "models": [word]})
+    await expect(alert(blank)).to_have_text(word)
+    await blank.locator("details").evaluate("(details) => { details.open = true }")
+    await expect(blank.locator("details p")).to_be_visible()
+    wide = """[...document.querySelectorAll('main *')].filter((element) =>
+        element.getBoundingClientRect().right > innerWidth).map(({ className }) => className)"""
+    assert await blank.evaluate(wide) == []
