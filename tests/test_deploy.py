@@ -35,9 +35,9 @@ from tests.support.puppet import BOUND
 from tests.support.tools import ROOT, require_nginx, require_systemd
 from wsserver import Settings
 from wsserver.auth import tokens
-from wsserver.cli import LAST_MOMENT
 from wsserver.descriptors import fit
 from wsserver.listening import name_of
+from wsserver.program import LAST_MOMENT
 from wsserver.settings import CHAT_TOKEN
 
 pytestmark = pytest.mark.slow

@@ -35,7 +35,7 @@ FLOORS: list[dict[str, str]] = [
         "streaming tcp tls websocket",
     },
     {"server": "server", "asgi": "asgi_app asgi_transports"},
-    {"programs": f"{PUBLIC} __main__ cli doctor terminal"},
+    {"programs": f"{PUBLIC} __main__ cli doctor program terminal workers"},
 ]
 LIBRARIES = {
     "aiohappyeyeballs": {"models"},
@@ -52,7 +52,7 @@ LIBRARIES = {
     "redis": {"cluster"},
     "rich": {"terminal"},
     "sqlite3": {"stores"},
-    "uvloop": {"cli"},
+    "uvloop": {"program"},
     "websockets": {"client", "doctor", "exchange", "websocket"},
 }
 PLACES = {

@@ -122,6 +122,8 @@ class App:
             ConfigError: there is no model of the name in the settings, or a setting cannot be used.
         """
         settings, model = self.settings, self._given_model
+        if settings.workers > 1:
+            raise ConfigError("workers: only the command `wsserver serve` starts several processes")
         if model is None:
             model = self._own_model = models.make(settings)
         self.model_name = models.name_of(model)
@@ -310,13 +312,14 @@ class App:
     async def drain(self) -> None:
         """Refuse prompts, wait for replies, and close each client with 1012.
 
-        The sockets of a node of a cluster are closed first: their clients follow the replies from
-        other nodes.
+        If there are other nodes, the sockets are closed first: their clients follow the replies
+        from there.
         """
         self.hub.refuse_prompts()
-        if self.cluster is not None:
+        others = self.cluster is not None and await self.cluster.others_stay()
+        if others:
             await self._close_clients(delivered=False)
-        await self.hub.drain()
+        await self.hub.drain(queued=others)
         await self._chats.delivered()
         await self._close_clients()
 

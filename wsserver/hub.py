@@ -295,15 +295,16 @@ class Hub:
         self._detached.add(task)
         task.add_done_callback(self._detached.discard)
 
-    async def drain(self) -> None:
-        """Refuse new prompts, stop waiting ones, and let the rest finish within the drain time.
+    async def drain(self, *, queued: bool = False) -> None:
+        """Refuse new prompts, and let replies finish within the drain time.
 
-        In a cluster waiting ones run too: their clients follow them from other nodes.
+        Args:
+            queued: run the waiting prompts too; otherwise stop them.
         """
         self.refuse_prompts()
         await self._titles.close()
         for generation in tuple(self.scheduler.live):
-            if generation.state is State.QUEUED and self.elsewhere is None:
+            if generation.state is State.QUEUED and not queued:
                 self.stop(generation, "shutdown")
         await self._until_idle(self._settings.drain_timeout)
         self._stop_all()

@@ -34,6 +34,7 @@ from wsserver.stores.records import dump_prompt, parse_prompt
 REJOIN = 1.0  # seconds between two attempts to join again
 SWEEP = 0.5  # seconds between two looks at the leased conversations
 SWEEP_DRAINING = 0.05  # the same, while other nodes wait for the conversations
+HEAR = 0.1  # seconds in which the nodes that leave together hear of each other
 LINGER = 5.0  # seconds for which an unused conversation stays leased
 Key = tuple[str, str]
 
@@ -89,6 +90,7 @@ class Cluster:
         self._asking: dict[Key, Watcher | None] = {}
         self.forwarded = 0  # prompts that were sent to other nodes
         self.fenced = 0  # times that the others have buried this node
+        self._leaving: set[str] = set()  # other nodes that take no more prompts
         self._watched: dict[str, Key] = {}  # topics, and the conversation of each
         self._sweeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -98,6 +100,7 @@ class Cluster:
         listeners = self.peers.listeners
         listeners["follow"], listeners["started"] = self._on_follow, self._on_started
         listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
+        listeners["leaving"] = lambda node, _: self._leaving.add(node)
         listeners["left"] = lambda *_: self.membership.look()
 
     def _new_membership(self) -> Membership:
@@ -141,6 +144,14 @@ class Cluster:
         await self.membership.close()
         self.peers.publish(ALL, "left", {})
         await self.peers.close()
+
+    async def others_stay(self) -> bool:
+        """Tell the other nodes that this one is about to leave; return whether others stay."""
+        self.peers.publish(ALL, "leaving", {})
+        await asyncio.sleep(HEAR)
+        with contextlib.suppress(StoreError):
+            return bool((await self.membership.nodes.renew()).alive - self._leaving)
+        return False
 
     @property
     def leased(self) -> int:
@@ -524,6 +535,7 @@ class Cluster:
 
     def _check_others(self, nodes: frozenset[str], since: float) -> None:
         """End what depends on nodes that had left the cluster at a time."""
+        self._leaving &= nodes
         self.peers.check(nodes, since)
         self.readers.check(nodes, since)
         for generation in self.mirrors.orphans(nodes, since):
