@@ -54,27 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif command == "store":
             sys.exit(_copy_store(**arguments))
         else:
-            if not os.environ.get("WSSERVER_STORE"):
-                arguments.setdefault("store", f"sqlite:///{_data_file()}")
-            settings = Settings.load(**arguments)
-            set_up(settings.log_level)
-            for name in arguments.keys() & set(SECRETS):
-                flag = _flag(name)
-                log.warning(
-                    "every user of this machine can see a secret in a flag; use a file or the "
-                    "environment",
-                    flag=flag,
-                    file=f"{flag}-file",
-                    variable=f"WSSERVER_{name.upper()}",
-                )
-            if _has_password(arguments.get("store", "")):
-                log.warning(
-                    "every user of this machine can see a password in a flag; use the environment",
-                    flag="--store",
-                    variable="WSSERVER_STORE",
-                )
-            descriptors.raise_limit(settings)
-            sys.exit(program.run(settings))
+            _run_server(arguments)
     except MemoryError:
         program.exit_out_of_memory()
     except ConfigError as error:
@@ -82,6 +62,36 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"wsserver: {error}", file=sys.stderr)
         sys.exit(USAGE_ERROR)
     sys.exit(0)
+
+
+def _run_server(arguments: dict[str, Any]) -> NoReturn:
+    """Start a server with the settings of flags and of the environment.
+
+    Raises:
+        ConfigError: the server cannot start.
+        SystemExit: at its end.
+    """
+    if not os.environ.get("WSSERVER_STORE"):
+        arguments.setdefault("store", f"sqlite:///{_data_file()}")
+    settings = Settings.load(**arguments)
+    set_up(settings.log_level)
+    for name in arguments.keys() & set(SECRETS):
+        flag = _flag(name)
+        log.warning(
+            "every user of this machine can see a secret in a flag; use a file or the environment",
+            flag=flag,
+            file=f"{flag}-file",
+            variable=f"WSSERVER_{name.upper()}",
+        )
+    for name in ("store", "cluster"):
+        if _has_password(arguments.get(name, "")):
+            log.warning(
+                "every user of this machine can see a password in a flag; use the environment",
+                flag=_flag(name),
+                variable=f"WSSERVER_{name.upper()}",
+            )
+    descriptors.raise_limit(settings)
+    sys.exit(program.run(settings))
 
 
 def _has_password(address: str) -> bool:

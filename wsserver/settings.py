@@ -38,7 +38,7 @@ PositiveCount = Annotated[int, Field(ge=1), Unit("number")]
 
 PREFIX = "WSSERVER_"
 CHAT_TOKEN = f"{PREFIX}CHAT_TOKEN"  # a variable of `wsserver chat`, and no setting of a server
-ANSWER_ROOM = 8192  # bytes of an answer besides its text
+ANSWER_ROOM = 16_384  # bytes of an answer besides its text
 ESCAPED = 6  # most bytes of one character in JSON
 LEAST_SHARES = 32  # conversations, or messages, of the largest size that must fit into memory
 MIN_THINKING_BUDGET = 1024  # smallest budget that the Messages API accepts
@@ -161,8 +161,9 @@ class Settings(BaseSettings):
     file (four slashes for an absolute path), or `postgresql://USER@HOST/DATABASE`. `wsserver serve`
     without this setting uses a file in the user's data folder."""
     cluster: str = ""
-    """Redis that connects the nodes of a cluster. Its address, as `redis://HOST:PORT/0`. All nodes
-    have the same `store`, in PostgreSQL. Empty: this server is alone."""
+    """Redis that connects the nodes of a cluster. Its address, as `redis://HOST:PORT/0`, with TLS
+    `rediss://`, or `redis+sentinel://HOST:PORT/SERVICE/0`. All nodes have the same `store`, in
+    PostgreSQL. Empty: this server is alone."""
     workers: PositiveCount = 1
     """Processes that share the port. Each is a node of the `cluster`, with limits of its own for
     memory and connections. Worker N has the `operations_port` plus N. Only for `wsserver serve`."""

@@ -131,7 +131,7 @@ async def test_subscriptions_return_after_restart_of_redis(redis: RedisServer) -
 async def test_silent_redis_is_noticed_and_used_again(
     redis: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PING_EVERY", 0.05)
+    monkeypatch.setattr(module, "ECHO_EVERY", 0.05)
     monkeypatch.setattr(module, "TIMEOUT", 0.3)
     async with peers(redis, "a", "b") as (a, b):
         redis.signal(signal.SIGSTOP)

@@ -78,6 +78,18 @@ async def test_store_that_nodes_cannot_share_is_refused(
             pass
 
 
+@pytest.mark.parametrize("name", ["store", "cluster"])
+async def test_password_in_a_flag_is_warned_of_and_not_shown(name: str) -> None:
+    address = {
+        "store": "postgresql://me:geheim@127.0.0.1:1/x",
+        "cluster": "redis+sentinel://me:geheim@127.0.0.1:1,127.0.0.1:2/chat",
+    }[name]
+    async with run("-m", "wsserver", "serve", "--port", "0", f"--{name}", address) as process:
+        assert await process.end() == 2
+    assert f'"variable": "WSSERVER_{name.upper()}"' in process.output
+    assert "geheim" not in process.output
+
+
 async def test_unusable_redis_is_one_line_error(puppet: Puppet, url: str) -> None:
     with pytest.raises(ConfigError, match=r"^cluster: ") as raised:
         async with wsserver.serve(puppet, port=0, store=url, cluster="redis://:geheim@127.0.0.1:1"):

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,10 +27,21 @@ def require_redis() -> str:
 
 
 class RedisServer:
-    """A server that a test can kill, pause, and start again empty."""
+    """A server that a test can kill, pause, and start again empty.
 
-    def __init__(self) -> None:
+    Args:
+        arguments: further arguments of redis-server.
+        tls: certificate and key; the server then speaks TLS only.
+        config: a configuration file, which the server may change.
+    """
+
+    def __init__(
+        self, *arguments: str, tls: tuple[str, str] | None = None, config: Path | None = None
+    ) -> None:
         self._program = require_redis()
+        self._arguments = arguments
+        self._tls = tls
+        self._config = config
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
@@ -42,7 +54,15 @@ class RedisServer:
 
     def start(self) -> None:
         """Start the server, and wait until it accepts connections."""
-        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", "/tmp"]
+        arguments = ["--bind", "127.0.0.1", "--save", "", "--dir", "/tmp", *self._arguments]
+        if self._config is not None:
+            arguments = [str(self._config), *arguments]
+        if self._tls is None:
+            arguments += ["--port", str(self.port)]
+        else:
+            certificate, key = self._tls
+            arguments += ["--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no"]
+            arguments += ["--tls-cert-file", certificate, "--tls-key-file", key]
         self._process = subprocess.Popen(
             [self._program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -50,8 +70,10 @@ class RedisServer:
             assert self._process.poll() is None
             try:
                 with socket.create_connection(("127.0.0.1", self.port), 0.05) as line:
+                    if self._tls is not None:
+                        return
                     line.sendall(b"PING\r\n")
-                    if line.recv(7) == b"+PONG\r\n":
+                    if line.recv(7)[:5] in {b"+PONG", b"-NOAU"}:  # perhaps it needs a password
                         return
             except OSError:
                 time.sleep(0.05)
@@ -69,10 +91,14 @@ class RedisServer:
             process.kill()
             process.wait(10)
 
-    async def command(self, *words: str) -> None:
-        """Send a command."""
+    async def command(self, *words: str) -> str:
+        """Send a command; return its answer, if that is one text."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(" ".join(words).encode() + b"\r\n")
-        assert not (await reader.readline()).startswith(b"-")
+        answer = await reader.readline()
+        assert not answer.startswith(b"-"), answer
+        if answer[:1] == b"$":
+            answer = await reader.readexactly(int(answer[1:]) + 2)
         writer.close()
         await writer.wait_closed()
+        return answer.decode().strip()

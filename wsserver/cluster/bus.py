@@ -11,26 +11,22 @@ https://redis.io/docs/latest/develop/pubsub/
 import asyncio
 import contextlib
 import math
+import secrets
 import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from redis import exceptions
+from redis.asyncio.connection import AbstractConnection
+
+from wsserver.cluster.address import client
 from wsserver.errors import ConfigError
 from wsserver.logs import log
-
-try:
-    from redis import exceptions
-    from redis.asyncio import Redis
-    from redis.asyncio.connection import AbstractConnection
-    from redis.asyncio.retry import Retry
-    from redis.backoff import NoBackoff
-except ImportError:
-    raise ConfigError("cluster: the package redis is missing; install wsserver[cluster]") from None
 
 MERGE = 0.005  # seconds: messages within this time after another one go together
 LONGEST = 262_144  # bytes of one message of Redis
 MOST_WAITING = 4_194_304  # bytes of messages that wait for Redis; later ones are lost
-PING_EVERY = 1.0  # seconds without a message before a ping of the subscription
+ECHO_EVERY = 1.0  # seconds between two messages of the bus to itself
 TIMEOUT = 2.0  # seconds for an answer of Redis
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to connect again
 
@@ -47,7 +43,7 @@ class Counts:
         lost: messages that Redis did not get.
         received: messages of other nodes.
         resets: times that the subscription was lost.
-        delay: seconds that the last message took to Redis and back to this program.
+        delay: seconds that the last message took through Redis back to this program.
     """
 
     sent: int = 0
@@ -82,19 +78,12 @@ class Bus:
         self.counts = Counts()
         self._on_messages = on_messages
         self._on_reset = on_reset
-        try:
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=TIMEOUT,
-                socket_connect_timeout=TIMEOUT,
-                protocol=2,
-                # A repeated PUBLISH would double the messages. The bus connects again itself.
-                retry=Retry(NoBackoff(), 0),
-                client_name=f"wsserver-{node}",
-            )
-        except ValueError as error:
-            raise ConfigError(f"cluster: {error}") from None
-        self._topics: set[str] = set()  # the topics that this node wants to receive
+        self._redis = client(url, TIMEOUT, f"wsserver-{node}")
+        # The bus sends itself a message each second. It comes back if both directions work, and if
+        # both use the same server: after a failover one may still have the old one.
+        self._echo = f"wsserver:echo:{secrets.token_hex(8)}"
+        self._echo_sent: float | None = None  # when it was sent; None if it has come back
+        self._topics: set[str] = {self._echo}  # the topics that this node wants to receive
         self._asked: set[str] = set()  # the topics that Redis was told of on this connection
         # Done once Redis has confirmed the subscription of a topic.
         self._confirmed: dict[str, asyncio.Future[None]] = {}
@@ -102,7 +91,6 @@ class Bus:
         self._listener: asyncio.Task[None] | None = None
         self._sender: asyncio.Task[None] | None = None
         self._subscribed = False
-        self._heard = self._pinged = 0.0  # when Redis last said something, and was last asked to
         self._reachable = True  # the last publication succeeded
         self._outbox: dict[str, list[bytes]] = {}
         self._waiting = 0  # bytes in the outbox
@@ -258,6 +246,7 @@ class Bus:
             finally:
                 with contextlib.suppress(*_FAILURES):
                     await connection.disconnect(nowait=True)
+                    await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     async def _subscribe(self, connection: AbstractConnection) -> None:
         """Subscribe to all topics, and wait for the confirmations."""
@@ -279,7 +268,7 @@ class Bus:
 
     async def _receive(self, connection: AbstractConnection) -> None:
         """Receive until the connection fails."""
-        self._heard, self._pinged = time.monotonic(), 0.0
+        self._echo_sent = None
         tasks = [
             asyncio.create_task(self._read(connection)),
             asyncio.create_task(self._keep(connection)),
@@ -292,36 +281,35 @@ class Bus:
         raise next(failure for failure in failures if isinstance(failure, _FAILURES)) from None
 
     async def _read(self, connection: AbstractConnection) -> None:
+        echo = self._echo.encode()
         while True:
             kind, channel, *rest = await connection.read_response(timeout=math.inf)
-            now = self._heard = time.monotonic()
-            if kind == b"message":
+            if kind == b"subscribe":
+                self._confirm(channel)
+            elif kind == b"message" and channel == echo:
+                if self._echo_sent is not None:
+                    self.counts.delay = time.monotonic() - self._echo_sent
+                    self._echo_sent = None
+            elif kind == b"message":
                 sender, *messages = rest[0].split(b"\n")
                 self.counts.received += len(messages)
                 self._on_messages(channel.decode(), sender.decode(), messages)
-            elif kind == b"subscribe":
-                self._confirm(channel)
-            elif kind == b"pong":
-                self.counts.delay = now - self._pinged
 
     async def _keep(self, connection: AbstractConnection) -> None:
-        """Tell Redis of changed topics, and check that it answers.
+        """Tell Redis of changed topics, and check that messages come back.
 
         Raises:
-            TimeoutError: Redis does not answer.
+            TimeoutError: they do not.
         """
+        loop = asyncio.get_running_loop()
+        due = loop.time() + ECHO_EVERY
         while True:
-            try:
-                async with asyncio.timeout(PING_EVERY):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(due):
                     await self._changed.wait()
-            except TimeoutError:
-                now = time.monotonic()
-                if now - self._heard > PING_EVERY + TIMEOUT:
-                    raise
-                if now - self._heard >= PING_EVERY:
-                    self._pinged = now
-                    await connection.send_command("PING")
-                continue
+            if loop.time() >= due:
+                due = loop.time() + ECHO_EVERY
+                self._check_echo()
             self._changed.clear()
             new, old = self._topics - self._asked, self._asked - self._topics
             self._asked = set(self._topics)
@@ -329,6 +317,19 @@ class Bus:
                 await connection.send_command("SUBSCRIBE", *new)
             if old:
                 await connection.send_command("UNSUBSCRIBE", *old)
+
+    def _check_echo(self) -> None:
+        """Send the bus a message, unless one is under way.
+
+        Raises:
+            TimeoutError: it takes too long.
+        """
+        now = time.monotonic()
+        if self._echo_sent is None:
+            self._echo_sent = now
+            self.send(self._echo, b"{}")
+        elif now - self._echo_sent > TIMEOUT:
+            raise TimeoutError
 
 
 async def _cancel(tasks: Collection["asyncio.Task[None]"]) -> None:
