@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from http import HTTPStatus
@@ -48,10 +47,12 @@ from wsserver.wire import ID_PATTERN
 PATH = "/api/chat"
 HISTORIES = 16  # messages of the largest size that a body may have: `useChat` sends all of a chat
 RELOAD = 3.0  # seconds for a page of `useChat` to load again; a stop looks the same
-RESUMING = 10_000  # chats whose pages resume that are remembered, the newest
 
 Route = Callable[..., Awaitable[Response | Stream]]
 """Answers a request of a visitor; further arguments are the variable parts of the path."""
+
+Grace = Callable[[], float | None]
+"""Returns the seconds in which a client that leaves now can come back; None for the setting."""
 
 _SSE = SSE()  # of all clients: followers at the same place share one encoded event
 _ID = ID_PATTERN.strip("^$")
@@ -76,8 +77,6 @@ class Chats:
         self._hub = hub
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        # The chats whose pages asked for a running reply: they ask again after a reload.
-        self._resuming: OrderedDict[tuple[str, str], None] = OrderedDict()
         # The last reply to each chat that the store does not know, by owner and conversation.
         self._unstored: WeakValueDictionary[tuple[str, str], Generation] = WeakValueDictionary()
         self._streams: dict[ReplyStream, None] = {}
@@ -143,11 +142,15 @@ class Chats:
         body = await self._read(request, visitor)
         if ai_sdk.recognizes(body):
             chat = ai_sdk.parse_chat(body)
-            resumes = (_owner(visitor), chat.conversation) in self._resuming
-            return await self._chat(chat, ai_sdk.AiSdk(), visitor, grace=RELOAD if resumes else 0)
+            key = _owner(visitor), chat.conversation
+
+            def reload_time() -> float:
+                return RELOAD if key in self._hub.resuming else 0
+
+            return await self._chat(chat, ai_sdk.AiSdk(), visitor, grace=reload_time)
         prompt = parse_prompt(body)
         generation = await self._accept(prompt.bare(), visitor)
-        grace = 0 if prompt.id is None else None
+        grace = _at_once if prompt.id is None else _by_setting
         return self._stream(generation, visitor, _SSE, grace=grace, request=prompt.request)
 
     async def _accept(self, prompt: Prompt, visitor: Visitor) -> Generation:
@@ -158,7 +161,7 @@ class Chats:
         """Make the run of an AG-UI client. One that chose no id stops the run by leaving it."""
         body = await self._read(request, visitor)
         chat = ag_ui.parse_chat(body)
-        grace = None if "id" in chat.keys else 0
+        grace = _by_setting if "id" in chat.keys else _at_once
         return await self._chat(chat, ag_ui.AgUi(body), visitor, grace=grace)
 
     async def _connect(self, request: Request, visitor: Visitor) -> Response | Stream:
@@ -202,7 +205,7 @@ class Chats:
         return decode_body(request.headers, await request.read_body(size))
 
     async def _chat(
-        self, chat: Chat, dialect: StreamDialect, visitor: Visitor, *, grace: float | None
+        self, chat: Chat, dialect: StreamDialect, visitor: Visitor, *, grace: Grace
     ) -> Stream:
         """Accept the newest message of a chat; see :func:`wsserver.dialects.chat.prompt_keys`."""
         owner, conversations = _owner(visitor), self._hub.conversations
@@ -234,14 +237,13 @@ class Chats:
     async def _resume_chat(self, _: Request, visitor: Visitor, chat: str) -> Response | Stream:
         self._check_rate(visitor.account)
         owner, name = _owner(visitor), conversation_of(unquote(chat))
-        self._resuming[owner, name] = None
-        self._resuming.move_to_end((owner, name))
-        if len(self._resuming) > RESUMING:
-            self._resuming.popitem(last=False)
+        self._hub.note_resuming(owner, name)
+        if self._hub.elsewhere is not None:
+            await self._hub.elsewhere.resuming(owner, name)
         generation = await self._reply_of(owner, name)
         if generation is None:
             return Response(HTTPStatus.NO_CONTENT, NOT_STORED)
-        return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=RELOAD)
+        return self._stream(generation, visitor, ai_sdk.AiSdk(), grace=lambda: RELOAD)
 
     async def _resume(self, request: Request, visitor: Visitor, name: str) -> Response | Stream:
         self._check_rate(visitor.account)
@@ -275,7 +277,7 @@ class Chats:
         *,
         after: int = 0,
         limit: int | None = None,
-        grace: float | None = None,
+        grace: Grace | None = None,
         request: str | None = None,
     ) -> Stream:
         stream = ReplyStream(
@@ -285,7 +287,7 @@ class Chats:
             visitor,
             after=after,
             limit=limit or self._settings.frame_size,
-            grace=grace,
+            grace=grace or _by_setting,
             request=request,
             silence=self._settings.ping_interval,
             on_closed=self._forget,
@@ -358,3 +360,11 @@ def _settle(ended: "asyncio.Future[list[str]]", stopping: Stopping) -> None:
         ended.set_result(stopping.ids)
     else:
         ended.set_exception(stopping.refused)
+
+
+def _at_once() -> float:
+    return 0
+
+
+def _by_setting() -> None:
+    return None

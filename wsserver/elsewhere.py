@@ -80,8 +80,21 @@ class Elsewhere(Protocol):
         """Stop a generation of another node, and wait until its request is closed."""
         ...
 
-    def left(self, generation: Generation, *, lost: bool) -> None:
-        """Forget a mirror that no client follows any more."""
+    def left(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
+        """Forget a mirror that no client follows any more.
+
+        Args:
+            generation: the generation.
+            lost: the last client may not have noticed yet that its connection died.
+            grace: seconds in which the clients can come back; None for the setting.
+        """
+        ...
+
+    async def resuming(self, owner: str, name: str) -> None:
+        """Tell the other nodes that the page of a chat asks for its reply after a reload.
+
+        The message is sent when this returns: the next request of the page may go elsewhere.
+        """
         ...
 
     async def learn(self, conversation: Conversation) -> None:

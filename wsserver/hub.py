@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable
 
 from wsserver.accounts import Accounts
@@ -26,6 +27,7 @@ from wsserver.titles import Titles
 from wsserver.upkeep import Upkeep
 
 ANOTHER_LOOK = 0.05  # seconds in which another node saves that it has accepted a prompt
+RESUMING = 10_000  # chats whose pages resume that are remembered, the newest
 UNAWARE = 15.0  # seconds for a client to notice that its connection is dead, and to reconnect
 
 
@@ -86,6 +88,8 @@ class Hub:
             replay=settings.replay,
             retention=settings.retention_days * SECONDS_PER_DAY,
         )
+        # The chats whose pages asked for a running reply: they ask again after a reload.
+        self.resuming: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._detached: set[asyncio.Task[None]] = set()  # requests of disconnected clients
         self.elsewhere: Elsewhere | None = None  # the other nodes
 
@@ -185,7 +189,7 @@ class Hub:
         try:
             await self.elsewhere.stop(generation)
         except Refused as refused:
-            log.warning("stop not acknowledged", id=generation.id, node=generation.node)
+            log.warning("stop not acknowledged", id=generation.id, other=generation.node)
             on_refused(refused)
 
     def follow(self, generation: Generation, follower: Follower) -> None:
@@ -217,19 +221,26 @@ class Hub:
         """
         generation.log.followers.remove(follower)
         generation.readers -= 1
-        if generation.node is not None:
-            if not generation.readers and generation.state is not State.ENDED:
-                assert self.elsewhere is not None
-                self.elsewhere.left(generation, lost=lost)
-            return
         now, wait = self._loop.time(), self._settings.grace
         wait = wait if grace is None else min(grace, wait)
         generation.kept_until = max(generation.kept_until, now + wait)
+        if generation.node is not None:
+            if not generation.readers and generation.state is not State.ENDED:
+                assert self.elsewhere is not None
+                self.elsewhere.left(generation, lost=lost, grace=generation.kept_until - now)
+            return
         if not generation.readers and generation.state in {State.QUEUED, State.RUNNING}:
             generation.unread = 0
             generation.unaware_until = now + UNAWARE if lost else 0.0
             due = generation.kept_until
             generation.grace = self._loop.call_at(due, self.stop, generation, "disconnect")
+
+    def note_resuming(self, owner: str, name: str) -> None:
+        """Note that the page of a chat asks for its running reply after a reload."""
+        self.resuming[owner, name] = None
+        self.resuming.move_to_end((owner, name))
+        if len(self.resuming) > RESUMING:
+            self.resuming.popitem(last=False)
 
     # Conversations.
 

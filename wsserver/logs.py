@@ -24,6 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +39,7 @@ _QUOTE = re.compile(r'(\\*)("|\Z)')  # a quote or the end, and the backslashes b
 NAMES = 1000  # counts in a window; later principals share the count of anonymous clients
 
 logger = logging.getLogger("wsserver")
+_node: ContextVar[Callable[[], str] | None] = ContextVar("node", default=None)
 
 
 class _Event(dict[str, Any]):
@@ -77,6 +79,11 @@ def set_up(
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logger.setLevel(level.upper())
+
+
+def name_node(node: Callable[[], str]) -> None:
+    """Add the id of a node of a cluster to each event of this context, and of its tasks."""
+    _node.set(node)
 
 
 class _Formatter(logging.Formatter):
@@ -278,6 +285,9 @@ def _write(level: int, event: str, values: dict[str, object]) -> None:
     for key, value in values.items():
         if value is not None:
             safe[key] = value if isinstance(value, int | float) else printable(str(value))
+    node = _node.get()
+    if node is not None:
+        safe["node"] = node()
     # A formatter shows the text of the exception only if it gets `exc_info`.
     shown = failure if logger.isEnabledFor(logging.DEBUG) else None
     logger.log(level, _line(safe), extra={"event": safe}, exc_info=shown, stacklevel=CALLER)

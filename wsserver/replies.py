@@ -29,8 +29,8 @@ class ReplyStream:
         visitor: the client.
         after: the seq of the last piece that the client has.
         limit: characters that an event may merge.
-        grace: seconds in which a client that has left can come back; 0 if it cannot, and None for
-            those of the settings.
+        grace: returns the seconds in which a client that leaves now can come back; 0 if it cannot,
+            None for those of the settings.
         request: the ``request`` of the prompt.
         silence: seconds without an event after which a comment is written.
         on_closed: called once the response has ended.
@@ -45,7 +45,7 @@ class ReplyStream:
         *,
         after: int,
         limit: int,
-        grace: float | None,
+        grace: Callable[[], float | None],
         request: str | None,
         silence: float,
         on_closed: Callable[["ReplyStream"], None],
@@ -148,7 +148,7 @@ class ReplyStream:
         cursor, self._cursor = self._cursor, None
         if cursor is not None:
             self._seq = cursor.seq
-            self._hub.unfollow(self._generation, cursor, lost=lost, grace=self._grace)
+            self._hub.unfollow(self._generation, cursor, lost=lost, grace=self._grace())
 
     # Time.
 
@@ -192,6 +192,6 @@ class ReplyStream:
             return
         refused = Refused(Code.UNAUTHENTICATED, why)
         self.write(self._dialect.error(error_frame(self._hub.metrics, "none", refused, None)))
-        self._end, self._grace = "unauthenticated", 0
+        self._end, self._grace = "unauthenticated", lambda: 0
         self._unfollow(lost=True)
         self._body.end()

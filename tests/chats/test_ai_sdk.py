@@ -160,7 +160,7 @@ async def test_page_not_known_to_resume_stops_its_reply_at_once(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wsserver.chats.RELOAD", 2 * BOUND)
-    monkeypatch.setattr("wsserver.chats.RESUMING", 1)
+    monkeypatch.setattr("wsserver.hub.RESUMING", 1)
     await resume(server)
     async with Chat.open(server) as chat:
         chat.send("GET", "/api/chat/another/stream")

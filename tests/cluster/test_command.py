@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import urllib.error
@@ -45,6 +46,8 @@ async def test_commands_of_the_document_run(url: str, redis: RedisServer) -> Non
             await a.prompt("Hello", conversation=ONE)
             await a.next("done")
             assert len(await turns(b)) == 2
+    names = [set(re.findall('"node": "([0-9a-f]+)"', each.output)) for each in (one, other)]
+    assert len(names[0] | names[1]) == 2  # each line of the log names its node
 
 
 async def test_readiness_shows_redis_and_lease(

@@ -178,7 +178,7 @@ async def test_deleted_reply_is_forgotten_by_all_nodes(chats: list[Client], pupp
 async def test_lists_of_watched_conversations_and_leases_do_not_grow(
     nodes: Nodes, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsserver.cluster.cluster.LINGER", 0.0)
+    monkeypatch.setattr("wsserver.cluster.leases.LINGER", 0.0)
     async with client(nodes[0]) as chat:
         for number in range(20):
             name = f"conversation-of-{number:04}"
@@ -186,7 +186,7 @@ async def test_lists_of_watched_conversations_and_leases_do_not_grow(
             await opened(chat, name)
     cluster = nodes[0].app.cluster
     assert cluster is not None
-    await until(lambda: not cluster._held)  # noqa: SLF001
+    await until(lambda: not len(cluster.leases))
     await until(lambda: not cluster._watched)  # noqa: SLF001
     assert not len(cluster.mirrors) + len(cluster.readers)
 
@@ -242,6 +242,63 @@ async def test_streams_over_http_follow_and_stop_replies_of_another_node(
             assert reply.closed.is_set()
             await next_of(sse, "done")
         assert (await a.text(ID))[1]["by"] == "client"
+
+
+async def test_request_that_is_closed_on_one_node_stops_the_reply_of_another(
+    nodes: Nodes, puppet: Puppet
+) -> None:
+    async with client(nodes[0]) as a:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        body = {"prompt": "Count", "conversation": ONE}
+        async with Stream.open(nodes[1].port or 0, "/api/chat", body) as stream:
+            assert stream.status == 200
+            reply = (await puppet.reply(1)).say("1, ")
+            (generation,) = nodes[0].app.hub.scheduler.live  # the node that has the conversation
+            await stream.event()
+        async with asyncio.timeout(BOUND):  # and not after the grace time of 30 s
+            await reply.closed.wait()
+        assert generation.why == "disconnect"
+
+
+async def test_copy_of_a_reply_is_counted_in_memory_and_waits_for_it(
+    nodes: Nodes, puppet: Puppet
+) -> None:
+    async with client(nodes[0]) as a, client(nodes[1]) as b:
+        await a.prompt("Long", conversation=ONE, id=ID)
+        reply = (await puppet.reply()).say("x" * 5000)
+        await resume(b)
+        memory = nodes[1].app.memory
+        before = memory.used
+        await b.next("token", id=ID)
+        cluster = nodes[1].app.cluster
+        assert cluster is not None
+        await until(lambda: memory.used >= before + 5000)
+        limit, memory.limit = memory.limit, memory.used
+        reply.say("y" * 5000)
+        await a.next("token", seq=2)
+        assert not [frame for frame in await b.quiet() if frame["type"] == "token"]
+        memory.limit = limit
+        reply.end()
+        assert (await b.text(ID))[0] == "x" * 5000 + "y" * 5000
+        assert not len(cluster.mirrors)
+    await until(lambda: memory.used == memory.cached)
+
+
+async def test_reply_that_nobody_follows_here_is_not_copied_for_long(
+    nodes: Nodes, puppet: Puppet
+) -> None:
+    async with client(nodes[0]) as a:
+        await a.prompt("Hello?", conversation=ONE, id=ID)
+        reply = (await puppet.reply()).say("Hi")
+        await a.next("token")
+        (generation,) = await nodes[1].app.hub.live_in("anonymous", ONE)
+        assert generation.node is not None
+        cluster = nodes[1].app.cluster
+        assert cluster is not None
+        assert len(cluster.mirrors) == 1
+        await until(lambda: not len(cluster.mirrors))
+        reply.say(".").end()
+        assert (await a.text(ID))[0] == "Hi."
 
 
 async def next_of(stream: Stream, kind: str) -> dict[str, str]:

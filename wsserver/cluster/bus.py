@@ -94,6 +94,7 @@ class Bus:
         self._reachable = True  # the last publication succeeded
         self._outbox: dict[str, list[bytes]] = {}
         self._waiting = 0  # bytes in the outbox
+        self._flushes: list[asyncio.Future[None]] = []  # wait for what is in the outbox
         self._filled = asyncio.Event()
         self.on_flush: Callable[[], None] = lambda: None  # called before the bus sends; may send
         self.on_lost: Callable[[], None] = lambda: None  # called when messages were not sent
@@ -121,10 +122,8 @@ class Bus:
 
     async def close(self) -> None:
         """Send what waits, and disconnect. Idempotent."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(TIMEOUT):
-                while self._outbox and self.healthy:  # noqa: ASYNC110 - a few milliseconds
-                    await asyncio.sleep(MERGE)
+        if self.healthy:
+            await self.flush()
         tasks = {task for task in (self._listener, self._sender) if task is not None}
         self._listener = self._sender = None
         await _cancel(tasks)
@@ -164,6 +163,16 @@ class Bus:
         self._outbox.setdefault(topic, []).append(message)
         self._filled.set()
 
+    async def flush(self) -> None:
+        """Wait until Redis has what was sent so far, or did not get it."""
+        if not self._outbox:
+            return
+        sent = asyncio.get_running_loop().create_future()
+        self._flushes.append(sent)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TIMEOUT):
+                await sent
+
     def request_flush(self) -> None:
         """Call :attr:`on_flush`: at once, or after a few milliseconds."""
         self._filled.set()
@@ -178,10 +187,13 @@ class Bus:
             if not self._outbox:
                 continue
             outbox, self._outbox, self._waiting = self._outbox, {}, 0
+            flushes, self._flushes = self._flushes, []
             number = sum(map(len, outbox.values()))
             try:
                 await self._publish(outbox)
+                _settle(flushes)
             except _FAILURES as error:
+                _settle(flushes)
                 self.counts.lost += number
                 if self._reachable:  # once per outage
                     log.error("bus cannot send", reason=_reason(error))
@@ -330,6 +342,12 @@ class Bus:
             self.send(self._echo, b"{}")
         elif now - self._echo_sent > TIMEOUT:
             raise TimeoutError
+
+
+def _settle(futures: Iterable["asyncio.Future[None]"]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
 
 
 async def _cancel(tasks: Collection["asyncio.Task[None]"]) -> None:

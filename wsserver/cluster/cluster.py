@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from wsserver.cluster.leases import Leases
 from wsserver.cluster.membership import Membership
 from wsserver.cluster.mirrors import Mirrors, facts_of
 from wsserver.cluster.peers import ALL, Body, Gone, Peers, topic_about
@@ -24,19 +25,16 @@ from wsserver.generation import State
 from wsserver.hub import Hub
 from wsserver.limits import Account
 from wsserver.live import Conversation, Generation, Watcher
-from wsserver.logs import log
+from wsserver.logs import log, name_node
 from wsserver.pieces import Pieces
 from wsserver.protocol import Done, Prompt
 from wsserver.stores.base import Forgotten, Header, StoredGeneration
+from wsserver.stores.postgres.nodes import Key
 from wsserver.stores.postgres.store import PostgresStore
 from wsserver.stores.records import dump_prompt, parse_prompt
 
 REJOIN = 1.0  # seconds between two attempts to join again
-SWEEP = 0.5  # seconds between two looks at the leased conversations
-SWEEP_DRAINING = 0.05  # the same, while other nodes wait for the conversations
 HEAR = 0.1  # seconds in which the nodes that leave together hear of each other
-LINGER = 5.0  # seconds for which an unused conversation stays leased
-Key = tuple[str, str]
 
 
 @dataclass(eq=False, slots=True)
@@ -74,25 +72,28 @@ class Cluster:
         timeout: float,
     ) -> None:
         self.node = node
+        name_node(lambda: self.node)
         self._store = store
-        self._lease = lease
         self._hub = hub
         self._loop = asyncio.get_running_loop()
         self.peers = Peers(url, node, timeout, self._resynchronise)
-        self.membership = self._new_membership()
+        self.membership = Membership(
+            store,
+            lease,
+            on_lost=self._lost,
+            on_fenced=lambda: self._spawn(self._rejoin()),
+            on_others=self._check_others,
+        )
+        self.leases = Leases(hub, self.membership, self._sweep)
         self.readers = Readers(self.peers, hub)
-        self.mirrors = Mirrors(self.peers, self._mirror_ended)
+        self.mirrors = Mirrors(self.peers, hub.memory, self._mirror_ended, self.left)
         self._uses = Uses(store, self._spawn)
-        # The conversations that this node leases, and since when nothing runs in them.
-        self._held: dict[Key, float] = {}
-        self._releasing: dict[Key, asyncio.Future[None]] = {}
         # The prompts that were forwarded, and who sent them.
         self._asking: dict[Key, Watcher | None] = {}
         self.forwarded = 0  # prompts that were sent to other nodes
         self.fenced = 0  # times that the others have buried this node
         self._leaving: set[str] = set()  # other nodes that take no more prompts
         self._watched: dict[str, Key] = {}  # topics, and the conversation of each
-        self._sweeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         handlers = self.peers.handlers
         handlers["prompt"], handlers["stop"] = self._on_prompt, self._on_stop
@@ -100,18 +101,9 @@ class Cluster:
         listeners = self.peers.listeners
         listeners["follow"], listeners["started"] = self._on_follow, self._on_started
         listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
+        listeners["resuming"] = self._on_resuming
         listeners["leaving"] = lambda node, _: self._leaving.add(node)
         listeners["left"] = lambda *_: self.membership.look()
-
-    def _new_membership(self) -> Membership:
-        return Membership(
-            self._store,
-            self.node,
-            self._lease,
-            on_lost=self._lost,
-            on_fenced=lambda: self._spawn(self._rejoin()),
-            on_others=self._check_others,
-        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -126,20 +118,19 @@ class Cluster:
         """
         await self.peers.open()
         try:
-            await self.membership.open()
+            await self.membership.open(self.node)
         except StoreError as error:
             await self.peers.close()
             raise ConfigError(f"cluster: {error}") from error
-        self._sweeper = self._loop.create_task(self._release_unused())
+        self.leases.open()
 
     async def close(self) -> None:
         """Leave the cluster: all replies have ended. Idempotent."""
-        tasks = {*self._tasks, *([self._sweeper] if self._sweeper else [])}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        self._sweeper = None
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.leases.close()
         self.mirrors.close()
         await self.membership.close()
         self.peers.publish(ALL, "left", {})
@@ -154,11 +145,6 @@ class Cluster:
         return False
 
     @property
-    def leased(self) -> int:
-        """The number of conversations that this node leases."""
-        return len(self._held)
-
-    @property
     def health(self) -> dict[str, bool]:
         """The parts that the nodes share, and whether each works, for `/readyz`."""
         return {"redis": self.peers.bus.healthy, "lease": self.membership.alive}
@@ -167,79 +153,19 @@ class Cluster:
 
     def holds(self, conversation: Conversation) -> bool:
         """Whether this node leases a conversation now."""
-        key = conversation.owner, conversation.id
-        return key in self._held and key not in self._releasing and self.membership.alive
+        return self.leases.holds(conversation)
 
     async def claim(self, conversation: Conversation) -> str | None:
-        """Lease a conversation; return the id of the node that has it, None if it is this one.
+        """Lease a conversation; see :meth:`wsserver.cluster.leases.Leases.claim`."""
+        return await self.leases.claim(conversation)
 
-        A conversation that was not leased until now is read again from the store: another node may
-        have changed it.
-
-        Raises:
-            Refused: this node is cut off from the others.
-            StoreError: the database cannot be used.
-        """
-        key = conversation.owner, conversation.id
-        while (releasing := self._releasing.get(key)) is not None:
-            await asyncio.shield(releasing)
-        if not self.membership.alive:
-            raise Refused(Code.UNAVAILABLE)
-        if key in self._held:
-            self._held[key] = self._loop.time()
-            return None
-        holder = await self.membership.nodes.claim(key)
-        if holder != self.node:
-            return holder
-        if key not in self._held:
-            self._held[key] = self._loop.time()
-            self._hub.conversations.outdate(conversation)
-        return None
-
-    async def _release_unused(self) -> None:
-        """Release the conversations in which nothing has happened for a while.
-
-        A node that drains releases them at once, so that they go on elsewhere.
-        """
-        while True:
-            draining = self._hub.scheduler.draining
-            await asyncio.sleep(SWEEP_DRAINING if draining else SWEEP)
-            self._unwatch()
-            due = self._loop.time() - (0 if draining else LINGER)
-            keys = []
-            for key, used in tuple(self._held.items()):
-                conversation = self._hub.conversations.known(*key)
-                busy = conversation is not None and (conversation.live or conversation.pins)
-                if busy or self._hub.journal.has_late(*key):
-                    self._held[key] = self._loop.time()
-                elif used < due:
-                    keys.append(key)
-            if keys:
-                await self._release(keys)
-
-    def _unwatch(self) -> None:
+    def _sweep(self) -> None:
         """Receive nothing more about conversations that no client here has open."""
         for topic, key in tuple(self._watched.items()):
             conversation = self._hub.conversations.known(*key)
             if conversation is None or not (conversation.watchers or conversation.pins):
                 del self._watched[topic]
                 self.peers.bus.unsubscribe(topic)
-
-    async def _release(self, keys: list[Key]) -> None:
-        released = self._loop.create_future()
-        self._releasing.update(dict.fromkeys(keys, released))
-        try:
-            await self._hub.journal.flush()
-            await self.membership.nodes.release(keys)
-        except StoreError as error:
-            log.warning("conversations not released", reason=str(error))
-        else:
-            for key in keys:
-                self._held.pop(key, None)
-        finally:
-            for key in keys:
-                del self._releasing[key]
-            released.set_result(None)
 
     # Forwarding.
 
@@ -340,9 +266,9 @@ class Cluster:
                 conversation.mirrors.remove(generation)
         self._hub.retention.retain(generation)
 
-    def left(self, generation: Generation, *, lost: bool) -> None:
+    def left(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
         """Forget a mirror that no client follows any more."""
-        self.mirrors.leave(generation, lost=lost)
+        self.mirrors.leave(generation, lost=lost, grace=grace)
         self._hub.retention.forget(generation)
         conversation = generation.conversation
         if conversation is not None and generation in conversation.mirrors:
@@ -449,7 +375,7 @@ class Cluster:
             StoreError: the database cannot be used.
         """
         key = conversation.owner, conversation.id
-        if key in self._held:
+        if self.leases.has(key):
             return
         node = await self.membership.nodes.holder(key)
         if node is None or node == self.node:
@@ -520,6 +446,14 @@ class Cluster:
             self._hub.conversations.dropped(conversation)
         self._hub.retention.deleted(body["owner"], body["conversation"])
 
+    async def resuming(self, owner: str, name: str) -> None:
+        """Tell the other nodes that the page of a chat asks for its reply after a reload."""
+        self.peers.publish(ALL, "resuming", {"owner": owner, "conversation": name})
+        await self.peers.bus.flush()
+
+    def _on_resuming(self, _: str, body: Body) -> None:
+        self._hub.note_resuming(body["owner"], body["conversation"])
+
     # Faults.
 
     def _resynchronise(self) -> None:
@@ -568,8 +502,8 @@ class Cluster:
     def _lost(self) -> None:
         """This node may be buried now: end all its replies."""
         if self._hub.scheduler.live:
-            log.error("node cut off", node=self.node, replies=len(self._hub.scheduler.live))
-        self._held.clear()
+            log.error("node cut off", replies=len(self._hub.scheduler.live))
+        self.leases.clear()
         for generation in tuple(self._hub.scheduler.live):
             self._hub.stop(generation, ModelError(Code.INTERRUPTED))
 
@@ -579,13 +513,12 @@ class Cluster:
         await self._hub.scheduler.idle.wait()
         self.node = self._store.node = secrets.token_hex(8)
         await self.peers.rename(self.node)
-        self.membership = self._new_membership()
         while True:
             try:
-                await self.membership.open()
+                await self.membership.open(self.node)
                 break
             except StoreError as error:
-                log.warning("node not joined", node=self.node, reason=str(error))
+                log.warning("node not joined", reason=str(error))
                 await asyncio.sleep(REJOIN)
-        log.warning("node joined again", node=self.node)
+        log.warning("node joined again")
         self._resynchronise()

@@ -26,7 +26,7 @@ class Figures(Collector):
         nodes = len(cluster.membership.others) + cluster.membership.alive
         for name, text, value in (
             ("nodes", "Nodes that renew their leases, as this node knows.", nodes),
-            ("conversations", "Conversations that this node leases.", cluster.leased),
+            ("conversations", "Conversations that this node leases.", len(cluster.leases)),
             ("mirrors", "Replies of other nodes that this node follows.", len(cluster.mirrors)),
             (
                 "readers",

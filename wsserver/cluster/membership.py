@@ -23,7 +23,6 @@ class Membership:
 
     Args:
         store: the store of the node.
-        node: the id of the node.
         life: seconds for which a renewal holds.
         on_lost: called when the node has to end all its replies. Must not raise.
         on_fenced: called when the others have buried the node. Must not raise.
@@ -35,15 +34,15 @@ class Membership:
     def __init__(
         self,
         store: PostgresStore,
-        node: str,
         life: float,
         *,
         on_lost: Callable[[], None],
         on_fenced: Callable[[], None],
         on_others: Callable[[frozenset[str], float], None],
     ) -> None:
-        self.nodes = Nodes(store, node, life)
+        self.nodes = Nodes(store, "", life)  # set by `open`
         self.others: frozenset[str] = frozenset()
+        self._store = store
         self._life = life
         self._on_lost = on_lost
         self._on_fenced = on_fenced
@@ -60,12 +59,21 @@ class Membership:
         """Whether no other node can have buried this one. It is checked before each write."""
         return self._loop.time() < self._deadline
 
-    async def open(self) -> None:
-        """Join the cluster.
+    @property
+    def node(self) -> str:
+        """The id of this node."""
+        return self.nodes.node
+
+    async def open(self, node: str) -> None:
+        """Join the cluster, also again after the others have buried this node.
+
+        Args:
+            node: the id of this node, which no node has had before.
 
         Raises:
             StoreError: the database cannot be used.
         """
+        self.nodes, self.fenced = Nodes(self._store, node, self._life), False
         self._extend(self._loop.time())
         await self.nodes.join()
         self.others = (await self.nodes.renew()).alive
@@ -100,12 +108,12 @@ class Membership:
                 others = await self.nodes.renew()
             except Fenced:
                 self.fenced = True
-                log.error("node buried", node=self.nodes.node)
+                log.error("node buried")
                 self._lose()
                 self._on_fenced()
                 return
             except StoreError as error:
-                log.warning("lease not renewed", node=self.nodes.node, reason=str(error))
+                log.warning("lease not renewed", reason=str(error))
                 wait = min(1.0, self._life / 10)
                 continue
             self._extend(began)
@@ -121,10 +129,10 @@ class Membership:
         for node in late:
             try:
                 if await self.nodes.bury(node):
-                    log.warning("node died", node=node)
+                    log.warning("node died", other=node)
                     left.discard(node)
             except StoreError as error:
-                log.warning("node not buried", node=node, reason=str(error))
+                log.warning("node not buried", other=node, reason=str(error))
         return frozenset(left)
 
     def _extend(self, began: float) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsserver.cluster.peers import Body, Peers
+from wsserver.limits import Account, Memory, account_of, memory_size
 from wsserver.live import Generation
 from wsserver.pieces import Pieces
 from wsserver.protocol import Terminal
@@ -42,8 +43,11 @@ class Mirror:
     node: str
     handle: int
     since: float  # when it was made, by the event loop's clock
+    account: Account  # pays for the `memory` bytes
+    memory: int = 0
     unacknowledged: int = 0  # characters
     silent: bool = False  # nothing has come since the last probe
+    unused: bool = False  # no client here followed it at the last probe
 
 
 class Mirrors:
@@ -51,12 +55,22 @@ class Mirrors:
 
     Args:
         peers: sends to the owners.
+        memory: counts the bytes of the logs.
         on_ended: called with a generation whose mirror has its terminal.
+        leave: called with a generation that no client here follows; calls :meth:`leave`.
     """
 
-    def __init__(self, peers: Peers, on_ended: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        peers: Peers,
+        memory: Memory,
+        on_ended: Callable[[Generation], None],
+        leave: Callable[..., None],
+    ) -> None:
         self._peers = peers
+        self._memory = memory
         self._on_ended = on_ended
+        self._leave = leave
         self._handles = itertools.count(1)
         self._by_handle: dict[int, Mirror] = {}
         self._by_key: dict[tuple[str, str], Mirror] = {}
@@ -86,7 +100,9 @@ class Mirrors:
             place=facts["queued"],
             reached=facts["seq"],
         )
-        mirror = Mirror(generation, node, next(self._handles), asyncio.get_running_loop().time())
+        now, account = asyncio.get_running_loop().time(), account_of(generation.owner)
+        mirror = Mirror(generation, node, next(self._handles), now, account)
+        self._count(mirror, generation.prompt_size)
         self._by_key[generation.owner, generation.id] = mirror
         self._follow(mirror)
         return generation
@@ -96,19 +112,27 @@ class Mirrors:
         self._probe.cancel()
 
     def _probe_silent(self) -> None:
-        """Tell the owners of silent mirrors what the mirrors have: a message may be lost."""
-        for mirror in self._by_key.values():
+        """Tell the owners of silent mirrors what the mirrors have: a message may be lost.
+
+        Leave what no client here has followed for a while.
+        """
+        for mirror in tuple(self._by_key.values()):
+            if mirror.unused and not mirror.generation.readers:
+                self._leave(mirror.generation, lost=False, grace=None)
+                continue
             if mirror.silent:
                 self._ask(mirror)
-            mirror.silent = True
+            mirror.silent, mirror.unused = True, not mirror.generation.readers
         self._probe = asyncio.get_running_loop().call_later(PROBE, self._probe_silent)
 
-    def leave(self, generation: Generation, *, lost: bool) -> None:
+    def leave(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
         """Follow a generation no longer: it has no clients here."""
         mirror = self._by_key.get((generation.owner, generation.id))
         if mirror is not None and mirror.generation is generation:
             self._forget(mirror)
-            self._peers.tell(mirror.node, "unfollow", {"h": mirror.handle, "lost": lost})
+            self._peers.tell(
+                mirror.node, "unfollow", {"h": mirror.handle, "lost": lost, "grace": grace}
+            )
 
     def follow_again(self) -> None:
         """Ask for what was lost: the bus was away."""
@@ -159,6 +183,15 @@ class Mirrors:
     def _forget(self, mirror: Mirror) -> None:
         self._by_handle.pop(mirror.handle, None)
         self._by_key.pop((mirror.generation.owner, mirror.generation.id), None)
+        self._memory.release(mirror.account, mirror.memory)
+        mirror.memory = 0
+
+    def _count(self, mirror: Mirror, size: int) -> bool:
+        """Count bytes of a mirror; return False if there is no memory for them."""
+        if not self._memory.acquire(mirror.account, size):
+            return False
+        mirror.memory += size
+        return True
 
     def _receive(self, node: str, body: dict[str, Any]) -> None:
         mirror = self._by_handle.get(body["h"])
@@ -174,6 +207,8 @@ class Mirrors:
             pieces.extend(kind, block, data)
         new = pieces.after(log.seq - after)
         if len(new):
+            if not self._count(mirror, sum(map(memory_size, new.data))):
+                return  # as if the message was lost: the mirror asks again later
             log.extend(new)
             mirror.unacknowledged += sum(map(len, new.data))
         if mirror.unacknowledged >= ACKNOWLEDGE:

@@ -141,7 +141,7 @@ class Peers:
             try:
                 self._dispatch(sender, json.loads(message))
             except Exception as error:  # noqa: BLE001 - a node of another version, perhaps
-                log.error("message of another node unusable", node=sender, failure=error)
+                log.error("message of another node unusable", other=sender, failure=error)
 
     def _dispatch(self, sender: str, body: Body) -> None:
         kind = body.pop("k")

@@ -91,15 +91,15 @@ class Readers:
             if reader.since < since and reader.node not in nodes:
                 self._remove(reader, lost=True)
 
-    def _remove(self, reader: Reader, *, lost: bool = False) -> None:
+    def _remove(self, reader: Reader, *, lost: bool = False, grace: float | None = None) -> None:
         if self._readers.pop((reader.node, reader.handle), None) is not None:
             self._dirty.pop(reader, None)
-            self._hub.unfollow(reader.generation, reader, lost=lost)
+            self._hub.unfollow(reader.generation, reader, lost=lost, grace=grace)
 
     def _unfollow(self, node: str, body: dict[str, Any]) -> None:
         reader = self._readers.get((node, body["h"]))
         if reader is not None:
-            self._remove(reader, lost=body["lost"])
+            self._remove(reader, lost=body["lost"], grace=body["grace"])
 
     def _acknowledge(self, node: str, body: dict[str, Any]) -> None:
         reader = self._readers.get((node, body["h"]))

@@ -61,14 +61,14 @@ class Uses:
         """
         async with contextlib.AsyncExitStack() as stack:
             locked = await stack.enter_async_context(self._reservations.lock(owner, account, name))
-            if locked.node not in {None, membership.nodes.node}:
+            if locked.node not in {None, membership.node}:
                 raise Running(locked.node)
             if not membership.alive:
                 raise Refused(Code.UNAVAILABLE)
             use = Use(locked)
             yield use
             if use.booked is not None:  # the client does not wait for this
-                self._spawn(self._save(use, *use.booked, membership.nodes.node, stack.pop_all()))
+                self._spawn(self._save(use, *use.booked, membership.node, stack.pop_all()))
 
     async def node_of(self, owner: str, name: str) -> str | None:
         """Return the node that runs a generation, even one that the store does not have yet."""
