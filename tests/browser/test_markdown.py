@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from typing import Any
 
 import pytest
@@ -154,6 +155,7 @@ async def stream(page: Page, pieces: list[str], look: str) -> list[Any]:
         ("Title\n=====\n\ntext", ("=",)),
         ("> quoted\n> text", (">",)),
         ("- [x] done\n- [ ] open", ("[",)),
+        ('A\n\n[1]: <https://b.example> "t"\n\nc [d][1] e', ("1", "[", "]", "<", ":")),
     ],
 )
 async def test_half_a_mark_is_never_shown(page: Page, written: str, marks: tuple[str, ...]) -> None:
@@ -208,7 +210,8 @@ async def test_complete_blocks_are_not_rendered_again(page: Page) -> None:
             markdown.write('| g |\\n|--|\\n| h |\\n\\nlast ')
             await pause()
             const first = [...root.children].slice(0, -1)
-            const observer = new MutationObserver(() => {})
+            let changes = 0
+            const observer = new MutationObserver((records) => { changes += records.length })
             for (const each of first) {
                 const all = { childList: true, attributes: true, characterData: true }
                 observer.observe(each, { subtree: true, ...all })
@@ -217,11 +220,114 @@ async def test_complete_blocks_are_not_rendered_again(page: Page) -> None:
             await pause()
             markdown.write('\\n\\nanother')
             await markdown.end()
+            await pause()
             const kept = first.every((each, place) => root.children[place] === each)
-            return [first.length, kept, observer.takeRecords().length]
+            return [first.length, kept, changes]
         }"""
     )
     assert changes == [5, True, 0]
+
+
+LATE = {
+    "paragraph": "[name %][k%] and [k%] here.\n\n" * 30,
+    "list": "- item [name %][k%]\n  1. nested [k%]\n" * 40,
+    "table": "| [head][k%] | b |\n|--|--|\n" + "| row [name %][k%] | [k%] |\n" * 40,
+    "quote": "> quoted [name %][k%]\n> - [k%]\n\n" * 20,
+    "long paragraph": "words [name %][k%] and more words. " * 200,
+    "footnote": "[^n]: note [name %][k%]\n\n",
+}
+
+
+def numbered(written: str) -> str:
+    """Put numbers from 0 to 2 for the names of links."""
+    counter = itertools.count()
+    return re.sub(r"k%|%", lambda match: match[0].replace("%", str(next(counter) % 3)), written)
+
+
+@pytest.mark.parametrize("kind", LATE)
+async def test_link_is_the_same_wherever_its_definition_is(page: Page, kind: str) -> None:
+    async def rendered(written: str, size: int) -> str:
+        return re.sub(r"note-\d+-", "note-", await render(page, chopped(written, size)))
+
+    links = numbered(LATE[kind])
+    definitions = "".join(f"[k{n}]: https://e.example/{n}\n" for n in range(3))
+    first, last = f"{definitions}\nBegin.\n\n{links}", f"Begin.\n\n{links}\n\n{definitions}"
+    shown = await rendered(first, 50)
+    assert shown.count("<a href") == links.count("[k")
+    for size in (10_000, 200, 7):
+        assert await rendered(last, size) == shown, size
+
+
+async def test_definition_that_arrives_in_parts_is_whole(page: Page) -> None:
+    written = '[a][b]\n\n[b]: https://b.example/long "title"\n\n[c][d]\n\n[d]: https://d.example'
+    look = "[...root.querySelectorAll('a')].map(({ href, title }) => [href, title])"
+    *_, shown = await stream(page, chopped(written, 1), look)
+    assert shown == [["https://b.example/long", "title"], ["https://d.example/", ""]]
+
+
+async def test_links_with_late_definitions_are_rendered_in_slices(page: Page) -> None:
+    """Count the links from frame to frame; each look at the clock takes a millisecond."""
+    numbers = range(1000)
+    links = "".join(f"[a {number}][{number}] and **more** words.\n\n" for number in numbers)
+    definitions = "".join(f"[{number}]: https://e.example/{number}\n" for number in numbers)
+    shown: list[int] = await page.evaluate(
+        """async (text) => {
+            let now = 0
+            performance.now = () => ++now
+            const { Markdown } = await import('/markdown.js')
+            const root = document.body.appendChild(document.createElement('div'))
+            const shown = []
+            const look = () => {
+                shown.push(root.querySelectorAll('a[href]').length)
+                frame = requestAnimationFrame(look)
+            }
+            let frame = requestAnimationFrame(look)
+            const markdown = new Markdown(root)
+            markdown.write(text)
+            await markdown.end()
+            cancelAnimationFrame(frame)
+            shown.push(root.querySelectorAll('a[href]').length)
+            root.remove()
+            return shown
+        }""",
+        links + definitions,
+    )
+    assert shown[-1] == 1000
+    assert max(after - before for before, after in itertools.pairwise([0, *shown])) < 900
+
+
+async def test_late_definition_changes_only_the_links(page: Page) -> None:
+    changes = await page.evaluate(
+        """async () => {
+            const pause = () => new Promise((resolve) => setTimeout(resolve, 300))
+            const { Markdown } = await import('/markdown.js')
+            const root = document.body.appendChild(document.createElement('div'))
+            const markdown = new Markdown(root)
+            const parts = ['# A', 'a [b][c] *d*', '- [e][f]', '```js\\nlet [g]\\n```', 'last']
+            for (const part of parts) {
+                markdown.write(part + '\\n\\n')
+                await pause()
+            }
+            const blocks = [...root.children]
+            getSelection().selectAllChildren(blocks[1].querySelector('em'))
+            const changed = new Set()
+            const observer = new MutationObserver((records) => {
+                for (const { target } of records) {
+                    changed.add(blocks.findIndex((block) => block.contains(target)))
+                }
+            })
+            observer.observe(root, { childList: true, characterData: true, subtree: true })
+            markdown.write('[c]: https://c.example\\n')
+            await markdown.end()
+            await pause()
+            const kept = blocks.every((block, place) => root.children[place] === block)
+            const found = [kept, [...changed], String(getSelection()), blocks[1].innerHTML]
+            root.remove()
+            return found
+        }"""
+    )
+    link = '<a href="https://c.example" target="_blank" rel="noopener noreferrer nofollow">b</a>'
+    assert changes == [True, [1], "d", f"a {link} <em>d</em>"]
 
 
 async def test_selection_survives_in_the_last_block(page: Page, puppet: Puppet) -> None:

@@ -22,9 +22,11 @@ const SHARE = 4 // the page renders for at most one part of this many of its tim
 
 // A short last line that the text after it may turn into the mark of a block, with a box to tick, or into
 // an underline of a heading.
-const BEGUN = /^[ \t>]*(?:(?:[-+*]|\d{1,9}[.)]?)? *(?:\[[ xX]?\]?)?|#{1,6} *|=+|[-*_ ]{2,}|~{1,2}|\[\^?[^\]]*) *$/
+const BEGUN = /^[ \t>]*(?:(?:[-+*]|\d{1,9}[.)]?)? *(?:\[[ xX]?\]?)?|#{1,6} *|=+|[-*_ ]{2,}|~{1,2}|\[[^\]]*\]?) *$/
 const SHORT = 80 // characters
 const DELIMITERS = /^[|:\- \t]+$/
+const DEFINITION = /^ {0,3}\[(?!\^)[^\]]+\]:[ \t]*\S*(?:[ \t]+["'(].*)?$/ // of a link; perhaps a part
+const HALF_REFERENCE = /\]\[[^\]\n]*$/
 const ROW = /^[ \t]*\|/
 const HALF_FENCE = /^[ \t>]*(?:`{3,}|~{3,})/
 const MARKS = /[*_~`\\\]]+$/
@@ -56,17 +58,21 @@ const PURIFY = {
   ALLOW_ARIA_ATTR: false,
 }
 
+/** @typedef {{home?: Element, head: string}} Continued What a block continues: a list, or the body of a table and the source of its head, or a paragraph. */
+/** @typedef {{source: string, names: Set<string>, shown: ChildNode[], items: ChildNode[], continued: Continued | undefined}} Final */
+
 export class Markdown {
   #root
   #folds
-  #whole = '' // all text
   #source = '' // the text that is not final: the last block
   #carry = '' // a carriage return, whose line feed may follow
   /** @type {ChildNode[]} The nodes of the last block. */ #shown = []
   /** @type {ChildNode[]} The items or rows of the last block that continue a list or a table. */ #items = []
   /** @type {OpenCode | undefined} The code block that is open. */ #code
-  /** @type {{home?: Element, head: string} | undefined} What the last block continues: a list, or the body of a table and the source of its head, or a paragraph. */ #continued
-  /** @type {Record<string, any>} Definitions of links, by name. */ #links = Object.create(null)
+  /** @type {Continued | undefined} What the last block continues. */ #continued
+  /** @type {Record<string, any>} Definitions of links in final blocks, by name. */ #links = Object.create(null)
+  /** @type {Set<string>} Names in the text that was parsed last, of links without such a definition. */ #undefined = new Set()
+  /** @type {Final[]} Final blocks with names of such links. */ #unlinked = []
   /** @type {Map<string, number>} The numbers of footnotes, by name. */ #notes = new Map()
   #prefix = `note-${++instances}-`
   #ends = false // whether no more text follows
@@ -87,7 +93,7 @@ export class Markdown {
     if (!available) return this.#root.append(text)
     text = this.#carry + text
     this.#carry = text.endsWith('\r') ? '\r' : ''
-    this.#add((this.#carry ? text.slice(0, -1) : text).replace(/\r\n?/g, '\n'))
+    this.#source += (this.#carry ? text.slice(0, -1) : text).replace(/\r\n?/g, '\n')
     const wait = this.#due - performance.now()
     if (wait <= 0) this.#render()
     else this.#timer ??= setTimeout(() => this.#render(), wait)
@@ -96,17 +102,11 @@ export class Markdown {
   /** Complete the last block. Resolves when all text is on the page. */
   async end() {
     if (!available) return
-    this.#add(this.#carry && '\n')
+    this.#source += this.#carry && '\n'
     this.#carry = ''
     this.#ends = true
     this.#render()
     while (this.#unfinished) await /** @type {Promise<void>} */ (new Promise((resolve) => { this.#wake = resolve }))
-  }
-
-  /** @param {string} text */
-  #add(text) {
-    this.#whole += text
-    this.#source += text
   }
 
   /** Render the text that waits, or some of it. */
@@ -117,24 +117,33 @@ export class Markdown {
     this.#timer = undefined
     let more = this.#source !== ''
     while (more && hasTime()) more = this.#tryStep() && this.#source !== ''
+    if (!more && this.#ends) more = !this.#finish()
     const now = performance.now()
     this.#due = now + (now - began) * (SHARE - 1)
     this.#unfinished = more
     if (more) doLater(this.#render)
-    else if (this.#ends) this.#finish()
     this.#wake?.()
   }
 
-  /** Complete a reply whose text is on the page. */
+  /** Complete a reply whose text is on the page. @returns {boolean} Whether there was time for all of it. */
   #finish() {
     this.#code?.end()
     this.#code = undefined
-    if (Object.keys(this.#links).length) {
-      // An earlier block may use a definition that came after it.
-      this.#shown = [...this.#root.childNodes]
-      this.#show(this.#lex(this.#whole))
+    while (this.#unlinked.length) {
+      if (!hasTime()) return false
+      this.#link(/** @type {Final} */ (this.#unlinked.pop()))
     }
     setLevels(this.#root)
+    return true
+  }
+
+  /** Render a final block again, if a definition came after it. @param {Final} block */
+  #link({ source, names, shown, items, continued }) {
+    if (![...names].some((name) => name in this.#links)) return
+    this.#shown = shown
+    this.#items = items
+    this.#continued = continued
+    this.#show(this.#lex(source))
   }
 
   /** Do a step. A block that is nested too deeply for the parser is shown as plain text. @returns {boolean} Whether text became final. */
@@ -149,7 +158,7 @@ export class Markdown {
       block.className = 'plain'
       block.append(this.#source.slice(0, length).trimEnd())
       this.#shown = patch(this.#root, this.#shown, [block])
-      this.#settle(length)
+      this.#settle([], length)
       return true
     }
   }
@@ -165,22 +174,28 @@ export class Markdown {
     const final = ends ? tokens : tokens.slice(0, last)
     if (final.length) {
       this.#show(final)
-      this.#settle(final.reduce((length, { raw }) => length + raw.length, -head.length))
+      this.#settle(final, final.reduce((length, { raw }) => length + raw.length, -head.length))
       return true
     }
     const [mark, indent, fence, info] = FENCE.exec(source) ?? []
     if (tokens[last].type === 'code' && mark !== undefined) {
       this.#show([])
-      this.#settle(mark.length)
+      this.#settle([], mark.length)
       this.#code = new OpenCode(this.#root, { indent: indent.length, fence, info: info.trim() }, this.#folds)
       return true
     }
     const cut = cutOf(tokens[last], source)
     if (cut > 0) {
-      this.#show(this.#lex(head + source.slice(0, cut)))
+      const part = this.#lex(head + source.slice(0, cut))
+      this.#show(part)
       const block = this.#shown.at(-1)
       const home = this.#continued?.home ?? (block instanceof Element ? listIn(block) : undefined)
-      this.#settle(cut)
+      if (home && home !== this.#continued?.home) { // more items or rows will follow these
+        this.#shown = []
+        this.#items = [...home.children]
+        this.#continued = { home, head }
+      }
+      this.#settle(part, cut)
       this.#continued = { home, head: tokens[last].type === 'table' ? head || headOf(source) : '' }
       return true
     }
@@ -194,13 +209,13 @@ export class Markdown {
     let source = this.#source
     const place = source.lastIndexOf('\n') + 1
     const line = source.slice(place)
-    if (HALF_FENCE.test(line) || DELIMITERS.test(line) || (line.length <= SHORT && BEGUN.test(line))) source = source.slice(0, place)
+    if (HALF_FENCE.test(line) || DELIMITERS.test(line) || DEFINITION.test(line) || (line.length <= SHORT && BEGUN.test(line))) source = source.slice(0, place)
     if (!isTable) { // without its delimiters the head of a table is a paragraph
       const before = source.trimEnd().lastIndexOf('\n') + 1
       if (ROW.test(source.slice(before))) source = source.slice(0, before)
     }
     const marks = MARKS.exec(source.slice(-SHORT))?.[0].length ?? 0
-    return remend(source.slice(0, source.length - marks).trimEnd(), { katex: false })
+    return remend(source.slice(0, source.length - marks).trimEnd().replace(HALF_REFERENCE, ''), { katex: false })
   }
 
   /** Parse the beginning of the text, with the end of its first block. @param {string} head @returns {[string, any[]]} The source without the head, and its tokens. */
@@ -215,10 +230,15 @@ export class Markdown {
   /** @param {string} source @returns {any[]} */
   #lex(source) {
     const lexer = new Lexer(marked?.defaults)
-    Object.assign(lexer.tokens.links, this.#links)
-    const tokens = lexer.lex(source)
-    Object.assign(this.#links, lexer.tokens.links)
-    return tokens
+    const names = this.#undefined = new Set()
+    lexer.tokens.links = new Proxy(this.#links, {
+      get(links, /** @type {string} */ name) {
+        if (!(name in links)) names.add(name)
+        return links[name]
+      },
+      set: () => true, // a definition that is not final may be a part of one
+    })
+    return lexer.lex(source)
   }
 
   /** Show tokens in the place of the last block. @param {any[]} tokens */
@@ -230,13 +250,24 @@ export class Markdown {
     const list = first && listIn(first)
     const continues = home !== undefined && list?.localName === home.localName
     if (home) this.#items = patch(home, this.#items, continues ? [...list.children] : [])
-    if (continues) first?.remove()
-    else if (this.#continued && !home) first?.classList.add('on')
+    if (continues) {
+      const [head, shown] = [list, home].map((body) => body.previousElementSibling)
+      if (head && shown) patch(shown, [...shown.childNodes], [...head.childNodes]) // of a table
+      first?.remove()
+    } else if (this.#continued && !home) first?.classList.add('on')
     this.#shown = patch(this.#root, this.#shown, [...fragment.childNodes].filter((node) => node.textContent?.trim() || node instanceof Element))
   }
 
-  /** Make the nodes final that are shown. @param {number} length The length of their source. */
-  #settle(length) {
+  /** Make the nodes final that are shown. @param {any[]} tokens @param {number} length The length of their source. */
+  #settle(tokens, length) {
+    const names = this.#undefined
+    if (tokens.length && names.size && (this.#shown.length || this.#items.length)) {
+      const source = (this.#continued?.head ?? '') + this.#source.slice(0, length)
+      this.#unlinked.push({ source, names, shown: this.#shown, items: this.#items, continued: this.#continued })
+    }
+    marked?.walkTokens(tokens, (/** @type {any} */ { type, tag, href, title }) => {
+      if (type === 'def') this.#links[tag] ??= { href, title }
+    })
     this.#source = this.#source.slice(length)
     this.#shown = []
     this.#items = []

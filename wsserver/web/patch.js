@@ -6,23 +6,39 @@
 /**
  * Put nodes in the place of others.
  * @param {Element} parent
- * @param {ChildNode[]} before The last children of the parent.
+ * @param {ChildNode[]} before Consecutive children of the parent; if there are none, the nodes become its last children.
  * @param {ChildNode[]} after
  * @returns {ChildNode[]} The nodes that are there now.
  */
 export function patch(parent, before, after) {
-  const result = after.map((node, place) => {
-    const old = before[place]
+  const kept = before.length === after.length ? [] : equalEnd(before, after)
+  const from = before.slice(0, before.length - kept.length)
+  const to = after.slice(0, after.length - kept.length)
+  const next = kept[0] ?? before.at(-1)?.nextSibling ?? null
+  const result = to.map((node, place) => {
+    const old = from[place]
     if (old === undefined) {
-      parent.append(node)
+      parent.insertBefore(node, next)
       return node
     }
     if (same(old, node)) return old
     old.replaceWith(node)
     return node
   })
-  for (const old of before.slice(after.length)) old.remove()
-  return result
+  for (const old of from.slice(to.length)) old.remove()
+  return [...result, ...kept]
+}
+
+/** Return the last nodes that equal the last ones of others. @param {ChildNode[]} before @param {ChildNode[]} after */
+function equalEnd(before, after) {
+  let length = 0
+  while (length < Math.min(before.length, after.length) && isEqual(before[before.length - length - 1], after[after.length - length - 1])) length++
+  return before.slice(before.length - length)
+}
+
+/** @param {any} old @param {any} node */
+function isEqual(old, node) {
+  return old.source === undefined ? old.isEqualNode(node) : old.source === node.source
 }
 
 /** Change a node to equal another of the same kind. @param {ChildNode} old @param {ChildNode} node @returns {boolean} Whether that was possible. */
