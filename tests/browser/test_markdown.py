@@ -1,6 +1,7 @@
 """Replies are Markdown, which the page shows while it streams."""
 
 import itertools
+import json
 import random
 import re
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from playwright.async_api import Page, Route, expect
 
 import wsserver
-from tests.browser.page import ask, box, idle, text, visit
+from tests.browser.page import ask, box, idle, reply, text, visit
 from tests.support.puppet import Puppet
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
@@ -197,6 +198,46 @@ async def test_long_reply_is_rendered_in_slices(page: Page, written: str) -> Non
     )
     assert shown[-1] > 60_000
     assert max(after - before for before, after in itertools.pairwise([0, *shown])) < 25_000
+
+
+async def test_mark_is_at_the_end_of_running_reply(page: Page, puppet: Puppet) -> None:
+    marked = """() => [...document.querySelectorAll('.text, .text *')]
+        .filter((each) => getComputedStyle(each, '::after').content === '""'
+            && getComputedStyle(each, '::after').display !== 'none')
+        .map((each) => each.matches('.text') ? 'nothing' : each.lastChild.textContent.trim())"""
+    await ask(page, "Go")
+    model = await puppet.reply()
+    steps = {
+        "": "nothing",
+        "First": "First",
+        " and **more**\n\n## Head": "Head",
+        "\n\n- one\n- two": "two",
+        "\n  - three\n\n  four": "four",
+        "\n\n| a |\n|--|\n| b |\n\n": "",
+        "last": "last",
+    }
+    for said, end in steps.items():
+        if said:
+            model.say(said)
+        await page.wait_for_function(f"end => String(({marked})()) === end", arg=end)
+    model.end()
+    await page.wait_for_function(f"() => String(({marked})()) === ''")
+    await expect(text(page).locator("[data-end]")).to_have_count(0)
+
+
+async def test_end_of_reply_styles_only_what_changes(page: Page, puppet: Puppet) -> None:
+    browser = page.context.browser
+    assert browser is not None
+    await ask(page, "Go")
+    model = (await puppet.reply()).say("Words.\n\n- item\n\n" * 300 + "The end")
+    await expect(text(page).locator("p").last).to_have_text("The end")
+    await browser.start_tracing(page=page, categories=["devtools.timeline"])
+    model.end()
+    await expect(reply(page)).to_have_attribute("aria-busy", "false")
+    await page.evaluate("() => new Promise((done) => setTimeout(done, 100))")
+    events = json.loads(await browser.stop_tracing())["traceEvents"]
+    styled = [each["args"] for each in events if each["name"] == "UpdateLayoutTree"]
+    assert 0 < max(args.get("elementCount", 0) for args in styled) < 300
 
 
 async def test_complete_blocks_are_not_rendered_again(page: Page) -> None:
@@ -452,6 +493,7 @@ async def test_right_to_left_text_has_its_direction(page: Page, puppet: Puppet) 
         "نص عربي\n\n1. عنصر\n\n> قول\n\n| عمود |\n|--|\n\nEnglish\n\n- a\n\n```\ncode\n```"
     ).end()
     await idle(page)
+    await expect(text(page).locator("pre")).to_have_count(1)
     directions = (
         await text(page)
         .locator("p, ol, ul, li, blockquote, table, pre")

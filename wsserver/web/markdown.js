@@ -35,6 +35,7 @@ const SCHEMES = /^(?:https?|mailto|tel):/i
 const INCOMPLETE = 'streamdown:incomplete-link' // the address that remend gives to half a link
 const OUTSIDE = { target: '_blank', rel: 'noopener noreferrer nofollow' }
 const LEAVES = 'p, li, h3, h4, h5, h6, summary'
+const ENDS = 'ul, ol, li, p, h3, h4, h5, h6' // what a mark at the end of the text can be in
 const CONTAINERS = 'ul, ol, blockquote, table'
 const RIGHT_TO_LEFT = /^[^\p{L}]*[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc]/u // the first letter is
 
@@ -78,6 +79,7 @@ export class Markdown {
   #ends = false // whether no more text follows
   #due = 0 // when the last block may be rendered again
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer
+  /** @type {Element | undefined} The element with the mark. */ #marked
   #unfinished = false // whether a later slice renders more
   /** @type {(() => void) | undefined} Called after each rendering. */ #wake
 
@@ -117,12 +119,21 @@ export class Markdown {
     this.#timer = undefined
     let more = this.#source !== ''
     while (more && hasTime()) more = this.#tryStep() && this.#source !== ''
+    this.#mark()
     if (!more && this.#ends) more = !this.#finish()
     const now = performance.now()
     this.#due = now + (now - began) * (SHARE - 1)
     this.#unfinished = more
     if (more) doLater(this.#render)
     this.#wake?.()
+  }
+
+  /** Mark the end of a reply that is being written. Without this attribute, a style for the end would look at the whole reply when it ends. */
+  #mark() {
+    this.#marked?.removeAttribute('data-end')
+    this.#marked = undefined
+    for (let last = this.#root.lastElementChild; last?.matches(ENDS) && !this.#ends; last = last.lastElementChild) this.#marked = last
+    this.#marked?.setAttribute('data-end', '')
   }
 
   /** Complete a reply whose text is on the page. @returns {boolean} Whether there was time for all of it. */
