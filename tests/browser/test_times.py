@@ -30,6 +30,12 @@ def ended(page: Page) -> Locator:
     return page.locator(".ended time").last
 
 
+async def set_clocks(page: Page, passed: float, *, date: datetime) -> None:
+    """Stop the clock that measures durations, in seconds, and the clock of the user."""
+    await page.clock.set_fixed_time(date)
+    await page.evaluate("now => { performance.now = () => now }", 10_000 + passed * 1000)
+
+
 async def change_frames(page: Page, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the frames of the server on their way."""
 
@@ -44,8 +50,10 @@ async def change_frames(page: Page, change: Callable[[dict[str, Any]], None]) ->
     await page.route_web_socket("**/ws", connected)
 
 
-async def test_summary_counts_seconds_of_thinking(page: Page, puppet: Puppet) -> None:
-    await page.clock.set_fixed_time(NOON)
+async def test_summary_counts_seconds_of_thinking_whatever_the_date(
+    page: Page, puppet: Puppet
+) -> None:
+    await set_clocks(page, 0, date=NOON)
     await page.evaluate("""() => {
         globalThis.said = []
         for (const region of document.querySelectorAll('[role=status], [role=alert]')) {
@@ -57,14 +65,14 @@ async def test_summary_counts_seconds_of_thinking(page: Page, puppet: Puppet) ->
     model = (await puppet.reply()).say(Thinking("Hm. "))
     await expect(summary(page)).to_be_visible()
     await expect(summary(page)).to_have_text("Thinking…")
-    await page.clock.set_fixed_time(NOON + timedelta(seconds=5))
+    await set_clocks(page, 5, date=NOON + timedelta(hours=1))
     await expect(summary(page)).to_have_text("Thinking… 5 s")
     await expect(summary(page).locator("[aria-hidden=true]")).to_have_text(" 5 s")
     model.say("Text. ")
     await expect(summary(page)).to_have_text("Thought for 5 s")
     model.say(Thinking("And hm."))
     await expect(summary(page)).to_have_text("Thinking… 5 s")
-    await page.clock.set_fixed_time(NOON + timedelta(seconds=65))
+    await set_clocks(page, 65, date=NOON - timedelta(hours=1))
     await expect(summary(page)).to_have_text("Thinking… 1 min 5 s")
     assert [words for words in await page.evaluate("said") if words] == ["Sent."]
     model.end()

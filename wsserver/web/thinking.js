@@ -32,7 +32,7 @@ export class Thinking {
   /** Count the seconds from now on. */
   count() {
     if (this.#began !== undefined) return
-    this.#began = Date.now()
+    this.#began = performance.now() // a user may set the clock meanwhile
     this.#summary.replaceChildren('Thinking…', this.#seconds)
     this.#tick()
     this.#timer = setInterval(() => this.#tick(), SECOND)
@@ -40,7 +40,7 @@ export class Thinking {
 
   /** Count no longer, since text follows or the reply has ended. @param {number} [seconds] How long the model thought, if the server says so. */
   end(seconds) {
-    if (this.#began !== undefined) this.#thought += Date.now() - this.#began
+    if (this.#began !== undefined) this.#thought += performance.now() - this.#began
     this.#began = undefined
     clearInterval(this.#timer)
     // A page that got the thinking late, or at once, knows no duration.
@@ -58,7 +58,7 @@ export class Thinking {
   }
 
   #tick() {
-    const passed = this.#thought + Date.now() - (this.#began ?? 0)
+    const passed = this.#thought + performance.now() - (this.#began ?? 0)
     this.#seconds.textContent = passed < SECOND ? '' : ` ${durationOf(passed / SECOND)}`
   }
 }
