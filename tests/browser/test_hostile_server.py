@@ -7,7 +7,7 @@ import pytest
 from playwright.async_api import Page, WebSocketRoute, expect
 
 import wsserver
-from tests.browser.page import alert, note, state
+from tests.browser.page import alert, note, state, violations
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
 
@@ -106,6 +106,9 @@ async def test_long_words_of_server_fit_small_screen(blank: Page, server: wsserv
     await blank.set_viewport_size({"width": 320, "height": 640})
     await lie(blank, server, {**saved, "title": word}, refusal, hello={**HELLO, "models": [word]})
     await expect(alert(blank)).to_have_text(word)
+    await expect(alert(blank)).to_have_attribute("tabindex", "0")
+    assert await alert(blank).evaluate("(words) => words.offsetHeight") <= 640 / 5
+    assert await violations(blank) == []
     await blank.locator("details").evaluate("(details) => { details.open = true }")
     await expect(blank.locator("details p")).to_be_visible()
     wide = """[...document.querySelectorAll('main *')].filter((element) =>

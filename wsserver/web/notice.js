@@ -18,6 +18,7 @@ export function showNotice(text, retry, ref) {
   words.textContent = text
   if (!text && notice.contains(document.activeElement)) find(document, '#prompt', HTMLElement).focus()
   notice.hidden = !text
+  words.tabIndex = words.scrollHeight > words.clientHeight ? 0 : -1 // keys scroll a long text
   again.hidden = !retry
   again.onclick = retry ?? null
 }
