@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Page
+from playwright.async_api import Page, WebSocketRoute
 
 import wsserver
 from tests.browser.page import cut
@@ -203,6 +203,24 @@ async def test_history_has_the_turn_that_runs(
     await asker.says("two")
     await asker.reply()
     assert not await asker.page.evaluate("reconnect", CHAT)
+
+
+async def test_history_leaves_out_files_without_a_source(asker: Asker) -> None:
+    def lie(route: WebSocketRoute) -> None:
+        blocks = [{"type": "image", "source": None}, {"type": "text", "text": "Hi"}]
+        prompt = {"role": "user", "content": "Hi", "id": "first", "blocks": blocks}
+
+        def answer(message: str | bytes) -> None:
+            request = json.loads(message).get("request")
+            history = {"type": "history", "request": request, "messages": [prompt], "running": []}
+            route.send(json.dumps({**history, "conversation": "conversation-0123456789"}))
+
+        route.on_message(answer)
+        route.send(json.dumps({"type": "hello", "protocol": "wsserver.v1", "limits": {}}))
+
+    await asker.page.route_web_socket("**/ws", lie)
+    found = await asker.page.evaluate("id => transport.history(id)", "conversation-0123456789")
+    assert [part["type"] for part in found[0]["parts"]] == ["text"]
 
 
 async def test_edits_replace_the_last_turn_or_send_all_messages(asker: Asker) -> None:

@@ -359,7 +359,7 @@ function toUIMessage({ id = '', role, content, blocks = [{ type: 'text', text: c
 function toParts({ type, text, thinking, source, title, citations = [] }) {
   if (type === 'text') return [{ type, text, state: 'done' }, ...toSources(citations)]
   if (type === 'thinking') return [{ type: 'reasoning', text: thinking, state: 'done' }]
-  if (type !== 'image' && type !== 'document') return []
+  if ((type !== 'image' && type !== 'document') || !source) return []
   const { media_type: mediaType = type === 'image' ? 'image/*' : 'application/pdf', data, url } = source
   if (url === undefined && data === undefined) return [] // a file of the API
   const base64 = source.type === 'text' ? toBase64(new TextEncoder().encode(data)) : data
