@@ -558,6 +558,11 @@ async def test_long_block_keeps_its_text(page: Page, unit: str, blocks: int) -> 
         *("- " * 6_000, "[^" * 6_000, "\\[" * 6_000, "|-" * 6_000 + "\n", "_a" * 6_000),
         "> " * 3_000 + "x",
         " " * 250_000 + "x",
+        "[a]:" + " " * 100_000 + "x y" + " z" * 3_000,
+        "[a]: b" + " " * 50_000 + "x y" + " z" * 3_000,
+        "][" * 50_000,
+        "[a][" + "[" * 50_000,
+        "[a] " * 10_000 + "\n\n" + "".join(f"[{number}]: b\n" for number in range(10_000)),
     ],
 )
 @pytest.mark.timeout(20)

@@ -25,7 +25,7 @@ const SHARE = 4 // the page renders for at most one part of this many of its tim
 const BEGUN = /^[ \t>]*(?:(?:[-+*]|\d{1,9}[.)]?)? *(?:\[[ xX]?\]?)?|#{1,6} *|=+|[-*_ ]{2,}|~{1,2}|\[[^\]]*\]?) *$/
 const SHORT = 80 // characters
 const DELIMITERS = /^[|:\- \t]+$/
-const DEFINITION = /^ {0,3}\[(?!\^)[^\]]+\]:[ \t]*\S*(?:[ \t]+["'(].*)?$/ // of a link; perhaps a part
+const DEFINITION = /^ {0,3}\[(?!\^)[^\]]+\]:[ \t]*(?:\S+(?:[ \t]+(?:["'(].*)?)?)?$/ // of a link; perhaps a part
 const HALF_REFERENCE = /\]\[[^\]\n]*$/
 const ROW = /^[ \t]*\|/
 const HALF_FENCE = /^[ \t>]*(?:`{3,}|~{3,})/
