@@ -67,10 +67,12 @@ RUN_BY = {
             "test_snippets.py::test_commands_of_the_deployment_name_files_that_exist"
         ),
         "docker build": "test_deploy.py::test_image_copies_needed_files",
-        "pip install '.[cluster]'": "cluster/test_command.py::test_commands_of_the_document_run",
         "pip install '.[postgres]'": "stores/test_copying.py::test_commands_of_the_document_run",
         "defaults": "check/test_haproxy.py::test_lines_of_the_document_hold",
         "$ WSSERVER_CHAT_TOKEN=": "check/test_command.py::test_readme_shows_all_checks",
+    },
+    "examples/deploy/nodes.md": {
+        "pip install '.[cluster]'": "cluster/test_command.py::test_commands_of_the_document_run",
     },
 }
 DOCUMENTS = ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/**/*.md"))]

@@ -32,7 +32,7 @@ async def test_quick_check_takes_less_than_ten_seconds_and_shows_no_token(behind
         assert await process.end() == 0, process.output
     lines = process.output.splitlines()
     assert [line[8:24].strip().replace(" ", "_") for line in lines[:-2]] == NAMES
-    assert lines[-1] == "14 ok, 2 skipped"
+    assert lines[-1] == "15 ok, 2 skipped"
     assert behind.token not in process.output
     assert "\033" not in process.output, "colours are for terminals"
 

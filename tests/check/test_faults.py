@@ -149,3 +149,4 @@ async def test_two_servers_that_share_nothing_fail_resume(folder: Path, tmp_path
         found = await checked_replies(url, "", replies.resume)
     assert found.failed() == {"resume"}
     assert "`hash $remote_addr consistent;`" in found.mend("resume")
+    assert "`cluster`" in found.mend("resume")

@@ -7,28 +7,34 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 import wsserver
+from tests.check.conftest import RATE, checked_replies
 from tests.support.client import client
+from tests.support.gateways import nginx
 from tests.support.host import Host
 from tests.support.process import Process, run
 from tests.support.puppet import Puppet
 from tests.support.redis import RedisServer
 from tests.support.talk import ONE, turns
 from tests.support.tools import ROOT
+from wsserver.doctor import replies
+from wsserver.doctor.findings import Status
 from wsserver.errors import ConfigError
+from wsserver.models.demo import Demo
 
 pytestmark = pytest.mark.slow
 
 
 async def test_commands_of_the_document_run(url: str, redis: RedisServer) -> None:
-    document = (ROOT / "examples/deploy/README.md").read_text()
-    snippet = document.partition("## Several nodes")[2].partition("```\n")[2].partition("```")[0]
+    document = (ROOT / "examples/deploy/nodes.md").read_text()
+    snippet = document.partition("```\n")[2].partition("```")[0]
     _, serve = snippet.splitlines()
     assignment, *command = serve.replace("redis://HOST:6379/0", redis.url).split()
     assert assignment.startswith("WSSERVER_STORE=postgresql://")
@@ -79,6 +85,29 @@ async def test_store_that_nodes_cannot_share_is_refused(
     with pytest.raises(ConfigError, match=r"^store: the nodes of a cluster share"):
         async with wsserver.serve(puppet, port=0, store=store, cluster=redis.url):
             pass
+
+
+async def test_check_finds_nodes_behind_a_proxy_as_one_server(
+    url: str, redis: RedisServer, tmp_path: Path
+) -> None:
+    async with AsyncExitStack() as stack:
+        nodes = [
+            await stack.enter_async_context(
+                wsserver.serve(Demo(RATE), port=0, store=url, cluster=redis.url, drain_timeout=0)
+            )
+            for _ in range(2)
+        ]
+        upstream = "".join(f"server 127.0.0.1:{node.port};" for node in nodes)
+        site = (
+            "location / { proxy_pass http://nodes; proxy_http_version 1.1;"
+            "proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection upgrade;"
+            "proxy_set_header Host $http_host; }"
+        )
+        address = await stack.enter_async_context(
+            nginx(tmp_path, site, f"upstream nodes {{ {upstream} }}")
+        )
+        found = await checked_replies(address, "", replies.resume)
+        assert found.of(Status.OK) == {"resume", "nodes"}
 
 
 @pytest.mark.parametrize("name", ["store", "cluster"])

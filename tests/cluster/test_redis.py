@@ -63,8 +63,16 @@ async def test_tls_with_a_password(start: Start, puppet: Puppet, files: tuple[st
         assert "geheim" not in str(raised.value)
 
 
+async def test_full_redis_carries_messages(start: Start, puppet: Puppet) -> None:
+    with server("--maxmemory", "1mb", "--maxmemory-policy", "noeviction") as redis:
+        with pytest.raises(AssertionError, match="OOM"):
+            for number in range(100):
+                await redis.command("SET", f"key{number}", "y" * 50_000)
+        await check(start, puppet, redis.url)
+
+
 async def test_rights_of_the_document_are_enough(start: Start, puppet: Puppet) -> None:
-    document = (ROOT / "examples/deploy/README.md").read_text()
+    document = (ROOT / "examples/deploy/nodes.md").read_text()
     (rights,) = re.findall(r"^    ACL SETUSER wsserver on >PASSWORD (.*)$", document, re.MULTILINE)
     user = f"wsserver on >geheim {rights}"
     with server("--user", *user.split(), "--user", "default", "off") as redis:

@@ -7,7 +7,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.browser.page import SWITCHES
 from tests.support.gateways import nginx
 from tests.support.process import Process, run
 from tests.support.redis import RedisServer
-from tests.support.tools import require_chromium
+from tests.support.tools import ROOT, require_chromium
 from wsserver.client import connect
 
 pytestmark = pytest.mark.slow
@@ -73,25 +73,45 @@ class Nodes:
 
     flags: list[str]
     folder: Path
-    running: dict[int, tuple[AsyncExitStack, Process]]
+    running: dict[int, tuple[AsyncExitStack, Process]] = field(default_factory=dict)
+    output: str = ""  # of all nodes, after their starts
 
-    async def start(self, port: int) -> None:
+    async def start(self, port: int, *flags: str) -> None:
         stack = AsyncExitStack()
+        command = (*self.flags, "--port", str(port), *flags)
         process = await stack.enter_async_context(
-            run(*self.flags, "--port", str(port), cwd=self.folder, PYTHONPATH=str(self.folder))
+            run(*command, cwd=self.folder, PYTHONPATH=str(self.folder))
         )
         self.running[port] = stack, process
         await process.line(r"websocket +(\S+)")
+        reading = asyncio.create_task(self._read(process))  # a full pipe would stop the node
+        stack.push_async_callback(asyncio.wait, {reading})
+        stack.callback(reading.cancel)
+
+    async def _read(self, process: Process) -> None:
+        assert process.process.stdout is not None
+        while data := await process.process.stdout.read(65536):
+            self.output += data.decode(errors="replace")
 
     async def end(self, port: int) -> int:
         """Let a node leave; return its exit code."""
         stack, process = self.running.pop(port)
         async with stack:
             process.signal(signal.SIGTERM)
-            assert process.process.stdout is not None
             async with asyncio.timeout(30):
-                process.output += (await process.process.stdout.read()).decode()
                 return await process.process.wait()
+
+    def signal(self, port: int, number: signal.Signals) -> int:
+        """Send a signal to a node; return its process id."""
+        _, process = self.running[port]
+        process.signal(number)
+        return process.process.pid
+
+    async def forget(self, port: int) -> None:
+        """Clear away a node that has died."""
+        stack, process = self.running.pop(port)
+        await process.process.wait()
+        await stack.aclose()
 
     async def kill(self) -> None:
         for stack, _ in self.running.values():
@@ -115,11 +135,21 @@ async def nodes(url: str, redis: RedisServer, folder: Path) -> AsyncIterator[Nod
     }
     flags = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = ["-m", "wsserver", "serve", "--allow-anonymous", *flags]
-    running = Nodes(command, folder, {})
+    running = Nodes(command, folder)
     try:
         yield running
     finally:
         await running.kill()
+
+
+def site_of(ports: list[int]) -> tuple[str, str]:
+    """Return what the site of the document has for `http` and for `server`."""
+    text = (ROOT / "examples/deploy/nginx-nodes.conf").read_text()
+    for name, port in zip(("node-a", "node-b"), ports, strict=True):
+        assert text.count(f"server {name}:3001") == 1
+        text = text.replace(f"server {name}:3001", f"server 127.0.0.1:{port}")
+    http, _, server = text.partition("\nserver {\n")
+    return http, server.replace("listen 80;", "", 1).rstrip().removesuffix("}")
 
 
 async def person(
@@ -139,17 +169,12 @@ async def test_nodes_are_replaced_under_a_hundred_clients(
     url: str, redis: RedisServer, tmp_path: Path
 ) -> None:
     ports = [free_port(), free_port()]
-    upstream = "".join(f"server 127.0.0.1:{port} max_fails=0;" for port in ports)
-    site = (
-        "location / { proxy_pass http://nodes; proxy_http_version 1.1;"
-        'proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";'
-        "proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; }"
-    )
+    http, site = site_of(ports)
     ended: dict[str, tuple[str, str]] = {}
     leaving = asyncio.Event()
     async with (
         nodes(url, redis, tmp_path) as cluster,
-        nginx(tmp_path, site, f"upstream nodes {{ {upstream} }}", connections=1024) as address,
+        nginx(tmp_path, site, http, connections=1024) as address,
         async_playwright() as playwright,
     ):
         for port in ports:

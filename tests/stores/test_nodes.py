@@ -200,6 +200,27 @@ async def test_decisions_about_one_account_wait_for_each_other(url: str) -> None
             assert locked.used.held["key"] == 19
 
 
+async def test_batches_of_two_nodes_do_not_wait_for_each_other(url: str) -> None:
+    async with cluster(url, "a", "b") as ((a, _), (b, _)):
+
+        async def write(store: PostgresStore, name: str, owners: list[str]) -> None:
+            for number in range(60):
+                asked = [header(f"{name}-{number}", f"c-{name}", owner=each) for each in owners]
+                await store.commit([entry(one, new=True) for one in asked])
+                ends = [entry(one, pieces=["Hi."], terminal=done()) for one in reversed(asked)]
+                later = header(f"{name}-{number}-later", f"c-{name}", owner=owners[0])
+                await store.commit([*ends, entry(later, new=True)])
+
+        people = ["ann", "bob", "cy", "dan"]
+        async with asyncio.timeout(3 * SECONDS):
+            await asyncio.gather(write(a, "a", people), write(b, "b", people[::-1]))
+        async with a.connection() as connection:
+            deadlocks = await connection.fetchval(
+                "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+            )
+        assert deadlocks == 0
+
+
 async def test_node_that_is_paused_with_a_lock_delays_others_for_a_bounded_time(url: str) -> None:
     async with cluster(url, "a") as ((a, _),):
         paused = PostgresStore(url, 0.5, node="b")

@@ -94,11 +94,13 @@ class RedisServer:
     async def command(self, *words: str) -> str:
         """Send a command; return its answer, if that is one text."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        writer.write(" ".join(words).encode() + b"\r\n")
-        answer = await reader.readline()
-        assert not answer.startswith(b"-"), answer
-        if answer[:1] == b"$":
-            answer = await reader.readexactly(int(answer[1:]) + 2)
-        writer.close()
-        await writer.wait_closed()
-        return answer.decode().strip()
+        try:
+            writer.write(" ".join(words).encode() + b"\r\n")
+            answer = await reader.readline()
+            assert not answer.startswith(b"-"), answer
+            if answer[:1] == b"$":
+                answer = await reader.readexactly(int(answer[1:]) + 2)
+            return answer.decode().strip()
+        finally:
+            writer.close()
+            await writer.wait_closed()

@@ -133,7 +133,8 @@ STICKY: Advice = {
     "cloudflare": "Load Balancing, Session Affinity: on",
     "alb": "stickiness in the target group",
     "apache": "`stickysession` in `ProxyPass`",
-    SERVER: "the servers behind the proxy do not share their replies",
+    SERVER: "the servers behind the proxy do not share their replies: give all of them the same "
+    "`store` in PostgreSQL and the same `cluster` (Redis)",
 }
 SCHEME: Advice = {SERVER: "use an address that begins with wss://"}
 ANONYMOUS: Advice = {

@@ -61,7 +61,7 @@ CHECKS = (
     Check(frames.close_code, ("close_code",), _no_socket),
     Check(replies.http, ("http",), _no_user),
     Check(replies.stream, ("tokens", "stop", "sse", "sse_resume"), _no_way, asks_model=True),
-    Check(replies.resume, ("resume",), _no_socket_of_user, asks_model=True),
+    Check(replies.resume, ("resume", "nodes"), _no_socket_of_user, asks_model=True),
     Check(frames.idle, ("idle",), _no_socket_of_user),
 )
 

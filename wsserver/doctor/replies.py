@@ -37,6 +37,7 @@ JSON = {"Content-Type": "application/json"}
 BODY_SIZE = 262_144  # bytes; `useChat` sends all of a chat
 STOP_TIMEOUT = 8.0  # seconds; the server waits 5 s for its model
 SLOW_STOP = 1.0  # seconds
+LINES = 6  # connections; a proxy spreads them over its servers
 TOO_SHORT = "the reply was too short or too fast to judge"
 NO_SERVER = {HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
 REFUSALS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS}
@@ -263,6 +264,22 @@ async def _continue(client: httpx2.AsyncClient, reply: str, events: Trace) -> Fi
     return failed("sse_resume", "the rest of the reply differs", "see the log of the server")
 
 
+async def _nodes(deployment: Deployment, reply: str, trace: Trace) -> Finding:
+    """Get a reply on several connections: a proxy may spread them over several servers."""
+    for number in range(1, LINES + 1):
+        whole = Trace()
+        async with deployment.line() as line:
+            await line.send({"type": "resume", "id": reply})
+            try:
+                await follow(line, reply, whole)
+            except Declined as declined:
+                seen = f"connection {number} of {LINES} does not know the reply: {declined}"
+                return failed("nodes", seen, *deployment.advise(advice.STICKY))
+        if whole.content() != trace.content():
+            return failed("nodes", f"the reply differs on connection {number} of {LINES}")
+    return ok("nodes", f"{LINES} more connections have the same reply")
+
+
 async def resume(deployment: Deployment, report: Report) -> None:
     """Cut the connection in the middle of a reply, and resume the reply on another one."""
     prompt, trace = _prompt(), Trace()
@@ -306,5 +323,6 @@ async def resume(deployment: Deployment, report: Report) -> None:
             f"cut after piece {cut}, resumed in {taken * 1000:.0f} ms, no piece lost or doubled"
         )
         report(ok("resume", resumed))
+        report(await _nodes(deployment, reply, trace))
     else:
         report(failed("resume", "the resumed reply differs from the whole", "see the server's log"))

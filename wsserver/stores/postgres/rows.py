@@ -52,13 +52,18 @@ _ARGUMENTS = {
 }
 Row = tuple[Any, ...]
 
+# A save changes counts of its owners. Nodes that lock the owners in one order cannot wait for each
+# other. The array of owners is the first argument.
+LOCK_OWNERS = "SELECT FROM held WHERE owner = ANY($1) ORDER BY owner FOR UPDATE"
 _COUNT = len(_ARGUMENTS)
 SAVE = (
-    f"WITH fence AS MATERIALIZED (SELECT may_write(${_COUNT + 3}) AS open) "
+    f"WITH fence AS MATERIALIZED (SELECT may_write(${_COUNT + 3}) AS open), "
+    f"locked AS MATERIALIZED ({LOCK_OWNERS}) "
     f"SELECT save({', '.join(_ARGUMENTS)}, ${_COUNT + 1}, ${_COUNT + 2}, ${_COUNT + 3}) "
     "FROM unnest("
     + ", ".join(f"${place}::{kind}[]" for place, kind in enumerate(_ARGUMENTS.values(), start=1))
-    + f") AS entry({', '.join(_ARGUMENTS)}), fence WHERE open"
+    + f") AS entry({', '.join(_ARGUMENTS)}), fence, (SELECT count(*) FROM locked) AS owners "
+    "WHERE open"
 )
 """Saves entries in order, if the node may write. For its arguments see :func:`columns_of`."""
 

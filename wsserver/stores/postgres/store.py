@@ -38,6 +38,7 @@ from wsserver.stores.postgres.guard import Guard
 from wsserver.stores.postgres.rows import (
     FIND,
     LOAD,
+    LOCK_OWNERS,
     PIECES,
     SAVE,
     columns_of,
@@ -63,13 +64,16 @@ PURGED_AT_ONCE = 200  # rows of each kind per step, so that its locks are short
 DAYS_KEPT = 90  # days for which spending is kept
 MINUTE = 60.0  # seconds in which every key has all its prompts of a minute again
 MAX_NUMBER = 2**63 - 1  # PostgreSQL's largest integer
-ATTEMPTS = 3  # of a transaction that lost against another one
 
-# Another transaction was faster; the same one again can succeed.
-_LOST_RACE = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 # Errors about values, and not about the database or its state.
 _UNSAVABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-_FAILURES = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+_FAILURES = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # a connection that was lost at a certain moment
+    OSError,
+    TimeoutError,
+)
 
 _MEANINGS = {
     asyncpg.InvalidPasswordError: "PostgreSQL refuses the name or the password",
@@ -238,6 +242,7 @@ class PostgresStore:
                 "WHERE ended IS NULL AND ($1::text IS NULL OR node = $1) FOR UPDATE",
                 node,
             )
+            await connection.execute(LOCK_OWNERS, [row["owner"] for row in dead])
             for row in dead:
                 key = row["owner"], row["id"], row["began"]
                 text = ""

@@ -1,0 +1,239 @@
+"""Measure what several nodes cost, with a real Redis and PostgreSQL on this machine.
+
+::
+
+    python -m tests.bench.nodes              # three rounds, about four minutes
+    python -m tests.bench.nodes --rounds 1
+
+Each figure is the median of the rounds. The model writes the time into each token, so that a reader
+knows how long the token took.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+from websockets.asyncio.client import ClientConnection, connect
+
+from tests.bench.load import quantile
+from tests.support.postgres import Postgres
+from tests.support.process import Process, run
+from tests.support.redis import RedisServer
+from wsserver import Request
+
+STREAMS, RATE = 100, 50.0
+WARM, WINDOW = 2.0, 8.0  # seconds
+STOPS = 200
+SAVED, SAVED_RATE = 500, 30.0  # replies and their tokens per second, while PostgreSQL is measured
+LIMITS = {
+    "GENERATIONS_PER_PRINCIPAL": 5000,
+    "GENERATIONS_PER_SOCKET": 1000,
+    "GENERATIONS": 2000,
+    "PROMPTS_PER_MINUTE": 100_000,
+    "FRAME_BURST": 100_000,
+    "CONNECTIONS_PER_ADDRESS": 5000,
+    "CONNECTIONS_PER_PRINCIPAL": 5000,
+    "TOKENS_PER_DAY": 0,
+    "TITLES": "off",
+    "DRAIN_TIMEOUT": 0,
+    "LOG_LEVEL": "error",
+    "MODEL": "tests.bench.nodes:model",
+    "PORT": 0,
+}
+
+
+async def model(request: Request) -> AsyncIterator[str]:
+    """Write the time at a rate, until the reply is stopped."""
+    rate, loop = float(request.prompt), asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        due += 1 / rate
+        await asyncio.sleep(max(0.0, due - loop.time()))
+        yield f"{time.monotonic():.6f} "
+
+
+class Bench:
+    """The services of one round, and the servers of one case."""
+
+    def __init__(self, database: Postgres, redis: RedisServer) -> None:
+        self.database = database
+        self.redis = redis
+
+    async def server(
+        self, stack: AsyncExitStack, store: str, *, alone: bool = False
+    ) -> tuple[Process, str]:
+        environment = {f"WSSERVER_{name}": str(value) for name, value in LIMITS.items()}
+        environment["WSSERVER_STORE"] = store
+        if not alone:
+            environment["WSSERVER_CLUSTER"] = self.redis.url
+        process = await stack.enter_async_context(
+            run("-m", "wsserver", "serve", cwd=None, **environment)
+        )
+        return process, (await process.line(r"websocket +(\S+)"))[1]
+
+    async def streams(self, where: str) -> dict[str, float]:
+        """Measure streams whose readers are on the owner's node or on another one.
+
+        Args:
+            where: ``alone`` without a cluster, ``local`` or ``remote``.
+        """
+        async with AsyncExitStack() as stack:
+            store = self.database.url()
+            owner, url = await self.server(stack, store, alone=where == "alone")
+            other = url if where != "remote" else (await self.server(stack, store))[1]
+            taken: list[float] = []
+            reading = [
+                asyncio.create_task(self._read(stack, url, other, number, taken))
+                for number in range(STREAMS)
+            ]
+            stack.callback(lambda: [task.cancel() for task in reading])
+            await asyncio.sleep(2 * WARM)
+            taken.clear()
+            used, began = cpu(owner.process.pid), time.monotonic()
+            await asyncio.sleep(WINDOW)
+            used, took = cpu(owner.process.pid) - used, time.monotonic() - began
+            return {
+                f"{where}: owner's CPU per token (us)": used / (STREAMS * RATE * took) * 1e6,
+                f"{where}: latency of a token, p50 (ms)": quantile(taken, 0.5) * 1e3,
+                f"{where}: latency of a token, p99 (ms)": quantile(taken, 0.99) * 1e3,
+            }
+
+    async def _read(
+        self, stack: AsyncExitStack, url: str, other: str, number: int, taken: list[float]
+    ) -> None:
+        name = f"reply-number-{number:06}"
+        asking = await opened(stack, url)
+        prompt = {"prompt": str(RATE), "conversation": f"conversation-{number:06}", "id": name}
+        await ask(asking, prompt)
+        reader = asking
+        if other != url:
+            reader = await opened(stack, other)
+            await ask(reader, {"type": "resume", "id": name})
+            await asking.close()
+        while True:
+            frame = json.loads(await reader.recv())
+            now = time.monotonic()
+            taken.extend(now - float(said) for said in frame["text"].split())
+
+    async def stops(self) -> dict[str, float]:
+        """Measure stops from another node, each acknowledged after its request was closed."""
+        async with AsyncExitStack() as stack:
+            store = self.database.url()
+            _, url = await self.server(stack, store)
+            _, elsewhere = await self.server(stack, store)
+            asking, stopping = await opened(stack, url), await opened(stack, elsewhere)
+            taken = []
+            for number in range(STOPS):
+                name = f"stopped-reply-{number:06}"
+                prompt = {"prompt": str(RATE), "conversation": f"conversation-{number:06}"}
+                await asking.send(json.dumps({**prompt, "id": name}))
+                await until(asking, "token", name)
+                await stopping.send(json.dumps({"type": "resume", "id": name}))
+                await until(stopping, "token", name)
+                began = time.monotonic()
+                stop = {"type": "stop", "id": name, "request": name}
+                await stopping.send(json.dumps(stop))
+                while json.loads(await stopping.recv())["type"] != "stopped":
+                    pass
+                taken.append(time.monotonic() - began)
+            return {
+                "stop from another node, p50 (ms)": quantile(taken, 0.5) * 1e3,
+                "stop from another node, p99 (ms)": quantile(taken, 0.99) * 1e3,
+            }
+
+    async def saving(self) -> dict[str, float]:
+        """Measure what PostgreSQL gets while many replies run."""
+        async with AsyncExitStack() as stack:
+            store = self.database.url()
+            node, url = await self.server(stack, store)
+            asking = await opened(stack, url)
+            for number in range(SAVED):
+                prompt = {"prompt": str(SAVED_RATE), "conversation": f"conversation-{number:06}"}
+                await asking.send(json.dumps(prompt))
+            drain = asyncio.create_task(read_all(asking))
+            stack.callback(drain.cancel)
+            watching = await asyncpg.connect(store.partition("?")[0])
+            stack.push_async_callback(watching.close)
+            await asyncio.sleep(3 * WARM)
+            before, began = await transactions(watching), time.monotonic()
+            used = cpu(node.process.pid)
+            await asyncio.sleep(WINDOW)
+            took = time.monotonic() - began
+            statements = (await transactions(watching) - before) / took
+            return {
+                f"PostgreSQL: statements a second for {SAVED} replies": statements,
+                "node: cores for these": (cpu(node.process.pid) - used) / took,
+            }
+
+
+async def opened(stack: AsyncExitStack, url: str) -> ClientConnection:
+    return await stack.enter_async_context(connect(url, proxy=None, max_queue=None))
+
+
+async def ask(socket: ClientConnection, frame: dict[str, Any]) -> None:
+    await socket.send(json.dumps(frame))
+    answer = json.loads(await socket.recv())
+    assert answer["type"] == "start", answer
+
+
+async def until(socket: ClientConnection, kind: str, name: str) -> None:
+    while True:
+        frame = json.loads(await socket.recv())
+        assert frame["type"] != "error", frame
+        if (frame["type"], frame.get("id")) == (kind, name):
+            return
+
+
+async def read_all(socket: ClientConnection) -> None:
+    while True:
+        await socket.recv()
+
+
+async def transactions(connection: Any) -> float:
+    """Return the transactions of the database so far; a batch of a journal is one."""
+    await connection.execute("SELECT pg_stat_clear_snapshot()")
+    return float(
+        await connection.fetchval(
+            "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+        )
+    )
+
+
+def cpu(pid: int) -> float:
+    """Return the CPU seconds of all threads of a process, to the nanosecond."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+async def one_round() -> dict[str, float]:
+    database, redis = Postgres.create(), RedisServer()
+    try:
+        bench, found = Bench(database, redis), dict[str, float]()
+        for where in ("alone", "local", "remote"):
+            found |= await bench.streams(where)
+        found |= await bench.stops()
+        return found | await bench.saving()
+    finally:
+        database.remove()
+        redis.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.nodes")
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = [asyncio.run(one_round()) for _ in range(parser.parse_args().rounds)]
+    for name in rounds[0]:
+        values = [found[name] for found in rounds]
+        each = ", ".join(f"{value:.2f}" for value in values)
+        print(f"{statistics.median(values):10.2f}  {name}  ({each})")
+
+
+if __name__ == "__main__":
+    main()
