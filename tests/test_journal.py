@@ -102,6 +102,36 @@ async def test_writer_survives_every_failure_and_saves_everything_later(
     assert "secret" not in caplog.text
 
 
+@pytest.mark.parametrize("when", ["after a failed batch", "during a batch", "before a batch"])
+async def test_abandoned_generations_are_never_saved(stand: Stand, when: str) -> None:
+    stand.store.failure = StoreError("disk")
+    ended, running = stand.begin(), stand.begin("h")
+    for record in (ended, running):
+        record.log.append("x")
+    if when != "before a batch":
+        stand.store.gate = None if when == "after a failed batch" else asyncio.Event()
+        stand.end(ended)
+        await until(lambda: stand.store.commits)
+    if when == "after a failed batch":
+        await until(lambda: stand.told)
+    stand.journal.abandon()
+    if when == "before a batch":
+        stand.end(ended)
+    if stand.store.gate is not None:
+        stand.store.gate.set()
+    await until(lambda: stand.told)
+    assert stand.told == {"g": False}
+    await until(lambda: not stand.journal.unsaved)
+    stand.store.failure = None
+    running.log.append("y")
+    stand.end(running)
+    stand.end(stand.begin("later"))
+    await until(lambda: len(stand.told) == 3)
+    assert stand.told == {"g": False, "h": False, "later": True}
+    assert (await stand.stored("g"), await stand.stored("h")) == (None, None)
+    assert stand.journal.find("me", "g") is None
+
+
 async def test_writer_survives_any_number_of_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "LONGEST_PAUSE", 0.0)
     stand = Stand(interval=1e-9)

@@ -179,6 +179,13 @@ class Journal:
                 record.new, record.deleted = False, True
                 self._late.pop(record, None)
 
+    def abandon(self) -> None:
+        """Save nothing of the generations so far: other nodes have ended them."""
+        records, self._unsaved = [*self._batch, *self._unsaved], {}
+        for record in records:
+            record.lost = True
+        self._notify(records, saved=False)
+
     async def flush(self) -> None:
         """Wait until everything up to now is saved, or an attempt to save it has failed."""
         # The batch under way may lack the newest pieces. The batch after it has them.

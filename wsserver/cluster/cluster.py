@@ -510,6 +510,7 @@ class Cluster:
     async def _rejoin(self) -> None:
         """Join the cluster again as another node, once the replies of this one have ended."""
         self.fenced += 1
+        self._hub.journal.abandon()
         await self._hub.scheduler.idle.wait()
         self.node = self._store.node = secrets.token_hex(8)
         await self.peers.rename(self.node)
