@@ -94,6 +94,13 @@ async def test_late_node_is_buried_once_and_its_writes_are_refused(url: str) -> 
         assert await alive.claim(KEY) == "a"
 
 
+async def test_node_may_join_twice(url: str) -> None:
+    async with cluster(url, "a", "b") as ((_, nodes), (_, others)):
+        await nodes.join()
+        await nodes.renew()
+        assert (await others.renew()).alive == {"a"}
+
+
 async def test_node_that_renews_is_not_buried(url: str) -> None:
     async with cluster(url, "a", "b", life=0.2) as ((_, alive), (b, other)):
         await is_late(alive, "b")

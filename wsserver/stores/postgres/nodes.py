@@ -52,10 +52,11 @@ class Nodes:
         self._store = store
 
     async def join(self) -> None:
-        """Begin to be alive."""
+        """Begin to be alive. A repetition changes nothing: the answer to the first may be lost."""
         async with self._store.connection() as connection:
             await connection.execute(
-                "INSERT INTO node VALUES ($1, clock_timestamp() + make_interval(secs => $2))",
+                "INSERT INTO node VALUES ($1, clock_timestamp() + make_interval(secs => $2)) "
+                "ON CONFLICT DO NOTHING",
                 self.node,
                 self.life,
             )
