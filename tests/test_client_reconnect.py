@@ -17,6 +17,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 import wsserver
 from tests.support.line import Line
+from tests.support.ports import free_port
 from tests.support.process import run
 from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import BOUND, Puppet, until
@@ -240,8 +241,7 @@ async def test_older_server_gets_no_page_size() -> None:
 
 
 async def test_conversation_continues_after_server_restart(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     settings: dict[str, Any] = {
         "port": port,
         "store": f"sqlite:///{tmp_path}/c.sqlite",
@@ -272,8 +272,7 @@ async def test_conversation_continues_after_server_restart(tmp_path: Path) -> No
 async def test_reply_is_interrupted_after_server_kill(tmp_path: Path, interval: str) -> None:
     serve_ = ("-m", "wsserver", "serve", "--demo-rate", "100", "--save-interval", interval)
     store = ("--store", f"sqlite:///{tmp_path}/c.sqlite")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     async with contextlib.AsyncExitStack() as stack:
         first = await stack.enter_async_context(run(*serve_, *store, "--port", port))
         match = await first.line(r"(ws://\S+)")

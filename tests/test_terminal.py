@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import stat
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from websockets.asyncio.server import ServerConnection, serve
 import wsserver
 from tests.support.line import Line
 from tests.support.older import older
+from tests.support.ports import free_port
 from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.replies import Frame, Send, scripted
@@ -172,8 +172,7 @@ async def test_alt_r_repeats_prompt_and_replaces_turn(
 
 
 async def test_killed_server_is_told_and_text_is_kept(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     store = f"sqlite:///{tmp_path}/c.sqlite"
     serve_ = ("-m", "wsserver", "serve", "--port", port, "--store", store, "--demo-rate", "50")
     async with contextlib.AsyncExitStack() as stack:

@@ -12,6 +12,7 @@ knows how long the token took.
 import argparse
 import asyncio
 import json
+import re
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -97,13 +98,25 @@ class Bench:
             await asyncio.sleep(2 * WARM)
             taken.clear()
             used, began = cpu(owner.process.pid), time.monotonic()
+            redis, sent = cpu(self.redis.pid), await self._publications()
             await asyncio.sleep(WINDOW)
             used, took = cpu(owner.process.pid) - used, time.monotonic() - began
-            return {
+            redis, sent = cpu(self.redis.pid) - redis, await self._publications() - sent
+            carried = {
+                "remote: publications a second": sent / took,
+                "remote: Redis' CPU per publication (us)": redis / sent * 1e6,
+            }
+            return (carried if where == "remote" else {}) | {
                 f"{where}: owner's CPU per token (us)": used / (STREAMS * RATE * took) * 1e6,
                 f"{where}: latency of a token, p50 (ms)": quantile(taken, 0.5) * 1e3,
                 f"{where}: latency of a token, p99 (ms)": quantile(taken, 0.99) * 1e3,
             }
+
+    async def _publications(self) -> float:
+        """Return how many messages Redis has taken so far."""
+        stats = await self.redis.command("INFO", "commandstats")
+        found = re.search(r"cmdstat_publish:calls=(\d+)", stats)
+        return float(found[1]) if found else 0.0
 
     async def _read(
         self, stack: AsyncExitStack, url: str, other: str, number: int, taken: list[float]
@@ -163,11 +176,13 @@ class Bench:
             stack.push_async_callback(watching.close)
             await asyncio.sleep(3 * WARM)
             before, began = await transactions(watching), time.monotonic()
-            used = cpu(node.process.pid)
+            used, database = cpu(node.process.pid), cpu_below(self.database.pid)
             await asyncio.sleep(WINDOW)
             took = time.monotonic() - began
             statements = (await transactions(watching) - before) / took
+            database = (cpu_below(self.database.pid) - database) / took
             return {
+                f"PostgreSQL: cores for {SAVED} replies": database,
                 f"PostgreSQL: statements a second for {SAVED} replies": statements,
                 "node: cores for these": (cpu(node.process.pid) - used) / took,
             }
@@ -210,6 +225,12 @@ def cpu(pid: int) -> float:
     """Return the CPU seconds of all threads of a process, to the nanosecond."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def cpu_below(pid: int) -> float:
+    """Return the CPU seconds of a process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return cpu(pid) + sum(cpu(int(child)) for child in children)
 
 
 async def one_round() -> dict[str, float]:

@@ -20,6 +20,7 @@ from typing import Any
 from tests.bench.events import EventLoad
 from tests.bench.load import BOUND, Failure, Load
 from tests.support.crowd import CROWD, MANY
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 PEERS = Path(__file__).parent / "peers"
@@ -299,8 +300,7 @@ class Running:
 @contextlib.contextmanager
 def serve(server: Server, base: str) -> Iterator[Running]:
     """Run a server that uses the upstream `base`, and wait until the server answers."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port: int = held.getsockname()[1]
+    port = free_port()
     env = {"ANTHROPIC_API_KEY": "x", "ANTHROPIC_BASE_URL": base, "PORT": str(port)}
     env |= {"NODE_ENV": "production"}
     env |= {name: value.replace("{upstream}", base) for name, value in server.env.items()}

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from tests.browser.page import (
     visit,
 )
 from tests.support.client import client
+from tests.support.ports import free_port
 from tests.support.process import Process, run
 from tests.support.puppet import Puppet, Thinking
 from tests.support.tools import ROOT
@@ -200,9 +200,7 @@ async def test_server_shutdown_is_shown(
 
 
 async def test_reply_is_marked_interrupted_after_server_crash(blank: Page, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     store = f"sqlite:///{tmp_path / 'chat.sqlite'}"
     where = ("--port", str(port), "--store", store)
     serve = ("-m", "wsserver", "serve", *where, "--demo-rate", "20")

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.test_rolling import Nodes, free_port
+from tests.cluster.test_rolling import Nodes
 from tests.support.line import Line
+from tests.support.ports import free_port
 from tests.support.postgres import Postgres
 from tests.support.redis import RedisServer
 from wsserver.client import Chat, Reply, ReplyError, connect

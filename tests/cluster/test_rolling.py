@@ -4,7 +4,6 @@ import asyncio
 import collections
 import json
 import signal
-import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from playwright.async_api import async_playwright
 
 from tests.browser.page import SWITCHES
 from tests.support.gateways import nginx
+from tests.support.ports import free_port
 from tests.support.process import Process, run
 from tests.support.redis import RedisServer
 from tests.support.tools import ROOT, require_chromium
@@ -58,13 +58,6 @@ CLIENTS = """async ([number, url]) => {
 
 def whole(prompt: str) -> str:
     return "".join(f"{prompt}:{number} " for number in range(WORDS))
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -20,6 +20,7 @@ from websockets.exceptions import InvalidStatus
 import wsserver
 from tests.support.client import Client, client
 from tests.support.host import Host
+from tests.support.ports import free_port
 from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet
 from tests.support.redis import RedisServer
@@ -192,8 +193,7 @@ async def test_reload_reaches_all_workers(url: str, redis: RedisServer, tmp_path
 
 
 async def test_each_worker_has_an_operations_port(url: str, redis: RedisServer) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     def ready(number: int) -> bool:
         with urllib.request.urlopen(f"http://127.0.0.1:{port + number}/readyz") as answer:

@@ -3,13 +3,14 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Self
 
 import pytest
+
+from tests.support.ports import free_port
 
 __all__ = ["PASSWORD", "USER", "Postgres", "require_postgres"]
 
@@ -41,9 +42,7 @@ class Postgres:
         self._programs = require_postgres()
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._schemas = 0
 
     @classmethod
@@ -83,6 +82,12 @@ class Postgres:
         command = self._as_user(str(self._programs / program), *arguments)
         done = subprocess.run(command, capture_output=True, timeout=STARTED, cwd="/", check=False)
         assert not done.returncode, done.stderr.decode()
+
+    @property
+    def pid(self) -> int:
+        """The id of the first process of the server."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start the server, and wait until it accepts connections."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
+
 __all__ = ["RedisServer", "require_redis"]
 
 STARTED = 200  # attempts to connect, 50 ms each
@@ -42,15 +44,19 @@ class RedisServer:
         self._arguments = arguments
         self._tls = tls
         self._config = config
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port: int = free.getsockname()[1]
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
     def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        """The id of the first process of the server."""
+        assert self._process is not None
+        return self._process.pid
 
     def start(self) -> None:
         """Start the server, and wait until it accepts connections."""
