@@ -54,7 +54,10 @@ Row = tuple[Any, ...]
 
 # A save changes counts of its owners. Nodes that lock the owners in one order cannot wait for each
 # other. The array of owners is the first argument.
-LOCK_OWNERS = "SELECT FROM held WHERE owner = ANY($1) ORDER BY owner FOR UPDATE"
+LOCK_OWNERS = """
+    SELECT pg_advisory_xact_lock(hashtext('wsserver owner ' || current_schema()), key)
+    FROM (SELECT DISTINCT hashtext(owner) AS key FROM unnest($1::text[]) AS owner ORDER BY key) AS k
+"""
 _COUNT = len(_ARGUMENTS)
 SAVE = (
     f"WITH fence AS MATERIALIZED (SELECT may_write(${_COUNT + 3}) AS open), "
