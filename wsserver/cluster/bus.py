@@ -92,6 +92,7 @@ class Bus:
         self._sender: asyncio.Task[None] | None = None
         self._subscribed = False
         self._reachable = True  # the last publication succeeded
+        self._stale = False  # the connections for publications may be to a server of before
         self._outbox: dict[str, list[bytes]] = {}
         self._waiting = 0  # bytes in the outbox
         self._flushes: list[asyncio.Future[None]] = []  # wait for what is in the outbox
@@ -192,11 +193,12 @@ class Bus:
             try:
                 await self._publish(outbox)
                 _settle(flushes)
-            except _FAILURES as error:
+            except Exception as error:  # noqa: BLE001 - without this task the node says nothing more
                 _settle(flushes)
+                self._stale = True
                 self.counts.lost += number
                 if self._reachable:  # once per outage
-                    log.error("bus cannot send", reason=_reason(error))
+                    _report("bus cannot send", error)
                 self._reachable = False
                 self.on_lost()
                 await asyncio.sleep(pause)
@@ -209,6 +211,9 @@ class Bus:
             await asyncio.sleep(max(0.0, began + MERGE - time.monotonic()))
 
     async def _publish(self, outbox: dict[str, list[bytes]]) -> None:
+        if self._stale:
+            self._stale = False
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
         head = self.node.encode()
         async with self._redis.pipeline(transaction=False) as pipeline:
             for topic, messages in outbox.items():
@@ -245,20 +250,19 @@ class Bus:
                 else:
                     self._on_reset()
                 await self._receive(connection)
-            except _FAILURES as error:
+            except Exception as error:  # noqa: BLE001 - without this task the node hears nothing more
                 if not opened.done():
                     opened.set_exception(error)
                     return
                 if self._subscribed:  # once per outage
-                    log.error("bus cannot receive", reason=_reason(error))
+                    _report("bus cannot receive", error)
                     self.counts.resets += 1
-                self._subscribed = False
+                self._subscribed, self._stale = False, True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
             finally:
                 with contextlib.suppress(*_FAILURES):
                     await connection.disconnect(nowait=True)
-                    await self._redis.connection_pool.disconnect(inuse_connections=False)
 
     async def _subscribe(self, connection: AbstractConnection) -> None:
         """Subscribe to all topics, and wait for the confirmations."""
@@ -290,7 +294,7 @@ class Bus:
         finally:
             await _cancel(tasks)
             failures = await asyncio.gather(*tasks, return_exceptions=True)
-        raise next(failure for failure in failures if isinstance(failure, _FAILURES)) from None
+        raise next(failure for failure in failures if isinstance(failure, Exception)) from None
 
     async def _read(self, connection: AbstractConnection) -> None:
         echo = self._echo.encode()
@@ -360,6 +364,11 @@ async def _cancel(tasks: Collection["asyncio.Task[None]"]) -> None:
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=MERGE)
+
+
+def _report(event: str, error: Exception) -> None:
+    known = isinstance(error, _FAILURES)
+    log.error(event, reason=_reason(error) if known else None, failure=None if known else error)
 
 
 def _reason(error: BaseException) -> str:

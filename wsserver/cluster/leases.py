@@ -88,25 +88,29 @@ class Leases:
         return None
 
     async def _release_unused(self) -> None:
-        """Release the conversations in which nothing has happened for a while.
-
-        A node that drains releases them at once, so that they go on elsewhere.
-        """
+        """Release the conversations in which nothing has happened for a while, again and again."""
         while True:
             draining = self._hub.scheduler.draining
             await asyncio.sleep(SWEEP_DRAINING if draining else SWEEP)
-            self._on_sweep()
-            due = self._loop.time() - (0 if draining else LINGER)
-            keys = []
-            for key, used in tuple(self._held.items()):
-                conversation = self._hub.conversations.known(*key)
-                busy = conversation is not None and (conversation.live or conversation.pins)
-                if busy or self._hub.journal.has_late(*key):
-                    self._held[key] = self._loop.time()
-                elif used < due:
-                    keys.append(key)
-            if keys:
-                await self._release(keys)
+            try:
+                self._on_sweep()
+                await self._sweep(draining=draining)
+            except Exception as error:  # noqa: BLE001 - without this task nothing is released
+                log.error("conversations not released", failure=error)
+
+    async def _sweep(self, *, draining: bool) -> None:
+        """Release what is not used; at once while this node drains, so that others get it."""
+        due = self._loop.time() - (0 if draining else LINGER)
+        keys = []
+        for key, used in tuple(self._held.items()):
+            conversation = self._hub.conversations.known(*key)
+            busy = conversation is not None and (conversation.live or conversation.pins)
+            if busy or self._hub.journal.has_late(*key):
+                self._held[key] = self._loop.time()
+            elif used < due:
+                keys.append(key)
+        if keys:
+            await self._release(keys)
 
     async def _release(self, keys: list[Key]) -> None:
         released = self._loop.create_future()

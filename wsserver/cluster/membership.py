@@ -118,7 +118,10 @@ class Membership:
                 continue
             self._extend(began)
             self.others = others.alive
-            self._on_others(others.alive | await self._bury(others.late), began)
+            try:
+                self._on_others(others.alive | await self._bury(others.late), began)
+            except Exception as error:  # noqa: BLE001 - without this task the node would be buried
+                log.error("other nodes not checked", failure=error)
             wait = self._life / 3
             if others.next is not None:  # look again when the next node may have died
                 wait = min(wait, max(SOONEST, others.next))
