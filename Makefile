@@ -25,16 +25,17 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 # The parts of the suite run side by side, the longest ones first. Make prints the output of each
-# when the part has ended.
-PARTS := folders files browser fast
-TESTS_folders := -m slow $(filter-out tests/browser/ tests/__pycache__/,$(wildcard tests/*/))
+# when the part has ended, and runs the others although one has failed.
+PARTS := folders browser files cluster fast
+TESTS_folders := -m slow $(filter-out tests/browser/ tests/cluster/ tests/__pycache__/,$(wildcard tests/*/))
 TESTS_files := -m slow $(wildcard tests/test_*.py)
 TESTS_browser := -m slow tests/browser
+TESTS_cluster := -m slow tests/cluster
 TESTS_fast := -m "not slow"
 
 whole: $(VENV)/test.stamp system
 	@rm -f .coverage .coverage.*
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(PARTS:%=part-%)
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target $(PARTS:%=part-%)
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
