@@ -1,0 +1,53 @@
+"""A node that could not renew in time is buried by the others, and joins again."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import Start
+from tests.support.client import client
+from tests.support.puppet import BOUND, Puppet, until
+from tests.support.talk import ID, ONE, OTHER, TWO, exchange, opened, turns
+from wsserver.stores.postgres.nodes import Nodes
+
+pytestmark = pytest.mark.slow
+
+
+async def test_buried_node_ends_its_replies_and_joins_again(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, other = [await start(lease=1.0, titles="off") for _ in range(2)]
+    cluster = late.app.cluster
+    assert cluster is not None
+    name, renew, go_on = cluster.node, Nodes.renew, asyncio.Event()
+
+    async def hang(self: Nodes) -> Any:
+        if self.node == name:
+            await go_on.wait()
+        return await renew(self)
+
+    async with client(late) as a, client(other) as b:
+        await a.prompt("First", conversation=ONE, id=ID)
+        reply = (await puppet.reply()).say("half")
+        await opened(b)
+        await b.next("token", id=ID)
+        await a.prompt("Second", conversation=ONE, id=OTHER, on_busy="queue")
+        monkeypatch.setattr(Nodes, "renew", hang)
+        for chat in (a, b):
+            text, error = await chat.text(ID)
+            assert (text, error["code"]) == ("half", "interrupted")
+        assert reply.closed.is_set()
+        assert len(puppet.replies) == 1  # the waiting prompt did not run
+        assert (await a.prompt("Now?", conversation=TWO))["code"] == "unavailable"
+        async with asyncio.timeout(BOUND):  # until the other node has buried it
+            while (await b.prompt("Go on", conversation=ONE))["type"] == "error":  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        (await puppet.reply(1)).say("Here").end()
+        await b.next("done")
+        go_on.set()
+        await until(lambda: cluster.node != name and cluster.membership.alive)
+        assert cluster.fenced == 1
+        async with asyncio.timeout(BOUND):
+            await exchange(a, puppet, "Again", "Yes", conversation=ONE)
+        assert (await turns(b))[-1] == ("assistant", "Yes", None)
