@@ -33,6 +33,7 @@ STREAMS, RATE = 100, 50.0
 WARM, WINDOW = 2.0, 8.0  # seconds
 STOPS = 200
 SAVED, SAVED_RATE = 500, 30.0  # replies and their tokens per second, while PostgreSQL is measured
+COUNTED = 12.0  # seconds until an idle connection of PostgreSQL has counted its transactions
 LIMITS = {
     "GENERATIONS_PER_PRINCIPAL": 5000,
     "GENERATIONS_PER_SOCKET": 1000,
@@ -51,9 +52,14 @@ LIMITS = {
 
 
 async def model(request: Request) -> AsyncIterator[str]:
-    """Write the time at a rate, until the reply is stopped."""
-    rate, loop = float(request.prompt), asyncio.get_running_loop()
-    due = loop.time()
+    """Write the time at a rate, until the reply is stopped.
+
+    The prompt has the rate and the place of the reply among all replies. The tokens of all replies
+    are spread over time in the same way, however fast the server accepted the prompts.
+    """
+    rate, place = map(float, request.prompt.split())
+    loop = asyncio.get_running_loop()
+    due = (loop.time() * rate // 1 + place) / rate
     while True:
         due += 1 / rate
         await asyncio.sleep(max(0.0, due - loop.time()))
@@ -79,38 +85,70 @@ class Bench:
         )
         return process, (await process.line(r"websocket +(\S+)"))[1]
 
-    async def streams(self, where: str) -> dict[str, float]:
-        """Measure streams whose readers are on the owner's node or on another one.
+    async def owners(self) -> dict[str, float]:
+        """Measure the owners of replies: without a cluster, with local and with remote readers.
+
+        All three run at the same time: the speed of a core of this machine changes by the minute.
+        """
+        async with AsyncExitStack() as stack:
+            owners = {
+                where: await self._stream(stack, where, [])
+                for where in ("alone", "local", "remote")
+            }
+            await asyncio.sleep(2 * WARM)
+            used = {where: cpu(owner.process.pid) for where, owner in owners.items()}
+            began = time.monotonic()
+            await asyncio.sleep(2 * WINDOW)
+            tokens = STREAMS * RATE * (time.monotonic() - began)
+            each = {
+                where: (cpu(owner.process.pid) - used[where]) / tokens * 1e6
+                for where, owner in owners.items()
+            }
+            return {
+                f"{where}: owner's CPU per token (us)": value for where, value in each.items()
+            } | {
+                "owner's CPU per token, local to alone": each["local"] / each["alone"],
+                "owner's CPU per token, remote to local": each["remote"] / each["local"],
+            }
+
+    async def readers(self, where: str) -> dict[str, float]:
+        """Measure what the readers of replies get, on the owner's node or on another one."""
+        async with AsyncExitStack() as stack:
+            taken: list[float] = []
+            await self._stream(stack, where, taken)
+            await asyncio.sleep(2 * WARM)
+            taken.clear()
+            began, redis, sent = time.monotonic(), cpu(self.redis.pid), await self._publications()
+            await asyncio.sleep(WINDOW)
+            sent = await self._publications() - sent
+            redis, took = cpu(self.redis.pid) - redis, time.monotonic() - began
+            found = {
+                f"{where}: latency of a token, p50 (ms)": quantile(taken, 0.5) * 1e3,
+                f"{where}: latency of a token, p99 (ms)": quantile(taken, 0.99) * 1e3,
+                f"{where}: publications a second": sent / took,
+            }
+            if where == "remote":
+                found["remote: Redis' CPU per publication (us)"] = redis / sent * 1e6
+            return found
+
+    async def _stream(self, stack: AsyncExitStack, where: str, taken: list[float]) -> Process:
+        """Start servers, and replies whose readers note how long each token took.
 
         Args:
             where: ``alone`` without a cluster, ``local`` or ``remote``.
+
+        Returns:
+            The owner of the replies.
         """
-        async with AsyncExitStack() as stack:
-            store = self.database.url()
-            owner, url = await self.server(stack, store, alone=where == "alone")
-            other = url if where != "remote" else (await self.server(stack, store))[1]
-            taken: list[float] = []
-            reading = [
-                asyncio.create_task(self._read(stack, url, other, number, taken))
-                for number in range(STREAMS)
-            ]
-            stack.callback(lambda: [task.cancel() for task in reading])
-            await asyncio.sleep(2 * WARM)
-            taken.clear()
-            used, began = cpu(owner.process.pid), time.monotonic()
-            redis, sent = cpu(self.redis.pid), await self._publications()
-            await asyncio.sleep(WINDOW)
-            used, took = cpu(owner.process.pid) - used, time.monotonic() - began
-            redis, sent = cpu(self.redis.pid) - redis, await self._publications() - sent
-            carried = {
-                "remote: publications a second": sent / took,
-                "remote: Redis' CPU per publication (us)": redis / sent * 1e6,
-            }
-            return (carried if where == "remote" else {}) | {
-                f"{where}: owner's CPU per token (us)": used / (STREAMS * RATE * took) * 1e6,
-                f"{where}: latency of a token, p50 (ms)": quantile(taken, 0.5) * 1e3,
-                f"{where}: latency of a token, p99 (ms)": quantile(taken, 0.99) * 1e3,
-            }
+        store = self.database.url()
+        owner, url = await self.server(stack, store, alone=where == "alone")
+        other = url if where != "remote" else (await self.server(stack, store))[1]
+        reading = [
+            asyncio.create_task(self._read(stack, url, other, number, taken))
+            for number in range(STREAMS)
+        ]
+        stack.callback(lambda: [task.cancel() for task in reading])
+        return owner
 
     async def _publications(self) -> float:
         """Return how many messages Redis has taken so far."""
@@ -123,7 +161,8 @@ class Bench:
     ) -> None:
         name = f"reply-number-{number:06}"
         asking = await opened(stack, url)
-        prompt = {"prompt": str(RATE), "conversation": f"conversation-{number:06}", "id": name}
+        paced = f"{RATE} {number / STREAMS}"
+        prompt = {"prompt": paced, "conversation": f"conversation-{number:06}", "id": name}
         await ask(asking, prompt)
         reader = asking
         if other != url:
@@ -145,7 +184,7 @@ class Bench:
             taken = []
             for number in range(STOPS):
                 name = f"stopped-reply-{number:06}"
-                prompt = {"prompt": str(RATE), "conversation": f"conversation-{number:06}"}
+                prompt = {"prompt": f"{RATE} 0", "conversation": f"conversation-{number:06}"}
                 await asking.send(json.dumps({**prompt, "id": name}))
                 await until(asking, "token", name)
                 await stopping.send(json.dumps({"type": "resume", "id": name}))
@@ -168,13 +207,16 @@ class Bench:
             node, url = await self.server(stack, store)
             asking = await opened(stack, url)
             for number in range(SAVED):
-                prompt = {"prompt": str(SAVED_RATE), "conversation": f"conversation-{number:06}"}
+                paced = f"{SAVED_RATE} {number / SAVED}"
+                prompt = {"prompt": paced, "conversation": f"conversation-{number:06}"}
                 await asking.send(json.dumps(prompt))
+                while json.loads(await asking.recv())["type"] != "start":
+                    pass
             drain = asyncio.create_task(read_all(asking))
             stack.callback(drain.cancel)
             watching = await asyncpg.connect(store.partition("?")[0])
             stack.push_async_callback(watching.close)
-            await asyncio.sleep(3 * WARM)
+            await asyncio.sleep(COUNTED)
             before, began = await transactions(watching), time.monotonic()
             used, database = cpu(node.process.pid), cpu_below(self.database.pid)
             await asyncio.sleep(WINDOW)
@@ -236,11 +278,12 @@ def cpu_below(pid: int) -> float:
 async def one_round() -> dict[str, float]:
     database, redis = Postgres.create(), RedisServer()
     try:
-        bench, found = Bench(database, redis), dict[str, float]()
-        for where in ("alone", "local", "remote"):
-            found |= await bench.streams(where)
-        found |= await bench.stops()
-        return found | await bench.saving()
+        bench = Bench(database, redis)
+        found = await bench.saving()  # in the first minute, before autovacuum adds transactions
+        found |= await bench.owners()
+        for where in ("local", "remote"):
+            found |= await bench.readers(where)
+        return found | await bench.stops()
     finally:
         database.remove()
         redis.kill()
@@ -248,7 +291,7 @@ async def one_round() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.nodes")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="each takes 75 seconds")
     rounds = [asyncio.run(one_round()) for _ in range(parser.parse_args().rounds)]
     for name in rounds[0]:
         values = [found[name] for found in rounds]
