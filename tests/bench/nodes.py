@@ -91,24 +91,24 @@ class Bench:
         All three run at the same time: the speed of a core of this machine changes by the minute.
         """
         async with AsyncExitStack() as stack:
-            owners = {
-                where: await self._stream(stack, where, [])
-                for where in ("alone", "local", "remote")
-            }
+            cases = [await self._stream(stack, where, []) for where in ("alone", "local", "remote")]
             await asyncio.sleep(2 * WARM)
-            used = {where: cpu(owner.process.pid) for where, owner in owners.items()}
-            began = time.monotonic()
+            pids = [process.process.pid for processes in cases for process in processes]
+            used, began, through = [cpu(pid) for pid in pids], time.monotonic(), await self._bytes()
             await asyncio.sleep(2 * WINDOW)
             tokens = STREAMS * RATE * (time.monotonic() - began)
-            each = {
-                where: (cpu(owner.process.pid) - used[where]) / tokens * 1e6
-                for where, owner in owners.items()
-            }
+            through = await self._bytes() - through
+            alone, local, remote, other = (
+                (cpu(pid) - before) / tokens * 1e6 for pid, before in zip(pids, used, strict=True)
+            )
             return {
-                f"{where}: owner's CPU per token (us)": value for where, value in each.items()
-            } | {
-                "owner's CPU per token, local to alone": each["local"] / each["alone"],
-                "owner's CPU per token, remote to local": each["remote"] / each["local"],
+                "alone: owner's CPU per token (us)": alone,
+                "local: owner's CPU per token (us)": local,
+                "remote: owner's CPU per token (us)": remote,
+                "remote: CPU per token of the other node (us)": other,
+                "remote: bytes per token to Redis": through / tokens,
+                "owner's CPU per token, local to alone": local / alone,
+                "owner's CPU per token, remote to local": remote / local,
             }
 
     async def readers(self, where: str) -> dict[str, float]:
@@ -131,24 +131,33 @@ class Bench:
                 found["remote: Redis' CPU per publication (us)"] = redis / sent * 1e6
             return found
 
-    async def _stream(self, stack: AsyncExitStack, where: str, taken: list[float]) -> Process:
+    async def _stream(self, stack: AsyncExitStack, where: str, taken: list[float]) -> list[Process]:
         """Start servers, and replies whose readers note how long each token took.
 
         Args:
             where: ``alone`` without a cluster, ``local`` or ``remote``.
 
         Returns:
-            The owner of the replies.
+            The owner of the replies, and the node of the readers if it is another one.
         """
         store = self.database.url()
-        owner, url = await self.server(stack, store, alone=where == "alone")
-        other = url if where != "remote" else (await self.server(stack, store))[1]
+        servers = [await self.server(stack, store, alone=where == "alone")]
+        if where == "remote":
+            servers.append(await self.server(stack, store))
+        url, other = servers[0][1], servers[-1][1]
         reading = [
             asyncio.create_task(self._read(stack, url, other, number, taken))
             for number in range(STREAMS)
         ]
         stack.callback(lambda: [task.cancel() for task in reading])
-        return owner
+        return [process for process, _ in servers]
+
+    async def _bytes(self) -> float:
+        """Return how many bytes Redis has received so far."""
+        stats = await self.redis.command("INFO", "stats")
+        found = re.search(r"total_net_input_bytes:(\d+)", stats)
+        assert found is not None, stats
+        return float(found[1])
 
     async def _publications(self) -> float:
         """Return how many messages Redis has taken so far."""
@@ -218,13 +227,16 @@ class Bench:
             stack.push_async_callback(watching.close)
             await asyncio.sleep(COUNTED)
             before, began = await transactions(watching), time.monotonic()
+            log = await written(watching)
             used, database = cpu(node.process.pid), cpu_below(self.database.pid)
             await asyncio.sleep(WINDOW)
             took = time.monotonic() - began
             statements = (await transactions(watching) - before) / took
             database = (cpu_below(self.database.pid) - database) / took
+            log = (await written(watching) - log) / took / 1000
             return {
                 f"PostgreSQL: cores for {SAVED} replies": database,
+                f"PostgreSQL: KB of write-ahead log a second for {SAVED} replies": log,
                 f"PostgreSQL: statements a second for {SAVED} replies": statements,
                 "node: cores for these": (cpu(node.process.pid) - used) / took,
             }
@@ -261,6 +273,11 @@ async def transactions(connection: Any) -> float:
             "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
         )
     )
+
+
+async def written(connection: Any) -> float:
+    """Return the bytes of the write-ahead log so far."""
+    return float(await connection.fetchval("SELECT pg_current_wal_lsn() - '0/0'"))
 
 
 def cpu(pid: int) -> float:
