@@ -18,6 +18,7 @@ from websockets.asyncio.client import connect as connect_raw
 from websockets.exceptions import InvalidStatus
 
 import wsserver
+from tests.listening.clients import on_unix
 from tests.support.client import Client, client
 from tests.support.host import Host
 from tests.support.ports import free_port
@@ -68,6 +69,9 @@ async def workers(
         await process.line(rf"workers +{number}$")
         await process.line("Ctrl-C stops")
         yield process, cast("Host", SimpleNamespace(url=address))
+        if process.process.returncode is None:
+            process.signal(signal.SIGTERM)
+            assert await process.end() == 0
 
 
 def pids(output: str) -> list[int]:
@@ -227,6 +231,30 @@ async def test_workers_need_what_nodes_share() -> None:
     async with run("-m", "wsserver", "serve", "--workers", "2", "--port", "0") as process:
         assert await process.end() == 2
     assert process.output.startswith("wsserver: workers: several processes need a store in")
+
+
+async def test_workers_share_a_unix_socket(url: str, redis: RedisServer, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    flags = ["--workers", "2", "--demo-rate", "5000", "--allow-anonymous"]
+    async with run(
+        "-m",
+        "wsserver",
+        "serve",
+        *flags,
+        "--unix-socket",
+        str(path),
+        WSSERVER_STORE=url,
+        WSSERVER_CLUSTER=redis.url,
+    ) as process:
+        await process.line("Ctrl-C stops")
+        async with AsyncExitStack() as stack:
+            for number in range(6):
+                chat = await stack.enter_async_context(on_unix(path))
+                await chat.prompt("Hello", id=f"on-a-unix-socket-{number}")
+                await chat.next("done")
+        process.signal(signal.SIGTERM)
+        assert await process.end() == 0
+    assert not path.exists()
 
 
 async def test_port_in_use_is_one_line(url: str, redis: RedisServer) -> None:
