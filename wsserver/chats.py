@@ -9,7 +9,6 @@ from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
-from weakref import WeakValueDictionary
 
 from wsserver.admission import Visitor
 from wsserver.chat_http import (
@@ -77,8 +76,6 @@ class Chats:
         self._hub = hub
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        # The last reply to each chat that the store does not know, by owner and conversation.
-        self._unstored: WeakValueDictionary[tuple[str, str], Generation] = WeakValueDictionary()
         self._streams: dict[ReplyStream, None] = {}
         self._idle = asyncio.Event()
         self._requests = Rates(settings.frame_rate, settings.frame_burst)
@@ -217,16 +214,25 @@ class Chats:
         keys = {**chat.keys, **prompt_keys(chat, turns)}
         generation = await self._accept(parse_prompt(keys), visitor)
         if generation.conversation_id is None:
-            self._unstored[owner, chat.conversation] = generation
+            self._hub.note_unstored(owner, chat.conversation, generation)
         return self._stream(generation, visitor, dialect, grace=grace)
 
-    async def _live(self, owner: str, name: str) -> list[Generation]:
-        """Return the generations of a conversation that have not ended, in order."""
+    async def _live(self, owner: str, name: str, *, sure: bool = False) -> list[Generation]:
+        """Return the generations of a chat that have not ended, in order.
+
+        Args:
+            owner: the owner of the chat.
+            name: the conversation that the chat is.
+            sure: raise an error if a node does not answer that may have another one.
+        """
         live = await self._hub.live_in(owner, name)
-        unstored = self._unstored.get((owner, name))
-        if unstored is not None and unstored.log.terminal is None:
-            live = [*live, unstored]
-        return live
+        try:
+            unstored = await self._hub.unstored(owner, name)
+        except Refused:
+            if sure and not live:
+                raise
+            return live
+        return live if unstored is None else [*live, unstored]
 
     async def _reply_of(self, owner: str, name: str) -> Generation | None:
         """Return the generation of a conversation that runs, or will; else one that ends."""
@@ -257,7 +263,11 @@ class Chats:
         """Stop a generation, or all of a chat."""
         owner, name = _owner(visitor), unquote(name)
         known = await self._hub.find_live(owner, name, visitor.account)
-        found = await self._live(owner, conversation_of(name)) if known is None else [known]
+        found = (
+            [known]
+            if known is not None
+            else await self._live(owner, conversation_of(name), sure=True)
+        )
         running = [generation for generation in found if generation.state is not State.ENDED]
         if not running:
             raise Refused(Code.NOT_RUNNING)

@@ -76,6 +76,14 @@ class Elsewhere(Protocol):
         """
         ...
 
+    async def unstored(self, owner: str, name: str) -> Generation | None:
+        """Follow the reply to a chat that the store does not know; return None if none runs.
+
+        Raises:
+            Refused: no node has it, and a node does not answer.
+        """
+        ...
+
     async def stop(self, generation: Generation) -> None:
         """Stop a generation of another node, and wait until its request is closed."""
         ...

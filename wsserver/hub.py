@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 from wsserver.accounts import Accounts
 from wsserver.conversations import Conversations
@@ -90,6 +91,8 @@ class Hub:
         )
         # The chats whose pages asked for a running reply: they ask again after a reload.
         self.resuming: OrderedDict[tuple[str, str], None] = OrderedDict()
+        # The last reply to each chat that the store does not know, by owner and conversation.
+        self._unstored: WeakValueDictionary[tuple[str, str], Generation] = WeakValueDictionary()
         self._detached: set[asyncio.Task[None]] = set()  # requests of disconnected clients
         self.elsewhere: Elsewhere | None = None  # the other nodes
 
@@ -164,6 +167,27 @@ class Hub:
         async with self.conversations.pin(name, owner) as conversation:
             await self.elsewhere.learn(conversation)
             return conversation.live
+
+    def note_unstored(self, owner: str, name: str, generation: Generation) -> None:
+        """Note the newest reply to a chat that the store does not know, until it has ended."""
+        self._unstored[owner, name] = generation
+
+    def known_unstored(self, owner: str, name: str) -> Generation | None:
+        """Return the running reply to a chat that the store does not know, if it is in memory."""
+        generation = self._unstored.get((owner, name))
+        running = generation is not None and generation.log.terminal is None
+        return generation if running else None
+
+    async def unstored(self, owner: str, name: str) -> Generation | None:
+        """Return the running reply to a chat that the store does not know, on any node.
+
+        Raises:
+            Refused: no node has it, and a node does not answer.
+        """
+        generation = self.known_unstored(owner, name)
+        if generation is None and self.elsewhere is not None:
+            return await self.elsewhere.unstored(owner, name)
+        return generation
 
     # Stopping and following.
 

@@ -309,6 +309,25 @@ class Cluster:
             return self._attach(node, facts, conversation)
         return None  # it has ended just now
 
+    async def unstored(self, owner: str, name: str) -> Generation | None:
+        """Follow the reply to a chat that the store does not know; return None if none runs.
+
+        Raises:
+            Refused: no node has it, and a node does not answer.
+        """
+        nodes = tuple(self.membership.others)
+        body = {"owner": owner, "chat": name}
+        asked = (self.peers.ask(node, "live", body) for node in nodes)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for node, answer in zip(nodes, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                for facts in answer["live"]:
+                    return self._attach(node, facts, None)
+        for answer in answers:
+            if isinstance(answer, Refused):
+                raise answer
+        return None
+
     def _on_follow(self, node: str, body: Body) -> None:
         generation = self._hub.known(body["owner"], body["id"])
         if generation is not None and generation.node is None:
@@ -389,6 +408,9 @@ class Cluster:
     async def _on_live(self, _: str, body: Body) -> Body:
         if "id" in body:
             generation = self._hub.known(body["owner"], body["id"])
+            found = [] if generation is None else [generation]
+        elif "chat" in body:
+            generation = self._hub.known_unstored(body["owner"], body["chat"])
             found = [] if generation is None else [generation]
         else:
             conversation = self._hub.conversations.known(body["owner"], body["conversation"])
