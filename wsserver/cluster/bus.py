@@ -309,7 +309,7 @@ class Bus:
             elif kind == b"message":
                 sender, *messages = rest[0].split(b"\n")
                 self.counts.received += len(messages)
-                self._on_messages(channel.decode(), sender.decode(), messages)
+                self._on_messages(channel.decode(), sender.decode(errors="replace"), messages)
 
     async def _keep(self, connection: AbstractConnection) -> None:
         """Tell Redis of changed topics, and check that messages come back.

@@ -329,6 +329,8 @@ class Cluster:
         return None
 
     def _on_follow(self, node: str, body: Body) -> None:
+        if not (isinstance(body["h"], int) and isinstance(body["after"], int)) or body["after"] < 0:
+            raise ValueError("no such handle, or no such piece")
         generation = self._hub.known(body["owner"], body["id"])
         if generation is not None and generation.node is None:
             self.readers.add(node, body["h"], generation, body["after"])

@@ -148,7 +148,8 @@ class Peers:
         if kind == ANSWER:
             self._take_answer(sender, body)
         elif kind in self.handlers:
-            task = asyncio.get_running_loop().create_task(self._answer(kind, sender, body))
+            work = self._answer(kind, sender, body.pop("n"), body)
+            task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif kind in self.listeners and sender != self.node:
@@ -171,8 +172,7 @@ class Peers:
             refused.about = refusal["about"]
             answer.set_exception(refused)
 
-    async def _answer(self, kind: str, sender: str, body: Body) -> None:
-        number = body.pop("n")
+    async def _answer(self, kind: str, sender: str, number: int, body: Body) -> None:
         try:
             answer = {"ok": await self.handlers[kind](sender, body)}
         except Exception as error:  # noqa: BLE001

@@ -13,6 +13,7 @@ from typing import Any
 from wsserver.cluster.peers import Peers
 from wsserver.hub import Hub
 from wsserver.live import Generation
+from wsserver.logs import log
 from wsserver.stores.records import dump_terminal
 
 WINDOW = 262_144  # characters that a node has not acknowledged
@@ -114,14 +115,17 @@ class Readers:
         dirty = tuple(self._dirty)
         self._dirty.clear()
         for reader in dirty:
-            self._send(reader)
+            try:
+                self._send(reader)
+            except Exception as error:  # noqa: BLE001 - without the bus this node says nothing more
+                log.error("reply not sent to another node", other=reader.node, failure=error)
 
     def _send(self, reader: Reader) -> None:
-        log = reader.generation.log
+        source = reader.generation.log
         runs: list[tuple[str, int, list[str]]] = []
         after, size = reader.sent, 0
         if reader.unacknowledged < WINDOW:
-            for kind, block, data in log.pieces.runs(after):
+            for kind, block, data in source.pieces.runs(after):
                 taken = []
                 for piece in data:
                     taken.append(piece)
@@ -132,8 +136,8 @@ class Readers:
                 reader.sent += len(taken)
                 if size >= SPOON:
                     break
-        whole = reader.sent == log.seq
-        terminal = log.terminal if whole else None
+        whole = reader.sent == source.seq
+        terminal = source.terminal if whole else None
         if not runs and terminal is None:
             return
         body: dict[str, Any] = {"h": reader.handle, "a": after, "r": runs}
