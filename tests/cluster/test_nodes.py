@@ -284,6 +284,24 @@ async def test_copy_of_a_reply_is_counted_in_memory_and_waits_for_it(
     await until(lambda: memory.used == memory.cached)
 
 
+async def test_long_reply_goes_on_although_its_acknowledgements_are_lost(
+    nodes: Nodes, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WINDOW", "SPOON"):
+        monkeypatch.setattr(f"wsserver.cluster.readers.{name}", 1000)
+    monkeypatch.setattr("wsserver.cluster.mirrors.ACKNOWLEDGE", 10**9)  # as if they were lost
+    monkeypatch.setattr("wsserver.cluster.mirrors.PROBE", 0.05)
+    async with client(nodes[0]) as a, client(nodes[1]) as b:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        await opened(b)
+        await a.prompt("Long", conversation=ONE, id=ID)
+        reply = await puppet.reply(1)
+        for _ in range(5):
+            reply.say("x" * 1000)
+        reply.end()
+        assert (await b.text(ID))[0] == "x" * 5000
+
+
 async def test_reply_that_nobody_follows_here_is_not_copied_for_long(
     nodes: Nodes, puppet: Puppet
 ) -> None:

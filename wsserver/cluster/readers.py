@@ -69,12 +69,14 @@ class Readers:
         return len(self._readers)
 
     def add(self, node: str, handle: int, generation: Generation, after: int) -> None:
-        """Send a log from a piece on. The node may ask again, because it has lost something."""
+        """Send a log from a piece on.
+
+        The node may ask again: it has lost something, or this node has lost what acknowledges.
+        """
         known = self._readers.get((node, handle))
         if known is not None:
-            if known.sent != after:
-                known.sent, known.unacknowledged = after, 0
-                known.sizes.clear()
+            known.sent, known.unacknowledged = after, 0
+            known.sizes.clear()
             known.wake()
             return
         for old in [r for r in self._readers.values() if r.node == node]:
