@@ -211,6 +211,21 @@ async def test_stop_without_redis_is_told_and_works_after_it(
         assert (await two.reader.text(ID))[1]["by"] == "client"
 
 
+async def test_node_shuts_down_although_the_database_is_away(
+    redis: RedisServer, puppet: Puppet
+) -> None:
+    database = Postgres.create()
+    try:
+        settings: dict[str, Any] = {"store": database.url(), "cluster": redis.url}
+        async with wsserver.serve(puppet, port=0, drain_timeout=0, **settings) as node:
+            cluster = node.app.cluster
+            assert cluster is not None
+            database.stop(signal.SIGKILL)
+        assert not cluster.peers.bus.healthy  # the node has left Redis too
+    finally:
+        database.remove()
+
+
 async def test_replies_survive_a_restart_of_the_database(
     redis: RedisServer, puppet: Puppet
 ) -> None:

@@ -128,6 +128,7 @@ class Bus:
         tasks = {task for task in (self._listener, self._sender) if task is not None}
         self._listener = self._sender = None
         await _cancel(tasks)
+        self._subscribed = False
         with contextlib.suppress(*_FAILURES):
             await self._redis.aclose()
 

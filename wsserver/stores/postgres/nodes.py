@@ -52,7 +52,11 @@ class Nodes:
         self._store = store
 
     async def join(self) -> None:
-        """Begin to be alive. A repetition changes nothing: the answer to the first may be lost."""
+        """Begin to be alive. A repetition changes nothing: the answer to the first may be lost.
+
+        Raises:
+            StoreError: the database cannot be used now.
+        """
         async with self._store.connection() as connection:
             await connection.execute(
                 "INSERT INTO node VALUES ($1, clock_timestamp() + make_interval(secs => $2)) "
@@ -65,6 +69,9 @@ class Nodes:
         """Stop to be alive, and release all conversations. No reply runs any more.
 
         Replies whose end could not be saved end as interrupted.
+
+        Raises:
+            StoreError: the database cannot be used now.
         """
         await self._store.end_replies(self.node)
         async with self._store.connection() as connection:
@@ -106,6 +113,9 @@ class Nodes:
 
         Returns:
             False if the node has renewed after all.
+
+        Raises:
+            StoreError: the database cannot be used now.
         """
         async with self._store.connection() as connection, connection.transaction():
             # Waits for writes of the node, and no write follows.
@@ -136,7 +146,11 @@ class Nodes:
         return str(holder)
 
     async def release(self, keys: Iterable[Key]) -> None:
-        """Let other nodes lease conversations in which nothing runs or waits."""
+        """Let other nodes lease conversations in which nothing runs or waits.
+
+        Raises:
+            StoreError: the database cannot be used now.
+        """
         owners, names = zip(*keys, strict=True)
         async with self._store.connection() as connection:
             await connection.execute(
@@ -148,7 +162,11 @@ class Nodes:
             )
 
     async def holder(self, key: Key) -> str | None:
-        """Return the node that has a conversation; None if none has."""
+        """Return the node that has a conversation; None if none has.
+
+        Raises:
+            StoreError: the database cannot be used now.
+        """
         async with self._store.connection() as connection:
             holder = await connection.fetchval(
                 "SELECT node FROM lease WHERE owner = $1 AND conversation = $2", *key

@@ -3,8 +3,9 @@
 Each call is one statement or one short transaction, prepared on the connections of a pool. A batch
 of the journal is one statement, whatever its number of replies.
 
-One server uses the tables at a time: it holds an advisory lock for as long as it runs. After a
-restart of the database the store connects again by itself.
+One server, or the nodes of one cluster, use the tables at a time: each holds an advisory lock for
+as long as it runs, and only nodes share the lock. After a restart of the database the store
+connects again by itself.
 """
 
 import asyncio
@@ -186,14 +187,11 @@ class PostgresStore:
             )
             if not self._copying and self.node is None:
                 await self.end_replies(None)
-        except ConfigError:
+        except BaseException as error:
             await self.close()
-            raise
-        except _FAILURES as error:
-            await self.close()
-            raise ConfigError(f"store: cannot use {self._place}: {_reason(error)}") from error
-        except BaseException:
-            await self.close()
+            if isinstance(error, (*_FAILURES, StoreError)):
+                reason = str(error) if isinstance(error, StoreError) else _reason(error)
+                raise ConfigError(f"store: cannot use {self._place}: {reason}") from error
             raise
 
     async def close(self) -> None:
@@ -234,9 +232,12 @@ class PostgresStore:
 
         Args:
             node: the id of the node; None for all generations.
+
+        Raises:
+            StoreError: the database cannot be used now.
         """
         now = self.now()
-        async with self._pool.acquire() as connection, connection.transaction():
+        async with self.connection() as connection, connection.transaction():
             dead = await connection.fetch(
                 "SELECT number, owner, id, began, model FROM generation "
                 "WHERE ended IS NULL AND ($1::text IS NULL OR node = $1) FOR UPDATE",
