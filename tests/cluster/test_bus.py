@@ -114,6 +114,32 @@ async def test_topic_is_received_between_subscribe_and_unsubscribe(redis: RedisS
         assert [message for _, _, message in b.got] == [b"now", b"last"]
 
 
+async def test_topic_is_subscribed_again_at_once(redis: RedisServer) -> None:
+    async with peers(redis, "a", "b") as (a, b):
+        await b.bus.subscribe("topic")
+        b.bus.unsubscribe("topic")
+        await b.bus.subscribe("topic")
+        a.bus.send("topic", b"here")
+        await b.until(lambda: b.got)
+
+
+async def test_flush_waits_for_messages_that_are_on_their_way(
+    redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "TIMEOUT", SECONDS)
+    async with peers(redis, "a", "b") as (a, b):
+        redis.signal(signal.SIGSTOP)
+        a.bus.send("node b", b"slow")
+        await asyncio.sleep(0)  # the bus takes the message
+        flushed = asyncio.create_task(a.bus.flush())
+        await asyncio.wait({flushed}, timeout=0.1)
+        assert not flushed.done()
+        redis.signal(signal.SIGCONT)
+        await flushed
+        assert a.bus.counts.sent >= 1
+        await b.until(lambda: b.got)
+
+
 async def test_subscriptions_return_after_restart_of_redis(redis: RedisServer) -> None:
     async with peers(redis, "a", "b") as (a, b):
         await b.bus.subscribe("topic")

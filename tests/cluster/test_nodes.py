@@ -187,7 +187,7 @@ async def test_lists_of_watched_conversations_and_leases_do_not_grow(
     cluster = nodes[0].app.cluster
     assert cluster is not None
     await until(lambda: not len(cluster.leases))
-    await until(lambda: not cluster._watched)  # noqa: SLF001
+    await until(lambda: not cluster.watched)
     assert not len(cluster.mirrors) + len(cluster.readers)
 
 

@@ -144,6 +144,7 @@ class Bus:
         self._changed.set()
         if topic not in self._confirmed:
             self._confirmed[topic] = asyncio.get_running_loop().create_future()
+            self._asked.discard(topic)  # perhaps unsubscribed just now: Redis has to confirm again
         async with asyncio.timeout(TIMEOUT):
             await asyncio.shield(self._confirmed[topic])
 
@@ -167,10 +168,9 @@ class Bus:
 
     async def flush(self) -> None:
         """Wait until Redis has what was sent so far, or did not get it."""
-        if not self._outbox:
-            return
         sent = asyncio.get_running_loop().create_future()
         self._flushes.append(sent)
+        self._filled.set()  # messages may be on their way although the outbox is empty
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TIMEOUT):
                 await sent
@@ -186,10 +186,11 @@ class Bus:
             began = time.monotonic()
             self._filled.clear()
             self.on_flush()
+            flushes, self._flushes = self._flushes, []
             if not self._outbox:
+                _settle(flushes)
                 continue
             outbox, self._outbox, self._waiting = self._outbox, {}, 0
-            flushes, self._flushes = self._flushes, []
             number = sum(map(len, outbox.values()))
             try:
                 await self._publish(outbox)

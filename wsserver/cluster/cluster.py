@@ -93,7 +93,7 @@ class Cluster:
         self.forwarded = 0  # prompts that were sent to other nodes
         self.fenced = 0  # times that the others have buried this node
         self._leaving: set[str] = set()  # other nodes that take no more prompts
-        self._watched: dict[str, Key] = {}  # topics, and the conversation of each
+        self.watched: dict[str, Key] = {}  # topics, and the conversation of each
         self._tasks: set[asyncio.Task[None]] = set()
         handlers = self.peers.handlers
         handlers["prompt"], handlers["stop"] = self._on_prompt, self._on_stop
@@ -161,10 +161,10 @@ class Cluster:
 
     def _sweep(self) -> None:
         """Receive nothing more about conversations that no client here has open."""
-        for topic, key in tuple(self._watched.items()):
+        for topic, key in tuple(self.watched.items()):
             conversation = self._hub.conversations.known(*key)
             if conversation is None or not (conversation.watchers or conversation.pins):
-                del self._watched[topic]
+                del self.watched[topic]
                 self.peers.bus.unsubscribe(topic)
 
     # Forwarding.
@@ -379,13 +379,11 @@ class Cluster:
             StoreError: the database cannot be used.
         """
         topic = topic_about(conversation.owner, conversation.id)
-        if topic not in self._watched:
-            self._watched[topic] = conversation.owner, conversation.id
-            try:
-                await self.peers.bus.subscribe(topic)
-            except TimeoutError:
-                self._watched.pop(topic, None)
-                raise Refused(Code.UNAVAILABLE) from None
+        self.watched[topic] = conversation.owner, conversation.id
+        try:
+            await self.peers.bus.subscribe(topic)
+        except TimeoutError:
+            raise Refused(Code.UNAVAILABLE) from None
         await self.learn(conversation)
 
     async def learn(self, conversation: Conversation) -> None:
