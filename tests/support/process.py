@@ -15,6 +15,8 @@ from tests.support.puppet import BOUND
 
 __all__ = ["Process", "run"]
 
+LAST = 1.0  # seconds for a program to end after a signal
+
 
 class Process:
     """A running program, and its output so far."""
@@ -53,7 +55,9 @@ async def run(
     descriptors: str = "",
     **env: str,
 ) -> AsyncIterator[Process]:
-    """Run ``python arguments``; kill it if it still runs in the end.
+    """Run ``python arguments``. If it still runs in the end, ask it twice to end; then kill it.
+
+    A program that is killed at once would not write down which of its lines ran.
 
     ``descriptors`` is the limit of file descriptors, as of ``ulimit -n``.
     """
@@ -73,6 +77,9 @@ async def run(
     try:
         yield Process(process)
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+        ended = asyncio.create_task(process.communicate())
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if process.returncode is None:
+                process.send_signal(number)
+                await asyncio.wait({ended}, timeout=LAST)
+        await ended
