@@ -9,7 +9,7 @@ from tests.cluster.conftest import Start
 from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.talk import ID, ONE, OTHER, TWO, exchange, opened, turns
-from wsserver.stores.postgres.nodes import Nodes
+from wsserver.stores.postgres.nodes import Key, Nodes
 
 pytestmark = pytest.mark.slow
 
@@ -51,3 +51,48 @@ async def test_buried_node_ends_its_replies_and_joins_again(
         async with asyncio.timeout(BOUND):
             await exchange(a, puppet, "Again", "Yes", conversation=ONE)
         assert (await turns(b))[-1] == ("assistant", "Yes", None)
+
+
+async def test_lease_that_is_confirmed_after_the_burial_is_not_used(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, other = [await start(lease=1.0, titles="off") for _ in range(2)]
+    cluster = late.app.cluster
+    assert cluster is not None
+    name = cluster.node
+    claimed, go_on, buried, rejoin = (asyncio.Event() for _ in range(4))
+    claim, renew, join = Nodes.claim, Nodes.renew, Nodes.join
+
+    async def claim_slowly(self: Nodes, key: Key) -> str:
+        holder = await claim(self, key)
+        if self.node == name:
+            claimed.set()
+            await go_on.wait()
+        return holder
+
+    async def hang(self: Nodes) -> Any:
+        if self.node == name:
+            await buried.wait()
+        return await renew(self)
+
+    async def join_later(self: Nodes) -> None:
+        await rejoin.wait()
+        await join(self)
+
+    monkeypatch.setattr(Nodes, "claim", claim_slowly)
+    monkeypatch.setattr(Nodes, "renew", hang)
+    monkeypatch.setattr(Nodes, "join", join_later)
+    async with client(late) as a, client(other) as b:
+        asking = asyncio.create_task(a.prompt("First", conversation=ONE))
+        await claimed.wait()
+        async with asyncio.timeout(BOUND):  # until the other node has buried this one
+            while (await b.prompt("Go on", conversation=ONE, id=ID))["type"] == "error":  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        buried.set()
+        await until(lambda: cluster.fenced)
+        go_on.set()
+        assert (await asking)["code"] == "unavailable"
+        rejoin.set()
+        await until(lambda: cluster.node != name and cluster.membership.alive)
+        assert (await a.prompt("Now?", conversation=ONE))["code"] == "busy"
+        assert len(puppet.replies) == 1

@@ -79,8 +79,11 @@ class Leases:
         if key in self._held:
             self._held[key] = self._loop.time()
             return None
-        holder = await self._membership.nodes.claim(key)
-        if holder != self._membership.node:
+        nodes = self._membership.nodes
+        holder = await nodes.claim(key)
+        if self._membership.nodes is not nodes or not self._membership.alive:  # buried meanwhile
+            raise Refused(Code.UNAVAILABLE)
+        if holder != nodes.node:
             return holder
         if key not in self._held:
             self._held[key] = self._loop.time()

@@ -74,9 +74,10 @@ class Membership:
             StoreError: the database cannot be used.
         """
         self.nodes, self.fenced = Nodes(self._store, node, self._life), False
-        self._extend(self._loop.time())
         await self.nodes.join()
+        began = self._loop.time()
         self.others = (await self.nodes.renew()).alive
+        self._extend(began)
         self._task = self._loop.create_task(self._run())
 
     async def close(self) -> None:
