@@ -88,7 +88,7 @@ class Elsewhere(Protocol):
         """Stop a generation of another node, and wait until its request is closed."""
         ...
 
-    def left(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
+    def forget(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
         """Forget a mirror that no client follows any more.
 
         Args:

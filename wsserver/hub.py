@@ -251,7 +251,7 @@ class Hub:
         if generation.node is not None:
             if not generation.readers and generation.state is not State.ENDED:
                 assert self.elsewhere is not None
-                self.elsewhere.left(generation, lost=lost, grace=generation.kept_until - now)
+                self.elsewhere.forget(generation, lost=lost, grace=generation.kept_until - now)
             return
         if not generation.readers and generation.state in {State.QUEUED, State.RUNNING}:
             generation.unread = 0

@@ -55,7 +55,16 @@ class Tally:
         price: Callable[[str], Price],
         on_booked: Callable[[Generation], None],
     ) -> "Tally":
-        """Return the tally for one decision of a cluster."""
+        """Return the tally for one decision of a cluster.
+
+        Args:
+            used: what the owner and the account use on all nodes.
+            owner: the owner of the prompt.
+            account: the account whose limits apply.
+            settings: the limits.
+            price: returns the price of a model.
+            on_booked: called with each generation that is counted.
+        """
         tally = cls(settings, price, lambda: used.now, lambda: used.now, on_booked)
         tally.generations.restore(used.held)
         tally.prompts.restore(account, used.prompts)

@@ -4,7 +4,7 @@ https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/
 """
 
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from wsserver.errors import ConfigError
 
@@ -47,14 +47,18 @@ def client(url: str, timeout: float, name: str) -> Redis:
     try:
         parts = urlsplit(url)
         if parts.scheme.endswith(SENTINEL):
-            return _behind_sentinels(url, options)
+            return _behind_sentinels(parts, options)
         return Redis.from_url(url, **options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"cluster: {error}") from None
 
 
-def _behind_sentinels(url: str, options: dict[str, Any]) -> Redis:
-    parts = urlsplit(url)
+def _behind_sentinels(parts: SplitResult, options: dict[str, Any]) -> Redis:
+    """Return a client of the server that Sentinels name as the primary of a service.
+
+    Raises:
+        ValueError: the address is malformed.
+    """
     login, _, places = parts.netloc.rpartition("@")
     service, _, database = parts.path.strip("/").partition("/")
     if not (service and places and (database or "0").isdigit()):

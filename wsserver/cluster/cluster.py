@@ -86,7 +86,7 @@ class Cluster:
         )
         self.leases = Leases(hub, self.membership, self._sweep)
         self.readers = Readers(self.peers, hub)
-        self.mirrors = Mirrors(self.peers, hub.memory, self._mirror_ended, self.left)
+        self.mirrors = Mirrors(self.peers, hub.memory, self._mirror_ended, self.forget)
         self._uses = Uses(store, self._spawn)
         # The prompts that were forwarded, and who sent them.
         self._asking: dict[Key, Watcher | None] = {}
@@ -123,6 +123,7 @@ class Cluster:
             await self.peers.close()
             raise ConfigError(f"cluster: {error}") from error
         self.leases.open()
+        self.mirrors.open()
 
     async def close(self) -> None:
         """Leave the cluster: all replies have ended. Idempotent."""
@@ -266,9 +267,11 @@ class Cluster:
                 conversation.mirrors.remove(generation)
         self._hub.retention.retain(generation)
 
-    def left(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
-        """Forget a mirror that no client follows any more."""
-        self.mirrors.leave(generation, lost=lost, grace=grace)
+    def forget(
+        self, generation: Generation, *, lost: bool = False, grace: float | None = None
+    ) -> None:
+        """Forget a mirror that no client follows any more; see :meth:`Mirrors.unfollow`."""
+        self.mirrors.unfollow(generation, lost=lost, grace=grace)
         self._hub.retention.forget(generation)
         conversation = generation.conversation
         if conversation is not None and generation in conversation.mirrors:

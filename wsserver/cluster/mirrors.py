@@ -57,7 +57,8 @@ class Mirrors:
         peers: sends to the owners.
         memory: counts the bytes of the logs.
         on_ended: called with a generation whose mirror has its terminal.
-        leave: called with a generation that no client here follows; calls :meth:`leave`.
+        on_unused: called with a generation that no client here has followed for a while; has to
+            call :meth:`unfollow`.
     """
 
     def __init__(
@@ -65,17 +66,17 @@ class Mirrors:
         peers: Peers,
         memory: Memory,
         on_ended: Callable[[Generation], None],
-        leave: Callable[..., None],
+        on_unused: Callable[[Generation], None],
     ) -> None:
         self._peers = peers
         self._memory = memory
         self._on_ended = on_ended
-        self._leave = leave
+        self._on_unused = on_unused
         self._handles = itertools.count(1)
         self._by_handle: dict[int, Mirror] = {}
         self._by_key: dict[tuple[str, str], Mirror] = {}
         peers.listeners["run"] = self._receive
-        self._probe = asyncio.get_running_loop().call_later(PROBE, self._probe_silent)
+        self._probe: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -107,26 +108,37 @@ class Mirrors:
         self._follow(mirror)
         return generation
 
-    def close(self) -> None:
-        """Probe no more."""
-        self._probe.cancel()
+    def open(self) -> None:
+        """Begin to probe silent mirrors, and to end unused ones."""
+        self._probe = asyncio.get_running_loop().call_later(PROBE, self._probe_all)
 
-    def _probe_silent(self) -> None:
+    def close(self) -> None:
+        """Probe no more. Idempotent."""
+        if self._probe is not None:
+            self._probe.cancel()
+
+    def _probe_all(self) -> None:
         """Tell the owners of silent mirrors what the mirrors have: a message may be lost.
 
-        Leave what no client here has followed for a while.
+        Follow no longer what no client here has followed for a while.
         """
         for mirror in tuple(self._by_key.values()):
             if mirror.unused and not mirror.generation.readers:
-                self._leave(mirror.generation, lost=False, grace=None)
+                self._on_unused(mirror.generation)
                 continue
             if mirror.silent:
                 self._ask(mirror)
             mirror.silent, mirror.unused = True, not mirror.generation.readers
-        self._probe = asyncio.get_running_loop().call_later(PROBE, self._probe_silent)
+        self.open()
 
-    def leave(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
-        """Follow a generation no longer: it has no clients here."""
+    def unfollow(self, generation: Generation, *, lost: bool, grace: float | None) -> None:
+        """Follow a generation no longer: it has no clients here.
+
+        Args:
+            generation: the generation.
+            lost: the last client may not have noticed yet that its connection died.
+            grace: seconds in which the clients can come back; None for the setting.
+        """
         mirror = self._by_key.get((generation.owner, generation.id))
         if mirror is not None and mirror.generation is generation:
             self._forget(mirror)
