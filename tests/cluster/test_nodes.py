@@ -9,6 +9,7 @@ import pytest
 
 import wsserver
 from tests.chats.reading import Stream
+from tests.cluster.conftest import Start
 from tests.support.client import Client, client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.talk import ID, ONE, OTHER, exchange, opened, resume, turns
@@ -191,17 +192,23 @@ async def test_lists_of_watched_conversations_and_leases_do_not_grow(
     assert not len(cluster.mirrors) + len(cluster.readers)
 
 
-async def test_reply_without_readers_on_any_node_is_stopped(nodes: Nodes, puppet: Puppet) -> None:
+async def test_reply_without_readers_on_any_node_is_stopped_after_the_grace_time(
+    start: Start, puppet: Puppet
+) -> None:
+    nodes = [await start(grace=0.2) for _ in range(2)]
     async with client(nodes[0]) as a, client(nodes[1]) as b:
         await a.prompt("Hello?", conversation=ONE, id=ID)
         reply = (await puppet.reply()).say("Hi")
         await a.next("token")
         await opened(b)
         await b.next("token", id=ID)
-    (generation,) = nodes[0].app.hub.scheduler.live
-    await until(lambda: generation.readers == 0)
-    assert generation.grace is not None
-    assert not reply.closed.is_set()
+        (generation,) = nodes[0].app.hub.scheduler.live
+        await a.socket.close()
+        await until(lambda: generation.readers == 1)  # the client of the other node
+        assert generation.grace is None
+    async with asyncio.timeout(BOUND):
+        await reply.closed.wait()
+    assert generation.why == "disconnect"
 
 
 async def test_stop_of_a_client_that_follows_nothing_reaches_the_node(
