@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from wsserver.cluster.leases import Leases
@@ -16,6 +15,7 @@ from wsserver.cluster.membership import Membership
 from wsserver.cluster.mirrors import Mirrors, facts_of
 from wsserver.cluster.peers import ALL, Body, Gone, Peers, topic_about
 from wsserver.cluster.readers import Readers
+from wsserver.cluster.services import Services
 from wsserver.cluster.uses import Use, Uses
 from wsserver.content import Usage
 from wsserver.elsewhere import Leaving, Moved
@@ -31,22 +31,10 @@ from wsserver.protocol import Done, Prompt
 from wsserver.stores.base import Forgotten, Header, StoredGeneration
 from wsserver.stores.postgres.nodes import Key
 from wsserver.stores.postgres.store import PostgresStore
-from wsserver.stores.records import dump_prompt, parse_prompt
+from wsserver.stores.records import dump_prompt
 
 REJOIN = 1.0  # seconds between two attempts to join again
 HEAR = 0.1  # seconds in which the nodes that leave together hear of each other
-
-
-@dataclass(eq=False, slots=True)
-class _End:
-    """Waits for the end of a generation."""
-
-    generation: Generation
-    ended: "asyncio.Future[None]"
-
-    def wake(self) -> None:
-        if self.generation.log.terminal is not None and not self.ended.done():
-            self.ended.set_result(None)
 
 
 class Cluster:
@@ -86,6 +74,7 @@ class Cluster:
         )
         self.leases = Leases(hub, self.membership, self._sweep)
         self.readers = Readers(self.peers, hub)
+        self._services = Services(self.peers, hub)
         self.mirrors = Mirrors(self.peers, hub.memory, self._mirror_ended, self.forget)
         self._uses = Uses(store, self._spawn)
         # The prompts that were forwarded, and who sent them.
@@ -95,9 +84,6 @@ class Cluster:
         self._leaving: set[str] = set()  # other nodes that take no more prompts
         self.watched: dict[str, Key] = {}  # topics, and the conversation of each
         self._tasks: set[asyncio.Task[None]] = set()
-        handlers = self.peers.handlers
-        handlers["prompt"], handlers["stop"] = self._on_prompt, self._on_stop
-        handlers["live"], handlers["delete"] = self._on_live, self._on_delete
         listeners = self.peers.listeners
         listeners["follow"], listeners["started"] = self._on_follow, self._on_started
         listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
@@ -211,35 +197,6 @@ class Cluster:
             raise Moved from None
         finally:
             self._asking.pop(key, None)
-
-    async def _on_prompt(self, _: str, body: Body) -> Body:
-        prompt, owner = parse_prompt(body["prompt"]), body["owner"]
-        try:
-            generation = await self._hub.scheduler.accept(
-                prompt, owner, tuple(body["account"]), body["conversation"], None, forwarded=True
-            )
-        except Moved:
-            return {"moved": True}
-        except Refused as refused:
-            if refused.code is not Code.SHUTTING_DOWN:
-                raise
-            self._check_leaving(prompt, self._hub.conversations.known(owner, body["conversation"]))
-            return {"leaving": True}
-        return facts_of(generation)
-
-    def _check_leaving(self, prompt: Prompt, conversation: Conversation | None) -> None:
-        """This node takes no more prompts: the next node of the conversation gets this one.
-
-        Raises:
-            Refused: the conversation is busy, and the prompt does not wait.
-        """
-        if conversation is None or not conversation.busy:
-            return
-        if prompt.on_busy == "reject":
-            raise Refused(Code.BUSY)
-        if prompt.on_busy == "interrupt":
-            for generation in reversed(conversation.live):
-                self._hub.stop(generation, "replaced")
 
     def _attach(self, node: str, facts: Body, conversation: Conversation | None) -> Generation:
         """Return the mirror of a generation, and let the watchers of its conversation follow it."""
@@ -358,20 +315,6 @@ class Cluster:
         with contextlib.suppress(Gone):  # and the reply has ended
             await self.peers.ask(generation.node, "stop", body)
 
-    async def _on_stop(self, _: str, body: Body) -> Body:
-        generation = self._hub.known(body["owner"], body["id"])
-        if generation is None or generation.node is not None:
-            return {}
-        self._hub.stop(generation, "client")
-        if generation.state is not State.ENDED:
-            end = _End(generation, self._loop.create_future())
-            generation.log.followers.append(end)
-            try:
-                await end.ended
-            finally:
-                generation.log.followers.remove(end)
-        return {}
-
     # Conversations.
 
     async def watch(self, conversation: Conversation) -> None:
@@ -408,19 +351,6 @@ class Cluster:
             for facts in answer["live"]:
                 self._attach(node, facts, conversation)
 
-    async def _on_live(self, _: str, body: Body) -> Body:
-        if "id" in body:
-            generation = self._hub.known(body["owner"], body["id"])
-            found = [] if generation is None else [generation]
-        elif "chat" in body:
-            generation = self._hub.known_unstored(body["owner"], body["chat"])
-            found = [] if generation is None else [generation]
-        else:
-            conversation = self._hub.conversations.known(body["owner"], body["conversation"])
-            found = [] if conversation is None else conversation.live
-        own = (generation for generation in found if generation.node is None)
-        return {"live": [facts_of(generation) for generation in own]}
-
     def started(self, generation: Generation) -> None:
         """Tell the other nodes of a generation that this node has accepted."""
         if generation.conversation_id is not None:
@@ -455,10 +385,6 @@ class Cluster:
             await self.peers.ask(node, "delete", body)
         except Gone:
             raise Refused(Code.UNAVAILABLE) from None
-
-    async def _on_delete(self, _: str, body: Body) -> Body:
-        await self._hub.delete(body["conversation"], body["owner"])
-        return {}
 
     def deleted(self, conversation: Conversation) -> None:
         """Tell the other nodes that a conversation was deleted."""
