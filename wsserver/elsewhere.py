@@ -105,8 +105,12 @@ class Elsewhere(Protocol):
         """
         ...
 
-    async def learn(self, conversation: Conversation) -> None:
-        """Follow what another node runs in a conversation now."""
+    async def learn(self, conversation: Conversation) -> bool:
+        """Follow what another node runs in a conversation now.
+
+        Returns:
+            Whether that node has replies that it could not save yet.
+        """
         ...
 
     async def watch(self, conversation: Conversation) -> None:

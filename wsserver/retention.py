@@ -1,7 +1,7 @@
 """The generations that clients can find by id: live ones, ended ones for a while, stored ones."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from wsserver.accounts import Accounts
 from wsserver.elsewhere import Elsewhere
@@ -151,6 +151,16 @@ class Retention:
         self._reads.pop(owner, None)
         for generation in tuple(self._conversations.get((owner, conversation), ())):
             self._drop(generation)
+
+    def outdate(self, decides: Callable[[tuple[str, str]], bool]) -> None:
+        """Forget the ended generations that other nodes may have deleted.
+
+        Args:
+            decides: whether this node alone decides on a conversation, by owner and id.
+        """
+        for within in tuple(self._conversations):
+            if not (decides(within) or self._journal.has_late(*within)):
+                self.deleted(*within)
 
     def close(self) -> None:
         """Set no more timers."""

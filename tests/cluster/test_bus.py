@@ -92,7 +92,7 @@ async def test_messages_over_the_bound_are_lost_and_counted(
     monkeypatch.setattr(module, "MOST_WAITING", 1000)
     async with peers(redis, "a", "b") as (a, b):
         for number in range(20):
-            a.bus.send("node b", b"%099d" % number)
+            a.bus.send("node b", b"%0100d" % number)
         await b.until(lambda: len(b.got) == 10)
         assert a.bus.counts.lost == 10
         a.bus.send("node b", b"again")
@@ -183,3 +183,16 @@ async def test_unusable_redis_is_one_line_error(redis: RedisServer) -> None:
         with pytest.raises(ConfigError, match=r"^cluster: ") as raised:
             await Peer("a", url).bus.open(["node a"])
         assert "\n" not in str(raised.value)
+
+
+async def test_lost_messages_are_told_once_when_sending_works_again(redis: RedisServer) -> None:
+    async with peers(redis, "a", "b") as (a, b):
+        a.bus.on_missed = lambda: a.bus.send("node b", b"missed")
+        await delivered(a, b, b"before")
+        redis.kill()
+        a.bus.send("node b", b"lost")
+        await until(lambda: a.bus.counts.lost)
+        redis.start()
+        await b.until(lambda: ("node b", "a", b"missed") in b.got)
+        await delivered(a, b, b"after")
+        assert [message for _, _, message in b.got].count(b"missed") == 1

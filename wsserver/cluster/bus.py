@@ -25,7 +25,7 @@ from wsserver.logs import log
 
 MERGE = 0.005  # seconds: messages within this time after another one go together
 LONGEST = 262_144  # bytes of one message of Redis
-MOST_WAITING = 4_194_304  # bytes of messages that wait for Redis; later ones are lost
+MOST_WAITING = 33_554_432  # bytes that wait for Redis, as its limit for a subscriber; more are lost
 ECHO_EVERY = 1.0  # seconds between two messages of the bus to itself
 TIMEOUT = 2.0  # seconds for an answer of Redis
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to connect again
@@ -95,10 +95,13 @@ class Bus:
         self._stale = False  # the connections for publications may be to a server of before
         self._outbox: dict[str, list[bytes]] = {}
         self._waiting = 0  # bytes in the outbox
+        self._missed = False  # the other nodes have not got some messages
         self._flushes: list[asyncio.Future[None]] = []  # wait for what is in the outbox
         self._filled = asyncio.Event()
         self.on_flush: Callable[[], None] = lambda: None  # called before the bus sends; may send
         self.on_lost: Callable[[], None] = lambda: None  # called when messages were not sent
+        # Called when messages are sent again after some were not; may send.
+        self.on_missed: Callable[[], None] = lambda: None
 
     @property
     def healthy(self) -> bool:
@@ -158,11 +161,11 @@ class Bus:
 
     def send(self, topic: str, message: bytes) -> None:
         """Send a message to a topic: at once, or with others after a few milliseconds."""
-        self._waiting += len(message)
-        if self._waiting > MOST_WAITING:
-            self._waiting -= len(message)
+        if self._waiting >= MOST_WAITING:  # one message may be larger than the bound
             self.counts.lost += 1
+            self._missed = True
             return
+        self._waiting += len(message)
         self._outbox.setdefault(topic, []).append(message)
         self._filled.set()
 
@@ -197,7 +200,7 @@ class Bus:
                 _settle(flushes)
             except Exception as error:  # noqa: BLE001 - without this task the node says nothing more
                 _settle(flushes)
-                self._stale = True
+                self._stale = self._missed = True
                 self.counts.lost += number
                 if self._reachable:  # once per outage
                     _report("bus cannot send", error)
@@ -210,6 +213,9 @@ class Bus:
                 log.warning("bus sends again")
             self._reachable, pause = True, FIRST_PAUSE
             self.counts.sent += number
+            if self._missed:
+                self._missed = False
+                self.on_missed()
             await asyncio.sleep(max(0.0, began + MERGE - time.monotonic()))
 
     async def _publish(self, outbox: dict[str, list[bytes]]) -> None:

@@ -15,6 +15,7 @@ from wsserver.cluster.membership import Membership
 from wsserver.cluster.mirrors import Mirrors, facts_of
 from wsserver.cluster.peers import ALL, Body, Gone, Peers, topic_about
 from wsserver.cluster.readers import Readers
+from wsserver.cluster.resynchronisation import Resynchronisation
 from wsserver.cluster.services import Services
 from wsserver.cluster.uses import Use, Uses
 from wsserver.content import Usage
@@ -76,6 +77,9 @@ class Cluster:
         self.readers = Readers(self.peers, hub)
         self._services = Services(self.peers, hub)
         self.mirrors = Mirrors(self.peers, hub.memory, self._mirror_ended, self.forget)
+        self._resynchronisation = Resynchronisation(
+            hub, store, self.leases, self.mirrors, self.learn
+        )
         self._uses = Uses(store, self._spawn)
         # The prompts that were forwarded, and who sent them.
         self._asking: dict[Key, Watcher | None] = {}
@@ -87,7 +91,8 @@ class Cluster:
         listeners = self.peers.listeners
         listeners["follow"], listeners["started"] = self._on_follow, self._on_started
         listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
-        listeners["resuming"] = self._on_resuming
+        listeners["resuming"], listeners["gone"] = self._on_resuming, self._on_gone
+        listeners["missed"] = lambda *_: self._resynchronise()
         listeners["leaving"] = lambda node, _: self._leaving.add(node)
         listeners["left"] = lambda *_: self.membership.look()
 
@@ -117,6 +122,7 @@ class Cluster:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        await self._resynchronisation.close()
         await self.leases.close()
         self.mirrors.close()
         await self.membership.close()
@@ -222,7 +228,11 @@ class Cluster:
             conversation.version += 1
             if generation in conversation.mirrors:
                 conversation.mirrors.remove(generation)
-        self._hub.retention.retain(generation)
+        terminal = generation.log.terminal
+        if isinstance(terminal, Done) and terminal.by == "deleted":
+            self._hub.retention.forget(generation)
+        else:
+            self._hub.retention.retain(generation)
 
     def forget(
         self, generation: Generation, *, lost: bool = False, grace: float | None = None
@@ -298,11 +308,24 @@ class Cluster:
         self._spawn(self._follow_stored(node, body))
 
     async def _follow_stored(self, node: str, body: Body) -> None:
-        """Send a reply that has ended, and is only in the store by now."""
-        with contextlib.suppress(Refused, StoreError):
+        """Send a reply that has ended, and is only in the store by now, or nowhere."""
+        try:
             generation = await self._hub.retention.find(body["owner"], body["id"], ())
-            if generation is not None and generation.node is None:
-                self.readers.add(node, body["h"], generation, body["after"])
+        except StoreError:
+            return  # the node asks again
+        except Refused as refused:
+            if refused.code is not Code.FORGOTTEN:
+                return
+            generation = None
+        if generation is None:
+            self.peers.tell(node, "gone", {"h": body["h"]})
+        elif generation.node is None:
+            self.readers.add(node, body["h"], generation, body["after"])
+
+    def _on_gone(self, node: str, body: Body) -> None:
+        generation = self.mirrors.named(node, body["h"])
+        if generation is not None:
+            self._spawn(self._settle(generation))
 
     async def stop(self, generation: Generation) -> None:
         """Stop a generation of another node, and wait until its request is closed.
@@ -332,8 +355,11 @@ class Cluster:
             raise Refused(Code.UNAVAILABLE) from None
         await self.learn(conversation)
 
-    async def learn(self, conversation: Conversation) -> None:
+    async def learn(self, conversation: Conversation) -> bool:
         """Follow what another node runs in a conversation now.
+
+        Returns:
+            Whether that node has replies that it could not save yet.
 
         Raises:
             Refused: the node does not answer.
@@ -341,15 +367,17 @@ class Cluster:
         """
         key = conversation.owner, conversation.id
         if self.leases.has(key):
-            return
+            return False
         node = await self.membership.nodes.holder(key)
         if node is None or node == self.node:
-            return
+            return False
         body = {"owner": conversation.owner, "conversation": conversation.id}
         with contextlib.suppress(Gone):  # and its replies have ended
             answer = await self.peers.ask(node, "live", body)
             for facts in answer["live"]:
                 self._attach(node, facts, conversation)
+            return bool(answer.get("late"))  # a node of an earlier version does not tell
+        return False
 
     def started(self, generation: Generation) -> None:
         """Tell the other nodes of a generation that this node has accepted."""
@@ -409,14 +437,7 @@ class Cluster:
 
     def _resynchronise(self) -> None:
         """Ask for everything that may have been lost while the bus was away."""
-        self.mirrors.follow_again()
-        self._spawn(self._learn_again())
-
-    async def _learn_again(self) -> None:
-        for conversation in self._hub.conversations:
-            if conversation.watchers:
-                with contextlib.suppress(Refused, StoreError):
-                    await self.learn(conversation)
+        self._resynchronisation.start()
 
     def _check_others(self, nodes: frozenset[str], since: float) -> None:
         """End what depends on nodes that had left the cluster at a time."""

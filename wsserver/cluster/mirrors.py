@@ -151,6 +151,11 @@ class Mirrors:
         for mirror in tuple(self._by_key.values()):
             self._follow(mirror)
 
+    def named(self, node: str, handle: int) -> Generation | None:
+        """Return the generation of a mirror, as its owner names it."""
+        mirror = self._by_handle.get(handle)
+        return None if mirror is None or mirror.node != node else mirror.generation
+
     def orphans(self, nodes: frozenset[str], since: float) -> list[Generation]:
         """Return the generations of nodes that had left the cluster at a time."""
         return [
@@ -207,7 +212,11 @@ class Mirrors:
 
     def _receive(self, node: str, body: dict[str, Any]) -> None:
         mirror = self._by_handle.get(body["h"])
-        if mirror is None or mirror.node != node:
+        if mirror is None:  # the message that this node follows no longer was lost
+            unfollow = {"h": body["h"], "lost": False, "grace": None}
+            self._peers.tell(node, "unfollow", unfollow)
+            return
+        if mirror.node != node:
             return
         mirror.silent = False
         log, after = mirror.generation.log, body["a"]

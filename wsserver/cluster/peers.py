@@ -58,6 +58,7 @@ class Peers:
         self.node = node
         self.bus = Bus(url, node, self._receive, self._reset)
         self.bus.on_lost = self._lost
+        self.bus.on_missed = lambda: self.publish(ALL, "missed", {})
         self._on_reset = on_reset
         self.handlers: dict[str, Handler] = {}
         self.listeners: dict[str, Listener] = {}

@@ -39,7 +39,8 @@ class Reader:
     _dirty: dict["Reader", None]
     _request_flush: Callable[[], None]
     unacknowledged: int = 0
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # seq and size of sent messages
+    # The seq and the size of what was sent, in a few parts.
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     def wake(self) -> None:
         """Send the new pieces with the next message of the bus."""
@@ -89,10 +90,16 @@ class Readers:
         reader.wake()
 
     def check(self, nodes: frozenset[str], since: float) -> None:
-        """Remove the readers of nodes that had left the cluster at a time."""
+        """Remove the readers of nodes that had left the cluster at a time.
+
+        Tell the other nodes what they have got: one of them may follow no longer.
+        """
         for reader in tuple(self._readers.values()):
             if reader.since < since and reader.node not in nodes:
                 self._remove(reader, lost=True)
+            else:
+                body = {"h": reader.handle, "a": reader.sent, "r": []}
+                self._peers.tell(reader.node, "run", body)
 
     def _remove(self, reader: Reader, *, lost: bool = False, grace: float | None = None) -> None:
         if self._readers.pop((reader.node, reader.handle), None) is not None:
@@ -152,6 +159,8 @@ class Readers:
             self._remove(reader)
             return
         reader.unacknowledged += size
+        if reader.sizes and reader.sizes[-1][1] < SPOON // 4:
+            size += reader.sizes.pop()[1]
         reader.sizes.append((reader.sent, size))
         if not whole and reader.unacknowledged < WINDOW:
             reader.wake()

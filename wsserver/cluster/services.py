@@ -90,17 +90,23 @@ class Services:
         return {}
 
     async def _list(self, _: str, body: Body) -> Body:
-        """Answer with the generations here of a conversation, of an id, or of an unstored chat."""
+        """Answer with the generations here of a conversation, of an id, or of an unstored chat.
+
+        ``late`` tells whether replies of the conversation are not saved yet.
+        """
         found: Sequence[Generation | None]
+        late = False
         if "conversation" in body:
-            conversation = self._hub.conversations.known(body["owner"], body["conversation"])
+            key = body["owner"], body["conversation"]
+            conversation = self._hub.conversations.known(*key)
+            late = self._hub.journal.has_late(*key)
             found = [] if conversation is None else conversation.live
         elif "id" in body:
             found = [self._hub.known(body["owner"], body["id"])]
         else:
             found = [self._hub.known_unstored(body["owner"], body["chat"])]
         own = (each for each in found if each is not None and each.node is None)
-        return {"live": [facts_of(generation) for generation in own]}
+        return {"live": [facts_of(generation) for generation in own], "late": late}
 
     async def _delete(self, _: str, body: Body) -> Body:
         await self._hub.delete(body["conversation"], body["owner"])
