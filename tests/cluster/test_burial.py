@@ -9,6 +9,7 @@ from tests.cluster.conftest import Start
 from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.talk import ID, ONE, OTHER, TWO, exchange, opened, turns
+from wsserver.errors import StoreError
 from wsserver.stores.postgres.nodes import Key, Nodes
 
 pytestmark = pytest.mark.slow
@@ -20,13 +21,21 @@ async def test_buried_node_ends_its_replies_and_joins_again(
     late, other = [await start(lease=1.0, titles="off") for _ in range(2)]
     cluster = late.app.cluster
     assert cluster is not None
-    name, renew, go_on = cluster.node, Nodes.renew, asyncio.Event()
+    name, renew, bury, go_on = cluster.node, Nodes.renew, Nodes.bury, asyncio.Event()
+    refused: list[str] = []
 
     async def hang(self: Nodes) -> Any:
         if self.node == name:
             await go_on.wait()
         return await renew(self)
 
+    async def fail_once(self: Nodes, node: str) -> bool:
+        if not refused:
+            refused.append(node)
+            raise StoreError("no connection")
+        return await bury(self, node)
+
+    monkeypatch.setattr(Nodes, "bury", fail_once)
     async with client(late) as a, client(other) as b:
         await a.prompt("First", conversation=ONE, id=ID)
         reply = (await puppet.reply()).say("half")
@@ -47,7 +56,7 @@ async def test_buried_node_ends_its_replies_and_joins_again(
         await b.next("done")
         go_on.set()
         await until(lambda: cluster.node != name and cluster.membership.alive)
-        assert cluster.fenced == 1
+        assert (cluster.fenced, refused) == (1, [name])
         async with asyncio.timeout(BOUND):
             await exchange(a, puppet, "Again", "Yes", conversation=ONE)
         assert (await turns(b))[-1] == ("assistant", "Yes", None)

@@ -1,0 +1,108 @@
+"""Statements of the cluster that fail or hang for a while, each on its own."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+import wsserver
+from tests.cluster.conftest import Start
+from tests.support.client import client
+from tests.support.puppet import Puppet, until
+from tests.support.talk import ONE, exchange
+from wsserver.errors import StoreError
+from wsserver.stores.postgres.nodes import Key, Nodes
+from wsserver.stores.postgres.reservations import Locked
+
+pytestmark = pytest.mark.slow
+FAILURES = 3
+
+
+class Failing:
+    """A method that raises StoreError some times, and then works."""
+
+    def __init__(self, method: Callable[..., Awaitable[Any]]) -> None:
+        self.calls = 0
+        self._method = method
+
+    def __get__(self, owner: object, _: type) -> Callable[..., Awaitable[Any]]:
+        return lambda *arguments: self._call(owner, *arguments)
+
+    async def _call(self, *arguments: object) -> Any:
+        self.calls += 1
+        if self.calls <= FAILURES:
+            raise StoreError("no connection")
+        return await self._method(*arguments)
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Release conversations as soon as nothing runs in them."""
+    monkeypatch.setattr("wsserver.cluster.leases.LINGER", 0.0)
+    monkeypatch.setattr("wsserver.cluster.leases.SWEEP", 0.01)
+
+
+@pytest.mark.usefixtures("hurry")
+async def test_conversation_that_could_not_be_released_is_released_later(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, other = await start(), await start()
+    failing = Failing(Nodes.release)
+    monkeypatch.setattr(Nodes, "release", failing)
+    cluster = node.app.cluster
+    assert cluster is not None
+    async with client(node) as a, client(other) as b:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        await until(lambda: not len(cluster.leases))
+        assert failing.calls == FAILURES + 1
+        await exchange(b, puppet, "More?", "Yes", conversation=ONE)
+
+
+@pytest.mark.usefixtures("hurry")
+async def test_prompt_waits_while_its_conversation_is_released(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await start()
+    releasing, go_on, release = asyncio.Event(), asyncio.Event(), Nodes.release
+
+    async def hang(self: Nodes, keys: list[Key]) -> None:
+        releasing.set()
+        await go_on.wait()
+        await release(self, keys)
+
+    monkeypatch.setattr(Nodes, "release", hang)
+    async with client(node) as a:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        await releasing.wait()
+        await a.send({"prompt": "More?", "conversation": ONE})
+        assert await a.quiet() == []
+        go_on.set()
+        assert (await a.next("start", "error"))["type"] == "start"
+
+
+async def test_node_lives_on_after_renewals_that_fail(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await start(lease=2.0)
+    failing = Failing(Nodes.renew)
+    monkeypatch.setattr(Nodes, "renew", failing)
+    async with client(node) as a:
+        await a.prompt("Hello?", conversation=ONE)
+        reply = (await puppet.reply()).say("Hi")
+        await until(lambda: failing.calls > FAILURES + 1)
+        reply.end()
+        assert (await a.next("done", "error"))["type"] == "done"
+    cluster = node.app.cluster
+    assert cluster is not None
+    assert (cluster.membership.alive, cluster.fenced) == (True, 0)
+
+
+async def test_prompt_runs_although_its_reservation_is_not_saved(
+    nodes: list[wsserver.Server], puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(Locked.reserve)
+    monkeypatch.setattr(Locked, "reserve", failing)
+    async with client(nodes[0]) as a:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+    assert failing.calls == 1
