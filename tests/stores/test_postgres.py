@@ -24,7 +24,7 @@ from tests.stores.support import (
 )
 from tests.support.client import client
 from tests.support.postgres import Postgres
-from tests.support.puppet import Puppet
+from tests.support.puppet import Puppet, until
 from tests.support.talk import ID, ONE, exchange, opened
 from wsserver.errors import ConfigError, StoreError
 from wsserver.stores.base import Unsavable
@@ -226,7 +226,7 @@ async def test_lost_lock_is_taken_again(url: str, tables: PostgresStore) -> None
 
 
 async def test_server_that_lost_its_lock_to_another_does_not_write(
-    url: str, tables: PostgresStore
+    url: str, tables: PostgresStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     await tables.commit([whole(header())])
     schema = urlsplit(url).query.partition("search_path=")[2]
@@ -246,6 +246,7 @@ async def test_server_that_lost_its_lock_to_another_does_not_write(
         with pytest.raises(StoreError, match="lock"):
             while True:  # the store notices the end of its connection soon
                 await tables.find("g", "me")
+    await until(lambda: "store used by another server" in caplog.text)
     with pytest.raises(StoreError, match="lock"):
         await tables.commit([whole(header("2"))])
     await thief.close()
