@@ -32,10 +32,12 @@ class Leases:
         # The conversations, and when each was last in use.
         self._held: dict[Key, float] = {}
         self._releasing: dict[Key, asyncio.Future[None]] = {}
+        # Perhaps still leased, perhaps not: the database did not confirm their release.
+        self._doubtful: set[Key] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._held) + len(self._doubtful)
 
     def open(self) -> None:
         """Begin to release what is not used."""
@@ -51,6 +53,7 @@ class Leases:
     def clear(self) -> None:
         """Forget all leases: other nodes may have them now."""
         self._held.clear()
+        self._doubtful.clear()
 
     def has(self, key: Key) -> bool:
         """Whether this node leases a conversation, or is releasing it."""
@@ -87,6 +90,7 @@ class Leases:
             return holder
         if key not in self._held:
             self._held[key] = self._loop.time()
+            self._doubtful.discard(key)
             self._hub.conversations.outdate(conversation)
         return None
 
@@ -104,7 +108,7 @@ class Leases:
     async def _sweep(self, *, draining: bool) -> None:
         """Release what is not used; at once while this node drains, so that others get it."""
         due = self._loop.time() - (0 if draining else LINGER)
-        keys = []
+        keys = list(self._doubtful)
         for key, used in tuple(self._held.items()):
             conversation = self._hub.conversations.known(*key)
             busy = conversation is not None and (conversation.live or conversation.pins)
@@ -121,12 +125,12 @@ class Leases:
         try:
             await self._hub.journal.flush()
             await self._membership.nodes.release(keys)
+            self._doubtful.difference_update(keys)
         except StoreError as error:
             log.warning("conversations not released", reason=str(error))
-        else:
-            for key in keys:
-                self._held.pop(key, None)
+            self._doubtful.update(keys)
         finally:
             for key in keys:
+                self._held.pop(key, None)  # also in doubt: another node may have it by now
                 del self._releasing[key]
             released.set_result(None)

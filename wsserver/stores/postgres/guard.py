@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from wsserver.errors import StoreInUse
@@ -35,6 +35,7 @@ class Guard:
         self._place = place
         self._failures = failures
         self._connection: Any = None
+        self._used = asyncio.Lock()  # a connection runs one statement at a time
         self._keeping: asyncio.Task[None] | None = None
         self.held = False
 
@@ -68,7 +69,22 @@ class Guard:
         if connection is not None:
             with contextlib.suppress(*self._failures):
                 await connection.execute("SELECT pg_advisory_unlock_all()")
+            with contextlib.suppress(*self._failures):
                 await connection.close(timeout=within)
+
+    @contextlib.asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """Use the connection of the lock, which no other request delays.
+
+        After a failure another connection takes its place: this one may be broken.
+        """
+        async with self._used:
+            connection = self._connection
+            try:
+                yield connection
+            except self._failures:
+                connection.terminate()
+                raise
 
     async def _lock(self) -> bool:
         return bool(

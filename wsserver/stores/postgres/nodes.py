@@ -84,7 +84,7 @@ class Nodes:
             Fenced: the node was buried.
             StoreError: the database cannot be used now.
         """
-        async with self._store.connection() as connection:
+        async with self._store.connection(urgent=True) as connection:
             renewed = await connection.fetchval(
                 "UPDATE node SET expires = clock_timestamp() + make_interval(secs => $2) "
                 "WHERE id = $1 AND NOT dead RETURNING true",

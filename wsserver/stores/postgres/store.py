@@ -437,8 +437,11 @@ class PostgresStore:
             yield connection
 
     @contextlib.asynccontextmanager
-    async def connection(self) -> AsyncIterator[Any]:
+    async def connection(self, *, urgent: bool = False) -> AsyncIterator[Any]:
         """Use a connection.
+
+        Args:
+            urgent: do not wait for the requests, which may hold all other connections.
 
         Raises:
             StoreError: the database cannot be used now, or a statement failed.
@@ -448,8 +451,9 @@ class PostgresStore:
             raise StoreError("the store is closed")
         if not self._guard.held:
             raise StoreError("the lock of the database was lost")
+        free = self._guard.connection() if urgent else pool.acquire(timeout=self._timeout)
         try:
-            async with pool.acquire(timeout=self._timeout) as connection:
+            async with free as connection:
                 yield connection
         except (*_FAILURES, ValueError) as error:
             raise StoreError(_reason(error)) from error
