@@ -66,7 +66,7 @@ PROGRAM = """
 import random
 from wsserver.cluster.peers import Peers
 
-receive, dice = Peers._receive, random.Random()
+receive, dice = Peers.receive, random.Random()
 
 def mistreat(self, topic, sender, messages):
     kept = [message for message in messages if dice.random() > 0.03]
@@ -75,7 +75,7 @@ def mistreat(self, topic, sender, messages):
         dice.shuffle(kept)
     receive(self, topic, sender, kept)
 
-Peers._receive = mistreat
+Peers.receive = mistreat
 from wsserver.cli import main
 main()
 """

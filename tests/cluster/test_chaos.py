@@ -51,7 +51,7 @@ def words(prompt: str) -> list[str]:
 
 def unreliable(monkeypatch: pytest.MonkeyPatch, dice: random.Random) -> None:
     """Lose, double and reorder messages between nodes."""
-    receive = Peers._receive  # noqa: SLF001
+    receive = Peers.receive
 
     def mistreat(self: Peers, topic: str, sender: str, messages: list[bytes]) -> None:
         kept = [message for message in messages if dice.random() > 0.05]
@@ -60,7 +60,7 @@ def unreliable(monkeypatch: pytest.MonkeyPatch, dice: random.Random) -> None:
             dice.shuffle(kept)
         receive(self, topic, sender, kept)
 
-    monkeypatch.setattr(Peers, "_receive", mistreat)
+    monkeypatch.setattr(Peers, "receive", mistreat)
 
 
 class Person:

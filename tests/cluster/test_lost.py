@@ -28,14 +28,14 @@ class Losses:
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
-    found, receive = Losses(), Peers._receive  # noqa: SLF001
+    found, receive = Losses(), Peers.receive
 
     def lose(self: Peers, topic: str, sender: str, messages: list[bytes]) -> None:
         bodies = [(message, json.loads(message)) for message in messages]
         found.lost += [body for _, body in bodies if body.get("k") in found.kinds]
         receive(self, topic, sender, [m for m, body in bodies if body.get("k") not in found.kinds])
 
-    monkeypatch.setattr(Peers, "_receive", lose)
+    monkeypatch.setattr(Peers, "receive", lose)
     return found
 
 

@@ -296,7 +296,7 @@ async def test_copy_of_a_reply_is_counted_in_memory_and_waits_for_it(
 async def test_long_reply_goes_on_although_its_acknowledgements_are_lost(
     nodes: Nodes, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("WINDOW", "SPOON"):
+    for name in ("WINDOW", "LONGEST_RUN"):
         monkeypatch.setattr(f"wsserver.cluster.readers.{name}", 1000)
     monkeypatch.setattr("wsserver.cluster.mirrors.ACKNOWLEDGE", 10**9)  # as if they were lost
     monkeypatch.setattr("wsserver.cluster.mirrors.PROBE", 0.05)

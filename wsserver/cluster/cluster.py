@@ -75,7 +75,7 @@ class Cluster:
         )
         self.leases = Leases(hub, self.membership, self._sweep)
         self.readers = Readers(self.peers, hub)
-        self._services = Services(self.peers, hub)
+        self._services = Services(self.peers, hub, self.readers, self._spawn)
         self.mirrors = Mirrors(self.peers, hub.memory, self._mirror_ended, self.forget)
         self._resynchronisation = Resynchronisation(
             hub, store, self.leases, self.mirrors, self.learn
@@ -89,9 +89,9 @@ class Cluster:
         self.watched: dict[str, Key] = {}  # topics, and the conversation of each
         self._tasks: set[asyncio.Task[None]] = set()
         listeners = self.peers.listeners
-        listeners["follow"], listeners["started"] = self._on_follow, self._on_started
+        listeners["started"], listeners["gone"] = self._on_started, self._on_gone
         listeners["renamed"], listeners["deleted"] = self._on_renamed, self._on_deleted
-        listeners["resuming"], listeners["gone"] = self._on_resuming, self._on_gone
+        listeners["resuming"] = self._on_resuming
         listeners["missed"] = lambda *_: self._resynchronise()
         listeners["leaving"] = lambda node, _: self._leaving.add(node)
         listeners["left"] = lambda *_: self.membership.look()
@@ -297,30 +297,6 @@ class Cluster:
             if isinstance(answer, Refused):
                 raise answer
         return None
-
-    def _on_follow(self, node: str, body: Body) -> None:
-        if not (isinstance(body["h"], int) and isinstance(body["after"], int)) or body["after"] < 0:
-            raise ValueError("no such handle, or no such piece")
-        generation = self._hub.known(body["owner"], body["id"])
-        if generation is not None and generation.node is None:
-            self.readers.add(node, body["h"], generation, body["after"])
-            return
-        self._spawn(self._follow_stored(node, body))
-
-    async def _follow_stored(self, node: str, body: Body) -> None:
-        """Send a reply that has ended, and is only in the store by now, or nowhere."""
-        try:
-            generation = await self._hub.retention.find(body["owner"], body["id"], ())
-        except StoreError:
-            return  # the node asks again
-        except Refused as refused:
-            if refused.code is not Code.FORGOTTEN:
-                return
-            generation = None
-        if generation is None:
-            self.peers.tell(node, "gone", {"h": body["h"]})
-        elif generation.node is None:
-            self.readers.add(node, body["h"], generation, body["after"])
 
     def _on_gone(self, node: str, body: Body) -> None:
         generation = self.mirrors.named(node, body["h"])

@@ -56,7 +56,7 @@ class Peers:
 
     def __init__(self, url: str, node: str, timeout: float, on_reset: Callable[[], None]) -> None:
         self.node = node
-        self.bus = Bus(url, node, self._receive, self._reset)
+        self.bus = Bus(url, node, self.receive, self._reset)
         self.bus.on_lost = self._lost
         self.bus.on_missed = lambda: self.publish(ALL, "missed", {})
         self._on_reset = on_reset
@@ -137,7 +137,8 @@ class Peers:
         self._lost()
         self._on_reset()
 
-    def _receive(self, _: str, sender: str, messages: list[bytes]) -> None:
+    def receive(self, _: str, sender: str, messages: list[bytes]) -> None:
+        """Receive messages of a node from the bus; log those that this version does not know."""
         for message in messages:
             try:
                 self._dispatch(sender, json.loads(message))

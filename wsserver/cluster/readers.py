@@ -17,7 +17,7 @@ from wsserver.logs import log
 from wsserver.stores.records import dump_terminal
 
 WINDOW = 262_144  # characters that a node has not acknowledged
-SPOON = 65_536  # characters of one message, so that one reply does not delay others
+LONGEST_RUN = 65_536  # characters of one message, so that one reply does not delay others
 
 
 @dataclass(eq=False, slots=True)
@@ -139,11 +139,11 @@ class Readers:
                 for piece in data:
                     taken.append(piece)
                     size += len(piece)
-                    if size >= SPOON:
+                    if size >= LONGEST_RUN:
                         break
                 runs.append((kind, block, taken))
                 reader.sent += len(taken)
-                if size >= SPOON:
+                if size >= LONGEST_RUN:
                     break
         whole = reader.sent == source.seq
         terminal = source.terminal if whole else None
@@ -159,7 +159,7 @@ class Readers:
             self._remove(reader)
             return
         reader.unacknowledged += size
-        if reader.sizes and reader.sizes[-1][1] < SPOON // 4:
+        if reader.sizes and reader.sizes[-1][1] < LONGEST_RUN // 4:
             size += reader.sizes.pop()[1]
         reader.sizes.append((reader.sent, size))
         if not whole and reader.unacknowledged < WINDOW:

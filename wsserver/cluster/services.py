@@ -1,16 +1,18 @@
-"""What a node does when other nodes ask it: accept a prompt, stop or list replies, delete.
+"""What a node does when other nodes ask it: accept a prompt, list, send or stop replies, delete.
 
 The node that has a conversation decides, as for a client of its own.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wsserver.cluster.mirrors import facts_of
 from wsserver.cluster.peers import Body, Peers
+from wsserver.cluster.readers import Readers
 from wsserver.elsewhere import Moved
-from wsserver.errors import Code, Refused
+from wsserver.errors import Code, Refused, StoreError
 from wsserver.generation import State
 from wsserver.hub import Hub
 from wsserver.live import Conversation, Generation
@@ -36,13 +38,25 @@ class Services:
     Args:
         peers: receives the requests.
         hub: has the generations and conversations of this node.
+        readers: send the logs.
+        spawn: runs a coroutine until the node leaves.
     """
 
-    def __init__(self, peers: Peers, hub: Hub) -> None:
+    def __init__(
+        self,
+        peers: Peers,
+        hub: Hub,
+        readers: Readers,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._peers = peers
         self._hub = hub
+        self._readers = readers
+        self._spawn = spawn
         peers.handlers.update(
             prompt=self._accept, stop=self._stop, live=self._list, delete=self._delete
         )
+        peers.listeners["follow"] = self._follow
 
     async def _accept(self, _: str, body: Body) -> Body:
         """Accept a prompt; answer with its generation, or that this node does not decide."""
@@ -107,6 +121,31 @@ class Services:
             found = [self._hub.known_unstored(body["owner"], body["chat"])]
         own = (each for each in found if each is not None and each.node is None)
         return {"live": [facts_of(generation) for generation in own], "late": late}
+
+    def _follow(self, node: str, body: Body) -> None:
+        """Send the log of a generation to a node that has a mirror of it."""
+        if not (isinstance(body["h"], int) and isinstance(body["after"], int)) or body["after"] < 0:
+            raise ValueError("no such handle, or no such piece")
+        generation = self._hub.known(body["owner"], body["id"])
+        if generation is not None and generation.node is None:
+            self._readers.add(node, body["h"], generation, body["after"])
+            return
+        self._spawn(self._follow_stored(node, body))
+
+    async def _follow_stored(self, node: str, body: Body) -> None:
+        """Send a reply that has ended, and is only in the store by now, or nowhere."""
+        try:
+            generation = await self._hub.retention.find(body["owner"], body["id"], ())
+        except StoreError:
+            return  # the node asks again
+        except Refused as refused:
+            if refused.code is not Code.FORGOTTEN:
+                return
+            generation = None
+        if generation is None:
+            self._peers.tell(node, "gone", {"h": body["h"]})
+        elif generation.node is None:
+            self._readers.add(node, body["h"], generation, body["after"])
 
     async def _delete(self, _: str, body: Body) -> Body:
         await self._hub.delete(body["conversation"], body["owner"])
