@@ -1,7 +1,8 @@
 """Statements of the cluster that fail or hang for a while, each on its own."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from tests.cluster.conftest import Start
 from tests.support.client import client
 from tests.support.puppet import Puppet, until
 from tests.support.talk import ONE, exchange
+from wsserver.cluster.cluster import Cluster
+from wsserver.elsewhere import Use
 from wsserver.errors import StoreError
 from wsserver.stores.postgres.nodes import Key, Nodes
 from wsserver.stores.postgres.reservations import Locked
@@ -106,3 +109,37 @@ async def test_prompt_runs_although_its_reservation_is_not_saved(
     async with client(nodes[0]) as a:
         await exchange(a, puppet, "Q", "A", conversation=ONE)
     assert failing.calls == 1
+
+
+async def test_prompt_whose_node_dies_before_its_answer_runs_on_another_node(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying, other = [await start(lease=1.0, titles="off") for _ in range(2)]
+    assert dying.app.cluster is not None
+    name, renew, use = dying.app.cluster.node, Nodes.renew, Cluster.use
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hang(self: Nodes) -> Any:
+        if self.node == name:
+            await go_on.wait()
+        return await renew(self)
+
+    @contextlib.asynccontextmanager
+    async def use_later(self: Cluster, owner: str, *rest: Any) -> AsyncIterator[Use]:
+        if self.node == name:
+            asked.set()
+            await go_on.wait()
+        async with use(self, owner, *rest) as found:
+            yield found
+
+    async with client(dying) as a, client(other) as b:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        monkeypatch.setattr(Cluster, "use", use_later)
+        monkeypatch.setattr(Nodes, "renew", hang)
+        await b.send({"prompt": "More?", "conversation": ONE})
+        await asked.wait()
+        assert (await b.next("start", "error"))["type"] == "start"
+        (await puppet.reply(1)).say("Here").end()
+        await b.next("done")
+        go_on.set()
+    assert len(puppet.replies) == 2
