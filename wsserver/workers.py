@@ -162,11 +162,23 @@ class Supervisor:
 
     def _start(self, worker: _Worker) -> Work | None:
         """Start a process; return its work in that process."""
-        told, tell = os.pipe()
-        control, held = os.pipe()
+        pipes: list[int] = []
         # A signal for the new process waits until that process has handlers of its own.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        pid = os.fork()
+        try:
+            pipes += os.pipe()
+            pipes += os.pipe()
+            pid = os.fork()
+        except OSError as error:  # too many processes or descriptors; the other workers go on
+            for descriptor in pipes:
+                os.close(descriptor)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+            pause = self._postpone(worker)
+            log.error(
+                "worker not started", worker=worker.number, reason=error.strerror, pause=pause
+            )
+            return None
+        told, tell, control, held = pipes
         if not pid:
             for descriptor in (told, held):
                 os.close(descriptor)
@@ -179,6 +191,13 @@ class Supervisor:
         self._selector.register(told, selectors.EVENT_READ, worker)
         log.info("worker started", worker=worker.number, pid=pid)
         return None
+
+    def _postpone(self, worker: _Worker) -> float:
+        """Start a process later, after a pause that grows; return the seconds."""
+        worker.failures += 1
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(worker.failures - 1, 10))
+        worker.due = time.monotonic() + pause
+        return pause
 
     def _as_worker(self, worker: _Worker, parent: Parent) -> Work:
         """Drop what belongs to the supervisor."""
@@ -270,10 +289,9 @@ class Supervisor:
         if code == USAGE_ERROR and not self._banner:  # the worker has written the reason
             self._stop(USAGE_ERROR)
             return
-        now = time.monotonic()
-        worker.failures = worker.failures + 1 if now - worker.began < STABLE else 1
-        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(worker.failures - 1, 10))
-        worker.due = now + pause
+        if time.monotonic() - worker.began >= STABLE:
+            worker.failures = 0
+        pause = self._postpone(worker)
         log.error("worker died", worker=worker.number, pid=pid, code=code, pause=pause)
 
 

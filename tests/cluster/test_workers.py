@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import urllib.request
@@ -138,6 +139,19 @@ async def test_worker_that_dies_again_and_again_is_replaced_after_growing_pauses
         process.signal(signal.SIGTERM)
         assert await process.end() == 0
         assert f'"pid": {pid}, "code"' not in process.output
+
+
+async def test_worker_that_cannot_be_started_is_started_later(url: str, redis: RedisServer) -> None:
+    async with workers(url, redis, 2, demo_rate=0) as (process, host):
+        supervisor, pid = process.process.pid, pids(process.output)[1]
+        limits = resource.prlimit(supervisor, resource.RLIMIT_NOFILE)
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, (3, limits[1]))
+        os.kill(pid, signal.SIGKILL)
+        await process.line('"worker not started", "worker": 1, "reason": "Too many open files"')
+        async with connect(host.url) as chat:  # the other one works
+            assert (await chat.prompt("Hi").done()).reason == "end_turn"
+        resource.prlimit(supervisor, resource.RLIMIT_NOFILE, limits)
+        await process.line('"worker started", "worker": 1')
 
 
 async def test_shutdown_lets_all_replies_finish(url: str, redis: RedisServer) -> None:
