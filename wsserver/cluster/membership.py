@@ -52,7 +52,7 @@ class Membership:
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._soon = asyncio.Event()
-        self.fenced = False  # the others have buried this node
+        self.buried = False  # the others have buried this node
 
     @property
     def alive(self) -> bool:
@@ -73,7 +73,7 @@ class Membership:
         Raises:
             StoreError: the database cannot be used.
         """
-        self.nodes, self.fenced = Nodes(self._store, node, self._life), False
+        self.nodes, self.buried = Nodes(self._store, node, self._life), False
         await self.nodes.join()
         began = self._loop.time()
         self.others = (await self.nodes.renew()).alive
@@ -89,7 +89,7 @@ class Membership:
             return
         task.cancel()
         await asyncio.wait({task})
-        if not self.fenced:
+        if not self.buried:
             with contextlib.suppress(StoreError):
                 await self.nodes.leave()
 
@@ -99,7 +99,7 @@ class Membership:
 
     async def _run(self) -> None:
         wait = self._life / 3
-        while not self.fenced:
+        while not self.buried:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._soon.wait()
@@ -108,7 +108,7 @@ class Membership:
             try:
                 others = await self.nodes.renew()
             except Fenced:
-                self.fenced = True
+                self.buried = True
                 log.error("node buried")
                 self._lose()
                 self._on_fenced()

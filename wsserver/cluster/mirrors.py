@@ -81,16 +81,13 @@ class Mirrors:
     def __len__(self) -> int:
         return len(self._by_key)
 
-    def find(self, owner: str, name: str) -> Generation | None:
-        """Return the mirror of a generation, if there is one."""
-        mirror = self._by_key.get((owner, name))
-        return None if mirror is None else mirror.generation
-
     def add(self, node: str, facts: Body) -> Generation:
-        """Follow a generation of another node."""
-        known = self.find(facts["owner"], facts["id"])
-        if known is not None:
-            return known
+        """Follow a generation of another node that this node does not follow yet.
+
+        Args:
+            node: the id of the node.
+            facts: see :func:`facts_of`.
+        """
         generation = Generation(
             facts["id"],
             facts["owner"],

@@ -55,7 +55,6 @@ class Peers:
     """
 
     def __init__(self, url: str, node: str, timeout: float, on_reset: Callable[[], None]) -> None:
-        self.node = node
         self.bus = Bus(url, node, self.receive, self._reset)
         self.bus.on_lost = self._lost
         self.bus.on_missed = lambda: self.publish(ALL, "missed", {})
@@ -73,7 +72,7 @@ class Peers:
         Raises:
             ConfigError: Redis cannot be used.
         """
-        await self.bus.open([ALL, topic_of(self.node)])
+        await self.bus.open([ALL, topic_of(self.bus.node)])
 
     async def close(self) -> None:
         """Disconnect. Idempotent."""
@@ -85,8 +84,7 @@ class Peers:
 
     async def rename(self, node: str) -> None:
         """Take another id."""
-        before, self.node = self.node, node
-        self.bus.node = node
+        before, self.bus.node = self.bus.node, node
         self.bus.unsubscribe(topic_of(before))
         with contextlib.suppress(TimeoutError):  # it is subscribed once Redis is back
             await self.bus.subscribe(topic_of(node))
@@ -154,7 +152,7 @@ class Peers:
             task = asyncio.get_running_loop().create_task(work)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        elif kind in self.listeners and sender != self.node:
+        elif kind in self.listeners and sender != self.bus.node:
             self.listeners[kind](sender, body)
 
     def _take_answer(self, sender: str, body: Body) -> None:
