@@ -14,7 +14,8 @@ from tests.support.puppet import Puppet, until
 from tests.support.talk import ONE, exchange
 from wsserver.cluster.cluster import Cluster
 from wsserver.elsewhere import Use
-from wsserver.errors import StoreError
+from wsserver.errors import ConfigError, StoreError
+from wsserver.stores.base import Fenced
 from wsserver.stores.postgres.nodes import Key, Nodes
 from wsserver.stores.postgres.reservations import Locked
 
@@ -23,11 +24,14 @@ FAILURES = 3
 
 
 class Failing:
-    """A method that raises StoreError some times, and then works."""
+    """A method that raises StoreError some times, or another error, and then works."""
 
-    def __init__(self, method: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(
+        self, method: Callable[..., Awaitable[Any]], error: type[Exception] = StoreError
+    ) -> None:
         self.calls = 0
         self._method = method
+        self._error = error
 
     def __get__(self, owner: object, _: type) -> Callable[..., Awaitable[Any]]:
         return lambda *arguments: self._call(owner, *arguments)
@@ -35,7 +39,7 @@ class Failing:
     async def _call(self, *arguments: object) -> Any:
         self.calls += 1
         if self.calls <= FAILURES:
-            raise StoreError("no connection")
+            raise self._error("no connection")
         return await self._method(*arguments)
 
 
@@ -101,6 +105,58 @@ async def test_node_lives_on_after_renewals_that_fail(
     assert (cluster.membership.alive, cluster.fenced) == (True, 0)
 
 
+@pytest.mark.usefixtures("hurry")
+async def test_bug_in_a_part_does_not_end_what_keeps_the_node_alive(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await start(lease=1.0)
+    cluster = node.app.cluster
+    assert cluster is not None
+    renewing = Failing(Nodes.bury, RuntimeError)
+    releasing = Failing(Nodes.release, RuntimeError)
+    monkeypatch.setattr(Nodes, "bury", renewing)
+    monkeypatch.setattr(Nodes, "release", releasing)
+    await Nodes(node.app.store, "dead", 0.0).join()  # type: ignore[arg-type]
+    async with client(node) as a:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+    await until(lambda: renewing.calls > FAILURES and not len(cluster.leases))
+    assert releasing.calls == FAILURES + 1
+    assert (cluster.membership.alive, cluster.fenced) == (True, 0)
+
+
+async def test_node_that_cannot_join_is_one_line_error(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Nodes, "join", Failing(Nodes.join))
+    for _ in range(FAILURES):
+        with pytest.raises(ConfigError, match=r"^cluster: no connection$"):
+            await start()
+    await start()
+
+
+async def test_buried_node_tries_to_join_until_the_database_works(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wsserver.cluster.cluster.REJOIN", 0.01)
+    node = await start(lease=1.0)
+    cluster = node.app.cluster
+    assert cluster is not None
+    before, renew = cluster.node, Nodes.renew
+
+    async def refuse(self: Nodes) -> Any:
+        if self.node == before:
+            raise Fenced("buried")
+        return await renew(self)
+
+    joining = Failing(Nodes.join)
+    monkeypatch.setattr(Nodes, "join", joining)
+    monkeypatch.setattr(Nodes, "renew", refuse)
+    await until(lambda: cluster.fenced and cluster.membership.alive)
+    assert joining.calls == FAILURES + 1
+    async with client(node) as a:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+
+
 async def test_prompt_runs_although_its_reservation_is_not_saved(
     nodes: list[wsserver.Server], puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,4 +198,40 @@ async def test_prompt_whose_node_dies_before_its_answer_runs_on_another_node(
         (await puppet.reply(1)).say("Here").end()
         await b.next("done")
         go_on.set()
+    assert len(puppet.replies) == 2
+
+
+@pytest.mark.usefixtures("hurry")
+async def test_lease_in_doubt_is_not_released_while_it_is_claimed_again(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, other = await start(), await start()
+    cluster = node.app.cluster
+    assert cluster is not None
+    name, claim, release = cluster.node, Nodes.claim, Nodes.release
+    calls, released = 0, asyncio.Event()
+
+    async def release_later(self: Nodes, keys: list[Key]) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise StoreError("no connection")
+        await release(self, keys)
+        released.set()
+
+    async def claim_slowly(self: Nodes, key: Key) -> str:
+        holder = await claim(self, key)
+        if self.node == name:
+            with contextlib.suppress(TimeoutError):  # the answer comes after many sweeps
+                await asyncio.wait_for(released.wait(), 0.2)
+        return holder
+
+    monkeypatch.setattr(Nodes, "release", release_later)
+    async with client(node) as a, client(other) as b:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        monkeypatch.setattr("wsserver.cluster.leases.SWEEP", 0.05)
+        monkeypatch.setattr(Nodes, "claim", claim_slowly)
+        await until(lambda: calls == 1)
+        assert (await a.prompt("More?", conversation=ONE))["type"] == "start"
+        assert (await b.prompt("Me?", conversation=ONE))["code"] == "busy"
     assert len(puppet.replies) == 2

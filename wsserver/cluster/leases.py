@@ -37,7 +37,7 @@ class Leases:
         self._sweeper: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._doubtful)
+        return len(self._held.keys() | self._doubtful)
 
     def open(self) -> None:
         """Begin to release what is not used."""
@@ -108,27 +108,31 @@ class Leases:
     async def _sweep(self, *, draining: bool) -> None:
         """Release what is not used; at once while this node drains, so that others get it."""
         due = self._loop.time() - (0 if draining else LINGER)
-        keys = list(self._doubtful)
+        # A claim may be on its way for a conversation in use: its lease must not end meanwhile.
+        keys = [key for key in self._doubtful if not self._in_use(key)]
         for key, used in tuple(self._held.items()):
-            conversation = self._hub.conversations.known(*key)
-            busy = conversation is not None and (conversation.live or conversation.pins)
-            if busy or self._hub.journal.has_late(*key):
+            if self._in_use(key):
                 self._held[key] = self._loop.time()
             elif used < due:
                 keys.append(key)
         if keys:
             await self._release(keys)
 
+    def _in_use(self, key: Key) -> bool:
+        conversation = self._hub.conversations.known(*key)
+        pinned = conversation is not None and bool(conversation.live or conversation.pins)
+        return pinned or self._hub.journal.has_late(*key)
+
     async def _release(self, keys: list[Key]) -> None:
         released = self._loop.create_future()
         self._releasing.update(dict.fromkeys(keys, released))
+        self._doubtful.update(keys)
         try:
             await self._hub.journal.flush()
             await self._membership.nodes.release(keys)
             self._doubtful.difference_update(keys)
         except StoreError as error:
             log.warning("conversations not released", reason=str(error))
-            self._doubtful.update(keys)
         finally:
             for key in keys:
                 self._held.pop(key, None)  # also in doubt: another node may have it by now

@@ -52,6 +52,11 @@ class Peers:
         node: the id of this node.
         timeout: seconds to wait for an answer.
         on_reset: called after messages may have been lost.
+
+    Attributes:
+        bus: carries the messages.
+        handlers: functions that answer requests, by kind.
+        listeners: functions that receive the other messages of other nodes, by kind.
     """
 
     def __init__(self, url: str, node: str, timeout: float, on_reset: Callable[[], None]) -> None:
