@@ -134,8 +134,9 @@ async def test_node_that_cannot_join_is_one_line_error(
     await start()
 
 
+@pytest.mark.parametrize("failure", [StoreError, RuntimeError])
 async def test_buried_node_tries_to_join_until_the_database_works(
-    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
 ) -> None:
     monkeypatch.setattr("wsserver.cluster.cluster.REJOIN", 0.01)
     node = await start(lease=1.0)
@@ -148,7 +149,7 @@ async def test_buried_node_tries_to_join_until_the_database_works(
             raise Fenced("buried")
         return await renew(self)
 
-    joining = Failing(Nodes.join)
+    joining = Failing(Nodes.join, failure)
     monkeypatch.setattr(Nodes, "join", joining)
     monkeypatch.setattr(Nodes, "renew", refuse)
     await until(lambda: cluster.fenced and cluster.membership.alive)

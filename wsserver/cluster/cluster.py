@@ -468,6 +468,8 @@ class Cluster:
                 break
             except StoreError as error:
                 log.warning("node not joined", reason=str(error))
-                await asyncio.sleep(REJOIN)
+            except Exception as error:  # noqa: BLE001 - without this task the node stays outside
+                log.error("node not joined", failure=error)
+            await asyncio.sleep(REJOIN)
         log.warning("node joined again")
         self._resynchronise()
