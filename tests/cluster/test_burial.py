@@ -22,6 +22,7 @@ async def test_buried_node_ends_its_replies_and_joins_again(
     cluster = late.app.cluster
     assert cluster is not None
     name, renew, bury, go_on = cluster.node, Nodes.renew, Nodes.bury, asyncio.Event()
+    buried = asyncio.Event()
     refused: list[str] = []
 
     async def hang(self: Nodes) -> Any:
@@ -33,7 +34,9 @@ async def test_buried_node_ends_its_replies_and_joins_again(
         if not refused:
             refused.append(node)
             raise StoreError("no connection")
-        return await bury(self, node)
+        done = await bury(self, node)
+        buried.set()
+        return done
 
     monkeypatch.setattr(Nodes, "bury", fail_once)
     async with client(late) as a, client(other) as b:
@@ -49,11 +52,13 @@ async def test_buried_node_ends_its_replies_and_joins_again(
         assert reply.closed.is_set()
         assert len(puppet.replies) == 1  # the waiting prompt did not run
         assert (await a.prompt("Now?", conversation=TWO))["code"] == "unavailable"
-        async with asyncio.timeout(BOUND):  # until the other node has buried it
+        async with asyncio.timeout(BOUND):  # until the late node has released it, or is buried
             while (await b.prompt("Go on", conversation=ONE))["type"] == "error":  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         (await puppet.reply(1)).say("Here").end()
         await b.next("done")
+        async with asyncio.timeout(BOUND):
+            await buried.wait()
         go_on.set()
         await until(lambda: cluster.node != name and cluster.membership.alive)
         assert (cluster.fenced, refused) == (1, [name])

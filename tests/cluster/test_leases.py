@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 
 import wsserver
+from tests.cluster.conftest import Start
 from tests.support.client import client
 from tests.support.puppet import Puppet, until
 from tests.support.redis import RedisServer
@@ -47,6 +48,50 @@ async def test_conversation_whose_release_is_not_confirmed_is_not_decided_by_two
         assert cluster is not None
         await until(lambda: not len(cluster.leases))
         await exchange(a, puppet, "Third", "Yes", conversation=ONE)
+
+
+async def test_lease_that_is_not_confirmed_is_released(
+    nodes: list[wsserver.Server], puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = Nodes.claim
+
+    async def unconfirmed(self: Nodes, key: Key) -> str:
+        await claim(self, key)
+        raise StoreError("connection lost")
+
+    cluster, other = (node.app.cluster for node in nodes[:2])
+    assert cluster is not None
+    assert other is not None
+    async with client(nodes[0]) as a, client(nodes[1]) as b:
+        with monkeypatch.context() as patch:
+            patch.setattr(Nodes, "claim", unconfirmed)
+            assert (await a.prompt("Hi", conversation=ONE))["code"] == "store"
+        await until(lambda: not len(cluster.leases))
+        await exchange(b, puppet, "Hi", "Hello", conversation=ONE)
+        assert other.forwarded == 0
+
+
+async def test_node_that_was_cut_off_for_a_moment_releases_its_conversations(
+    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await start(lease=1)
+    cluster = node.app.cluster
+    assert cluster is not None
+
+    async def failing(_: Nodes) -> Others:
+        raise StoreError("connection lost")
+
+    async with client(node) as a:
+        await exchange(a, puppet, "Q", "A", conversation=ONE)
+        with monkeypatch.context() as patch:
+            patch.setattr(Nodes, "renew", failing)
+            await until(lambda: not cluster.membership.alive)
+        await until(lambda: cluster.membership.alive and not len(cluster.leases))
+    other = await start(lease=1)
+    async with client(other) as b:
+        await exchange(b, puppet, "Hi", "Hello", conversation=ONE)
+    assert other.app.cluster is not None
+    assert (other.app.cluster.forwarded, cluster.fenced) == (0, 0)
 
 
 async def test_lease_is_renewed_while_all_requests_wait_for_a_table(

@@ -32,7 +32,7 @@ class Leases:
         # The conversations, and when each was last in use.
         self._held: dict[Key, float] = {}
         self._releasing: dict[Key, asyncio.Future[None]] = {}
-        # Perhaps still leased, perhaps not: the database did not confirm their release.
+        # Perhaps leased, perhaps not: the database did not confirm a lease, or a release.
         self._doubtful: set[Key] = set()
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -51,9 +51,9 @@ class Leases:
             await asyncio.wait({sweeper})
 
     def clear(self) -> None:
-        """Forget all leases: other nodes may have them now."""
+        """Decide on no conversation: other nodes may have them now."""
+        self._doubtful.update(self._held)
         self._held.clear()
-        self._doubtful.clear()
 
     def has(self, key: Key) -> bool:
         """Whether this node leases a conversation, or is releasing it."""
@@ -83,7 +83,11 @@ class Leases:
             self._held[key] = self._loop.time()
             return None
         nodes = self._membership.nodes
-        holder = await nodes.claim(key)
+        try:
+            holder = await nodes.claim(key)
+        except BaseException:  # also if the client has left meanwhile
+            self._doubtful.add(key)
+            raise
         if self._membership.nodes is not nodes or not self._membership.alive:  # buried meanwhile
             raise Refused(Code.UNAVAILABLE)
         if holder != nodes.node:
