@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 
 from tests.support.puppet import BOUND
@@ -61,9 +60,12 @@ async def run(
 
     ``descriptors`` is the limit of file descriptors, as of ``ulimit -n``.
     """
-    limit = None
-    if descriptors:
-        limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, 2 * (int(descriptors),))
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for its background jobs
+        if descriptors:
+            resource.setrlimit(resource.RLIMIT_NOFILE, 2 * (int(descriptors),))
+
     process = await asyncio.create_subprocess_exec(
         python,
         *arguments,
@@ -72,7 +74,7 @@ async def run(
         stderr=asyncio.subprocess.STDOUT,
         cwd=cwd,
         env={**os.environ, **env},
-        preexec_fn=limit,
+        preexec_fn=begin,
     )
     try:
         yield Process(process)
