@@ -1,14 +1,12 @@
 """The command line: ``wsserver serve``, ``chat``, ``check``, ``token``, ``store``, ``schema``."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import wsserver
 from wsserver import descriptors, program
@@ -95,9 +93,9 @@ def _run_server(arguments: dict[str, Any]) -> NoReturn:
 
 
 def _has_password(address: str) -> bool:
-    with contextlib.suppress(ValueError):  # not an address
-        return bool(urlsplit(address).password)
-    return False
+    """Return whether an address, even a malformed one, has a password before its host."""
+    before = address.rpartition("@")[0]
+    return ":" in (before.partition("://")[2] or before)
 
 
 def _data_file() -> Path:

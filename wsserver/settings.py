@@ -166,7 +166,8 @@ class Settings(BaseSettings):
     PostgreSQL. Empty: this server is alone."""
     workers: PositiveCount = 1
     """Processes that share the port. Each is a node of the `cluster`, with limits of its own for
-    memory and connections. Worker N has the `operations_port` plus N. Only for `wsserver serve`."""
+    memory and connections. Worker N, counted from 0, has the `operations_port` plus N. Only for
+    `wsserver serve`."""
     retention_days: Annotated[float, Field(ge=0, allow_inf_nan=False), Unit("days")] = 0.0
     """Days until an unused conversation is deleted. 0 keeps all conversations."""
 

@@ -31,3 +31,25 @@ def test_options_of_sentinels_and_of_redis_are_told_apart() -> None:
 def test_sentinel_without_a_host_is_refused(places: str) -> None:
     with pytest.raises(ConfigError, match=r"^cluster: an address of Sentinels is written"):
         client(f"redis+sentinel://{places}/chat", 2.0, "test")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://me:geheim/x@127.0.0.1:6379/0",
+        "redis+sentinel://me:geheim/x@127.0.0.1:6379/chat/0",
+        "redis://me:geheim℀@127.0.0.1:6379/0",
+        "redis+sentinel://me:ok@one:geheim/chat",
+        "redis://me:geheim@127.0.0.1:6379/0?unknown=1",
+        "redis://me:geheim@127.0.0.1:6379/0?ssl_ca_certs=/x",
+        "rediss://me:geheim@127.0.0.1:6379/0?ssl_cert_reqs=bogus",
+        "redis://me:geheim@127.0.0.1:6379/0?health_check_interval=x",
+        "mysql://me:geheim@127.0.0.1/0",
+        "me:geheim@127.0.0.1",
+    ],
+)
+def test_malformed_address_is_one_line_error_without_password(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"^cluster: ") as raised:
+        client(url, 2.0, "test")
+    assert "geheim" not in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -110,12 +110,17 @@ async def test_check_finds_nodes_behind_a_proxy_as_one_server(
         assert found.of(Status.OK) == {"resume", "nodes"}
 
 
-@pytest.mark.parametrize("name", ["store", "cluster"])
-async def test_password_in_a_flag_is_warned_of_and_not_shown(name: str) -> None:
-    address = {
-        "store": "postgresql://me:geheim@127.0.0.1:1/x",
-        "cluster": "redis+sentinel://me:geheim@127.0.0.1:1,127.0.0.1:2/chat",
-    }[name]
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("store", "postgresql://me:geheim@127.0.0.1:1/x"),
+        ("store", "postgresql://me:geheim/x@127.0.0.1:1/x"),
+        ("cluster", "redis+sentinel://me:geheim@127.0.0.1:1,127.0.0.1:2/chat"),
+        ("cluster", "redis://me:geheim/x@127.0.0.1:1/0"),
+        ("cluster", "me:geheim@127.0.0.1:1"),
+    ],
+)
+async def test_password_in_a_flag_is_warned_of_and_not_shown(name: str, address: str) -> None:
     async with run("-m", "wsserver", "serve", "--port", "0", f"--{name}", address) as process:
         assert await process.end() == 2
     assert f'"variable": "WSSERVER_{name.upper()}"' in process.output

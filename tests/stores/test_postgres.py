@@ -94,6 +94,23 @@ async def test_unusable_address_is_one_line_error_without_password(
     assert not {"geheim", "falsch"} & set(message.replace(":", " ").split())
 
 
+@pytest.mark.parametrize(
+    "address", ["postgresql://me:geheim/x@127.0.0.1/db", "postgresql://me:geheim℀@127.0.0.1/db"]
+)
+async def test_malformed_address_is_one_line_error_without_password(address: str) -> None:
+    settings = wsserver.Settings(store=address)
+    with pytest.raises(ConfigError, match=r"^store: .*malformed") as raised:
+        await wsserver.stores.make(settings, wsserver.limits.Memory(10**9)).open()
+    assert "geheim" not in str(raised.value)
+
+
+def test_error_of_another_kind_of_store_has_no_password() -> None:
+    settings = wsserver.Settings(store="mysql://me:geheim@127.0.0.1/db")
+    with pytest.raises(ConfigError, match=r"^store: 'mysql:'") as raised:
+        wsserver.stores.make(settings, wsserver.limits.Memory(10**9))
+    assert "geheim" not in str(raised.value)
+
+
 async def test_refused_connection_is_error(mortal: Postgres) -> None:
     url = mortal.url()
     mortal.stop()

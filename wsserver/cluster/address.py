@@ -9,6 +9,7 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from wsserver.errors import ConfigError
 
 try:
+    from redis import exceptions
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
     from redis.asyncio.sentinel import Sentinel
@@ -18,6 +19,7 @@ except ImportError:
 
 SENTINEL = "+sentinel"  # end of the scheme of an address of Sentinels
 SENTINEL_PORT = 26379
+ESCAPE = "write the characters / ? # @ : % of a user and a password as %2F %3F %23 %40 %3A %25"
 FORM = "redis+sentinel://USER:PASSWORD@HOST:26379,HOST:26379/SERVICE/0"
 
 
@@ -44,13 +46,33 @@ def client(url: str, timeout: float, name: str) -> Redis:
         "client_name": name,
         "driver_info": None,  # Redis before 7.2 has no CLIENT SETINFO
     }
+    parts = _parts(url)
     try:
-        parts = urlsplit(url)
         if parts.scheme.endswith(SENTINEL):
-            return _behind_sentinels(parts, options)
-        return Redis.from_url(url, **options)
-    except (ValueError, TypeError) as error:
+            redis = _behind_sentinels(parts, options)
+        else:
+            _port(parts)
+            redis = Redis.from_url(url, **options)
+        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call] # checks options
+    except TypeError as error:  # "… got an unexpected keyword argument 'x'"
+        raise ConfigError(f"cluster: unknown option {str(error).split()[-1]}") from None
+    except (ValueError, exceptions.RedisError) as error:
         raise ConfigError(f"cluster: {error}") from None
+    return redis
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # the error has parts of the address
+        raise ConfigError(f"cluster: the address is malformed; {ESCAPE}") from None
+
+
+def _port(parts: SplitResult) -> int | None:
+    try:
+        return parts.port
+    except ValueError:  # the error has what stands for the port, such as a part of the password
+        raise ValueError(f"the port is no number; {ESCAPE}") from None
 
 
 def _behind_sentinels(parts: SplitResult, options: dict[str, Any]) -> Redis:
@@ -89,7 +111,7 @@ def _behind_sentinels(parts: SplitResult, options: dict[str, Any]) -> Redis:
 
 def _place(text: str) -> tuple[str, int]:
     """Return host and port of a Sentinel."""
-    parts = urlsplit(f"//{text}")
+    parts = _parts(f"//{text}")
     if not parts.hostname:
         raise ValueError(f"an address of Sentinels is written {FORM}")
-    return parts.hostname, parts.port or SENTINEL_PORT
+    return parts.hostname, _port(parts) or SENTINEL_PORT

@@ -28,6 +28,7 @@ LONGEST = 262_144  # bytes of one message of Redis
 MOST_WAITING = 33_554_432  # bytes that wait for Redis, as its limit for a subscriber; more are lost
 ECHO_EVERY = 1.0  # seconds between two messages of the bus to itself
 TIMEOUT = 2.0  # seconds for an answer of Redis
+LONGEST_REASON = 200  # characters of an error of Redis in a message
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two attempts to connect again
 
 _FAILURES = (exceptions.RedisError, OSError, TimeoutError, EOFError)
@@ -120,7 +121,7 @@ class Bus:
         self._sender = asyncio.create_task(self._send_all())
         try:
             await opened
-        except _FAILURES as error:
+        except Exception as error:
             await self.close()
             raise ConfigError(f"cluster: cannot use Redis: {_reason(error)}") from error
 
@@ -246,8 +247,10 @@ class Bus:
         """
         pause = FIRST_PAUSE
         while True:
-            connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+            connection: AbstractConnection | None = None
             try:
+                connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+                assert connection is not None
                 await connection.connect()
                 await self._subscribe(connection)
                 if self.counts.resets:
@@ -269,8 +272,9 @@ class Bus:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, LONGEST_PAUSE)
             finally:
-                with contextlib.suppress(*_FAILURES):
-                    await connection.disconnect(nowait=True)
+                if connection is not None:
+                    with contextlib.suppress(*_FAILURES):
+                        await connection.disconnect(nowait=True)
 
     async def _subscribe(self, connection: AbstractConnection) -> None:
         """Subscribe to all topics, and wait for the confirmations."""
@@ -380,4 +384,5 @@ def _report(event: str, error: Exception) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"

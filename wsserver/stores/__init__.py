@@ -44,4 +44,5 @@ def make(settings: Settings, memory: Memory, node: str | None = None) -> Store:
             return SqliteStore(Path(path).expanduser(), settings.store_timeout, prices)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"store: {url!r}: {error}") from error
-    raise ConfigError(f"store: {url!r} is none of memory:, sqlite:///PATH and postgresql://…")
+    kind = url.partition(":")[0] + ":"  # the rest may have a password
+    raise ConfigError(f"store: {kind!r} is none of memory:, sqlite:///PATH and postgresql://…")

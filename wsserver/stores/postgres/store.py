@@ -62,6 +62,10 @@ CONNECTIONS = 4  # for requests; the journal has one more
 SCHEMA = "wsserver"
 ADDRESS = ("postgresql://", "postgres://")  # beginnings of an address
 PURGED_AT_ONCE = 200  # rows of each kind per step, so that its locks are short
+MALFORMED = (
+    "the address is malformed; write the characters / ? # @ : % of a user and a password as "
+    "%2F %3F %23 %40 %3A %25"
+)
 DAYS_KEPT = 90  # days for which spending is kept
 MINUTE = 60.0  # seconds in which every key has all its prompts of a minute again
 MAX_NUMBER = 2**63 - 1  # PostgreSQL's largest integer
@@ -128,7 +132,10 @@ class PostgresStore:
         copying: bool = False,
         node: str | None = None,
     ) -> None:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:  # the error has parts of the address
+            raise ValueError(MALFORMED) from None
         self._url = url
         self._place = f"{parts.hostname or 'the default host'}{parts.path}"  # without the password
         (schema,) = parse_qs(parts.query).get("search_path", [SCHEMA])[-1:]
@@ -189,7 +196,7 @@ class PostgresStore:
                 await self.end_replies(None)
         except BaseException as error:
             await self.close()
-            if isinstance(error, (*_FAILURES, StoreError)):
+            if isinstance(error, (*_FAILURES, StoreError, ValueError)):
                 reason = str(error) if isinstance(error, StoreError) else _reason(error)
                 raise ConfigError(f"store: cannot use {self._place}: {reason}") from error
             raise
@@ -497,6 +504,8 @@ def _reason(error: BaseException) -> str:
             return meaning
     if isinstance(error, asyncpg.PostgresError):
         return f"{type(error).__name__} ({error.sqlstate})"
+    if isinstance(error, ValueError):  # of asyncpg, which has parts of the address
+        return MALFORMED
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return type(error).__name__
