@@ -129,6 +129,8 @@ async def test_cut_at_each_byte_from_head_to_end_loses_nothing(
     for after in range(1 + offset, total, 4):
         reading = dialect(server, puppet, said, "done")
         async with Proxy(server.port, Cut(after, offset % 2 == 0, late=offset < 2)) as proxy:
-            assert await read_on(reading, proxy.port, turn=2 * after) <= 3
-            assert proxy.passed[0] == after
+            visits = await read_on(reading, proxy.port, turn=2 * after)
+            assert visits <= 3
+            # Events that come together share a chunk: this reply may have fewer bytes than `after`.
+            assert proxy.passed[0] == after or visits == 1
         await reading.check()

@@ -44,5 +44,6 @@ def make(settings: Settings, memory: Memory, node: str | None = None) -> Store:
             return SqliteStore(Path(path).expanduser(), settings.store_timeout, prices)
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"store: {url!r}: {error}") from error
-    kind = url.partition(":")[0] + ":"  # the rest may have a password
-    raise ConfigError(f"store: {kind!r} is none of memory:, sqlite:///PATH and postgresql://…")
+    _, at, rest = url.rpartition("@")
+    shown = f"…@{rest}" if at else url  # without a password
+    raise ConfigError(f"store: {shown!r} is none of memory:, sqlite:///PATH and postgresql://…")
