@@ -95,7 +95,8 @@ async def test_unusable_address_is_one_line_error_without_password(
 
 
 @pytest.mark.parametrize(
-    "address", ["postgresql://me:geheim/x@127.0.0.1/db", "postgresql://me:geheim℀@127.0.0.1/db"]
+    "address",
+    ["postgresql://me:geheim/geheim@127.0.0.1/db", "postgresql://me:geheim℀geheim@127.0.0.1/db"],
 )
 async def test_malformed_address_is_one_line_error_without_password(address: str) -> None:
     settings = wsserver.Settings(store=address)

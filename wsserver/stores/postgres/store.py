@@ -10,13 +10,14 @@ connects again by itself.
 
 import asyncio
 import contextlib
-import os
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
 
 from wsserver.errors import ConfigError, StoreError
 from wsserver.pieces import Pieces
@@ -35,6 +36,7 @@ from wsserver.stores.base import (
     day_of,
 )
 from wsserver.stores.fair import FairLock
+from wsserver.stores.postgres.failures import FAILURES, MALFORMED, UNSAVABLE, reason_of
 from wsserver.stores.postgres.guard import Guard
 from wsserver.stores.postgres.rows import (
     FIND,
@@ -51,44 +53,13 @@ from wsserver.stores.postgres.rows import (
 from wsserver.stores.postgres.schema import migrate
 from wsserver.text import tokens_in
 
-try:
-    import asyncpg
-except ImportError:
-    raise ConfigError(
-        "store: PostgreSQL needs the package asyncpg; install wsserver[postgres]"
-    ) from None
-
 CONNECTIONS = 4  # for requests; the journal has one more
 SCHEMA = "wsserver"
 ADDRESS = ("postgresql://", "postgres://")  # beginnings of an address
 PURGED_AT_ONCE = 200  # rows of each kind per step, so that its locks are short
-MALFORMED = (
-    "the address is malformed; write the characters / ? # @ : % of a user and a password as "
-    "%2F %3F %23 %40 %3A %25"
-)
 DAYS_KEPT = 90  # days for which spending is kept
 MINUTE = 60.0  # seconds in which every key has all its prompts of a minute again
 MAX_NUMBER = 2**63 - 1  # PostgreSQL's largest integer
-
-# Errors about values, and not about the database or its state.
-_UNSAVABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-_FAILURES = (
-    asyncpg.PostgresError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,  # a connection that was lost at a certain moment
-    OSError,
-    TimeoutError,
-)
-
-_MEANINGS = {
-    asyncpg.InvalidPasswordError: "PostgreSQL refuses the name or the password",
-    asyncpg.InvalidAuthorizationSpecificationError: "PostgreSQL refuses this user",
-    asyncpg.InvalidCatalogNameError: "there is no such database",
-    asyncpg.InsufficientPrivilegeError: (
-        "the user may not create or change the tables; let an administrator run "
-        "CREATE SCHEMA wsserver AUTHORIZATION the_user"
-    ),
-}
 
 _TRACE = (
     "INSERT INTO forgotten SELECT owner, id, $1 FROM ({}) AS gone GROUP BY owner, id "
@@ -153,7 +124,7 @@ class PostgresStore:
         self._prices = prices or Prices()
         self._pool: Any = None
         self._guard = Guard(
-            self._connect, shared=node is not None, place=self._place, failures=_FAILURES
+            self._connect, shared=node is not None, place=self._place, failures=FAILURES
         )
         self._places = FairLock(CONNECTIONS)
         self._ahead = 0.0  # seconds by which the clock of the database is ahead of this machine's
@@ -196,9 +167,11 @@ class PostgresStore:
                 await self.end_replies(None)
         except BaseException as error:
             await self.close()
-            if isinstance(error, (*_FAILURES, StoreError, ValueError)):
-                reason = str(error) if isinstance(error, StoreError) else _reason(error)
+            if isinstance(error, (*FAILURES, StoreError)):
+                reason = str(error) if isinstance(error, StoreError) else reason_of(error)
                 raise ConfigError(f"store: cannot use {self._place}: {reason}") from error
+            if isinstance(error, ValueError):  # it has parts of the address, as the place has
+                raise ConfigError(f"store: {MALFORMED}") from None
             raise
 
     async def close(self) -> None:
@@ -208,7 +181,7 @@ class PostgresStore:
             try:
                 async with asyncio.timeout(self._timeout):
                     await pool.close()
-            except _FAILURES:
+            except FAILURES:
                 pool.terminate()
         await self._guard.release(self._timeout)
 
@@ -275,7 +248,7 @@ class PostgresStore:
             async with self.connection() as connection:
                 await self._commit(connection, entries, now)
         except StoreError as error:
-            if isinstance(error.__cause__, _UNSAVABLE):
+            if isinstance(error.__cause__, UNSAVABLE):
                 await self._find_unsavable(entries, now)
             raise
 
@@ -313,7 +286,7 @@ class PostgresStore:
                 await attempt.start()
                 try:
                     await self._commit(connection, [entry], now)
-                except _UNSAVABLE as error:
+                except UNSAVABLE as error:
                     raise Unsavable(entry, type(error).__name__) from None
                 finally:
                     await attempt.rollback()
@@ -462,8 +435,8 @@ class PostgresStore:
         try:
             async with free as connection:
                 yield connection
-        except (*_FAILURES, ValueError) as error:
-            raise StoreError(_reason(error)) from error
+        except (*FAILURES, ValueError) as error:
+            raise StoreError(reason_of(error)) from error
 
 
 async def _keep(_: Any) -> None:
@@ -495,17 +468,3 @@ def _rows(status: str) -> int:
 def _end(before: int | None) -> int:
     """Return the number before which rows are read. A client may send any number."""
     return MAX_NUMBER if before is None else max(0, min(before, MAX_NUMBER))
-
-
-def _reason(error: BaseException) -> str:
-    """Describe a failure without text from the database."""
-    for kind, meaning in _MEANINGS.items():
-        if isinstance(error, kind):
-            return meaning
-    if isinstance(error, asyncpg.PostgresError):
-        return f"{type(error).__name__} ({error.sqlstate})"
-    if isinstance(error, ValueError):  # of asyncpg, which has parts of the address
-        return MALFORMED
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
-    return type(error).__name__
