@@ -205,6 +205,12 @@ class ConfigError(WsserverError):
     """The configuration is invalid. The message is one line for the operator."""
 
 
+MALFORMED_ADDRESS = (  # instead of an error of a library, which has parts of the address
+    "the address is malformed; write the characters / ? # @ : % of a user and a password as "
+    "%2F %3F %23 %40 %3A %25"
+)
+
+
 class StoreInUse(ConfigError):
     """Another server uses the store."""
 

@@ -6,7 +6,7 @@ https://redis.io/docs/latest/operate/oss_and_stack/management/sentinel/
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from wsserver.errors import ConfigError
+from wsserver.errors import MALFORMED_ADDRESS, ConfigError
 
 try:
     from redis import exceptions
@@ -19,7 +19,6 @@ except ImportError:
 
 SENTINEL = "+sentinel"  # end of the scheme of an address of Sentinels
 SENTINEL_PORT = 26379
-ESCAPE = "write the characters / ? # @ : % of a user and a password as %2F %3F %23 %40 %3A %25"
 FORM = "redis+sentinel://USER:PASSWORD@HOST:26379,HOST:26379/SERVICE/0"
 
 
@@ -64,15 +63,15 @@ def client(url: str, timeout: float, name: str) -> Redis:
 def _parts(url: str) -> SplitResult:
     try:
         return urlsplit(url)
-    except ValueError:  # the error has parts of the address
-        raise ConfigError(f"cluster: the address is malformed; {ESCAPE}") from None
+    except ValueError:
+        raise ConfigError(f"cluster: {MALFORMED_ADDRESS}") from None
 
 
 def _port(parts: SplitResult) -> int | None:
     try:
         return parts.port
-    except ValueError:  # the error has what stands for the port, such as a part of the password
-        raise ValueError(f"the port is no number; {ESCAPE}") from None
+    except ValueError:  # such as a part of the password in place of the port
+        raise ValueError(MALFORMED_ADDRESS) from None
 
 
 def _behind_sentinels(parts: SplitResult, options: dict[str, Any]) -> Redis:

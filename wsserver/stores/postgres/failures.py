@@ -4,10 +4,6 @@ import os
 
 import asyncpg
 
-MALFORMED = (
-    "the address is malformed; write the characters / ? # @ : % of a user and a password as "
-    "%2F %3F %23 %40 %3A %25"
-)
 # Errors about values, and not about the database or its state.
 UNSAVABLE = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
 FAILURES = (

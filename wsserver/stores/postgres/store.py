@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
 
-from wsserver.errors import ConfigError, StoreError
+from wsserver.errors import MALFORMED_ADDRESS, ConfigError, StoreError
 from wsserver.pieces import Pieces
 from wsserver.prices import NOTHING, Prices, Spent
 from wsserver.stores.base import (
@@ -36,7 +36,7 @@ from wsserver.stores.base import (
     day_of,
 )
 from wsserver.stores.fair import FairLock
-from wsserver.stores.postgres.failures import FAILURES, MALFORMED, UNSAVABLE, reason_of
+from wsserver.stores.postgres.failures import FAILURES, UNSAVABLE, reason_of
 from wsserver.stores.postgres.guard import Guard
 from wsserver.stores.postgres.rows import (
     FIND,
@@ -105,8 +105,8 @@ class PostgresStore:
     ) -> None:
         try:
             parts = urlsplit(url)
-        except ValueError:  # the error has parts of the address
-            raise ValueError(MALFORMED) from None
+        except ValueError:
+            raise ValueError(MALFORMED_ADDRESS) from None
         self._url = url
         self._place = f"{parts.hostname or 'the default host'}{parts.path}"  # without the password
         (schema,) = parse_qs(parts.query).get("search_path", [SCHEMA])[-1:]
@@ -171,7 +171,7 @@ class PostgresStore:
                 reason = str(error) if isinstance(error, StoreError) else reason_of(error)
                 raise ConfigError(f"store: cannot use {self._place}: {reason}") from error
             if isinstance(error, ValueError):  # it has parts of the address, as the place has
-                raise ConfigError(f"store: {MALFORMED}") from None
+                raise ConfigError(f"store: {MALFORMED_ADDRESS}") from None
             raise
 
     async def close(self) -> None:
