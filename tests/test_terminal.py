@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import stat
 from pathlib import Path
@@ -377,7 +378,7 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
     async with once("--once", "What did I say?", "-c", **env) as process:
         assert await outcome(process, "") == (
             0,
-            "You said: “Hello”",
+            "You said: “Hello”\n",
             "wsserver: this is the demo model; set ANTHROPIC_API_KEY to talk to Claude\n",
         )
     (tmp_path / "wsserver/chat.sqlite").write_bytes(1000 * b"no database")
@@ -399,12 +400,31 @@ async def test_continue_opens_last_conversation(server: wsserver.Server, puppet:
         assert await person.leaves() == 0
         (conversation,) = await _conversations(server.url)
         command = f"wsserver chat {server.url}"
-        assert f"{command} --conversation {conversation}\n  {command} -c" in person.text
+        assert f"{command} --conversation={conversation}\n  {command} -c" in person.text
     async with terminal(server.url, "-c") as person:
         await person.sees("> Remember 7\nI will\n")
         await person.ready()
         person.types("Which?\r")
         assert len((await puppet.reply(1)).request.messages) == 3
+
+
+async def test_told_command_continues_conversation_whose_id_begins_with_dash(
+    server: wsserver.Server, puppet: Puppet
+) -> None:
+    named = f"--conversation=-{CONVERSATION}"
+    async with terminal(server.url, named) as person:
+        await person.ready()
+        person.types("Remember 7\r")
+        (await puppet.reply()).say("I will").end()
+        await person.sees("I will")
+        await person.ready()
+        person.types("\x04")
+        assert await person.leaves() == 0
+        (told,) = re.findall("wsserver chat (.* --conversation.*)", person.text)
+    async with once(*told.split(), "--once", "Which?") as process:
+        (await puppet.reply(1)).say("7").end()
+        assert await outcome(process) == (0, "7\n", "")
+    assert len(puppet.replies[1].request.messages) == 3
 
 
 async def _conversations(url: str) -> list[str]:

@@ -31,7 +31,7 @@ async def test_once_prints_only_text(server: wsserver.Server, puppet: Puppet) ->
     ) as process:
         reply = await puppet.reply()
         reply.say("Héllo\x1b[1m\r\n", "you").end()
-        assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou", "")
+        assert await outcome(process) == (0, "Héllo\x1b[1m\r\nyou\n", "")
         assert reply.request.system == "Be kind"
     async with connect(server.url) as chat:
         assert [known.id for known in await chat.conversations()] == [CONVERSATION]
@@ -44,7 +44,7 @@ async def test_once_reads_prompt_from_pipe(server: wsserver.Server, puppet: Pupp
         reply.say("x").end()
         assert process.stdout is not None
         async with asyncio.timeout(BOUND):
-            assert await process.stdout.read() == b"x"
+            assert await process.stdout.read() == b"x\n"
             assert await process.wait() == 0
 
 
@@ -53,7 +53,7 @@ async def test_piped_text_comes_before_prompt(server: wsserver.Server, puppet: P
         reply = await puppet.reply()
         assert reply.request.prompt == "one\ntwo\n\nSummarise"
         reply.say("x").end()
-        assert await outcome(process) == (0, "x", "")
+        assert await outcome(process) == (0, "x\n", "")
 
 
 @pytest.mark.parametrize("prompt", ["-", "Summarise"])
@@ -91,7 +91,7 @@ async def test_file_comes_before_prompt_and_device_does_not(
         reply = await puppet.reply(number)
         assert reply.request.prompt == prompt
         reply.say("x").end()
-        assert await outcome(process) == (0, "x", "")
+        assert await outcome(process) == (0, "x\n", "")
 
 
 async def test_piped_text_over_size_limit_is_refused_with_its_size(
@@ -103,11 +103,18 @@ async def test_piped_text_over_size_limit_is_refused_with_its_size(
     assert "The prompt has 5,000,011 bytes; 32,768 are allowed." in err
 
 
+async def test_last_line_of_once_ends_once(server: wsserver.Server, puppet: Puppet) -> None:
+    for number, (text, shown) in enumerate([("a\nb", "a\nb\n"), ("a\n", "a\n"), ("", "")]):
+        async with once(server.url, "--once", "Hi") as process:
+            (await puppet.reply(number)).say(text).end()
+            assert await outcome(process) == (0, shown, "")
+
+
 async def test_once_continues_last_conversation(server: wsserver.Server, puppet: Puppet) -> None:
     for number, arguments in enumerate([(), ("-c",)]):
         async with once(server.url, "--once", f"Prompt {number}", *arguments) as process:
             (await puppet.reply(number)).say("x").end()
-            assert await outcome(process) == (0, "x", "")
+            assert await outcome(process) == (0, "x\n", "")
     assert [m.content for m in puppet.replies[1].request.messages] == ["Prompt 0", "x", "Prompt 1"]
 
 
@@ -123,7 +130,7 @@ async def test_once_tells_lost_connection_and_continues(
         said.say("upon").end()
         line.mend()
         code, out, err = await outcome(process)
-    assert (code, out) == (0, "upon")
+    assert (code, out) == (0, "upon\n")
     assert err == (
         "wsserver: connection lost, trying again… The text so far stays.\n"
         "wsserver: connected again\n"
@@ -141,7 +148,7 @@ async def test_once_exits_with_1_after_error(server: wsserver.Server, puppet: Pu
     async with once(server.url, "--once", "Hi") as process:
         (await puppet.reply()).say("Half").fail(ModelError(Code.UNREACHABLE, "No \x1b[2J way."))
         code, out, err = await outcome(process)
-    assert (code, out) == (1, "Half")
+    assert (code, out) == (1, "Half\n")
     assert err == "wsserver: No \\x1b[2J way. (unreachable); try again\n"
 
 
@@ -154,7 +161,7 @@ async def test_once_exits_with_130_after_ctrl_c_and_stops_reply(
         async with asyncio.timeout(BOUND):
             assert await process.stdout.read(4) == b"Half"
         process.send_signal(signal.SIGINT)
-        assert await outcome(process) == (130, "", "")
+        assert await outcome(process) == (130, "\n", "")
         assert said.closed.is_set()
 
 
@@ -198,7 +205,7 @@ async def test_token_comes_from_environment_or_flag(puppet: Puppet) -> None:
             async with once(server.url, "--once", "Hi", *arguments, **env) as process:
                 (await puppet.reply(number)).say("Ada").end()
                 code, said, noted = await outcome(process)
-                assert (code, said) == (0, "Ada")
+                assert (code, said) == (0, "Ada\n")
                 assert ("can see --token" in noted) is bool(arguments)
         async with once(server.url, "--once", "Hi", WSSERVER_CHAT_TOKEN="bad") as process:
             code, out, err = await outcome(process)
@@ -222,7 +229,7 @@ async def test_private_server_refuses_other_clients(tmp_path: Path) -> None:
     )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     async with once("--once", "Hi", "--model", "mine:model", PYTHONPATH=path) as process:
-        assert await outcome(process) == (0, "unauthenticated", "")
+        assert await outcome(process) == (0, "unauthenticated\n", "")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +352,7 @@ async def test_second_ctrl_c_of_once_does_not_wait_for_end(
         process.send_signal(signal.SIGINT)
         await asyncio.sleep(0.1)  # two signals at once would be one
         process.send_signal(signal.SIGINT)
-        assert (await outcome(process))[:2] == (130, "")
+        assert (await outcome(process))[:2] == (130, "\n")
 
 
 @pytest.mark.filterwarnings("ignore:.*forkpty.*:DeprecationWarning")

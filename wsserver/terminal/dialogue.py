@@ -255,9 +255,10 @@ class Dialogue:
 
 def farewell(talk: Talk, url: str | None) -> str:
     """Return the lines that tell how to continue the conversation."""
+    # With "=": an id that begins with "-" would look like an option.
     command = " ".join(["wsserver chat", *([] if url is None else [shlex.quote(url)])])
     return (
         "To continue this conversation, or the last one:\n"
-        f"  {command} --conversation {talk.chat.conversation}\n"
+        f"  {command} --conversation={talk.chat.conversation}\n"
         f"  {command} -c"
     )

@@ -12,7 +12,8 @@ from wsserver.terminal.wording import describe_error, describe_partial, escape
 class Once:
     """Sends one prompt and writes its reply to stdout.
 
-    A terminal gets the control characters of the model escaped. A pipe gets the text unchanged.
+    A terminal gets the control characters of the model escaped. A pipe gets the text unchanged. The
+    last line ends, as programs that read lines expect.
     """
 
     def __init__(self, chat: Chat, model: str | None, system: str | None) -> None:
@@ -37,7 +38,7 @@ class Once:
             self._writing.cancel()
         if not self._writing.cancelled():
             self._writing.result()
-        if not (self._raw or self._at_start):
+        if not self._at_start:
             self._out.write("\n")
         return INTERRUPTED if self._interrupted else await self._end()
 
