@@ -19,10 +19,10 @@ from wsserver import Settings
 from wsserver.admission import Admission
 from wsserver.denials import Denied
 from wsserver.limits import Memory
-from wsserver.listener import Listener
 from wsserver.responses import Upgrade
+from wsserver.sockets.listener import Listener
+from wsserver.sockets.websocket import Socket, frame
 from wsserver.telemetry import Metrics
-from wsserver.websocket import Socket, frame
 
 GROUPS = ["1.*", "2.*", "3.*", "4.*", "5.*", "6.*", "7.*", "9.*", "10.*"]
 CASES = 301  # of these groups

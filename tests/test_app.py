@@ -13,7 +13,7 @@ from tests.support.stand import Port
 from wsserver import Model, Settings
 from wsserver.admission import Visitor
 from wsserver.app import App
-from wsserver.connection import Connection
+from wsserver.connections.connection import Connection
 from wsserver.limits import Memory
 from wsserver.protocol import SUBPROTOCOL, Close
 from wsserver.responses import Request, Response, Upgrade

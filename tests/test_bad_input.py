@@ -10,7 +10,8 @@ from websockets.frames import Frame, Opcode
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, until
-from wsserver import connection, parsing
+from wsserver import parsing
+from wsserver.connections import connection
 from wsserver.protocol import ClientFrame
 
 ID = "0123456789abcdef"

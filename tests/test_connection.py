@@ -8,11 +8,11 @@ import pytest
 
 from tests.support.puppet import BOUND, until
 from tests.support.stand import ONE, OWNER, Stand
-from wsserver.cursor import Cursor
-from wsserver.live import Generation
+from wsserver.connections.cursor import Cursor
+from wsserver.connections.requests import REQUESTS
+from wsserver.hub.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Close, Terminal
-from wsserver.requests import REQUESTS
 
 ID = "0123456789abcdef"
 
@@ -124,8 +124,8 @@ async def test_failing_transport_closes_only_its_client(
 async def test_titles_sent_to_others_count_for_read_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wsserver.accounts.READ_BURST", 20_000)
-    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
+    monkeypatch.setattr("wsserver.hub.accounts.READ_BURST", 20_000)
+    monkeypatch.setattr("wsserver.hub.accounts.READ_RATE", 0.001)
     stand = Stand()
     connection, port = stand.client()
     connection.receive(json.dumps({"prompt": "Hello?", "conversation": ONE}))

@@ -14,7 +14,7 @@ from tests.support.prompt_cache import PromptCache
 from tests.support.puppet import Puppet
 from tests.support.upstream import Hang, Script, Upstream, reply
 from wsserver import Code, Message, ModelError
-from wsserver.context import messages_of, newest
+from wsserver.hub.context import messages_of, newest
 from wsserver.stores.base import Turn
 
 COUNT, SIZE = 200, 400_000  # the settings' defaults

@@ -11,8 +11,8 @@ import pytest
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, until
+from wsserver.hub.live import Conversation
 from wsserver.limits import CACHE, Memory
-from wsserver.live import Conversation
 
 ONE, TWO = "conversation-one", "conversation-two"
 OWNER = "anonymous"

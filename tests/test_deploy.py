@@ -36,9 +36,9 @@ from tests.support.tools import ROOT, require_nginx, require_systemd
 from wsserver import Settings
 from wsserver.auth import tokens
 from wsserver.descriptors import fit
-from wsserver.listening import name_of
 from wsserver.program import LAST_MOMENT
 from wsserver.settings import CHAT_TOKEN
+from wsserver.sockets.listening import name_of
 
 pytestmark = pytest.mark.slow
 

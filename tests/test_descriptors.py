@@ -13,8 +13,9 @@ import wsserver
 from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.test_http import ask
-from wsserver import ConfigError, Settings, listening
+from wsserver import ConfigError, Settings
 from wsserver.descriptors import OPERATORS, fit, lingering, raise_limit
+from wsserver.sockets import listening
 
 HEALTH = "GET /healthz HTTP/1.1\nHost: localhost\n\n"
 

@@ -27,9 +27,9 @@ from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.support.sequences import VECTORS, load, written
 from tests.support.terminal import terminal
 from wsserver import Code, Settings
+from wsserver.connections.requests import REQUESTS
 from wsserver.parsing import parse
 from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Close, Limits, ServerFrame, StoppedBy
-from wsserver.requests import REQUESTS
 from wsserver.telemetry import Aborted, Refusal
 
 ROOT = Path(__file__).parent.parent

@@ -22,11 +22,11 @@ from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.sockets import sockets_of
 from tests.test_leak import Here
-from wsserver.connection import Connection
-from wsserver.exchange import HEADER_COST, REQUEST_COST, Exchange
+from wsserver.connections.connection import Connection
 from wsserver.limits import account_of
-from wsserver.tcp import READ_SIZE
-from wsserver.websocket import BITE, FRAMES_PER_TURN, frame
+from wsserver.sockets.exchange import HEADER_COST, REQUEST_COST, Exchange
+from wsserver.sockets.tcp import READ_SIZE
+from wsserver.sockets.websocket import BITE, FRAMES_PER_TURN, frame
 
 PING = b'{"type":"ping"}'
 

@@ -5,7 +5,7 @@ import pytest
 from tests.support.pieces import said
 from wsserver.content import Usage
 from wsserver.generation import TRANSITIONS, End, Event, IllegalTransition, Log, State, state_after
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.protocol import Done, Prompt
 from wsserver.telemetry import Span
 

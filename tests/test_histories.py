@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsserver import Settings
+from wsserver.connections.histories import conversations, history, room_of
 from wsserver.content import Image, Message, Text, Thinking, Usage
 from wsserver.encoding import encode
 from wsserver.errors import ConfigError
-from wsserver.histories import conversations, history, room_of
 from wsserver.stores.base import StoredConversation, Summary, Turn
 
 SETTINGS = Settings(

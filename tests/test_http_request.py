@@ -2,8 +2,8 @@
 
 import pytest
 
-from wsserver.http import FRAMING_SIZE, HEAD_SIZE, HEADERS, LINE_SIZE, RequestParser
 from wsserver.responses import BadRequest, Request
+from wsserver.sockets.http import FRAMING_SIZE, HEAD_SIZE, HEADERS, LINE_SIZE, RequestParser
 
 GET = b"GET /a?b=c HTTP/1.1\r\nHost: localhost\r\nX-One: 1\r\nx-one: 2\r\n\r\n"
 UPGRADE = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"

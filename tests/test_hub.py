@@ -11,10 +11,10 @@ from tests.support.puppet import BOUND, until
 from tests.support.stand import ACCOUNT, ONE, OWNER, TWO, Bystander, Stand
 from wsserver import Code
 from wsserver.content import Message
-from wsserver.context import messages_of
 from wsserver.errors import Refused, StoreError
 from wsserver.generation import State
-from wsserver.live import Conversation, Generation
+from wsserver.hub.context import messages_of
+from wsserver.hub.live import Conversation, Generation
 from wsserver.protocol import Prompt
 
 ID = "0123456789abcdef"
@@ -77,7 +77,7 @@ async def test_queued_prompt_with_failing_request_ends_and_next_runs(
             raise ZeroDivisionError("secret")
         return messages_of(turns, prompt, **sizes)
 
-    monkeypatch.setattr("wsserver.running.messages_of", broken)
+    monkeypatch.setattr("wsserver.hub.running.messages_of", broken)
     (await stand.puppet.reply()).end()
     (await stand.puppet.reply(1)).end()
     for generation in generations:

@@ -7,11 +7,11 @@ import pytest
 
 from tests.support.pieces import heard
 from tests.support.puppet import BOUND, until
-from wsserver import journal
 from wsserver.content import Usage
 from wsserver.errors import StoreError
 from wsserver.generation import Log
-from wsserver.journal import Journal, Record
+from wsserver.hub import journal
+from wsserver.hub.journal import Journal, Record
 from wsserver.protocol import Done, Prompt, Terminal
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import Entry, Header, StoredGeneration, Unsavable

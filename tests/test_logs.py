@@ -19,10 +19,10 @@ from tests.support.process import Process, run
 from tests.support.puppet import BOUND, Puppet
 from tests.support.upstream import Script, Upstream, error
 from wsserver import Code, ModelError, logs
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
+from wsserver.hub.reporting import Reporter
 from wsserver.logs import MAX_LINES, NAMES, WINDOW, log, printable, set_up, write_left_out
 from wsserver.protocol import Done, Prompt
-from wsserver.reporting import Reporter
 from wsserver.telemetry import Metrics
 
 NASTY = "a\nb\x1b[31m\x00\r\x85\u2028\u202e\u200bé\ud800 end"

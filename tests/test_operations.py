@@ -14,9 +14,10 @@ import wsserver
 from tests.support.client import client
 from tests.support.puppet import Puppet, until
 from tests.test_http import ask
-from wsserver import Code, ConfigError, ModelError, journal
+from wsserver import Code, ConfigError, ModelError
 from wsserver.errors import StoreError
-from wsserver.listener import Listener
+from wsserver.hub import journal
+from wsserver.sockets.listener import Listener
 from wsserver.stores import MemoryStore
 
 

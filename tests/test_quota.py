@@ -9,11 +9,11 @@ import pytest
 import wsserver
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet, until
-from wsserver import quota, upkeep
 from wsserver.errors import Code, Refused, StoreError
+from wsserver.hub import quota, upkeep
+from wsserver.hub.upkeep import Upkeep
 from wsserver.stores import MemoryStore
 from wsserver.stores.base import Forgotten
-from wsserver.upkeep import Upkeep
 
 DAY = 86_400.0
 ONE = "conversation-0001"

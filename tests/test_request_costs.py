@@ -29,8 +29,8 @@ async def gated(monkeypatch: pytest.MonkeyPatch, puppet: Puppet) -> AsyncIterato
 async def test_account_over_read_limit_waits_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet
 ) -> None:
-    monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
-    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
+    monkeypatch.setattr("wsserver.hub.accounts.READ_BURST", 100_000)
+    monkeypatch.setattr("wsserver.hub.accounts.READ_RATE", 0.001)
 
     async def named(token: str | None, _: wsserver.Handshake) -> wsserver.Principal:
         return wsserver.Principal(token or "nobody")
@@ -60,8 +60,8 @@ async def test_account_over_read_limit_waits_and_others_do_not(
 async def test_ended_replies_read_from_store_count_for_read_limit(
     monkeypatch: pytest.MonkeyPatch, puppet: Puppet, kind: str
 ) -> None:
-    monkeypatch.setattr("wsserver.accounts.READ_BURST", 100_000)
-    monkeypatch.setattr("wsserver.accounts.READ_RATE", 0.001)
+    monkeypatch.setattr("wsserver.hub.accounts.READ_BURST", 100_000)
+    monkeypatch.setattr("wsserver.hub.accounts.READ_RATE", 0.001)
     async with wsserver.serve(puppet, port=0, replay_size=1, drain_timeout=0) as server:
         async with client(server) as chat:
             prompt = {"prompt": "Long", "conversation": ONE, "id": ID}

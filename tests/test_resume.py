@@ -15,7 +15,8 @@ from tests.support.proxy import Cut, Proxy
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.sockets import sockets_of
 from tests.support.talk import ID, ONE, OTHER, exchange, opened, resume
-from wsserver import Code, ModelError, Thinking, hub
+from wsserver import Code, ModelError, Thinking
+from wsserver.hub import hub
 
 
 async def test_frames_get_smaller_after_repeated_disconnects(

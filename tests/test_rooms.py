@@ -27,12 +27,8 @@ FLOORS: list[dict[str, str]] = [
         "clients": "client",
     },
     {
-        "application": "accounts app chat_http chats cluster connection context conversations "
-        "cursor dialects elsewhere endings following histories hub intake "
-        "journal live page quota replies reporting requests retention routes "
-        "running scheduling session stopping tally titles upkeep",
-        "sockets": "certificates exchange http listener listening peers service_manager "
-        "streaming tcp tls websocket",
+        "application": "app chats cluster connections dialects hub page routes",
+        "sockets": "sockets",
     },
     {"server": "server", "asgi": "asgi_app asgi_transports"},
     {"programs": f"{PUBLIC} __main__ cli doctor program terminal workers"},
@@ -42,7 +38,7 @@ LIBRARIES = {
     "anthropic": {"models"},
     "argparse": {"cli"},
     "asyncpg": {"stores"},
-    "httptools": {"http", "models"},
+    "httptools": {"models", "sockets"},
     "httpx2": {"auth", "doctor", "models"},
     "jwt": {"auth"},
     "markdown_it": {"terminal"},
@@ -53,7 +49,7 @@ LIBRARIES = {
     "rich": {"terminal"},
     "sqlite3": {"stores"},
     "uvloop": {"program"},
-    "websockets": {"client", "doctor", "exchange", "websocket"},
+    "websockets": {"client", "doctor", "sockets"},
 }
 PLACES = {
     room: (floor, wing)

@@ -29,12 +29,12 @@ from tests.support.yielding import YieldingStore
 from wsserver import Code, End, ModelError, Settings, Usage
 from wsserver.admission import Admission
 from wsserver.auth import ANONYMOUS
-from wsserver.connection import Connection
+from wsserver.connections.connection import Connection
 from wsserver.errors import StoreError
 from wsserver.generation import Log, State
-from wsserver.hub import Hub
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Generation
 from wsserver.limits import Memory
-from wsserver.live import Generation
 from wsserver.protocol import Terminal
 from wsserver.stores.base import StoredGeneration
 from wsserver.telemetry import Metrics

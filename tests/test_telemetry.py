@@ -208,7 +208,7 @@ async def test_api_outage_lasts_until_success_or_time_limit(
     await chat.send({"type": "stop"})
     await chat.next("done")
     assert failing(), "who stops before the first piece knows nothing"
-    monkeypatch.setattr("wsserver.reporting.FAILING", 0.0)
+    monkeypatch.setattr("wsserver.hub.reporting.FAILING", 0.0)
     assert not failing()
     monkeypatch.undo()
     assert failing()

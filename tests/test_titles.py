@@ -15,7 +15,7 @@ from tests.support.puppet import BOUND, Puppet, Reply
 from tests.support.script import reply
 from tests.support.upstream import Upstream
 from wsserver import Code, End, ModelError, Usage
-from wsserver.titles import SYSTEM, title_in
+from wsserver.hub.titles import SYSTEM, title_in
 
 CONVERSATION = "conversation-one"
 WORDS = "How do I bake a sourdough bread?"

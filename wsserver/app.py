@@ -16,19 +16,19 @@ from uuid import UUID
 from wsserver import auth, models, stores
 from wsserver.admission import Admission, Visitor
 from wsserver.auth import Authenticator
-from wsserver.chats import Chats
-from wsserver.connection import Connection
+from wsserver.chats.chats import Chats
+from wsserver.chats.replies import ReplyStream
+from wsserver.connections.connection import Connection
+from wsserver.connections.session import Transport
 from wsserver.denials import Denied
 from wsserver.errors import ConfigError, StoreError
-from wsserver.hub import Hub
+from wsserver.hub.hub import Hub
 from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
 from wsserver.protocol import Close
-from wsserver.replies import ReplyStream
 from wsserver.responses import Answer, BadRequest, Request, Response, Upgrade, respond
 from wsserver.routes import Operations, Routes
-from wsserver.session import Transport
 from wsserver.settings import Settings
 from wsserver.stores import Store
 from wsserver.telemetry import Metrics

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from wsserver.admission import Visitor
 from wsserver.app import App
-from wsserver.connection import Connection
+from wsserver.connections.connection import Connection
 from wsserver.limits import Memory
 from wsserver.logs import log
 from wsserver.protocol import Close

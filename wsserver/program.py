@@ -14,11 +14,12 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import wsserver
-from wsserver import service_manager, workers
+from wsserver import workers
 from wsserver.errors import ConfigError
 from wsserver.logs import log, write_left_out
 from wsserver.server import Server, serve
 from wsserver.settings import Settings
+from wsserver.sockets import service_manager
 
 OUT_OF_MEMORY = 1  # exit code; a service manager then restarts the program
 LAST_WORDS = b"wsserver: out of memory; the process ends now, and the store keeps what it has\n"

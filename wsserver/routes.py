@@ -9,7 +9,7 @@ from http import HTTPStatus
 from typing import ClassVar
 
 from wsserver.admission import Admission, Visitor, bearer
-from wsserver.chats import Chats
+from wsserver.chats.chats import Chats
 from wsserver.denials import Denied
 from wsserver.page import Page
 from wsserver.protocol import SUBPROTOCOL

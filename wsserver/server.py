@@ -6,19 +6,20 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-from wsserver import descriptors, listening
+from wsserver import descriptors
 from wsserver.admission import Visitor
 from wsserver.app import App, configure
 from wsserver.auth import Authenticator
-from wsserver.certificates import Certificate
 from wsserver.errors import ConfigError
 from wsserver.limits import Memory
-from wsserver.listener import Listener
 from wsserver.logs import log
 from wsserver.models.base import Model, PushModel
-from wsserver.peers import own_users
 from wsserver.responses import Answer, Request
 from wsserver.settings import Settings
+from wsserver.sockets import listening
+from wsserver.sockets.certificates import Certificate
+from wsserver.sockets.listener import Listener
+from wsserver.sockets.peers import own_users
 from wsserver.telemetry import Metrics
 
 LAST_TURN = 0.1  # seconds for cancelled tasks to end, even when the time is over

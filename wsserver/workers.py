@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from wsserver import listening, service_manager
 from wsserver.errors import ConfigError
 from wsserver.logs import log
 from wsserver.settings import Settings
+from wsserver.sockets import listening, service_manager
 
 STABLE = 10.0  # seconds after which a worker counts as one that works
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before a worker is replaced that died soon

@@ -310,7 +310,7 @@ async def test_exception_in_server_is_internal_error(
     def broken(*_: object) -> None:
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr("wsserver.journal.Record.wake", broken)
+    monkeypatch.setattr("wsserver.hub.journal.Record.wake", broken)
     upstream.play(reply("Hello", thinking="hm"))
     _, error_ = await chat.text((await chat.prompt())["id"])
     assert error_["code"] == "internal"

@@ -272,7 +272,7 @@ async def test_failure_of_a_message_closes_the_socket(
     def fail(*_: object) -> None:
         raise LookupError("a fault")
 
-    monkeypatch.setattr("wsserver.connection.Connection.receive", fail)
+    monkeypatch.setattr("wsserver.connections.connection.Connection.receive", fail)
     async with running(puppet) as chat:
         server = Server(chat, "websocket", "/ws")
         server.receive("websocket.connect")

@@ -135,7 +135,7 @@ async def test_answer_that_nothing_runs_is_not_stored_by_caches(server: wsserver
 async def test_page_that_does_not_come_back_stops_its_reply(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsserver.chats.RELOAD", 0.05)
+    monkeypatch.setattr("wsserver.chats.chats.RELOAD", 0.05)
     assert await resume(server) == 204
     async with Chat.open(server) as chat:
         chat.send("POST", "/api/chat", body(text("user", "Hello?")))
@@ -147,7 +147,7 @@ async def test_page_that_does_not_come_back_stops_its_reply(
 async def test_page_that_comes_back_has_its_reply(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsserver.chats.RELOAD", 2 * BOUND)
+    monkeypatch.setattr("wsserver.chats.chats.RELOAD", 2 * BOUND)
     await resume(server)
     async with Chat.open(server) as chat:
         chat.send("POST", "/api/chat", body(text("user", "Hello?")))
@@ -159,8 +159,8 @@ async def test_page_that_comes_back_has_its_reply(
 async def test_page_not_known_to_resume_stops_its_reply_at_once(
     server: wsserver.Server, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wsserver.chats.RELOAD", 2 * BOUND)
-    monkeypatch.setattr("wsserver.hub.RESUMING", 1)
+    monkeypatch.setattr("wsserver.chats.chats.RELOAD", 2 * BOUND)
+    monkeypatch.setattr("wsserver.hub.hub.RESUMING", 1)
     await resume(server)
     async with Chat.open(server) as chat:
         chat.send("GET", "/api/chat/another/stream")

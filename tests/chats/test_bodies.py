@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsserver.chat_http import decode_body, parse_prompt
+from wsserver.chats.http import decode_body, parse_prompt
 from wsserver.content import Message
 from wsserver.dialects import ag_ui, ai_sdk
 from wsserver.errors import Refused

@@ -24,7 +24,7 @@ SAID = (*PIECES[:6], *LINES, Thinking(LINES[0]), *PIECES[6:])
 async def server(
     request: pytest.FixtureRequest, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Host]:
-    monkeypatch.setattr("wsserver.chats.RELOAD", 3600.0)
+    monkeypatch.setattr("wsserver.chats.chats.RELOAD", 3600.0)
     if request.param == "own":
         async with wsserver.serve(puppet, **LASTING) as running:
             yield running

@@ -17,10 +17,10 @@ from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.tools import ROOT
 from tests.test_telemetry import value
-from wsserver import peers
 from wsserver.dialects.sse import SSE
-from wsserver.peers import Address
 from wsserver.pieces import Run
+from wsserver.sockets import peers
+from wsserver.sockets.peers import Address
 
 ID = "0123456789abcdef0123"
 ONE = {"messages": [{"role": "user", "content": "Hello?"}]}
@@ -167,7 +167,7 @@ async def test_user_of_a_kept_connection_is_looked_up_once(
         asked.append(peer)
         return look_up(peer, here)
 
-    monkeypatch.setattr("wsserver.exchange.user_at", counted)
+    monkeypatch.setattr("wsserver.sockets.exchange.user_at", counted)
     async with Chat.open(server) as chat:
         for number in range(3):
             await chat.prompt(ONE, headers={"connection": "keep-alive"})

@@ -62,7 +62,7 @@ async def server(
     redis: RedisServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Host]:
-    monkeypatch.setattr("wsserver.chats.RELOAD", 3600.0)
+    monkeypatch.setattr("wsserver.chats.chats.RELOAD", 3600.0)
     lasting: dict[str, Any] = {key: value for key, value in LASTING.items() if key != "port"}
     lasting["prompts_per_minute"] = 100_000
     first, second = [await start(**lasting) for _ in range(2)]

@@ -13,8 +13,8 @@ from tests.support.client import client
 from tests.support.puppet import Puppet, until
 from tests.support.talk import ONE, exchange
 from wsserver.cluster.cluster import Cluster
-from wsserver.elsewhere import Use
 from wsserver.errors import ConfigError, StoreError
+from wsserver.hub.elsewhere import Use
 from wsserver.stores.base import Fenced
 from wsserver.stores.postgres.nodes import Key, Nodes
 from wsserver.stores.postgres.reservations import Locked

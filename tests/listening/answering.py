@@ -12,8 +12,8 @@ from tests.support.puppet import BOUND, until
 from wsserver import Settings
 from wsserver.admission import Admission, Visitor
 from wsserver.limits import Memory
-from wsserver.listener import Listener
 from wsserver.responses import Answer, BadRequest, BodyWriter, Request
+from wsserver.sockets.listener import Listener
 from wsserver.telemetry import Metrics
 
 __all__ = ["Browser", "Recorder", "listening", "name_of", "trusted"]

@@ -9,7 +9,7 @@ import wsserver
 from tests.chats.events import Chat
 from tests.support.client import Client, client
 from tests.support.puppet import Puppet
-from wsserver import listening
+from wsserver.sockets import listening
 
 pytestmark = pytest.mark.slow
 

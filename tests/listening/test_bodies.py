@@ -15,9 +15,9 @@ import uvloop
 from tests.listening.answering import Browser, listening, name_of
 from tests.support.puppet import until
 from wsserver.admission import Visitor
-from wsserver.exchange import HEADER_COST, REQUEST_COST
 from wsserver.responses import BadRequest, Request, Response, respond
-from wsserver.tcp import READ_SIZE
+from wsserver.sockets.exchange import HEADER_COST, REQUEST_COST
+from wsserver.sockets.tcp import READ_SIZE
 
 POST = b"POST /a HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -121,7 +121,7 @@ async def test_slow_body_gets_408_and_raises_in_application() -> None:
 async def test_body_received_steadily_has_more_time_than_head(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wsserver.exchange.BODY_RATE", 2)  # bytes of the body for each second
+    monkeypatch.setattr("wsserver.sockets.exchange.BODY_RATE", 2)  # bytes for each second
     async with (
         listening(echo, open_timeout=0.5) as listener,
         Browser.open(listener) as browser,
@@ -330,7 +330,7 @@ async def test_connection_is_closed_after_error() -> None:
 async def test_idle_kept_connection_is_closed_after_keep_alive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wsserver.exchange.KEEP_ALIVE", 0.1)
+    monkeypatch.setattr("wsserver.sockets.exchange.KEEP_ALIVE", 0.1)
     async with listening(no_body) as listener, Browser.open(listener) as browser:
         browser.send(GET + KEEP + b"\r\n")
         assert await browser.response() == (200, b"/a\n")

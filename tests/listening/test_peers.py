@@ -14,7 +14,7 @@ from tests.support.client import Client, client
 from tests.support.process import run
 from tests.support.puppet import Puppet
 from tests.test_http import ask
-from wsserver import listening, peers
+from wsserver.sockets import listening, peers
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,8 @@ async def test_client_of_other_kernel_is_served(loop: str) -> None:
     # Such as a browser on Windows with a server in WSL.
     program = (
         "import sys\n"
-        "from wsserver import cli, exchange, peers\n"
+        "from wsserver import cli\n"
+        "from wsserver.sockets import exchange, peers\n"
         "exchange.user_at = lambda *_: peers.ELSEWHERE\n"
         "cli.main(sys.argv[1:])\n"
     )
@@ -82,7 +83,7 @@ async def test_other_user_is_refused_except_for_probes(
     puppet: Puppet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with wsserver.serve(puppet, port=0) as server:
-        monkeypatch.setattr("wsserver.exchange.user_at", lambda *_: 4321)
+        monkeypatch.setattr("wsserver.sockets.exchange.user_at", lambda *_: 4321)
         for path, status in {"/": 403, "/metrics": 401, "/healthz": 200, "/readyz": 200}.items():
             assert (await ask(server, f"GET {path} HTTP/1.1\nHost: localhost\n\n"))[0] == status
         with pytest.raises(InvalidStatus):

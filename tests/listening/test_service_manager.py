@@ -15,8 +15,9 @@ from tests.listening.clients import ROOT, SERVE, on_unix, put, shown, trusting
 from tests.support.client import Client
 from tests.support.process import Process, run
 from tests.support.puppet import BOUND
-from wsserver import ConfigError, service_manager
+from wsserver import ConfigError
 from wsserver.cli import main
+from wsserver.sockets import service_manager
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ import uvloop
 from tests.listening.answering import Browser, Recorder, listening, name_of
 from tests.support.puppet import BOUND, until
 from wsserver.admission import Visitor
-from wsserver.listener import Listener
 from wsserver.responses import Answer, BodyWriter, Request, Stream, respond
-from wsserver.tcp import READ_SIZE
+from wsserver.sockets.listener import Listener
+from wsserver.sockets.tcp import READ_SIZE
 
 GET = b"GET /a HTTP/1.1\r\nHost: localhost\r\n"
 KEEP = b"Connection: keep-alive\r\n"
@@ -227,7 +227,7 @@ async def test_client_not_reading_earlier_response_is_aborted_after_send_timeout
 async def test_slow_reader_gets_rest_of_body_after_its_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("wsserver.streaming.LINGER", 0.3)
+    monkeypatch.setattr("wsserver.sockets.streaming.LINGER", 0.3)
     streams = Streams()
     async with (
         listening(streams, max_unsent=2**24) as listener,

@@ -25,10 +25,10 @@ from tests.support.puppet import BOUND, Puppet, until
 from tests.support.sockets import sockets_of
 from tests.test_leak import Here
 from wsserver.cli import main
-from wsserver.connection import Connection
-from wsserver.exchange import Exchange
-from wsserver.tcp import READ_SIZE
-from wsserver.websocket import Socket
+from wsserver.connections.connection import Connection
+from wsserver.sockets.exchange import Exchange
+from wsserver.sockets.tcp import READ_SIZE
+from wsserver.sockets.websocket import Socket
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,7 @@
 from typing import cast
 
 from wsserver import Server
-from wsserver.websocket import Socket
+from wsserver.sockets.websocket import Socket
 
 
 def sockets_of(server: Server) -> list[Socket]:

@@ -8,11 +8,11 @@ from tests.support.yielding import YieldingStore
 from wsserver import Settings
 from wsserver.admission import Admission
 from wsserver.auth import Principal
-from wsserver.connection import Connection
+from wsserver.connections.connection import Connection
 from wsserver.generation import State
-from wsserver.hub import Hub
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Conversation, Generation
 from wsserver.limits import Memory
-from wsserver.live import Conversation, Generation
 from wsserver.protocol import Close, Prompt, Terminal
 from wsserver.stores.base import StoredGeneration
 from wsserver.telemetry import Metrics

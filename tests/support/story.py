@@ -18,7 +18,7 @@ from tests.support.proxy import Cut, reset
 from tests.support.puppet import Puppet, Reply, Thinking, until
 from wsserver import Code, ModelError
 from wsserver.generation import State
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.stores.base import Entry
 
 __all__ = [

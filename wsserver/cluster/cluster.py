@@ -19,13 +19,13 @@ from wsserver.cluster.resynchronisation import Resynchronisation
 from wsserver.cluster.services import Services
 from wsserver.cluster.uses import Use, Uses
 from wsserver.content import Usage
-from wsserver.elsewhere import Leaving, Moved
-from wsserver.endings import restored
 from wsserver.errors import Code, ConfigError, ModelError, Refused, StoreError
 from wsserver.generation import State
-from wsserver.hub import Hub
+from wsserver.hub.elsewhere import Leaving, Moved
+from wsserver.hub.endings import restored
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Conversation, Generation, Watcher
 from wsserver.limits import Account
-from wsserver.live import Conversation, Generation, Watcher
 from wsserver.logs import log, name_node
 from wsserver.pieces import Pieces
 from wsserver.protocol import Done, Prompt

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from wsserver.cluster.membership import Membership
 from wsserver.errors import Code, Refused, StoreError
-from wsserver.hub import Hub
-from wsserver.live import Conversation
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Conversation
 from wsserver.logs import log
 from wsserver.stores.postgres.nodes import Key
 

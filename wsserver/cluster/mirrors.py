@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsserver.cluster.peers import Body, Peers
+from wsserver.hub.live import Generation
 from wsserver.limits import Account, Memory, account_of, memory_size
-from wsserver.live import Generation
 from wsserver.pieces import Pieces
 from wsserver.protocol import Terminal
 from wsserver.stores.records import dump_prompt, parse_prompt, parse_terminal

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from wsserver.cluster.bus import Bus
+from wsserver.connections.session import refusal_of
 from wsserver.content import compact
 from wsserver.errors import Code, Refused
 from wsserver.logs import log
-from wsserver.session import refusal_of
 
 Body = dict[str, Any]
 Handler = Callable[[str, Body], Awaitable[Body]]

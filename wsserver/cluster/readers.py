@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from wsserver.cluster.peers import Peers
-from wsserver.hub import Hub
-from wsserver.live import Generation
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Generation
 from wsserver.logs import log
 from wsserver.stores.records import dump_terminal
 

@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable
 from wsserver.cluster.leases import Leases
 from wsserver.cluster.mirrors import Mirrors
 from wsserver.errors import Refused, StoreError
-from wsserver.hub import Hub
-from wsserver.live import Conversation
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Conversation
 from wsserver.stores.base import Store
 
 

@@ -11,11 +11,11 @@ from typing import Any
 from wsserver.cluster.mirrors import facts_of
 from wsserver.cluster.peers import Body, Peers
 from wsserver.cluster.readers import Readers
-from wsserver.elsewhere import Moved
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.generation import State
-from wsserver.hub import Hub
-from wsserver.live import Conversation, Generation
+from wsserver.hub.elsewhere import Moved
+from wsserver.hub.hub import Hub
+from wsserver.hub.live import Conversation, Generation
 from wsserver.protocol import Prompt
 from wsserver.stores.records import parse_prompt
 

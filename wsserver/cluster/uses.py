@@ -5,18 +5,18 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from wsserver.cluster.membership import Membership
-from wsserver.elsewhere import Running
 from wsserver.errors import Code, Refused, StoreError
 from wsserver.generation import State
+from wsserver.hub.elsewhere import Running
+from wsserver.hub.live import Generation
 from wsserver.limits import Account
-from wsserver.live import Generation
 from wsserver.logs import log
 from wsserver.stores.postgres.reservations import Locked, Reservations
 from wsserver.stores.postgres.store import PostgresStore
 
 
 class Use:
-    """What an owner and an account use, for one decision; see :class:`wsserver.elsewhere.Use`."""
+    """What an owner and an account use, for one decision; see :mod:`wsserver.hub.elsewhere`."""
 
     def __init__(self, locked: Locked) -> None:
         self.locked = locked

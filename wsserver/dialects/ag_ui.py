@@ -11,7 +11,7 @@ from typing import Any
 from wsserver.content import Block, Document, Image, Message, Text, Thinking, Usage
 from wsserver.dialects.chat import Chat, conversation_of, separate_system
 from wsserver.errors import Code, Refused
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.text import well_formed

@@ -12,7 +12,7 @@ from typing import Any
 
 from wsserver.dialects.chat import Chat, conversation_of, separate_system
 from wsserver.errors import Code, Refused
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.pieces import Kind, Run
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.wire import dump_usage

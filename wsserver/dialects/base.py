@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Protocol
 
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Error, Terminal
 

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from wsserver.dialects.v1 import V1
 from wsserver.encoding import encode
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Error, Terminal
 

@@ -2,7 +2,7 @@
 
 from wsserver.content import Message
 from wsserver.encoding import encode, encode_run
-from wsserver.live import Generation
+from wsserver.hub.live import Generation
 from wsserver.pieces import Run
 from wsserver.protocol import Start, Terminal
 
