@@ -12,7 +12,7 @@ from tests.support.claude import goes_on
 from tests.support.client import Client, client
 from tests.support.completions import DONE, LAST, chunk, completion, data, delta, usage
 from tests.support.upstream import Gate, Upstream, stream
-from wsserver.content import ToolUse
+from wsserver.content import Thinking, ToolUse
 from wsserver.errors import ModelError
 from wsserver.models.openai.reply import ChatReply
 
@@ -66,7 +66,9 @@ async def test_both_names_of_reasoning_are_one_text(chat: Client, upstream: Upst
     ("reason", "shown"),
     [
         ("stop", "end_turn"),
+        ("eos_token", "end_turn"),
         ("length", "max_tokens"),
+        ("model_length", "max_tokens"),
         ("tool_calls", "tool_use"),
         ("a_reason_of_tomorrow", "a_reason_of_tomorrow"),
     ],
@@ -77,6 +79,52 @@ async def test_reason_is_told_in_words_of_the_protocol(
     upstream.play(completion("Yes", reason=reason))
     _, done = await chat.text((await chat.prompt())["id"])
     assert done["reason"] == shown
+
+
+@pytest.mark.parametrize("reason", ["abort", "insufficient_system_resource"])
+async def test_reply_that_the_server_gave_up_is_incomplete(
+    chat: Client, upstream: Upstream, reason: str
+) -> None:
+    upstream.play(completion("Half an", reason=reason))
+    text, failed = await chat.text((await chat.prompt())["id"])
+    assert (text, failed["code"]) == ("Half an", "incomplete")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "thinking", "text"),
+    [
+        (["<think>", "\n", "Okay", ", hm", "\n", "</think>", "\n\n", "Yes"], "Okay, hm\n", "Yes"),
+        (["\n<thi", "nk>Hm</th", "e</thi", "nk>Yes"], "Hm</the", "Yes"),
+        (["<think>Hm</think>Yes"], "Hm", "Yes"),
+        (["<think>\n\n</think>\n\nYes"], "", "Yes"),
+        (["<think>Hm", "m</thi"], "Hmm</thi", ""),
+        (["<thi"], "", "<thi"),
+        ([" <", "b> "], "", " <b> "),
+        (["Tags: ", "<think>x</think>"], "", "Tags: <think>x</think>"),
+        (["<think>a</think>b", "<think>c</think>"], "a", "b<think>c</think>"),
+        ([" " * 1000, "<think>"], "", " " * 1000 + "<think>"),
+    ],
+)
+def test_thinking_in_tags_at_the_beginning_is_thinking(
+    pieces: list[str], thinking: str, text: str
+) -> None:
+    whole = b"".join(delta(content=piece) for piece in pieces) + LAST
+    for size in (1, len(whole)):
+        found: list[object] = []
+        reply = ChatReply(found.append, 100, None)
+        for start in range(0, len(whole), size):
+            reply.feed(whole[start : start + size])
+        reply.finish()
+        assert "".join(part.thinking for part in found if isinstance(part, Thinking)) == thinking
+        assert "".join(part for part in found if isinstance(part, str)) == text
+
+
+def test_text_beside_the_end_comes_before_the_call_of_a_tool() -> None:
+    call = {"index": 0, "id": "a", "function": {"name": "now", "arguments": "{}"}}
+    found: list[object] = []
+    reply = ChatReply(found.append, 100, None)
+    reply.feed(delta("tool_calls", content="Let me see.", tool_calls=[call]) + DONE)
+    assert found == ["Let me see.", ToolUse("a", "now", {})]
 
 
 async def test_filtered_reply_is_refusal_and_keeps_text(chat: Client, upstream: Upstream) -> None:

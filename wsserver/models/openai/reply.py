@@ -4,14 +4,16 @@ https://platform.openai.com/docs/api-reference/chat-streaming
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from wsserver.content import Thinking, ToolUse, Usage
 from wsserver.errors import Code, ModelError
 from wsserver.generation import End
-from wsserver.models.base import Take
+from wsserver.models.base import Output, Take
 from wsserver.models.failures import TransientError
 from wsserver.models.openai.failures import of_event
+from wsserver.models.openai.tags import Tags
 from wsserver.models.reply import MAX_INPUT, Reply, ToolInput, whole
 from wsserver.wire import text_of
 
@@ -23,10 +25,15 @@ CALL = 1024  # characters that a call of a tool counts besides its texts
 _REASONING = ("reasoning_content", "reasoning")
 _REASONS = {
     "stop": "end_turn",
+    "eos": "end_turn",
+    "eos_token": "end_turn",  # Text Generation Inference
     "length": "max_tokens",
+    "model_length": "max_tokens",  # Mistral
     "tool_calls": "tool_use",
     "function_call": "tool_use",
 }
+# The server gave the reply up: vLLM, DeepSeek.
+_BROKEN = ("abort", "insufficient_system_resource")
 
 
 class ChatReply(Reply):
@@ -43,6 +50,7 @@ class ChatReply(Reply):
     def __init__(self, take: Take, limit: int, spent: Usage | None) -> None:
         super().__init__(take, limit, spent)
         self._reason: str | None = None
+        self._tags = Tags()
         self._tools: list[_Tool] = []
         self._latest: dict[object, _Tool] = {}  # the last call of each index
         self._room = MAX_INPUT  # characters of all calls of tools
@@ -77,7 +85,20 @@ class ChatReply(Reply):
         """
         if self.end is None and self._reason is not None:
             self._end()
+            self._hand_on()
         return super().finish()
+
+    def _hand_on(self) -> None:
+        if not self._tags.over:
+            self.found = [part for given in self.found for part in self._separated(given)]
+            if self._reason is not None:
+                self.found += self._tags.flush()
+        super()._hand_on()
+
+    def _separated(self, given: Output) -> Iterable[Output]:
+        if self._tags.over or not isinstance(given, str):
+            return [given]
+        return self._tags.feed(given)
 
     def _delta(self, delta: dict[str, Any]) -> None:
         thought = next((delta[name] for name in _REASONING if delta.get(name)), None)
@@ -129,8 +150,9 @@ class ChatReply(Reply):
             raise ModelError(Code.REFUSAL)
         if reason == "error":  # OpenRouter, if the chunk has no `error`
             raise TransientError(ModelError(Code.UPSTREAM_ERROR))
-        for tool in self._tools:
-            self.take(tool.block())
+        if reason in _BROKEN:
+            raise TransientError(ModelError(Code.INCOMPLETE))
+        self.found += [tool.block() for tool in self._tools]
         if self._tools and reason == "stop":  # Gemini
             reason = "tool_calls"
         self.end = End(_REASONS.get(str(reason), str(reason)), self.spent)
