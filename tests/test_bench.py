@@ -246,7 +246,7 @@ def test_short_table_has_medians_and_peers_without_resume() -> None:
     text = report.short_table(results(), ["wsserver", "bun"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
     assert ["CPU per token (µs)", "30.0", "45.0"] in rows
-    assert ["pieces doubled over these replies", "–", "no resume"] in rows
+    assert ["pieces lost over 100 replies, cut and resumed", "–", "no resume"] in rows
 
 
 def test_transports_table_has_medians_and_goals() -> None:
@@ -254,7 +254,7 @@ def test_transports_table_has_medians_and_goals() -> None:
     found.add("cpu100", "SSE", {"us": 31.0})
     text = report.transports_table(found)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    assert ["CPU per token (µs)", "–", "31.0", "–", "–", "–"] in rows
+    assert ["CPU per token (µs)", "–", "31.0", "–", "–", "–", "SSE ≤ 1.15 × WebSocket"] in rows
     assert "≤ 1.15 × WebSocket" in report.table(found, ["wsserver"])
 
 

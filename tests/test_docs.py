@@ -238,12 +238,16 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README + CLIENTS + HTTP + LOGIN, r
 SERVER = "ws://localhost:3001"
 
 
-async def test_readme_program_runs() -> None:
-    (program,) = [program for program in PROGRAMS if "wsserver.serve(shout" in program]
-    source = program.replace("asyncio.sleep(0.2)", "asyncio.sleep(0)")
-    names: dict[str, object] = {}
-    exec(source.replace("asyncio.run(main())", ""), names)
-    async with wsserver.serve(names["shout"], port=0) as server, client(server) as chat:  # type: ignore[arg-type]
+@pytest.mark.parametrize("document", [README, TUTORIAL])
+async def test_readme_command_starts_model_of_file(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    (model,) = re.findall(r"--model (shout:\w+)", document)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "shout", raising=False)
+    (tmp_path / "shout.py").write_text(program.replace("0.2", "0"))
+    async with wsserver.serve(model, port=0) as server, client(server) as chat:
         start = await chat.prompt("quiet please")
         assert (await chat.text(start["id"]))[0] == "QUIET PLEASE "
         assert start["model"] == "shout"
@@ -274,7 +278,7 @@ async def test_readme_mount_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "program", [p for p in PROGRAMS if not re.search(r"wsserver\.(serve|asgi)\(", p)]
+    "program", [program for program in PROGRAMS if "wsserver.client" in program]
 )
 async def test_readme_clients_run(program: str) -> None:
     assert SERVER in program

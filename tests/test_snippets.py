@@ -17,13 +17,14 @@ from wsserver.models import make, name_of
 RUN_BY = {
     "README.md": {
         "make run": "test_docs.py::test_readme_make_targets_exist",
+        "ANTHROPIC_API_KEY=": "test_snippets.py::test_commands_choose_models",
         "const ws": "browser/test_ten_lines.py::test_first_lines_of_readme_stream_reply",
-        "import asyncio": "test_docs.py::test_readme_program_runs",
+        "import asyncio": "test_docs.py::test_readme_command_starts_model_of_file",
     },
     "examples/tutorial.md": {
         "make run": "test_docs.py::test_readme_make_targets_exist",
         "$ npx wscat": "test_docs.py::test_readme_frames_stop_and_resume_reply",
-        "import asyncio": "test_snippets.py::test_tutorial_has_the_program_of_the_readme",
+        "import asyncio": "test_docs.py::test_readme_command_starts_model_of_file",
         "<!doctype html>": "browser/test_ten_lines.py::test_page_of_the_tutorial_streams_and_stops",
     },
     "examples/models.md": {
@@ -94,23 +95,21 @@ def test_each_snippet_is_run_by_a_test(document: str) -> None:
         assert f"def {name}" in (ROOT / "tests" / path).read_text(), test
 
 
-def test_tutorial_has_the_program_of_the_readme() -> None:
-    (program,) = [s for s in snippets("README.md") if "wsserver.serve(shout" in s]
-    assert program in snippets("examples/tutorial.md")
-
-
-def test_commands_choose_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    (commands,) = snippets("examples/models.md")
+@pytest.mark.parametrize("document", ["README.md", "examples/models.md"])
+def test_commands_choose_models(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (commands,) = [text for text in snippets(document) if "openai:" in text]
     for line in commands.replace("\\\n", "").strip().splitlines():
-        words = shlex.split(line, comments=True)
-        variables = [word.split("=", 1) for word in words if "=" in word]
-        program, *arguments = words[len(variables) :]
+        words = shlex.split(line.replace("make run ARGS=", "wsserver serve "), comments=True)
+        variables = [word.split("=", 1) for word in words if re.match("[A-Z_]+=", word)]
         with monkeypatch.context() as patch:
             for name, value in variables:
                 patch.setenv(name, value.replace("…", "key"))
-            *command, name = program, *arguments
-            assert command == ["wsserver", "serve", "--model"]
-            assert name_of(make(Settings(model=name))) == name.partition(":")[2]
+            command = " ".join(words[len(variables) :])
+            if command == "make run":
+                assert name_of(make(Settings())).startswith("claude-")
+            else:
+                model = command.removeprefix("wsserver serve --model ")
+                assert name_of(make(Settings(model=model))) == model.partition(":")[2]
 
 
 async def start_curl(command: str, server: wsserver.Server) -> asyncio.subprocess.Process:

@@ -276,8 +276,8 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--write",
         action="store_true",
-        help=f"write the results of all cases, or of the transports, to {RESULTS.name} and "
-        f"{README.name}",
+        help=f"write the results of all cases, or of the transports, to {RESULTS.name}, and a "
+        f"short table of all cases to {README.name}",
     )
     chosen = parser.parse_args()
     cases = QUICK if chosen.quick else tuple(PROMISES) if chosen.promises else ALL
@@ -341,8 +341,7 @@ def main() -> int:
             write(text, chosen.rounds)
             between_marks(README, short_table(results, [name for name in names if name != DEMO]))
         if "transports" in chosen.cases:
-            write(transports_table(results, goals=True), chosen.rounds, "transports")
-            between_marks(README, transports_table(results), "transports")
+            write(transports_table(results), chosen.rounds, "transports")
     return bool(results.failures)
 
 

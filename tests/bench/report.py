@@ -85,16 +85,14 @@ TITLES = {
     "fastapi": "FastAPI",
 }
 SHORT = (
-    Row("CPU per token (µs)", "cpu100", "us"),
-    Row("added latency, p99 (ms)", "cpu100", "p99"),
-    Row("tokens per second when the model does not pause", "throughput", "tokens", digits=0),
-    Row("first token of 100 prompts at once, p50 (ms)", "first", "p50"),
-    Row("CPU per prompt of ten tokens (ms)", "first", "cpu", digits=2),
-    Row("memory of an idle connection (KiB)", "memory", "idle"),
-    Row("stop sent → upstream closed, p99 (ms)", "stop", "p99"),
     Row("tokens that the model made after 100 stops", "after_stop", "tokens", digits=0),
     Row("pieces lost over 100 replies, cut and resumed", "resumed", "lost", digits=0),
-    Row("pieces doubled over these replies", "resumed", "doubled", digits=0),
+    Row("stop sent → upstream closed, p99 (ms)", "stop", "p99"),
+    Row("added latency, p99 (ms)", "cpu100", "p99"),
+    Row("first token of 100 prompts at once, p50 (ms)", "first", "p50"),
+    Row("CPU per token (µs)", "cpu100", "us"),
+    Row("CPU per prompt of ten tokens (ms)", "first", "cpu", digits=2),
+    Row("memory of an idle connection (KiB)", "memory", "idle"),
 )
 TRANSPORT_ROWS = (
     Row("CPU per token (µs)", "cpu100", "us", "SSE ≤ 1.15 × WebSocket"),
@@ -175,7 +173,7 @@ def table(results: Results, names: Sequence[str]) -> str:
         for row in TRANSPORT_ROWS
         for name in TRANSPORTS
     ):
-        parts.append(transports_table(results, goals=True))
+        parts.append(transports_table(results))
     busy = [
         [
             case,
@@ -272,15 +270,14 @@ def short_table(results: Results, names: Sequence[str]) -> str:
             else:
                 values.append(number(results.median(row.case, name, row.figure), row.digits))
         rows.append([row.title, *values])
-    rows.append(["lines of code of the program", *(f"{SERVERS[name].lines():,}" for name in names)])
     return lines(rows)
 
 
-def transports_table(results: Results, *, goals: bool = False) -> str:
+def transports_table(results: Results) -> str:
     """Return the medians of each transport, as Markdown."""
-    rows = [["one server, by transport", *TRANSPORTS, *["goal"] * goals]]
+    rows = [["one server, by transport", *TRANSPORTS, "goal"]]
     for row in TRANSPORT_ROWS:
         values = [results.median(row.case, name, row.figure) for name in TRANSPORTS]
         cells = [number(value, row.digits) for value in values]
-        rows.append([row.title, *cells, *[row.goal] * goals])
+        rows.append([row.title, *cells, row.goal])
     return lines(rows)
