@@ -5,7 +5,7 @@ from time import time
 from typing import ClassVar
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from wsserver.terminal.blocks import LONGEST_BLOCK, LONGEST_PARAGRAPH
@@ -73,7 +73,7 @@ def test_blocks_are_rendered() -> None:
     assert streamed(MarkdownRenderer(Painter()), [ANSWER]) == (
         "A title\n\n"
         "Some text with code, bold and Vec<String>.\n\n"
-        " 1 one\n 2 two\n   x = 1\n 3 three\n\n"
+        " 1 one\n 2 two\n   python\n   x = 1\n 3 three\n\n"
         " • a\n • b\n   more of b\n\n"
         " a     b\n ───────\n 中文  1\n\n"
         "▌ a quote\n\n"
@@ -97,6 +97,7 @@ class TestEveryWord:
     ) | st.sampled_from(["    ", "<b>", "[", "](", ")", "$", "_", "\\", "&amp;", "=\n", "w"])
 
     @given(st.lists(pieces, max_size=60), st.lists(st.integers(1, 9), min_size=1))
+    @example(["- ", "~~~", "w"], [1])
     def test_is_printed_once(self, pieces: list[str], sizes: list[int]) -> None:
         count = iter(range(len(pieces)))
         words = [f"word{next(count)}x" if piece == "w" else piece for piece in pieces]

@@ -196,10 +196,21 @@ def _syntax(source: str, language: str) -> Syntax:
 
 
 class _CodeBlock(CodeBlock):
-    """A code block inside a list or a quote, without a background and spaces around it."""
+    """A code block inside a list or a quote, below its language, without a background."""
+
+    def __init__(self, info: str) -> None:
+        super().__init__(info.partition(" ")[0] or "text", CODE_THEME)
+        self._info = info
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> "_CodeBlock":  # noqa: ARG003
+        return cls(token.info.strip())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield _syntax(str(self.text).rstrip(), self.lexer_name)
+        if self._info:
+            yield Text(self._info, "dim", overflow="fold")
+        if code := str(self.text).rstrip():
+            yield _syntax(code, self.lexer_name)
 
 
 class _Heading(Heading):
