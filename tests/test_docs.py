@@ -257,7 +257,9 @@ async def test_readme_authenticator_works() -> None:
     (program,) = [program for program in PROGRAMS if "by_cookie" in program]
     names: dict[str, Any] = {}
     exec(program, names)
-    async with wsserver.serve("demo", authenticate=names["by_cookie"], port=0) as server:
+    async with wsserver.serve(
+        "demo", authenticate=names["by_cookie"], port=0, demo_rate=0
+    ) as server:
         async with client(server, additional_headers={"Cookie": "session=4f9a"}) as chat:
             assert (await chat.prompt())["type"] == "start"
         with pytest.raises(InvalidStatus):

@@ -245,7 +245,7 @@ async def test_server_that_closes_lets_replies_end(puppet: Puppet) -> None:
             await until(lambda: server.app.stopping)
             (await puppet.reply()).say("Hello").end()
             assert (await chat.text())[0] == "Hello"
-            await closing
+        await closing
 
 
 async def test_server_that_closes_stops_replies_after_the_drain_time(puppet: Puppet) -> None:
@@ -255,4 +255,4 @@ async def test_server_that_closes_stops_replies_after_the_drain_time(puppet: Pup
             closing = asyncio.create_task(server.close())
             _, done = await chat.text()
             assert done["by"] == "shutdown"
-            await closing
+        await closing
