@@ -167,7 +167,7 @@ wheel: $(VENV)/test.stamp ## make the wheel and the source distribution, in dist
 	$(BIN)/python -m build --no-isolation --outdir $(DIST)
 
 # TypeScript makes the types from the comments.
-NPM_FILES := $(addprefix wsserver/web/,client.js ai-sdk.js react.js package.json README.md) LICENSE
+NPM_FILES := $(addprefix wsserver/web/,client.js ai-sdk.js react.js blocks.d.ts frames.d.ts package.json README.md) LICENSE
 
 .PHONY: npm-package
 npm-package: $(TOOLS)/npm.stamp ## make the npm package of the JavaScript client, in dist/
@@ -175,6 +175,7 @@ npm-package: $(TOOLS)/npm.stamp ## make the npm package of the JavaScript client
 	@cp $(NPM_FILES) $(DIST)/npm && ln -s $(abspath $(TOOLS)/node_modules) $(DIST)/npm/
 	cd $(DIST)/npm && node_modules/.bin/tsc --allowJs --declaration --emitDeclarationOnly --skipLibCheck \
 		--strict --target es2022 --module nodenext --types react --lib es2024,dom,dom.iterable client.js ai-sdk.js react.js
+	@cd $(DIST)/npm && sed -i.old -E '/@internal.*\*\/$$/d; /@internal.* _[a-z]/d; /^ +(get )?_[a-z].*;$$/d' client.d.ts && rm client.d.ts.old
 	cd $(DIST)/npm && npm pack --silent --pack-destination ..
 
 .PHONY: apt

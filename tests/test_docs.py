@@ -20,13 +20,14 @@ from websockets.exceptions import InvalidStatus
 import wsserver
 from tests.support.client import Client, client
 from tests.support.crowd import CROWD
+from tests.support.declarations import declarations
 from tests.support.process import run
 from tests.support.puppet import Puppet
 from tests.support.reference import reference
 from tests.support.schemas import OF_CLIENT, OF_SERVER
 from tests.support.sequences import VECTORS, load, written
 from tests.support.terminal import terminal
-from wsserver import Code, Settings
+from wsserver import Code, Settings, content
 from wsserver.connections.requests import REQUESTS
 from wsserver.parsing import parse
 from wsserver.protocol import CLIENT_FRAMES, SERVER_FRAMES, Close, Limits, ServerFrame, StoppedBy
@@ -182,6 +183,26 @@ def test_protocol_sequences_are_test_vectors() -> None:
     if os.environ.get("UPDATE_DOCS"):
         VECTORS.write_text(text)
     assert VECTORS.read_text() == text
+
+
+def test_types_of_frames_are_those_of_the_schema() -> None:
+    path = Path(wsserver.__file__).parent / "web/frames.d.ts"
+    if os.environ.get("UPDATE_DOCS"):
+        path.write_text(declarations())
+    assert path.read_text() == declarations()
+
+
+EXTRA = {"citations", "context", "title"}  # keys of the Messages API that the server only passes on
+
+
+def test_types_of_blocks_are_those_of_the_server() -> None:
+    text = (Path(wsserver.__file__).parent / "web/blocks.d.ts").read_text()
+    declared = {}
+    for body in re.findall(r"^export interface \w+ {\n(.*?)^}", text, re.DOTALL | re.MULTILINE):
+        kind, *keys = re.findall(r"^  (?:type: '(\w+)'|(\w+)\??:)", body, re.MULTILINE)
+        declared[kind[0]] = {key for _, key in keys} - EXTRA
+    known = [block for block in get_args(content.Block) if block is not content.Other]
+    assert declared == {block.type: {*block.fields} for block in known}
 
 
 FRAMES = [line for lines in load().values() for line in lines if "frame" in line]

@@ -14,6 +14,7 @@ import pytest
 
 import wsserver
 from tests.support.puppet import BOUND
+from tests.support.sequences import load
 from tests.support.tools import ROOT, require_node, require_npm_package
 from wsserver import Request
 
@@ -95,7 +96,8 @@ def test_package_contains_modules_with_types_and_licence(tarball: Path) -> None:
     with tarfile.open(tarball) as archive:
         names = {name.removeprefix("package/") for name in archive.getnames()}
     modules = {f"{name}.{kind}" for name in MODULES for kind in ("js", "d.ts")}
-    assert names == {*modules, "package.json", "README.md", "LICENSE"}
+    types = {"blocks.d.ts", "frames.d.ts"}
+    assert names == {*modules, *types, "package.json", "README.md", "LICENSE"}
     assert tarball.name == f"wsserver-{wsserver.__version__}.tgz"
 
 
@@ -114,6 +116,22 @@ def test_program_names_every_exported_value(project: Path) -> None:
 
 def test_strict_program_compiles_for_bundlers(project: Path) -> None:
     compile_program(project, "esnext", "bundler")
+
+
+def test_frames_of_the_protocol_have_their_types(project: Path) -> None:
+    lines = [line for lines in load().values() for line in lines if "frame" in line]
+    sides = {
+        side: [x["frame"] for x in lines if x["from"] == side] for side in ("client", "server")
+    }
+    assert all(sides.values())
+    (project / "frames.ts").write_text(
+        "import type { ClientFrame, ServerFrame } from 'wsserver'\n"
+        f"export const client: ClientFrame[] = {json.dumps(sides['client'])}\n"
+        f"export const server: ServerFrame[] = {json.dumps(sides['server'])}\n"
+    )
+    tsc = require_npm_package("typescript") / "bin/tsc"
+    options = ("--noEmit", "--strict", "--module", "node16", "--skipLibCheck")
+    run(require_node(), tsc, *options, "frames.ts", cwd=project)
 
 
 async def endless_on_wait(request: Request) -> AsyncIterator[str]:
@@ -145,7 +163,7 @@ async def test_strict_program_compiles_for_node_and_runs(project: Path) -> None:
     assert program.returncode == 0, complaints.decode()
     seen = json.loads(out)
     assert (seen["text"], seen["reason"]) == ("one two", "end_turn")
-    assert seen["blocks"] == [{"type": "text", "text": "one two"}]
+    assert (seen["blocks"], seen["tokens"]) == (["one two"], 2)
     assert (seen["stopped"]["reason"], seen["stopped"]["by"]) == ("stopped", "client")
     assert seen["code"] == "not_found"
     assert seen["roles"] == ["user", "assistant"], "`retryOf` replaced the first turn"

@@ -20,7 +20,7 @@ import { connect, ReplyError } from './client.js'
  * @typedef {import('ai').UIMessage} UIMessage
  * @typedef {import('ai').UIMessageChunk} Chunk
  * @typedef {import('ai').ChatTransport<UIMessage>} Transport
- * @typedef {import('./client.js').Block} Block
+ * @internal @typedef {Record<string, any> & {type: string}} Block A block of any type, with the values that the server sends.
  * @typedef {import('./client.js').Reply} Reply
  * @typedef {{model?: string, system?: string, max_tokens?: number, temperature?: number}} Body Settings of a prompt.
  * @typedef {import('./client.js').Options & {body?: Body | (() => Body)}} Options `body`: for prompts that say nothing else.

@@ -1,6 +1,6 @@
 /** The blocks of a prompt besides its text, such as images and documents. Other clients send them. */
 
-/** @typedef {import('./client.js').Block} Block */
+/** @typedef {Record<string, any> & {type: string}} Block A block of any type, with the values that the server sends. */
 /** @typedef {string | Block[]} Content */
 
 const NAMES = new Map(Object.entries({ image: 'Image', document: 'Document', tool_use: 'Tool call', tool_result: 'Tool result' }))

@@ -8,7 +8,7 @@ import { dateOf } from './times.js'
 import { describePartial } from './wording.js'
 
 /** @typedef {import('./client.js').Chat} Chat */
-/** @typedef {import('./client.js').Block} Block */
+/** @typedef {Record<string, any> & {type: string}} Block A block of any type, with the values that the server sends. */
 /** @typedef {import('./client.js').Message} Message */
 /** @typedef {import('./client.js').ReplyError} ReplyError */
 /** @typedef {{id: string, title: string}} Conversation */

@@ -13,6 +13,7 @@ import { connect, newId } from './client.js'
 /**
  * @typedef {import('./client.js').Chat} Chat
  * @typedef {import('./client.js').Reply} Reply
+ * @typedef {import('./client.js').ReplyError} ReplyError
  * @typedef {import('./client.js').Message & {id: string}} ChatMessage Both messages of a turn have its id.
  * @typedef {'submitted' | 'streaming' | 'ready' | 'error'} Status Of the newest reply.
  *
@@ -22,8 +23,18 @@ import { connect, newId } from './client.js'
  * @property {string} conversation
  * @property {ChatMessage[]} messages
  * @property {Status} status
- * @property {Error} [error]
+ * @property {ReplyError} [error]
  * @property {Reply} [newest]
+ *
+ * @typedef {object} Conversation What `useChat` returns.
+ * @property {string} conversation The id of the conversation.
+ * @property {ChatMessage[]} messages Oldest first, with the reply that runs.
+ * @property {Status} status
+ * @property {(text: string) => void} send Send a prompt. It interrupts a running reply.
+ * @property {() => void} retry Repeat the last prompt; the new turn replaces the old one.
+ * @property {() => void} stop Stop the running replies.
+ * @property {ReplyError | undefined} error Why the newest reply or the history failed.
+ * @property {Chat['state']} connection The state of the connection.
  */
 
 /**
@@ -38,6 +49,7 @@ import { connect, newId } from './client.js'
  * @param {string} [options.conversation] An existing conversation: the hook loads its messages, and shows the
  *   prompts of other pages too. Default: a new one. Another value switches to another conversation. The replies
  *   of the previous conversation continue.
+ * @returns {Conversation}
  */
 export function useChat({ url, token, conversation: option }) {
   const [shown, setView] = useState(() => newView(url, option))
@@ -68,7 +80,7 @@ export function useChat({ url, token, conversation: option }) {
       const now = reply.text || reply.thinking ? 'streaming' : 'submitted'
       return { messages: withReply(messages, reply), status: newest === reply && !reply.ended ? now : status }
     })
-    const end = (/** @type {string | undefined} */ partial, /** @type {Error | undefined} */ error) => change(({ messages, newest }) => ({
+    const end = (/** @type {string | undefined} */ partial, /** @type {ReplyError | undefined} */ error) => change(({ messages, newest }) => ({
       messages: withReply(messages, reply, partial),
       ...(newest === reply && { status: error ? 'error' : 'ready', error }),
     }))
@@ -113,10 +125,8 @@ export function useChat({ url, token, conversation: option }) {
     if (chat.current) follow(chat.current.prompt(text, { conversation, retryOf, onBusy: 'interrupt' }))
   }, [conversation, follow])
 
-  /** Send a prompt. It interrupts a running reply. */
   const send = useCallback((/** @type {string} */ text) => ask(text, undefined), [ask])
 
-  /** Repeat the last prompt; the new turn replaces the old one. */
   const retry = useCallback(() => {
     const last = messages.findLast(({ role }) => role === 'user')
     if (!last) return
@@ -125,7 +135,6 @@ export function useChat({ url, token, conversation: option }) {
     ask(last.content, refused ? newest.retryOf : last.id)
   }, [ask, messages, newest])
 
-  /** Stop the running replies. */
   const stop = useCallback(() => {
     for (const reply of chat.current?.replies.values() ?? []) if (reply.conversation === conversation) reply.stop()
   }, [conversation])
