@@ -3,6 +3,7 @@
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from wsserver import (
 )
 from wsserver.models import make, name_of
 from wsserver.models.demo import Demo
+from wsserver.pieces import Piece
 
 
 def request(*messages: Message, max_tokens: int = 1000) -> Request:
@@ -194,6 +196,35 @@ async def test_model_error_with_string_code_reaches_client() -> None:
         assert failed["retryable"] is True
 
 
+async def _yields_bytes(request: Request, /) -> AsyncIterator[Any]:
+    yield b"x"
+
+
+async def _yields_piece(request: Request, /) -> AsyncIterator[Any]:
+    yield Piece("tool", 0, "x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (_yields_bytes, "the model yielded bytes; yield str, Thinking"),
+        (_yields_piece, "the model yielded a piece of kind 'tool'"),
+        (lambda request: request.prompt, "the model returned str; write an async generator"),
+    ],
+    ids=["bytes", "piece", "text"],
+)
+async def test_mistake_of_model_is_explained_to_operator(
+    caplog: pytest.LogCaptureFixture, model: Any, says: str
+) -> None:
+    caplog.set_level("INFO", "wsserver")
+    async with wsserver.serve(model, port=0) as server, client(server) as chat:
+        await chat.prompt()
+        failed = await chat.next("error")
+    (line,) = [r.getMessage() for r in caplog.records if failed["ref"] in r.getMessage()]
+    assert failed["code"] == "internal"
+    assert says in line
+
+
 def test_demo_is_default_model_without_credentials() -> None:
     assert name_of(make(Settings())) == "demo"
 
@@ -228,6 +259,10 @@ def test_custom_model_is_imported_from_current_folder(
         "    async def deep(request): yield 'x'\n"
         "async def echo(request): yield request.prompt\n"
         "async def whole(request): return 'x'\n"
+        "def plain(request): yield 'x'\n"
+        "class Other:\n"
+        "    async def __call__(self, request): return 'x'\n"
+        "other = Other()\n"
         "number = 5\n"
     )
     (tmp_path / "broken_model.py").write_text("import no_such_library")
@@ -238,7 +273,10 @@ def test_custom_model_is_imported_from_current_folder(
     assert name_of(make(Settings(model="my_models:Box.deep"))) == "deep"
     for spec, says in {
         "my_models:number": "not callable",
-        "my_models:whole": "must be an async generator",
+        "my_models:whole": "must be an async generator: `async def` with `yield`",
+        "my_models:plain": "must be an async generator",
+        "my_models:other": "must be an async generator",
+        "my_models:Other": r"Other is a class; pass an object, such as Other\(\)",
         "my_models:nothing": "cannot import",
         "no_such_module:x": "no module and no provider 'no_such_module'; choose demo, anthropic:",
         "my_models.deeper:x": "no module and no provider 'my_models.deeper'",

@@ -97,7 +97,7 @@ async def test_untrusted_certificate_says_which_variable_to_set(
         assert "wss://" in await told(f"ws://127.0.0.1:{server.port}/")
         async with once(url, "--once", "Hi", SSL_CERT_FILE=str(pem)) as process:
             (await puppet.reply()).say("Hello").end()
-            assert await outcome(process) == (0, "Hello", "")
+            assert await outcome(process) == (0, "Hello\n", "")
 
 
 async def test_server_without_tls_says_to_use_ws(server: wsserver.Server) -> None:

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 import wsserver
+from tests.support.completions import failure
 from tests.support.line import Line
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.terminal import once, outcome, terminal
+from tests.support.upstream import Upstream
 from wsserver import Code, End, ModelError
 from wsserver.cli import main
 from wsserver.client import connect
@@ -142,6 +144,22 @@ async def test_once_without_url_starts_private_server() -> None:
         code, out, err = await outcome(process)
     assert (code, out[:23]) == (0, "This is the demo model:")
     assert "demo" in err
+
+
+async def test_private_server_tells_its_user_why_reply_failed(tmp_path: Path) -> None:
+    async with Upstream() as upstream:
+        upstream.play(failure(404, message="model \x1b[2J not found, try pulling it first"))
+        env = {"OPENAI_BASE_URL": f"{upstream.url}/v1", "WSSERVER_TITLES": "off"}
+        async with once("--once", "Hi", "--model", "openai:x", **env) as process:
+            code, _, err = await outcome(process)
+    assert code == 1
+    assert "(model_not_found): model \\x1b[2J not found, try pulling it first\n" in err
+    assert "operator" not in err
+    (tmp_path / "my.py").write_text("async def model(request):\n    yield request.nothing\n")
+    async with once("--once", "Hi", "--model", "my:model", PYTHONPATH=str(tmp_path)) as process:
+        code, _, err = await outcome(process)
+    assert code == 1
+    assert "AttributeError: 'Request' object has no attribute 'nothing' (my.py:2 in model)" in err
 
 
 async def test_once_exits_with_1_after_error(server: wsserver.Server, puppet: Puppet) -> None:

@@ -203,7 +203,7 @@ class Settings(BaseSettings):
     loopback the host name for `/metrics` must be an address, localhost or in `hosts`."""
     log_level: str = "info"
     """debug, info, warning or error. `wsserver serve` shows log lines of this level and above. Only
-    debug shows the texts of exceptions, which may contain secrets."""
+    debug shows the texts of exceptions and of the model's API, which may contain secrets."""
     drain_timeout: Seconds = 15.0
     """Time for replies to finish at a shutdown. After this time the server stops them."""
 

@@ -78,6 +78,17 @@ async def test_refused_request_is_one_error_with_stable_code(
     await goes_on(chat)
 
 
+@pytest.mark.parametrize("body", ["404 page not found", '{"detail": "Not Found"}'])
+async def test_wrong_url_is_explained_to_operator(
+    chat: Client, upstream: Upstream, caplog: pytest.LogCaptureFixture, body: str
+) -> None:
+    upstream.play(Answer(404, "application/json", body))
+    caplog.set_level("INFO", "wsserver")
+    await chat.prompt()
+    assert (await chat.next("error"))["code"] == "model_not_found"
+    assert "correct ANTHROPIC_BASE_URL: the URLs of most servers have no /v1" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "logged"), [("req_011CSHoEeqs5C35K2UUqR7Fy", True), ("sk-planted-secret", False)]
 )

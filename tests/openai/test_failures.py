@@ -91,12 +91,61 @@ async def test_refused_request_is_one_error_with_stable_code(
         (400, [], "bad_request"),
         (400, {"error": {"message": {}, "code": [], "type": 5}}, "bad_request"),
         (401, None, "credentials"),
+        (
+            400,
+            {"error": {"message": "x is not a valid model ID"}},
+            "model_not_found",
+        ),
+        (
+            400,
+            {"error": {"message": "Invalid model name passed in model=x", "code": "400"}},
+            "model_not_found",
+        ),
+        (429, {"error": {"type": "budget_exceeded", "code": "429"}}, "spend_limit"),
+        (403, {"error": {"code": 403, "metadata": {"reasons": ["violence"]}}}, "refusal"),
     ],
 )
 def test_errors_of_other_servers_have_codes(status: int, body: object, code: str) -> None:
     failed = ChatError(status, {}, body).failure()
     assert not isinstance(failed, TransientError)
     assert failed.code == code
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, None),
+        (404, {"detail": "Not Found"}),
+        (404, {"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}}),
+        (404, {"error": {"message": "Invalid URL (POST /chat/completions)", "code": None}}),
+        (405, {"detail": "Method Not Allowed"}),
+        (200, {"error": "Unexpected endpoint or method. (POST /chat/completions)"}),
+    ],
+)
+async def test_wrong_url_is_explained_to_operator(
+    chat: Client,
+    upstream: Upstream,
+    caplog: pytest.LogCaptureFixture,
+    status: int,
+    body: object,
+) -> None:
+    text = "404 page not found" if body is None else json.dumps(body)
+    upstream.play(Answer(status, "application/json" if body else "text/plain", text))
+    caplog.set_level("INFO", "wsserver")
+    await chat.prompt()
+    assert (await chat.next("error"))["code"] == "model_not_found"
+    assert "correct OPENAI_BASE_URL: the URLs of most servers end in /v1" in caplog.text
+
+
+async def test_unknown_model_is_not_called_a_wrong_url(
+    chat: Client, upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    upstream.play(failure(404, message='model "x" not found, try pulling it first'))
+    caplog.set_level("DEBUG", "wsserver")
+    await chat.prompt()
+    assert (await chat.next("error"))["code"] == "model_not_found"
+    assert "try pulling it first" in caplog.text
+    assert "OPENAI_BASE_URL" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from wsserver.content import Block, Thinking, Usage, dump_block, parse_block
+from wsserver.errors import Code, ModelError
 from wsserver.generation import End, State
 from wsserver.hub.live import Generation
 from wsserver.limits import Memory, memory_size
@@ -81,6 +82,11 @@ class Intake:
 
     async def pull(self, pieces: AsyncIterator[Output]) -> None:
         """Iterate over a model, take its output, and close it."""
+        if not hasattr(pieces, "__aiter__"):
+            raise _mistake(
+                f"returned {type(pieces).__name__}; write an async generator: `async def` with "
+                "`yield`"
+            )
         turn = 0
         try:
             async for piece in pieces:
@@ -99,7 +105,7 @@ class Intake:
 
         Raises:
             _Enough: the reply has ended.
-            TypeError: a model must not yield a value of this type.
+            ModelError: a model must not yield a value of this type.
             ValueError: a block is not one of the Messages API.
         """
         generation = self._generation
@@ -127,7 +133,7 @@ class Intake:
                 self._close()
         elif isinstance(given, Piece):
             if given.kind not in _FAMILIES:
-                raise TypeError(f"a model yielded a piece of kind {given.kind!r}")
+                raise _mistake(f"yielded a piece of kind {given.kind!r}")
             data = _citation(given.data) if given.kind == "citation" else given.data
             self._add(given.kind, data, given.block)
         elif isinstance(given, Block):
@@ -137,7 +143,9 @@ class Intake:
                 self._add(kind, data)
             self._close()
         else:
-            raise TypeError(f"a model yielded {type(given).__name__}")
+            raise _mistake(
+                f"yielded {type(given).__name__}; yield str, Thinking, another block, Usage or End"
+            )
 
     def _add(self, kind: Kind, data: str, given: int | None = None) -> None:
         """Add data to the open block. If the data belongs to another block, begin a new one.
@@ -241,6 +249,13 @@ class Intake:
                 part = data[start : min(start + most, size)]
                 self._generation.log.append(part, kind, self._block)
         self._room -= len(data)
+
+
+def _mistake(what: str) -> ModelError:
+    """Return the error for a model that breaks the interface of models."""
+    error = ModelError(Code.INTERNAL)
+    error.advice = f"the model {what}"
+    return error
 
 
 def _citation(data: str) -> str:

@@ -6,6 +6,7 @@ import logging
 from wsserver.errors import OUTAGE, UPSTREAM, Code, ModelError
 from wsserver.hub.live import Generation
 from wsserver.logs import log as events
+from wsserver.logs import logger
 from wsserver.protocol import Done, Error, Terminal
 from wsserver.telemetry import Metrics
 
@@ -95,6 +96,8 @@ def _outcome(terminal: Terminal, failure: BaseException | None) -> tuple[int, di
             "kind": failure.kind,
             "status": failure.status,
             "request_id": failure.request_id,
+            "advice": failure.advice,
+            "detail": failure.detail if logger.isEnabledFor(logging.DEBUG) else None,
         }
         if failure.__cause__ is not None:
             about["cause"] = type(failure.__cause__).__name__

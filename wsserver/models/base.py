@@ -115,8 +115,13 @@ def check(model: object) -> None:
         return
     if not callable(model):
         raise ConfigError(f"model: {name} is not callable")
-    if inspect.iscoroutinefunction(model):
-        raise ConfigError(f"model: {name} must be an async generator that yields its pieces")
+    if isinstance(model, type):
+        if not hasattr(model, "__aiter__"):
+            raise ConfigError(f"model: {name} is a class; pass an object, such as {name}()")
+        return
+    for call in (model, model.__call__):
+        if inspect.iscoroutinefunction(call) or inspect.isgeneratorfunction(call):
+            raise ConfigError(f"model: {name} must be an async generator: `async def` with `yield`")
 
 
 def declared_name(model: Model | PushModel) -> str | None:

@@ -17,6 +17,7 @@ BY_STATUS = {  # the code of each status of an API
     402: Code.SPEND_LIMIT,
     403: Code.CREDENTIALS,
     404: Code.MODEL_NOT_FOUND,
+    405: Code.MODEL_NOT_FOUND,
     407: Code.UNREACHABLE,  # of a proxy
     408: Code.TIMEOUT,
     413: Code.REQUEST_TOO_LARGE,
@@ -34,6 +35,13 @@ _BY_FAILURE: tuple[tuple[type[HttpError], Code], ...] = (  # a class before its 
     (Redirected, Code.REDIRECTED),
 )
 _PASSING = (Code.TIMEOUT, Code.UNREACHABLE, Code.INCOMPLETE)
+# Messages of servers about a path that they do not have. Some send none.
+_NO_PATH = re.compile(
+    r"^not found|invalid url|(unexpected|unknown) (endpoint|request url)|(file|page) not found",
+    re.IGNORECASE,
+)
+_NO_PATH_STATUS = (404, 405)
+_MAX_DETAIL = 500  # characters
 _BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
@@ -72,8 +80,10 @@ class ApiError(WsserverError):
         self.status = status
         self.kind = word(kind)
         self.request_id = request_id_of(request_id)
+        self.detail = message[:_MAX_DETAIL] if isinstance(message, str) else ""
         # The message of a 400. It may quote the prompt and is not for the log.
         self.message = message if isinstance(message, str) and status == _BAD_REQUEST else ""
+        self.advice: str | None = None  # for the operator
         self._headers = headers
 
     def code(self) -> Code:
@@ -93,8 +103,14 @@ class ApiError(WsserverError):
         return error
 
     def identify(self, error: ModelError) -> None:
-        """Copy the API's kind, status and request id to an error, for the log."""
+        """Copy what is known about the error, for the log."""
         error.kind, error.status, error.request_id = self.kind, self.status, self.request_id
+        error.advice, error.detail = self.advice, self.detail or None
+
+    @property
+    def has_no_path(self) -> bool:
+        """Whether the server does not have the path of the request: its URL is wrong."""
+        return self.status in _NO_PATH_STATUS and (not self.detail or is_no_path(self.detail))
 
     def _retry_after(self) -> float | None:
         """Return how long to wait, in seconds (RFC 9110 section 10.2.3; `-ms` is of some APIs)."""
@@ -109,19 +125,28 @@ class ApiError(WsserverError):
         return None
 
 
-def of_http(error: HttpError) -> ModelError | TransientError:
-    """Return the exception to raise for an exchange that failed."""
+def is_no_path(message: str) -> bool:
+    """Whether a message says that the server does not have a path."""
+    return _NO_PATH.search(message) is not None
+
+
+def of_http(error: HttpError, url: str) -> ModelError | TransientError:
+    """Return the exception to raise for an exchange with a URL that failed."""
     code = next((code for kind, code in _BY_FAILURE if isinstance(error, kind)), Code.MALFORMED)
     model_error = ModelError(code)
+    model_error.detail = f"{url}: {error}"
     if isinstance(error, ProxyRefused):
         model_error.kind = "proxy_refused"
     return TransientError(model_error) if code in _PASSING else model_error
 
 
-def mid_stream(code: Code, kind: object, request_id: object = None) -> ModelError | TransientError:
+def mid_stream(
+    code: Code, kind: object, message: object, request_id: object = None
+) -> ModelError | TransientError:
     """Return the exception to raise for an error event, whose response has the status 200."""
     error = ModelError(code)
     error.kind, error.request_id = word(kind), request_id_of(request_id)
+    error.detail = message[:_MAX_DETAIL] if isinstance(message, str) else None
     return TransientError(error) if code.retryable else error
 
 

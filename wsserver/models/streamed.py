@@ -162,7 +162,7 @@ class StreamedModel:
                 with RequestSpan(origin.host, origin.port, template.url, resent) as span:
                     await self._exchange(template, to_json(body), reply, span)
             except HttpError as error:
-                raise of_http(error) from error
+                raise of_http(error, template.url) from error
             except ApiError as error:
                 resent += 1
                 if error.status == _UNAUTHORIZED and refused is None and self._source.renewable:

@@ -6,6 +6,7 @@ import sys
 
 from wsserver.client import Chat, ChatError, ConnectionFailed, Reply, ServerError, State
 from wsserver.terminal.exits import DONE, FAILED, INTERRUPTED
+from wsserver.terminal.reasons import Reasons
 from wsserver.terminal.wording import describe_error, describe_partial, escape
 
 
@@ -16,8 +17,9 @@ class Once:
     last line ends, as programs that read lines expect.
     """
 
-    def __init__(self, chat: Chat, model: str | None, system: str | None) -> None:
+    def __init__(self, chat: Chat, model: str | None, system: str | None, reasons: Reasons) -> None:
         self._chat = chat
+        self._reasons = reasons
         self._model = model
         self._system = system
         self._out = sys.stdout
@@ -71,7 +73,8 @@ class Once:
         except ChatError as error:
             if isinstance(error, ConnectionFailed) and error.final:
                 raise
-            note(describe_error(error))
+            reason = self._reasons.of(error) if isinstance(error, ServerError) else ""
+            note(describe_error(error, reason))
             return FAILED
         if done.reason == "stopped":
             note(describe_partial(done.by or "client"))

@@ -21,6 +21,7 @@ from wsserver.terminal import files
 from wsserver.terminal.exits import FAILED, INTERRUPTED, SIGNAL_BASE
 from wsserver.terminal.once import Once, note
 from wsserver.terminal.options import Options, read_prompt
+from wsserver.terminal.reasons import Reasons
 from wsserver.terminal.wording import describe_error, describe_failure
 
 OPEN_TIMEOUT = 5.0  # seconds to connect; short, since a wrong address is likely
@@ -61,6 +62,7 @@ class Terminal:
         self._options = options
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
+        self._reasons = Reasons()
         # Both are replaced when the chat is shown.
         self._on_ctrl_c: Callable[[], None]
         self._on_state: Callable[[State], None] = lambda _: None
@@ -83,7 +85,7 @@ class Terminal:
             loop.add_signal_handler(number, end, number)
         address = _Address(options.url or "", options.token)
         try:
-            async with _server(options) as address:
+            async with _server(options, self._reasons) as address:
                 return await self._chat(address, prompt)
         except ConnectionFailed as failure:
             note(describe_failure(failure, address.url, has_token=bool(address.token)))
@@ -114,7 +116,7 @@ class Terminal:
                 continues = await self._choose_last(chat)
             if prompt is None:
                 return await self._talk(chat, address, continues=continues)
-            once = Once(chat, options.prompt_model, options.system)
+            once = Once(chat, options.prompt_model, options.system, self._reasons)
             self._on_ctrl_c, self._on_state = once.interrupt, once.show_state
             return await once.run(prompt)
 
@@ -146,7 +148,7 @@ class Terminal:
 
         options = self._options
         screen = make_screen(plain=options.plain, warn=note)
-        talk = Talk(chat, screen, options.prompt_model, options.system)
+        talk = Talk(chat, screen, options.prompt_model, options.system, self._reasons)
         dialogue = Dialogue(talk, screen)
         self._on_ctrl_c, self._on_state = dialogue.interrupt, talk.show_state
         try:
@@ -172,8 +174,13 @@ class _Address:
 
 
 @contextlib.asynccontextmanager
-async def _server(options: Options) -> AsyncIterator[_Address]:
-    """Yield the server's address. Start a private server if no address is given."""
+async def _server(options: Options, reasons: Reasons) -> AsyncIterator[_Address]:
+    """Yield the server's address. Start a private server if no address is given.
+
+    Args:
+        options: the arguments of the command line.
+        reasons: gets the reasons of errors of a private server.
+    """
     if options.url is not None:
         yield _Address(options.url, options.token or os.environ.get(CHAT_TOKEN) or None)
         return
@@ -191,6 +198,7 @@ async def _server(options: Options) -> AsyncIterator[_Address]:
     kept = options.once is None or options.last or options.conversation is not None
     file = files.state_file("chat.sqlite", "XDG_DATA_HOME", ".local/share")
     async with contextlib.AsyncExitStack() as stack:
+        stack.enter_context(reasons.kept())
         for store in (*([f"sqlite:///{file}"] if kept else []), "memory:"):
             settings = Settings.load(
                 **overrides,

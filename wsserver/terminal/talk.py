@@ -16,6 +16,7 @@ from wsserver.client import (
 )
 from wsserver.errors import Code
 from wsserver.terminal.plain_screen import PlainScreen
+from wsserver.terminal.reasons import Reasons
 from wsserver.terminal.screen import Screen
 from wsserver.terminal.views import View
 from wsserver.terminal.wording import (
@@ -37,19 +38,26 @@ class Talk:
         screen: shows everything.
         model: the model of the next prompts; None for the server's own.
         system: the system prompt of the next prompts.
+        reasons: of failed replies, if the user is the operator of the server.
 
     Attributes:
         used: whether the server has the conversation, so that it can be continued.
     """
 
     def __init__(
-        self, chat: Chat, screen: Screen | PlainScreen, model: str | None, system: str | None
+        self,
+        chat: Chat,
+        screen: Screen | PlainScreen,
+        model: str | None,
+        system: str | None,
+        reasons: Reasons,
     ) -> None:
         self.chat = chat
         self.model = model
         self.system = system
         self.used = False
         self._screen = screen
+        self._reasons = reasons
         self._last: tuple[str, str | None] | None = None  # the last prompt, and the id of its turn
         self._reply: Reply | None = None  # the reply on the screen
         self._showing: asyncio.Future[None] | None = None
@@ -160,11 +168,29 @@ class Talk:
             self._showing.cancel()
             self._reply = self._showing = None
             view.close()
-        mark = await _describe_end(reply) if reply.over else "[gave up waiting for the end]"
+        mark = await self._describe_end(reply) if reply.over else "[gave up waiting for the end]"
         if mark:
             self._screen.note(mark)
         if reply.usage:
             self._screen.note(describe_cost(reply.model, reply.usage))
+
+    async def _describe_end(self, reply: Reply) -> str:
+        """Return the line about an end that is not the model's own; else an empty text."""
+        try:
+            done = await reply.done()
+        except ReplyError as error:
+            repeats = "; /retry repeats it" if error.retryable else ""
+            return f"[{describe_error(error, self._reasons.of(error))}{repeats}]"
+        except ConnectionFailed as failure:
+            if failure.final:
+                raise
+            return f"[{describe_error(failure)}; the text so far is kept]"
+        mark = ""
+        if done.reason == "stopped":
+            mark = f"[{describe_partial(done.by or 'client')}]"
+        elif done.reason == "max_tokens":
+            mark = "[the reply reached its maximum length]"
+        return mark if done.saved else mark + "[not saved]"
 
     def show_state(self, state: State) -> None:
         """Tell that the connection is lost, or that it is open again."""
@@ -190,24 +216,6 @@ async def _follow(reply: Reply, view: View) -> None:
 
     # In this order: of a thought and a text that arrive together, the view gets the thought first.
     await asyncio.gather(think(), say())
-
-
-async def _describe_end(reply: Reply) -> str:
-    """Return the line about an end that is not the model's own; else an empty text."""
-    try:
-        done = await reply.done()
-    except ReplyError as error:
-        return f"[{describe_error(error)}{'; /retry repeats it' if error.retryable else ''}]"
-    except ConnectionFailed as failure:
-        if failure.final:
-            raise
-        return f"[{describe_error(failure)}; the text so far is kept]"
-    mark = ""
-    if done.reason == "stopped":
-        mark = f"[{describe_partial(done.by or 'client')}]"
-    elif done.reason == "max_tokens":
-        mark = "[the reply reached its maximum length]"
-    return mark if done.saved else mark + "[not saved]"
 
 
 def _last_prompt(history: History) -> tuple[str, str | None] | None:

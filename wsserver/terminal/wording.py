@@ -77,8 +77,13 @@ def describe_cost(model: str | None, usage: Usage | None) -> str:
     return f"[{' · '.join(facts)}]"
 
 
-def describe_error(error: Exception) -> str:
-    """Return one line about an error of the server or of the connection."""
+def describe_error(error: Exception, reason: str = "") -> str:
+    """Return one line about an error of the server or of the connection.
+
+    Args:
+        error: the exception.
+        reason: why, if the user is the operator of the server.
+    """
     text = escape(str(error))
     if not isinstance(error, ServerError):
         return text
@@ -90,6 +95,8 @@ def describe_error(error: Exception) -> str:
         text += f"; try again in {max(1, round(error.retry_after))} s"
     elif error.retryable and "ry again" not in text:
         text += "; try again"
+    if reason:
+        return f"{text.replace(f'{TELL} ', '')}: {escape(reason)}"
     if error.ref and TELL in error.message:
         text += f" Reference: {escape(error.ref)}"
     return text

@@ -25,6 +25,11 @@ _BY_TYPE = {  # of an `error` event mid-stream, whose status is 200
 # Messages of the API about a prompt that is too long, alone or together with `max_tokens`.
 _TOO_LONG = re.compile(r"(prompt|input) is too long|exceeds? (the )?context", re.IGNORECASE)
 
+_ADVICE = (
+    "the server has no such path; correct ANTHROPIC_BASE_URL: the URLs of most servers have no /v1 "
+    "at their end"
+)
+
 
 class MessagesError(ApiError):
     """An error of the Messages API.
@@ -44,6 +49,8 @@ class MessagesError(ApiError):
             message=get(cause, "message"),
             request_id=headers.get("request-id"),
         )
+        if self.has_no_path:
+            self.advice = _ADVICE
         self._spend_limit = self.kind == "billing_error" or _has_reached_limit(cause)
 
     def code(self) -> Code:
@@ -61,7 +68,7 @@ def of_event(event: dict[str, Any]) -> ModelError | TransientError:
         code = Code.PROMPT_TOO_LONG
     if _has_reached_limit(error):
         code = Code.SPEND_LIMIT
-    return mid_stream(code, error["type"], event.get("request_id"))
+    return mid_stream(code, error["type"], error.get("message"), event.get("request_id"))
 
 
 def _has_reached_limit(error: object) -> bool:

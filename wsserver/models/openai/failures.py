@@ -8,11 +8,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from wsserver.errors import Code, ModelError
-from wsserver.models.failures import BY_STATUS, ApiError, TransientError, get, mid_stream
+from wsserver.models.failures import (
+    BY_STATUS,
+    ApiError,
+    TransientError,
+    get,
+    is_no_path,
+    mid_stream,
+)
 
 # Names of errors, in `error.code` or `error.type`. The status has a name for the others.
 _BY_NAME = {
     "billing_hard_limit_reached": Code.SPEND_LIMIT,
+    "budget_exceeded": Code.SPEND_LIMIT,  # LiteLLM
     "content_filter": Code.REFUSAL,
     "content_policy_violation": Code.REFUSAL,
     "context_length_exceeded": Code.PROMPT_TOO_LONG,
@@ -29,9 +37,19 @@ _TOO_LONG = re.compile(
     r"maximum context length|context (length|size|window)|(prompt|input) is too long",
     re.IGNORECASE,
 )
+# Messages about a model that the server does not have, with the status 400: OpenRouter, LiteLLM, LM
+# Studio.
+_NO_MODEL = re.compile(
+    r"not a valid model|invalid model name|no models loaded|model\b.{1,100} (not found|not exist)",
+    re.IGNORECASE,
+)
 _CONTEXT = re.compile(r"maximum context length is (\d{1,9})\b", re.IGNORECASE)
 _INPUT = re.compile(
     r"(?<!\d)(\d{1,9}) (?:in the messages|input tokens|of text input)", re.IGNORECASE
+)
+
+_ADVICE = (
+    "the server has no such path; correct OPENAI_BASE_URL: the URLs of most servers end in /v1"
 )
 
 
@@ -54,6 +72,8 @@ class ChatError(ApiError):
             message=get(cause, "message"),
             request_id=headers.get("x-request-id"),
         )
+        if self.has_no_path:
+            self.advice = _ADVICE
         self.parameter = get(cause, "param")  # the key of the body that is refused
         self._named = _named(cause)
 
@@ -81,8 +101,13 @@ def of_event(error: object) -> ModelError | TransientError:
         name = int(name)
     if code is None and isinstance(name, int):
         code = BY_STATUS.get(name)  # the status of the response is 200
-    kind = name if isinstance(name, str) else get(cause, "type")
-    return mid_stream(code or Code.UPSTREAM_ERROR, kind)
+    kind, message = name if isinstance(name, str) else get(cause, "type"), get(cause, "message")
+    if isinstance(message, str) and is_no_path(message):  # LM Studio
+        failure = mid_stream(Code.MODEL_NOT_FOUND, kind, message)
+        assert isinstance(failure, ModelError)
+        failure.advice = _ADVICE
+        return failure
+    return mid_stream(code or Code.UPSTREAM_ERROR, kind, message)
 
 
 def _cause(body: object) -> dict[str, Any]:
@@ -102,6 +127,11 @@ def _named(cause: Mapping[str, Any]) -> Code | None:
         name = cause.get(key)
         if isinstance(name, str) and (code := _BY_NAME.get(name)) is not None:
             return code
+    if isinstance(get(cause.get("metadata"), "reasons"), list):  # OpenRouter, with the status 403
+        return Code.REFUSAL
     message = cause.get("message")
-    too_long = isinstance(message, str) and _TOO_LONG.search(message)
-    return Code.PROMPT_TOO_LONG if too_long else None
+    if not isinstance(message, str):
+        return None
+    if _TOO_LONG.search(message):
+        return Code.PROMPT_TOO_LONG
+    return Code.MODEL_NOT_FOUND if _NO_MODEL.search(message) else None
