@@ -99,7 +99,7 @@ async def test_delete_of_one_owner_does_not_repeat_find_of_other(
     async def counted(*given: Any) -> Any:
         nonlocal finds
         finds += 1
-        await stand.hub.delete(ONE, OWNER)
+        await stand.hub.delete(OWNER, ONE)
         return await find(*given)
 
     monkeypatch.setattr(stand.store, "find", counted)
@@ -121,7 +121,7 @@ async def test_find_during_delete_returns_forgotten(
         found = await find(*given)
         if not deletes:
             deletes = 1
-            await stand.hub.delete(ONE, OWNER)
+            await stand.hub.delete(OWNER, ONE)
         return found
 
     monkeypatch.setattr(stand.store, "find", late)
@@ -136,7 +136,7 @@ async def test_delete_forgets_only_ended_replies_of_conversation(stand: Stand) -
         (await stand.puppet.reply(number)).end()
     for generation in kept:
         await stand.ended(generation)
-    await stand.hub.delete(ONE, OWNER)
+    await stand.hub.delete(OWNER, ONE)
     assert list(stand.hub.retention) == kept[1:]
     assert stand.hub.retention.size == kept[1].size
 
@@ -148,7 +148,7 @@ async def test_reply_ending_after_delete_is_not_found() -> None:
     reply.hold = asyncio.Event()
     reply.say("deleted")
     await until(lambda: generation.log.seq)
-    await stand.hub.delete(ONE, OWNER)
+    await stand.hub.delete(OWNER, ONE)
     await stand.ended(generation)
     assert list(stand.hub.retention) == []
     with pytest.raises(Refused) as refused:
@@ -214,10 +214,10 @@ async def test_conversation_with_unsaved_reply_is_not_deleted(stand: Stand) -> N
     stand.fail(StoreError("disk"))
     generation = await stand.prompt(id=ID)
     with pytest.raises(StoreError):
-        await stand.hub.delete(ONE, OWNER)
+        await stand.hub.delete(OWNER, ONE)
     await stand.ended(generation)
     stand.fail(None)
-    await stand.hub.delete(ONE, OWNER)
+    await stand.hub.delete(OWNER, ONE)
     with pytest.raises(Refused) as refused:
         await stand.prompt(id=ID)
     assert refused.value.code == Code.FORGOTTEN

@@ -71,7 +71,7 @@ class Stand:
         self.journal.save_end(record, end, lambda saved: self.told.update({name: saved}))
 
     async def stored(self, name: str = "g") -> list[str] | None:
-        found = await self.store.find(name, "me")
+        found = await self.store.find("me", name)
         return heard(found.pieces) if isinstance(found, StoredGeneration) else None
 
 
@@ -226,7 +226,7 @@ async def test_turns_are_saved_in_prompt_order_after_failure(
     stand.store.failure = None
     await stand.journal.flush()
     await until(lambda: not stand.journal.unsaved)
-    stored = await stand.store.load("c", "me", limit=10, size=10_000)
+    stored = await stand.store.load("me", "c", limit=10, size=10_000)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == names
 
@@ -367,6 +367,6 @@ async def test_unsavable_reply_does_not_delay_others(
     assert not stand.journal.unsaved
     await stand.journal.probe()
     assert caplog.text.count("reply not saved id=bad reason=OverflowError") == 1
-    stored = await stand.store.load("c", "me", limit=10, size=1000)
+    stored = await stand.store.load("me", "c", limit=10, size=1000)
     assert stored is not None
     assert [turn.id for turn in stored.turns] == ["first", "last"]

@@ -125,7 +125,7 @@ async def test_unsaved_replies_are_saved_after_store_recovers(
         store.failing = False
         reply.say("after").end()
         assert "saved" not in (await chat.next("done"))
-        found = await store.find(ID, "anonymous")
+        found = await store.find("anonymous", ID)
         assert isinstance(found, StoredGeneration)
         assert found.pieces.data == ["during ", "after"]
 

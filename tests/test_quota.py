@@ -126,7 +126,7 @@ async def test_conversations_are_deleted_after_retention_time(
         await watcher.next("deleted", conversation=names[0])
         listed = await server.app.store.list("anonymous", 10, None)
         assert [summary.id for summary in listed] == [names[2]]
-        assert isinstance(await server.app.store.find(start["id"], "anonymous"), Forgotten)
+        assert isinstance(await server.app.store.find("anonymous", start["id"]), Forgotten)
         assert [known.id for known in server.app.hub.conversations] == [names[2]]
         answer = await say(chat, puppet, "x", conversation=names[0])
         assert answer["type"] == "start"
@@ -180,7 +180,7 @@ async def test_undeletable_conversation_does_not_keep_others(
         async def idle(self, before: float, limit: int) -> list[tuple[str, str]]:
             return [("me", name) for name in names][:limit]
 
-    async def delete(name: str, owner: str, *, before: float) -> None:
+    async def delete(owner: str, name: str, *, before: float) -> None:
         if name in stuck[:2]:
             raise StoreError("bad row")
         if name == stuck[2]:
@@ -220,7 +220,7 @@ async def test_upkeep_continues_after_failure(
                 raise failures.pop(0)
             return False
 
-    async def delete(name: str, owner: str, *, before: float) -> None:
+    async def delete(owner: str, name: str, *, before: float) -> None:
         raise AssertionError
 
     tended = Upkeep(Failing(), delete, replay=0.0, retention=0.0)

@@ -118,7 +118,7 @@ async def test_waiting_rename_is_done_before_server_closes(gated: Gated, puppet:
     closing = asyncio.ensure_future(server.close())
     store.gate.set()
     await closing
-    stored = await store.load(ONE, "anonymous", limit=1, size=1000)
+    stored = await store.load("anonymous", ONE, limit=1, size=1000)
     assert stored is not None
     assert stored.title == "New"
 

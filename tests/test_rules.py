@@ -470,7 +470,7 @@ class Rules(RuleBasedStateMachine):
         self.loop.run_until_complete(self.hub.close(1.0))
         self.turn(3)
         for name in set().union(*(port.accepted for port in self.ports.values())):
-            found = self.loop.run_until_complete(self.store.find(name, "anonymous"))
+            found = self.loop.run_until_complete(self.store.find("anonymous", name))
             if isinstance(found, StoredGeneration):
                 assert found.terminal is not None, "each end is saved"
         self.loop.close()

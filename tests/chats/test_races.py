@@ -88,7 +88,7 @@ async def ask(server: wsserver.Server, number: int) -> int:
 async def delete(server: wsserver.Server) -> None:
     with contextlib.suppress(Refused):
         chat = conversation_of(random.choice(CHATS))
-        await server.app.hub.delete(chat, random.choice(PRINCIPALS))
+        await server.app.hub.delete(random.choice(PRINCIPALS), chat)
 
 
 @pytest.mark.parametrize("seed", range(3))

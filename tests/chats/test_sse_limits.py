@@ -144,9 +144,9 @@ async def test_prompt_over_the_limit_does_not_read_its_chat_from_the_store(
     async with wsserver.serve(puppet, port=0, drain_timeout=0, prompts_per_minute=1) as server:
         load = server.app.store.load
 
-        async def note(name: str, *args: Any, **given: Any) -> Any:
+        async def note(owner: str, name: str, **given: Any) -> Any:
             loaded.append(name)
-            return await load(name, *args, **given)
+            return await load(owner, name, **given)
 
         monkeypatch.setattr(server.app.store, "load", note)
         async with Chat.open(server) as chat:

@@ -195,7 +195,7 @@ async def tokens_spent(store: Store, owner: str, day: int) -> int:
 
 
 async def found(store: Store, name: str = "g", owner: str = "me") -> list[str] | None:
-    stored = await store.find(name, owner)
+    stored = await store.find(owner, name)
     return heard(stored.pieces) if isinstance(stored, StoredGeneration) else None
 
 
@@ -203,7 +203,7 @@ async def load(
     store: Store, name: str, owner: str, limit: int, before: int | None = None
 ) -> StoredConversation | None:
     """Load turns of any size."""
-    return await store.load(name, owner, limit=limit, size=10**9, before=before)
+    return await store.load(owner, name, limit=limit, size=10**9, before=before)
 
 
 async def loaded(store: Store, name: str = "c", owner: str = "me") -> StoredConversation:
@@ -222,7 +222,7 @@ async def names(store: Store, owner: str = "me") -> list[str]:
 
 async def trace_of(store: Store, name: str = "g", owner: str = "me") -> float | None:
     """Return when a generation was deleted; None for an unknown generation."""
-    stored = await store.find(name, owner)
+    stored = await store.find(owner, name)
     assert not isinstance(stored, StoredGeneration)
     return None if stored is None else stored.when
 

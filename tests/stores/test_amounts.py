@@ -53,12 +53,12 @@ async def test_held_counts_bytes_and_conversations_of_owner(store: Store) -> Non
     assert (await store.amounts("you")).conversations == 1
     await store.commit([whole(header("1"), "x" * 10_000)])  # a second time
     assert await store.amounts("me") == held
-    await store.delete("c", "me")
+    await store.delete("me", "c")
     await store.purge(1e12)
     left = await store.amounts("me")
     assert 1000 < left.bytes < 4000
     assert left.conversations == 1
-    await store.delete("d", "me")
+    await store.delete("me", "d")
     assert await store.amounts("me") == Amounts(0, 0)
 
 
@@ -157,7 +157,7 @@ async def test_delete_of_conversation_keeps_spent_tokens(
 ) -> None:
     await store.commit([whole(header()), whole(header("h"))])
     assert await tokens_spent(store, "me", 0) == 16
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     assert await tokens_spent(store, "me", 0) == 16
     await store.commit([repeated])  # because the first commit was not confirmed
     assert await tokens_spent(store, "me", 0) == 16
@@ -166,7 +166,7 @@ async def test_delete_of_conversation_keeps_spent_tokens(
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
 async def test_reply_ended_after_delete_is_counted(store: Store, clock: Clock) -> None:
     await store.commit([entry(header(), True, 0, ["a"])])
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     for _ in range(2):
         await store.commit([entry(header(), False, 1, ["b"], done())])
         assert await tokens_spent(store, "me", 0) == 8

@@ -54,7 +54,7 @@ async def test_retry_replaces_turn_in_history_and_both_are_found(
     )  # because the first commit was not confirmed
     assert await texts(store) == [(1, "one"), (3, "whole")]
     assert [await found(store, name) for name in "123"] == [["one"], ["half"], ["whole"]]
-    stored = await store.find("3", "me")
+    stored = await store.find("me", "3")
     assert isinstance(stored, StoredGeneration)
     assert stored.header == retry
     page = await load(store, "c", "me", 1)
@@ -90,7 +90,7 @@ async def test_unsaid_prompt_is_found_but_not_in_history(store: Store) -> None:
     for _ in range(2):
         await store.commit([entry(queued, terminal=end, withdrawn=True)])
         assert await texts(store) == [(1, "one"), (3, "three")]
-    stored = await store.find("2", "me")
+    stored = await store.find("me", "2")
     assert isinstance(stored, StoredGeneration)
     assert (heard(stored.pieces), stored.terminal) == ([], end)
     page = await load(store, "c", "me", 10, 3)
@@ -197,7 +197,7 @@ async def test_load_returns_newest_turns_up_to_size(store: Store) -> None:
         )
 
     async def read(size: int, before: int | None = None) -> tuple[list[int], bool]:
-        stored = await store.load("c", "me", limit=100, size=size, before=before)
+        stored = await store.load("me", "c", limit=100, size=size, before=before)
         assert stored is not None
         return [turn.number for turn in stored.turns], stored.older
 
@@ -313,15 +313,15 @@ async def test_changes_of_one_owner_do_not_affect_other_with_same_id(
 
     clock.now = 2000.0
     await store.commit([whole(header("2"))])
-    assert await store.rename("c", "me", "New")
+    assert await store.rename("me", "c", "New")
     assert (await loaded(store)).title == "New"
     assert await unchanged()
     await store.purge(1e12)
     assert await unchanged()
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     assert await load(store, "c", "me", 10) is None
-    assert not await store.rename("c", "me", "Back")
-    assert not await store.delete("c", "me")
+    assert not await store.rename("me", "c", "Back")
+    assert not await store.delete("me", "c")
     assert (await found(store, "1"), await found(store, "1", "you")) == (None, ["Hi."])
     await store.commit([entry(running, False, 1, ["b"], done())])  # too late
     assert await names(store) == []
@@ -402,6 +402,6 @@ async def test_history_messages_have_blocks_model_usage_and_times(store: Store) 
         ended=turn.reply.ended,
     )
     assert (await loaded(store)).title == "What is this?"
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert (stored.header, stored.pieces) == (asked, pieces)

@@ -54,8 +54,8 @@ async def fill(store: Store, conversations: int = 30) -> None:
         await store.commit([Entry(header("odd", "c3", owner=owner), True, 0, odd)])
         await store.commit([entry(header("running", "c4", owner=owner), True, 0, ["Half a"])])
         await store.commit([whole(header("outside", None, owner=owner), "x")])
-        await store.rename("c5", owner, "A title \0 with all ☃")
-        await store.delete("c6", owner)
+        await store.rename(owner, "c5", "A title \0 with all ☃")
+        await store.delete(owner, "c6")
 
 
 async def seen(store: Store, conversations: int = 30) -> list[Any]:
@@ -67,7 +67,7 @@ async def seen(store: Store, conversations: int = 30) -> list[Any]:
         for number in range(conversations):
             content.append(await load(store, f"c{number}", owner, 1000))
         for name in ("0-0", "retry", "1-2", "odd", "running", "outside", "6-1", "nothing"):
-            generation = await store.find(name, owner)
+            generation = await store.find(owner, name)
             content.append(generation)
             if isinstance(generation, StoredGeneration):
                 content.append(list(generation.pieces))

@@ -70,11 +70,11 @@ async def test_unsavable_entry_fails_whole_batch(file: SqliteStore) -> None:
 
 async def test_lone_surrogate_in_query_is_store_error(file: SqliteStore) -> None:
     for attempt in (
-        lambda: file.find("\ud800", "me"),
+        lambda: file.find("me", "\ud800"),
         lambda: load(file, "\ud800", "me", 1),
         lambda: file.list("\ud800", 1, None),
-        lambda: file.rename("\ud800", "me", "x"),
-        lambda: file.delete("\ud800", "me"),
+        lambda: file.rename("me", "\ud800", "x"),
+        lambda: file.delete("me", "\ud800"),
         lambda: file.spent("\ud800", 0),
     ):
         with pytest.raises(StoreError):
@@ -86,14 +86,14 @@ async def all_that_can_be_asked(store: SqliteStore) -> int:
     """Call every method of a store in a broken file; return the number of failures."""
     failures = 0
     for attempt in (
-        lambda: store.find("g3", "me"),
-        lambda: store.find("g9", "me"),
+        lambda: store.find("me", "g3"),
+        lambda: store.find("me", "g9"),
         lambda: load(store, "c3", "me", 100),
         lambda: load(store, "c3", "me", 2, 50),
         lambda: store.list("me", 100, None),
-        lambda: store.rename("c3", "me", "New"),
+        lambda: store.rename("me", "c3", "New"),
         lambda: store.commit([whole(header(f"n{number}", f"c{number}")) for number in range(9)]),
-        lambda: store.delete("c5", "me"),
+        lambda: store.delete("me", "c5"),
         lambda: store.purge(1e12),
         lambda: store.spent("me", 0),
     ):
@@ -209,7 +209,7 @@ async def test_error_about_damage_has_no_text_of_conversation(
     await store.commit([entry(header(), True, 0, ["Hi."]) if running else whole(header())])
     query(path, damage)
     attempts: dict[str, Callable[[], Awaitable[object]]] = {
-        "find": lambda: store.find("g", "me"),
+        "find": lambda: store.find("me", "g"),
         "load": lambda: load(store, "c", "me", 10),
     }
     for name, attempt in attempts.items():
@@ -244,8 +244,8 @@ async def test_writes_to_deleted_or_replaced_file_fail(path: Path, suffix: str, 
     for attempt in (
         store.probe,
         lambda: store.commit([whole(header("h"))]),
-        lambda: store.rename("c", "me", "New"),
-        lambda: store.delete("c", "me"),
+        lambda: store.rename("me", "c", "New"),
+        lambda: store.delete("me", "c"),
         lambda: store.purge(1e12),
     ):
         with pytest.raises(StoreError, match="was deleted or replaced"):

@@ -53,10 +53,10 @@ async def test_deleted_text_is_in_no_file(file: SqliteStore, path: Path, size: i
         await file.commit(
             [entry(asked, False, 1, [Thinking(said(number, word)), said(number, word)], done())]
         )
-    await file.rename("secret", "me", "Geheimnis")
+    await file.rename("me", "secret", "Geheimnis")
     await file.commit([whole(header("o", None, prompt="Geheimnis?"), "Geheimnis.")])
     assert traces_in(path, b"Geheimnis")
-    assert await file.delete("secret", "me")
+    assert await file.delete("me", "secret")
     await file.purge(1e12)
     assert traces_in(path, b"Geheimnis") == []
     assert traces_in(path, b"Bekanntes")
@@ -68,7 +68,7 @@ async def test_deleted_text_leaves_wal_after_last_reader(file: SqliteStore, path
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN")
     other.execute("SELECT * FROM generation").fetchall()
-    assert await file.delete("c", "me")
+    assert await file.delete("me", "c")
     assert traces_in(path, b"Geheimnis")  # the other program may still read it
     other.execute("COMMIT")
     other.close()
@@ -85,7 +85,7 @@ async def test_delete_does_not_wait_for_reader_in_other_program(path: Path) -> N
         other.execute("SELECT * FROM generation").fetchall()
         try:
             async with asyncio.timeout(SECONDS):
-                assert await store.delete("c", "me")
+                assert await store.delete("me", "c")
                 await store.purge(0.0)
                 await store.commit([whole(header("g2"), "x")])
         finally:
@@ -101,7 +101,7 @@ async def test_large_delete_lets_other_writes_run_between_steps(
     await file.commit([whole(header(f"g{n}"), "x" * 1000) for n in range(20)])
     await file.commit([whole(header(f"h{n}"), "x" * 30_000) for n in range(6)])
     statements = await trace(file.writer)
-    deleting = asyncio.ensure_future(file.delete("c", "me"))
+    deleting = asyncio.ensure_future(file.delete("me", "c"))
     writing = [asyncio.ensure_future(file.commit([whole(header(f"o{n}", "o"))])) for n in range(3)]
     assert await deleting
     await asyncio.gather(*writing)
@@ -125,7 +125,7 @@ async def test_concurrent_deletes_share_wal_truncation(
             ]
         )
     statements = await trace(file.writer)
-    deletes = [file.delete(f"c{n}", owner) for n in range(30) for owner in owners]
+    deletes = [file.delete(owner, f"c{n}") for n in range(30) for owner in owners]
     deleting = [asyncio.ensure_future(delete) for delete in deletes]
     await asyncio.wait(deleting, timeout=0)
     writing = asyncio.ensure_future(file.commit([whole(header("o", "o"))]))
@@ -163,7 +163,7 @@ async def test_delete_interrupted_by_crash_is_finished_at_start(
     with monkeypatch.context() as patch:
         patch.setattr(Connection, "transact", dies)
         with pytest.raises(StoreError):
-            await store.delete("c", "me")
+            await store.delete("me", "c")
     assert len(query(path, "SELECT * FROM generation WHERE conversation = 'c'")) == 3
     assert await names(store) == ["d"]
     assert await load(store, "c", "me", 10) is None
@@ -171,7 +171,7 @@ async def test_delete_interrupted_by_crash_is_finished_at_start(
     await store.open()
     assert await names(store) == ["d"]
     assert len(query(path, "SELECT * FROM generation")) == 1
-    assert isinstance(await store.find("g4", "me"), Forgotten)
+    assert isinstance(await store.find("me", "g4"), Forgotten)
     await store.close()
 
 

@@ -177,7 +177,7 @@ async def test_file_of_version_2_is_migrated(path: Path, clock: Clock) -> None:
         [(1, "g1", "Hello?", "22", None)],
         [(1, "g2", "Hello?", "55", None)],
     ]
-    outside = await store.find("o", "me")
+    outside = await store.find("me", "o")
     assert isinstance(outside, StoredGeneration)
     assert outside.header.conversation is None
     assert (outside.terminal, kinds(heard(outside.pieces))) == (
@@ -189,7 +189,7 @@ async def test_file_of_version_2_is_migrated(path: Path, clock: Clock) -> None:
 
     await store.commit([whole(header("g3"), "new")])
     assert [turn.number for turn in (await loaded(store)).turns] == [1, 2, 3]
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     assert query(path, "SELECT DISTINCT generation FROM piece") == [(20,), (30,), (50,)]
     assert len((await loaded(store, "c", "you")).turns) == 1
     await store.close()
@@ -212,8 +212,8 @@ async def test_statements_scan_no_whole_table(file: SqliteStore, path: Path) -> 
     await loaded(file)
     await found(file)
     await file.list("me", 10, 9)
-    await file.rename("c", "me", "New")
-    await file.delete("c", "me")
+    await file.rename("me", "c", "New")
+    await file.delete("me", "c")
     await file.purge(1e12)
     await file.spent("me", 0)
     asked = [statement for statement in statements if re.match("SELECT|INSERT|UPD|DEL", statement)]

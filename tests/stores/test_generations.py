@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 async def test_generations_of_one_batch_are_found(store: Store) -> None:
     asked = header()
     await store.commit([whole(asked, "Hi", " there.")])
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     assert heard(stored.pieces) == ["Hi", " there."]
@@ -55,7 +55,7 @@ async def test_generation_committed_in_parts_is_found_whole(store: Store) -> Non
     expected = [[], ["a"], ["a"], ["a", Thinking("b"), "c"], ["a", Thinking("b"), "c", "d"]]
     for batch, pieces in zip(batches, expected, strict=True):
         await store.commit([batch])
-        stored = await store.find("g", "me")
+        stored = await store.find("me", "g")
         assert isinstance(stored, StoredGeneration)
         assert kinds(heard(stored.pieces)) == kinds(pieces)
         assert stored.terminal == batch.terminal
@@ -122,7 +122,7 @@ async def test_prompt_is_read_back_with_all_keys(store: Store) -> None:
     )
     asked = Header("g", "me", "c", prompt, "claude-☃", 1234567890.123456)
     await store.commit([entry(asked, new=True)])
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     (turn,) = (await loaded(store)).turns
@@ -163,7 +163,7 @@ async def test_prompt_is_read_back_with_all_keys(store: Store) -> None:
 )
 async def test_terminal_is_read_back_unchanged(store: Store, terminal: Terminal) -> None:
     await store.commit([whole(header(), terminal=terminal)])
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert stored.terminal == terminal
 
@@ -217,9 +217,9 @@ async def test_older_generation_of_reused_id_gets_its_terminal(store: Store) -> 
 
 async def test_generation_of_other_owner_is_not_found(store: Store) -> None:
     await store.commit([whole(header())])
-    assert await store.find("g", "you") is None
-    assert await store.find("g", "") is None
-    assert await store.find("unknown", "me") is None
+    assert await store.find("you", "g") is None
+    assert await store.find("", "g") is None
+    assert await store.find("me", "unknown") is None
 
 
 async def test_owners_may_use_same_generation_id(store: Store) -> None:
@@ -231,7 +231,7 @@ async def test_owners_may_use_same_generation_id(store: Store) -> None:
 
 async def test_running_generation_is_found(store: Store) -> None:
     await store.commit([entry(header(began=1.0), True, 0, ["a"])])
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert heard(stored.pieces) == ["a"]
     assert stored.terminal is None
@@ -240,7 +240,7 @@ async def test_running_generation_is_found(store: Store) -> None:
 async def test_generation_without_conversation_is_found_but_not_listed(store: Store) -> None:
     asked = header(conversation=None)
     await store.commit([whole(asked, "Hi.")])
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert stored.header == asked
     assert heard(stored.pieces) == ["Hi."]
@@ -273,7 +273,7 @@ async def test_delete_leaves_traces_of_generations(store: Store, clock: Clock) -
     await store.commit([whole(header("1")), entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("1", owner="you"))])
     clock.now = 2000.0
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     assert [await trace_of(store, name) for name in "123"] == [2000.0, 2000.0, None]
     assert await found(store, "1", "you") == ["Hi."]
     assert await trace_of(store, "2", "you") is None
@@ -299,7 +299,7 @@ async def test_oldest_traces_of_owner_are_dropped_over_limit(
     monkeypatch.setattr("wsserver.stores.sqlite.TRACES", 3)
     monkeypatch.setattr("wsserver.stores.postgres.store.TRACES", 3)
     await store.commit([whole(header(f"y{n}", "c", owner="you")) for n in range(2)])
-    await store.delete("c", "you")
+    await store.delete("you", "c")
     for number in range(4):
         clock.now += 1
         await store.commit([whole(header(f"o{number}", None))])
@@ -307,7 +307,7 @@ async def test_oldest_traces_of_owner_are_dropped_over_limit(
     assert [await trace_of(store, f"o{n}") is None for n in range(4)] == [True, False, False, False]
     clock.now += 1
     await store.commit([whole(header(f"g{number}")) for number in range(5)])
-    await store.delete("c", "me")
+    await store.delete("me", "c")
     assert [await trace_of(store, f"o{number}") for number in range(4)] == [None] * 4
     assert [await trace_of(store, f"g{number}") for number in range(5)] == [
         None,

@@ -85,9 +85,9 @@ async def test_oldest_content_is_dropped_first_over_memory_limit() -> None:
     await store.commit([whole(header("a4", "a"), "x" * 90_000)])
     assert [turn.id for turn in (await loaded(store, "a")).turns] == ["a4"]
     assert (await loaded(store, "a")).turns[0].number == 4
-    assert isinstance(await store.find("a", "me"), Forgotten)
+    assert isinstance(await store.find("me", "a"), Forgotten)
     assert memory.used < 100_000
-    await store.delete("a", "me")
+    await store.delete("me", "a")
     assert (memory.used, await store.amounts("me")) == (0, Amounts(0, 0))
 
 
@@ -172,7 +172,7 @@ async def test_owner_without_content_uses_no_memory(
             await store.commit(
                 [whole(header("g", owner=owner)), whole(header("h", None, owner=owner))]
             )
-            await store.delete("c", owner)
+            await store.delete(owner, "c")
             await store.purge(1e12)
 
     await come_and_go(1)

@@ -32,13 +32,13 @@ def old(path: Path) -> Path:
 
 
 async def load(store: SqliteStore, conversation: str = "conversation-one") -> StoredConversation:
-    stored = await store.load(conversation, "ann", limit=100, size=10**6)
+    stored = await store.load("ann", conversation, limit=100, size=10**6)
     assert stored is not None
     return stored
 
 
 async def find(store: SqliteStore, name: str) -> StoredGeneration:
-    stored = await store.find(f"{name}-generation", "ann")
+    stored = await store.find("ann", f"{name}-generation")
     assert isinstance(stored, StoredGeneration)
     return stored
 
@@ -144,8 +144,8 @@ async def test_old_file_keeps_held_bytes_and_costs(old: Path) -> None:
     assert (await store.spent("ann", 20784)).tokens >= 182
     ((tokens,),) = query(old, "SELECT sum(tokens) FROM spent WHERE owner = 'ann'")
     assert tokens > 182  # the cost of the interrupted generation counts today
-    assert await store.delete("conversation-one", "ann")
-    assert await store.delete("conversation-two", "ann")
+    assert await store.delete("ann", "conversation-one")
+    assert await store.delete("ann", "conversation-two")
     await store.purge(2e9)
     assert (await store.amounts("ann")).bytes == 0
     await store.close()

@@ -119,7 +119,7 @@ asyncio.run(main())
             await process.communicate()
     store = SqliteStore(path)
     await store.open()
-    stored = await store.find("g", "me")
+    stored = await store.find("me", "g")
     assert isinstance(stored, StoredGeneration)
     assert heard(stored.pieces) == ["a", "b"]
     assert stored.terminal is None
@@ -227,8 +227,8 @@ async def test_writes_fail_while_other_program_locks_file(file: SqliteStore, pat
     async with asyncio.timeout(SECONDS):
         for attempt in (
             lambda: file.commit([whole(header("h"))]),
-            lambda: file.rename("c", "me", "New"),
-            lambda: file.delete("c", "me"),
+            lambda: file.rename("me", "c", "New"),
+            lambda: file.delete("me", "c"),
             lambda: file.purge(1e12),
         ):
             with pytest.raises(StoreError, match="locked"):

@@ -198,7 +198,7 @@ async def test_store_works_again_after_restart_of_database(mortal: Postgres) -> 
         with pytest.raises(StoreError):
             await store.commit([whole(header("2", "b"))])
         with pytest.raises(StoreError):
-            await store.find("1", "me")
+            await store.find("me", "1")
         mortal.start()
         await saves_again(store)
         await store.commit([whole(header("2", "b"))])
@@ -263,7 +263,7 @@ async def test_server_that_lost_its_lock_to_another_does_not_write(
     async with asyncio.timeout(SECONDS):
         with pytest.raises(StoreError, match="lock"):
             while True:  # the store notices the end of its connection soon
-                await tables.find("g", "me")
+                await tables.find("me", "g")
     await until(lambda: "store used by another server" in caplog.text)
     with pytest.raises(StoreError, match="lock"):
         await tables.commit([whole(header("2"))])
@@ -283,7 +283,7 @@ async def test_silent_database_fails_calls_in_time(url: str) -> None:
         with pytest.raises(StoreError, match="Timeout"):
             await store.commit([entry(header(), after=0, pieces=["a"])])
         with pytest.raises(StoreError, match="Timeout"):
-            await store.find("g", "me")
+            await store.find("me", "g")
     await other.close()
     await store.commit([entry(header(), after=0, pieces=["a"])])
     assert await found(store) == ["a"]

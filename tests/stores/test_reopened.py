@@ -35,7 +35,7 @@ async def test_reply_continues_after_other_owner_deletes_same_id(
     store: Store,
 ) -> None:
     await store.commit([whole(header(owner="you")), entry(header(), True, 0, ["a"])])
-    assert await store.delete("c", "you")
+    assert await store.delete("you", "c")
     await store.commit([entry(header(), False, 1, ["b"], done())])
     (turn,) = (await loaded(store)).turns
     assert (turn.number, turn.text, turn.partial) == (1, "ab", None)
@@ -66,7 +66,7 @@ async def test_conversation_is_used_when_turn_begins_or_ends(store: Store, clock
     await store.commit([entry(header("3", "a"), False, 1, [], done())])
     assert (await listed(store))[0] == ("a", "Hello?", 1000.0, 1003.0)
     clock.now = 1004.0
-    assert await store.rename("b", "me", "New")
+    assert await store.rename("me", "b", "New")
     await store.commit([whole(header("o", None))])
     assert await names(store) == ["a", "b"]
 
@@ -105,37 +105,37 @@ async def test_list_has_only_conversations_of_owner(store: Store) -> None:
 async def test_owner_renames_conversation(store: Store) -> None:
     await store.commit([whole(header())])
     before = await store.list("me", 1, None)
-    assert await store.rename("c", "me", "Neuer\0 Titel 🎈")
+    assert await store.rename("me", "c", "Neuer\0 Titel 🎈")
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
     (summary,) = await store.list("me", 10, None)
     assert summary == replace(before[0], title="Neuer\0 Titel 🎈")
-    assert await store.rename("c", "me", "Neuer\0 Titel 🎈")  # the store has it already
+    assert await store.rename("me", "c", "Neuer\0 Titel 🎈")  # the store has it already
     await store.commit([whole(header("h", prompt="Another?"))])
     assert (await loaded(store)).title == "Neuer\0 Titel 🎈"
 
 
 async def test_other_owner_cannot_rename_conversation(store: Store) -> None:
     await store.commit([whole(header())])
-    assert not await store.rename("c", "you", "Mine")
-    assert not await store.rename("unknown", "me", "Mine")
+    assert not await store.rename("you", "c", "Mine")
+    assert not await store.rename("me", "unknown", "Mine")
     assert (await loaded(store)).title == "Hello?"
 
 
 async def test_deleted_conversation_is_gone_with_its_generations(store: Store) -> None:
     await store.commit([whole(header("1")), entry(header("2"), True, 0, ["a"])])
     await store.commit([whole(header("3", "other")), whole(header("4", None))])
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     assert await load(store, "c", "me", 10) is None
     assert await names(store) == ["other"]
     assert [await found(store, name) for name in "1234"] == [None, None, ["Hi."], ["Hi."]]
-    assert not await store.delete("c", "me")
-    assert not await store.rename("c", "me", "Back")
+    assert not await store.delete("me", "c")
+    assert not await store.rename("me", "c", "Back")
 
 
 async def test_other_owner_cannot_delete_conversation(store: Store) -> None:
     await store.commit([whole(header())])
-    assert not await store.delete("c", "you")
-    assert not await store.delete("unknown", "me")
+    assert not await store.delete("you", "c")
+    assert not await store.delete("me", "unknown")
     assert await found(store) == ["Hi."]
     assert await names(store) == ["c"]
 
@@ -143,7 +143,7 @@ async def test_other_owner_cannot_delete_conversation(store: Store) -> None:
 async def test_entries_committed_after_delete_are_dropped(store: Store) -> None:
     running = header("running")
     await store.commit([whole(header()), entry(running, True, 0, ["a"])])
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     await store.commit(
         [
             entry(running, False, 1, ["b"]),
@@ -158,7 +158,7 @@ async def test_entries_committed_after_delete_are_dropped(store: Store) -> None:
 
 async def test_conversation_id_may_be_reused_after_delete(store: Store, clock: Clock) -> None:
     await store.commit([whole(header("g1")), whole(header("g2"), "old")])
-    assert await store.delete("c", "me")
+    assert await store.delete("me", "c")
     clock.now = 2000.0
     await store.commit([whole(header("g2", prompt="Anew?"), "new")])
     stored = await loaded(store)
@@ -170,9 +170,9 @@ async def test_conversation_id_may_be_reused_after_delete(store: Store, clock: C
 async def test_delete_reveals_older_generation_of_same_id(store: Store) -> None:
     await store.commit([whole(header(conversation="a", began=1.0), "old")])
     await store.commit([whole(header(conversation="b", began=2.0), "new")])
-    assert await store.delete("b", "me")
+    assert await store.delete("me", "b")
     assert await found(store) == ["old"]
-    assert await store.delete("a", "me")
+    assert await store.delete("me", "a")
     assert await found(store) is None
 
 
@@ -184,7 +184,7 @@ async def test_generation_of_dead_process_is_found_and_in_history(
     for _ in range(2):
         await file.close()
         await file.open()
-        stored = await file.find("g", "me")
+        stored = await file.find("me", "g")
         assert isinstance(stored, StoredGeneration)
         assert (kinds(heard(stored.pieces)), stored.terminal) == (kinds(pieces), None)
         (turn,) = (await loaded(file)).turns

@@ -121,8 +121,8 @@ async def test_commits_run_one_after_another(file: SqliteStore) -> None:
     async with asyncio.timeout(SECONDS):
         await asyncio.gather(
             *(file.commit([whole(header(f"g{number}"))]) for number in range(5)),
-            file.rename("unknown", "me", "x"),
-            file.delete("unknown", "me"),
+            file.rename("me", "unknown", "x"),
+            file.delete("me", "unknown"),
             file.purge(0.0),
         )
     first_words = [statement.split()[0] for statement in statements]
@@ -138,7 +138,7 @@ async def test_concurrent_reads_return_whole_results(
     async with asyncio.timeout(SECONDS):
         for _ in range(5):
             conversation, stored, summaries = await asyncio.gather(
-                load(file, "c", "me", 10), file.find("g", "me"), file.list("me", 10, None)
+                load(file, "c", "me", 10), file.find("me", "g"), file.list("me", 10, None)
             )
             assert conversation is not None
             assert isinstance(stored, StoredGeneration)
@@ -148,7 +148,7 @@ async def test_concurrent_reads_return_whole_results(
 async def test_read_sees_one_snapshot(file: SqliteStore) -> None:
     await file.commit([entry(header(), True, 0, ["a"])])
     async with Hold(file.reader, 3) as hold:
-        finding = asyncio.ensure_future(file.find("g", "me"))
+        finding = asyncio.ensure_future(file.find("me", "g"))
         await hold.reached()
         await file.commit([entry(header(), False, 1, ["b"], done())])
     stored = await finding
@@ -159,7 +159,7 @@ async def test_read_sees_one_snapshot(file: SqliteStore) -> None:
     async with Hold(file.reader, 3) as hold:
         loading = asyncio.ensure_future(loaded(file))
         await hold.reached()
-        await file.delete("c", "me")
+        await file.delete("me", "c")
     assert [turn.text for turn in (await loading).turns] == ["ab"]
     assert await load(file, "c", "me", 10) is None
 

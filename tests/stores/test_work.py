@@ -81,7 +81,7 @@ async def test_load_reads_no_more_bytes_than_size(file: SqliteStore) -> None:
         ]
     )
     rows = await read_by(file)
-    stored = await file.load("c", "me", limit=200, size=100_000)
+    stored = await file.load("me", "c", limit=200, size=100_000)
     assert stored is not None
     assert len(stored.turns) == 9
     assert len(rows) == 1 + 9 + 1  # the title, the turns, whether there are older ones

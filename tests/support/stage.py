@@ -125,7 +125,7 @@ class Stage:
         store = self._servers[server][0].app.store
         async with asyncio.timeout(BOUND):
             while not (
-                isinstance(found := await store.find(reply, "anonymous"), StoredGeneration)
+                isinstance(found := await store.find("anonymous", reply), StoredGeneration)
                 and len(found.pieces) >= pieces
             ):
                 pass

@@ -89,7 +89,7 @@ class Stand:
 
     async def terminal(self, name: str, owner: str = OWNER) -> Terminal | None:
         """Return the stored terminal of a generation."""
-        stored = await self.store.find(name, owner)
+        stored = await self.store.find(owner, name)
         assert isinstance(stored, StoredGeneration)
         return stored.terminal
 

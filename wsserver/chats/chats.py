@@ -185,7 +185,7 @@ class Chats:
         hub, owner, room = self._hub, _owner(visitor), room_of(self._settings)
         hub.accounts.check_reads(visitor.account)
         try:
-            async with hub.conversations.pin(name, owner) as conversation:
+            async with hub.conversations.pin(owner, name) as conversation:
                 stored = await hub.conversations.history(conversation, None, room)
         except Refused as refused:
             if refused.code is Code.NOT_FOUND:
@@ -208,7 +208,7 @@ class Chats:
         owner, conversations = _owner(visitor), self._hub.conversations
         if "id" not in chat.keys:  # else the reply may be known, and is given again
             self._hub.scheduler.check_limits(visitor.account)
-        async with conversations.pin(chat.conversation, owner, load=True) as conversation:
+        async with conversations.pin(owner, chat.conversation, load=True) as conversation:
             turns = [turn.id for turn in conversation.turns]
             turns += [generation.id for generation in conversation.live]
         keys = {**chat.keys, **prompt_keys(chat, turns)}

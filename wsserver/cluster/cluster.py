@@ -426,7 +426,7 @@ class Cluster:
     async def _settle(self, generation: Generation) -> None:
         """End a mirror whose node has left, as the store has its end."""
         try:
-            stored = await self._store.find(generation.id, generation.owner)
+            stored = await self._store.find(generation.owner, generation.id)
         except StoreError:
             return  # the next renewal tries again
         if isinstance(stored, Forgotten):

@@ -71,7 +71,7 @@ class Resynchronisation:
             if late or conversation.live or conversation.pins:
                 return
             name, owner = conversation.id, conversation.owner
-            stored = await self._store.load(name, owner, limit=1, size=1)
+            stored = await self._store.load(owner, name, limit=1, size=1)
         except (Refused, StoreError):
             return  # the node that has it, or the database, is away
         if stored is None and not (conversation.live or conversation.pins):

@@ -148,5 +148,5 @@ class Services:
             self._readers.add(node, body["h"], generation, body["after"])
 
     async def _delete(self, _: str, body: Body) -> Body:
-        await self._hub.delete(body["conversation"], body["owner"])
+        await self._hub.delete(body["owner"], body["conversation"])
         return {}

@@ -234,7 +234,7 @@ class Connection:
                 raise Refused(Code.NOT_RUNNING)
             self._stops += 1
             work = self._stop_elsewhere(
-                stop.id, owner, Stopping(self._session.hub, stop, self._stopped)
+                owner, stop.id, Stopping(self._session.hub, stop, self._stopped)
             )
             self._session.hub.wait_at_close(asyncio.get_running_loop().create_task(work))
             return
@@ -247,7 +247,7 @@ class Connection:
             stopping.stop(generation)
         stopping.complete_one()
 
-    async def _stop_elsewhere(self, name: str, owner: str, stopping: Stopping) -> None:
+    async def _stop_elsewhere(self, owner: str, name: str, stopping: Stopping) -> None:
         """Stop a generation that another node may run."""
         with contextlib.suppress(Refused, StoreError):
             found = await self._session.hub.find_live(owner, name, self._session.account)

@@ -227,7 +227,7 @@ class Requests:
             case Rename():
                 await self._rename(request)
             case Delete(conversation=name):
-                await hub.delete(name, session.owner, self._following)
+                await hub.delete(session.owner, name, self._following)
                 self._following.forget(name)
                 session.write(Deleted(conversation=name, request=request.request))
 
@@ -297,7 +297,7 @@ class Requests:
     async def _open(self, request: Open) -> None:
         session, hub = self._session, self._session.hub
         hub.accounts.check_reads(session.account)
-        async with hub.conversations.pin(request.conversation, session.owner) as conversation:
+        async with hub.conversations.pin(session.owner, request.conversation) as conversation:
             if request.before is None:
                 self._following.check_open(conversation)
             room = room_of(session.settings)
@@ -328,7 +328,7 @@ class Requests:
         session, hub = self._session, self._session.hub
         hub.accounts.check_reads(session.account)
         name, title = request.conversation, request.title
-        notified = await hub.conversations.rename(name, session.owner, title, self._following)
+        notified = await hub.conversations.rename(session.owner, name, title, self._following)
         frame = encode(Renamed(conversation=name, title=title, request=request.request))
         hub.accounts.charge_reads(session.account, (1 + notified) * len(frame))
         session.transport.write(frame)

@@ -59,7 +59,7 @@ class Conversations:
 
     @contextlib.asynccontextmanager
     async def pin(
-        self, name: str, owner: str, *, load: bool = False
+        self, owner: str, name: str, *, load: bool = False
     ) -> AsyncIterator[Conversation]:
         """Keep the object of a conversation in memory for the time of a request.
 
@@ -67,15 +67,15 @@ class Conversations:
         changes that other requests made during the ``await``.
 
         Args:
-            name: the id of the conversation.
             owner: the owner of the conversation.
+            name: the id of the conversation.
             load: read the turns from the store, if they are not in memory.
 
         Raises:
             Refused: the conversation was deleted, or is being deleted.
             StoreError: the store cannot read the conversation.
         """
-        conversation = self.pin_now(name, owner)
+        conversation = self.pin_now(owner, name)
         try:
             if load:
                 await self._load_once(conversation)
@@ -85,12 +85,12 @@ class Conversations:
         finally:
             self.unpin(conversation)
 
-    def pin_now(self, name: str, owner: str) -> Conversation:
+    def pin_now(self, owner: str, name: str) -> Conversation:
         """Pin a conversation until :meth:`unpin`, without reading its turns."""
         key = owner, name
         conversation = self._known.get(key)
         if conversation is None:
-            conversation = self._known[key] = Conversation(name, owner)
+            conversation = self._known[key] = Conversation(id=name, owner=owner)
         conversation.pins += 1
         return conversation
 
@@ -146,8 +146,8 @@ class Conversations:
     async def _load(self, conversation: Conversation) -> None:
         await self._save_late(conversation)
         stored = await self._store.load(
-            conversation.id,
             conversation.owner,
+            conversation.id,
             limit=self._settings.history_messages,
             size=UTF8 * self._settings.history_size,
         )
@@ -258,7 +258,7 @@ class Conversations:
             await self._journal.flush()
             await self._save_late(conversation)
             stored = await self._store.load(
-                name, owner, limit=self._settings.history_messages, size=size, before=before
+                owner, name, limit=self._settings.history_messages, size=size, before=before
             )
             if conversation.version != version or conversation.deleted:
                 continue  # a reply ended during the awaits, or the conversation was deleted
@@ -292,18 +292,18 @@ class Conversations:
         """
         await self._journal.flush()
         await self._save_late(conversation)
-        found = await self._store.delete(conversation.id, conversation.owner, before)
+        found = await self._store.delete(conversation.owner, conversation.id, before)
         if not found and (before is not None or not conversation.exists):
             raise Refused(Code.NOT_FOUND)
         self._journal.mark_deleted(conversation.owner, conversation.id)
         self.forget(conversation)
 
-    async def rename(self, name: str, owner: str, title: str, sender: Watcher) -> int:
+    async def rename(self, owner: str, name: str, title: str, sender: Watcher) -> int:
         """Change the title of a conversation, and notify its other watchers.
 
         Args:
-            name: the id of the conversation.
             owner: the owner of the conversation.
+            name: the id of the conversation.
             title: the new title.
             sender: the watcher that is not notified.
 
@@ -314,10 +314,10 @@ class Conversations:
             Refused: the owner has no such conversation.
             StoreError: the title cannot be saved.
         """
-        async with self.pin(name, owner) as conversation:
+        async with self.pin(owner, name) as conversation:
             conversation.renamed = True
             await self._journal.flush()
-            if not await self._store.rename(name, owner, title):
+            if not await self._store.rename(owner, name, title):
                 raise Refused(Code.NOT_FOUND)
             others = [watcher for watcher in conversation.watchers if watcher is not sender]
             for watcher in others:
@@ -326,36 +326,36 @@ class Conversations:
                 self.elsewhere.renamed(owner, name, title)
             return len(others)
 
-    async def lacks_title(self, name: str, owner: str, made: str) -> bool:
+    async def lacks_title(self, owner: str, name: str, made: str) -> bool:
         """Return whether a conversation still has the title that the server made.
 
         Args:
-            name: the id of the conversation.
             owner: the owner of the conversation.
+            name: the id of the conversation.
             made: the title that the server made.
 
         Raises:
             Refused: the conversation was deleted.
             StoreError: the title cannot be read.
         """
-        async with self.pin(name, owner) as conversation:
+        async with self.pin(owner, name) as conversation:
             return await self._has_title(conversation, made)
 
     async def _has_title(self, conversation: Conversation, title: str) -> bool:
         await self._journal.flush()
-        stored = await self._store.load(conversation.id, conversation.owner, limit=1, size=1)
+        stored = await self._store.load(conversation.owner, conversation.id, limit=1, size=1)
         if stored is None or stored.title != title:
             return False
         return not (conversation.renamed or conversation.deleted)
 
-    async def entitle(self, name: str, owner: str, title: str, replaced: str) -> None:
+    async def entitle(self, owner: str, name: str, title: str, replaced: str) -> None:
         """Replace a title that the server made, and notify all watchers.
 
         A title that a client gave stays, even if the client gives it during this call.
 
         Args:
-            name: the id of the conversation.
             owner: the owner of the conversation.
+            name: the id of the conversation.
             title: the new title.
             replaced: the title that the server made.
 
@@ -363,10 +363,10 @@ class Conversations:
             Refused: the conversation was deleted.
             StoreError: the title cannot be saved.
         """
-        async with self.pin(name, owner) as conversation:
+        async with self.pin(owner, name) as conversation:
             if not await self._has_title(conversation, replaced):
                 return
-            if await self._store.rename(name, owner, title) and not conversation.renamed:
+            if await self._store.rename(owner, name, title) and not conversation.renamed:
                 for watcher in tuple(conversation.watchers):
                     watcher.renamed(conversation, title)
                 if self.elsewhere is not None:

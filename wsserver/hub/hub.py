@@ -164,7 +164,7 @@ class Hub:
         if self.elsewhere is None:
             conversation = self.conversations.known(owner, name)
             return [] if conversation is None else conversation.live
-        async with self.conversations.pin(name, owner) as conversation:
+        async with self.conversations.pin(owner, name) as conversation:
             await self.elsewhere.learn(conversation)
             return conversation.live
 
@@ -270,8 +270,8 @@ class Hub:
 
     async def delete(
         self,
-        conversation_id: str,
         owner: str,
+        conversation_id: str,
         sender: Watcher | None = None,
         *,
         before: float | None = None,
@@ -279,8 +279,8 @@ class Hub:
         """Stop the generations of a conversation, delete it, and notify its other watchers.
 
         Args:
-            conversation_id: the id of the conversation.
             owner: the owner.
+            conversation_id: the id of the conversation.
             sender: the watcher that is not notified.
             before: delete the conversation only if it was last used before this time, in seconds
                 since the epoch.
@@ -289,7 +289,7 @@ class Hub:
             Refused: the owner has no such conversation, or it is in use.
             StoreError: it cannot be deleted.
         """
-        async with self.conversations.pin(conversation_id, owner) as conversation:
+        async with self.conversations.pin(owner, conversation_id) as conversation:
             if before is not None and (conversation.live or conversation.pins > 1):
                 raise Refused(Code.BUSY)
             if self.elsewhere is not None:

@@ -109,7 +109,7 @@ class Retention:
         while True:
             self._reads.setdefault(owner, set()).add(read)
             try:
-                stored = await self._store.find(generation_id, owner)
+                stored = await self._store.find(owner, generation_id)
             finally:
                 under_way = self._reads.get(owner, set())
                 valid = read in under_way

@@ -121,7 +121,7 @@ class Scheduler:
             if prompt.messages is None:
                 name = prompt.conversation or own
                 conversation = await stack.enter_async_context(
-                    self._conversations.pin(name or _new_id(), owner)
+                    self._conversations.pin(owner, name or _new_id())
                 )
                 if self.elsewhere is not None:
                     mirror = await self._forward(
@@ -233,7 +233,7 @@ class Scheduler:
         self._check(prompt)
         if prompt.messages is not None:
             return self._accept(prompt, owner, account, name=_new_id(), tally=tally)
-        conversation = self._conversations.pin_now(name or _new_id(), owner)
+        conversation = self._conversations.pin_now(owner, name or _new_id())
         try:
             return self._accept(
                 prompt,

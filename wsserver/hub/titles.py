@@ -84,7 +84,7 @@ class Titles:
         replaced = shorten(conversation.turns[0].prompt.text)
         try:
             if not await self._conversations.lacks_title(
-                conversation.id, conversation.owner, replaced
+                conversation.owner, conversation.id, replaced
             ):
                 return
             asked = await self._scheduler.accept_own(
@@ -96,7 +96,7 @@ class Titles:
                 self._scheduler.runner.stop(asked, "shutdown")
             if title and title != replaced:
                 await self._conversations.entitle(
-                    conversation.id, conversation.owner, title, replaced
+                    conversation.owner, conversation.id, title, replaced
                 )
                 log.info("title", id=asked.id, conversation=conversation.id)
         except (Refused, StoreError) as error:

@@ -16,7 +16,7 @@ MOST_SKIPPED = 1000  # conversations that one round skips before it ends
 class Delete(Protocol):
     """See :meth:`wsserver.hub.hub.Hub.delete`."""
 
-    async def __call__(self, name: str, owner: str, /, *, before: float) -> None:
+    async def __call__(self, owner: str, name: str, /, *, before: float) -> None:
         """Delete a conversation that was last used before a time."""
         ...
 
@@ -85,7 +85,7 @@ class Upkeep:
                 return
             for owner, name in old:
                 try:
-                    await self._delete(name, owner, before=before)
+                    await self._delete(owner, name, before=before)
                 except Refused:  # its owner uses it again, or deletes it
                     skipped.add((owner, name))
                 except StoreError as error:

@@ -220,7 +220,7 @@ class Store(Protocol):
         """
         ...
 
-    async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
+    async def find(self, owner: str, generation: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of an id.
 
         Returns:
@@ -230,7 +230,7 @@ class Store(Protocol):
         ...
 
     async def load(
-        self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
+        self, owner: str, conversation: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with the turns before a number.
 
@@ -238,8 +238,8 @@ class Store(Protocol):
         whatever its size. Replaced turns and withdrawn prompts are left out.
 
         Args:
-            conversation: the id of the conversation.
             owner: the owner.
+            conversation: the id of the conversation.
             limit: turns at most.
             size: bytes of prompts and replies at most, about, as UTF-8.
             before: the number of the turn after the last one; None for the newest turns.
@@ -256,16 +256,16 @@ class Store(Protocol):
         """
         ...
 
-    async def rename(self, conversation: str, owner: str, title: str) -> bool:
+    async def rename(self, owner: str, conversation: str, title: str) -> bool:
         """Change the title of a conversation; return False if the owner does not have it."""
         ...
 
-    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
+    async def delete(self, owner: str, conversation: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations.
 
         Args:
-            conversation: the id of the conversation.
             owner: the owner.
+            conversation: the id of the conversation.
             before: delete the conversation only if its last use was before this time, in seconds
                 since the epoch.
 

@@ -360,7 +360,7 @@ class MemoryStore:
             if not self._traced[owner]:
                 del self._traced[owner]
 
-    async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
+    async def find(self, owner: str, generation: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
         same = self._generations.get((owner, generation))
         if same is not None:
@@ -369,7 +369,7 @@ class MemoryStore:
         return None if trace is None else Forgotten(trace.when)
 
     async def load(
-        self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
+        self, owner: str, conversation: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
         found = self._conversations.get((owner, conversation))
@@ -393,7 +393,7 @@ class MemoryStore:
             end = bisect.bisect_left(places, before, key=_place)
         return [found.summary() for found in reversed(places[max(0, end - limit) : end])]
 
-    async def rename(self, conversation: str, owner: str, title: str) -> bool:
+    async def rename(self, owner: str, conversation: str, title: str) -> bool:
         """Change the title of a conversation."""
         found = self._conversations.get((owner, conversation))
         if found is None:
@@ -401,7 +401,7 @@ class MemoryStore:
         found.title = title
         return True
 
-    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
+    async def delete(self, owner: str, conversation: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations."""
         found = self._conversations.get((owner, conversation))
         if found is None or (before is not None and found.updated >= before):

@@ -38,7 +38,7 @@ _TURNS = """
 
 
 def find(
-    database: sqlite3.Connection, generation: str, owner: str
+    database: sqlite3.Connection, owner: str, generation: str
 ) -> StoredGeneration | Forgotten | None:
     """Return an owner's latest generation of an id, or its trace; None if there is neither."""
     for number, conversation, model, began, retry_of, terminal, prompt in database.execute(
@@ -58,7 +58,7 @@ def find(
 
 
 def load(
-    database: sqlite3.Connection, conversation: str, owner: str, bounds: tuple[int, int, int]
+    database: sqlite3.Connection, owner: str, conversation: str, bounds: tuple[int, int, int]
 ) -> StoredConversation | None:
     """Return a part of an owner's conversation; None if the owner has no such conversation."""
     limit, size, end = bounds  # turns, bytes, and the number of the turn before which they end

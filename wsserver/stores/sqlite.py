@@ -262,16 +262,16 @@ class SqliteStore:
 
         await self._write("", commit)
 
-    async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
+    async def find(self, owner: str, generation: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
-        return await self._read(owner, lambda database: find(database, generation, owner))
+        return await self._read(owner, lambda database: find(database, owner, generation))
 
     async def load(
-        self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
+        self, owner: str, conversation: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
         bounds = limit, size, _end(before)
-        return await self._read(owner, lambda file: load(file, conversation, owner, bounds))
+        return await self._read(owner, lambda file: load(file, owner, conversation, bounds))
 
     async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
         """Return an owner's conversations, the one used last first."""
@@ -283,13 +283,13 @@ class SqliteStore:
         )
         return [Summary(*row) for row in rows]
 
-    async def rename(self, conversation: str, owner: str, title: str) -> bool:
+    async def rename(self, owner: str, conversation: str, title: str) -> bool:
         """Change the title of a conversation."""
         statement = "UPDATE conversation SET title = ? WHERE owner = ? AND id = ?"
         values = title, owner, conversation
         return await self._write(owner, lambda file: file.execute(statement, values).rowcount > 0)
 
-    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
+    async def delete(self, owner: str, conversation: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations."""
         now = self.now()
         key = owner, conversation

@@ -195,7 +195,7 @@ def pieces_of(row: Any) -> Pieces:
     return _unpacked(row) if row["lengths"] is None else _packed(row).pieces()
 
 
-def loaded(rows: Sequence[Any], conversation: str, owner: str) -> StoredConversation:
+def loaded(rows: Sequence[Any], owner: str, conversation: str) -> StoredConversation:
     """Convert the rows of :data:`LOAD`.
 
     Raises:

@@ -291,7 +291,7 @@ class PostgresStore:
                 finally:
                     await attempt.rollback()
 
-    async def rename(self, conversation: str, owner: str, title: str) -> bool:
+    async def rename(self, owner: str, conversation: str, title: str) -> bool:
         """Change the title of a conversation."""
         statement = "UPDATE conversation SET title = $3 WHERE owner = $1 AND id = $2"
         async with self.request(owner) as connection:
@@ -299,7 +299,7 @@ class PostgresStore:
                 _rows(await connection.execute(statement, owner, conversation, title.encode())) > 0
             )
 
-    async def delete(self, conversation: str, owner: str, before: float | None = None) -> bool:
+    async def delete(self, owner: str, conversation: str, before: float | None = None) -> bool:
         """Delete a conversation and its generations."""
         key, now = (owner, conversation), self.now()
         async with self.request(owner) as connection, connection.transaction():
@@ -351,7 +351,7 @@ class PostgresStore:
 
     # Reading.
 
-    async def find(self, generation: str, owner: str) -> StoredGeneration | Forgotten | None:
+    async def find(self, owner: str, generation: str) -> StoredGeneration | Forgotten | None:
         """Return an owner's latest generation of that id, or its trace."""
         async with self.request(owner) as connection:
             row = await connection.fetchrow(FIND, owner, generation)
@@ -363,14 +363,14 @@ class PostgresStore:
             return None if when is None else Forgotten(when)
 
     async def load(
-        self, conversation: str, owner: str, *, limit: int, size: int, before: int | None = None
+        self, owner: str, conversation: str, *, limit: int, size: int, before: int | None = None
     ) -> StoredConversation | None:
         """Return an owner's conversation with its newest turns, or with those before a number."""
         async with self.request(owner) as connection:
             rows = await connection.fetch(
                 LOAD, owner, conversation, _end(before), limit, min(size, MAX_NUMBER)
             )
-            return loaded(rows, conversation, owner) if rows else None
+            return loaded(rows, owner, conversation) if rows else None
 
     async def list(self, owner: str, limit: int, before: int | None) -> Sequence[Summary]:
         """Return an owner's conversations, the one used last first."""
