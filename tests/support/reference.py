@@ -14,7 +14,8 @@ import wsserver.content
 PACKAGES = (wsserver, wsserver.client, wsserver.content)
 HEAD = """# Python API
 
-The public names of `wsserver`, `wsserver.client` and `wsserver.content`, from their docstrings.
+For developers of Python programs: the public names of `wsserver`, `wsserver.client` and
+`wsserver.content`.
 [models.md](../examples/models.md) and [clients.md](../examples/clients.md) show them in use.
 """
 WIDTH = 100  # characters of a signature on one line
