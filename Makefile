@@ -125,7 +125,8 @@ PAGE := $(wildcard hatch_build.py wsserver/web/libraries/*.json wsserver/web/lib
 
 .PHONY: npm
 npm:
-	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" || true
+	@command -v npm >/dev/null || $(MAKE) --no-print-directory apt PACKAGES="nodejs npm" \
+		|| echo "Without npm the page shows plain text. Install npm, and run: make clean run"
 
 # Python compiles the modules that it imports: to compile all of them takes a third of the time.
 $(VENV)/run.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
@@ -137,8 +138,8 @@ $(VENV)/test.stamp: pyproject.toml $(PAGE) | $(BIN)/python npm
 	@touch $@ $(VENV)/run.stamp
 
 # Programs that the tests use: a browser, packages of npm (wscat, and the tools for the JavaScript
-# client), nginx, HAProxy, Caddy, PostgreSQL, Redis, and the tools of systemd. A test is skipped if its program cannot be
-# installed; with CI=true the test fails.
+# client), nginx, HAProxy, Caddy, PostgreSQL, Redis, and the tools of systemd. A test is skipped if its
+# program cannot be installed; with CI=true the test fails.
 system: $(TOOLS)/npm.stamp
 	@command -v chromium >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=chromium || true
 	@command -v openssl >/dev/null || $(MAKE) --no-print-directory apt PACKAGES=openssl || true
