@@ -253,6 +253,24 @@ def test_help_fits_two_screens_with_main_settings(
     assert flags == ["--" + name.replace("_", "-") for name in first]
 
 
+def test_help_of_serve_names_models_and_limits_that_are_off(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = shown(capsys, "serve", "--help")
+    for model in ("demo", "claude-…", "openai:NAME", "module:function"):
+        assert model in text
+    assert "[off]" in text
+    assert "[0]" not in text
+
+
+@pytest.mark.parametrize("command", [[], ["token"], ["store"], ["schema"]])
+def test_help_says_what_commands_do(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    usage, about, *_ = shown(capsys, *command, "--help").split("\n\n")
+    assert usage.startswith(" ".join(["usage: wsserver", *command]))
+    assert about[0].isupper(), "a sentence"
+    assert "positional arguments" not in about
+
+
 @pytest.mark.parametrize("name", REMOVED)
 def test_error_of_removed_setting_names_replacement(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -105,7 +105,12 @@ def _data_file() -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="wsserver", description=wsserver.__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="wsserver",
+        description=wsserver.__doc__,
+        epilog="wsserver COMMAND --help describes a command.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"wsserver {wsserver.__version__}")
     commands = parser.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND"
@@ -115,16 +120,25 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_token(commands)
     _add_store(commands)
-    schema = commands.add_parser("schema", help="print the JSON Schema of all frames")
+    schema = commands.add_parser(
+        "schema",
+        help="print the JSON Schema of all frames",
+        description="Print the JSON Schema (2020-12) of all frames of the protocol.",
+        allow_abbrev=False,
+    )
     schema.add_argument(
-        "--asyncapi", action="store_true", help="print the protocol as AsyncAPI instead"
+        "--asyncapi", action="store_true", help="print the protocol as AsyncAPI 3.0 instead"
     )
     return parser
 
 
 def _add_token(commands: Any) -> None:
-    token = commands.add_parser("token", help="make tokens for clients and programs")
-    making = token.add_subparsers(required=True, metavar="new").add_parser(
+    token = commands.add_parser(
+        "token",
+        help="make tokens for clients and programs",
+        description="Make tokens that let clients and programs use a server.",
+    )
+    making = token.add_subparsers(title="commands", required=True, metavar="COMMAND").add_parser(
         "new",
         help="make a token and print it",
         description="Make a token and print it. No file has the token: the server needs only its "
@@ -139,8 +153,12 @@ def _add_token(commands: Any) -> None:
 
 
 def _add_store(commands: Any) -> None:
-    store = commands.add_parser("store", help="copy conversations to another store")
-    copying = store.add_subparsers(required=True, metavar="copy").add_parser(
+    store = commands.add_parser(
+        "store",
+        help="copy conversations to another store",
+        description="Copy conversations to another store.",
+    )
+    copying = store.add_subparsers(title="commands", required=True, metavar="COMMAND").add_parser(
         "copy",
         help="copy everything from a SQLite file to PostgreSQL",
         description="Copy all conversations, replies and costs from a SQLite file to an empty "
@@ -218,9 +236,10 @@ class _FirstHelp(argparse.Action):
                 about = (Settings.model_fields[name].description or "").partition(".\n")[0]
                 about = about.replace("\n", " ").partition(". ")[0].removesuffix(".")
                 default = _default(name)
-                shown = f" [{default}]" if default and not boolean else ""
+                shown = f" [{'off' if default == '0' else default}]"
+                shown = shown if default and not boolean else ""
                 lines.append(f"  {_flag(name) + value:27} {about}{shown}")
-        lines += ["", "--help-all also shows the settings for tuning."]
+        lines += ["", "--help-all describes each setting, and also those for tuning."]
         print("\n".join(lines))
         parser.exit(0)
 

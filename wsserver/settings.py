@@ -109,9 +109,10 @@ class Settings(BaseSettings):
 
     # The model.
     model: str = ""
-    """Model that answers. `demo`, `anthropic:MODEL`, `claude-…`, `openai:MODEL` for a server that
-    speaks Chat Completions, or `package.module:attribute` for a model of your own. Empty:
-    claude-sonnet-4-6 if the environment has Anthropic credentials, else demo."""
+    """demo, claude-…, openai:NAME or module:function. The model that answers. `openai:NAME` is of a
+    server that speaks Chat Completions, `anthropic:NAME` of one that speaks the Messages API, and
+    `package.module:attribute` your own. Empty: claude-sonnet-4-6 if the environment has Anthropic
+    credentials, else demo."""
     models: Names = ()
     """Other models that a prompt may choose. Separated by commas, with the names that the API of
     `model` knows. Empty by default, because each model has its own price."""
