@@ -1,6 +1,7 @@
 """The log: one line per event, and no secrets."""
 
 import asyncio
+import contextvars
 import io
 import json
 import logging
@@ -167,6 +168,20 @@ async def test_unretrieved_task_exception_is_logged_without_text() -> None:
     assert first["event"] == "Task exception was never retrieved"
     assert second["event"] == "Exception in callback failing"
     assert SECRET not in stream.getvalue()
+
+
+def test_all_lines_of_a_node_have_its_id() -> None:
+    stream = io.StringIO()
+    set_up("info", stream)
+
+    def work() -> None:
+        logs.name_node(lambda: "n1")
+        log.info("of the node")
+        logging.getLogger("asyncpg").warning("of a library")
+
+    contextvars.copy_context().run(work)
+    log.info("of the process")
+    assert [line.get("node") for line in objects(stream.getvalue())] == ["n1", "n1", None]
 
 
 def test_library_records_about_disconnects_are_dropped() -> None:

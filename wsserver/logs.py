@@ -202,7 +202,14 @@ def _library_event(record: logging.LogRecord, *, full: bool) -> _Event:
     event = _Event(event=printable(message), logger=printable(record.name))
     if failure is not None:
         event.update(_describe(failure))
+    _add_node(event)
     return event
+
+
+def _add_node(event: _Event) -> None:
+    node = _node.get()
+    if node is not None:
+        event["node"] = node()
 
 
 def _describe(failure: BaseException) -> dict[str, str]:
@@ -285,9 +292,7 @@ def _write(level: int, event: str, values: dict[str, object]) -> None:
     for key, value in values.items():
         if value is not None:
             safe[key] = value if isinstance(value, int | float) else printable(str(value))
-    node = _node.get()
-    if node is not None:
-        safe["node"] = node()
+    _add_node(safe)
     # A formatter shows the text of the exception only if it gets `exc_info`.
     shown = failure if logger.isEnabledFor(logging.DEBUG) else None
     logger.log(level, _line(safe), extra={"event": safe}, exc_info=shown, stacklevel=CALLER)

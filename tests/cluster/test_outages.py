@@ -89,7 +89,10 @@ async def test_prompt_waits_while_its_conversation_is_released(
 
 
 async def test_node_lives_on_after_renewals_that_fail(
-    start: Start, puppet: Puppet, monkeypatch: pytest.MonkeyPatch
+    start: Start,
+    puppet: Puppet,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     node = await start(lease=2.0)
     failing = Failing(Nodes.renew)
@@ -103,6 +106,11 @@ async def test_node_lives_on_after_renewals_that_fail(
     cluster = node.app.cluster
     assert cluster is not None
     assert (cluster.membership.alive, cluster.fenced) == (True, 0)
+    told = [record.getMessage() for record in caplog.records if "lease" in record.getMessage()]
+    assert [line.partition(" node=")[0] for line in told] == [
+        'lease not renewed reason="no connection"',
+        "lease renewed again",
+    ]
 
 
 @pytest.mark.usefixtures("hurry")

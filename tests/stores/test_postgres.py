@@ -80,6 +80,8 @@ async def saves_again(store: PostgresStore) -> None:
         (("127.0.0.1:", "nobody.invalid:"), "nobody.invalid/postgres"),
         (("geheim", "falsch"), "password"),
         (("/postgres?", "/nothing?"), "database"),
+        (("/postgres?", "/postgres?sslmode=require&"), "no TLS"),
+        (("/postgres?", "/postgres?color=red&"), "parameter"),
     ],
 )
 async def test_unusable_address_is_one_line_error_without_password(

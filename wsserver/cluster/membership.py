@@ -99,6 +99,7 @@ class Membership:
 
     async def _run(self) -> None:
         wait = self._life / 3
+        told = ""  # the failure that was logged last; a renewal fails each second of an outage
         while not self.buried:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
@@ -114,9 +115,14 @@ class Membership:
                 self._on_fenced()
                 return
             except StoreError as error:
-                log.warning("lease not renewed", reason=str(error))
+                if str(error) != told:
+                    told = str(error)
+                    log.warning("lease not renewed", reason=told)
                 wait = min(1.0, self._life / 10)
                 continue
+            if told:
+                told = ""
+                log.warning("lease renewed again")
             self._extend(began)
             self.others = others.alive
             try:

@@ -18,6 +18,7 @@ _MEANINGS = {
     asyncpg.InvalidPasswordError: "PostgreSQL refuses the name or the password",
     asyncpg.InvalidAuthorizationSpecificationError: "PostgreSQL refuses this user",
     asyncpg.InvalidCatalogNameError: "there is no such database",
+    asyncpg.UndefinedObjectError: "PostgreSQL does not know a parameter of the address",
     asyncpg.InsufficientPrivilegeError: (
         "the user may not create or change the tables; let an administrator run "
         "CREATE SCHEMA wsserver AUTHORIZATION the_user"
@@ -32,6 +33,8 @@ def reason_of(error: BaseException) -> str:
             return meaning
     if isinstance(error, asyncpg.PostgresError):
         return f"{type(error).__name__} ({error.sqlstate})"
+    if isinstance(error, ConnectionError) and "rejected SSL upgrade" in str(error):
+        return "PostgreSQL has no TLS, which `sslmode` in the address requires"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)
     return type(error).__name__
