@@ -19,6 +19,7 @@ from wsserver.client import (
     connect,
     connect_sync,
 )
+from wsserver.content import Text
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fast_reconnect")]
 
@@ -44,6 +45,16 @@ def threaded_server() -> Iterator[str]:
     loop.call_soon_threadsafe(loop.stop)
     thread.join(BOUND)
     loop.close()
+
+
+def test_prompt_of_blocks_gets_reply(threaded_server: str) -> None:
+    with connect_sync(threaded_server) as chat:
+        assert "".join(chat.prompt([Text("one")], max_tokens=9)) == "one"
+
+
+def test_misspelled_argument_is_a_type_error(threaded_server: str) -> None:
+    with connect_sync(threaded_server) as chat, pytest.raises(TypeError, match="max_tokns"):
+        chat.prompt("one", max_tokns=9)  # type: ignore[call-arg]
 
 
 def test_blocking_calls_equal_async_calls(threaded_server: str) -> None:
@@ -116,7 +127,7 @@ def test_chat_outside_with_block_raises() -> None:
     with pytest.raises(RuntimeError, match="once"):
         chat.__enter__()
     with pytest.raises(TypeError):
-        connect_sync("ws://localhost:1/", colour="red")
+        connect_sync("ws://localhost:1/", colour="red")  # type: ignore[call-arg]
 
 
 async def test_ctrl_c_stops_reply(puppet: Puppet) -> None:

@@ -39,50 +39,65 @@ def reference() -> str:
 def described(name: str, value: Any) -> str:
     parts = [signature(name, value), prose(value)]
     if inspect.isclass(value):
-        parts += [f"**`{title}`** {text}" for title, text in members(value)]
+        parts += [f"{code}\n\n{text}" for code, text in members(value)]
     return "\n\n".join(part for part in parts if part)
 
 
 def signature(name: str, value: Any) -> str:
-    if inspect.isclass(value) and issubclass(value, enum.Enum | BaseException):
+    if inspect.isclass(value) and (
+        issubclass(value, enum.Enum | BaseException) or getattr(value, "_is_protocol", False)
+    ):
         return ""
     try:
         given = inspect.signature(value)
     except ValueError:
         return ""
-    if inspect.isclass(value) and getattr(value, "_is_protocol", False):
-        return ""
+    return call(name, given.replace(return_annotation=given.empty))
+
+
+def call(name: str, given: inspect.Signature) -> str:
+    """Return a call with its types, as a block of code."""
     shown = []
     named = False  # whether all further parameters are given by name only
     for parameter in given.parameters.values():
+        if parameter.name in {"self", "cls"}:
+            continue
         if parameter.kind is parameter.KEYWORD_ONLY and not named:
             shown.append("*")
         named |= parameter.kind in {parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL}
         shown.append(str(parameter))
-    text = f"{name}({', '.join(shown)})"
+    result = inspect.formatannotation(given.return_annotation)
+    result = "" if given.return_annotation in {given.empty, None} else f" -> {result}"
+    text = f"{name}({', '.join(shown)}){result}"
     if len(text) > WIDTH:
-        text = f"{name}(\n    " + ",\n    ".join(shown) + ",\n)"
+        text = f"{name}(\n    " + ",\n    ".join(shown) + f",\n){result}"
+    return block(text)
+
+
+def block(text: str) -> str:
+    text = re.sub(r"(\*\*\w+): \*<class '[\w.]+'>", r"\1", text)
     text = re.sub(r"<factory>|<object object at 0x\w+>", "…", text)
+    text = text.replace(inspect.formatannotation(wsserver.content.Block), "Block")
     text = re.sub(r"\b(?:collections\.abc|typing|wsserver(?:\.\w+)*)\.(?=[A-Z])", "", text)
     return f"```\n{text}\n```"
 
 
 def members(value: type) -> Iterator[tuple[str, str]]:
-    """Yield the methods and properties that have a docstring of their own."""
+    """Yield the methods and properties that have a docstring of their own, as code and text."""
     fields = (
         {f.name for f in dataclasses.fields(value)} if dataclasses.is_dataclass(value) else set()
     )
+    of = re.findall(r"[A-Z][a-z]*", value.__name__)[-1].lower()  # such as `chat` of a `SyncChat`
     for name, member in inspect.getmembers(value):
         if name.startswith("_") or name in fields or name not in names_of(value):
             continue
         text = prose(member)
         if isinstance(member, property):
-            yield name, text
+            result = inspect.signature(member.fget).return_annotation  # type: ignore[arg-type]
+            yield block(f"{of}.{name}: {inspect.formatannotation(result)}"), text
         elif inspect.isroutine(member) and text:
-            parameters = [
-                p for p in inspect.signature(member).parameters if p not in {"self", "cls"}
-            ]
-            yield f"{name}({', '.join(parameters)})", text
+            waits = "await " if inspect.iscoroutinefunction(member) else ""
+            yield call(f"{waits}{of}.{name}", inspect.signature(member)), text
 
 
 def names_of(value: type) -> set[str]:

@@ -12,15 +12,16 @@ stops the running replies.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Self, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, Literal, Self, TypedDict, TypeVar, Unpack
 
 from wsserver.client.chat import Chat
 from wsserver.client.connection import State
+from wsserver.client.credentials import Token
 from wsserver.client.history import Conversation, History, Limits
 from wsserver.client.reply import Done, Reply
 from wsserver.client.subscriptions import Subscription
-from wsserver.content import Block, Usage
+from wsserver.content import Block, Message, Role, Usage
 
 T = TypeVar("T")
 
@@ -158,6 +159,31 @@ class SyncSubscription:
         self._loop.run(self._subscription.close())
 
 
+class _Settings(TypedDict, total=False):
+    """The keywords of ``Chat``."""
+
+    token: Token | None
+    conversation: str | None
+    patience: float
+    open_timeout: float
+    ping_timeout: float
+    close_timeout: float
+    on_state: Callable[[State], None] | None
+
+
+class _Keys(TypedDict, total=False):
+    """The keywords of ``Chat.prompt``."""
+
+    messages: Sequence[Message | tuple[Role, str]] | None
+    conversation: str | None
+    on_busy: Literal["reject", "queue", "interrupt"]
+    retry_of: str | None
+    model: str | None
+    system: str | None
+    max_tokens: int | None
+    temperature: float | None
+
+
 class SyncChat:
     """A :class:`~wsserver.client.Chat` with blocking calls.
 
@@ -169,7 +195,7 @@ class SyncChat:
             (``token``, ``on_state``) are called in the chat's thread.
     """
 
-    def __init__(self, url: str, **settings: Any) -> None:
+    def __init__(self, url: str, **settings: Unpack[_Settings]) -> None:
         self._loop = _Loop()
         self._chat = Chat(url, **settings)
 
@@ -213,7 +239,7 @@ class SyncChat:
         """The models that a prompt can choose, the default first; empty if not yet known."""
         return self._chat.models
 
-    def prompt(self, text: str | None = None, **keys: Any) -> SyncReply:
+    def prompt(self, text: str | Sequence[Block] | None = None, **keys: Unpack[_Keys]) -> SyncReply:
         """Send a prompt; see :meth:`wsserver.client.Chat.prompt`."""
         return self._reply(lambda: self._chat.prompt(text, **keys))
 
