@@ -210,7 +210,12 @@ def test_port_in_use_is_one_line_error(capsys: pytest.CaptureFixture[str]) -> No
     ("arguments", "says"),
     [
         (["serve", "--port", "http"], "port: "),
-        (["serve", "--colour", "red"], "--colour"),
+        (["serve", "--colour", "red"], "there is no --colour; see wsserver serve --help"),
+        (["serve", "--prot=80"], "there is no --prot; did you mean --port?"),
+        (["chat", "--modle", "x"], "there is no --modle; did you mean --model?"),
+        (["chat", "ws://localhost:1", "Hello"], "'Hello' is too much; see wsserver chat --help"),
+        (["schema", "--async"], "there is no --async; did you mean --asyncapi?"),
+        (["token", "new", "ada", "--fil", "x"], "there is no --fil; did you mean --file?"),
         (["serve", "--grace", "-1"], "grace: "),
         (["serve", "--model", "gpt"], "model: 'gpt' is none of"),
         (["serve", "--model", "no.such:model"], "no module and no provider 'no'"),

@@ -1,6 +1,7 @@
 """The command line: ``wsserver serve``, ``chat``, ``check``, ``token``, ``store``, ``schema``."""
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -25,6 +26,19 @@ overrides: --log-level is WSSERVER_LOG_LEVEL."""
 
 class _Parser(argparse.ArgumentParser):
     """Reports an error in one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse an unknown argument here, where the options of the command are known."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"{flag!r} is too much")
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75)
+            if near:
+                self.exit(USAGE_ERROR, f"wsserver: there is no {flag}; did you mean {near[0]}?\n")
+            self.error(f"there is no {flag}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"wsserver: {message}; see {self.prog} --help\n")
