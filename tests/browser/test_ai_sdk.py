@@ -1,10 +1,6 @@
 """The AI SDK's own `useChat` in a real browser, over plain HTTP and over a WebSocket."""
 
-import asyncio
-import json
-import os
 import re
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,7 +10,7 @@ from playwright.async_api import Browser, Locator, Page, expect
 
 import wsserver
 from tests.browser.page import closed, cut
-from tests.support.bundle import bundle
+from tests.support.bundle import bundle, example
 from tests.support.pieces import Thinking
 from tests.support.puppet import BOUND, Puppet, until
 from tests.support.sockets import sockets_of
@@ -287,31 +283,8 @@ async def test_chats_share_one_socket(chat: Chat, server: wsserver.Server, puppe
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def site(server: wsserver.Server, tmp_path: Path) -> AsyncIterator[str]:
-    """The address of the example, started as its ``package.json`` says, on another port."""
-    packages = require_npm_package("@ai-sdk/react").parent.parent
-    folder = shutil.copytree(EXAMPLE, tmp_path / "examples/ai-sdk")
-    (folder / "node_modules").symlink_to(packages)
-    (tmp_path / "wsserver").symlink_to(ROOT / "wsserver")
-    main = (folder / "main.jsx").read_text()
-    assert main.count("new ChatTransport('ws://localhost:3001/ws')") == 1
-    (folder / "main.jsx").write_text(main.replace("localhost:3001", f"localhost:{server.port}"))
-    command = json.loads((folder / "package.json").read_text())["scripts"]["start"]
-    assert command.count("--serve=8000") == 1
-    process = await asyncio.create_subprocess_shell(
-        "exec " + command.replace("--serve=8000", "--serve=0"),
-        cwd=folder,
-        env={**os.environ, "PATH": f"{packages}/.bin:{os.environ['PATH']}"},
-        stdin=asyncio.subprocess.PIPE,  # esbuild ends with its input
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    try:
-        async with asyncio.timeout(BOUND):
-            started = await process.stderr.readuntil(b"/\n")
-        yield started.decode().split()[-1]
-    finally:
-        process.kill()
-        await process.communicate()
+    async with example("ai-sdk", server, tmp_path) as address:
+        yield address
 
 
 async def test_example_keeps_its_chat_over_a_reload(

@@ -1,6 +1,7 @@
 """The React hook, as `examples/react` uses it, in a real browser."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -9,7 +10,7 @@ from playwright.async_api import Page, expect
 import wsserver
 from tests.browser.client import ask, connect, end, says
 from tests.browser.page import dismiss
-from tests.support.bundle import bundle
+from tests.support.bundle import bundle, example
 from tests.support.line import Line
 from tests.support.puppet import BOUND, Puppet
 
@@ -49,6 +50,21 @@ async def start(page: Page, app: str, **properties: str) -> None:
     await page.add_script_tag(content=app)
     await page.evaluate("properties => start(properties)", properties)
     await expect(page.get_by_role("status")).to_have_text("Connected")
+
+
+async def test_example_keeps_its_conversation_over_a_reload(
+    page: Page, server: wsserver.Server, puppet: Puppet, tmp_path: Path
+) -> None:
+    async with example("react", server, tmp_path) as address:
+        await page.goto(address)
+        await expect(page.get_by_role("status")).to_have_text("Connected")
+        await type_in(page, "first")
+        reply = (await puppet.reply()).say("one")
+        await expect(page.get_by_role("listitem")).to_have_text(["first", "one"])
+        await page.reload()
+        await expect(page.get_by_role("listitem")).to_have_text(["first", "one"])
+        reply.say(", two").end()
+        await expect(page.get_by_role("listitem")).to_have_text(["first", "one, two"])
 
 
 async def type_in(page: Page, text: str) -> None:
