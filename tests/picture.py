@@ -19,6 +19,7 @@ SIZE = 500_000  # maximum bytes of the picture
 PROMPT = "Tell me how a reply gets here, word by word"
 WIDTH, HEIGHT, STRIP = 800, 500, 44  # pixels; the strip below the page says what happens
 FRAMES = 6  # a second
+PAINTED = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 STORY = """\
 A reply is a **log of pieces** with numbers.
 
@@ -69,6 +70,7 @@ async def record(browser: Browser) -> None:
         async def show(seconds: float, says: str) -> None:
             for _ in range(round(seconds * FRAMES)):
                 began = asyncio.get_running_loop().time()
+                await page.evaluate(PAINTED)  # else a picture may show half of a scroll
                 frames.append(captioned(await page.screenshot(), says))
                 spent = asyncio.get_running_loop().time() - began
                 await asyncio.sleep(max(0.0, 1 / FRAMES - spent))
