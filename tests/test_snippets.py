@@ -4,10 +4,12 @@ import asyncio
 import json
 import re
 import shlex
+from typing import Any
 
 import pytest
 
 import wsserver
+from tests.support.client import client
 from tests.support.puppet import BOUND, Puppet
 from tests.support.tools import ROOT
 from wsserver import Settings
@@ -29,6 +31,7 @@ RUN_BY = {
     },
     "examples/models.md": {
         "OPENAI_BASE_URL=": "test_snippets.py::test_commands_choose_models",
+        "from wsserver import End": "test_snippets.py::test_model_of_document_yields_and_raises",
     },
     "examples/clients.md": {
         "wsserver chat ": "test_docs.py::test_readme_commands_run",
@@ -110,6 +113,19 @@ def test_commands_choose_models(document: str, monkeypatch: pytest.MonkeyPatch) 
             else:
                 model = command.removeprefix("wsserver serve --model ")
                 assert name_of(make(Settings(model=model))) == model.partition(":")[2]
+
+
+async def test_model_of_document_yields_and_raises() -> None:
+    (program,) = [text for text in snippets("examples/models.md") if "async def" in text]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    async with wsserver.serve(names["careful"], port=0) as server, client(server) as chat:
+        start = await chat.prompt("Is it short?")
+        text, done = await chat.text(start["id"])
+        assert (text, done["reason"]) == ("Yes, of course.", "end_turn")
+        assert done["usage"] == {"input_tokens": 12, "output_tokens": 3}
+        start = await chat.prompt("a" * 1001)
+        assert (await chat.text(start["id"]))[1]["code"] == "prompt_too_long"
 
 
 async def start_curl(command: str, server: wsserver.Server) -> asyncio.subprocess.Process:
