@@ -34,6 +34,11 @@ def test_files_named_in_document_exist(document: str) -> None:
         assert any((folder / name).exists() for folder in folders), name
 
 
+def test_readme_has_at_most_160_lines() -> None:
+    assert "at most 160 lines" in CONTRIBUTING
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
 def test_contributing_pythons_equal_make_pythons() -> None:
     pythons = re.search(r"^PYTHONS := (.*)$", MAKEFILE, re.MULTILINE)
     assert pythons is not None
