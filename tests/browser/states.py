@@ -88,6 +88,12 @@ async def long_thread(page: Page, _server: wsserver.Server, puppet: Puppet) -> N
     await expect(page.get_by_role("button", name="Jump to the end")).to_be_visible()
 
 
+async def long_prompt(page: Page, _server: wsserver.Server, puppet: Puppet) -> None:
+    prompt = "Explain this:\n\n" + "def double(x):\n    return x + x\n\n" * 30
+    await converse(page, puppet, prompt, "The function doubles its argument.")
+    await expect(page.get_by_role("button", name="Show the whole message")).to_be_visible()
+
+
 async def error(page: Page, _server: wsserver.Server, puppet: Puppet) -> None:
     await ask(page, "Write a poem about rain")
     model = (await puppet.reply()).say("Rain taps on the window,")
@@ -241,7 +247,18 @@ async def notice(page: Page, server: wsserver.Server, _puppet: Puppet) -> None:
 STATES: dict[str, State] = {
     function.__name__: function
     for function in (
-        *(empty, thinking, streaming, formatted, long_thread, error, stopped, waiting, editing),
+        *(
+            empty,
+            thinking,
+            streaming,
+            formatted,
+            long_prompt,
+            long_thread,
+            error,
+            stopped,
+            waiting,
+            editing,
+        ),
         *(attachments, groups, search, search_without_result, renaming, delete_dialog),
         *(export_dialog, settings_dialog, shortcuts_dialog, lost_connection, closed_connection),
         notice,

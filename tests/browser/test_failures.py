@@ -174,3 +174,10 @@ async def test_prompt_closing_connection_is_not_resent(page: Page, puppet: Puppe
     await ask(page, "Short")
     (await puppet.reply()).say("Fine").end()
     await expect(text(page)).to_have_text("Fine")
+
+
+async def test_usage_of_a_reply_that_cost_nothing_is_not_shown(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Hello")
+    (await puppet.reply()).fail(ModelError(Code.CREDENTIALS))
+    await expect(note(page)).to_have_text(Code.CREDENTIALS.meaning)
+    await expect(reply(page).locator(".usage")).to_have_text("puppet")

@@ -76,6 +76,26 @@ async def test_next_prompt_continues_conversation(page: Page, puppet: Puppet) ->
     await expect(page.get_by_role("region", name="Messages")).to_contain_text("First")
 
 
+@pytest.mark.parametrize("prompt", ["a line\n" * 400, "no line ends " * 400])
+async def test_long_prompt_is_folded_until_reader_asks_for_all(
+    page: Page, puppet: Puppet, prompt: str
+) -> None:
+    await converse(page, puppet, "Short")
+    await converse(page, puppet, prompt)
+    more = page.get_by_role("button", name="Show the whole message")
+    for again in (False, True):
+        if again:
+            await page.reload()
+        await expect(more).to_have_count(1)
+        await expect(page.locator(".you p").first).to_be_in_viewport()
+        await expect(reply(page)).to_be_in_viewport()
+    await more.click()
+    await expect(page.locator(".you p").first).not_to_be_in_viewport()
+    assert await page.locator(".you p").last.text_content() == prompt
+    await page.get_by_role("button", name="Show less").click()
+    await expect(page.locator(".you p").first).to_be_in_viewport()
+
+
 async def test_stop_closes_upstream_and_next_prompt_works(page: Page, puppet: Puppet) -> None:
     await ask(page, "Count")
     model = (await puppet.reply()).say("one ", "two ")

@@ -15,6 +15,7 @@ import { describeEnd, describePartial, describeUsage, isFailure, UNSENT_BY } fro
 /** @typedef {import('./attachments.js').Content} Content */
 /** @typedef {{prompt?: Content, reply?: Message, began?: number}} SavedTurn A turn of a history. `began`: when its prompt was sent, in seconds since 1970. */
 
+const LONG = { lines: 20, characters: 2_000 } // a longer prompt is folded
 const FRAME_TEXT = 6_000 // characters added per animation frame, so that no frame takes long
 const RETRYABLE = [ // codes of errors, and causes of a stop, after which a retry can succeed
   'rate_limited', 'overloaded', 'upstream_error', 'unreachable', 'incomplete', 'malformed', 'interrupted', 'internal', 'timeout', 'disconnect', 'shutdown',
@@ -27,6 +28,7 @@ export class Turn {
   element = cloneTemplate('turn')
   /** @type {Content | undefined} What a retry sends; undefined if another client sent blocks that the page does not have. */ content
   #prompt = find(this.element, '.you p', HTMLElement)
+  #fold = find(this.element, '.fold', HTMLButtonElement)
   #attachments = find(this.element, '.attachments', HTMLElement)
   #queue = find(this.element, '.queue', HTMLElement)
   #reply = find(this.element, '.reply', HTMLElement)
@@ -67,6 +69,7 @@ export class Turn {
     }))
     find(this.element, '.edit', HTMLElement).addEventListener('click', () => listener.onEdit(this))
     find(this.element, '.remove', HTMLElement).addEventListener('click', () => listener.onRemove(this))
+    this.#fold.addEventListener('click', () => this.#foldPrompt(!this.#prompt.classList.contains('folded')))
     this.#rewrite.addEventListener('click', () => listener.onRewrite(this))
     this.#regenerate.addEventListener('click', () => listener.onRetry(this))
     this.#retry.addEventListener('click', () => {
@@ -133,7 +136,7 @@ export class Turn {
   setPrompt(content) {
     if (typeof content === 'string' && content === this.content) return
     this.content = content
-    this.#prompt.textContent = textOf(content)
+    this.#writePrompt(textOf(content))
     showAttachments(this.#attachments, attachmentsOf(content))
     this.#offerReplacement()
   }
@@ -238,8 +241,23 @@ export class Turn {
     if (prompt === undefined || this.content !== undefined) return
     if (!promptBlocks) return this.setPrompt(prompt)
     if (!this.#attachments.hidden) return
-    this.#prompt.textContent = prompt
+    this.#writePrompt(prompt)
     showAttachments(this.#attachments, attachmentsOf(promptBlocks.map((type) => ({ type }))))
+  }
+
+  /** @param {string} text */
+  #writePrompt(text) {
+    this.#prompt.textContent = text
+    const long = text.length > LONG.characters || text.split('\n').length > LONG.lines
+    this.#fold.hidden = !long
+    this.#foldPrompt(long)
+  }
+
+  /** @param {boolean} folded */
+  #foldPrompt(folded) {
+    this.#prompt.classList.toggle('folded', folded)
+    this.#fold.ariaExpanded = String(!folded)
+    this.#fold.textContent = folded ? 'Show the whole message' : 'Show less'
   }
 
   /** Show why the prompt has no reply, or the reply. */

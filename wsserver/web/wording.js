@@ -41,7 +41,7 @@ export function describeUsage(model, usage) {
   if (usage) {
     const { input_tokens: uncached = 0, output_tokens: output = 0, estimated } = usage
     const input = uncached + (usage.cache_creation_input_tokens ?? 0) + (usage.cache_read_input_tokens ?? 0)
-    parts.push(`${numbers.format(input)} tokens in, ${estimated ? 'about ' : ''}${numbers.format(output)} out`)
+    if (input || output) parts.push(`${numbers.format(input)} tokens in, ${estimated ? 'about ' : ''}${numbers.format(output)} out`)
   }
   return parts.join(' · ')
 }
