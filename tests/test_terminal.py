@@ -379,7 +379,10 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
         assert await outcome(process, "") == (
             0,
             "You said: “Hello”\n",
-            "wsserver: this is the demo model; set ANTHROPIC_API_KEY to talk to Claude\n",
+            (
+                "wsserver: this is the demo model; set ANTHROPIC_API_KEY to talk to Claude, or use "
+                "--model openai:NAME\n"
+            ),
         )
     (tmp_path / "wsserver/chat.sqlite").write_bytes(1000 * b"no database")
     async with once("--once", "Hi", "-c", **env) as process:

@@ -54,7 +54,9 @@ def test_command_is_a_slash_and_a_word(text: str, command: tuple[str, str] | Non
     ("text", "says"),
     [
         ("/sav x", "did you mean /save"),
-        ("/quit", "there is no command /quit; /help"),
+        ("/quit", "there is no command /quit; did you mean /exit"),
+        ("/clear", "did you mean /new"),
+        ("/weather", "there is no command /weather; /help"),
         ("/save", "/save FILE: the argument is missing"),
         ("/exit now", "/exit has no argument"),
     ],

@@ -146,6 +146,19 @@ async def test_once_without_url_starts_private_server() -> None:
     assert "demo" in err
 
 
+@pytest.mark.parametrize(("limit", "taken"), [("", True), ("32768", False)])
+async def test_private_server_takes_whole_files(
+    monkeypatch: pytest.MonkeyPatch, limit: str, taken: bool
+) -> None:
+    if limit:
+        monkeypatch.setenv("WSSERVER_PROMPT_SIZE", limit)
+    given = '"a line"\n' * 50_000
+    async with once("--once", "Count", given=given, WSSERVER_DEMO_RATE="0") as process:
+        code, out, err = await outcome(process)
+    assert (code, out[:22]) == ((0, "This is the demo model") if taken else (1, ""))
+    assert ("32,768 are allowed" in err) is not taken
+
+
 async def test_private_server_tells_its_user_why_reply_failed(tmp_path: Path) -> None:
     async with Upstream() as upstream:
         upstream.play(failure(404, message="model \x1b[2J not found, try pulling it first"))

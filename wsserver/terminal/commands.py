@@ -38,6 +38,7 @@ COMMANDS = {
         Command("exit", "", "leave (Ctrl-D)"),
     )
 }
+OTHERS = {"bye": "exit", "quit": "exit", "q": "exit", "clear": "new", "reset": "new"}  # elsewhere
 KEYS = (
     ("Enter", "sends; during a reply the prompt waits for its end"),
     ("Alt-Enter", "begins a new line"),
@@ -65,7 +66,7 @@ def parse(text: str) -> tuple[str, str] | None:
     name, argument = match[1].lower(), (match[2] or "").strip()
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        near = [OTHERS[name]] if name in OTHERS else difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean /{near[0]}? " if near else ""
         raise CommandError(
             f"there is no command /{name}; {hint}/help lists the commands; a space before "

@@ -10,13 +10,14 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from wsserver.auth import Handshake, Principal
 from wsserver.client import Chat, ConnectionFailed, ServerError, State, connect
 from wsserver.client.dial import without_credentials
 from wsserver.errors import ConfigError, StoreInUse
 from wsserver.server import serve
-from wsserver.settings import CHAT_TOKEN, Settings
+from wsserver.settings import ANSWER_ROOM, CHAT_TOKEN, ESCAPED, PREFIX, Settings
 from wsserver.terminal import files
 from wsserver.terminal.exits import FAILED, INTERRUPTED, SIGNAL_BASE
 from wsserver.terminal.once import Once, note
@@ -25,6 +26,13 @@ from wsserver.terminal.reasons import Reasons
 from wsserver.terminal.wording import describe_error, describe_failure
 
 OPEN_TIMEOUT = 5.0  # seconds to connect; short, since a wrong address is likely
+# Of a private server. Its user is its only client, and sends whole files.
+PROMPT_SIZE = 1_048_576  # bytes
+LIMITS = {
+    "prompt_size": PROMPT_SIZE,
+    "message_size": ESCAPED * PROMPT_SIZE + ANSWER_ROOM,
+    "max_unsent": 2 * ESCAPED * PROMPT_SIZE,
+}
 NOTICE_AFTER = 1.0  # seconds to connect before the user is told what the program waits for
 
 
@@ -191,7 +199,10 @@ async def _server(options: Options, reasons: Reasons) -> AsyncIterator[_Address]
         valid = token is not None and hmac.compare_digest(token.encode(), secret.encode())
         return Principal("me") if valid else None
 
-    overrides = dict.fromkeys(("unix_socket", "cert", "key"), "")
+    overrides: dict[str, Any] = dict.fromkeys(("unix_socket", "cert", "key"), "")
+    # Limits depend on each other, so those of the environment are not mixed with others.
+    if not any(PREFIX + name.upper() in os.environ for name in (*LIMITS, "memory")):
+        overrides |= LIMITS
     if options.model is not None:
         overrides["model"] = options.model
     # A prompt of a script leaves nothing behind, unless it continues a conversation.
@@ -224,5 +235,8 @@ async def _server(options: Options, reasons: Reasons) -> AsyncIterator[_Address]
             else:
                 break
         if started.model_name == "demo":
-            note("this is the demo model; set ANTHROPIC_API_KEY to talk to Claude")
+            note(
+                "this is the demo model; set ANTHROPIC_API_KEY to talk to Claude, or use --model "
+                "openai:NAME"
+            )
         yield _Address(started.url, secret, lasting=store != "memory:")
