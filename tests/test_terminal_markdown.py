@@ -230,6 +230,18 @@ def test_table_of_many_columns_shows_all_text(width: int) -> None:
     assert [together.count(name) for name in names] == [2] * 20
 
 
+@pytest.mark.parametrize(
+    ("source", "last"),
+    [
+        ("".join(f"{'  ' * level}- level {level}\n" for level in range(40)), "level 39"),
+        (">" * 100 + "deep", "deep"),
+    ],
+    ids=["lists", "quotes"],
+)
+def test_blocks_deeper_than_the_parser_reads_are_shown_as_source(source: str, last: str) -> None:
+    assert last in streamed(MarkdownRenderer(Painter()), [source], width=100)
+
+
 def test_endless_list_item_is_cut_at_a_line() -> None:
     renderer = MarkdownRenderer(Painter())
     printed: list[str] = []

@@ -167,7 +167,9 @@ class MarkdownRenderer:
         return ["", *lines] if part.spaced and lines else lines
 
     def _markdown(self, source: str) -> list[str]:
-        lines = self._painter.paint(_Markdown(source), self._width)
+        markdown = _Markdown(source)
+        cut = _is_too_deep(markdown.parsed)
+        lines = self._painter.paint(Text(source, overflow="fold") if cut else markdown, self._width)
         first = next((n for n, line in enumerate(lines) if line), len(lines))
         while lines and not lines[-1]:
             lines.pop()
@@ -251,6 +253,11 @@ class _Markdown(Markdown):
         super().__init__("", hyperlinks=False)
         self.markup = source
         self.parsed = [_without_images(token) for token in PARSER.parse(source)]
+
+
+def _is_too_deep(tokens: list[Token]) -> bool:
+    """Return whether the parser has left out text, because its blocks are nested too deeply."""
+    return max((token.level for token in tokens), default=0) >= PARSER.options.maxNesting - 1
 
 
 def _without_images(token: Token) -> Token:
