@@ -101,7 +101,8 @@ def test_each_snippet_is_run_by_a_test(document: str) -> None:
 @pytest.mark.parametrize("document", ["README.md", "examples/models.md"])
 def test_commands_choose_models(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (commands,) = [text for text in snippets(document) if "openai:" in text]
-    for line in commands.replace("\\\n", "").strip().splitlines():
+    lines = commands.replace("\\\n", "").strip().splitlines()
+    for line in (line for line in lines if not line.startswith("#")):
         words = shlex.split(line.replace("make run ARGS=", "wsserver serve "), comments=True)
         variables = [word.split("=", 1) for word in words if re.match("[A-Z_]+=", word)]
         with monkeypatch.context() as patch:
