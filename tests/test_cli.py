@@ -217,7 +217,7 @@ def test_port_in_use_is_one_line_error(capsys: pytest.CaptureFixture[str]) -> No
         (["schema", "--async"], "there is no --async; did you mean --asyncapi?"),
         (["token", "new", "ada", "--fil", "x"], "there is no --fil; did you mean --file?"),
         (["serve", "--grace", "-1"], "grace: "),
-        (["serve", "--model", "gpt"], "model: 'gpt' is none of"),
+        (["serve", "--model", "gpt"], "model: 'gpt' is no model; choose demo"),
         (["serve", "--model", "no.such:model"], "no module and no provider 'no'"),
         (["serve", "--model", "mistral:large"], "no provider 'mistral'; choose demo, anthropic:"),
         (["serve", "--model", "openai:gpt-5"], "openai:gpt-5 needs OPENAI_API_KEY; or set"),

@@ -286,8 +286,8 @@ def test_custom_model_is_imported_from_current_folder(
         "mistral:gpt4": "no module and no provider 'mistral'",
         "wordy_model:x": "ValueError: two lines",
         "broken_model:x": "'broken_model:x': the module 'no_such_library' is not installed",
-        "gpt": "none of demo",
-        "my_models:": "none of demo",
+        "gpt": "no model; choose demo",
+        "my_models:": "no model; choose demo",
     }.items():
         with pytest.raises(ConfigError, match=says) as raised:
             make(Settings(model=spec))

@@ -22,7 +22,7 @@ Take = Callable[[Output], None]
 
 DEFAULT_ANTHROPIC_MODEL = "claude-sonnet-4-6"
 CHOICES = (
-    "demo, anthropic:MODEL, claude-…, openai:MODEL and package.module:attribute for a model of "
+    "demo, anthropic:MODEL, claude-…, openai:MODEL, or package.module:attribute for a model of "
     "your own"
 )
 
@@ -203,7 +203,7 @@ def _import(spec: str) -> Model | PushModel:
     """
     module_name, _, attribute = spec.partition(":")
     if not (module_name and attribute):
-        raise ConfigError(f"model: {spec!r} is none of {CHOICES}")
+        raise ConfigError(f"model: {spec!r} is no model; choose {CHOICES}")
     if not all(part.isidentifier() for part in attribute.split(".")):
         raise ConfigError(f"model: there is no provider {module_name!r}; choose {CHOICES}")
     # As `python -m` does: find the modules of the current folder.
