@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -159,10 +160,30 @@ async def test_private_server_takes_whole_files(
     assert ("32,768 are allowed" in err) is not taken
 
 
+@pytest.mark.parametrize(("last", "titles"), [(False, "off"), (True, "")])
+async def test_prompt_that_is_not_kept_gets_no_title(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: bool, titles: str
+) -> None:
+    served: list[wsserver.Settings] = []
+
+    def serve(**keywords: Any) -> wsserver.Server:
+        served.append(keywords["settings"])
+        return wsserver.serve(**keywords)
+
+    monkeypatch.setattr("wsserver.terminal.program.serve", serve)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("WSSERVER_DEMO_RATE", "0")
+    monkeypatch.delenv("WSSERVER_TITLES")
+    options = Options(once="Hi", model="demo", last=last)
+    async with asyncio.timeout(BOUND):
+        assert await Terminal(options).run("Hi") == 0
+    assert [settings.titles for settings in served] == [titles]
+
+
 async def test_private_server_tells_its_user_why_reply_failed(tmp_path: Path) -> None:
     async with Upstream() as upstream:
         upstream.play(failure(404, message="model \x1b[2J not found, try pulling it first"))
-        env = {"OPENAI_BASE_URL": f"{upstream.url}/v1", "WSSERVER_TITLES": "off"}
+        env = {"OPENAI_BASE_URL": f"{upstream.url}/v1"}
         async with once("--once", "Hi", "--model", "openai:x", **env) as process:
             code, _, err = await outcome(process)
     assert code == 1

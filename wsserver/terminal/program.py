@@ -207,6 +207,8 @@ async def _server(options: Options, reasons: Reasons) -> AsyncIterator[_Address]
         overrides["model"] = options.model
     # A prompt of a script leaves nothing behind, unless it continues a conversation.
     kept = options.once is None or options.last or options.conversation is not None
+    if not kept:
+        overrides["titles"] = "off"
     file = files.state_file("chat.sqlite", "XDG_DATA_HOME", ".local/share")
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(reasons.kept())
