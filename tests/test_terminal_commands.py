@@ -109,7 +109,7 @@ async def test_model_and_system_are_sent_with_next_prompts(puppet: Puppet) -> No
         await person.sees("[there is no model wrong; the server has: puppet, other]")
         assert (await says(person, puppet, "Two", "Still other")).model == "other"
         person.types("/model -\r/system -\r")
-        await person.sees("[model: the default of the server]")
+        await person.sees("[model: puppet, the server's own]")
         await person.sees("[system prompt: none]")
         request = await says(person, puppet, "Three", "Third")
         assert (request.model, request.system) == ("puppet", None)

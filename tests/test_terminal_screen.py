@@ -56,6 +56,22 @@ async def test_many_queued_prompts_are_counted(server: wsserver.Server, puppet: 
         await person.sees("queued: q0\nqueued: q1\nqueued: 4 more\n>")
 
 
+async def test_arrow_up_takes_waiting_prompts_back(server: wsserver.Server, puppet: Puppet) -> None:
+    async with terminal(server.url) as person:
+        await person.ready()
+        person.types("First\r")
+        said = (await puppet.reply()).say("One")
+        person.types("Second\rThird\r")
+        await person.sees("queued: Second\nqueued: Third\n>")
+        person.types("\x1b[A")
+        await person.sees("queued: Second\n> Third")
+        person.types("\x15\x1b[A")
+        await person.sees("One\n> Second")
+        person.types(", changed\r")
+        said.end()
+        assert (await puppet.reply(1)).request.prompt == "Second, changed"
+
+
 async def test_thinking_is_counted_and_then_shown(server: wsserver.Server, puppet: Puppet) -> None:
     async with terminal(server.url) as person:
         await person.ready()

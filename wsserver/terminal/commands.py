@@ -44,7 +44,7 @@ KEYS = (
     ("Alt-Enter", "begins a new line"),
     ("Ctrl-C", "stops the reply; without one, it clears the line and then leaves"),
     ("Tab", "completes a command"),
-    ("Up", "recalls earlier prompts"),
+    ("Up", "takes a prompt back that waits; else it recalls earlier prompts"),
 )
 
 

@@ -42,6 +42,7 @@ class Dialogue:
         keys = screen.keys
         keys.on_text, keys.on_interrupt, keys.on_edit = self._enter, self.interrupt, self._edit
         keys.on_retry = lambda: self._enter("/retry")
+        keys.on_take_back = self._take_back
 
     async def run(self, *, continues: bool) -> int:
         """Run until the user leaves; return the exit code.
@@ -109,6 +110,12 @@ class Dialogue:
                 self._waiting.append(text)
                 self._show_waiting()
                 self._typed.set()
+
+    def _take_back(self) -> None:
+        if self._waiting:
+            text = self._waiting.pop()
+            self._show_waiting()
+            self._screen.fill_input(text)
 
     def _edit(self, text: str) -> None:
         if self._editing is None or self._editing.done():
@@ -213,7 +220,8 @@ class Dialogue:
             raise CommandError(f"there is no model {name}; {offer}")
         if name:
             self._talk.model = None if name == OWN else name
-        self._screen.note(f"[model: {self._talk.model or 'the default of the server'}]")
+        own = f"{escape(known[0])}, the server's own" if known else "the server's own"
+        self._screen.note(f"[model: {self._talk.model or own}]")
         if known:
             self._screen.note(f"[{offer}]")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import in_terminal
 from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.filters import has_focus
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
@@ -40,6 +40,7 @@ class Keys:
         self.on_interrupt: Callable[[], None] = lambda: None
         self.on_retry: Callable[[], None] = lambda: None
         self.on_edit: Callable[[str], None] = lambda _: None
+        self.on_take_back: Callable[[], None] = lambda: None
 
 
 class Screen:
@@ -193,6 +194,9 @@ class Screen:
             lines[QUEUED_SHOWN - 1 :] = [f"queued: {len(lines) - QUEUED_SHOWN + 1} more"]
         return [self._painter.paint_line(line, "dim") for line in lines]
 
+    def _can_take_back(self) -> bool:
+        return bool(self.queued) and not self._session.default_buffer.text
+
     def _bindings(self) -> KeyBindings:
         keys = KeyBindings()
         typing = has_focus("DEFAULT_BUFFER")
@@ -212,6 +216,10 @@ class Screen:
         def retry(event: KeyPressEvent) -> None:
             if not event.current_buffer.text:  # keeps an unfinished prompt
                 self.keys.on_retry()
+
+        @keys.add("up", filter=typing & Condition(self._can_take_back))
+        def take_back(_: KeyPressEvent) -> None:
+            self.keys.on_take_back()
 
         @keys.add("c-x", "c-e", filter=typing)
         def edit(event: KeyPressEvent) -> None:
