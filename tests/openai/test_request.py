@@ -98,6 +98,8 @@ def test_tools_and_their_results_are_messages() -> None:
     ("variables", "message"),
     [
         ({}, "needs OPENAI_API_KEY"),
+        ({"OPENAI_BASE_URL": "https://API.openai.com"}, "needs OPENAI_API_KEY"),
+        ({"OPENAI_BASE_URL": "https://eu.api.openai.com/v1/"}, "needs OPENAI_API_KEY"),
         ({"OPENAI_API_KEY": "kéy"}, "OPENAI_API_KEY has characters"),
         ({"OPENAI_BASE_URL": "localhost:8000"}, "OPENAI_BASE_URL is not"),
         ({"OPENAI_BASE_URL": "ftp://localhost"}, "OPENAI_BASE_URL is not"),

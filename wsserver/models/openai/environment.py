@@ -29,9 +29,9 @@ class Environment:
     renewable = False
 
     def __init__(self, model: str) -> None:
-        base = os.environ.get("OPENAI_BASE_URL") or OPENAI
+        origin, path = _parse(os.environ.get("OPENAI_BASE_URL") or OPENAI)
         key = os.environ.get("OPENAI_API_KEY", "")
-        self.is_openai = base.rstrip("/") == OPENAI
+        self.is_openai = f".{origin.host}".endswith(".api.openai.com")  # also eu.api.openai.com
         if self.is_openai and not key:
             raise ConfigError(
                 f"model: {model} needs OPENAI_API_KEY; or set OPENAI_BASE_URL to a server of your "
@@ -49,7 +49,6 @@ class Environment:
             for name, header in _HEADERS.items()
             if (value := os.environ.get(name))
         ]
-        origin, path = _parse(base)
         headers.insert(0, (b"host", _host(origin)))
         try:
             self._template = Template.make(origin, path + b"/chat/completions", headers)
