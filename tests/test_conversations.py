@@ -517,7 +517,10 @@ async def endless(_: wsserver.Request) -> AsyncIterator[str]:
         yield "more "
 
 
-async def test_silent_model_is_timeout_and_text_is_kept(puppet: Puppet) -> None:
+async def test_silent_model_is_timeout_and_text_is_kept(
+    puppet: Puppet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "wsserver")
     async with (
         wsserver.serve(puppet, port=0, silence_timeout=0.5, drain_timeout=0) as server,
         client(server) as chat,
@@ -527,6 +530,7 @@ async def test_silent_model_is_timeout_and_text_is_kept(puppet: Puppet) -> None:
         text, error = await chat.text(start["id"])
         assert (text, error["code"], error["retryable"]) == ("then nothing", "timeout", True)
         assert reply.closed.is_set()
+    assert "raise silence_timeout" in caplog.text
 
 
 async def test_reply_over_reply_timeout_is_stopped(puppet: Puppet) -> None:

@@ -180,8 +180,12 @@ class Runner:
             self._abandon(generation)
             return
         assert generation.began is not None
-        over = now >= generation.began + self._settings.reply_timeout
-        self.stop(generation, "timeout" if over else ModelError(Code.TIMEOUT))
+        if now >= generation.began + self._settings.reply_timeout:
+            self.stop(generation, "timeout")
+            return
+        silent = ModelError(Code.TIMEOUT)
+        silent.advice = "raise silence_timeout if the model loads, or reads prompts, for longer"
+        self.stop(generation, silent)
 
     def close(self) -> None:
         """Abandon the generations whose models do not close their requests; stop the timer."""
