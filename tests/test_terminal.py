@@ -372,6 +372,7 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
             assert (code, "You wrote: “And?”" in out) == (0, True)
             assert "will not be saved: another wsserver chat is open and uses" in err
             assert "to save it, leave that chat, and start again" in err
+            assert "run `wsserver serve`, and `wsserver chat ws://localhost:3001` in each" in err
             assert "--store" not in err  # `chat` has no such flag
         person.types("\x04")
         assert await person.leaves() == 0

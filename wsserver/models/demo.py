@@ -103,13 +103,14 @@ ws.send(JSON.stringify({{ type: 'stop' }}))
 
 Try these:
 
-1. **“Count to a thousand”**, and press *Stop*. The server cancels the reply at its source and \
-keeps the text. Its last frame says who stopped the reply.
+1. **“Count to a thousand”**, and press *Stop*, or Ctrl-C in a terminal. The server cancels the \
+reply at its source and keeps the text. Its last frame says who stopped the reply.
 2. **“Think about tea”**: the thinking of a model is shown apart from its answer.
 3. **“What did I just say?”**: the conversation is saved.
 
-A real model costs money for each word, so a stop saves money. To talk to Claude, set \
-`ANTHROPIC_API_KEY` and start the server again."""
+A real model costs money for each word, so a stop saves money. To talk to Ollama, \
+OpenAI and others, use `--model openai:NAME`. To talk to Claude, set `ANTHROPIC_API_KEY` and start \
+the server again."""
 
 
 def _orders(count: int) -> str:

@@ -232,7 +232,10 @@ async def _server(options: Options, reasons: Reasons) -> AsyncIterator[_Address]
                 advice = "set XDG_DATA_HOME to another folder, and start again"
                 if isinstance(error, StoreInUse):
                     reason = f"another wsserver chat is open and uses {file}"
-                    advice = "leave that chat, and start again"
+                    advice = (
+                        "leave that chat, and start again; for several chats at once, run "
+                        "`wsserver serve`, and `wsserver chat ws://localhost:3001` in each terminal"
+                    )
                 note(f"this conversation will not be saved: {reason}; to save it, {advice}")
             else:
                 break
