@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Page, Route, expect
 
 import wsserver
 from tests.browser.page import (
@@ -138,6 +138,55 @@ async def test_page_scrolls_with_text_unless_reader_scrolled_up(page: Page, pupp
     model.say("\n\nlast" * 10).end()
     await idle(page)
     assert await page.evaluate("scrollY") <= where
+
+
+FRAMES = "() => new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(go)))"
+BELOW = "document.documentElement.scrollHeight - innerHeight - scrollY"
+
+
+async def test_reader_stays_at_end_when_text_takes_the_place_of_a_notice(
+    page: Page, puppet: Puppet
+) -> None:
+    await page.set_viewport_size({"width": 390, "height": 400})
+    await converse(page, puppet, "Count", "word " * 400 + "end")
+    height = "document.querySelector('main').getBoundingClientRect().height"
+    without = await page.evaluate(height)
+    await page.evaluate("import('/notice.js').then(({ showNotice }) => showNotice('Words.'))")
+    await page.evaluate(FRAMES)
+    grown = await page.evaluate(height) - without
+    await page.evaluate(
+        """(grown) => import('/notice.js').then(({ showNotice }) => {
+            showNotice('')
+            document.querySelector('footer').style.paddingTop = `${grown}px`
+        })""",
+        grown,
+    )
+    await page.evaluate(FRAMES)
+    assert await page.evaluate(height) == without + grown
+    assert await page.evaluate(BELOW) < 1
+    await expect(page.get_by_role("button", name="Jump to the end")).to_be_hidden()
+
+
+async def test_reader_stays_at_end_while_typing_without_field_sizing(
+    browser: Browser, server: wsserver.Server, puppet: Puppet
+) -> None:
+    page = await browser.new_page(viewport={"width": 390, "height": 400})
+    await page.add_init_script("CSS.supports = () => false")
+
+    async def without_field_sizing(route: Route) -> None:
+        sheet = await (await route.fetch()).text()
+        sheet = sheet.replace("field-sizing", "no-field-sizing")
+        await route.fulfill(content_type="text/css", body=sheet)
+
+    await page.route("**/page.css", without_field_sizing)
+    await visit(page, server)
+    await converse(page, puppet, "Count", "word " * 400 + "end")
+    await box(page).fill("one\ntwo\nthree")
+    await box(page).press_sequentially(" four")
+    await page.evaluate(FRAMES)
+    assert await page.evaluate(BELOW) < 1
+    await expect(page.get_by_role("button", name="Jump to the end")).to_be_hidden()
+    await page.close()
 
 
 async def test_opened_thinking_stays_visible(page: Page, puppet: Puppet) -> None:

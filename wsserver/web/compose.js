@@ -1,6 +1,7 @@
 /** The message box: its text, its draft, its keys and its buttons. */
 
 import { find, isComposing } from './dom.js'
+import { keepAtEnd } from './scroll.js'
 
 /** @typedef {import('./drafts.js').Drafts} Drafts */
 
@@ -137,7 +138,9 @@ export class Composer {
   // For browsers without `field-sizing`.
   #grow() {
     if (CSS.supports('field-sizing', 'content')) return
-    box.style.height = 'auto'
-    box.style.height = `${box.scrollHeight}px`
+    keepAtEnd(() => {
+      box.style.height = 'auto'
+      box.style.height = `${box.scrollHeight}px`
+    })
   }
 }

@@ -8,6 +8,9 @@ const words = find(notice, 'span', HTMLElement)
 const again = find(notice, '.again', HTMLButtonElement)
 const reference = find(notice, '.reference', HTMLButtonElement)
 
+// Keys scroll a long text.
+new ResizeObserver(() => { words.tabIndex = words.scrollHeight > words.clientHeight ? 0 : -1 }).observe(words)
+
 /**
  * @param {string} text An empty text hides the notice.
  * @param {() => void} [retry] What its button does.
@@ -18,7 +21,6 @@ export function showNotice(text, retry, ref) {
   words.textContent = text
   if (!text && notice.contains(document.activeElement)) find(document, '#prompt', HTMLElement).focus()
   notice.hidden = !text
-  words.tabIndex = words.scrollHeight > words.clientHeight ? 0 : -1 // keys scroll a long text
   again.hidden = !retry
   again.onclick = retry ?? null
 }

@@ -21,6 +21,16 @@ export function stayHere() {
   requestAnimationFrame(() => setAtEnd(belowView() < 1))
 }
 
+/**
+ * Keep a reader at the end there, whatever `change` measures meanwhile. To measure is to lay the page out: a page that
+ * shrinks and grows again has moved the reader up, and no observer of sizes notices it.
+ * @param {() => void} change
+ */
+export function keepAtEnd(change) {
+  change()
+  if (atEnd) scrollToEnd()
+}
+
 /** Keep an element where it is on the screen, whatever `change` puts above it. @param {Element | null} element @param {() => void} change */
 export function keepInPlace(element, change) {
   const y = element?.getBoundingClientRect().top ?? 0
