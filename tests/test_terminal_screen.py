@@ -248,9 +248,9 @@ async def test_huge_paste_is_refused_with_its_size(server: wsserver.Server, pupp
     async with terminal(server.url) as person:
         await person.ready()
         paste = asyncio.create_task(
-            asyncio.to_thread(person.types, f"\x1b[200~{1_000_000 * 'x'}\x1b[201~\r")
+            asyncio.to_thread(person.types, f"\x1b[200~{20_000_000 * 'x'}\x1b[201~\r")
         )
-        await person.sees("The prompt has 1,000,000 bytes; 32,768 are allowed. (too_long)]")
+        await person.sees("The prompt has 20,000,000 bytes; 32,768 are allowed. (too_long)]")
         await paste
         await person.ready()
         person.types("Still there?\r")

@@ -16,6 +16,8 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.formatted_text import ANSI
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.input.posix_utils import PosixStdinReader
+from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyBindings
 from prompt_toolkit.key_binding.key_processor import KeyPressEvent
 from prompt_toolkit.output import ColorDepth
@@ -28,6 +30,7 @@ from wsserver.terminal.views import LiveView, View
 from wsserver.terminal.wording import escape, quoted
 
 QUEUED_SHOWN = 3  # prompts that wait
+READ_SIZE, READS = 65536, 100  # bytes; reads between two updates of the screen
 PROMPT = "> "
 BEGIN_UPDATE, END_UPDATE = "\x1b[?2026h", "\x1b[?2026l"  # other terminals ignore them
 
@@ -72,6 +75,7 @@ class Screen:
         output.enable_cpr = False
         self._session: PromptSession[str] = PromptSession(
             self._above_prompt,
+            input=_open_input(),
             output=output,
             history=past,
             key_bindings=self._bindings(),
@@ -238,3 +242,24 @@ class _ForgivingHistory(FileHistory):
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):
             super().store_string(string)
+
+
+class _Reader(PosixStdinReader):
+    """Reads at once all that was typed or pasted.
+
+    After each read prompt_toolkit searches the paste for its end, from the beginning. With one
+    read for each KiB, a paste of 20 MB took minutes.
+    """
+
+    def read(self, count: int = READ_SIZE) -> str:
+        """Return the text; empty if there is none."""
+        parts = [super().read(count)]
+        while parts[-1] and len(parts) < READS:
+            parts.append(super().read(count))
+        return "".join(parts)
+
+
+def _open_input() -> Vt100Input:
+    opened = Vt100Input(sys.stdin)
+    opened.stdin_reader = _Reader(opened.fileno(), encoding=opened.stdin.encoding)
+    return opened
