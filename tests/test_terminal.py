@@ -393,7 +393,7 @@ async def test_chat_without_url_keeps_conversation(tmp_path: Path) -> None:
 
 
 async def test_continue_opens_last_conversation(server: wsserver.Server, puppet: Puppet) -> None:
-    async with terminal(server.url, "-c") as person:
+    async with terminal(server.url, "-c", "--system", "Be kind") as person:
         await person.sees("there is no conversation to continue; this is a new one")
         await person.ready()
         person.types("Remember 7\r")
@@ -403,7 +403,7 @@ async def test_continue_opens_last_conversation(server: wsserver.Server, puppet:
         person.types("\x04")
         assert await person.leaves() == 0
         (conversation,) = await _conversations(server.url)
-        command = f"wsserver chat {server.url}"
+        command = f"wsserver chat {server.url} '--system=Be kind'"
         assert f"{command} --conversation={conversation}\n  {command} -c" in person.text
     async with terminal(server.url, "-c") as person:
         await person.sees("> Remember 7\nI will\n")

@@ -13,7 +13,7 @@ from tests.support.puppet import Puppet
 from tests.support.terminal import Person, terminal
 from wsserver import Code, ModelError, Thinking
 from wsserver.client import History, connect
-from wsserver.terminal.commands import COMMANDS, CommandError, parse
+from wsserver.terminal.commands import COMMANDS, CommandError, help_lines, parse
 from wsserver.terminal.files import find_editor, save
 
 pytestmark = [
@@ -66,11 +66,15 @@ def test_unusable_command_is_explained(text: str, says: str) -> None:
         parse(text)
 
 
+def test_help_fits_into_80_columns() -> None:
+    assert max(map(len, help_lines())) < 80
+
+
 async def test_help_lists_every_command(server: wsserver.Server) -> None:
     async with terminal(server.url) as person:
         await person.ready()
         person.types("/help\r")
-        await person.sees("recalls earlier prompts")
+        await person.sees("recalls earlier ones")
         for name in COMMANDS:
             assert f"  /{name} " in person.text
         person.types("/exit\r")

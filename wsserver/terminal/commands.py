@@ -30,7 +30,7 @@ COMMANDS = {
         Command("system", "[TEXT]", "set the system prompt; - removes it"),
         Command("retry", "", f"send the last prompt again and replace its reply ({RETRY_KEY})"),
         Command("edit", "[TEXT]", f"write the prompt in $VISUAL or $EDITOR ({EDIT_KEY})"),
-        Command("save", "FILE", "save the conversation as Markdown, or as JSON if FILE is *.json"),
+        Command("save", "FILE", "save as Markdown, or as JSON if FILE is *.json"),
         Command("save!", "FILE", "the same, over a file that exists"),
         Command("list", "", "list the last conversations"),
         Command("open", "NUMBER", "open a conversation of the list, or one by its id"),
@@ -42,9 +42,9 @@ OTHERS = {"bye": "exit", "quit": "exit", "q": "exit", "clear": "new", "reset": "
 KEYS = (
     ("Enter", "sends; during a reply the prompt waits for its end"),
     ("Alt-Enter", "begins a new line"),
-    ("Ctrl-C", "stops the reply; without one, it clears the line and then leaves"),
+    ("Ctrl-C", "stops the reply; without one, clears the line, then leaves"),
     ("Tab", "completes a command"),
-    ("Up", "takes a prompt back that waits; else it recalls earlier prompts"),
+    ("Up", "takes back a prompt that waits; else recalls earlier ones"),
 )
 
 

@@ -11,6 +11,7 @@ from wsserver.client import ChatError, ConnectionFailed, Conversation, ServerErr
 from wsserver.terminal import files
 from wsserver.terminal.commands import CommandError, help_lines, parse
 from wsserver.terminal.exits import DONE, INTERRUPTED
+from wsserver.terminal.options import Options
 from wsserver.terminal.plain_screen import PlainScreen
 from wsserver.terminal.screen import Screen
 from wsserver.terminal.talk import Talk, is_new
@@ -261,10 +262,18 @@ class Dialogue:
         self._screen.note(f"[saved {len(history.messages)} messages in {path}]")
 
 
-def farewell(talk: Talk, url: str | None) -> str:
-    """Return the lines that tell how to continue the conversation."""
-    # With "=": an id that begins with "-" would look like an option.
-    command = " ".join(["wsserver chat", *([] if url is None else [shlex.quote(url)])])
+def farewell(talk: Talk, options: Options) -> str:
+    """Return the lines that tell how to continue the conversation, with the same arguments."""
+    words = ["wsserver", "chat"]
+    if options.url is not None:
+        words.append(options.url)
+    # With "=": a value that begins with "-" would look like an option.
+    words += [
+        f"--{name}={value}"
+        for name, value in (("model", options.model), ("system", options.system))
+        if value is not None
+    ]
+    command = shlex.join(words)
     return (
         "To continue this conversation, or the last one:\n"
         f"  {command} --conversation={talk.chat.conversation}\n"

@@ -163,7 +163,7 @@ class Terminal:
             return await dialogue.run(continues=continues)
         finally:
             if talk.used and address.lasting:
-                print(farewell(talk, options.url), flush=True)
+                print(farewell(talk, options), flush=True)
 
 
 @dataclass(frozen=True, slots=True)
