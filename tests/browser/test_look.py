@@ -51,6 +51,32 @@ async def test_icon_under_pointer_shows_its_name(page: Page, puppet: Puppet) -> 
     await expect(copy).to_have_attribute("title", "Copy the reply")
 
 
+@pytest.mark.parametrize("touch", [False, True])
+async def test_copy_icon_of_each_turn_begins_where_text_does(
+    page: Page, puppet: Puppet, touch: bool
+) -> None:
+    devtools = await page.context.new_cdp_session(page)
+    await devtools.send("Emulation.setTouchEmulationEnabled", {"enabled": touch})
+    await converse(page, puppet, "First")
+    await converse(page, puppet, "Second")
+    left = "icon => icon.getBoundingClientRect().left"
+    for turn in await page.locator(".turn").all():
+        begin = await turn.locator(".text").evaluate(left)
+        icon = await turn.locator(".to-copy").evaluate(left)
+        assert begin - 4 <= icon <= begin  # the icon has a margin of its own
+
+
+async def test_code_can_be_copied_while_its_middle_is_shown(page: Page, puppet: Puppet) -> None:
+    await ask(page, "Long code")
+    (await puppet.reply()).say("```py\n" + "x = 1\n" * 200 + "```\n").end()
+    await idle(page)
+    await page.evaluate("scrollTo(0, document.documentElement.scrollHeight / 2)")
+    await expect(page.get_by_role("button", name="Copy the code")).to_be_in_viewport(ratio=1)
+    bar = await page.locator("main > .bar").evaluate("bar => bar.getBoundingClientRect().bottom")
+    header = page.locator("figcaption")
+    assert await header.evaluate("header => header.getBoundingClientRect().top") == bar
+
+
 async def test_print_shows_whole_code_and_addresses_without_controls(
     page: Page, puppet: Puppet
 ) -> None:
