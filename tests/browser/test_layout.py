@@ -245,6 +245,21 @@ async def test_page_keeps_up_with_fast_model(blank: Page) -> None:
         assert shown.count("fast") == 9_000 // len(words) + 1
 
 
+async def test_reply_is_busy_until_all_its_text_is_on_the_page(page: Page, puppet: Puppet) -> None:
+    await page.evaluate("""() => {
+        const busy = () => document.querySelector('.reply')?.getAttribute('aria-busy')
+        new MutationObserver((_, observer) => {
+            if (busy() !== 'false') return
+            observer.disconnect()
+            globalThis.shown = document.querySelector('.text').textContent.includes('the end')
+        }).observe(document.body, { attributes: true, childList: true, subtree: true })
+    }""")
+    await ask(page, "Long")
+    (await puppet.reply()).say("- an *item* with `code`\n" * 8_000, "the end").end()
+    await expect(reply(page)).to_have_attribute("aria-busy", "false")
+    assert await page.evaluate("shown")
+
+
 async def test_reply_stays_in_its_place_when_it_ends(page: Page, puppet: Puppet) -> None:
     await ask(page, "Count")
     said = (await puppet.reply()).say("1, 2")

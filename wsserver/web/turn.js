@@ -301,8 +301,10 @@ export class Turn {
   /** @param {string} note @param {boolean} isError */
   #finish(note, isError) {
     this.#ended = true
-    this.#markdown.end()
-    this.#reply.setAttribute('aria-busy', 'false')
+    const markdown = this.#markdown
+    markdown.end().then(() => { // all text is on the page
+      if (markdown === this.#markdown) this.#reply.setAttribute('aria-busy', 'false')
+    })
     this.#setNote(note, isError)
     this.#copy.hidden = !this.#wholeText
   }
