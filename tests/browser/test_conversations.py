@@ -356,8 +356,9 @@ async def test_delete_asks_for_confirmation(page: Page, puppet: Puppet) -> None:
     assert [message.content for message in puppet.replies[1].request.messages] == ["Afresh"]
 
 
+@pytest.mark.parametrize("by", ["keyboard", "scrolling"])
 async def test_list_loads_more_conversations(
-    page: Page, server: wsserver.Server, puppet: Puppet
+    page: Page, server: wsserver.Server, puppet: Puppet, by: str
 ) -> None:
     async with client(server) as other:
         for number in range(32):
@@ -366,10 +367,14 @@ async def test_list_loads_more_conversations(
             await other.text(start["id"])
     await page.reload()
     await expect(rows(page)).to_have_count(30)
-    await page.get_by_role("button", name="Show older conversations").click()
+    more = page.get_by_role("button", name="Show older conversations")
+    if by == "keyboard":
+        await more.focus()
+        await expect(page.get_by_role("link", name="Number 1", exact=True)).to_be_focused()
+    else:
+        await rows(page).last.scroll_into_view_if_needed()
     await expect(rows(page)).to_have_count(32)
-    await expect(page.get_by_role("link", name="Number 1", exact=True)).to_be_focused()
-    await expect(page.get_by_role("button", name="Show older conversations")).to_be_hidden()
+    await expect(more).to_be_hidden()
     await converse(page, puppet, "One more")
     await expect(rows(page)).to_have_count(33)
     await expect(rows(page).first).to_have_text("One more")

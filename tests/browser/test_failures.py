@@ -169,7 +169,9 @@ async def test_refused_prompt_returns_to_text_box(page: Page, puppet: Puppet) ->
 async def test_prompt_closing_connection_is_not_resent(page: Page, puppet: Puppet) -> None:
     long = "x" * 70_000  # over the message_size
     await ask(page, long)
-    await expect(note(page)).to_have_text("This is too long for the server. Shorten it.")
+    await expect(note(page)).to_have_text(
+        "This is too long for the server, which takes at most 32 KB. Shorten it."
+    )
     await expect(box(page)).to_have_value(long)
     await ask(page, "Short")
     (await puppet.reply()).say("Fine").end()

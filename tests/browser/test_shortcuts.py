@@ -3,7 +3,8 @@
 import pytest
 from playwright.async_api import Page, expect
 
-from tests.browser.page import box, converse, rows, title, violations
+import wsserver
+from tests.browser.page import box, converse, rows, title, violations, visit
 from tests.support.puppet import Puppet
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.slow]
@@ -26,6 +27,16 @@ async def test_shortcuts_reach_list_search_box_and_reply(page: Page, puppet: Pup
     await press("Alt+Shift+KeyN")
     await expect(title(page)).to_have_text("New conversation")
     await expect(box(page)).to_have_value("")
+
+
+async def test_keys_have_their_names_of_a_mac(blank: Page, server: wsserver.Server) -> None:
+    await blank.add_init_script(
+        "Object.defineProperty(Navigator.prototype, 'platform', { value: 'MacIntel' })"
+    )
+    await visit(blank, server)
+    await box(blank).blur()
+    await blank.keyboard.press("?")
+    await expect(blank.get_by_role("dialog")).to_contain_text("⌘+Enter")
 
 
 @pytest.mark.parametrize("width", [1200, 320])

@@ -12,7 +12,7 @@ const stop = find(document, '#stop', HTMLButtonElement) // while text is typed d
 const keys = find(document, '#keys', HTMLElement)
 const hovers = matchMedia('(hover: hover)') // on other devices the focus opens the keyboard
 const KEYS = keys.textContent ?? ''
-const INTERRUPT = /^(Mac|iP)/.test(navigator.platform) ? '⌘+Enter' : 'Ctrl+Enter'
+export const INTERRUPT = /^(Mac|iP)/.test(navigator.platform) ? '⌘+Enter' : 'Ctrl+Enter'
 const BUSY_KEYS = `Enter sends after this reply · ${INTERRUPT} interrupts and sends · Esc stops`
 
 export class Composer {

@@ -243,7 +243,8 @@ function ask(content, { retryOf, interrupts = false } = {}) {
     composer.moveTo(current)
     settings.moveTo(current)
     history.replaceState(null, '', `#${current}`)
-    fallbackTitle = text.trim().replace(/\s+/g, ' ').slice(0, 60)
+    const line = text.trim().replace(/\s+/g, ' ')
+    fallbackTitle = line.length > 60 ? `${line.slice(0, 59)}…` : line
     sidebar.select(current)
   }
   showNotice('')

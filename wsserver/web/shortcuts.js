@@ -1,5 +1,6 @@
 /** Keyboard shortcuts, and the dialog that lists them. */
 
+import { INTERRUPT } from './compose.js'
 import { find, isComposing } from './dom.js'
 
 const dialog = find(document, '#shortcuts', HTMLDialogElement)
@@ -41,4 +42,5 @@ addEventListener('keydown', (event) => {
   event.preventDefault()
   act()
 })
+find(dialog, '.interrupt', HTMLElement).textContent = INTERRUPT
 find(document, '#show-shortcuts', HTMLElement).addEventListener('click', () => dialog.showModal())

@@ -9,6 +9,7 @@ import { dateOf } from './times.js'
 /** @typedef {import('./client.js').Item} Item */
 
 const PAGE_SIZE = 30
+const PAUSE = 300 // milliseconds between two pages that load by themselves, because the server limits the frames per second
 const list = find(document, '#list', HTMLElement)
 const search = find(document, '#search', HTMLInputElement)
 const matches = find(document, '#matches', HTMLElement)
@@ -24,6 +25,9 @@ export class Sidebar {
   /** @type {string | undefined} The `before` of the next page. */ #next
   /** @type {Promise<void> | undefined} */ #loading
   #loadAgain = false
+  #loadingMore = false
+  /** Loads the next page when the reader, or a search, comes to the end of the list. */
+  #end = new IntersectionObserver((entries) => { if (entries.at(-1)?.isIntersecting) this.#loadMore() })
   /** @type {string | undefined} */ #current
 
   /**
@@ -35,6 +39,7 @@ export class Sidebar {
     this.chat = chat
     this.listener = listener
     more.addEventListener('click', () => this.#loadMore())
+    this.#end.observe(more)
     search.addEventListener('input', () => this.#arrange())
     search.addEventListener('keydown', (event) => {
       if (event.key !== 'Escape' || isComposing(event) || !search.value) return
@@ -92,15 +97,24 @@ export class Sidebar {
   }
 
   async #loadMore() {
+    if (this.#loadingMore) return
+    this.#loadingMore = true
     try {
       const { items, next } = await this.chat.list({ limit: PAGE_SIZE, before: this.#next })
       this.#next = next
       const first = items.find(({ id }) => !this.#items.has(id))
+      const isFocused = document.activeElement === more
       this.#show([...new Map([...this.#items.values(), ...items].map((item) => [item.id, item])).values()])
-      if (!search.value && first) this.#rows.get(first.id)?.querySelector('a')?.focus()
-      else if (more.hidden) search.focus()
+      if (isFocused && !search.value && first) this.#rows.get(first.id)?.querySelector('a')?.focus()
+      else if (isFocused && more.hidden) search.focus()
+      setTimeout(() => {
+        this.#end.unobserve(more)
+        this.#end.observe(more) // it may still be in view
+      }, PAUSE)
     } catch (error) {
       this.#showFailure(error)
+    } finally {
+      this.#loadingMore = false
     }
   }
 
