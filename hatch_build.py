@@ -18,7 +18,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FOLDER = "wsserver/web/libraries"
-INPUTS = ("package.json", "package-lock.json", "markdown.entry.js", "math.entry.js")
+BUNDLES = ("markdown", "code", "math")
+INPUTS = ("package.json", "package-lock.json", *(f"{name}.entry.js" for name in BUNDLES))
 LIMIT = 300  # seconds for npm
 
 # KaTeX offers each font in three formats. Every browser that can show the page knows woff2.
@@ -61,7 +62,8 @@ def build(folder: Path) -> None:
         run(npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", cwd=work)
         run(
             "node_modules/.bin/esbuild",
-            *("markdown=markdown.entry.js", "math=math.entry.js", f"--outdir={made}"),
+            *(f"{name}={name}.entry.js" for name in BUNDLES),
+            f"--outdir={made}",
             *("--bundle", "--minify", "--format=esm", "--target=es2022", "--legal-comments=none"),
             cwd=work,
         )

@@ -120,6 +120,7 @@ async def test_libraries_come_with_their_fonts_and_licences(server: wsserver.Ser
     require_libraries()
     types = {
         "markdown.js": "text/javascript; charset=utf-8",
+        "code.js": "text/javascript; charset=utf-8",
         "math.js": "text/javascript; charset=utf-8",
         "math.css": "text/css; charset=utf-8",
         "LICENSES.txt": "text/plain; charset=utf-8",

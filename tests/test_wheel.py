@@ -101,7 +101,9 @@ def test_wheel_contains_documents_and_libraries_with_licences(dist: Path) -> Non
     (wheel,) = dist.glob("*.whl")
     found = names(wheel)
     assert {f"wsserver/{name}" for name in ("PROTOCOL.md", "sequences.jsonl", "py.typed")} <= found
-    assert {f"{BUILT}/{name}" for name in ("markdown.js", "math.js", "LICENSES.txt")} <= found
+    assert {
+        f"{BUILT}/{name}" for name in ("markdown.js", "code.js", "math.js", "LICENSES.txt")
+    } <= found
     assert any(name.startswith(f"{BUILT}/fonts/") for name in found)
     folders = {name.partition("/")[0] for name in found}
     assert folders == {"wsserver", f"wsserver-{wsserver.__version__}.dist-info"}

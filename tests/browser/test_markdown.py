@@ -471,6 +471,38 @@ async def test_formulas_are_set_by_katex(page: Page, puppet: Puppet) -> None:
     assert "math.js" in loaded
 
 
+async def test_colours_are_loaded_for_code_that_names_its_language(
+    page: Page, puppet: Puppet
+) -> None:
+    loaded: list[str] = []
+    page.on("request", lambda request: loaded.append(request.url.rpartition("/")[2]))
+    await ask(page, "Without")
+    (await puppet.reply()).say("`if`\n\n```\nif\n```").end()
+    await idle(page)
+    assert "code.js" not in loaded
+    code = "if x:\n    return None\n"
+    await ask(page, "With")
+    (await puppet.reply(1)).say(
+        *chopped(f"- item\n\n  ```py\n  if\n  ```\n\n```py\n{code}```\n", 3)
+    ).end()
+    await expect(text(page).locator(".hljs-keyword")).to_have_text(["if", "if", "return"])
+    assert await text(page).locator("code").last.text_content() == code.strip()
+    assert loaded.count("code.js") == 1
+
+
+async def test_code_is_shown_although_its_colours_cannot_be_loaded(
+    page: Page, puppet: Puppet
+) -> None:
+    await page.route(
+        "**/libraries/code.js",
+        lambda route: route.fulfill(body="export {}", content_type="text/javascript"),
+    )
+    await ask(page, "With")
+    (await puppet.reply()).say(*chopped("```py\nif x:\n    pass\n```\n\nThe end", 3)).end()
+    await expect(text(page)).to_contain_text("The end")
+    assert await text(page).locator("code").text_content() == "if x:\n    pass"
+
+
 async def test_footnotes_are_numbered_and_reached(page: Page, puppet: Puppet) -> None:
     await ask(page, "Go")
     (await puppet.reply()).say(
@@ -516,7 +548,7 @@ async def test_code_can_be_copied_wrapped_and_folded(page: Page, puppet: Puppet)
     await copy.click()
     await expect(short.get_by_role("button", name="Copied the code")).to_be_visible()
     assert await page.evaluate("navigator.clipboard.readText()") == "if x:\n    y = 1"
-    assert await short.locator(".hljs-keyword").all_text_contents() == ["if"]
+    await expect(short.locator(".hljs-keyword")).to_have_text(["if"])
     await short.get_by_role("button", name="Wrap").click()
     await expect(short.get_by_role("button", name="Wrap")).to_have_attribute("aria-pressed", "true")
     await expect(short.locator("pre")).to_have_css("white-space", "pre-wrap")

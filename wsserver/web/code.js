@@ -1,10 +1,8 @@
-/** Code blocks: colours, copying, wrapping, folding. */
+/** Code blocks: copying, wrapping, folding. */
 
-import * as libraries from './libraries/markdown.js'
+import { colour } from './colours.js'
 import { cloneTemplate, copy, find } from './dom.js'
-import { patch } from './patch.js'
 
-const { DOMPurify, highlighter } = libraries
 const SLICE = 5_000 // characters that are coloured together
 const LONG = 40 // lines; longer code of an earlier reply is folded
 const PAUSE = 3 // times the time that colouring took, until the last slice is coloured again
@@ -17,7 +15,7 @@ export function codeBlock(text, info, folds) {
   while (text) {
     const end = endOfSlice(text)
     const slice = document.createElement('span')
-    slice.append(coloured(text.slice(0, end), info))
+    colour(slice, text.slice(0, end), nameOf(info).toLowerCase())
     code.append(slice)
     text = text.slice(end)
   }
@@ -95,7 +93,7 @@ export class OpenCode {
   #colour(now) {
     const began = performance.now()
     if (!now && began < this.#due) return
-    patch(this.#slice, [...this.#slice.childNodes], [...coloured(this.#text, this.info).childNodes])
+    colour(this.#slice, this.#text, nameOf(this.info).toLowerCase())
     const end = performance.now()
     this.#due = end + (end - began) * PAUSE
   }
@@ -106,18 +104,6 @@ function endOfSlice(text) {
   if (text.length <= SLICE) return text.length
   const end = text.lastIndexOf('\n', SLICE) + 1 || SLICE
   return /[\ud800-\udbff]/.test(text[end - 1]) ? end - 1 : end
-}
-
-/** Return coloured code; code of an unknown language has no colours. @param {string} text @param {string} info @returns {DocumentFragment} */
-function coloured(text, info) {
-  const language = nameOf(info).toLowerCase()
-  if (!highlighter.getLanguage(language) || text.length > 4 * SLICE) {
-    const fragment = new DocumentFragment()
-    fragment.append(text)
-    return fragment
-  }
-  const { value } = highlighter.highlight(text, { language, ignoreIllegals: true })
-  return DOMPurify.sanitize(value, { RETURN_DOM_FRAGMENT: true, ALLOWED_TAGS: ['span'], ALLOWED_ATTR: ['class'] })
 }
 
 /** Return the language of a block. @param {string} info What follows the fence. */

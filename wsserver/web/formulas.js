@@ -1,6 +1,6 @@
 /** Formulas of replies. KaTeX typesets them; the page loads KaTeX for the first formula. */
 
-import { doLater, hasTime } from './slices.js'
+import { doEach } from './slices.js'
 
 /** @type {((source: string, element: HTMLElement, options: object) => void) | undefined} KaTeX, once it is loaded. */
 let renderMath
@@ -23,13 +23,9 @@ async function loadMath(waiting) {
   style.rel = 'stylesheet'
   style.href = new URL('libraries/math.css', import.meta.url).href
   document.head.append(style)
-  const typesetNext = () => {
-    while (waiting.length && hasTime()) typeset(/** @type {HTMLElement} */ (waiting.shift()))
-    if (waiting.length) doLater(typesetNext)
-  }
   try {
     renderMath = (await import('./libraries/math.js')).render
-    doLater(typesetNext)
+    doEach(waiting, typeset)
   } catch { // the formulas stay as they are written
   }
 }

@@ -30,6 +30,15 @@ export function cancel(job) {
   jobs.delete(job)
 }
 
+/** Do work for each of a queue, in later slices. @template T @param {T[]} queue @param {(each: T) => void} work */
+export function doEach(queue, work) {
+  const next = () => {
+    while (queue.length && hasTime()) work(/** @type {T} */ (queue.shift()))
+    if (queue.length) doLater(next)
+  }
+  doLater(next)
+}
+
 function next() {
   isOpen = false
   while (jobs.size && hasTime()) {

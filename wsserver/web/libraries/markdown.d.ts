@@ -2,5 +2,4 @@
 export const Lexer: any
 export const Marked: any
 export const DOMPurify: any
-export const highlighter: any
 export function remend(text: string, options?: object): string

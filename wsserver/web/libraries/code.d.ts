@@ -1,0 +1,2 @@
+/** The bundle `built/code.js`. */
+export const highlighter: any
