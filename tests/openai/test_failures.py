@@ -137,6 +137,17 @@ async def test_wrong_url_is_explained_to_operator(
     assert "correct OPENAI_BASE_URL: the URLs of most servers end in /v1" in caplog.text
 
 
+async def test_refused_image_in_a_stream_is_not_called_a_wrong_path(
+    chat: Client, upstream: Upstream, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = {"message": "Invalid URL in image_url", "code": 400}
+    upstream.play(Answer(200, "application/json", json.dumps({"error": error})))
+    caplog.set_level("INFO", "wsserver")
+    await chat.prompt()
+    assert (await chat.next("error"))["code"] == "bad_request"
+    assert "OPENAI_BASE_URL" not in caplog.text
+
+
 async def test_unknown_model_is_not_called_a_wrong_url(
     chat: Client, upstream: Upstream, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -102,7 +102,7 @@ def of_event(error: object) -> ModelError | TransientError:
     if code is None and isinstance(name, int):
         code = BY_STATUS.get(name)  # the status of the response is 200
     kind, message = name if isinstance(name, str) else get(cause, "type"), get(cause, "message")
-    if isinstance(message, str) and is_no_path(message):  # LM Studio
+    if code is None and isinstance(message, str) and is_no_path(message):  # LM Studio
         failure = mid_stream(Code.MODEL_NOT_FOUND, kind, message)
         assert isinstance(failure, ModelError)
         failure.advice = _ADVICE
