@@ -103,6 +103,7 @@ async def test_reply_that_the_server_gave_up_is_incomplete(
         (["Tags: ", "<think>x</think>"], "", "Tags: <think>x</think>"),
         (["<think>a</think>b", "<think>c</think>"], "a", "b<think>c</think>"),
         ([" " * 1000, "<think>"], "", " " * 1000 + "<think>"),
+        ([" " * 1000 + "<think>"], "", " " * 1000 + "<think>"),
     ],
 )
 def test_thinking_in_tags_at_the_beginning_is_thinking(

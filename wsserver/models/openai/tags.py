@@ -29,10 +29,10 @@ class Tags:
         self._held += text
         if self._tag == _OPEN:
             begin = self._held.lstrip()
-            if _OPEN.startswith(begin) and len(self._held) < _SPACE and begin != _OPEN:
-                return []
-            if not begin.startswith(_OPEN):
+            if len(self._held) - len(begin) >= _SPACE:
                 return self.flush()
+            if not begin.startswith(_OPEN):
+                return [] if _OPEN.startswith(begin) else self.flush()
             self._held, self._tag = begin.removeprefix(_OPEN), _CLOSE
         found: list[Thinking | str] = []
         if self._tag == _CLOSE:
