@@ -1,9 +1,11 @@
 """The Python client without an event loop."""
 
 import asyncio
+import inspect
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.support.process import run
 from tests.support.puppet import BOUND, Puppet
 from tests.support.replies import end_of
 from wsserver.client import (
+    Chat,
     ChatError,
     ConnectionFailed,
     ReplyError,
@@ -50,6 +53,20 @@ def threaded_server() -> Iterator[str]:
 def test_prompt_of_blocks_gets_reply(threaded_server: str) -> None:
     with connect_sync(threaded_server) as chat:
         assert "".join(chat.prompt([Text("one")], max_tokens=9)) == "one"
+
+
+@pytest.mark.parametrize(
+    ("blocking", "other"),
+    [(connect_sync.__init__, Chat.__init__), (connect_sync.prompt, Chat.prompt)],
+    ids=["chat", "prompt"],
+)
+def test_keywords_are_the_same_as_with_an_event_loop(
+    blocking: Callable[..., Any], other: Callable[..., Any]
+) -> None:
+    (keys,) = [hint for hint in get_type_hints(blocking).values() if get_origin(hint) is Unpack]
+    expected, parameters = get_type_hints(other), inspect.signature(other).parameters.values()
+    names = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert get_type_hints(*get_args(keys)) == {name: expected[name] for name in names}
 
 
 def test_misspelled_argument_is_a_type_error(threaded_server: str) -> None:
