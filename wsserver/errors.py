@@ -283,7 +283,7 @@ class ModelError(_Coded):
             that may quote a prompt.
         status: the status code of the API's response, for the log.
         request_id: the API's id of the request, for the log.
-        advice: what the operator can do, for the log. It is a fixed text too.
+        advice: what the operator can do, for the log. It has no text of the API.
         detail: the API's own message. It may quote a prompt, so only level ``debug`` logs it.
     """
 

@@ -141,12 +141,18 @@ def of_http(error: HttpError, url: str) -> ModelError | TransientError:
 
 
 def mid_stream(
-    code: Code, kind: object, message: object, request_id: object = None
+    code: Code,
+    kind: object,
+    message: object,
+    request_id: object = None,
+    *,
+    advice: str | None = None,
 ) -> ModelError | TransientError:
     """Return the exception to raise for an error event, whose response has the status 200."""
     error = ModelError(code)
     error.kind, error.request_id = word(kind), request_id_of(request_id)
     error.detail = message[:_MAX_DETAIL] if isinstance(message, str) else None
+    error.advice = advice
     return TransientError(error) if code.retryable else error
 
 

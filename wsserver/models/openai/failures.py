@@ -103,10 +103,7 @@ def of_event(error: object) -> ModelError | TransientError:
         code = BY_STATUS.get(name)  # the status of the response is 200
     kind, message = name if isinstance(name, str) else get(cause, "type"), get(cause, "message")
     if code is None and isinstance(message, str) and is_no_path(message):  # LM Studio
-        failure = mid_stream(Code.MODEL_NOT_FOUND, kind, message)
-        assert isinstance(failure, ModelError)
-        failure.advice = _ADVICE
-        return failure
+        return mid_stream(Code.MODEL_NOT_FOUND, kind, message, advice=_ADVICE)
     return mid_stream(code or Code.UPSTREAM_ERROR, kind, message)
 
 
