@@ -6,7 +6,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 import wsserver
-from tests.browser.page import ask, box, idle, prompts, queue, text, violations
+from tests.browser.page import ask, box, cut, idle, prompts, queue, state, text, violations
 from tests.support.client import client
 from tests.support.images import png
 from tests.support.puppet import Puppet
@@ -63,6 +63,22 @@ async def test_attachments_are_shown_from_history(
     await expect(link).to_have_attribute("href", "https://example.invalid/duck.png")
     await expect(link).to_have_attribute("rel", "noopener noreferrer")
     assert await violations(page) == []
+
+
+async def test_prompt_stays_unfolded_when_its_history_is_loaded_again(
+    page: Page, server: wsserver.Server, puppet: Puppet
+) -> None:
+    await send(server, puppet, [IMAGE, {"type": "text", "text": "What is this?\n" * 100}])
+    await visit(page, server)
+    await page.get_by_role("button", name="Show the whole message").click()
+    less = page.get_by_role("button", name="Show less")
+    await expect(less).to_be_visible()
+    cut(server)
+    await expect(state(page)).not_to_have_text("Connected")
+    await expect(state(page)).to_have_text("Connected")
+    await send(server, puppet, "Once more?", 1)  # its answer comes after that of the history
+    await expect(prompts(page)).to_have_count(2)
+    await expect(less).to_be_visible()
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,7 @@ export class Turn {
 
   /** @param {string} text */
   #writePrompt(text) {
+    if (text === this.prompt) return // a reader may have unfolded it
     this.#prompt.textContent = text
     const long = text.length > LONG.characters || text.split('\n').length > LONG.lines
     this.#fold.hidden = !long
