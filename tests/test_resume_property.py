@@ -271,6 +271,7 @@ async def open_conversation(chat: Client, story: Story) -> None:
 # Dropped between bytes.
 
 
+DIGITS = 4  # by which the number `thought` of two replies may differ
 LOST = (ConnectionClosed, InvalidHandshake, EOFError, OSError)
 
 
@@ -337,8 +338,10 @@ async def test_cut_at_each_byte_from_handshake_to_terminal_loses_nothing(
         transcript = Transcript(short_story(server, puppet))
         async with Proxy(server.port, Cut(after, reset, late)) as proxy:
             sockets = await follow_through(proxy, transcript, resumes=after % 8 == offset)
-            assert sockets == 2
-            assert proxy.passed[0] == after
+            if sockets == 1:  # a shorter `thought` has fewer digits
+                assert total - DIGITS <= proxy.passed[0] <= after
+            else:
+                assert (sockets, proxy.passed[0]) == (2, after)
         transcript.check()
 
 

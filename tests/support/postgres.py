@@ -1,5 +1,6 @@
 """A real PostgreSQL server of the tests, in a folder and on a port of its own."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -116,9 +117,17 @@ class Postgres:
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """End the server. SIGINT ends all connections at once; SIGKILL is a crash."""
         process, self._process = self._process, None
-        if process is not None:
-            process.send_signal(how)
-            process.wait(STARTED)
+        if process is None:
+            return
+        children = []
+        if how is signal.SIGKILL:  # otherwise a child may answer one more request
+            tasks = Path(f"/proc/{process.pid}/task/{process.pid}")
+            children = [int(child) for child in (tasks / "children").read_text().split()]
+        process.send_signal(how)
+        process.wait(STARTED)
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, how)
 
     def remove(self) -> None:
         """End the server, and delete its files."""
