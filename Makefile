@@ -24,9 +24,9 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three parts of the suite run side by side, the longest ones first: they mostly wait. Make prints
+# Two parts of the suite run side by side, the longest ones first: they mostly wait. Make prints
 # the output of each when the part has ended, and runs the others although one has failed.
-PARTS := folders browser files cluster fast
+PARTS := files folders browser cluster fast
 TESTS_folders := -m slow $(filter-out tests/browser/ tests/cluster/ tests/__pycache__/,$(wildcard tests/*/))
 TESTS_files := -m slow $(wildcard tests/test_*.py)
 TESTS_browser := -m slow tests/browser
@@ -35,7 +35,7 @@ TESTS_fast := -m "not slow"
 
 whole: $(VENV)/test.stamp system
 	@rm -f .coverage .coverage.*
-	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync=target $(PARTS:%=part-%)
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target $(PARTS:%=part-%)
 	@$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

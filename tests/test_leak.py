@@ -20,7 +20,7 @@ STOPS, AT_ONCE = 2000, 10
 WARM_UP = 0.4  # share of all connections, after which memory has reached its normal size
 GROWTH = 8 * MEBIBYTE  # bytes by which memory may then grow
 # Data that the server keeps for a time is kept briefly here, so that it is no leak.
-BRIEF = {"replay": "1", "conversations": "50", "grace": "0", "open_timeout": "2"}
+BRIEF = {"replay": "1", "conversations": "50", "grace": "0", "open_timeout": "10"}
 
 
 async def nothing(peer: Peer) -> None:

@@ -226,9 +226,9 @@ async def stuck(server: wsserver.Server, puppet: Puppet, made: Path) -> AsyncIte
         reply = await puppet.reply()
         (transport,) = sockets_of(server)
         # The client library reads a quarter of a megabyte before it stops.
-        while transport.writable or len(reply.said) < 30_000:
+        while (transport.writable or len(reply.said) < 30_000) and not reply.closed.is_set():
             reply.say(*["0123456789abcde "] * 100)
-            await until(reply.heard_out)
+            await until(lambda: reply.heard_out() or reply.closed.is_set())
         yield chat
 
 
